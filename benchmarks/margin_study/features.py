@@ -1,0 +1,90 @@
+"""Step 1 of the margin study: pool frozen features of every answer once.
+
+Every (prompt, answer) text is rendered with the tokenizer's chat template, run through the frozen
+backbone, and the hidden state of its last token is kept for the layers asked for. The study then
+trains a small head on these features, so that one run takes seconds on two cores.
+
+    python benchmarks/margin_study/features.py --model MODEL_DIR --data DIR --output features/
+"""
+
+import argparse
+import gzip
+import json
+import pathlib
+
+import numpy as np
+import torch
+from rich.progress import track
+from transformers import AutoModel, AutoTokenizer
+
+SPLITS = ("train", "id_test", "ood_test")
+
+
+def read_pairs(path: pathlib.Path) -> list[dict]:
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def token_ids(tokenizer, messages: list[dict], max_tokens: int) -> list[int]:
+    """Template text up to the end-of-turn token; the oldest tokens go first when it is too long."""
+    text = tokenizer.apply_chat_template(messages, tokenize=False).rstrip()
+    return tokenizer(text, add_special_tokens=False)["input_ids"][-max_tokens:]
+
+
+@torch.inference_mode()
+def pooled_features(model, rows: list[list[int]], layers: list[int], token_budget: int) -> np.ndarray:
+    """``(rows, layers, D)`` hidden states at the last token; right padding needs no mask in a causal model."""
+    features = np.zeros((len(rows), len(layers), model.config.hidden_size), dtype=np.float32)
+    order = sorted(range(len(rows)), key=lambda row: len(rows[row]), reverse=True)
+    batches, start = [], 0
+    while start < len(order):
+        count = max(1, token_budget // len(rows[order[start]]))
+        batches.append(order[start : start + count])
+        start += count
+    for batch in track(batches, description="features"):
+        lengths = torch.tensor([len(rows[row]) for row in batch])
+        tokens = torch.zeros(len(batch), int(lengths.max()), dtype=torch.long)
+        for place, row in enumerate(batch):
+            tokens[place, : lengths[place]] = torch.tensor(rows[row])
+        states = model(input_ids=tokens, output_hidden_states=True, use_cache=False).hidden_states
+        last = torch.arange(len(batch)), lengths - 1
+        features[batch] = torch.stack([states[layer][last] for layer in layers], dim=1).numpy()
+    return features
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="Transformers folder of the backbone")
+    parser.add_argument("--data", required=True, type=pathlib.Path, help="folder of alpaca_eval_pairs_*.jsonl.gz")
+    parser.add_argument("--output", required=True, type=pathlib.Path)
+    parser.add_argument("--layers", type=int, nargs="+", default=[12], help="hidden states to keep")
+    parser.add_argument("--keep-layers", type=int, default=13, help="run only the first n layers of the backbone")
+    parser.add_argument("--splits", nargs="+", choices=SPLITS, default=SPLITS, help="which files to do")
+    parser.add_argument("--max-tokens", type=int, default=1024)
+    parser.add_argument("--token-budget", type=int, default=4096)
+    options = parser.parse_args()
+
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    model = AutoModel.from_pretrained(
+        options.model, num_hidden_layers=options.keep_layers, dtype=torch.float32
+    ).eval()
+    options.output.mkdir(parents=True, exist_ok=True)
+    for split in options.splits:
+        pairs = read_pairs(options.data / f"alpaca_eval_pairs_{split}.jsonl.gz")
+        arrays = {
+            key: np.array([pair[key] for pair in pairs], dtype=np.float32)
+            for key in ("chosen_score", "rejected_score")
+        }
+        for side in ("chosen", "rejected"):
+            rows = [token_ids(tokenizer, pair["prompt"] + pair[side], options.max_tokens) for pair in pairs]
+            arrays[side] = pooled_features(model, rows, options.layers, options.token_budget)
+            arrays[f"{side}_tokens"] = np.array([len(row) for row in rows])
+        target = options.output / f"{split}.npz"
+        temporary = target.with_suffix(".tmp.npz")
+        np.savez(temporary, layers=np.array(options.layers), **arrays)
+        temporary.rename(target)
+        print(f"{target}: {len(pairs)} pairs, layers {options.layers}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""DeepSpeed JSON by role and ZeRO stage; see README.md beside it."""

@@ -1,0 +1,1 @@
+"""Commands, recipes and scripts."""

@@ -1,0 +1,41 @@
+"""The ``rlhf`` command."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from launch import data_command, import_gguf_command, quickstart_command, score_command
+from rlhf.core.errors import UserError
+
+COMMANDS = (quickstart_command, data_command, import_gguf_command, score_command)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rlhf",
+        description="Tools around the training stages. A stage itself is a module: "
+        "deepspeed --module reward --config RECIPE.yaml",
+        allow_abbrev=False,
+    )
+    subparsers = parser.add_subparsers(title="commands", dest="command", required=True)
+    for command in COMMANDS:
+        command.add_parser(subparsers)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    options = build_parser().parse_args(argv)
+    try:
+        return options.run(options)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

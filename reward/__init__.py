@@ -1,0 +1,1 @@
+"""The reward stage: Bradley-Terry reward models with adaptive optimal-transport margins."""

@@ -1,0 +1,399 @@
+"""Losses of reward models on preference pairs, unreduced, and the table :data:`LOSSES` that names them.
+
+Some formulas hold a mean over the batch. Such a loss takes that mean, over the pairs of all micro-batches and
+ranks, as an argument; each pair then has the gradient of the whole-batch formula, however the batch was cut.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rlhf.core.checks import check_positive, check_range, check_same_shape
+
+
+def bradley_terry_loss(chosen: Tensor, rejected: Tensor, margins: Tensor | None = None) -> Tensor:
+    r"""Negative log-likelihood that ``chosen`` outscores ``rejected`` by at least ``margins``.
+
+        loss_i = -log sigmoid(chosen_i - rejected_i - margins_i)
+
+    Args:
+        chosen: ``(B,)`` rewards of the preferred responses, in logits.
+        rejected: ``(B,)`` rewards of the other responses, in logits.
+        margins: ``(B,)`` in logits, or ``None`` for no margin. Gradients flow into it; pass
+            ``margins.detach()`` to hold it constant.
+    Returns:
+        ``(B,)`` losses in nats, unreduced: averaging over pairs and ranks is the caller's choice.
+    Raises:
+        ValueError: if the shapes differ; ``(B,)`` and ``(B, 1)`` would broadcast to ``(B, B)``.
+    References:
+        Bradley and Terry (1952); the margin: Llama 2, arXiv:2307.09288, eq. 2.
+    """
+    return -F.logsigmoid(_gap(chosen, rejected, margins))
+
+
+def label_smoothing_loss(
+    chosen: Tensor, rejected: Tensor, margins: Tensor | None = None, *, smoothing: float = 0.1
+) -> Tensor:
+    r"""Bradley-Terry that expects a share ``smoothing`` of the labels to be swapped.
+
+        loss_i = -(1 - smoothing) log sigmoid(d_i) - smoothing log sigmoid(-d_i),  d as in Bradley-Terry
+
+    Smallest at ``d = log((1 - smoothing) / smoothing)``, so gaps do not grow without bound.
+
+    Args:
+        chosen, rejected, margins: see :func:`bradley_terry_loss`. The margin shifts both terms.
+        smoothing: in [0, 0.5).
+    Returns:
+        ``(B,)`` losses in nats.
+    Raises:
+        ValueError: if the shapes differ or ``smoothing`` is out of range.
+    References:
+        The "labelsmooth" baseline of GRM, arXiv:2406.10216; a margin in both terms: the code of SimPO,
+        arXiv:2405.14734.
+    """
+    check_range(0, 0.5, smoothing=smoothing)
+    gap = _gap(chosen, rejected, margins)
+    return -(1 - smoothing) * F.logsigmoid(gap) - smoothing * F.logsigmoid(-gap)
+
+
+def hinge_loss(
+    chosen: Tensor, rejected: Tensor, margins: Tensor | None = None, *, width: float = 1.0
+) -> Tensor:
+    r"""Linear penalty until ``chosen`` leads by ``width + margins``, nothing beyond.
+
+        loss_i = max(0, width + margins_i - (chosen_i - rejected_i))
+
+    Args:
+        chosen, rejected, margins: see :func:`bradley_terry_loss`.
+        width: the lead asked for without a margin, in logits; 0 leaves it to ``margins`` alone.
+    Returns:
+        ``(B,)`` losses in logits.
+    Raises:
+        ValueError: if the shapes differ or ``width`` is negative.
+    References:
+        ``width=1``: RSO, arXiv:2309.06657, on rewards; ``width=0``: the hinge baseline of arXiv:2505.07271.
+    """
+    check_range(0, math.inf, width=width)
+    return F.relu(width - _gap(chosen, rejected, margins))
+
+
+def focal_loss(chosen: Tensor, rejected: Tensor, *, gamma: float = 2.0) -> Tensor:
+    r"""Bradley-Terry that fades out for pairs the model already ranks well.
+
+        loss_i = -(1 - 2 max(0, p_i - 1/2))^gamma log p_i,   p = sigmoid(chosen - rejected)
+
+    Takes no margin: the factor is about p as a probability of ranking correctly, which a margin would move.
+
+    Args:
+        chosen, rejected: see :func:`bradley_terry_loss`.
+        gamma: how fast; 0 is Bradley-Terry.
+    Returns:
+        ``(B,)`` losses in nats. Gradients flow through the factor too.
+    Raises:
+        ValueError: if the shapes differ or ``gamma`` is negative.
+    References:
+        The focal ranking loss of InternLM2, arXiv:2403.17297, without its separate log-barrier penalty.
+    """
+    check_range(0, math.inf, gamma=gamma)
+    gap = _gap(chosen, rejected, None)
+    # 1 - 2 max(0, sigmoid(d) - 1/2) is 2 sigmoid(-max(0, d)), which keeps its digits where d is large.
+    return -((2 * torch.sigmoid(-F.relu(gap))) ** gamma) * F.logsigmoid(gap)
+
+
+def pos_reg_loss(
+    chosen: Tensor,
+    rejected: Tensor,
+    margins: Tensor | None = None,
+    *,
+    mean_chosen: Tensor | float | None = None,
+    weight: float = 0.1,
+) -> Tensor:
+    r"""Bradley-Terry that also pulls the mean chosen reward up, so that rewards do not drift below 0.
+
+        batch loss = mean_i(-log sigmoid(chosen_i - rejected_i - margins_i))
+                     - weight log sigmoid(mean_i chosen_i)
+
+    Args:
+        chosen, rejected, margins: see :func:`bradley_terry_loss`.
+        mean_chosen: mean of ``chosen`` over all pairs of the batch; ``None``: this call holds them all.
+        weight: of the second term.
+    Returns:
+        ``(B,)`` losses in nats whose mean over the batch has the value and the gradient of the batch loss.
+    Raises:
+        ValueError: if the shapes differ or ``weight`` is negative.
+    References:
+        The "pos_reg" baseline in the code of GRM, arXiv:2406.10216.
+    """
+    check_range(0, math.inf, weight=weight)
+    reward = F.logsigmoid(_as_mean(chosen, mean_chosen))
+    return bradley_terry_loss(chosen, rejected, margins) - weight * reward
+
+
+def centring_loss(
+    chosen: Tensor, rejected: Tensor, margins: Tensor | None = None, *, coefficient: float = 0.01
+) -> Tensor:
+    r"""Bradley-Terry that also keeps the two rewards of a pair centred on 0.
+
+        loss_i = -log sigmoid(chosen_i - rejected_i - margins_i) + coefficient (chosen_i + rejected_i)^2
+
+    Args:
+        chosen, rejected, margins: see :func:`bradley_terry_loss`.
+        coefficient: of the second term.
+    Returns:
+        ``(B,)`` losses.
+    Raises:
+        ValueError: if the shapes differ or ``coefficient`` is negative.
+    References:
+        Eisenstein et al., "Helping or Herding?", arXiv:2312.09244.
+    """
+    check_range(0, math.inf, coefficient=coefficient)
+    return bradley_terry_loss(chosen, rejected, margins) + coefficient * (chosen + rejected) ** 2
+
+
+def norm_bt_loss(
+    chosen: Tensor,
+    rejected: Tensor,
+    margins: Tensor | None = None,
+    *,
+    distances: Tensor,
+    mean_distance: Tensor | float | None = None,
+    max_weight: float = 10.0,
+) -> Tensor:
+    r"""Bradley-Terry in which pairs with close representations count as much as pairs far apart.
+
+        loss_i = -min(max_weight, mean_distance / distances_i) log sigmoid(chosen_i - rejected_i - margins_i)
+
+    The gradient of a linear head grows with the distance of its two inputs; the factor takes that out.
+
+    Args:
+        chosen, rejected, margins: see :func:`bradley_terry_loss`.
+        distances: ``(B,)`` Euclidean, between the representations that the head reads. Held constant.
+        mean_distance: running mean (see :func:`moving_average`) over all pairs; ``None``: that of this call.
+        max_weight: cap on the factor, for pairs whose distance is next to 0. Ours: the sources name none.
+    Returns:
+        ``(B,)`` losses.
+    Raises:
+        ValueError: if the shapes differ or ``max_weight`` is not positive.
+    References:
+        NormBT, Xie et al., arXiv:2512.06343.
+    """
+    check_same_shape(chosen=chosen, distances=distances)
+    check_positive(max_weight=max_weight)
+    distances, mean = distances.detach(), _constant_mean(distances, mean_distance)
+    factor = torch.where(distances * max_weight > mean, mean / distances, max_weight)
+    return factor * bradley_terry_loss(chosen, rejected, margins)
+
+
+def bsr_loss(
+    chosen: Tensor,
+    rejected: Tensor,
+    margins: Tensor | None = None,
+    *,
+    mean_reward: Tensor | float | None = None,
+    pairs: Tensor | float | None = None,
+    coefficient: float = 0.001,
+) -> Tensor:
+    r"""Bradley-Terry with batch-wise sum-to-zero regularisation: all rewards of a batch should cancel out.
+
+        batch loss = mean_i(-log sigmoid(chosen_i - rejected_i - margins_i))
+                     + coefficient B (mean reward)^2
+
+    Args:
+        chosen, rejected, margins: see :func:`bradley_terry_loss`.
+        mean_reward: mean over the 2B rewards of the batch; ``None``: this call holds them all.
+        pairs: B, the pairs of the batch; ``None``: those of this call.
+        coefficient: of the second term.
+    Returns:
+        ``(B,)`` losses whose mean over the batch has the value and the gradient of the batch loss.
+    Raises:
+        ValueError: if the shapes differ or ``coefficient`` is negative.
+    References:
+        Hong et al. (ICML 2025), arXiv:2505.07271. Their code takes B and the mean per device; here both are
+        of the whole batch.
+    """
+    check_range(0, math.inf, coefficient=coefficient)
+    losses = bradley_terry_loss(chosen, rejected, margins)
+    pairs = len(chosen) if pairs is None else pairs
+    return losses + coefficient * pairs * _as_mean((chosen + rejected) / 2, mean_reward) ** 2
+
+
+def grm_sft_loss(
+    chosen: Tensor,
+    rejected: Tensor,
+    margins: Tensor | None = None,
+    *,
+    chosen_logprobs: Tensor,
+    weight: float = 0.01,
+    beta: float = 0.1,
+) -> Tensor:
+    r"""Bradley-Terry regularised by language modelling of the chosen responses (GRM, "sft").
+
+        loss_i = -(1 - weight) log sigmoid(chosen_i - rejected_i - margins_i)
+                 - weight log sigmoid(beta chosen_logprobs_i)
+
+    Args:
+        chosen, rejected, margins: see :func:`bradley_terry_loss`.
+        chosen_logprobs: ``(B,)`` in nats, of each chosen response under the language-model head, summed.
+        weight: share of the second term, in [0, 1).
+        beta: scale of the log-probabilities.
+    Returns:
+        ``(B,)`` losses in nats.
+    Raises:
+        ValueError: if the shapes differ or a number is out of range.
+    References:
+        Yang et al. (NeurIPS 2024), arXiv:2406.10216; the log-sigmoid form is that of their code's default.
+    """
+    check_same_shape(chosen=chosen, chosen_logprobs=chosen_logprobs)
+    return _regularised(bradley_terry_loss(chosen, rejected, margins), chosen_logprobs, weight, beta)
+
+
+def grm_dpo_loss(
+    chosen: Tensor,
+    rejected: Tensor,
+    margins: Tensor | None = None,
+    *,
+    chosen_logprobs: Tensor,
+    rejected_logprobs: Tensor,
+    reference_chosen_logprobs: Tensor | None = None,
+    reference_rejected_logprobs: Tensor | None = None,
+    weight: float = 0.01,
+    beta: float = 0.1,
+) -> Tensor:
+    r"""Bradley-Terry regularised by DPO through the language-model head (GRM, "dpo").
+
+        loss_i = -(1 - weight) log sigmoid(chosen_i - rejected_i - margins_i) - weight log sigmoid(beta l_i)
+        l      = chosen_logprobs - rejected_logprobs, less the same difference under the reference
+
+    Args:
+        chosen, rejected, margins: see :func:`bradley_terry_loss`; the margin is not applied to ``l``.
+        chosen_logprobs, rejected_logprobs: ``(B,)``, see :func:`grm_sft_loss`.
+        reference_chosen_logprobs, reference_rejected_logprobs: the same under a reference model, or ``None``
+            for both: no reference.
+        weight: share of the second term, in [0, 1).
+        beta: scale of the log-probabilities.
+    Returns:
+        ``(B,)`` losses in nats.
+    Raises:
+        ValueError: if the shapes differ, only one reference is given or a number is out of range.
+    References:
+        Yang et al. (NeurIPS 2024), arXiv:2406.10216; without reference is their code's default.
+    """
+    if (reference_chosen_logprobs is None) != (reference_rejected_logprobs is None):
+        raise ValueError("give both reference_chosen_logprobs and reference_rejected_logprobs, or neither")
+    check_same_shape(
+        chosen=chosen,
+        chosen_logprobs=chosen_logprobs,
+        rejected_logprobs=rejected_logprobs,
+        reference_chosen_logprobs=reference_chosen_logprobs,
+        reference_rejected_logprobs=reference_rejected_logprobs,
+    )
+    lead = chosen_logprobs - rejected_logprobs
+    if reference_chosen_logprobs is not None and reference_rejected_logprobs is not None:
+        lead = lead - (reference_chosen_logprobs - reference_rejected_logprobs)
+    return _regularised(bradley_terry_loss(chosen, rejected, margins), lead, weight, beta)
+
+
+def moving_average(previous: float | None, value: float, *, decay: float = 0.9) -> float:
+    """``decay * previous + (1 - decay) * value``, or ``value`` at the start: NormBT's running mean distance.
+
+    Raises:
+        ValueError: if ``decay`` is not in [0, 1).
+    """
+    check_range(0, 1, decay=decay)
+    return value if previous is None else decay * previous + (1 - decay) * value
+
+
+def _gap(chosen: Tensor, rejected: Tensor, margins: Tensor | None) -> Tensor:
+    check_same_shape(chosen=chosen, rejected=rejected, margins=margins)
+    gap = chosen - rejected
+    return gap if margins is None else gap - margins
+
+
+def _as_mean(values: Tensor, mean: Tensor | float | None) -> Tensor:
+    """``(B,)`` copies of the batch mean, each passing its gradient to its own pair.
+
+    For any f, the mean over the batch of f of these has value f(mean) and, in each of ``values``, gradient
+    f'(mean) / B: those of f of the batch mean.
+    """
+    return _constant_mean(values, mean) + (values - values.detach())
+
+
+def _constant_mean(values: Tensor, mean: Tensor | float | None) -> Tensor:
+    mean = values.mean() if mean is None else torch.as_tensor(mean, dtype=values.dtype, device=values.device)
+    return mean.detach()
+
+
+def _regularised(loss: Tensor, logprobs: Tensor, weight: float, beta: float) -> Tensor:
+    check_range(0, 1, weight=weight)
+    check_positive(beta=beta)
+    return (1 - weight) * loss - weight * F.logsigmoid(beta * logprobs)
+
+
+STATISTICS: Mapping[str, Callable[[Tensor, Tensor, Tensor | None], Tensor | None]] = {
+    "mean_chosen": lambda chosen, rejected, distances: chosen,
+    "mean_reward": lambda chosen, rejected, distances: (chosen + rejected) / 2,
+    "mean_distance": lambda chosen, rejected, distances: distances,
+}
+"""Batch means that losses take: of which per-pair value, given chosen and rejected rewards and distances."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A row of :data:`LOSSES`: a loss, and what it takes, read off its signature."""
+
+    function: Callable[..., Tensor]
+
+    def __call__(self, chosen: Tensor, rejected: Tensor, margins: Tensor | None = None, **options) -> Tensor:
+        """``(B,)`` losses; ``options`` are the :attr:`inputs`, :attr:`statistics` and :attr:`parameters`.
+
+        Raises:
+            ValueError: if margins are given to a loss that has no place for them, or by the loss itself.
+        """
+        if margins is None:
+            return self.function(chosen, rejected, **options)
+        if not self.takes_margins:
+            raise ValueError(f"{self.function.__name__} has no place for margins: pass None")
+        return self.function(chosen, rejected, margins=margins, **options)
+
+    @property
+    def takes_margins(self) -> bool:
+        return "margins" in self._options
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Per-pair tensors ``(B,)`` it takes beside rewards; those named "reference..." may be left out."""
+        return tuple(name for name in self._options if name == "distances" or name.endswith("_logprobs"))
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """Scalars of the whole batch it takes: means by :data:`STATISTICS`, and "pairs", their number."""
+        return tuple(name for name in self._options if name in STATISTICS or name == "pairs")
+
+    @property
+    def parameters(self) -> dict[str, float]:
+        """Hyper-parameters and their defaults."""
+        options = self._options.items()
+        return {name: option.default for name, option in options if isinstance(option.default, float)}
+
+    @property
+    def _options(self) -> Mapping[str, inspect.Parameter]:
+        return inspect.signature(self.function).parameters
+
+
+LOSSES: Mapping[str, Loss] = {
+    "bradley_terry": Loss(bradley_terry_loss),
+    "label_smoothing": Loss(label_smoothing_loss),
+    "hinge": Loss(hinge_loss),
+    "focal": Loss(focal_loss),
+    "pos_reg": Loss(pos_reg_loss),
+    "centring": Loss(centring_loss),
+    "norm_bt": Loss(norm_bt_loss),
+    "bsr": Loss(bsr_loss),
+    "grm_sft": Loss(grm_sft_loss),
+    "grm_dpo": Loss(grm_dpo_loss),
+}

@@ -1,0 +1,291 @@
+"""The reward model: a backbone, pooled at the last real token, and a float32 head."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from annotated_types import Gt
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+
+from rlhf.core.errors import ModelError
+from rlhf.core.files import write_json
+from rlhf.core.logprobs import response_logprobs
+from rlhf.core.masking import last_token_index
+from rlhf.data.batching import RowGroup
+from rlhf.models import backbones
+from rlhf.models.options import BackboneConfig
+
+@dataclass(frozen=True, kw_only=True)
+class RewardModelConfig(BackboneConfig):
+    """Backbone and head of the reward model."""
+
+    head: Literal["linear", "mlp"] = "linear"
+    """linear loads with plain Transformers. mlp (two layers, as in GRM) has no place in
+    AutoModelForSequenceClassification: such a model is loaded by reward.model and `rlhf score` only."""
+    head_hidden: Annotated[int, Gt(0)] = 1024
+    """Width of the mlp head."""
+    head_init_scale: Annotated[float, Gt(0)] = 1.0
+    """The last layer starts at a standard deviation of this over (D + 1): all rewards start near 0."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the model says about R rows."""
+
+    rewards: Tensor
+    """(R,) float32."""
+    embeddings: Tensor
+    """(R, D) input of the head: the last layer's state at the last real token."""
+    logprobs: Tensor | None = None
+    """(R,) summed log-probabilities of the response tokens under the language-model head."""
+
+
+class RewardModel(nn.Module):
+    """Scores rows of tokens.
+
+    Args:
+        hf: a Transformers sequence classifier with one label.
+        lm_head: frozen language-model head for the GRM regularisers, or ``None``.
+    """
+
+    def __init__(self, hf: PreTrainedModel, lm_head: "LanguageModelHead | None" = None) -> None:
+        super().__init__()
+        self.hf = hf
+        self.lm_head = lm_head
+        self.is_decoder = hasattr(hf, "score")
+        self._adapters: tuple[PeftModel, ...] = ()
+        self._head_input: list[Tensor] = []
+        if not self.is_decoder:
+            final = _linear_layers(_find_head(hf))[-1]
+            final.register_forward_pre_hook(lambda _, inputs: self._head_input.append(inputs[0]))
+
+    def forward(self, groups: Sequence[RowGroup]) -> Scores:
+        """Score right-padded row groups, one after the other; rows come back in the order of the groups."""
+        parts = [self._score_group(group) for group in groups]
+        return Scores(
+            rewards=torch.cat([part.rewards for part in parts]),
+            embeddings=torch.cat([part.embeddings for part in parts]),
+            logprobs=None if self.lm_head is None else torch.cat([part.logprobs for part in parts]),
+        )
+
+    def _score_group(self, group: RowGroup) -> Scores:
+        if not self.is_decoder:
+            return self._score_encoder(group.tokens, group.token_mask)
+        states = self.last_states(group.tokens, group.token_mask, right_padded=True)
+        scores = self._pool(states, group.token_mask)
+        if self.lm_head is None:
+            return scores
+        logprobs = self.lm_head(states, group.tokens, group.response_mask)
+        return Scores(scores.rewards, scores.embeddings, logprobs)
+
+    def score(self, tokens: Tensor, token_mask: Tensor) -> Tensor:
+        """``(R,)`` rewards of ``(R, T)`` rows padded on either side, found by the mask alone."""
+        if not self.is_decoder:
+            return self._score_encoder(tokens, token_mask).rewards
+        return self._pool(self.last_states(tokens, token_mask, right_padded=False), token_mask).rewards
+
+    def last_states(self, tokens: Tensor, token_mask: Tensor, *, right_padded: bool) -> Tensor:
+        """``(R, T, D)`` states of a decoder's last layer.
+
+        A causal model never looks right, so right padding needs no mask: attention kernels are faster without.
+        """
+        backbone = self.hf.base_model
+        if right_padded:
+            return backbone(input_ids=tokens, use_cache=False).last_hidden_state
+        positions = (token_mask.long().cumsum(dim=1) - 1).clamp_min(0)
+        return backbone(
+            input_ids=tokens, attention_mask=token_mask.long(), position_ids=positions, use_cache=False
+        ).last_hidden_state
+
+    def _pool(self, states: Tensor, token_mask: Tensor) -> Scores:
+        rows = torch.arange(len(states), device=states.device)
+        pooled = states[rows, last_token_index(token_mask)]
+        return Scores(self.hf.score(pooled).squeeze(-1), pooled)
+
+    def _score_encoder(self, tokens: Tensor, token_mask: Tensor) -> Scores:
+        """Encoders pool by a part of their own (the first token); the embedding is what their last layer reads."""
+        logits = self.hf(input_ids=tokens, attention_mask=token_mask.long()).logits
+        return Scores(logits.float().squeeze(-1), self._head_input.pop())
+
+    def merged(self) -> PreTrainedModel:
+        """The Transformers model with adapters merged into its weights. Ends training of this object."""
+        for adapter in self._adapters:
+            adapter.merge_and_unload()
+        return self.hf
+
+
+class LanguageModelHead(nn.Module):
+    """A frozen copy of the model's output projection, for log-probabilities of the responses (GRM)."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+
+    def forward(self, states: Tensor, tokens: Tensor, response_mask: Tensor) -> Tensor:
+        """``(R,)`` log-probabilities summed over response tokens; position t predicts token t + 1."""
+        sums, _ = response_logprobs(states[:, :-1], self.weight, tokens[:, 1:], response_mask[:, 1:])
+        return sums
+
+
+class Float32Linear(nn.Linear):
+    """A linear layer that computes in float32 whatever the precision of its weights."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.float()
+        return F.linear(values.float(), self.weight.float(), bias)
+
+
+def build_reward_model(
+    config: RewardModelConfig,
+    *,
+    dtype: torch.dtype,
+    pad_token_id: int,
+    vocabulary: int,
+    seed: int,
+    with_lm_head: bool = False,
+) -> RewardModel:
+    """A fresh reward model on the CPU, the same on every rank for one seed.
+
+    Args:
+        config: backbone and head.
+        dtype: of all weights.
+        pad_token_id: see rlhf.models.tokenizer.
+        vocabulary: tokens of the tokenizer; the embedding grows to it, never to a rounder number.
+        seed: of new weights.
+        with_lm_head: also keep a frozen language-model head, for the GRM losses.
+
+    Raises:
+        ModelError: if the backbone cannot be loaded or has not the parts asked for.
+    """
+    torch.manual_seed(seed)
+    hf = backbones.load_classifier(config, dtype=dtype, pad_token_id=pad_token_id, vocabulary=vocabulary)
+    _init_head(hf, config)
+    lm_head = LanguageModelHead(_output_projection(config, dtype)) if with_lm_head else None
+    model = RewardModel(hf, lm_head)
+    if config.lora is not None:
+        adapter = backbones.add_lora(hf, config.lora, freeze_layers=config.freeze_layers)
+        object.__setattr__(model, "_adapters", (adapter,))  # a plain tuple: its weights are hf's own
+        _find_head(hf).requires_grad_(True)
+    else:
+        backbones.freeze_lower_layers(hf, config.freeze_layers)
+    if config.gradient_checkpointing:
+        hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+MLP_MODEL_TYPE = "margin-rlhf-mlp-reward"
+
+
+def save_reward_model(model: RewardModel, folder: Path) -> None:
+    """Write the merged model as a Transformers folder.
+
+    A two-layer head gets a model type of its own: plain Transformers then refuses the folder instead of loading
+    it with a new, random head.
+    """
+    hf = model.merged()
+    for layer in _linear_layers(_find_head(hf)):
+        layer.__class__ = nn.Linear
+    hf.save_pretrained(folder)
+    if isinstance(getattr(hf, "score", None), nn.Sequential):
+        settings = json.loads((folder / "config.json").read_text())
+        settings |= {
+            "model_type": MLP_MODEL_TYPE,
+            "backbone_model_type": settings["model_type"],
+            "head_hidden": hf.score[0].out_features,
+        }
+        write_json(folder / "config.json", settings)
+
+
+def load_reward_model(
+    folder: Path, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+) -> RewardModel:
+    """Open what :func:`save_reward_model` wrote, or any sequence classifier with one label, for scoring.
+
+    Raises:
+        ModelError: if the folder is not such a model.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ModelError(f"{folder}: not a model folder (no config.json); give the final/ folder of a reward run")
+    settings = json.loads(path.read_text())
+    if settings.get("model_type") == MLP_MODEL_TYPE:
+        return RewardModel(_load_mlp(folder, settings, dtype))
+    try:
+        hf, report = AutoModelForSequenceClassification.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder}: cannot be loaded as a reward model: {error}") from error
+    if report["missing_keys"] or hf.config.num_labels != 1:
+        raise ModelError(
+            f"{folder}: not a reward model: it has {hf.config.num_labels} labels "
+            f"and lacks the weights {sorted(report['missing_keys']) or 'of none'}; give the final/ folder of a reward run"
+        )
+    return RewardModel(_with_float32_head(hf))
+
+
+def _load_mlp(folder: Path, settings: dict, dtype: torch.dtype) -> PreTrainedModel:
+    kept = {name: value for name, value in settings.items() if name not in ("model_type", "backbone_model_type")}
+    hf = AutoModelForSequenceClassification.from_config(
+        AutoConfig.for_model(settings["backbone_model_type"], **kept), dtype=dtype
+    )
+    hf.score = _mlp_head(hf.config.hidden_size, settings["head_hidden"]).to(dtype)
+    weights: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        weights |= load_file(file)
+    missing, unexpected = hf.load_state_dict(weights, strict=False)
+    if missing or unexpected:
+        raise ModelError(f"{folder}: weights do not fit: missing {missing}, unexpected {unexpected}")
+    return _with_float32_head(hf)
+
+
+def _mlp_head(width: int, hidden: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, 1))
+
+
+def _with_float32_head(hf: PreTrainedModel) -> PreTrainedModel:
+    for layer in _linear_layers(_find_head(hf)):
+        layer.__class__ = Float32Linear
+    return hf
+
+
+def _init_head(hf: PreTrainedModel, config: RewardModelConfig) -> None:
+    head = _find_head(hf)
+    if config.head == "mlp":
+        if not hasattr(hf, "score"):
+            raise ModelError("model.head = mlp is for decoder backbones; encoders bring a head of their own")
+        head = hf.score = _mlp_head(hf.config.hidden_size, config.head_hidden).to(hf.dtype)
+    _with_float32_head(hf)
+    final = _linear_layers(head)[-1]
+    nn.init.normal_(final.weight, std=config.head_init_scale / (final.in_features + 1))
+    if final.bias is not None:
+        nn.init.zeros_(final.bias)
+
+
+def _find_head(hf: PreTrainedModel) -> nn.Module:
+    for name in backbones.HEAD_NAMES:
+        if hasattr(hf, name):
+            return getattr(hf, name)
+    raise ModelError(f"{type(hf).__name__} has neither of the heads {', '.join(backbones.HEAD_NAMES)}")
+
+
+def _linear_layers(head: nn.Module) -> list[nn.Linear]:
+    return [module for module in head.modules() if isinstance(module, nn.Linear)]
+
+
+def _output_projection(config: RewardModelConfig, dtype: torch.dtype) -> Tensor:
+    """The language-model head of the backbone's checkpoint: ``(V, D)``."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            config.path, revision=config.revision, dtype=dtype, trust_remote_code=config.trust_remote_code
+        )
+    except ValueError as error:
+        raise ModelError(f"model.path = {config.path}: the GRM losses need a language-model head: {error}") from error
+    return model.get_output_embeddings().weight

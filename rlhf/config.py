@@ -1,0 +1,217 @@
+"""The configuration of a run: dataclass defaults < recipe YAML < ``key=value`` on the command line.
+
+A config is a frozen dataclass whose fields are plain values or further dataclasses (sections). omegaconf
+merges recipes and overrides, so ``${section.key}`` refers to another option; pydantic validates the result in
+strict JSON mode, where ``1.5`` is no int and ``true`` no float. Which options exist, the dataclasses decide.
+Mappings are merged key by key, so an option that holds a free mapping must default to an empty one.
+"""
+
+import argparse
+import difflib
+import json
+import re
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from rlhf.config_options import UNSET, adapter, default_values, nearest, option_help, options, shown, to_dict
+from rlhf.core.errors import ConfigError
+
+__all__ = ["Invocation", "load_config", "option_help", "parse_command_line", "to_dict", "to_yaml"]
+
+ConfigT = TypeVar("ConfigT")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Invocation(Generic[ConfigT]):
+    """What one command line asks for."""
+
+    config: ConfigT
+    dry_run: bool
+    recipes: tuple[Path, ...]
+    overrides: tuple[str, ...]
+
+
+def parse_command_line(
+    config_class: type[ConfigT], argv: Sequence[str], *, program: str, description: str
+) -> Invocation[ConfigT]:
+    """Read ``[--config FILE]... [--dry-run] [key=value]...``; ``--help`` prints every option and exits.
+
+    ``--local_rank``, which the deepspeed launcher puts in front, is accepted and ignored.
+
+    Raises:
+        ConfigError: naming every problem of the recipes and overrides.
+    """
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description=description,
+        epilog="settings (key=default, type):\n" + option_help(config_class),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    several = "a recipe (YAML); may be given again, later ones win"
+    parser.add_argument("--config", metavar="FILE", type=Path, action="append", default=[], help=several)
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved run and exit")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="a setting; wins over recipes")
+    arguments, unknown = parser.parse_known_intermixed_args(list(argv))
+    if unknown:
+        hint = "unknown option (--help lists all; settings are written key=value, without dashes)"
+        raise _failure(program, "command line", [f"{argument}: {hint}" for argument in unknown])
+    recipes, overrides = tuple(arguments.config), tuple(arguments.overrides)
+    config = load_config(config_class, recipes, overrides, program=program)
+    return Invocation(config=config, dry_run=arguments.dry_run, recipes=recipes, overrides=overrides)
+
+
+def load_config(
+    config_class: type[ConfigT], recipes: Sequence[Path], overrides: Sequence[str], *, program: str
+) -> ConfigT:
+    """Merge defaults, ``recipes`` and ``overrides`` (later ones win) and validate them.
+
+    Raises:
+        ConfigError: listing every problem, one a line, each with its dotted path and the value found.
+    """
+    files = ", ".join(str(recipe) for recipe in recipes)
+    origin = " + ".join(filter(None, [files, "command line" if overrides else ""])) or "no recipe"
+    tree = _merge(config_class, recipes, overrides, program, origin)
+    try:
+        merged = OmegaConf.to_container(tree, resolve=True)
+    except OmegaConfBaseException as error:
+        raise _failure(program, origin, [f"{error.full_key}: {_first_line(error)}"]) from None
+    try:
+        return adapter(config_class).validate_json(json.dumps([merged]), strict=True)[0]
+    except ValidationError as error:
+        raise _failure(program, origin, _explain(error, merged, config_class)) from None
+
+
+def to_yaml(config: Any) -> str:
+    """The resolved copy: a recipe that :func:`load_config` turns into an equal config."""
+    return OmegaConf.to_yaml(OmegaConf.create(_escaped(to_dict(config))))
+
+
+def _merge(
+    config_class: type, recipes: Sequence[Path], overrides: Sequence[str], program: str, origin: str
+) -> DictConfig:
+    """Defaults, recipes and overrides in one tree; what cannot even be read is reported here, all at once."""
+    tree = OmegaConf.create(_escaped(default_values(config_class)))
+    faults: list[str] = []
+    for recipe in recipes:
+        try:
+            tree = typing.cast(DictConfig, OmegaConf.merge(tree, _read_recipe(Path(recipe))))
+        except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
+            faults.append(f"{recipe}: {_first_line(error)}")
+    for override in overrides:
+        try:
+            _apply_override(tree, override)
+        except (ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
+            faults.append(f"{override}: {_first_line(error)}")
+    if faults:
+        raise _failure(program, origin, faults)
+    return tree
+
+
+def _read_recipe(path: Path) -> DictConfig:
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [other.name for other in path.parent.glob("*.y*ml")], 1)
+        raise ValueError("no such file" + (f" (did you mean {path.parent / near[0]}?)" if near else ""))
+    tree = OmegaConf.load(path)
+    if not isinstance(tree, DictConfig):
+        raise ValueError("expected a mapping of options at the top level, found a list")
+    return tree
+
+
+def _apply_override(tree: DictConfig, override: str) -> None:
+    """Set one ``key=value`` in ``tree``; an item of a list is addressed as ``key[0]``."""
+    if not re.match(r"[^=\s]+=", override):
+        recipe = f" (did you mean --config {override}?)" if override.endswith((".yaml", ".yml")) else ""
+        raise ValueError(f"expected key=value{recipe}")
+    try:
+        tree.merge_with_dotlist([override])
+    except yaml.YAMLError as error:
+        raise ValueError(f"{_first_line(error)} (text may need quotes: key='\"text\"')") from None
+    except (IndexError, ValueError) as error:  # no such index, or a name where a list wants an index
+        hint = "a list is set as a whole, or item by item as key[0].name=value"
+        raise ValueError(f"{_first_line(error)} ({hint})") from None
+
+
+def _escaped(value: Any) -> Any:
+    """Protect a literal ``${`` from being read as an interpolation."""
+    if isinstance(value, dict):
+        return {key: _escaped(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_escaped(item) for item in value]
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    return value
+
+
+def _explain(error: ValidationError, merged: Any, config_class: type) -> list[str]:
+    """One line a problem; what the members of a union each complain about becomes one line.
+
+    Of a value and something inside it, only the inner fault counts: the outer one comes from a union member
+    that the value was not meant for, or from a tuple that finds itself short because of its invalid items.
+    """
+    known = [option.key for option in options(config_class)]
+    located = [(details, *_locate(details, merged)) for details in error.errors(include_url=False)]
+    problems: dict[str, list[str]] = {}
+    for details, path, value in located:
+        if any(inner.startswith((f"{path}.", f"{path}[")) for _, inner, _ in located):
+            continue
+        subject = path if value is UNSET else f"{path} = {shown(value, quote=True)}"
+        problems.setdefault(subject, []).append(_complaint(details, path, known))
+    return [f"{subject}: {' or '.join(words)}".removeprefix(": ") for subject, words in problems.items()]
+
+
+def _locate(details: ErrorDetails, merged: Any) -> tuple[str, Any]:
+    """Dotted path of a fault and the value found, ``UNSET`` where there is none to show.
+
+    pydantic names the members of a union in the location ("lr", "float"); they are no keys and passed over.
+    """
+    path, value = "", merged
+    for part in details["loc"][1:]:
+        if isinstance(value, list) and isinstance(part, int):
+            path, value = f"{path}[{part}]", value[part]
+        elif isinstance(value, dict) and part in value:
+            path, value = f"{path}.{part}", value[part]
+    if details["type"] == "missing":
+        path, value = f"{path}.{details['loc'][-1]}", UNSET
+    elif details["type"] == "value_error" and isinstance(value, dict):
+        value = UNSET  # a cross-field check: its message says which values do not go together
+    return path.lstrip("."), value
+
+
+def _complaint(details: ErrorDetails, path: str, known: Sequence[str]) -> str:
+    if details["type"] == "missing":
+        return f"required, but not set (in the recipe, or as {path}=...)"
+    if details["type"] == "unexpected_keyword_argument":
+        near = nearest(path, known)
+        return f"unknown key (did you mean {near}?)" if near else "unknown key (--help lists all)"
+    if details["type"] == "dataclass_type":
+        return "a section, which takes a mapping of options and not a single value"
+    if details["type"] in ("list_type", "tuple_type"):
+        return "Input should be a list"
+    if details["type"] == "string_type" and isinstance(details["input"], bool | int | float):
+        return f"{details['msg']} (put it in quotes)"
+    return details["msg"].removeprefix("Value error, ")
+
+
+def _first_line(error: Exception) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        mark = error.problem_mark
+        return f"invalid YAML at line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error).partition("\n")[0]
+
+
+def _failure(program: str, origin: str, problems: Sequence[str]) -> ConfigError:
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    return ConfigError("\n  ".join([f"{program}: {origin}: {count}", *problems]))

@@ -1,0 +1,1 @@
+"""Numerics, checks, errors and files: no ranks, no config, no model."""

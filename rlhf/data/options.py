@@ -1,0 +1,108 @@
+"""What a recipe says about preference data."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Lt
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColumnConfig:
+    """Names of the columns. Unset: the usual name, where rows have it. Empty: ignore such a column."""
+
+    prompt: str | None = None
+    """Text or messages before the answers (usual name: prompt). Rows without it hold whole conversations."""
+    chosen: str | None = None
+    """The preferred answer, or the whole conversation that ends with it (usual name: chosen)."""
+    rejected: str | None = None
+    """The other answer, or the whole conversation that ends with it (usual name: rejected)."""
+    margin: str | None = None
+    """How much better chosen is, a number (usual name: margin)."""
+    chosen_score: str | None = None
+    """A judge's score of chosen (usual names: chosen_score, score_chosen); needs the other score too."""
+    rejected_score: str | None = None
+    """A judge's score of rejected (usual names: rejected_score, score_rejected)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One source of preference pairs."""
+
+    path: str
+    """A jsonl, json, csv (each also .gz), parquet or arrow file, a folder of them or one written by
+    save_to_disk, a glob, or a dataset on the hub."""
+    weight: Annotated[float, Gt(0)] = 1.0
+    """How often each row appears per epoch: 2 doubles the source, 0.5 keeps a seeded half of its rows, 1.5
+    repeats a seeded half. Only for training sources."""
+    split: str = "train"
+    """Which split of a hub dataset, of a saved dataset dictionary, or of a folder whose files name it."""
+    subset: str | None = None
+    """Configuration name of a hub dataset."""
+    columns: ColumnConfig | None = None
+    """Column names of this source; unset: data.columns."""
+
+
+SourceList = str | tuple[str | SourceConfig, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Preference pairs: where they come from and how they become tokens."""
+
+    train: SourceList
+    """Sources to train on: a path or hub name, or a list of these or of sections with a path."""
+    eval: SourceList = ()
+    """Sources to evaluate on. Empty: hold out a share of the training prompts, see data.eval_share."""
+    columns: ColumnConfig = field(default_factory=ColumnConfig)
+    """Column names of all sources that do not set their own."""
+    template: str | None = None
+    """A chat template: a Jinja file, Jinja text, or a built-in name (plain: "User:" and
+    "Assistant:" headings; chatml: <|im_start|> turns without a default system prompt). Unset: the tokenizer's
+    own, or plain where it has none."""
+    system_prompt: str | None = None
+    """Put in front of conversations that have no system message. Unset: left to the template, and some insert
+    a default of their own; choose another data.template to get rid of that."""
+    max_tokens: Annotated[int, Gt(1)] = 1024
+    """Longest prompt plus response, in tokens."""
+    over_length: Literal["truncate_prompt_left", "drop", "error"] = "truncate_prompt_left"
+    """For longer pairs: cut the start of the prompt, by as much on both sides (a response is never cut: one
+    that alone is too long is a bad row); or leave the pair out; or stop. Each is counted in the report."""
+    eval_share: Annotated[float, Ge(0), Lt(1)] = 0.05
+    """Share of the training pairs held out when data.eval is empty, by whole prompts. 0: no evaluation."""
+    max_train_pairs: Annotated[int, Gt(0)] | None = None
+    """Train on a seeded sample of this many pairs; a smaller sample is part of every larger one."""
+    max_eval_pairs: Annotated[int, Gt(0)] | None = None
+    """Evaluate on a seeded sample of at most this many pairs."""
+    quarantine_max_share: Annotated[float, Ge(0), Lt(1)] = 0.01
+    """Bad rows are left out and listed in quarantine.jsonl. A larger share of them, in the training or in the
+    eval sources, stops the run."""
+    flip_labels: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """Share of the training pairs whose answers are swapped, seeded, to study label noise. Margin and scores
+    stay where they are, so that a flipped pair looks like any other."""
+    seed: Annotated[int, Ge(0)] = 0
+    """Decides what is held out, sampled and flipped."""
+    cache_dir: Path | None = None
+    """Where tokenised data is kept. Unset: margin-rlhf in the user's cache folder."""
+
+    def __post_init__(self) -> None:
+        if not self.train_sources:
+            raise ValueError("train names no source")
+        for source in self.eval_sources:
+            if source.weight != 1:
+                raise ValueError(
+                    f"eval source {source.path} has a weight ({source.weight}), which is for training"
+                )
+
+    @property
+    def train_sources(self) -> tuple[SourceConfig, ...]:
+        return _as_sources(self.train)
+
+    @property
+    def eval_sources(self) -> tuple[SourceConfig, ...]:
+        return _as_sources(self.eval)
+
+
+def _as_sources(value: SourceList) -> tuple[SourceConfig, ...]:
+    entries = (value,) if isinstance(value, str) else value
+    return tuple(SourceConfig(path=entry) if isinstance(entry, str) else entry for entry in entries)

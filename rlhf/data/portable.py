@@ -1,0 +1,33 @@
+"""A chat template that gives plain Transformers users the very texts that a model was trained on."""
+
+import copy
+from typing import Any
+
+from rlhf.data.templates import ChatFormat
+
+
+def portable_tokenizer(chat: ChatFormat) -> Any:
+    """A copy of the tokenizer whose own template renders conversations as ``chat`` does.
+
+    The template is wrapped, not rewritten: what it renders gets the BOS that the tokenizer would add, and a
+    conversation that is over ends with an end token, without white space behind it.
+    """
+    tokenizer = copy.deepcopy(chat.tokenizer)
+    tokenizer.chat_template = _wrapped(chat)
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def _wrapped(chat: ChatFormat) -> str:
+    template = chat.template.removesuffix("\n")  # as Jinja drops it at the end of a template
+    ends = "".join(f" or ended.endswith({token!r})" for token in chat.end_tokens).removeprefix(" or ")
+    bos = f"{{%- if not rendered.startswith({chat.bos!r}) %}}{{{{ {chat.bos!r} }}}}{{% endif -%}}" if chat.bos else ""
+    return (
+        "{%- set rendered %}\n"
+        f"{template}{{% endset -%}}\n"
+        f"{bos}"
+        "{%- if add_generation_prompt %}{{ rendered }}{% else %}"
+        "{%- set ended = rendered.rstrip() %}"
+        f"{{{{ ended if {ends} else ended + eos_token }}}}"
+        "{%- endif -%}"
+    )

@@ -1,0 +1,162 @@
+"""What became of the rows of each source: for people, for the run folder, and for the decision to go on."""
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from rlhf.core.errors import DataError
+from rlhf.core.files import write_text
+
+QUARANTINE = "quarantine.jsonl"
+TOO_LONG = "response too long"
+OVER_LENGTH = "over length, dropped"
+"""The reason listed for pairs that ``over_length: drop`` leaves out; they do not count as bad."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeftOut:
+    """One row that was left out."""
+
+    file: str
+    line: int
+    row_id: str
+    reason: str
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.row_id}: {self.reason}: {self.detail}"
+
+
+@dataclass(kw_only=True)
+class SourceReport:
+    """One source. Every row is either a pair or left out."""
+
+    role: Literal["train", "eval"]
+    name: str
+    weight: float
+    rows: int
+    pairs: int
+    shapes: dict[str, int]
+    """Readable rows by the shape they had."""
+    truncated: int
+    """Pairs whose prompt was cut."""
+    cached: bool
+    """Whether the tokens came from the cache."""
+    left_out: list[LeftOut]
+
+    @property
+    def dropped(self) -> int:
+        """Pairs left out because ``over_length`` says so."""
+        return sum(row.reason == OVER_LENGTH for row in self.left_out)
+
+    @property
+    def bad(self) -> dict[str, int]:
+        """Bad rows by reason, most frequent first."""
+        reasons = Counter(row.reason for row in self.left_out if row.reason != OVER_LENGTH)
+        return dict(reasons.most_common())
+
+    def line(self) -> str:
+        shapes = ", ".join(f"{count} {shape}" for shape, count in self.shapes.items())
+        parts = [f"{self.rows} rows ({shapes})", f"{self.pairs} pairs"]
+        parts += [f"{self.truncated} with a cut prompt"] if self.truncated else []
+        parts += [f"{self.dropped} dropped as too long"] if self.dropped else []
+        parts += [f"{count} bad: {reason}" for reason, count in self.bad.items()]
+        parts += [f"weight {self.weight:g}"] if self.weight != 1 else []
+        parts += ["tokens from the cache"] if self.cached else []
+        return f"{self.role} {self.name}: {', '.join(parts)}"
+
+    def as_dict(self) -> dict[str, Any]:
+        fields = {key: value for key, value in asdict(self).items() if key != "left_out"}
+        return {**fields, "dropped": self.dropped, "bad": self.bad}
+
+
+@dataclass(kw_only=True)
+class DataReport:
+    """What was loaded."""
+
+    template: str
+    """Where the chat template comes from."""
+    sources: list[SourceReport]
+    quarantine: str | None
+    """The file that lists the rows left out."""
+    notes: list[str]
+    train_pairs: int = 0
+    """Pairs of one epoch, repeats by weight included."""
+    eval_pairs: int = 0
+    held_out_prompts: int | None = None
+    """Prompts held out of the training sources; ``None`` where an eval source was given."""
+    shared_prompts: int = 0
+    """Prompts that both the training and the given eval sources hold."""
+    flipped: int = 0
+    """Training pairs with swapped answers."""
+    row_tokens: dict[str, int] = field(default_factory=dict)
+    """Quantiles of the tokens of a training row."""
+
+    def lines(self) -> list[str]:
+        lines = [f"template: {self.template}", *(source.line() for source in self.sources)]
+        if self.quarantine and any(source.left_out for source in self.sources):
+            lines.append(f"the rows left out are listed in {self.quarantine}")
+        flipped = f" ({self.flipped} with swapped answers)" if self.flipped else ""
+        quantiles = ", ".join(f"{name} {count}" for name, count in self.row_tokens.items())
+        lines.append(f"train: {self.train_pairs} pairs an epoch{flipped}; tokens of a row: {quantiles}")
+        held_out = self.held_out_prompts
+        origin = "" if held_out is None else f" of {held_out} prompts held out of the training sources"
+        lines.append(f"eval: {self.eval_pairs} pairs{origin}")
+        if self.shared_prompts:
+            lines.append(f"warning: {self.shared_prompts} prompts of the eval sources are also trained on")
+        return [*lines, *(f"note: {note}" for note in self.notes)]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as JSON-like values."""
+        sources = [source.as_dict() for source in self.sources]
+        return {**{key: value for key, value in vars(self).items()}, "sources": sources}
+
+
+def write_quarantine(path: Path, sources: list[SourceReport]) -> None:
+    """List the rows left out of all ``sources``, one JSON object a line; without any, the file is empty."""
+    rows = dict.fromkeys(row for source in sources for row in source.left_out)
+    write_text(path, "".join(json.dumps(asdict(row)) + "\n" for row in rows))
+
+
+def refuse_bad_sources(sources: list[SourceReport], max_share: float, quarantine: Path | None) -> None:
+    """Stop if a source has no pairs, or if too large a share of the training or of the eval rows is bad.
+
+    Raises:
+        DataError: with counts by reason, the first examples, and where the whole list is.
+    """
+    faults = [fault for source in sources for fault in _nothing_in(source)]
+    for role in ("train", "eval") if not faults else ():
+        faults += _too_many_bad([source for source in sources if source.role == role], max_share)
+    if faults:
+        listed = [f"All rows left out are listed in {quarantine}."] if quarantine else []
+        way_out = "Mend the data, or change data.quarantine_max_share; `rlhf data check` shows more."
+        if any(TOO_LONG in source.bad for source in sources):
+            way_out += " Against long responses: raise data.max_tokens, or set data.over_length=drop."
+        raise DataError("\n".join([*faults, *listed, way_out]))
+
+
+def _nothing_in(source: SourceReport) -> list[str]:
+    if source.pairs:
+        return []
+    if not source.rows:
+        return [f"data.{source.role}: {source.name} has no rows"]
+    return ["\n".join([f"data.{source.role}: {source.name} has no usable pair", *_reasons([source])])]
+
+
+def _too_many_bad(sources: list[SourceReport], max_share: float) -> list[str]:
+    bad, rows = sum(sum(source.bad.values()) for source in sources), sum(source.rows for source in sources)
+    if bad <= max_share * rows:
+        return []
+    head = (
+        f"data.{sources[0].role}: {bad} of {rows} rows are bad ({bad / rows:.1%}; allowed: {max_share:.1%})"
+    )
+    return ["\n".join([head, *_reasons(sources)])]
+
+
+def _reasons(sources: list[SourceReport]) -> list[str]:
+    """Counts by reason and the first three examples, as indented lines."""
+    rows = [row for source in sources for row in source.left_out]
+    counts = [f"  {count} x {reason}" for reason, count in Counter(row.reason for row in rows).most_common()]
+    return [*counts, *(f"  {row}" for row in [row for row in rows if row.reason != OVER_LENGTH][:3])]

@@ -1,0 +1,220 @@
+"""From messages to tokens, in the form that a rollout of the same model would have.
+
+The whole conversation is rendered by the chat template and tokenised once; where the response begins is
+found by character offset, so no token boundary is forced between prompt and response. The text begins with
+the tokenizer's BOS where the tokenizer adds one by itself and the template does not, and it ends with an
+end token: white space that a template puts behind its end-of-turn token is cut, and EOS is appended where
+the template has no such token.
+"""
+
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from rlhf.core.errors import DataError, ModelError
+from rlhf.core.files import digest
+from rlhf.data.records import Message
+
+PLAIN_TEMPLATE = """\
+{%- set names = {'system': 'System', 'user': 'User', 'assistant': 'Assistant'} -%}
+{%- for message in messages -%}
+{{ names.get(message['role'], message['role']) + ':\\n' + message['content'] }}
+{%- if message['role'] == 'assistant' %}{{ eos_token }}{% endif -%}
+{{ '\\n\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt %}{{ 'Assistant:\\n' }}{% endif -%}
+"""
+"""For base models, whose tokenizer brings no template: headings on their own lines, EOS after answers."""
+
+CHATML_TEMPLATE = """\
+{%- for message in messages -%}
+{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif -%}
+"""
+
+BUILT_IN_TEMPLATES = {"plain": PLAIN_TEMPLATE, "chatml": CHATML_TEMPLATE}
+
+
+class TemplateFault(DataError):
+    """The template cannot render one conversation, or does not show all of it to the model."""
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """A tokenizer with the chat template that goes with it; made by :func:`chat_format`."""
+
+    tokenizer: Any
+    template: str
+    """The Jinja text."""
+    origin: str
+    """Where the template comes from, in words."""
+    bos: str
+    """What to put before a rendered text that does not begin with it; empty if the tokenizer adds nothing."""
+    end_tokens: tuple[str, ...]
+    """Special tokens that may end a response."""
+
+    def render(self, prompt: Sequence[Message], response: Sequence[Message]) -> tuple[str, str]:
+        """The prompt, up to where a model would begin to write, and the whole text that begins with it.
+
+        Raises:
+            TemplateFault: if the template refuses the messages, or drops or rewrites some of them.
+        """
+        before = self.render_prompt(prompt)
+        whole = self._apply([*prompt, *response], generate=False)
+        if not whole.startswith(before):
+            raise TemplateFault(
+                "the template rewrites the prompt once the response follows it; give another data.template"
+            )
+        _refuse_dropped(whole[len(before) :], [m for m in response if m["role"] == "assistant"], "response")
+        return before, self._ended(whole)
+
+    def render_prompt(self, prompt: Sequence[Message]) -> str:
+        """The text after which a model writes its response.
+
+        Raises:
+            TemplateFault: if the template refuses the messages, or leaves out a user or system message.
+        """
+        before = self._apply(prompt, generate=True)
+        _refuse_dropped(before, [m for m in prompt if m["role"] in ("user", "system")], "prompt")
+        return before
+
+    def encode(self, prompt: Sequence[Message], response: Sequence[Message]) -> tuple[np.ndarray, int]:
+        """Token ids ``(T,)`` int32 and the index of the first response token. Raises like :meth:`render`."""
+        return self.tokenise([self.render(prompt, response)])[0]
+
+    def tokenise(self, rendered: Sequence[tuple[str, str]]) -> list[tuple[np.ndarray, int]]:
+        """Like :meth:`encode`, for many results of :meth:`render` in one call of the tokenizer."""
+        if not rendered:
+            return []
+        if not getattr(self.tokenizer, "is_fast", False):
+            return [self._tokenise_in_parts(*texts) for texts in rendered]
+        texts = [whole for _, whole in rendered]
+        batch = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        starts = [
+            _token_at(batch, row, len(before), len(whole), len(batch["input_ids"][row]))
+            for row, (before, whole) in enumerate(rendered)
+        ]
+        return [
+            (np.array(ids, np.int32), start) for ids, start in zip(batch["input_ids"], starts, strict=True)
+        ]
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """A name for all that decides on the text of a conversation."""
+        special = [self.bos, *_special_texts(self.tokenizer), *self.end_tokens]
+        return digest("format 1", self.template, *special)
+
+    @functools.cached_property
+    def tokenizer_digest(self) -> str:
+        return tokenizer_digest(self.tokenizer)
+
+    def _apply(self, messages: Sequence[Message], *, generate: bool) -> str:
+        try:
+            text = self.tokenizer.apply_chat_template(
+                list(messages), chat_template=self.template, tokenize=False, add_generation_prompt=generate
+            )
+        except jinja2.TemplateSyntaxError as error:
+            raise DataError(f"data.template ({self.origin}): line {error.lineno}: {error.message}") from None
+        except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
+            raise TemplateFault(f"the template refuses the conversation: {error}") from error
+        return text if text.startswith(self.bos) else self.bos + text
+
+    def _ended(self, text: str) -> str:
+        stripped = text.rstrip()
+        return stripped if stripped.endswith(self.end_tokens) else stripped + self.tokenizer.eos_token
+
+    def _tokenise_in_parts(self, before: str, whole: str) -> tuple[np.ndarray, int]:
+        """For tokenizers without offsets: a token boundary is forced where the response begins."""
+        texts = (before, whole[len(before) :])
+        parts = [self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
+        return np.array(parts[0] + parts[1], np.int32), len(parts[0])
+
+
+def chat_format(tokenizer: Any, template: str | None) -> ChatFormat:
+    """The format for ``data.template``: Jinja text, a file, a built-in name; ``None``: the tokenizer's own.
+
+    Raises:
+        DataError: if there is no such template. (Jinja that is not valid is reported at the first rendering.)
+        ModelError: if the tokenizer lacks tokens that the template or the end of a response needs.
+    """
+    text, origin = _template_text(tokenizer, template)
+    if not tokenizer.eos_token:
+        raise ModelError("the tokenizer has no EOS token: there is nothing to end a response with")
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    special = (special | set(tokenizer.all_special_tokens)) - {tokenizer.bos_token} | {tokenizer.eos_token}
+    if text == CHATML_TEMPLATE and "<|im_end|>" not in special:
+        raise ModelError("data.template=chatml: the tokenizer has no token <|im_end|>")
+    return ChatFormat(tokenizer, text, origin, _wanted_bos(tokenizer), tuple(sorted(special)))
+
+
+def template_digest(tokenizer: Any, template: str | None) -> str:
+    """A name for the form of text that a model is shown: the template, BOS, and what ends a response."""
+    return chat_format(tokenizer, template).digest
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """A name for the map from text to token ids: vocabulary, merges, normalisation, special tokens."""
+    if getattr(tokenizer, "is_fast", False):
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        described = {key: value for key, value in state.items() if key not in ("padding", "truncation")}
+    else:
+        described = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
+    return digest(json.dumps(described, sort_keys=True), *_special_texts(tokenizer))
+
+
+# ------------------------------------------------------------------------------------------------- details
+
+
+def _template_text(tokenizer: Any, template: str | None) -> tuple[str, str]:
+    if template is None:
+        if getattr(tokenizer, "chat_template", None):
+            return tokenizer.get_chat_template(), "the tokenizer's own"
+        return PLAIN_TEMPLATE, "plain, because the tokenizer has none"
+    if template in BUILT_IN_TEMPLATES:
+        return BUILT_IN_TEMPLATES[template], template
+    if "{" in template:
+        return template, "given in the recipe"
+    path = Path(template).expanduser()
+    if not path.is_file():
+        names = " or ".join(BUILT_IN_TEMPLATES)
+        raise DataError(f"data.template = {template}: there is no such file, and it is not {names}")
+    return path.read_text(encoding="utf-8"), template
+
+
+def _wanted_bos(tokenizer: Any) -> str:
+    """BOS, if the tokenizer puts it before any text by itself."""
+    bos = tokenizer.bos_token_id
+    return tokenizer.bos_token if bos is not None and tokenizer("a")["input_ids"][0] == bos else ""
+
+
+def _special_texts(tokenizer: Any) -> list[str]:
+    return [str(getattr(tokenizer, f"{name}_token")) for name in ("bos", "eos", "pad", "unk")]
+
+
+def _refuse_dropped(text: str, messages: Sequence[Message], part: str) -> None:
+    place = 0
+    for message in messages:
+        content = message["content"].strip()
+        found = text.find(content, place)
+        if found < 0:
+            raise TemplateFault(
+                f"the template drops or rewrites the {part}: the {message['role']} message {content[:40]!r} "
+                "is not in the rendered text; give another data.template"
+            )
+        place = found + len(content)
+
+
+def _token_at(batch: Any, row: int, begin: int, end: int, count: int) -> int:
+    """The first token that holds a character from ``begin`` on (white space may belong to no token)."""
+    for place in range(begin, end):
+        token = batch.char_to_token(row, place)
+        if token is not None:
+            return token
+    return count

@@ -1,0 +1,1 @@
+"""Ranks, ZeRO stages, precision and checkpoints: the only place that knows DeepSpeed."""

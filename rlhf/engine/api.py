@@ -1,0 +1,54 @@
+"""What a stage knows of its engine."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from rlhf.engine.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What happened to one optimizer step. ``applied`` is false, on all ranks, if it was not finite."""
+
+    applied: bool
+    grad_norm: float
+    learning_rate: float
+    bad_rank: bool
+    """Whether this very rank saw a loss that was not finite."""
+    scaler_overflow: bool = False
+    """A float16 gradient overflowed although the loss was finite: the loss scale shrinks, nothing is wrong."""
+
+
+class Engine(Protocol):
+    """One model under training. ZeRO stage and precision are known only behind this."""
+
+    ranks: Ranks
+    module: nn.Module
+    description: str
+    """One line that names optimizer, ZeRO stage and precision."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module; under ZeRO-3 all ranks must make the same calls."""
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradient of ``loss`` to the step. The update follows the sum over micro-batches and ranks.
+
+        Args:
+            loss: scalar. Divide by the global count, not by the ranks.
+            last: whether this is the last micro-batch of the step; all ranks must agree.
+        """
+
+    def step(self) -> StepInfo:
+        """Clip, update and move the schedule; or drop the step on all ranks if it is not finite."""
+
+    def save(self, folder: Path) -> None:
+        """Write weights, optimizer and schedule into ``folder``. Every rank must call it."""
+
+    def load(self, folder: Path) -> None:
+        """Read back what :meth:`save` wrote on the same number of ranks."""
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """All weights on the CPU of the main rank, empty elsewhere. Every rank must call it."""

@@ -1,0 +1,63 @@
+"""From the recipe's engine section to an engine."""
+
+import logging
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from rlhf.core.errors import ConfigError
+from rlhf.core.files import write_json
+from rlhf.engine.api import Engine
+from rlhf.engine.deepspeed_config import RunValues, resolve
+from rlhf.engine.local import LocalEngine
+from rlhf.engine.options import EngineConfig, OptimizerConfig
+from rlhf.engine.ranks import Ranks
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def precision_of(config: EngineConfig) -> str:
+    """The precision of the run; "auto" is bfloat16 on a GPU that has it, else float32."""
+    if config.precision != "auto":
+        return config.precision
+    on_gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return "bfloat16" if on_gpu and config.kind == "deepspeed" else "float32"
+
+
+def build_engine(
+    module: nn.Module,
+    *,
+    ranks: Ranks,
+    config: EngineConfig,
+    optimizer: OptimizerConfig,
+    total_steps: int,
+    hidden_size: int,
+    folder: Path,
+) -> Engine:
+    """Wrap ``module`` for training; the resolved DeepSpeed JSON is saved as ``deepspeed.json`` in ``folder``.
+
+    Raises:
+        ConfigError: if engine, precision and DeepSpeed JSON do not go together.
+    """
+    precision = precision_of(config)
+    if config.kind == "local":
+        if precision != "float32":
+            raise ConfigError(f"engine.precision = {precision}: the local engine trains in float32 only")
+        return LocalEngine(module, ranks=ranks, optimizer=optimizer, total_steps=total_steps)
+    values = RunValues(
+        precision=precision,
+        gradient_clipping=optimizer.max_grad_norm,
+        world_size=ranks.world_size,
+        hidden_size=hidden_size,
+    )
+    resolved = resolve(config.deepspeed, values)
+    if ranks.is_main:
+        write_json(folder / "deepspeed.json", resolved)
+    from rlhf.engine.zero import ZeroEngine  # importing DeepSpeed takes seconds: only where it is used
+
+    return ZeroEngine(
+        module, ranks=ranks, optimizer=optimizer, total_steps=total_steps, deepspeed_config=resolved
+    )

@@ -1,0 +1,70 @@
+"""Plain torch in float32: the engine to compare with and to debug on. Several ranks sum gradients."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf.engine.api import StepInfo
+from rlhf.engine.optimizers import build_optimizer, build_schedule
+from rlhf.engine.options import OptimizerConfig
+from rlhf.engine.ranks import Ranks
+
+
+class LocalEngine:
+    """See :class:`rlhf.engine.api.Engine`."""
+
+    def __init__(self, module: nn.Module, *, ranks: Ranks, optimizer: OptimizerConfig, total_steps: int) -> None:
+        self.ranks = ranks
+        self.module = module.to(ranks.device)
+        self._max_grad_norm = optimizer.max_grad_norm
+        self._optimizer = build_optimizer(self.module, optimizer, fused=True)
+        self._schedule = build_schedule(self._optimizer, optimizer, total_steps)
+        self._trainable = [p for p in self.module.parameters() if p.requires_grad]
+        self._bad = False
+        self.description = f"plain torch, float32, fused torch AdamW, {ranks.world_size} rank(s)"
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        self._bad |= not bool(torch.isfinite(loss.detach()))
+        loss.backward()
+
+    def step(self) -> StepInfo:
+        rate = self._schedule.get_last_lr()[0]
+        bad, self._bad = self._bad, False
+        if self.ranks.world_size > 1:
+            for parameter in self._trainable:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                parameter.grad = self.ranks.sum(parameter.grad)
+        limit = self._max_grad_norm or float("inf")
+        norm = float(nn.utils.clip_grad_norm_(self._trainable, limit))
+        applied = not self.ranks.any(bad or not torch.isfinite(torch.tensor(norm)))
+        if applied:
+            self._optimizer.step()
+            self._schedule.step()
+        self._optimizer.zero_grad()
+        return StepInfo(applied, norm, rate, bad)
+
+    def save(self, folder: Path) -> None:
+        if self.ranks.is_main:
+            state = {
+                "module": self.module.state_dict(),
+                "optimizer": self._optimizer.state_dict(),
+                "schedule": self._schedule.state_dict(),
+            }
+            torch.save(state, folder / "engine.pt")
+
+    def load(self, folder: Path) -> None:
+        state = torch.load(folder / "engine.pt", map_location=self.ranks.device, weights_only=True)
+        self.module.load_state_dict(state["module"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._schedule.load_state_dict(state["schedule"])
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        if not self.ranks.is_main:
+            return {}
+        return {name: value.detach().cpu() for name, value in self.module.state_dict().items()}

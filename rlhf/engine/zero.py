@@ -1,0 +1,137 @@
+"""DeepSpeed, and it alone: ZeRO 0 to 3 behind the engine protocol."""
+
+import contextlib
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+from torch import Tensor, nn
+
+from rlhf.core.errors import CheckpointError
+from rlhf.engine.api import StepInfo
+from rlhf.engine.optimizers import build_optimizer, build_schedule
+from rlhf.engine.options import OptimizerConfig
+from rlhf.engine.ranks import Ranks
+
+TAG = "deepspeed"
+
+log = logging.getLogger(__name__)
+
+
+class ZeroEngine:
+    """See :class:`rlhf.engine.api.Engine`.
+
+    DeepSpeed averages gradients over ranks and knows a fixed number of micro-batches; a global batch here
+    has as many as its tokens need. So the loss is scaled by the ranks, and the boundary is set by hand.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        ranks: Ranks,
+        optimizer: OptimizerConfig,
+        total_steps: int,
+        deepspeed_config: dict[str, Any],
+    ) -> None:
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        self.ranks = ranks
+        zero = deepspeed_config.get("zero_optimization", {})
+        self.stage = int(zero.get("stage", 0))
+        self._max_grad_norm = optimizer.max_grad_norm
+        adam, name = _build_adam(module, optimizer, offload=_offloads(zero), on_cpu=ranks.device.type == "cpu")
+        self._engine, self._optimizer, _, self._schedule = deepspeed.initialize(
+            model=module,
+            optimizer=adam,
+            lr_scheduler=build_schedule(adam, optimizer, total_steps),
+            config=deepspeed_config,
+            dist_init_required=False,
+        )
+        self.module = self._engine.module
+        self._has_frozen = any(not p.requires_grad for p in self.module.parameters())
+        self._float16 = bool(deepspeed_config.get("fp16", {}).get("enabled", False))
+        self._bad = False
+        precision = next(self.module.parameters()).dtype
+        self.description = (
+            f"DeepSpeed ZeRO-{self.stage}, {str(precision).removeprefix('torch.')}, {name}, "
+            f"{ranks.world_size} rank(s)"
+        )
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._engine(*args, **kwargs)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        finite = bool(torch.isfinite(loss.detach()))
+        self._bad |= not finite
+        self._engine.set_gradient_accumulation_boundary(last)
+        # A loss of minus infinity can still have finite gradients; make sure that the step is dropped.
+        scale = self.ranks.world_size if finite else math.nan
+        self._engine.backward(loss * scale)
+
+    def step(self) -> StepInfo:
+        rate = self._schedule.get_last_lr()[0]
+        bad, self._bad = self._bad, False
+        lost = self.ranks.any(bad)
+        if isinstance(self._optimizer, torch.optim.Optimizer) and not hasattr(self._optimizer, "overflow"):
+            return self._step_without_zero(rate, bad, lost)
+        self._engine.step()
+        overflow = bool(getattr(self._optimizer, "overflow", False))
+        norm = float(self._engine.get_global_grad_norm() or 0.0)
+        applied = not overflow and math.isfinite(norm)
+        return StepInfo(applied, norm, rate, bad, self._float16 and overflow and not lost)
+
+    def _step_without_zero(self, rate: float, bad: bool, lost: bool) -> StepInfo:
+        """ZeRO-0 in float32 hands back the bare optimizer, which would apply any gradient."""
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        norm = float(nn.utils.get_total_norm(gradients)) if gradients else 0.0
+        if lost or not math.isfinite(norm):
+            self._engine.zero_grad()
+            return StepInfo(False, norm, rate, bad)
+        self._engine.step()
+        return StepInfo(True, norm, rate, bad)
+
+    def save(self, folder: Path) -> None:
+        self._engine.save_checkpoint(
+            str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=self._has_frozen
+        )
+
+    def load(self, folder: Path) -> None:
+        found, _ = self._engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=not self._has_frozen)
+        if found is None:
+            raise CheckpointError(f"{folder}: DeepSpeed found no state with tag {TAG!r} in it")
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        values: dict[str, Tensor] = {}
+        tensors = [*self.module.named_parameters(), *self.module.named_buffers()]
+        kept = self.module.state_dict().keys()
+        for name, tensor in tensors:
+            with self._whole(tensor):
+                if self.ranks.is_main and name in kept:
+                    values[name] = tensor.detach().cpu().clone()
+        return values
+
+    def _whole(self, tensor: Tensor) -> contextlib.AbstractContextManager:
+        partitioned = self.stage == 3 and hasattr(tensor, "ds_id")
+        return GatheredParameters([tensor]) if partitioned else contextlib.nullcontext()
+
+
+def _offloads(zero: dict[str, Any]) -> bool:
+    return (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
+
+
+def _build_adam(module: nn.Module, config: OptimizerConfig, *, offload: bool, on_cpu: bool):
+    """The AdamW that fits, with its name: DeepSpeed's CPU op for offloaded states where it builds, else torch's."""
+    if offload:
+        try:
+            return build_optimizer(module, config, DeepSpeedCPUAdam, adamw_mode=True), "DeepSpeed CPU AdamW"
+        except Exception as error:  # building the op needs ninja, a C++ compiler and the Python headers
+            log.warning("DeepSpeed's CPU Adam op does not build here (%s); torch AdamW takes its place", error)
+            return build_optimizer(module, config, foreach=False), "torch AdamW (CPU Adam op not built)"
+    if on_cpu or torch.cuda.is_available():
+        return build_optimizer(module, config, fused=True), "fused torch AdamW"
+    return build_optimizer(module, config), "torch AdamW"

@@ -1,0 +1,1 @@
+"""Backbones, adapters, heads, and the folders they are loaded from and published to."""

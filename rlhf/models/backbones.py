@@ -1,0 +1,176 @@
+"""Load a Transformers backbone, freeze or adapt it, and know its parts."""
+
+import importlib.util
+import json
+import logging
+import os
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from rlhf.core.errors import ModelError
+from rlhf.models.options import BackboneConfig, LoraOptions
+
+HEAD_NAMES = ("score", "classifier")
+
+log = logging.getLogger(__name__)
+
+
+def load_classifier(
+    config: BackboneConfig, *, dtype: torch.dtype, pad_token_id: int, vocabulary: int
+) -> PreTrainedModel:
+    """``AutoModelForSequenceClassification`` with one label, on the CPU.
+
+    Args:
+        config: which model, and how much of it.
+        dtype: of all weights.
+        pad_token_id: written into the configuration; it must never end a text (see rlhf.models.tokenizer).
+        vocabulary: tokens of the tokenizer; the embedding grows to it, never to a rounder number.
+    Raises:
+        ModelError: if the folder or name cannot be loaded as a classifier.
+    """
+    settings = load_model_config(config)
+    settings.num_labels = 1
+    check_host_memory(config, dtype)
+    chatter = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # a new head and dropped layers are no news here
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(
+            config.path,
+            config=settings,
+            revision=config.revision,
+            dtype=dtype,
+            attn_implementation=attention_implementation(config.attention, dtype),
+            trust_remote_code=config.trust_remote_code,
+        )
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise ModelError(f"model.path = {config.path}: cannot be loaded as a sequence classifier: {error}") from error
+    finally:
+        transformers_logging.set_verbosity(chatter)
+    if vocabulary > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(vocabulary)
+    model.config.pad_token_id = pad_token_id
+    return model
+
+
+def load_model_config(config: BackboneConfig) -> PretrainedConfig:
+    """The model's configuration, cut to ``config.layers``."""
+    if Path(config.path).suffix == ".gguf":
+        raise ModelError(f"model.path = {config.path} is a GGUF file; turn it into a folder: rlhf import-gguf {config.path} FOLDER")
+    try:
+        settings = AutoConfig.from_pretrained(
+            config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"model.path = {config.path}: neither a Transformers folder nor a model of the hub: {error}"
+        ) from error
+    if config.layers is not None:
+        if config.layers > settings.num_hidden_layers:
+            raise ModelError(f"model.layers = {config.layers}, but {config.path} has {settings.num_hidden_layers}")
+        settings.num_hidden_layers = config.layers
+        if getattr(settings, "layer_types", None):
+            settings.layer_types = settings.layer_types[: config.layers]
+    return settings
+
+
+def attention_implementation(wanted: str, dtype: torch.dtype) -> str | None:
+    """The name Transformers takes; ``None`` leaves the choice to it (SDPA where the model has it)."""
+    if wanted != "auto":
+        return wanted
+    flash = importlib.util.find_spec("flash_attn") is not None and torch.cuda.is_available()
+    return "flash_attention_2" if flash and dtype in (torch.bfloat16, torch.float16) else None
+
+
+def freeze_lower_layers(model: PreTrainedModel, count: int) -> None:
+    """No gradient for the input embeddings and the first ``count`` layers."""
+    if count == 0:
+        return
+    layers = decoder_layers(model)
+    if count > len(layers):
+        raise ModelError(f"model.freeze_layers = {count}, but the model has {len(layers)} layers")
+    model.get_input_embeddings().requires_grad_(False)
+    for layer in layers[:count]:
+        layer.requires_grad_(False)
+
+
+def add_lora(model: PreTrainedModel, options: LoraOptions, *, freeze_layers: int) -> PeftModel:
+    """Put adapters into ``model`` (in place) above the frozen layers; everything else but the head is frozen.
+
+    Returns:
+        The peft wrapper: keep it to merge the adapters later.
+    """
+    count = len(decoder_layers(model))
+    above = list(range(freeze_layers, count)) if freeze_layers else None
+    settings = LoraConfig(
+        r=options.rank,
+        lora_alpha=options.alpha,
+        lora_dropout=options.dropout,
+        target_modules=options.targets,
+        exclude_modules=list(HEAD_NAMES) if options.targets == "all-linear" else None,
+        layers_to_transform=None if options.targets == "all-linear" else above,
+    )
+    try:
+        wrapped = get_peft_model(model, settings)
+    except ValueError as error:
+        raise ModelError(f"model.lora.targets = {options.targets}: {error}") from error
+    freeze_adapters_below(model, freeze_layers)
+    return wrapped
+
+
+def freeze_adapters_below(model: PreTrainedModel, count: int) -> None:
+    """``all-linear`` puts adapters everywhere; those of frozen layers stay at zero and cost no gradient."""
+    for layer in decoder_layers(model)[:count]:
+        layer.requires_grad_(False)
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The stack of layers, found by its length."""
+    count = model.config.num_hidden_layers
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise ModelError(f"{type(model).__name__}: no stack of {count} layers found; freeze_layers cannot be used with it")
+
+
+def check_host_memory(config: BackboneConfig, dtype: torch.dtype) -> None:
+    """Refuse to load what this host cannot hold: a killed process (exit code -9) would not say why."""
+    bytes_here = checkpoint_bytes(Path(config.path), dtype)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    available = available_memory()
+    if bytes_here is None or available is None or bytes_here * processes < available:
+        return
+    raise ModelError(
+        f"model.path = {config.path}: {processes} process(es) on this host load {bytes_here / 2**30:.1f} GiB each, "
+        f"but only {available / 2**30:.1f} GiB of host memory are free; the system would kill the run with exit "
+        "code -9. Use fewer processes per node, a host with more memory, or a smaller model.layers"
+    )
+
+
+def checkpoint_bytes(folder: Path, dtype: torch.dtype) -> int | None:
+    """Size of the weights in ``dtype``, from the safetensors headers; ``None`` for names of the hub."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        return None
+    elements = 0
+    for file in files:
+        with file.open("rb") as handle:
+            header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                elements += torch.Size(entry["shape"]).numel()
+    return elements * dtype.itemsize
+
+
+def available_memory() -> int | None:
+    """Bytes that new processes can take, as Linux estimates them."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    fields = dict(line.split(":", 1) for line in lines)
+    return int(fields["MemAvailable"].split()[0]) * 1024

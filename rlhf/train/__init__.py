@@ -1,0 +1,1 @@
+"""The optimizer loop that the stages share, and what watches it."""

@@ -1,0 +1,211 @@
+"""``fit``: the one optimizer loop that the stages share. No algorithm in it."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from rlhf.core.errors import CheckpointError, ConfigError, TrainingStopped
+from rlhf.core.files import write_json
+from rlhf.engine.api import Engine, StepInfo
+from rlhf.engine.checkpoint import CheckpointStore
+from rlhf.train.metrics import MetricLog, SkipLog
+from rlhf.train.options import TrainConfig
+from rlhf.train.progress import Progress
+
+
+class Task(Protocol):
+    """What a stage hands to :func:`fit`. Metrics must be equal on all ranks."""
+
+    def micro_batches(self, step: int) -> Sequence[Any]:
+        """This rank's micro-batches of the step; every rank has equally many."""
+
+    def loss(self, batch: Any) -> Tensor:
+        """This micro-batch's share of the global mean loss."""
+
+    def step_metrics(self) -> dict[str, float]:
+        """Metrics over all ranks and micro-batches of the step just finished."""
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out metrics, their names starting with ``eval/``; empty without held-out data."""
+
+    def row_ids(self, batch: Any) -> Sequence[str]:
+        """Which rows of the data are in ``batch``, for messages."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass
+class LoopState:
+    """Where a run stands. Saved in every checkpoint."""
+
+    step: int = 0
+    best_value: float | None = None
+    best_step: int | None = None
+    evaluations_without_gain: int = 0
+    skipped_in_a_row: int = 0
+    stopped_early: bool = False
+    last_evaluation: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """The run folder's side of a training run: checkpoints, logs, and what makes two runs the same."""
+
+    folder: Path
+    store: CheckpointStore
+    identity: dict[str, Any]
+    """Settings that a resumed run must share with the checkpoint; compared key by key."""
+    max_skipped_steps: int
+
+
+def fit(engine: Engine, task: Task, config: TrainConfig, run: Run, total_steps: int) -> LoopState:
+    """Train from the newest intact checkpoint (or from the start) to ``total_steps``.
+
+    Returns:
+        The final state. The engine then holds the weights of the last step.
+    Raises:
+        TrainingStopped: after ``run.max_skipped_steps`` steps in a row that were not finite.
+        CheckpointError: if the checkpoint found belongs to another run.
+    """
+    state = restore(engine, task, config, run)
+    log = MetricLog(run.folder, engine.ranks, config, resume_step=state.step)
+    skips = SkipLog(run.folder, engine.ranks, run.max_skipped_steps)
+    progress = Progress(engine.ranks, total_steps, state.step)
+    with log, progress:
+        while state.step < total_steps and not state.stopped_early:
+            started = time.perf_counter()
+            info, metrics = _train_step(engine, task, state.step, skips)
+            state.step += 1
+            seconds = time.perf_counter() - started
+            _count_skips(state, info, run.max_skipped_steps)
+            metrics |= {"learning_rate": info.learning_rate, "grad_norm": info.grad_norm}
+            metrics |= _rates(metrics, seconds)
+            last = state.step == total_steps
+            if last or state.step % config.log_every == 0:
+                log.write(state.step, metrics)
+            progress.advance(state.step, metrics)
+            due = config.evaluate_every and state.step % config.evaluate_every == 0
+            improved = (due or last) and _evaluate(task, config, state, log, progress)
+            due = config.checkpoint_every and state.step % config.checkpoint_every == 0
+            if due or improved or last or state.stopped_early:
+                save(engine, task, run, state)
+    return state
+
+
+def restore(engine: Engine, task: Task, config: TrainConfig, run: Run) -> LoopState:
+    """Load the newest intact checkpoint as ``config.resume`` says; a fresh state where there is none."""
+    found = run.store.steps()
+    if found and config.resume == "never":
+        raise ConfigError(
+            f"{run.folder} already holds checkpoints (latest: step {found[-1]}) and train.resume = never; "
+            "set train.resume=auto to go on from there, or choose another output folder"
+        )
+    path = run.store.newest_intact()
+    if path is None:
+        if config.resume == "required" or found:
+            raise CheckpointError(
+                f"{run.store.folder}: no intact checkpoint to resume from"
+                + (f" (damaged: steps {found}); remove the folder to start anew" if found else "")
+            )
+        return LoopState()
+    load_checkpoint(engine, task, run, path)
+    state = LoopState(**json.loads((path / "loop.json").read_text())["state"])
+    if engine.ranks.is_main:
+        print(f"resuming from {path} at step {state.step}", flush=True)
+    return state
+
+
+def load_checkpoint(engine: Engine, task: Task, run: Run, path: Path) -> None:
+    """Put engine, task and random state back to what they were when ``path`` was written."""
+    saved = engine.ranks.on_main(lambda: json.loads((path / "loop.json").read_text()))["identity"]
+    now = json.loads(json.dumps(run.identity))
+    changed = [key for key in sorted({*saved, *now}) if saved.get(key) != now.get(key)]
+    if changed:
+        lines = "".join(f"\n  {key}: {saved.get(key)} in the checkpoint, {now.get(key)} now" for key in changed)
+        raise CheckpointError(
+            f"{path} belongs to another run:{lines}\nrestore these settings, or choose another output folder"
+        )
+    engine.load(path)
+    task.load_state_dict(torch.load(path / "task.pt", weights_only=True, map_location="cpu"))
+    run.store.restore_random_state(path)
+
+
+def save(engine: Engine, task: Task, run: Run, state: LoopState) -> None:
+    """Write a full-state checkpoint of ``state.step``."""
+
+    def write(folder: Path) -> None:
+        engine.save(folder)
+        if engine.ranks.is_main:
+            torch.save(task.state_dict(), folder / "task.pt")
+            write_json(folder / "loop.json", {"state": asdict(state), "identity": run.identity})
+
+    protected = frozenset() if state.best_step is None else frozenset({state.best_step})
+    run.store.save(state.step, write, protected)
+
+
+def _train_step(engine: Engine, task: Task, step: int, skips: SkipLog) -> tuple[StepInfo, dict[str, float]]:
+    batches = task.micro_batches(step)
+    bad_rows: list[str] = []
+    for place, batch in enumerate(batches):
+        loss = task.loss(batch)
+        engine.backward(loss, last=place == len(batches) - 1)
+        if not torch.isfinite(loss.detach()):
+            bad_rows += task.row_ids(batch)
+    info = engine.step()
+    metrics = task.step_metrics()
+    if not info.applied and not info.scaler_overflow:
+        rows = [row for batch in batches for row in task.row_ids(batch)]
+        skips.record(step + 1, info, bad_rows, rows)
+    return info, metrics | {"step_skipped": float(not info.applied)}
+
+
+def _count_skips(state: LoopState, info: StepInfo, limit: int) -> None:
+    if info.applied:
+        state.skipped_in_a_row = 0
+    elif not info.scaler_overflow:
+        state.skipped_in_a_row += 1
+    if state.skipped_in_a_row >= limit:
+        raise TrainingStopped(
+            f"{limit} steps in a row (up to step {state.step}) had a loss or gradient that was not finite; "
+            "skipped.jsonl in the run folder names their rows. Try a lower optim.learning_rate, "
+            "or engine.precision=bfloat16 instead of float16; earlier checkpoints are intact"
+        )
+
+
+def _rates(metrics: dict[str, float], seconds: float) -> dict[str, float]:
+    rates = {"time/step_seconds": seconds}
+    for name in ("pairs", "tokens"):
+        if name in metrics:
+            rates[f"time/{name}_per_second"] = metrics[name] / seconds
+    return rates
+
+
+def _evaluate(task: Task, config: TrainConfig, state: LoopState, log: MetricLog, progress: Progress) -> bool:
+    """Evaluate, log, and note whether the best metric improved."""
+    progress.note(f"evaluating at step {state.step}")
+    metrics = task.evaluate()
+    if not metrics:
+        return False
+    log.write(state.step, metrics)
+    progress.evaluation(state.step, metrics)
+    state.last_evaluation = metrics
+    name = config.best_metric.removeprefix("-")
+    if name not in metrics:
+        raise ConfigError(f"train.best_metric = {name}: no such metric; there are {', '.join(sorted(metrics))}")
+    value = -metrics[name] if config.best_metric.startswith("-") else metrics[name]
+    if state.best_value is None or value > state.best_value:
+        state.best_value, state.best_step, state.evaluations_without_gain = value, state.step, 0
+        return True
+    state.evaluations_without_gain += 1
+    if config.patience is not None and state.evaluations_without_gain >= config.patience:
+        state.stopped_early = True
+        progress.note(f"no better {name} in {config.patience} evaluations: stopping at step {state.step}")
+    return False

@@ -1,0 +1,103 @@
+"""Metrics of a run: ``metrics.jsonl`` and TensorBoard always, W&B when asked."""
+
+import contextlib
+import json
+import logging
+import math
+from pathlib import Path
+from types import TracebackType
+
+from rlhf.core.errors import ConfigError
+from rlhf.core.files import write_text
+from rlhf.engine.api import StepInfo
+from rlhf.engine.ranks import Ranks
+from rlhf.train.options import TrainConfig
+
+log = logging.getLogger(__name__)
+
+
+class MetricLog:
+    """Writes on the main rank only. Rows past ``resume_step`` (of a killed run) are dropped first."""
+
+    def __init__(self, folder: Path, ranks: Ranks, config: TrainConfig, resume_step: int) -> None:
+        self._folder, self._config, self._step = folder, config, resume_step
+        self._active = ranks.is_main
+        self._open = contextlib.ExitStack()
+        self._file = self._board = self._wandb = None
+
+    def __enter__(self) -> "MetricLog":
+        if not self._active:
+            return self
+        path = self._folder / "metrics.jsonl"
+        _drop_rows_after(path, self._step)
+        self._file = self._open.enter_context(path.open("a", encoding="utf-8"))
+        if self._config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=self._step + 1)
+            self._open.callback(self._board.close)
+        if self._config.wandb_project:
+            self._wandb = _start_wandb(self._config.wandb_project, self._folder)
+            self._open.callback(self._wandb.finish)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._open.close()
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        if not self._active:
+            return
+        # JSON knows no NaN: a value that is not finite is written as null.
+        row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self._file.write(json.dumps({"step": step, **row}) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in metrics.items():
+                self._board.add_scalar(name if "/" in name else f"train/{name}", value, step)
+        if self._wandb is not None:
+            self._wandb.log(metrics, step=step)
+
+
+class SkipLog:
+    """Names the rows of steps that were skipped because they were not finite."""
+
+    def __init__(self, folder: Path, ranks: Ranks, limit: int) -> None:
+        self._path, self._ranks, self._limit = folder / "skipped.jsonl", ranks, limit
+
+    def record(self, step: int, info: StepInfo, bad_rows: list[str], rows: list[str]) -> None:
+        """Every rank must call it. Rows of non-finite losses if there are any, else all rows of the step."""
+        found = self._ranks.gather_objects((bad_rows, rows))
+        guilty = [row for part, _ in found for row in part]
+        named = guilty or [row for _, part in found for row in part]
+        if not self._ranks.is_main:
+            return
+        what = "loss" if guilty else "gradient norm"
+        entry = {"step": step, "not_finite": what, "rows": named}
+        with self._path.open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(entry) + "\n")
+        shown = ", ".join(named[:8]) + (f" and {len(named) - 8} more" if len(named) > 8 else "")
+        log.warning("step %d skipped on all ranks: %s not finite; rows: %s", step, what, shown)
+
+
+def _drop_rows_after(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:  # the last line of a killed run may be cut short
+            continue
+        if row["step"] <= step:
+            kept.append(line)
+    write_text(path, "".join(line + "\n" for line in kept))
+
+
+def _start_wandb(project: str, folder: Path):
+    try:
+        import wandb
+    except ImportError as error:
+        raise ConfigError(
+            f"train.wandb_project = {project}, but wandb is not installed: pip install 'margin-rlhf[wandb]'"
+        ) from error
+    return wandb.init(project=project, dir=str(folder), id=folder.name, resume="allow")

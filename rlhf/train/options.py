@@ -1,0 +1,46 @@
+"""What a recipe says about the optimizer loop, for every stage that uses it."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Length of the run, batches, evaluation, checkpoints and logs."""
+
+    global_batch_pairs: Annotated[int, Gt(0)] = 64
+    """Pairs per optimizer step, over all ranks; the last batch of an epoch may be smaller."""
+    micro_batch_tokens: Annotated[int, Gt(0)] = 8192
+    """Padded tokens that one rank computes at once. Lower it when memory runs out: results do not change."""
+    row_groups: Annotated[int, Gt(0)] = 4
+    """Blocks of own padded length in a micro-batch: more blocks, less padding, more kernel launches."""
+    epochs: Annotated[float, Gt(0)] = 1.0
+    """Passes over the training pairs."""
+    max_steps: Annotated[int, Gt(0)] | None = None
+    """Stop after this many steps, even if epochs says more."""
+    seed: int = 0
+    """Seed of the data order, of new weights and of dropout."""
+    evaluate_every: Annotated[int, Ge(0)] = 50
+    """Steps between held-out evaluations; 0 evaluates at the end only."""
+    checkpoint_every: Annotated[int, Ge(0)] = 100
+    """Steps between full-state checkpoints; 0 writes one at the end only."""
+    keep_checkpoints: Annotated[int, Gt(0)] = 2
+    """How many of the latest checkpoints stay; the best one stays as well."""
+    resume: Literal["auto", "never", "required"] = "auto"
+    """auto: go on from the newest intact checkpoint if there is one. never: refuse a run folder with checkpoints.
+    required: refuse one without."""
+    best_metric: str = "eval/accuracy"
+    """Held-out metric that decides which checkpoint is the best; higher is better, or lower with a leading minus
+    (-eval/loss)."""
+    publish: Literal["best", "last"] = "best"
+    """Which weights become final/."""
+    patience: Annotated[int, Gt(0)] | None = None
+    """Stop after this many evaluations without a better best_metric."""
+    log_every: Annotated[int, Gt(0)] = 1
+    """Steps between lines of metrics.jsonl and TensorBoard."""
+    tensorboard: bool = True
+    """Write TensorBoard event files into the run folder."""
+    wandb_project: str | None = None
+    """Also log to this Weights & Biases project (pip install 'margin-rlhf[wandb]')."""

@@ -1,0 +1,82 @@
+"""One progress display, on the main rank: a live bar in a terminal, plain lines in a log file."""
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from rlhf.engine.ranks import Ranks
+
+SHOWN = ("loss", "accuracy", "margin/mean", "time/pairs_per_second", "time/tokens_per_second")
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Progress:
+    """Steps done, ETA, pairs/s and tokens/s."""
+
+    def __init__(self, ranks: Ranks, total_steps: int, start_step: int) -> None:
+        self._active, self._total, self._start = ranks.is_main, total_steps, start_step
+        self._console = Console(highlight=False)
+        self._began = time.monotonic()
+        self._printed = 0.0
+        self._bar: Bar | None = None
+
+    def __enter__(self) -> "Progress":
+        if self._active and self._console.is_terminal:
+            self._bar = Bar(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=24),
+                TimeElapsedColumn(),
+                TextColumn("ETA"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[metrics]}"),
+                console=self._console,
+            )
+            self._task = self._bar.add_task("train", total=self._total, completed=self._start, metrics="")
+            self._bar.start()
+        self._began = time.monotonic()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self, step: int, metrics: dict[str, float]) -> None:
+        if not self._active:
+            return
+        text = _describe(metrics)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, metrics=text)
+            return
+        now = time.monotonic()
+        if step == self._total or now - self._printed > SECONDS_BETWEEN_LINES:
+            self._printed = now
+            left = (now - self._began) / (step - self._start) * (self._total - step)
+            self._console.print(f"step {step}/{self._total}  ETA {_clock(left)}  {text}", soft_wrap=True)
+
+    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        shown = "  ".join(f"{name.removeprefix('eval/')} {value:.4f}" for name, value in metrics.items())
+        self.note(f"held-out at step {step}: {shown}")
+
+    def note(self, text: str) -> None:
+        if self._active:
+            self._console.print(text, soft_wrap=True)
+
+
+def _describe(metrics: dict[str, float]) -> str:
+    parts = []
+    for name in SHOWN:
+        if name in metrics:
+            unit = name.removeprefix("time/").replace("_per_second", "/s")
+            digits = 1 if "/s" in unit else 4
+            parts.append(f"{unit} {metrics[name]:.{digits}f}")
+    return "  ".join(parts)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"

@@ -1,0 +1,154 @@
+"""What several tests share: a tiny tokenizer and model, tiny pairs, and a way to start ranks."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED_DATA = Path(os.environ.get("MARGIN_RLHF_DATA", ROOT.parent / "shared" / "data"))
+
+CHATML = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n'}}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+WORDS = "the sun rain is was a good bad happy sad day dentist tax form write one sentence about it and so on".split()
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    """Byte-level BPE of a few hundred tokens in which, as in SmolLM2, padding falls back to the end token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=340,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([" ".join(WORDS)] * 3, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+        chat_template=CHATML,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory, tiny_tokenizer) -> Path:
+    """A random Llama of 3 layers and width 32, saved with its tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tiny_tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+        tie_word_embeddings=True,
+        initializer_range=0.1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_pairs(tmp_path_factory) -> Path:
+    """90 pairs over 30 prompts of differing lengths: the happy answer wins."""
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    generator = torch.Generator().manual_seed(0)
+
+    def sentence(mood: str) -> str:
+        count = int(torch.randint(2, 24, (1,), generator=generator))
+        picks = torch.randint(len(WORDS), (count,), generator=generator).tolist()
+        return " ".join([WORDS[pick] for pick in picks] + [mood])
+
+    rows = [
+        {
+            "prompt": f"write one sentence about {WORDS[number % 20]} {number % 30}",
+            "chosen": sentence("good happy"),
+            "rejected": sentence("bad sad"),
+            "chosen_score": 0.9,
+            "rejected_score": round(0.1 + 0.005 * number, 3),
+        }
+        for number in range(90)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start_ranks(arguments: list[str], ranks: int, **environment: str) -> list[subprocess.Popen]:
+    """Start ``python arguments`` as the ranks of one run, one thread each."""
+    common = os.environ | {
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_OFFLINE": "1",
+        **environment,
+    }
+    return [
+        subprocess.Popen(
+            [sys.executable, *arguments],
+            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=ROOT,
+        )
+        for rank in range(ranks)
+    ]
+
+
+@pytest.fixture
+def run_ranks():
+    """``run_ranks(arguments, ranks=2)`` waits for all and returns their outputs; a failure shows them."""
+    started: list[subprocess.Popen] = []
+
+    def run(arguments: list[str], ranks: int = 2, expect: int | None = 0, timeout: float = 240, **environment: str):
+        processes = start_ranks(arguments, ranks, **environment)
+        started.extend(processes)
+        outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+        codes = [process.returncode for process in processes]
+        if expect is not None:
+            assert codes == [expect] * ranks, "\n".join(outputs)
+        return outputs
+
+    yield run
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real preference data, where it is at hand (MARGIN_RLHF_DATA, or ../shared/data)."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"no real data in {SHARED_DATA}; set MARGIN_RLHF_DATA to run this test")
+    return SHARED_DATA

@@ -1,0 +1,71 @@
+"""A reward task in this process: tiny model, plain engine, one rank."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from reward.config import LossConfig, MarginConfig, RewardConfig
+from reward.model import RewardModelConfig, build_reward_model
+from reward.task import RewardTask
+from rlhf.data.options import DataConfig
+from rlhf.data.preferences import load_preferences
+from rlhf.engine.local import LocalEngine
+from rlhf.engine.options import EngineConfig, OptimizerConfig
+from rlhf.engine.ranks import Ranks
+from rlhf.models.tokenizer import load_tokenizer
+from rlhf.train.options import TrainConfig
+
+ALONE = Ranks(rank=0, world_size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tmp_path_factory, tiny_model, tiny_pairs) -> RewardConfig:
+    return RewardConfig(
+        output=tmp_path_factory.mktemp("runs") / "reward",
+        model=RewardModelConfig(path=str(tiny_model), head_init_scale=30.0),
+        data=DataConfig(train=str(tiny_pairs), eval_share=0.2, cache_dir=tmp_path_factory.mktemp("cache")),
+        margin=MarginConfig(),
+        loss=LossConfig(),
+        optim=OptimizerConfig(learning_rate=1e-3),
+        train=TrainConfig(global_batch_pairs=10, micro_batch_tokens=400),
+        engine=EngineConfig(kind="local"),
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tiny_config):
+    return load_preferences(tiny_config.data, load_tokenizer(tiny_config.model.path))
+
+
+@pytest.fixture
+def make_task(tiny_config, tiny_data):
+    """``make_task(token_budget, loss=..., margin=...)`` gives an engine and a task with fresh weights."""
+
+    def make(token_budget: int = 400, *, loss: LossConfig | None = None, margin: MarginConfig | None = None, **model):
+        config = replace(
+            tiny_config,
+            loss=loss or tiny_config.loss,
+            margin=margin or tiny_config.margin,
+            model=replace(tiny_config.model, **model),
+            train=replace(tiny_config.train, micro_batch_tokens=token_budget),
+        )
+        tokenizer = load_tokenizer(config.model.path)
+        module = build_reward_model(
+            config.model,
+            dtype=torch.float32,
+            pad_token_id=tokenizer.pad_token_id,
+            vocabulary=len(tokenizer),
+            seed=0,
+            with_lm_head=config.loss.kind.startswith("grm"),
+        )
+        engine = LocalEngine(module, ranks=ALONE, optimizer=config.optim, total_steps=20)
+        return engine, RewardTask(engine, config, tiny_data.train, tiny_data.evals, 20)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("run")

@@ -1,0 +1,112 @@
+import pytest
+import torch
+
+from reward.config import LossConfig, MarginConfig
+from reward.losses import LOSSES
+from reward.margins import optimal_transport_margins
+
+GLOBAL_OT = MarginConfig(kind="ot", scope="global_batch")
+NO_MARGIN = MarginConfig(kind="none", scope="global_batch")
+
+
+def gradients_of_step(engine, task, step=0):
+    """Loss and flat gradient of one global batch, without an update."""
+    engine.module.zero_grad()
+    batches = task.micro_batches(step)
+    for batch in batches:
+        task.loss(batch).backward()
+    flat = torch.cat([p.grad.flatten() for p in engine.module.parameters() if p.grad is not None])
+    return task.step_metrics(), flat, len(batches)
+
+
+@pytest.mark.parametrize("kind", sorted(LOSSES))
+def test_loss_and_gradient_do_not_depend_on_the_token_budget(make_task, kind):
+    margin = GLOBAL_OT if LOSSES[kind].takes_margins else NO_MARGIN
+    small = gradients_of_step(*make_task(150, loss=LossConfig(kind=kind), margin=margin))
+    whole = gradients_of_step(*make_task(100_000, loss=LossConfig(kind=kind), margin=margin))
+    assert small[2] > 3 and whole[2] == 1
+    assert small[0]["loss"] == pytest.approx(whole[0]["loss"], rel=1e-5)
+    assert (small[1] - whole[1]).abs().max() < 1e-5 * whole[1].abs().max()
+
+
+def test_global_margins_are_those_of_one_plan_over_all_pairs(make_task):
+    engine, task = make_task(150, margin=GLOBAL_OT)
+    task.micro_batches(0)
+    ((pairs, margins),) = task._seen
+    expected = optimal_transport_margins(
+        pairs.chosen_embeddings, pairs.rejected_embeddings, pairs.chosen_rewards, pairs.rejected_rewards
+    ).margins
+    assert len(margins) == 10
+    torch.testing.assert_close(margins, expected)
+
+
+def test_micro_step_margins_depend_on_what_is_held_at_once(make_task):
+    small = gradients_of_step(*make_task(150))[0]
+    whole = gradients_of_step(*make_task(100_000))[0]
+    assert abs(small["margin/mean"] - whole["margin/mean"]) > 1e-4
+
+
+def test_a_queue_widens_the_plan_and_is_restored(make_task):
+    margin = MarginConfig(kind="ot", queue_pairs=6)
+    engine, task = make_task(150, margin=margin)
+    first = gradients_of_step(engine, task)
+    again = gradients_of_step(engine, task)
+    assert first[0]["margin/mean"] != again[0]["margin/mean"]  # same weights and pairs, a fuller queue
+    state = task.state_dict()
+    assert [len(part) for part in state["margins"]["queue"]] == [6, 6]
+    third = gradients_of_step(engine, task)
+    task.load_state_dict(state)
+    assert gradients_of_step(engine, task)[0]["margin/mean"] == third[0]["margin/mean"]
+
+
+def test_the_smaller_last_batch_of_an_epoch_is_trained_on(make_task, tiny_data):
+    engine, task = make_task()
+    steps = -(-len(tiny_data.train) // 10)
+    assert len(tiny_data.train) % 10
+    metrics, _, _ = gradients_of_step(engine, task, steps - 1)
+    assert metrics["pairs"] == len(tiny_data.train) % 10
+
+
+def test_margins_warm_up_from_a_share_to_the_whole(make_task):
+    engine, task = make_task(margin=MarginConfig(kind="constant", constant=0.8, warmup_share=0.2))
+    means = [gradients_of_step(engine, task, step)[0]["margin/mean"] for step in (0, 1, 3, 7)]
+    assert means == pytest.approx([0.2, 0.4, 0.8, 0.8])
+
+
+def test_a_column_margin_is_the_gap_of_the_scores(make_task, tiny_data):
+    engine, task = make_task(margin=MarginConfig(kind="column", scale=2.0))
+    batches = task.micro_batches(0)
+    for batch in batches:
+        task.loss(batch)
+    seen = {int(p): float(m) for pairs, margins in task._seen for p, m in zip(pairs.positions, margins, strict=True)}
+    for batch in batches:
+        for position, gap in zip(batch.positions.tolist(), batch.score_gaps.tolist(), strict=True):
+            assert seen[position] == pytest.approx(2 * gap)
+
+
+def test_held_out_rewards_are_those_of_the_rows_alone(make_task, tiny_data):
+    engine, task = make_task()
+    evaluation = task.evaluation()
+    gaps = []
+    for index in range(len(tiny_data.evals)):
+        pair = tiny_data.evals.pair(index)
+        rows = [torch.from_numpy(row.astype("int64"))[None] for row in (pair.chosen, pair.rejected)]
+        with torch.no_grad():
+            chosen, rejected = (engine.module.score(row, torch.ones_like(row).bool()) for row in rows)
+        gaps.append(float(chosen - rejected))
+    assert evaluation.accuracy.pairs == len(gaps)
+    assert evaluation.mean_gap == pytest.approx(sum(gaps) / len(gaps), abs=1e-5)
+    assert evaluation.accuracy.value == pytest.approx(sum(gap > 0 for gap in gaps) / len(gaps))
+
+
+def test_a_poisoned_row_is_named_and_the_step_skipped(make_task):
+    engine, task = make_task(margin=MarginConfig(kind="ot"))
+    with torch.no_grad():
+        engine.module.hf.score.weight.fill_(float("inf"))
+    batches = task.micro_batches(0)
+    for place, batch in enumerate(batches):
+        engine.backward(task.loss(batch), last=place == len(batches) - 1)
+    info = engine.step()
+    assert not info.applied and info.bad_rank
+    assert task.row_ids(batches[0])[0].startswith("pairs.jsonl:")
+    assert "margin/mean" not in task.step_metrics()

@@ -1,0 +1,158 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from rlhf.core.logprobs import response_logprobs
+
+
+def make_batch(rows=4, tokens=9, features=6, vocabulary=31, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(rows, tokens, features, generator=generator, dtype=torch.float64)
+    weight = torch.randn(vocabulary, features, generator=generator, dtype=torch.float64)
+    bias = torch.randn(vocabulary, generator=generator, dtype=torch.float64)
+    targets = torch.randint(vocabulary, (rows, tokens), generator=generator)
+    mask = torch.rand(rows, tokens, generator=generator) < 0.6
+    mask[1] = False
+    return hidden, weight, bias, targets, mask
+
+
+def row_by_row(hidden, weight, bias, targets, mask, scale, softcap):
+    """The same sums from whole rows of logits and cross-entropy, one row at a time."""
+    sums = []
+    for row, ids, selected in zip(hidden, targets, mask, strict=True):
+        logits = scale * (row @ weight.T + bias)
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        sums.append(-F.cross_entropy(logits[selected], ids[selected], reduction="sum"))
+    return torch.stack(sums)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 4, 1000])
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.25, None), (1.0, 3.0)])
+def test_sums_and_gradients_are_those_of_whole_logits(chunk_tokens, scale, softcap):
+    *tensors, targets, mask = make_batch()
+    leaves = [tensor.requires_grad_() for tensor in tensors]
+    twins = [tensor.detach().clone().requires_grad_() for tensor in tensors]
+    upstream = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)
+    hidden, weight, bias = leaves
+    sums, counts = response_logprobs(
+        hidden,
+        weight,
+        targets,
+        mask,
+        head_bias=bias,
+        chunk_tokens=chunk_tokens,
+        logit_scale=scale,
+        softcap=softcap,
+    )
+    expected = row_by_row(*twins, targets, mask, scale, softcap)
+    torch.testing.assert_close(sums, expected)
+    assert counts.tolist() == mask.sum(1).tolist()
+    (sums * upstream).sum().backward()
+    (expected * upstream).sum().backward()
+    for leaf, twin in zip(leaves, twins, strict=True):
+        torch.testing.assert_close(leaf.grad, twin.grad)
+
+
+def test_a_uniform_head_gives_minus_log_vocabulary_per_token():
+    mask = torch.tensor([[True, True, False], [False, False, True]])
+    targets = torch.zeros(2, 3, dtype=torch.int64)
+    sums, counts = response_logprobs(torch.ones(2, 3, 4), torch.zeros(5, 4), targets, mask)
+    torch.testing.assert_close(sums, -torch.tensor([5.0, 5.0]).log() * torch.tensor([2, 1]))
+    assert counts.tolist() == [2, 1]
+
+
+def test_targets_outside_the_response_are_never_read():
+    hidden, weight, _, targets, mask = make_batch()
+    spoiled = torch.where(mask, targets, -100)
+    expected, _ = response_logprobs(hidden, weight, targets, mask)
+    torch.testing.assert_close(response_logprobs(hidden, weight, spoiled, mask)[0], expected, rtol=0, atol=0)
+
+
+def test_an_ignored_label_inside_the_response_is_an_error_not_a_zero():
+    hidden, weight, _, targets, mask = make_batch()
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        response_logprobs(hidden, weight, torch.full_like(targets, -100), mask)
+
+
+def test_a_batch_without_response_tokens_keeps_hidden_and_head_in_the_graph():
+    hidden, weight, _, targets, mask = make_batch()
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    sums, counts = response_logprobs(hidden, weight, targets, torch.zeros_like(mask))
+    sums.sum().backward()
+    assert sums.tolist() == [0, 0, 0, 0]
+    assert counts.tolist() == [0, 0, 0, 0]
+    assert hidden.grad.abs().max() == 0
+    assert weight.grad.abs().max() == 0
+
+
+def test_half_precision_states_are_summed_in_single_precision():
+    hidden, weight, _, targets, _ = make_batch(rows=2, tokens=400)
+    mask = torch.ones_like(targets, dtype=torch.bool)
+    sums, _ = response_logprobs(hidden.bfloat16(), weight.bfloat16(), targets, mask)
+    whole = (hidden.bfloat16() @ weight.bfloat16().T).double().log_softmax(-1)
+    expected = whole.gather(2, targets[..., None]).squeeze(2).sum(1)
+    assert sums.dtype == torch.float32
+    torch.testing.assert_close(sums.double(), expected, rtol=1e-6, atol=0)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the size of the largest tensor that any operation returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        self.elements = max([self.elements, *sizes])
+        return out
+
+
+def largest_tensor(compute, *leaves):
+    with LargestTensor() as largest:
+        compute(*(leaf.detach().requires_grad_() for leaf in leaves)).sum().backward()
+    return largest.elements
+
+
+def test_forward_and_backward_hold_one_chunk_of_logits_at_most():
+    rows, tokens, vocabulary, chunk_tokens = 4, 64, 1000, 16
+    hidden, weight, _, targets, _ = make_batch(rows, tokens, features=8, vocabulary=vocabulary)
+    mask = torch.ones_like(targets, dtype=torch.bool)
+
+    def chunked(hidden, weight):
+        return response_logprobs(hidden, weight, targets, mask, chunk_tokens=chunk_tokens)[0]
+
+    def whole(hidden, weight):
+        return (hidden @ weight.T).log_softmax(-1).gather(2, targets[..., None])
+
+    assert largest_tensor(whole, hidden, weight) == rows * tokens * vocabulary
+    assert largest_tensor(chunked, hidden, weight) == chunk_tokens * vocabulary
+
+
+def test_logits_are_not_kept_for_the_backward_pass():
+    hidden, weight, _, targets, mask = make_batch(features=2, vocabulary=500)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        response_logprobs(hidden.requires_grad_(), weight, targets, mask, chunk_tokens=4)
+    assert max(kept) == weight.numel() < 4 * 500
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"targets": torch.zeros(4, 8, dtype=torch.int64)}, r"'targets': \(4, 8\)"),
+        ({"response_mask": torch.ones(4, 9, dtype=torch.int64)}, "'response_mask' must be a .* bool mask"),
+        ({"chunk_tokens": 0}, "chunk_tokens must be greater than 0"),
+        ({"softcap": 0.0}, "softcap must be greater than 0"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, message):
+    hidden, weight, _, targets, mask = make_batch()
+    arguments = {"hidden": hidden, "head_weight": weight, "targets": targets, "response_mask": mask}
+    with pytest.raises(ValueError, match=message):
+        response_logprobs(**(arguments | change))
