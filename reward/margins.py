@@ -239,8 +239,7 @@ def _coupling(
         opponents = cost.masked_fill(columns == 0, -torch.inf).argmax(dim=1)
     else:
         raise ValueError(f"reading must be 'row', 'row_sum', 'pair' or 'max', not {reading!r}")
-    mass = torch.where(columns[opponents] > 0, rows, 0)
-    return torch.zeros_like(cost).scatter(1, opponents[:, None], mass[:, None]), 0.0, True
+    return torch.zeros_like(cost).scatter(1, opponents[:, None], rows[:, None]), 0.0, True
 
 
 def _row_normalised(plan: Tensor) -> Tensor:

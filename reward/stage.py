@@ -1,9 +1,8 @@
 """The reward stage from recipe to ``final/``."""
 
-import logging
+import json
 import math
 from dataclasses import asdict
-from pathlib import Path
 
 from rich.console import Console
 
@@ -16,7 +15,7 @@ from reward.publish import Publication, publish
 from reward.task import RewardTask
 from rlhf.config import to_yaml
 from rlhf.core.errors import ConfigError
-from rlhf.core.files import write_json, write_text
+from rlhf.core.files import write_json
 from rlhf.data.batching import steps_per_epoch
 from rlhf.data.portable import portable_tokenizer
 from rlhf.data.preferences import LoadedPreferences, load_preferences
@@ -27,16 +26,13 @@ from rlhf.engine.ranks import Ranks
 from rlhf.models.tokenizer import load_tokenizer
 from rlhf.train.loop import LoopState, Run, fit, load_checkpoint
 
-log = logging.getLogger(__name__)
-
-
 def run(config: RewardConfig, ranks: Ranks) -> Evaluation | None:
     """Train, evaluate and publish; every rank calls it.
 
     Returns:
         The held-out evaluation of what was published; ``None`` without held-out data.
     """
-    ranks.on_main(lambda: _prepare_folder(config))
+    ranks.on_main(lambda: config.output.mkdir(parents=True, exist_ok=True))
     tokenizer = ranks.main_first(
         lambda: load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
     )
@@ -62,7 +58,6 @@ def run(config: RewardConfig, ranks: Ranks) -> Evaluation | None:
         optimizer=config.optim,
         total_steps=total_steps,
         hidden_size=model.hf.config.hidden_size,
-        folder=config.output,
     )
     _describe(ranks, engine.description)
     task = RewardTask(engine, config, data.train, data.evals, total_steps)
@@ -72,6 +67,7 @@ def run(config: RewardConfig, ranks: Ranks) -> Evaluation | None:
         store=store,
         identity=_identity(config, data, total_steps, ranks),
         max_skipped_steps=config.engine.max_skipped_steps,
+        documents={"config.yaml": to_yaml(config), "deepspeed.json": json.dumps(engine.settings, indent=2)},
     )
     state = fit(engine, task, config.train, loop, total_steps)
     _take_best(config, engine, task, loop, state)
@@ -88,11 +84,6 @@ def run(config: RewardConfig, ranks: Ranks) -> Evaluation | None:
     worst = max(differences.values())
     _describe(ranks, f"published {config.output / 'final'}: reloaded in a fresh process, largest score difference {worst:.1e}")
     return evaluation
-
-
-def _prepare_folder(config: RewardConfig) -> None:
-    config.output.mkdir(parents=True, exist_ok=True)
-    write_text(config.output / "config.yaml", to_yaml(config))
 
 
 def _load_data(config: RewardConfig, tokenizer, ranks: Ranks) -> LoadedPreferences:

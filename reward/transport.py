@@ -60,7 +60,7 @@ def sinkhorn_plan(
     if cost.dim() != 2 or cost.numel() == 0:
         raise ValueError(f"'cost' must be a matrix with at least one entry, not of shape {tuple(cost.shape)}")
     check_positive(epsilon=epsilon, max_sweeps=max_sweeps)
-    cost = cost.detach().to(torch.float64 if cost.dtype == torch.float64 else torch.float32)
+    cost = cost.to(torch.float64 if cost.dtype == torch.float64 else torch.float32)
     rows = normalised_weights("row_weights", row_weights, cost.shape[0], like=cost)
     columns = normalised_weights("column_weights", column_weights, cost.shape[1], like=cost)
     kept = torch.outer(rows > 0, columns > 0)
@@ -81,7 +81,7 @@ def normalised_weights(name: str, weights: Tensor | None, count: int, *, like: T
         return torch.full((count,), 1.0 / count, dtype=like.dtype, device=like.device)
     if tuple(weights.shape) != (count,):
         raise ValueError(f"'{name}' must have shape ({count},), not {tuple(weights.shape)}")
-    weights = weights.detach().to(device=like.device, dtype=torch.float64)
+    weights = weights.to(device=like.device, dtype=torch.float64)
     check_finite(**{name: weights})
     if bool((weights < 0).any()):
         raise ValueError(f"'{name}' has {int((weights < 0).sum())} negative entries")

@@ -101,8 +101,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start_ranks(arguments: list[str], ranks: int, **environment: str) -> list[subprocess.Popen]:
-    """Start ``python arguments`` as the ranks of one run, one thread each."""
+def _start_ranks(arguments: list[str], ranks: int, **environment: str) -> list[subprocess.Popen]:
     common = os.environ | {
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
@@ -127,23 +126,32 @@ def start_ranks(arguments: list[str], ranks: int, **environment: str) -> list[su
 
 
 @pytest.fixture
-def run_ranks():
-    """``run_ranks(arguments, ranks=2)`` waits for all and returns their outputs; a failure shows them."""
+def start_ranks():
+    """``start_ranks(arguments, ranks)`` starts ``python arguments`` as the ranks of one run, one thread each."""
     started: list[subprocess.Popen] = []
 
-    def run(arguments: list[str], ranks: int = 2, expect: int | None = 0, timeout: float = 240, **environment: str):
-        processes = start_ranks(arguments, ranks, **environment)
+    def start(arguments: list[str], ranks: int, **environment: str) -> list[subprocess.Popen]:
+        processes = _start_ranks(arguments, ranks, **environment)
         started.extend(processes)
-        outputs = [process.communicate(timeout=timeout)[0] for process in processes]
-        codes = [process.returncode for process in processes]
-        if expect is not None:
-            assert codes == [expect] * ranks, "\n".join(outputs)
-        return outputs
+        return processes
 
-    yield run
+    yield start
     for process in started:
         if process.poll() is None:
             process.kill()
+
+
+@pytest.fixture
+def run_ranks(start_ranks):
+    """``run_ranks(arguments, ranks=2)`` waits for all and returns their outputs; a failure shows them."""
+
+    def run(arguments: list[str], ranks: int = 2, expect: int = 0, timeout: float = 240, **environment: str):
+        processes = start_ranks(arguments, ranks, **environment)
+        outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+        assert [process.returncode for process in processes] == [expect] * ranks, "\n".join(outputs)
+        return outputs
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import argparse
 import json
 import random
+import re
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
@@ -27,6 +28,11 @@ PHRASINGS = (
 HELD_OUT_SHARE = 0.2
 PAIRS_PER_PROMPT = 3
 SMALLEST_GAP = 0.1
+UNWANTED = re.compile(
+    r"https?:|www\.|shit|bitch|slut|asshole|\b(?:nude|sex|negro\w*|slaves?|jew(?:s|ish)?|muslims?|islam\w*)\b",
+    re.IGNORECASE,
+)
+"""Links, strong language and made-up statements about peoples and religions, found by reading the samples."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,8 +65,10 @@ def held_out_topics(topics: Iterable[str], seed: int) -> set[str]:
 
 
 def usable(texts: Sequence[str]) -> list[str]:
-    """Texts in their order without empty ones, repetitions and characters cut in the middle."""
-    return [text for text in dict.fromkeys(texts) if text and "\ufffd" not in text]
+    """Texts in their order without empty ones, repetitions, cut characters and what is ``UNWANTED``."""
+    return [
+        text for text in dict.fromkeys(texts) if text and "\ufffd" not in text and not UNWANTED.search(text)
+    ]
 
 
 def make_pairs(prompt: Prompt, texts: Sequence[str], scores: Sequence[float]) -> list[dict[str, Any]]:

@@ -29,6 +29,8 @@ class Engine(Protocol):
     module: nn.Module
     description: str
     """One line that names optimizer, ZeRO stage and precision."""
+    settings: dict[str, Any]
+    """The resolved DeepSpeed JSON; empty for plain torch."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module; under ZeRO-3 all ranks must make the same calls."""

@@ -1,20 +1,14 @@
 """From the recipe's engine section to an engine."""
 
-import logging
-from pathlib import Path
-
 import torch
 from torch import nn
 
 from rlhf.core.errors import ConfigError
-from rlhf.core.files import write_json
 from rlhf.engine.api import Engine
 from rlhf.engine.deepspeed_config import RunValues, resolve
 from rlhf.engine.local import LocalEngine
 from rlhf.engine.options import EngineConfig, OptimizerConfig
 from rlhf.engine.ranks import Ranks
-
-log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -35,9 +29,8 @@ def build_engine(
     optimizer: OptimizerConfig,
     total_steps: int,
     hidden_size: int,
-    folder: Path,
 ) -> Engine:
-    """Wrap ``module`` for training; the resolved DeepSpeed JSON is saved as ``deepspeed.json`` in ``folder``.
+    """Wrap ``module`` for training; ``engine.settings`` is then the resolved DeepSpeed JSON.
 
     Raises:
         ConfigError: if engine, precision and DeepSpeed JSON do not go together.
@@ -54,8 +47,6 @@ def build_engine(
         hidden_size=hidden_size,
     )
     resolved = resolve(config.deepspeed, values)
-    if ranks.is_main:
-        write_json(folder / "deepspeed.json", resolved)
     from rlhf.engine.zero import ZeroEngine  # importing DeepSpeed takes seconds: only where it is used
 
     return ZeroEngine(

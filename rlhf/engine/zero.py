@@ -41,6 +41,7 @@ class ZeroEngine:
     ) -> None:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self.ranks = ranks
+        self.settings = deepspeed_config
         zero = deepspeed_config.get("zero_optimization", {})
         self.stage = int(zero.get("stage", 0))
         self._max_grad_norm = optimizer.max_grad_norm

@@ -47,7 +47,7 @@ def load_tokenizer(
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # a damaged tokenizer.json is a bare Exception of the tokenizers package
         raise ModelError(
             f"{path}: no tokenizer can be loaded from here ({type(error).__name__}: {error}). Expected a "
             "Transformers folder with tokenizer.json, or a hub name; for a GGUF file see rlhf import-gguf"

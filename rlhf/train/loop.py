@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlhf.core.errors import CheckpointError, ConfigError, TrainingStopped
-from rlhf.core.files import write_json
+from rlhf.core.files import write_json, write_text
 from rlhf.engine.api import Engine, StepInfo
 from rlhf.engine.checkpoint import CheckpointStore
 from rlhf.train.metrics import MetricLog, SkipLog
@@ -64,6 +64,8 @@ class Run:
     identity: dict[str, Any]
     """Settings that a resumed run must share with the checkpoint; compared key by key."""
     max_skipped_steps: int
+    documents: dict[str, str]
+    """Texts by file name that describe the run; written once it is clear that the run may start."""
 
 
 def fit(engine: Engine, task: Task, config: TrainConfig, run: Run, total_steps: int) -> LoopState:
@@ -76,6 +78,7 @@ def fit(engine: Engine, task: Task, config: TrainConfig, run: Run, total_steps: 
         CheckpointError: if the checkpoint found belongs to another run.
     """
     state = restore(engine, task, config, run)
+    engine.ranks.on_main(lambda: _write_documents(run))
     log = MetricLog(run.folder, engine.ranks, config, resume_step=state.step)
     skips = SkipLog(run.folder, engine.ranks, run.max_skipped_steps)
     progress = Progress(engine.ranks, total_steps, state.step)
@@ -151,6 +154,11 @@ def save(engine: Engine, task: Task, run: Run, state: LoopState) -> None:
     run.store.save(state.step, write, protected)
 
 
+def _write_documents(run: Run) -> None:
+    for name, text in run.documents.items():
+        write_text(run.folder / name, text)
+
+
 def _train_step(engine: Engine, task: Task, step: int, skips: SkipLog) -> tuple[StepInfo, dict[str, float]]:
     batches = task.micro_batches(step)
     bad_rows: list[str] = []
@@ -201,11 +209,12 @@ def _evaluate(task: Task, config: TrainConfig, state: LoopState, log: MetricLog,
     if name not in metrics:
         raise ConfigError(f"train.best_metric = {name}: no such metric; there are {', '.join(sorted(metrics))}")
     value = -metrics[name] if config.best_metric.startswith("-") else metrics[name]
-    if state.best_value is None or value > state.best_value:
-        state.best_value, state.best_step, state.evaluations_without_gain = value, state.step, 0
-        return True
-    state.evaluations_without_gain += 1
+    gained = state.best_value is None or value > state.best_value
+    state.evaluations_without_gain = 0 if gained else state.evaluations_without_gain + 1
+    improved = gained or value == state.best_value  # of equals, the one that has trained longer
+    if improved:
+        state.best_value, state.best_step = value, state.step
     if config.patience is not None and state.evaluations_without_gain >= config.patience:
         state.stopped_early = True
         progress.note(f"no better {name} in {config.patience} evaluations: stopping at step {state.step}")
-    return False
+    return improved

@@ -131,7 +131,7 @@ def test_only_the_signed_cost_gives_misranked_pairs_more_margin_than_ties():
 
 def test_a_large_gap_keeps_its_digits():
     margins = reward_margins(torch.tensor([30.0]), torch.tensor([0.0]), reward_weight=1.0)
-    assert float(margins) == pytest.approx(math.exp(-30), rel=1e-5)
+    assert float(margins) == pytest.approx(math.exp(-30), rel=1e-5, abs=0)
 
 
 @pytest.mark.parametrize("reward_cost", ["abs", "signed"])
@@ -153,6 +153,15 @@ def test_the_max_reading_is_the_cost_of_the_hardest_opponent_that_counts():
     weights = torch.tensor([1, 1, 0, 1, 0, 1])
     found = optimal_transport_margins(*inputs, reading="max", rejected_weights=weights)
     torch.testing.assert_close(found.margins, found.cost[:, weights > 0].amax(1), rtol=0, atol=1e-15)
+
+
+def test_an_opponent_that_does_not_count_is_not_the_hardest_even_where_all_others_are_easy():
+    opposite = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    rewards, weights = torch.tensor([30.0, 30.0]), torch.tensor([1.0, 0.0])
+    found = optimal_transport_margins(
+        opposite, -opposite, rewards, -rewards, reading="max", rejected_weights=weights
+    )
+    torch.testing.assert_close(found.margins, torch.tensor([-0.1, -0.1]))
 
 
 def test_the_row_sum_reading_is_the_row_reading_times_the_row_weight():
@@ -346,6 +355,12 @@ def test_a_partner_that_is_not_finite_is_refused_where_its_pair_is_centred():
         optimal_transport_margins(*inputs, rejected_weights=weights)
     margins = optimal_transport_margins(*inputs, rejected_weights=weights, centre_rewards=False).margins
     assert bool(torch.isfinite(margins).all())
+
+
+@pytest.mark.parametrize(("pairs", "columns"), [(4, 3), (0, 0), (0, 2)])
+def test_fewer_columns_than_pairs_or_no_pairs_are_refused(pairs, columns):
+    with pytest.raises(ValueError, match="0 < B <= N"):
+        optimal_transport_margins(*make_pairs(pairs, columns))
 
 
 def test_simple_margins_refuse_what_does_not_fit():

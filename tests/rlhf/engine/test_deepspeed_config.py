@@ -203,10 +203,8 @@ def test_zero3_buckets_without_a_known_width_are_refused():
             {"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 0.5}},
             ": Assertion failed, Partial offloading only supported for ZeRO Stage 3.",
         ),
-        (
-            {"stage": 3, "offload_param": {"device": "auto"}},
-            'offload_param.device = "auto": nothing in the run',
-        ),
+        ({"offload_param": {"device": "auto"}}, 'offload_param.device = "auto": nothing in the run'),
+        ({"stage": "auto", "offload_param": {"device": "cpu"}}, 'stage = "auto": nothing in the run'),
         ({"stage": 4}, "stage = 4: Input should be 0, 1, 2"),
         ({"reduce_bucket_size": 0}, "reduce_bucket_size = 0: Input should be greater than 0"),
         (

@@ -180,6 +180,15 @@ def test_the_digest_ignores_padding_and_truncation_of_a_call(tiny_model):
 def test_a_folder_without_a_tokenizer_is_named(tmp_path):
     with pytest.raises(ModelError, match="no tokenizer can be loaded from here"):
         load_tokenizer(tmp_path)
+    with pytest.raises(ModelError, match="absent: no tokenizer can be loaded from here"):
+        load_tokenizer(tmp_path / "absent")
+
+
+def test_a_damaged_tokenizer_file_is_a_plain_message(tiny_model, tmp_path):
+    load_tokenizer(tiny_model).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"version": ')
+    with pytest.raises(ModelError, match="no tokenizer can be loaded from here"):
+        load_tokenizer(tmp_path)
 
 
 def test_plain_loading_after_saving_keeps_the_padding_token(tiny_model, tmp_path):

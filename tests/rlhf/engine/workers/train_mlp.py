@@ -1,11 +1,13 @@
-"""One rank of a tiny regression: python train_mlp.py ENGINE STEPS OUTPUT [poison=STEP] [load=DIR] [save=DIR].
+"""One rank of a tiny regression: python train_mlp.py ENGINE FOLDER.
 
-Every step is a global batch of 6 rows, cut into more micro-batches than there are rows per rank, with filler.
-Writes the final weights and what each step reported.
+Every step is a global batch of 7 rows, one row a micro-batch, with filler on ranks that have fewer. Trains straight
+through, with one poisoned step, and with a save, a fresh engine and a load in the middle; the main rank writes the
+final weights of each and what its steps reported.
 """
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -14,6 +16,8 @@ from torch import nn
 from rlhf.engine.build import build_engine
 from rlhf.engine.options import EngineConfig, OptimizerConfig
 from rlhf.engine.ranks import start_ranks, stop_ranks
+
+STEPS = 5
 
 
 def model() -> nn.Module:
@@ -24,18 +28,13 @@ def model() -> nn.Module:
 
 
 def micro_batches(step: int, rank: int, ranks: int):
-    """Rows of this rank, one at a time, with an empty one where another rank has more."""
-    generator = torch.Generator().manual_seed(step)
-    rows = torch.randn(7, 5, generator=generator)
+    rows = torch.randn(7, 5, generator=torch.Generator().manual_seed(step))
     own = [rows[place : place + 1] for place in range(rank, 7, ranks)]
     return own + [rows[:0]] * (-(-7 // ranks) - len(own))
 
 
-def main() -> None:
-    kind, steps, output, *rest = sys.argv[1:]
-    options = dict(part.split("=") for part in rest)
-    ranks = start_ranks()
-    engine = build_engine(
+def new_engine(kind, ranks):
+    return build_engine(
         model(),
         ranks=ranks,
         config=EngineConfig(
@@ -44,33 +43,49 @@ def main() -> None:
             precision="float32",
         ),
         optimizer=OptimizerConfig(learning_rate=0.01, warmup_share=0.2, weight_decay=0.1, max_grad_norm=0.5),
-        total_steps=int(steps),
+        total_steps=STEPS,
         hidden_size=16,
-        folder=Path(output).parent,
     )
-    first = 0
-    if "load" in options:
-        engine.load(Path(options["load"]))
-        first = int(options["from"])
+
+
+def train(engine, steps, poison=None):
     reports = []
-    for step in range(first, int(options.get("until", steps))):
-        batches = micro_batches(step, ranks.rank, ranks.world_size)
+    for step in steps:
+        batches = micro_batches(step, engine.ranks.rank, engine.ranks.world_size)
         for place, batch in enumerate(batches):
             out = engine.forward(batch if len(batch) else torch.zeros(1, 5))
             loss = (out**2).sum() / 7 if len(batch) else 0.0 * out.sum()
-            if str(step) == options.get("poison") and ranks.rank == 0 and place == 0:
+            if step == poison and engine.ranks.is_main and place == 0:
                 loss = loss * float("inf")
             engine.backward(loss, last=place == len(batches) - 1)
-        reports.append(engine.step())
-    if "save" in options:
-        folder = Path(options["save"])
-        ranks.on_main(lambda: folder.mkdir(parents=True, exist_ok=True))
-        engine.save(folder)
-    weights = engine.full_state_dict()
+        reports.append(asdict(engine.step()))
+    return reports
+
+
+def main() -> None:
+    kind, folder = sys.argv[1], Path(sys.argv[2])
+    ranks = start_ranks()
+    ranks.on_main(lambda: (folder / "state").mkdir(parents=True, exist_ok=True))
+    results = {}
+
+    straight = new_engine(kind, ranks)
+    reports = train(straight, range(3))
+    straight.save(folder / "state")
+    reports += train(straight, range(3, STEPS))
+    results["straight"] = straight.full_state_dict(), reports
+
+    resumed = new_engine(kind, ranks)
+    resumed.load(folder / "state")
+    reports = train(resumed, range(3, STEPS))
+    results["resumed"] = resumed.full_state_dict(), reports
+
+    poisoned = new_engine(kind, ranks)
+    reports = train(poisoned, range(STEPS), poison=2)
+    results["poisoned"] = poisoned.full_state_dict(), reports
+
     if ranks.is_main:
-        torch.save(weights, f"{output}.pt")
-        rows = [{"applied": r.applied, "norm": r.grad_norm, "rate": r.learning_rate, "bad": r.bad_rank} for r in reports]
-        Path(f"{output}.json").write_text(json.dumps(rows))
+        torch.save({name: weights for name, (weights, _) in results.items()}, folder / "weights.pt")
+        (folder / "reports.json").write_text(json.dumps({name: rows for name, (_, rows) in results.items()}))
     ranks.barrier()
     stop_ranks()
 
