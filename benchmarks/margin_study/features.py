@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=[12], help="hidden states to keep")
     parser.add_argument("--keep-layers", type=int, default=13, help="run only the first n layers of the backbone")
     parser.add_argument("--splits", nargs="+", choices=SPLITS, default=SPLITS, help="which files to do")
+    parser.add_argument("--train-stride", type=int, default=2, help="take every n-th training pair (time)")
     parser.add_argument("--max-tokens", type=int, default=1024)
     parser.add_argument("--token-budget", type=int, default=4096)
     options = parser.parse_args()
@@ -71,17 +72,19 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     for split in options.splits:
         pairs = read_pairs(options.data / f"alpaca_eval_pairs_{split}.jsonl.gz")
+        rows = np.arange(0, len(pairs), options.train_stride if split == "train" else 1)
+        pairs = [pairs[row] for row in rows]
         arrays = {
             key: np.array([pair[key] for pair in pairs], dtype=np.float32)
             for key in ("chosen_score", "rejected_score")
         }
         for side in ("chosen", "rejected"):
-            rows = [token_ids(tokenizer, pair["prompt"] + pair[side], options.max_tokens) for pair in pairs]
-            arrays[side] = pooled_features(model, rows, options.layers, options.token_budget)
-            arrays[f"{side}_tokens"] = np.array([len(row) for row in rows])
+            tokens = [token_ids(tokenizer, pair["prompt"] + pair[side], options.max_tokens) for pair in pairs]
+            arrays[side] = pooled_features(model, tokens, options.layers, options.token_budget)
+            arrays[f"{side}_tokens"] = np.array([len(row) for row in tokens])
         target = options.output / f"{split}.npz"
         temporary = target.with_suffix(".tmp.npz")
-        np.savez(temporary, layers=np.array(options.layers), **arrays)
+        np.savez(temporary, rows=rows, layers=np.array(options.layers), **arrays)
         temporary.rename(target)
         print(f"{target}: {len(pairs)} pairs, layers {options.layers}")
 

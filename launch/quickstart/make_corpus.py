@@ -29,10 +29,11 @@ HELD_OUT_SHARE = 0.2
 PAIRS_PER_PROMPT = 3
 SMALLEST_GAP = 0.1
 UNWANTED = re.compile(
-    r"https?:|www\.|shit|bitch|slut|asshole|\b(?:nude|sex|negro\w*|slaves?|jew(?:s|ish)?|muslims?|islam\w*)\b",
+    r"https?:|www\.|shit|bitch|slut|asshole"
+    r"|\b(?:nude|sex|negro\w*|slaves?|jew(?:s|ish)?|muslims?|islam\w*|isis|iraq|world war)\b",
     re.IGNORECASE,
 )
-"""Links, strong language and made-up statements about peoples and religions, found by reading the samples."""
+"""Links, strong language and made-up statements about peoples, religions and wars, as met in the samples."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -106,6 +106,8 @@ def sample_all(
             os.fsync(handle.fileno())
             done.extend(texts)
             progress.update(task, advance=len(batch), rate=_rate(progress.tasks[task], tokens))
+            if not progress.console.is_terminal:
+                print(f"sampled {len(done)} of {len(prompts)} prompts", flush=True)
     return done
 
 

@@ -12,6 +12,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -126,6 +127,8 @@ def _suffix(path: Path) -> str:
 def _known(path: Path) -> str:
     if not _suffix(path):
         raise DataError(f"{path}: unknown kind of file; known are {', '.join(SUFFIXES)}")
+    if not os.access(path, os.R_OK):
+        raise DataError(f"{path}: the file may not be read (permissions)")
     return str(path)
 
 

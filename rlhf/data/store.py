@@ -21,6 +21,8 @@ PAIRS = "pairs.npy"
 BAD = "bad.jsonl"
 META = "meta.json"
 
+_BLOCK_PAIRS = 4096
+
 PAIR = np.dtype(
     [
         ("file", "<i4"),  # index into Source.files
@@ -81,7 +83,8 @@ class PairWriter:
         self._folder = folder
         self._tokens = (folder / TOKENS).open("wb")
         self._bad = (folder / BAD).open("w", encoding="utf-8")
-        self._pairs: list[tuple[Any, ...]] = []
+        self._blocks: list[np.ndarray] = []
+        self._pairs: list[tuple[Any, ...]] = []  # the last few, which are not in a block yet
         self._written = 0
 
     def add(
@@ -106,6 +109,8 @@ class PairWriter:
         values = tuple(np.nan if number is None else number for number in numbers)
         self._pairs.append((*place, prompt_key, self._written, lengths, starts, values))
         self._written += sum(lengths)
+        if len(self._pairs) >= _BLOCK_PAIRS:
+            self._close_block()
 
     def add_bad(self, entry: BadEntry) -> None:
         self._bad.write(json.dumps(asdict(entry)) + "\n")
@@ -119,10 +124,16 @@ class PairWriter:
         if kind is None:
             self._finish()
 
+    def _close_block(self) -> None:
+        self._blocks.append(np.array(self._pairs, PAIR))
+        self._pairs.clear()
+
     def _finish(self) -> None:
-        np.save(self._folder / PAIRS, np.array(self._pairs, PAIR))
+        self._close_block()
+        np.save(self._folder / PAIRS, np.concatenate(self._blocks))
         checksums = {name: _checksum(self._folder / name) for name in (TOKENS, PAIRS, BAD)}
-        write_json(self._folder / META, {"counts": asdict(self.counts), "checksums": checksums})
+        meta = {"counts": asdict(self.counts), "checksums": checksums}
+        write_json(self._folder / META, {**meta, "own_checksum": _text_checksum(meta)})
 
 
 class DamagedStore(Exception):
@@ -132,12 +143,18 @@ class DamagedStore(Exception):
 def _checked_meta(folder: Path) -> dict[str, Any]:
     try:
         meta = json.loads((folder / META).read_text(encoding="utf-8"))
+        if meta.pop("own_checksum") != _text_checksum(meta):
+            raise DamagedStore(f"{folder / META} has changed")
         for name, checksum in meta["checksums"].items():
             if _checksum(folder / name) != checksum:
                 raise DamagedStore(f"{folder / name} has changed")
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedStore(f"{folder} cannot be read ({error})") from error
     return meta
+
+
+def _text_checksum(value: Any) -> int:
+    return zlib.crc32(json.dumps(value, sort_keys=True).encode())
 
 
 def _checksum(path: Path) -> int:

@@ -88,14 +88,14 @@ def tokenise_source(source: Source, settings: Tokenising, cache_dir: Path) -> To
             note = f"the cached tokens of {source.name} were damaged and have been made again ({error})"
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"{cache_dir}: tokens cannot be kept here ({error}); set data.cache_dir") from error
-    try:
         with staged_directory(folder) as staged, PairWriter(staged) as writer:
             _fill(writer, source, settings)
     except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another process has just published the same
-            raise
+        # Another process may just have published the same.
+        if error.errno != errno.ENOTEMPTY:
+            raise DataError(
+                f"{cache_dir}: tokens cannot be kept here ({error}); set data.cache_dir"
+            ) from error
     return TokenisedSource(source=source, store=PairStore(folder), cached=False, note=note)
 
 

@@ -53,7 +53,7 @@ class Manifest:
     pad_policy: dict[str, Any]
     """As ``rlhf.models.tokenizer.pad_policy`` gives it."""
     vocabulary_size: int
-    """Rows of the embedding."""
+    """Tokens that the tokenizer knows, added ones included."""
     head_kind: str
     head_dtype: str
     rewards: RewardStatistics | None

@@ -166,12 +166,13 @@ def test_the_template_is_chatml_without_a_system_turn(tiny_model):
     assert opening == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_sampling_again_from_the_cache_gives_the_same_texts(tiny_model, tmp_path):
+def test_sampling_again_from_the_cache_gives_the_same_texts(tiny_model, tmp_path, monkeypatch):
     cache = tmp_path / "samples.jsonl"
     prompts = ["the sun", "rain", "a sad day", "tax", "form"]
     samples = sample_all(tiny_model, TEMPLATE, prompts, SETTINGS, cache)
     assert [len(texts) for texts in samples] == [3] * 5 and len(set(samples[0])) > 1
     before = cache.read_bytes()
+    monkeypatch.setattr("launch.quickstart.sampling.load_sampler", None)
     assert sample_all(tiny_model, TEMPLATE, prompts, SETTINGS, cache) == samples
     assert cache.read_bytes() == before
 
@@ -180,7 +181,7 @@ def test_a_kill_in_the_middle_of_a_batch_changes_nothing_in_the_end(tiny_model, 
     prompts = ["the sun", "rain", "a sad day", "tax", "form"]
     whole = sample_all(tiny_model, TEMPLATE, prompts, SETTINGS, tmp_path / "whole.jsonl")
     lines = (tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)
-    for left in ("".join(lines[:3]), "".join(lines[:4]), "".join(lines[:3]) + lines[3][:4], lines[0]):
+    for left in ("".join(lines[:3]), "".join(lines[:4]), "".join(lines[:2]) + lines[2][:4], lines[0]):
         cache = tmp_path / "cut.jsonl"
         cache.write_text(left)
         assert sample_all(tiny_model, TEMPLATE, prompts, SETTINGS, cache) == whole
@@ -216,6 +217,8 @@ def test_the_script_makes_the_four_files(tiny_model, tmp_path, monkeypatch, caps
     assert made["prompts_train.jsonl"] + made["prompts_heldout.jsonl"] == 408
     assert made["sentiment_pairs_train.jsonl"] > 3 * made["sentiment_pairs_heldout.jsonl"] > 0
     assert "longer one wins" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--prompts", "1"])
+    assert make_corpus.main() == 0
 
 
 def test_the_script_reports_a_fault_in_one_line(tmp_path, monkeypatch, capsys):

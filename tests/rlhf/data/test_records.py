@@ -103,6 +103,9 @@ def test_a_text_that_only_mentions_human_is_a_plain_text():
     record, shape = convert({**TEXT_ROW, "chosen": "Dear Human: hello", "rejected": "x\n\nHuman: y"})
     assert shape == PROMPT_TEXT
     assert record.chosen == (assistant("Dear Human: hello"),)
+    record, shape = convert({**TEXT_ROW, "chosen": "Assistant: a\n\nHuman: b", "rejected": "Assistant: c"})
+    assert shape == PROMPT_TEXT
+    assert record.rejected == (assistant("Assistant: c"),)
 
 
 def test_margin_and_scores_are_read_under_their_usual_or_given_names():
@@ -125,6 +128,7 @@ def test_an_empty_column_name_ignores_the_column():
         ({"rejected": " \n"}, "empty text"),
         ({"prompt": ""}, "empty text"),
         ({"prompt": []}, "empty text"),
+        ({"prompt": None, "chosen": " "}, "empty text"),
         ({"prompt": None}, "no prompt"),
         ({"rejected": "because "}, "identical pair"),
         ({"chosen": 3}, "wrong type"),

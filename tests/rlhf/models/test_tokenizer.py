@@ -89,6 +89,13 @@ def test_a_new_token_takes_the_next_row_and_no_more():
     assert required_embedding_rows(tokenizer) == 5
 
 
+def test_a_new_token_that_lands_in_a_gap_of_the_numbering_is_refused():
+    backend = Tokenizer(models.WordLevel({"<end>": 0, "sun": 1, "rain": 10}, unk_token="sun"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
+    with pytest.raises(ModelError, match=r"'<\|pad\|>' has id 3, expected 11"):
+        apply_pad_policy(tokenizer, choose_pad_token(tokenizer))
+
+
 def test_choosing_changes_nothing():
     tokenizer = words("<end>", eos_token="<end>", pad_token="<end>")
     choose_pad_token(tokenizer)
@@ -184,9 +191,10 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path):
         load_tokenizer(tmp_path / "absent")
 
 
-def test_a_damaged_tokenizer_file_is_a_plain_message(tiny_model, tmp_path):
+@pytest.mark.parametrize("text", ['{"version": ', '{"version": "1.0", "model": {"type": "BPE"}}'])
+def test_a_damaged_tokenizer_file_is_a_plain_message(tiny_model, tmp_path, text):
     load_tokenizer(tiny_model).save_pretrained(tmp_path)
-    (tmp_path / "tokenizer.json").write_text('{"version": ')
+    (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(ModelError, match="no tokenizer can be loaded from here"):
         load_tokenizer(tmp_path)
 
