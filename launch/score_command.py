@@ -16,7 +16,8 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--model", type=Path, required=True, help="final/ folder of a reward run")
     parser.add_argument("--data", required=True, help="jsonl, json, csv, parquet, arrow, or a hub name")
     parser.add_argument("--output", type=Path, required=True, help="jsonl file to write")
-    parser.add_argument("--batch-tokens", type=_positive, default=8192, help="padded tokens at once (default %(default)s)")
+    at_once = "padded tokens at once (default %(default)s)"
+    parser.add_argument("--batch-tokens", type=_positive, default=8192, help=at_once)
     parser.add_argument("--max-tokens", type=_positive, help="rows longer than this are reported, not scored")
     for name in ("prompt", "response", "chosen", "rejected"):
         parser.add_argument(f"--{name}-column", help=f"column of the {name} (default: {name})")

@@ -22,6 +22,7 @@ from rlhf.data.batching import RowGroup
 from rlhf.models import backbones
 from rlhf.models.options import BackboneConfig
 
+
 @dataclass(frozen=True, kw_only=True)
 class RewardModelConfig(BackboneConfig):
     """Backbone and head of the reward model."""
@@ -225,8 +226,8 @@ def load_reward_model(
         raise ModelError(f"{folder}: cannot be loaded as a reward model: {error}") from error
     if report["missing_keys"] or hf.config.num_labels != 1:
         raise ModelError(
-            f"{folder}: not a reward model: it has {hf.config.num_labels} labels "
-            f"and lacks the weights {sorted(report['missing_keys']) or 'of none'}; give the final/ folder of a reward run"
+            f"{folder}: not a reward model: it has {hf.config.num_labels} labels and lacks the weights "
+            f"{', '.join(sorted(report['missing_keys'])) or '(none)'}; give the final/ folder of a reward run"
         )
     return RewardModel(_with_float32_head(hf))
 

@@ -22,6 +22,7 @@ from rlhf.data.batching import RowGroup
 from rlhf.data.preferences import PreferenceDataset
 from rlhf.engine.api import Engine
 from rlhf.models.manifest import Manifest, write_manifest
+from rlhf.models.tokenizer import required_embedding_rows
 
 CASES = 12
 LOW_PRECISION_TOLERANCE = 0.1
@@ -87,7 +88,7 @@ def _rebuild(publication: Publication, weights: dict[str, Tensor]) -> RewardMode
         config.model,
         dtype=publication.dtype,
         pad_token_id=publication.tokenizer.pad_token_id,
-        vocabulary=len(publication.tokenizer),
+        vocabulary=required_embedding_rows(publication.tokenizer),
         seed=config.train.seed,
         with_lm_head=any(name.startswith("lm_head.") for name in weights),
     )

@@ -23,8 +23,9 @@ from rlhf.data.templates import chat_format
 from rlhf.engine.build import DTYPES, build_engine, precision_of
 from rlhf.engine.checkpoint import CheckpointStore
 from rlhf.engine.ranks import Ranks
-from rlhf.models.tokenizer import load_tokenizer
+from rlhf.models.tokenizer import load_tokenizer, required_embedding_rows
 from rlhf.train.loop import LoopState, Run, fit, load_checkpoint
+
 
 def run(config: RewardConfig, ranks: Ranks) -> Evaluation | None:
     """Train, evaluate and publish; every rank calls it.
@@ -45,7 +46,7 @@ def run(config: RewardConfig, ranks: Ranks) -> Evaluation | None:
             config.model,
             dtype=dtype,
             pad_token_id=tokenizer.pad_token_id,
-            vocabulary=len(tokenizer),
+            vocabulary=required_embedding_rows(tokenizer),
             seed=config.train.seed,
             with_lm_head="chosen_logprobs" in LOSSES[config.loss.kind].inputs,
         )
@@ -71,7 +72,9 @@ def run(config: RewardConfig, ranks: Ranks) -> Evaluation | None:
     )
     state = fit(engine, task, config.train, loop, total_steps)
     _take_best(config, engine, task, loop, state)
-    evaluation = task.evaluation() if len(data.evals) else None
+    if task.evaluation is None:  # other weights than those evaluated last, or nothing left to train
+        task.evaluate()
+    evaluation = task.evaluation
     _report(config, ranks, evaluation, state)
     publication = Publication(
         config=config,
@@ -82,7 +85,8 @@ def run(config: RewardConfig, ranks: Ranks) -> Evaluation | None:
     sample = data.evals if len(data.evals) else data.train
     differences = publish(engine, sample, publication, config.output / "final")
     worst = max(differences.values())
-    _describe(ranks, f"published {config.output / 'final'}: reloaded in a fresh process, largest score difference {worst:.1e}")
+    reloaded = f"reloaded in a fresh process, largest score difference {worst:.1e}"
+    _describe(ranks, f"published {config.output / 'final'}: {reloaded}")
     return evaluation
 
 
@@ -125,6 +129,7 @@ def _take_best(config: RewardConfig, engine, task: RewardTask, loop: Run, state:
     best = state.best_step
     if config.train.publish == "best" and best is not None and best != state.step:
         load_checkpoint(engine, task, loop, loop.store.path(best))
+        task.evaluation = None
         _describe(engine.ranks, f"publishing step {best}, the best by {config.train.best_metric}")
 
 

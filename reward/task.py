@@ -57,6 +57,8 @@ class RewardTask:
         self._pairs_in_step = 0
         self._seen: list[tuple[Pairs, Tensor]] = []
         self._sums: dict[str, float] = {}
+        self.evaluation: Evaluation | None = None
+        """The latest held-out evaluation; ``None`` before the first, and without held-out data."""
 
     # The training step
 
@@ -175,12 +177,11 @@ class RewardTask:
     # Held-out evaluation
 
     def evaluate(self) -> dict[str, float]:
-        if not len(self._held_out):
-            return {}
-        return _evaluation_metrics(self.evaluation())
+        self.evaluation = self._evaluation() if len(self._held_out) else None
+        return {} if self.evaluation is None else _evaluation_metrics(self.evaluation)
 
-    def evaluation(self) -> Evaluation:
-        """The full held-out evaluation; every rank must call it."""
+    def _evaluation(self) -> Evaluation:
+        """Every rank must call it."""
         kept = self._sums
         self._sums = defaultdict(float)
         data = self._held_out

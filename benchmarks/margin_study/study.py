@@ -171,7 +171,7 @@ def main() -> None:
     )
     parser.add_argument("--output", required=True, type=pathlib.Path, help="folder for runs, tables and plot")
     parser.add_argument(
-        "--seeds", type=int, default=10, help="runs for each method and share of flipped labels"
+        "--seeds", type=int, default=20, help="runs for each method and share of flipped labels"
     )
     parser.add_argument("--workers", type=int, default=2, help="runs made at the same time, one core each")
     options = parser.parse_args()

@@ -160,7 +160,8 @@ def read_corpus(features: pathlib.Path, data: pathlib.Path) -> Corpus:
         with np.load(source) as arrays:
             splits[split] = dict(arrays)
         with gzip.open(data / f"alpaca_eval_pairs_{split}.jsonl.gz", "rt", encoding="utf-8") as lines:
-            rows = [json.loads(line) for line in lines]
+            every = [json.loads(line) for line in lines]
+        rows = [every[row] for row in splits[split]["rows"]]
         scores = np.array([row["chosen_score"] for row in rows], dtype=np.float32)
         if not np.array_equal(scores, splits[split]["chosen_score"]):
             raise SystemExit(f"study: {source} was not made from the pairs in {data}; make it again")

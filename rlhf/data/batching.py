@@ -6,6 +6,7 @@ row, so that the short answer of a pair does not pay for the long one. Every ran
 from the same lengths, so no communication is needed and all ranks run the same number of forwards.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -180,7 +181,7 @@ def _split_rows(rows: np.ndarray, row_groups: int) -> tuple[int, tuple[tuple[int
         if cuts[-1] > 0:
             cuts.append(int(start[cuts[-1]]))
     cuts = cuts[::-1]
-    groups = [tuple(order[a:b].tolist()) for a, b in zip(cuts[:-1], cuts[1:], strict=True) if b > a]
+    groups = [tuple(order[a:b].tolist()) for a, b in itertools.pairwise(cuts) if b > a]
     return int(best[count]), tuple(groups)
 
 

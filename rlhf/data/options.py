@@ -17,6 +17,8 @@ class ColumnConfig:
     """The preferred answer, or the whole conversation that ends with it (usual name: chosen)."""
     rejected: str | None = None
     """The other answer, or the whole conversation that ends with it (usual name: rejected)."""
+    response: str | None = None
+    """For scoring rows that are no pairs: the one answer, or the whole conversation (usual name: response)."""
     margin: str | None = None
     """How much better chosen is, a number (usual name: margin)."""
     chosen_score: str | None = None

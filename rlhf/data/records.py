@@ -30,6 +30,7 @@ _HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # valid in JSON as an escape, b
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 _USUAL_NAMES = {
     "prompt": ("prompt",),
+    "response": ("response",),
     "chosen": ("chosen",),
     "rejected": ("rejected",),
     "margin": ("margin",),
@@ -93,6 +94,25 @@ def to_record(value: Any, columns: ColumnConfig, *, row_id: str, source: str) ->
     return record, shape
 
 
+def to_conversations(
+    value: Any, columns: ColumnConfig
+) -> dict[str, tuple[tuple[Message, ...], tuple[Message, ...]]]:
+    """What there is to score in one row: prompt and answer of "response", or of "chosen" and "rejected".
+
+    Raises:
+        BadRow: if the row has neither, or what it has is not usable.
+    """
+    if not isinstance(value, Mapping):
+        raise BadRow("wrong type", f"the row is {_kind(value)}, expected an object with columns")
+    if _cell(value, columns, "response") is None:
+        record, _ = to_record(value, columns, row_id="", source="")
+        return {"chosen": (record.prompt, record.chosen), "rejected": (record.prompt, record.rejected)}
+    prompt, response = _prompt_and_response(value, columns)
+    for name, messages in (("prompt", prompt), ("response", response)):
+        _refuse_unusable(name, messages)
+    return {"response": (prompt, response)}
+
+
 def prompt_key(prompt: Sequence[Message]) -> int:
     """A 64-bit name for a prompt: rows with equal keys ask the same thing, up to white space."""
     parts = [part for message in prompt for part in (message["role"], " ".join(message["content"].split()))]
@@ -113,6 +133,17 @@ def _texts(value: Mapping[str, Any], columns: ColumnConfig) -> _Texts:
     if isinstance(chosen, str):
         return _from_text(prompt, chosen, rejected)
     return _from_messages(prompt, _messages("chosen", chosen), _messages("rejected", rejected))
+
+
+def _prompt_and_response(value: Mapping[str, Any], columns: ColumnConfig) -> tuple[_Messages, _Messages]:
+    prompt, response = _cell(value, columns, "prompt"), _answer(value, columns, "response")
+    messages = (_assistant(response),) if isinstance(response, str) else _messages("response", response)
+    if prompt is not None:
+        return _prompt_messages(prompt)[0], messages
+    whole = _human_assistant_turns(response) if isinstance(response, str) else messages
+    if len(whole) < 2 or whole[-1]["role"] != "assistant":
+        raise BadRow("no prompt", "no prompt column, and response is not a conversation that ends in an answer")
+    return whole[:-1], whole[-1:]
 
 
 def _from_text(prompt: Any, chosen: str, rejected: str) -> _Texts:

@@ -60,7 +60,8 @@ def load_classifier(
 def load_model_config(config: BackboneConfig) -> PretrainedConfig:
     """The model's configuration, cut to ``config.layers``."""
     if Path(config.path).suffix == ".gguf":
-        raise ModelError(f"model.path = {config.path} is a GGUF file; turn it into a folder: rlhf import-gguf {config.path} FOLDER")
+        way_out = f"turn it into a folder: rlhf import-gguf {config.path} FOLDER"
+        raise ModelError(f"model.path = {config.path} is a GGUF file; {way_out}")
     try:
         settings = AutoConfig.from_pretrained(
             config.path, revision=config.revision, trust_remote_code=config.trust_remote_code

@@ -48,7 +48,9 @@ def gpt2(tmp_path_factory):
 def bert(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bert")
     torch.manual_seed(0)
-    config = BertConfig(vocab_size=260, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    config = BertConfig(
+        vocab_size=260, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+    )
     BertModel(config).save_pretrained(folder)
     return folder
 
@@ -105,7 +107,9 @@ def test_lora_trains_adapters_above_the_frozen_layers_and_the_head(tiny_model):
     assert all("layers.2." in name or "score" in name for name in trained)
 
 
-@pytest.mark.parametrize("options", [{}, {"lora": LoraOptions(rank=4)}, {"head": "mlp", "head_hidden": 8}, {"layers": 2}])
+@pytest.mark.parametrize(
+    "options", [{}, {"lora": LoraOptions(rank=4)}, {"head": "mlp", "head_hidden": 8}, {"layers": 2}]
+)
 @torch.no_grad()
 def test_a_saved_model_scores_the_same_after_loading(tiny_model, tmp_path, options):
     model = build(tiny_model, **options)

@@ -30,7 +30,7 @@ def test_loss_and_gradient_do_not_depend_on_the_token_budget(make_task, kind):
 
 
 def test_global_margins_are_those_of_one_plan_over_all_pairs(make_task):
-    engine, task = make_task(150, margin=GLOBAL_OT)
+    _engine, task = make_task(150, margin=GLOBAL_OT)
     task.micro_batches(0)
     ((pairs, margins),) = task._seen
     expected = optimal_transport_margins(
@@ -74,7 +74,7 @@ def test_margins_warm_up_from_a_share_to_the_whole(make_task):
 
 
 def test_a_column_margin_is_the_gap_of_the_scores(make_task, tiny_data):
-    engine, task = make_task(margin=MarginConfig(kind="column", scale=2.0))
+    _engine, task = make_task(margin=MarginConfig(kind="column", scale=2.0))
     batches = task.micro_batches(0)
     for batch in batches:
         task.loss(batch)
@@ -86,7 +86,8 @@ def test_a_column_margin_is_the_gap_of_the_scores(make_task, tiny_data):
 
 def test_held_out_rewards_are_those_of_the_rows_alone(make_task, tiny_data):
     engine, task = make_task()
-    evaluation = task.evaluation()
+    task.evaluate()
+    evaluation = task.evaluation
     gaps = []
     for index in range(len(tiny_data.evals)):
         pair = tiny_data.evals.pair(index)

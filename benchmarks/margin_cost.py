@@ -1,0 +1,118 @@
+"""What the optimal-transport margin costs, as a share of a training step.
+
+Trains a slice of a real model for a few steps of 64 pairs and times, inside those steps, all that the margin
+adds: gathering rewards and embeddings, the transport problem, telemetry.
+
+    python benchmarks/margin_cost.py --model models/SmolLM2-135M-Instruct --data PAIRS.jsonl
+"""
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from reward.config import MarginConfig, RewardConfig
+from reward.margins import optimal_transport_margins
+from reward.model import RewardModelConfig, build_reward_model
+from reward.task import RewardTask
+from rlhf.data.options import DataConfig
+from rlhf.data.preferences import load_preferences
+from rlhf.engine.local import LocalEngine
+from rlhf.engine.options import EngineConfig, OptimizerConfig
+from rlhf.engine.ranks import Ranks
+from rlhf.models.tokenizer import load_tokenizer, required_embedding_rows
+from rlhf.train.options import TrainConfig
+
+
+class TimedTask(RewardTask):
+    """Counts the seconds spent on margins in every step."""
+
+    margin_seconds = 0.0
+
+    def _observe(self, pairs) -> None:
+        began = time.perf_counter()
+        super()._observe(pairs)
+        self.margin_seconds += time.perf_counter() - began
+
+    def step_metrics(self) -> dict[str, float]:
+        began = time.perf_counter()
+        metrics = super().step_metrics()
+        self.margin_seconds += time.perf_counter() - began
+        return metrics
+
+
+def measure_step(options: argparse.Namespace, scope: str) -> tuple[float, float]:
+    """Median seconds of a step, and of what the margin adds to it."""
+    config = RewardConfig(
+        output=Path("unused"),
+        model=RewardModelConfig(path=options.model, layers=options.layers),
+        data=DataConfig(train=options.data, eval_share=0.0, max_tokens=options.max_tokens),
+        margin=MarginConfig(kind="ot", scope=scope),
+        train=TrainConfig(global_batch_pairs=64, micro_batch_tokens=options.micro_batch_tokens),
+        engine=EngineConfig(kind="local"),
+    )
+    tokenizer = load_tokenizer(options.model)
+    data = load_preferences(config.data, tokenizer)
+    module = build_reward_model(
+        config.model,
+        dtype=torch.float32,
+        pad_token_id=tokenizer.pad_token_id,
+        vocabulary=required_embedding_rows(tokenizer),
+        seed=0,
+    )
+    ranks = Ranks(rank=0, world_size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
+    engine = LocalEngine(module, ranks=ranks, optimizer=OptimizerConfig(), total_steps=options.steps)
+    task = TimedTask(engine, config, data.train, data.evals, options.steps)
+    steps, margins = [], []
+    for step in range(options.steps):
+        began, task.margin_seconds = time.perf_counter(), 0.0
+        batches = task.micro_batches(step)
+        for place, batch in enumerate(batches):
+            engine.backward(task.loss(batch), last=place == len(batches) - 1)
+        engine.step()
+        task.step_metrics()
+        steps.append(time.perf_counter() - began)
+        margins.append(task.margin_seconds)
+    return statistics.median(steps[1:]), statistics.median(margins[1:])
+
+
+def margin_alone(width: int) -> float:
+    """Median seconds of one plan over 64 pairs."""
+    generator = torch.Generator().manual_seed(0)
+    chosen, rejected = torch.randn(2, 64, width, generator=generator)
+    rewards = torch.randn(2, 64, generator=generator)
+    seconds = []
+    for _ in range(20):
+        began = time.perf_counter()
+        optimal_transport_margins(chosen, rejected, rewards[0], rewards[1])
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", required=True, help="preference pairs")
+    parser.add_argument("--layers", type=int, default=8, help="first so many layers (default %(default)s)")
+    parser.add_argument("--max-tokens", type=int, default=512)
+    parser.add_argument("--micro-batch-tokens", type=int, default=4096)
+    parser.add_argument("--steps", type=int, default=3, help="the first is warm-up (default %(default)s)")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    table = Table("what", "seconds", "share of a step", title="OT margin at a global batch of 64 pairs")
+    step, margin = measure_step(options, "micro_step")
+    table.add_row("step, margin.scope=micro_step", f"{step:.2f}", "")
+    table.add_row("  of it margins, gathering, telemetry", f"{margin:.4f}", f"{margin / step:.3%}")
+    for width in (576, 4096):
+        seconds = margin_alone(width)
+        table.add_row(f"one plan over 64 pairs, D = {width}", f"{seconds:.4f}", f"{seconds / step:.3%}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
