@@ -19,9 +19,8 @@ CHATML = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n'}}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-WORDS = (
-    "the sun rain is was a good bad happy sad day dentist tax form write one sentence about it and so on"
-).split()  # noqa: SIM905
+TEXT = "the sun rain is was a good bad happy sad day dentist tax form write one sentence about it and so on"
+WORDS = TEXT.split()
 
 
 @pytest.fixture(scope="session")
