@@ -1,0 +1,46 @@
+"""What a wheel holds: the folders of the project, and no more."""
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TOP_LEVEL = {"rlhf", "reward", "policy", "launch", "ds_configs"}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> list[str]:
+    source = tmp_path_factory.mktemp("source") / "tree"
+    source.mkdir()
+    for name in TOP_LEVEL:
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "tests", source / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    script = "import setuptools.build_meta as b; print(b.build_wheel('dist'))"
+    (source / "dist").mkdir()
+    subprocess.run([sys.executable, "-c", script], cwd=source, check=True, capture_output=True)
+    (path,) = (source / "dist").glob("*.whl")
+    assert path.name.startswith("margin_rlhf-")
+    return zipfile.ZipFile(path).namelist()
+
+
+def test_top_level_names(wheel):
+    assert {name.split("/")[0] for name in wheel if ".dist-info/" not in name} == TOP_LEVEL
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ds_configs/train_zero3.json",
+        "launch/recipes/quickstart_reward.yaml",
+        "launch/quickstart/chat.jinja",
+        "launch/quickstart/sentiment_pairs_train.jsonl",
+    ],
+)
+def test_data_files_are_inside(wheel, name):
+    assert name in wheel
