@@ -50,7 +50,7 @@ def measure_step(options: argparse.Namespace, scope: str) -> tuple[float, float]
     config = RewardConfig(
         output=Path("unused"),
         model=RewardModelConfig(path=options.model, layers=options.layers),
-        data=DataConfig(train=options.data, eval_share=0.0, max_tokens=options.max_tokens),
+        data=DataConfig(train=options.data, eval_share=0.0, max_tokens=options.max_tokens, quarantine_max_share=0.5),
         margin=MarginConfig(kind="ot", scope=scope),
         train=TrainConfig(global_batch_pairs=64, micro_batch_tokens=options.micro_batch_tokens),
         engine=EngineConfig(kind="local"),

@@ -19,6 +19,7 @@ from rlhf.data.options import ColumnConfig, SourceConfig
 from rlhf.data.records import BadRow, to_conversations
 from rlhf.data.sources import open_source
 from rlhf.data.templates import ChatFormat, TemplateFault, chat_format
+from rlhf.models.backbones import hide_loading_bars
 from rlhf.models.manifest import MANIFEST_NAME, read_manifest
 from rlhf.models.tokenizer import load_tokenizer, tokenizer_digest
 
@@ -47,6 +48,7 @@ def score_file(options: ScoreOptions) -> int:
     Returns:
         The number of rows that could not be scored.
     """
+    hide_loading_bars()
     source = open_source(SourceConfig(path=options.data))
     model, chat = load_scorer(options.model)
     total = sum(1 for _ in source.rows())

@@ -23,6 +23,7 @@ from rlhf.data.templates import chat_format
 from rlhf.engine.build import DTYPES, build_engine, precision_of
 from rlhf.engine.checkpoint import CheckpointStore
 from rlhf.engine.ranks import Ranks
+from rlhf.models.backbones import hide_loading_bars
 from rlhf.models.tokenizer import load_tokenizer, required_embedding_rows
 from rlhf.train.loop import LoopState, Run, fit, load_checkpoint
 
@@ -33,6 +34,7 @@ def run(config: RewardConfig, ranks: Ranks) -> Evaluation | None:
     Returns:
         The held-out evaluation of what was published; ``None`` without held-out data.
     """
+    hide_loading_bars()
     ranks.on_main(lambda: config.output.mkdir(parents=True, exist_ok=True))
     tokenizer = ranks.main_first(
         lambda: load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)

@@ -57,6 +57,11 @@ def load_classifier(
     return model
 
 
+def hide_loading_bars() -> None:
+    """Transformers shows a bar for every load and save; a stage has one progress display of its own."""
+    transformers_logging.disable_progress_bar()
+
+
 def load_model_config(config: BackboneConfig) -> PretrainedConfig:
     """The model's configuration, cut to ``config.layers``."""
     if Path(config.path).suffix == ".gguf":

@@ -1,0 +1,94 @@
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from launch.cli import main
+from reward.model import RewardModelConfig, build_reward_model, save_reward_model
+from rlhf.data.portable import portable_tokenizer
+from rlhf.data.templates import chat_format
+from rlhf.models.tokenizer import load_tokenizer
+
+ROWS = [
+    {"prompt": "the sun", "response": "is good"},
+    {"prompt": "the rain", "chosen": "is good and happy", "rejected": "is bad"},
+    {"prompt": "the tax form", "response": ""},
+    {"prompt": "one day", "response": "was a happy day and so on and so on"},
+]
+
+
+@pytest.fixture(scope="module")
+def final(tmp_path_factory, tiny_model):
+    folder = tmp_path_factory.mktemp("published") / "final"
+    tokenizer = load_tokenizer(tiny_model)
+    config = RewardModelConfig(path=str(tiny_model), head_init_scale=30.0)
+    model = build_reward_model(
+        config, dtype=torch.float32, pad_token_id=tokenizer.pad_token_id, vocabulary=len(tokenizer), seed=0
+    )
+    save_reward_model(model, folder)
+    portable_tokenizer(chat_format(tokenizer, None)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+def score(final, rows, output, *options):
+    return main(["score", "--model", str(final), "--data", str(rows), "--output", str(output), *options])
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_scores_are_those_of_plain_transformers(final, rows, tmp_path):
+    assert score(final, rows, tmp_path / "scores.jsonl", "--batch-tokens", "40") == 1
+    lines = read(tmp_path / "scores.jsonl")
+    assert [line["row"] for line in lines] == [1, 2, 3, 4]
+    assert lines[1].keys() == {"row", "chosen_reward", "rejected_reward"}
+    assert "empty" in lines[2]["error"]
+    tokenizer = load_tokenizer(final)
+    model = AutoModelForSequenceClassification.from_pretrained(final).eval()
+    messages = [{"role": "user", "content": "one day"}, {"role": "assistant", "content": ROWS[3]["response"]}]
+    ids = tokenizer.apply_chat_template(messages, return_dict=False)
+    with torch.no_grad():
+        expected = float(model(torch.tensor([ids])).logits)
+    assert lines[3]["reward"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_stopped_run_goes_on_after_its_last_whole_line(final, rows, tmp_path):
+    output = tmp_path / "scores.jsonl"
+    score(final, rows, output)
+    whole = output.read_text()
+    output.write_text("".join(whole.splitlines(keepends=True)[:2]) + '{"row": 3, "err')
+    score(final, rows, output)
+    for found, expected in zip(read(output), map(json.loads, whole.splitlines()), strict=True):
+        assert found == pytest.approx(expected, abs=1e-5) if "error" not in expected else found == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "no/such/folder"], "no/such/folder: no such folder"),
+        (["--data", "no_such.jsonl"], "no_such.jsonl"),
+    ],
+)
+def test_wrong_input_is_one_message(final, rows, tmp_path, arguments, message, capsys):
+    command = ["score", "--model", str(final), "--data", str(rows), "--output", str(tmp_path / "s.jsonl")]
+    command[command.index(arguments[0]) + 1] = arguments[1]
+    assert main(command) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "s.jsonl").exists()
+
+
+def test_an_output_of_other_data_is_not_overwritten(final, rows, tmp_path, capsys):
+    output = tmp_path / "scores.jsonl"
+    output.write_text('{"row": 1}\n' * 9)
+    assert score(final, rows, output) == 2
+    assert "holds 9 rows" in capsys.readouterr().err
+    assert output.read_text() == '{"row": 1}\n' * 9
