@@ -6,10 +6,11 @@ from pathlib import Path
 
 from reward.config import RewardConfig
 from reward.evaluate import Evaluation
+from rlhf.core.tokenizers import tokenizer_digest
 from rlhf.data.preferences import LoadedPreferences
 from rlhf.data.templates import ChatFormat
 from rlhf.models.manifest import Manifest, RewardStatistics
-from rlhf.models.tokenizer import pad_policy, tokenizer_digest
+from rlhf.models.tokenizer import pad_policy
 
 
 def reward_manifest(

@@ -15,13 +15,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from reward.model import RewardModel, load_reward_model
 from rlhf.core.errors import DataError, ModelError
 from rlhf.core.masking import length_mask
+from rlhf.core.tokenizers import tokenizer_digest
 from rlhf.data.options import ColumnConfig, SourceConfig
 from rlhf.data.records import BadRow, to_conversations
 from rlhf.data.sources import open_source
 from rlhf.data.templates import ChatFormat, TemplateFault, chat_format
 from rlhf.models.backbones import hide_loading_bars
 from rlhf.models.manifest import MANIFEST_NAME, read_manifest
-from rlhf.models.tokenizer import load_tokenizer, tokenizer_digest
+from rlhf.models.tokenizer import load_tokenizer
 
 CHUNK_ROWS = 256
 

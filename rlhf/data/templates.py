@@ -8,7 +8,6 @@ the template has no such token.
 """
 
 import functools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 
 from rlhf.core.errors import DataError, ModelError
 from rlhf.core.files import digest
+from rlhf.core.tokenizers import tokenizer_digest
 from rlhf.data.records import Message
 
 PLAIN_TEMPLATE = """\
@@ -157,16 +157,6 @@ def chat_format(tokenizer: Any, template: str | None) -> ChatFormat:
 def template_digest(tokenizer: Any, template: str | None) -> str:
     """A name for the form of text that a model is shown: the template, BOS, and what ends a response."""
     return chat_format(tokenizer, template).digest
-
-
-def tokenizer_digest(tokenizer: Any) -> str:
-    """A name for the map from text to token ids: vocabulary, merges, normalisation, special tokens."""
-    if getattr(tokenizer, "is_fast", False):
-        state = json.loads(tokenizer.backend_tokenizer.to_str())
-        described = {key: value for key, value in state.items() if key not in ("padding", "truncation")}
-    else:
-        described = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
-    return digest(json.dumps(described, sort_keys=True), *_special_texts(tokenizer))
 
 
 # ------------------------------------------------------------------------------------------------- details

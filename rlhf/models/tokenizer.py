@@ -4,7 +4,6 @@ Plain ``AutoModelForSequenceClassification`` pools at the right-most token that 
 padding falls back to the end token, it reads the token before the end instead.
 """
 
-import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,14 +13,11 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf.core.errors import ModelError
-from rlhf.core.files import digest
 
 logger = logging.getLogger(__name__)
 
 RULE = "the padding token never ends a text"
 NEW_PAD_TOKEN = "<|pad|>"
-_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_PROBE = "Hello world,\n\n1. naïve 12345  tokens\tfür 日本語 🙂 don't\n"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,20 +103,6 @@ def required_embedding_rows(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A name for what the tokenizer does to text: equal after save and load and in every process.
-
-    Covers the vocabulary, merges, normaliser, pre-tokeniser, added and special tokens, and the ids of a
-    probe text with its automatic special tokens. Leaves out what callers set per call: padding, truncation.
-    """
-    named = {name: getattr(tokenizer, name, None) for name in _NAMED_TOKENS}
-    return digest(
-        *_model_parts(tokenizer),
-        json.dumps(named, sort_keys=True),
-        json.dumps(tokenizer(_PROBE, padding=False, truncation=False)["input_ids"]),
-    )
-
-
 def _existing_candidates(tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str | None, str]]:
     yield tokenizer.pad_token, "the tokenizer's own padding token, which never ends a text"
     own = (
@@ -148,19 +130,3 @@ def _may_end_a_text(tokenizer: PreTrainedTokenizerBase, token: str) -> bool:
     templates = tokenizer.chat_template or ""
     written = "\n".join(templates.values()) if isinstance(templates, dict) else templates
     return token in (tokenizer.eos_token, tokenizer.bos_token) or token in written
-
-
-def _model_parts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Vocabulary, merges and splitting rules; spelled alike by different versions of ``tokenizers``."""
-    added = {
-        str(index): [token.content, token.special, token.lstrip, token.rstrip, token.normalized]
-        for index, token in tokenizer.added_tokens_decoder.items()
-    }
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return [json.dumps(tokenizer.get_vocab(), sort_keys=True), json.dumps(added, sort_keys=True)]
-    state = json.loads(backend.to_str())
-    model = state["model"]
-    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges", [])]
-    parts = (model.get("type"), model["vocab"], merges, state["normalizer"], state["pre_tokenizer"], added)
-    return [json.dumps(part, sort_keys=True) for part in parts]

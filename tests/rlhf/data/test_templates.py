@@ -3,12 +3,12 @@ import pytest
 from transformers import PreTrainedTokenizer
 
 from rlhf.core.errors import DataError, ModelError
+from rlhf.core.tokenizers import tokenizer_digest
 from rlhf.data.templates import (
     CHATML_TEMPLATE,
     TemplateFault,
     chat_format,
     template_digest,
-    tokenizer_digest,
 )
 
 PROMPT = [{"role": "user", "content": "why?"}]

@@ -7,6 +7,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
 from rlhf.core.errors import ModelError
+from rlhf.core.tokenizers import tokenizer_digest
 from rlhf.models.tokenizer import (
     NEW_PAD_TOKEN,
     RULE,
@@ -15,7 +16,6 @@ from rlhf.models.tokenizer import (
     load_tokenizer,
     pad_policy,
     required_embedding_rows,
-    tokenizer_digest,
 )
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] + '<end>' }}{% endfor %}"
