@@ -1,6 +1,7 @@
 """``python -m reward``, or the same under deepspeed, torchrun or srun."""
 
 import logging
+import os
 import sys
 
 from reward.config import RewardConfig
@@ -21,12 +22,14 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         return _run(invocation.config)
     except UserError as error:
-        print(f"{error}", file=sys.stderr, flush=True)
+        # Ranks agree before one raises, so the first one knows of every fault: it speaks for all.
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+            print(error, file=sys.stderr, flush=True)
         return 2
 
 
 def _run(config: RewardConfig) -> int:
-    from rlhf.engine.ranks import RemoteError, start_ranks, stop_ranks
+    from rlhf.engine.ranks import start_ranks, stop_ranks
 
     try:
         ranks = start_ranks(timeout_seconds=config.engine.timeout_minutes * 60)
@@ -34,8 +37,6 @@ def _run(config: RewardConfig) -> int:
 
         run(config, ranks)
         return 0
-    except RemoteError:
-        return 2  # the rank that failed has said why
     finally:
         stop_ranks()
 

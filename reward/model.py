@@ -12,7 +12,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from rlhf.core.errors import ModelError
 from rlhf.core.files import write_json
@@ -125,13 +131,23 @@ class RewardModel(nn.Module):
 class LanguageModelHead(nn.Module):
     """A frozen copy of the model's output projection, for log-probabilities of the responses (GRM)."""
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, settings: PretrainedConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+        self._softcap = getattr(settings, "final_logit_softcapping", None)  # Gemma 2
+        self._scale = getattr(settings, "logit_scale", None) or 1.0  # Cohere multiplies
+        self._scale /= getattr(settings, "logits_scaling", None) or 1.0  # Granite divides
 
     def forward(self, states: Tensor, tokens: Tensor, response_mask: Tensor) -> Tensor:
         """``(R,)`` log-probabilities summed over response tokens; position t predicts token t + 1."""
-        sums, _ = response_logprobs(states[:, :-1], self.weight, tokens[:, 1:], response_mask[:, 1:])
+        sums, _ = response_logprobs(
+            states[:, :-1],
+            self.weight,
+            tokens[:, 1:],
+            response_mask[:, 1:],
+            logit_scale=self._scale,
+            softcap=self._softcap,
+        )
         return sums
 
 
@@ -168,7 +184,7 @@ def build_reward_model(
     torch.manual_seed(seed)
     hf = backbones.load_classifier(config, dtype=dtype, pad_token_id=pad_token_id, vocabulary=vocabulary)
     _init_head(hf, config)
-    lm_head = LanguageModelHead(_output_projection(config, dtype)) if with_lm_head else None
+    lm_head = LanguageModelHead(_output_projection(config, dtype), hf.config) if with_lm_head else None
     model = RewardModel(hf, lm_head)
     if config.lora is not None:
         adapter = backbones.add_lora(hf, config.lora, freeze_layers=config.freeze_layers)
