@@ -22,7 +22,7 @@ class StepStatistics:
         self._running: float | None = None
 
     def update(self, pairs: Pairs, pairs_in_step: int) -> None:
-        self._pairs = pairs_in_step
+        self._pairs = len(pairs)  # of the same set as the means
         distances = (pairs.chosen_embeddings - pairs.rejected_embeddings).norm(dim=1)
         if len(self._distances) != pairs_in_step:
             self._distances = distances.new_zeros(pairs_in_step)
