@@ -9,6 +9,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 from torch import Tensor, nn
 
@@ -40,6 +41,8 @@ class ZeroEngine:
         deepspeed_config: dict[str, Any],
     ) -> None:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        # On a CPU DeepSpeed would compile, for minutes, a shared-memory all-reduce; gloo does without.
+        deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
         self.ranks = ranks
         self.settings = deepspeed_config
         zero = deepspeed_config.get("zero_optimization", {})
