@@ -60,8 +60,11 @@ def _default_ranks() -> int:
 
 
 def _launcher(ranks: int) -> list[str]:
-    """The deepspeed launcher of this very environment."""
-    return [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(ranks)]
+    """The deepspeed launcher of this very environment, on a port that no other run has."""
+    from rlhf.engine.ranks import free_port
+
+    launcher = str(Path(sys.executable).with_name("deepspeed"))
+    return [launcher, "--num_accelerators", str(ranks), "--master_port", str(free_port())]
 
 
 def _shown(part: str) -> str:

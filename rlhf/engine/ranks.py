@@ -134,9 +134,7 @@ def start_ranks(timeout_seconds: float = 3600.0) -> Ranks:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(environment["LOCAL_WORLD_SIZE"])))
     if not dist.is_initialized():
         os.environ.update(environment)
-        dist.init_process_group(
-            backend="nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_seconds)
-        )
+        _join(device, timeout_seconds)
     return Ranks(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -152,6 +150,18 @@ def stop_ranks() -> None:
         dist.destroy_process_group()
 
 
+def _join(device: torch.device, timeout_seconds: float) -> None:
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    try:
+        dist.init_process_group(backend=backend, timeout=timedelta(seconds=timeout_seconds))
+    except dist.DistNetworkError as error:
+        address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+        raise ConfigError(
+            f"the ranks cannot meet at {address}:{port}: {str(error).splitlines()[0]}. If another run on this host has "
+            f"the port, choose a free one: deepspeed --master_port {free_port()} ... (torchrun: --master-port)"
+        ) from error
+
+
 def _launch_environment() -> dict[str, str]:
     found = os.environ
     if "RANK" in found and "WORLD_SIZE" in found:
@@ -161,7 +171,7 @@ def _launch_environment() -> dict[str, str]:
     tasks = int(found.get("SLURM_STEP_NUM_TASKS", "1")) if "SLURM_PROCID" in found else 1
     if tasks == 1:
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-        return alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        return alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     if "MASTER_ADDR" not in found:
         raise ConfigError(
             f"srun started {tasks} tasks but MASTER_ADDR is not set, so they cannot find each other; "
@@ -177,7 +187,8 @@ def _launch_environment() -> dict[str, str]:
     }
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of this host that nobody listens on right now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
