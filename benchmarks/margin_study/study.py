@@ -32,7 +32,7 @@ from rlhf.core.files import write_text
 
 LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 FLIPPED = (0.0, 0.2)
-TUNING_FOLDS = 5
+TUNING_FOLDS = 3
 TUNING_SEED = 1000
 """Seeds of the comparison count from 0, so tuning shares none with it."""
 
