@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import warnings
 
 from reward.config import RewardConfig
 from rlhf.config import parse_command_line, to_yaml
@@ -13,6 +14,7 @@ DESCRIPTION = "Train a reward model on preference pairs, with adaptive optimal-t
 
 def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of DeepSpeed's calls
     try:
         invocation = parse_command_line(
             RewardConfig, sys.argv[1:] if argv is None else argv, program="reward", description=DESCRIPTION
