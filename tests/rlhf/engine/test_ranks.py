@@ -1,0 +1,22 @@
+from pathlib import Path
+
+import pytest
+
+from rlhf.core.errors import ConfigError
+from rlhf.engine.ranks import start_ranks
+
+WORKER = str(Path(__file__).parent / "workers" / "talk.py")
+
+
+@pytest.mark.dist
+def test_two_ranks_gather_agree_and_fail_together(run_ranks):
+    run_ranks([WORKER], 2)
+
+
+def test_srun_without_a_meeting_point_says_what_to_export(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=r"export MASTER_ADDR=\$\(scontrol"):
+        start_ranks()
