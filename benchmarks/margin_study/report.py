@@ -37,9 +37,7 @@ def grouped(result: dict) -> Runs:
     groups: Runs = {}
     for record in sorted(result["runs"], key=lambda record: record["run"]["seed"]):
         groups.setdefault((record["run"]["flipped"], record["run"]["method"]), []).append(record)
-    return {
-        (row["flipped"], row["method"]): groups[row["flipped"], row["method"]] for row in result["settings"]
-    }
+    return {(row["flipped"], row["method"]): groups[row["flipped"], row["method"]] for row in result["settings"]}
 
 
 def final_accuracy(record: dict, split: str) -> float:
@@ -57,6 +55,13 @@ def steps_to_95_percent(record: dict, split: str) -> float:
     return float(record["curve"]["step"][int(np.argmax(curve >= 0.95 * curve[-1]))])
 
 
+def mean_curve(records: list[dict], split: str) -> tuple[list[int], np.ndarray]:
+    """Mean over seeds at the steps that all runs evaluated; tenths differ in size, so runs do in length."""
+    curves = [dict(zip(record["curve"]["step"], record["curve"][split], strict=True)) for record in records]
+    steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+    return steps, np.array([[curve[step] for step in steps] for curve in curves]).mean(0)
+
+
 def over_seeds(records: list[dict], measure, split: str) -> np.ndarray:
     return np.array([measure(record, split) for record in records])
 
@@ -67,9 +72,7 @@ def mean_and_half_width(values: np.ndarray) -> tuple[float, float]:
     return float(values.mean()), float(stats.t.ppf(0.975, len(values) - 1) * spread)
 
 
-def prompt_interval(
-    records: list[dict], baseline: list[dict], split: str, prompts: np.ndarray
-) -> tuple[float, float]:
+def prompt_interval(records: list[dict], baseline: list[dict], split: str, prompts: np.ndarray) -> tuple[float, float]:
     """95 % interval of the difference to the baseline when both seeds and test prompts are drawn anew.
 
     Two-way bootstrap: seeds are resampled, and whole prompts with all their pairs.
@@ -112,8 +115,12 @@ def accuracy_table(groups: Runs, result: dict, flipped: float) -> str:
     return "\n".join(lines) + "\n"
 
 
-def difference_table(groups: Runs, result: dict, measure, *, prompts: bool) -> str:
-    """Points of accuracy above (+) or below (-) Bradley-Terry under the same seeds."""
+def difference_table(groups: Runs, result: dict, measure, *, scale: float = 100, prompts: bool = False) -> str:
+    """What each method measures more (+) or less (-) than Bradley-Terry under the same seeds, times ``scale``.
+
+    The interval is the t interval over seeds or, with ``prompts``, that of :func:`prompt_interval`, which is
+    about final accuracy. A star marks those without 0.
+    """
     shares = sorted({flipped for flipped, _ in groups})
     columns = [(flipped, split) for flipped in shares for split in SPLITS]
     titles = [f"{_short(split)}, {flipped:.0%} flipped" for flipped, split in columns]
@@ -122,18 +129,17 @@ def difference_table(groups: Runs, result: dict, measure, *, prompts: bool) -> s
         cells = [name]
         for flipped, split in columns:
             ours, theirs = groups[flipped, name], groups[flipped, BASELINE]
-            gain = 100 * (over_seeds(ours, measure, split) - over_seeds(theirs, measure, split))
-            mean, half = mean_and_half_width(gain)
+            mean, half = mean_and_half_width(over_seeds(ours, measure, split) - over_seeds(theirs, measure, split))
             low, high = mean - half, mean + half
             if prompts:
-                low, high = (
-                    100 * end
-                    for end in prompt_interval(ours, theirs, split, np.array(result["prompts"][split]))
-                )
-            mark = "" if low <= 0 <= high else " *"
-            cells.append(f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]{mark}")
+                low, high = prompt_interval(ours, theirs, split, np.array(result["prompts"][split]))
+            cells.append(_interval(scale * mean, scale * low, scale * high))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _interval(mean: float, low: float, high: float) -> str:
+    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]" + ("" if low <= 0 <= high else " *")
 
 
 def tuning_table(result: dict) -> str:
@@ -163,16 +169,16 @@ def tables(result: dict) -> str:
     seeds = len(next(iter(groups.values())))
     parts = []
     for flipped in sorted({flipped for flipped, _ in groups}):
-        parts.append(
-            f"Accuracy in %, mean ± 95 % t interval over {seeds} seeds, {flipped:.0%} of labels flipped:\n"
-        )
+        parts.append(f"Accuracy in %, mean ± 95 % t interval over {seeds} seeds, {flipped:.0%} of labels flipped:\n")
         parts.append(accuracy_table(groups, result, flipped))
     parts.append("Final accuracy minus that of Bradley-Terry, points, 95 % t interval over seeds (paired):\n")
-    parts.append(difference_table(groups, result, final_accuracy, prompts=False))
+    parts.append(difference_table(groups, result, final_accuracy))
     parts.append("The same at the validation peak:\n")
-    parts.append(difference_table(groups, result, accuracy_at_validation_peak, prompts=False))
+    parts.append(difference_table(groups, result, accuracy_at_validation_peak))
     parts.append("Final accuracy again, 95 % bootstrap interval over seeds and test prompts:\n")
     parts.append(difference_table(groups, result, final_accuracy, prompts=True))
+    parts.append("Steps to 95 % of the run's own final accuracy, minus those of Bradley-Terry (paired):\n")
+    parts.append(difference_table(groups, result, steps_to_95_percent, scale=1))
     parts.append("Phase 2, candidates:\n")
     parts.append(tuning_table(result))
     shared = result["shared"]
@@ -202,11 +208,9 @@ def _plot_curves(axis, groups: Runs, flipped: float) -> None:
     for (share, name), records in groups.items():
         if share != flipped:
             continue
-        curves = np.array([record["curve"]["ood_test"] for record in records])
+        steps, curve = mean_curve(records, "ood_test")
         width = 2.2 if name == BASELINE else 1.2
-        axis.plot(
-            records[0]["curve"]["step"], 100 * curves.mean(0), color=COLOURS[name], lw=width, label=name
-        )
+        axis.plot(steps, 100 * curve, color=COLOURS[name], lw=width, label=name)
     axis.set_title(f"{flipped:.0%} of training labels flipped")
     axis.set_xlabel("step (64 pairs each)")
     axis.grid(alpha=0.3)
@@ -220,9 +224,7 @@ def _plot_differences(axis, groups: Runs, flipped: float) -> None:
             theirs = over_seeds(groups[flipped, BASELINE], final_accuracy, split)
             mean, half = mean_and_half_width(100 * (ours - theirs))
             filled = COLOURS[name] if split == "ood_test" else "white"
-            axis.errorbar(
-                mean, place + shift, xerr=half, fmt=marker, color=COLOURS[name], mfc=filled, capsize=3
-            )
+            axis.errorbar(mean, place + shift, xerr=half, fmt=marker, color=COLOURS[name], mfc=filled, capsize=3)
         axis.errorbar(
             [],
             [],
@@ -252,13 +254,9 @@ def write_report(result: dict, output: pathlib.Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", required=True, type=pathlib.Path, help="study.json of study.py")
-    parser.add_argument(
-        "--output", required=True, type=pathlib.Path, help="folder for tables.md and margin_study.png"
-    )
+    parser.add_argument("--output", required=True, type=pathlib.Path, help="folder for tables.md and margin_study.png")
     options = parser.parse_args()
     write_report(json.loads(options.study.read_text(encoding="utf-8")), options.output)
 

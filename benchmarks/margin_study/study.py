@@ -113,9 +113,7 @@ def choose_shared(ledger: Ledger, layers: list[int]) -> dict:
         run
         for layer in layers
         for rate in LEARNING_RATES
-        for run in tuning_runs(
-            method="Bradley-Terry", setting=0.0, flipped=0.0, layer=layer, learning_rate=rate
-        )
+        for run in tuning_runs(method="Bradley-Terry", setting=0.0, flipped=0.0, layer=layer, learning_rate=rate)
     ]
     (layer, rate), tried = choose(ledger.results(runs, "1 layer, rate"), "layer", "learning_rate")
     return {"layer": layer, "learning_rate": rate, "tried": tried}
@@ -154,25 +152,17 @@ def study(corpus: Corpus, ledger: Ledger, seeds: int) -> dict:
     return {
         "shared": chosen,
         "settings": rows,
-        "runs": [
-            {"run": record["run"], "curve": record["curve"], "right": record["right"]} for record in records
-        ],
+        "runs": [{"run": record["run"], "curve": record["curve"], "right": record["right"]} for record in records],
         "prompts": {split: corpus.prompts[split].tolist() for split in ("id_test", "ood_test")},
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--features", required=True, type=pathlib.Path, help="folder written by features.py")
-    parser.add_argument(
-        "--data", required=True, type=pathlib.Path, help="folder of alpaca_eval_pairs_*.jsonl.gz"
-    )
+    parser.add_argument("--data", required=True, type=pathlib.Path, help="folder of alpaca_eval_pairs_*.jsonl.gz")
     parser.add_argument("--output", required=True, type=pathlib.Path, help="folder for runs, tables and plot")
-    parser.add_argument(
-        "--seeds", type=int, default=20, help="runs for each method and share of flipped labels"
-    )
+    parser.add_argument("--seeds", type=int, default=20, help="runs for each method and share of flipped labels")
     parser.add_argument("--workers", type=int, default=2, help="runs made at the same time, one core each")
     options = parser.parse_args()
     if options.seeds < 2:

@@ -124,14 +124,10 @@ class Corpus:
     prompts: dict[str, np.ndarray]  # (N,) number of the prompt, in order of first appearance
     fingerprint: str
 
-    def pairs(
-        self, split: str, layer: int, rows: np.ndarray, centre: np.ndarray, spread: np.ndarray
-    ) -> Pairs:
+    def pairs(self, split: str, layer: int, rows: np.ndarray, centre: np.ndarray, spread: np.ndarray) -> Pairs:
         arrays = self.splits[split]
         place = list(arrays["layers"]).index(layer)
-        sides = [
-            torch.from_numpy((arrays[side][rows, place] - centre) / spread) for side in ("chosen", "rejected")
-        ]
+        sides = [torch.from_numpy((arrays[side][rows, place] - centre) / spread) for side in ("chosen", "rejected")]
         gap = arrays["chosen_score"][rows] - arrays["rejected_score"][rows]
         return Pairs(chosen=sides[0], rejected=sides[1], score_gap=torch.from_numpy(gap))
 
@@ -243,9 +239,7 @@ def train(run: Run, corpus: Corpus) -> dict:
     return {"curve": curve, "right": marks}
 
 
-def _update(
-    head: nn.Module, optimizer: torch.optim.Optimizer, losses: LossFunction, pairs: Pairs, setting: float
-):
+def _update(head: nn.Module, optimizer: torch.optim.Optimizer, losses: LossFunction, pairs: Pairs, setting: float):
     rewards = head(torch.cat([pairs.chosen, pairs.rejected])).squeeze(1)
     chosen, rejected = rewards.split(len(pairs))
     optimizer.zero_grad()
