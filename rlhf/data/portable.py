@@ -20,7 +20,9 @@ def portable_tokenizer(chat: ChatFormat) -> Any:
 
 def _wrapped(chat: ChatFormat) -> str:
     template = chat.template.removesuffix("\n")  # as Jinja drops it at the end of a template
-    ends = "".join(f" or ended.endswith({token!r})" for token in chat.end_tokens).removeprefix(" or ")
+    # A template that names the padding token would make it look like one that can end a text.
+    end_tokens = [token for token in chat.end_tokens if token != chat.tokenizer.pad_token]
+    ends = " or ".join(f"ended.endswith({token!r})" for token in end_tokens)
     bos = f"{{%- if not rendered.startswith({chat.bos!r}) %}}{{{{ {chat.bos!r} }}}}{{% endif -%}}" if chat.bos else ""
     return (
         "{%- set rendered %}\n"
