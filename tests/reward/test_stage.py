@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from reward.score import load_scorer
 from rlhf.models.manifest import read_manifest
 
 pytestmark = pytest.mark.dist
@@ -129,6 +130,7 @@ def test_final_is_a_plain_model_with_its_manifest(one_rank):
     assert model.config.pad_token_id == tokenizer.pad_token_id
     assert model(torch.tensor([ids])).logits.shape == (1, 1)
     assert not (final / "adapter_config.json").exists()
+    load_scorer(final)  # which refuses a tokenizer that is not the manifest's
 
 
 def test_bad_settings_leave_an_earlier_run_as_it_was(run_ranks, recipe, one_rank, tmp_path):
