@@ -80,7 +80,7 @@ def fit(engine: Engine, task: Task, config: TrainConfig, run: Run, total_steps: 
     state = restore(engine, task, config, run)
     engine.ranks.on_main(lambda: _write_documents(run))
     log = MetricLog(run.folder, engine.ranks, config, resume_step=state.step)
-    skips = SkipLog(run.folder, engine.ranks, run.max_skipped_steps)
+    skips = SkipLog(run.folder, engine.ranks)
     progress = Progress(engine.ranks, total_steps, state.step)
     with log, progress:
         while state.step < total_steps and not state.stopped_early:
@@ -171,7 +171,7 @@ def _train_step(engine: Engine, task: Task, step: int, skips: SkipLog) -> tuple[
     metrics = task.step_metrics()
     if not info.applied and not info.scaler_overflow:
         rows = [row for batch in batches for row in task.row_ids(batch)]
-        skips.record(step + 1, info, bad_rows, rows)
+        skips.record(step + 1, bad_rows, rows)
     return info, metrics | {"step_skipped": float(not info.applied)}
 
 

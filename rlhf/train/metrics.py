@@ -9,7 +9,6 @@ from types import TracebackType
 
 from rlhf.core.errors import ConfigError
 from rlhf.core.files import write_text
-from rlhf.engine.api import StepInfo
 from rlhf.engine.ranks import Ranks
 from rlhf.train.options import TrainConfig
 
@@ -61,10 +60,10 @@ class MetricLog:
 class SkipLog:
     """Names the rows of steps that were skipped because they were not finite."""
 
-    def __init__(self, folder: Path, ranks: Ranks, limit: int) -> None:
-        self._path, self._ranks, self._limit = folder / "skipped.jsonl", ranks, limit
+    def __init__(self, folder: Path, ranks: Ranks) -> None:
+        self._path, self._ranks = folder / "skipped.jsonl", ranks
 
-    def record(self, step: int, info: StepInfo, bad_rows: list[str], rows: list[str]) -> None:
+    def record(self, step: int, bad_rows: list[str], rows: list[str]) -> None:
         """Every rank must call it. Rows of non-finite losses if there are any, else all rows of the step."""
         found = self._ranks.gather_objects((bad_rows, rows))
         guilty = [row for part, _ in found for row in part]

@@ -1,7 +1,6 @@
 """A reward task in this process: tiny model, plain engine, one rank."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -64,8 +63,3 @@ def make_task(tiny_config, tiny_data):
         return engine, RewardTask(engine, config, tiny_data.train, tiny_data.evals, 20)
 
     return make
-
-
-@pytest.fixture(scope="session")
-def run_folder(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("run")

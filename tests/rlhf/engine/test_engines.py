@@ -11,7 +11,7 @@ pytestmark = pytest.mark.dist
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained():
     return {}
 
 
