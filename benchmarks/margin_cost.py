@@ -52,7 +52,7 @@ def measure_step(options: argparse.Namespace, scope: str) -> tuple[float, float]
         model=RewardModelConfig(path=options.model, layers=options.layers),
         data=DataConfig(train=options.data, eval_share=0.0, max_tokens=options.max_tokens, quarantine_max_share=0.5),
         margin=MarginConfig(kind="ot", scope=scope),
-        train=TrainConfig(global_batch_pairs=64, micro_batch_tokens=options.micro_batch_tokens),
+        train=TrainConfig(global_batch_size=64, micro_batch_tokens=options.micro_batch_tokens),
         engine=EngineConfig(kind="local"),
     )
     tokenizer = load_tokenizer(options.model)

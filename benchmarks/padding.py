@@ -20,7 +20,7 @@ def main() -> None:
     lengths = load_preferences(config, load_tokenizer(options.model)).train.lengths.astype(int)
     ours = fixed = real = 0
     for step in range(len(lengths) // 64):
-        batch = lengths[global_batch(step, pairs=len(lengths), batch_pairs=64, seed=0)]
+        batch = lengths[global_batch(step, items=len(lengths), batch_size=64, seed=0)]
         plan = plan_micro_batches(batch, token_budget=4096, ranks=2, row_groups=4)
         ours += sum(part.padded_tokens for micro_step in plan for part in micro_step)
         fixed += sum(16 * batch[start : start + 8].max() for start in range(0, 64, 8))

@@ -104,7 +104,7 @@ def _load_data(config: RewardConfig, tokenizer, ranks: Ranks) -> LoadedPreferenc
 
 def _total_steps(config: RewardConfig, pairs: int) -> int:
     train = config.train
-    per_epoch = steps_per_epoch(pairs, train.global_batch_pairs)
+    per_epoch = steps_per_epoch(pairs, train.global_batch_size)
     steps = math.ceil(train.epochs * per_epoch)
     return steps if train.max_steps is None else min(steps, train.max_steps)
 
@@ -118,7 +118,7 @@ def _identity(config: RewardConfig, data: LoadedPreferences, total_steps: int, r
         "margin": asdict(config.margin),
         "loss": asdict(config.loss),
         "optim": asdict(config.optim),
-        "train.global_batch_pairs": train.global_batch_pairs,
+        "train.global_batch_size": train.global_batch_size,
         "train.seed": train.seed,
         "total steps": total_steps,
         "ranks": ranks.world_size,

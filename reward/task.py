@@ -1,7 +1,5 @@
 """What the optimizer loop asks of the reward stage: micro-batches, their loss, and held-out metrics."""
 
-from collections import defaultdict
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -16,18 +14,10 @@ from reward.model import Scores
 from reward.pairs import Pairs, concatenate, gather_pairs
 from reward.statistics import StepStatistics
 from reward.telemetry import margin_telemetry
-from rlhf.data.batching import (
-    MicroBatchPlan,
-    PreferenceBatch,
-    collate,
-    global_batch,
-    groups_per_micro_step,
-    plan_micro_batches,
-)
+from rlhf.data.batching import Batch
 from rlhf.data.preferences import PreferenceDataset
 from rlhf.engine.api import Engine
-
-EVALUATION_CHUNK = 512
+from rlhf.train.batches import BatchMaker, without_gradient
 
 
 class RewardTask:
@@ -47,6 +37,7 @@ class RewardTask:
         total_steps: int,
     ) -> None:
         self._engine, self._config = engine, config
+        self._batches = BatchMaker(engine.ranks, config.train)
         self._train, self._held_out = train, held_out
         self._loss = LOSSES[config.loss.kind]
         self._margins = MarginMaker(config.margin, total_steps)
@@ -54,51 +45,43 @@ class RewardTask:
         self._global = config.margin.scope == "global_batch" and (
             config.margin.kind == "ot" or bool(self._loss.statistics)
         )
-        self._pairs_in_step = 0
         self._seen: list[tuple[Pairs, Tensor]] = []
-        self._sums: dict[str, float] = {}
+        self._loss_sum = 0.0
         self.evaluation: Evaluation | None = None
         """The latest held-out evaluation; ``None`` before the first, and without held-out data."""
 
     # The training step
 
-    def micro_batches(self, step: int) -> list[PreferenceBatch]:
-        indices = global_batch(
-            step,
-            pairs=len(self._train),
-            batch_pairs=self._config.train.global_batch_pairs,
-            seed=self._config.train.seed,
-        )
-        self._pairs_in_step = len(indices)
-        self._sums = defaultdict(float)
+    def micro_batches(self, step: int) -> list[Batch]:
+        batches = self._batches.step(self._train, step)
+        self._loss_sum = 0.0
         self._seen = []
         self._margins.start_step(step)
-        batches = self._collate_all(self._train, indices)
         if self._global:
-            self._look_at_all(batches)
+            ranks = self._engine.ranks
+            seen = [_detached_pairs(scores, batch) for batch, scores in without_gradient(self._engine, batches)]
+            self._observe(concatenate([gather_pairs(pairs, ranks) for pairs in seen]))
         return batches
 
-    def loss(self, batch: PreferenceBatch) -> Tensor:
+    def loss(self, batch: Batch) -> Tensor:
         scores = self._engine.forward(batch.groups)
         if not self._global:
             self._observe(gather_pairs(_detached_pairs(scores, batch), self._engine.ranks))
-        own = batch.order.view(2, -1)
-        chosen, rejected = scores.rewards[own[0]], scores.rewards[own[1]]
+        chosen, rejected = batch.sides(scores.rewards)
         inputs: dict[str, Any] = self._statistics.arguments(batch.positions)
         if self._loss.takes_margins:
             inputs["margins"] = self._margins.of(batch.positions)
-        for side, name in zip(own, ("chosen_logprobs", "rejected_logprobs"), strict=True):
-            if name in self._loss.inputs:
-                inputs[name] = scores.logprobs[side]
+        if scores.logprobs is not None:
+            both = zip(("chosen_logprobs", "rejected_logprobs"), batch.sides(scores.logprobs), strict=True)
+            inputs |= {name: values for name, values in both if name in self._loss.inputs}
         losses = self._loss(chosen, rejected, **inputs, **self._config.loss.parameters)
-        self._sums["loss"] += float(losses.detach().sum())
+        self._loss_sum += float(losses.detach().sum())
         # Filler rows keep the graph of this forward alive on ranks that have no pair.
-        return losses.sum() / self._pairs_in_step + 0.0 * scores.rewards.sum()
+        return losses.sum() / self._batches.items + 0.0 * scores.rewards.sum()
 
     def step_metrics(self) -> dict[str, float]:
         ranks = self._engine.ranks
-        local = [self._sums["loss"], self._sums["tokens"], self._sums["padded_tokens"]]
-        loss, tokens, padded = ranks.sum(torch.tensor(local, dtype=torch.float64, device=ranks.device)).tolist()
+        loss = float(ranks.sum(torch.tensor(self._loss_sum, dtype=torch.float64, device=ranks.device)))
         pairs = concatenate([seen for seen, _ in self._seen])
         order = torch.cat([seen.positions for seen, _ in self._seen]).argsort()
         margins = torch.cat([values for _, values in self._seen])[order]
@@ -106,8 +89,7 @@ class RewardTask:
         metrics = {
             "loss": loss / len(pairs),
             "pairs": float(len(pairs)),
-            "tokens": tokens,
-            "padding_share": 1.0 - tokens / padded,
+            **self._batches.metrics(),
             "accuracy": float(((gap > 0).double() + 0.5 * (gap == 0).double()).mean()),
             "gap": float(gap.mean()),
             "reward/chosen": float(pairs.chosen_rewards.mean()),
@@ -124,7 +106,7 @@ class RewardTask:
         )
         return metrics | self._margins.transport_metrics() | telemetry
 
-    def row_ids(self, batch: PreferenceBatch) -> tuple[str, ...]:
+    def row_ids(self, batch: Batch) -> tuple[str, ...]:
         return batch.row_ids
 
     def state_dict(self) -> dict[str, Any]:
@@ -136,43 +118,8 @@ class RewardTask:
 
     def _observe(self, pairs: Pairs) -> None:
         """Margins and statistics from the pairs of all ranks."""
-        self._seen.append((pairs, self._margins.make(pairs, self._pairs_in_step)))
-        self._statistics.update(pairs, self._pairs_in_step)
-
-    def _look_at_all(self, batches: list[PreferenceBatch]) -> None:
-        ranks = self._engine.ranks
-        self._observe(concatenate([gather_pairs(pairs, ranks) for pairs in self._scores_without_gradient(batches)]))
-
-    def _scores_without_gradient(self, batches: Iterable[PreferenceBatch]) -> Iterable[Pairs]:
-        """Score with dropout off; yields this rank's pairs, batch by batch."""
-        module = self._engine.module
-        was_training = module.training
-        module.eval()
-        try:
-            with torch.no_grad():
-                for batch in batches:
-                    yield _detached_pairs(self._engine.forward(batch.groups), batch)
-        finally:
-            module.train(was_training)
-
-    def _collate_all(self, data: PreferenceDataset, indices: np.ndarray) -> list[PreferenceBatch]:
-        """This rank's micro-batches; fillers make their number and their forwards equal on all ranks."""
-        train, ranks = self._config.train, self._engine.ranks
-        plan = plan_micro_batches(
-            data.lengths[indices],
-            token_budget=train.micro_batch_tokens,
-            ranks=ranks.world_size,
-            row_groups=train.row_groups,
-        )
-        return [self._collate(data, indices, micro_step) for micro_step in plan]
-
-    def _collate(self, data: PreferenceDataset, indices: np.ndarray, plans: list[MicroBatchPlan]) -> PreferenceBatch:
-        ranks = self._engine.ranks
-        plan = plans[ranks.rank]
-        batch = collate(data, indices, plan, groups_per_micro_step(plans))
-        self._sums["tokens"] += float(data.lengths[indices[list(plan.pairs)]].sum())
-        self._sums["padded_tokens"] += plan.padded_tokens
-        return batch.to(ranks.device)
+        self._seen.append((pairs, self._margins.make(pairs, self._batches.items)))
+        self._statistics.update(pairs, self._batches.items)
 
     # Held-out evaluation
 
@@ -182,17 +129,12 @@ class RewardTask:
 
     def _evaluation(self) -> Evaluation:
         """Every rank must call it."""
-        kept = self._sums
-        self._sums = defaultdict(float)
-        data = self._held_out
+        data, ranks = self._held_out, self._engine.ranks
         parts = []
-        for start in range(0, len(data), EVALUATION_CHUNK):
-            indices = np.arange(start, min(start + EVALUATION_CHUNK, len(data)))
-            batches = self._collate_all(data, indices)
-            for pairs in self._scores_without_gradient(batches):
-                found = gather_pairs(pairs, self._engine.ranks)
+        for start, batches in self._batches.chunks(data, np.arange(len(data))):
+            for batch, scores in without_gradient(self._engine, batches):
+                found = gather_pairs(_detached_pairs(scores, batch), ranks)
                 parts.append((found.positions + start, found.chosen_rewards, found.rejected_rewards))
-        self._sums = kept
         positions, chosen, rejected = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
         order = positions.argsort()
         scores = data.scores if not np.isnan(data.scores).any() else None
@@ -206,17 +148,17 @@ class RewardTask:
         )
 
 
-def _detached_pairs(scores: Scores, batch: PreferenceBatch) -> Pairs:
-    own = batch.order.view(2, -1)
-    rewards, embeddings = scores.rewards.detach().float(), scores.embeddings.detach().float()
+def _detached_pairs(scores: Scores, batch: Batch) -> Pairs:
+    chosen, rejected = batch.sides(scores.rewards.detach().float())
+    chosen_embeddings, rejected_embeddings = batch.sides(scores.embeddings.detach().float())
     margins = batch.margins if batch.margins is not None else batch.score_gaps
     return Pairs(
         positions=batch.positions,
-        chosen_rewards=rewards[own[0]],
-        rejected_rewards=rewards[own[1]],
-        chosen_embeddings=embeddings[own[0]],
-        rejected_embeddings=embeddings[own[1]],
-        data_margins=torch.full_like(rewards[own[0]], torch.nan) if margins is None else margins,
+        chosen_rewards=chosen,
+        rejected_rewards=rejected,
+        chosen_embeddings=chosen_embeddings,
+        rejected_embeddings=rejected_embeddings,
+        data_margins=torch.full_like(chosen, torch.nan) if margins is None else margins,
     )
 
 

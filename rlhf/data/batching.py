@@ -1,14 +1,15 @@
-"""Global batches of an exact number of pairs, packed into micro-batches under a token budget.
+"""Global batches of an exact number of items, packed into micro-batches under a token budget.
 
-A step is one global batch. Its pairs are sorted by length and cut into micro-batches whose padded tokens
-stay under the budget; each micro-batch is computed as a few row groups, each padded to its own longest
-row, so that the short answer of a pair does not pay for the long one. Every rank makes the same plan
-from the same lengths, so no communication is needed and all ranks run the same number of forwards.
+A step is one global batch of items: pairs of rows, or single rows. They are sorted by length and cut into
+micro-batches whose padded tokens stay under the budget; each micro-batch is computed as a few row groups,
+each padded to its own longest row, so that the short answer of a pair does not pay for the long one. Every
+rank makes the same plan from the same lengths, so no communication is needed and all ranks run the same
+number of forwards.
 """
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
 import numpy as np
@@ -18,24 +19,46 @@ from torch import Tensor
 from rlhf.core.masking import length_mask
 
 
-class PairSource(Protocol):
-    """Where the tokens of a pair come from; ``rlhf.data.preferences.PreferenceDataset`` is one."""
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One text as tokens."""
 
-    lengths: np.ndarray  # (N, 2) tokens of the chosen and of the rejected row
+    tokens: np.ndarray  # (T,) integers
+    response: np.ndarray  # (T,) bool, True on the tokens that a model is to write
 
-    def pair(self, index: int): ...
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """What is never cut apart: the two rows of a pair, or the one row of a conversation."""
+
+    row_id: str
+    rows: tuple[Row, ...]
+    margin: float | None = None
+    score_gap: float | None = None
+    label: bool | None = None
+
+
+class ItemSource(Protocol):
+    """Where items come from; ``rlhf.data.preferences.PreferenceDataset`` is one."""
+
+    lengths: np.ndarray  # (N, S) tokens of the S rows of every item
+    fingerprint: str
+
+    def __len__(self) -> int: ...
+
+    def item(self, index: int) -> Item: ...
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatchPlan:
-    """Which pairs a rank computes together, and in which row groups.
+    """Which items a rank computes together, and in which row groups.
 
-    ``pairs`` are positions in the global batch. Row ``k`` of ``groups`` is the chosen side of
-    ``pairs[k]`` for ``k < B`` and the rejected side of ``pairs[k - B]`` otherwise. A plan without
-    pairs is filler: it keeps a rank in step and weighs nothing.
+    ``items`` are B positions in the global batch. Row ``k`` of ``groups`` is row ``k // B`` of item
+    ``items[k % B]``: of pairs, first all chosen rows, then all rejected ones. A plan without items is
+    filler: it keeps a rank in step and weighs nothing.
     """
 
-    pairs: tuple[int, ...]
+    items: tuple[int, ...]
     groups: tuple[tuple[int, ...], ...]
     padded_tokens: int
 
@@ -57,51 +80,54 @@ class RowGroup:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreferenceBatch:
-    """B pairs as 2B rows spread over row groups.
+class Batch:
+    """B items of S rows each, spread over row groups.
 
-    ``order`` puts the rows back: indexing the concatenated outputs of all groups by it gives the B
-    chosen rows, then the B rejected rows of the same prompts. Filler has ``B = 0``.
+    ``order`` puts the rows back: indexing the concatenated outputs of all groups by it gives the first
+    rows of all items, then their second rows: B chosen rows, then the B rejected rows of the same
+    prompts. Filler has ``B = 0``.
     """
 
     groups: tuple[RowGroup, ...]
-    order: Tensor  # (2B,) int64
-    positions: Tensor  # (B,) int64, places of the pairs in the global batch
+    rows_per_item: int  # S
+    order: Tensor  # (S * B,) int64
+    positions: Tensor  # (B,) int64, places of the items in the global batch
+    indices: Tensor  # (B,) int64, places of the items in the dataset
     row_ids: tuple[str, ...]
     margins: Tensor | None  # (B,) float32, the data's own margin column
     score_gaps: Tensor | None  # (B,) float32, chosen score minus rejected score
+    labels: Tensor | None  # (B,) bool, whether the response is a desirable one
 
     def __len__(self) -> int:
         return len(self.row_ids)
 
-    def to(self, device: torch.device) -> "PreferenceBatch":
-        def move(values: Tensor | None) -> Tensor | None:
-            return None if values is None else values.to(device)
+    def sides(self, values: Tensor) -> tuple[Tensor, ...]:
+        """Outputs of all groups, one by row, as S tensors of B: for pairs, of chosen and of rejected."""
+        return values[self.order].view(self.rows_per_item, len(self), *values.shape[1:]).unbind()
 
-        return PreferenceBatch(
-            groups=tuple(group.to(device) for group in self.groups),
-            order=self.order.to(device),
-            positions=self.positions.to(device),
-            row_ids=self.row_ids,
-            margins=move(self.margins),
-            score_gaps=move(self.score_gaps),
-        )
+    def to(self, device: torch.device) -> "Batch":
+        moved = {
+            field.name: value.to(device)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return replace(self, groups=tuple(group.to(device) for group in self.groups), **moved)
 
 
-def global_batch(step: int, *, pairs: int, batch_pairs: int, seed: int) -> np.ndarray:
+def global_batch(step: int, *, items: int, batch_size: int, seed: int) -> np.ndarray:
     """Dataset indices of the global batch of ``step`` (counted from 0 over all epochs).
 
-    Every epoch is a new seeded order of all pairs; its last batch may be smaller. The position in
+    Every epoch is a new seeded order of all items; its last batch may be smaller. The position in
     the data is the step number alone, so resuming needs no other state.
     """
-    steps = steps_per_epoch(pairs, batch_pairs)
+    steps = steps_per_epoch(items, batch_size)
     epoch, place = divmod(step, steps)
-    order = np.random.default_rng((seed, epoch)).permutation(pairs)
-    return order[place * batch_pairs : (place + 1) * batch_pairs]
+    order = np.random.default_rng((seed, epoch)).permutation(items)
+    return order[place * batch_size : (place + 1) * batch_size]
 
 
-def steps_per_epoch(pairs: int, batch_pairs: int) -> int:
-    return -(-pairs // batch_pairs)
+def steps_per_epoch(items: int, batch_size: int) -> int:
+    return -(-items // batch_size)
 
 
 def plan_micro_batches(
@@ -110,8 +136,8 @@ def plan_micro_batches(
     """Pack one global batch: ``plan[k][r]`` is what rank ``r`` computes in micro-step ``k``.
 
     Args:
-        lengths: ``(P, 2)`` tokens of the chosen and rejected rows of the global batch.
-        token_budget: padded tokens of one micro-batch; a pair longer than that stands alone.
+        lengths: ``(P, S)`` tokens of the rows of each item of the global batch.
+        token_budget: padded tokens of one micro-batch; an item longer than that stands alone.
         ranks: number of data-parallel ranks.
         row_groups: padded blocks per micro-batch, at most.
     """
@@ -119,23 +145,23 @@ def plan_micro_batches(
     bins = _pack(lengths, by_length, token_budget, row_groups)
     count = -(-len(bins) // ranks) * ranks
     bins = _balance(lengths, by_length, token_budget, row_groups, bins, count)
-    plans = [_plan(lengths, pairs, row_groups) for pairs in bins]
+    plans = [_plan(lengths, items, row_groups) for items in bins]
     plans += [MicroBatchPlan((), (), 0)] * (count - len(plans))
     return [plans[start : start + ranks] for start in range(0, count, ranks)]
 
 
 def _pack(lengths: np.ndarray, order: np.ndarray, cap: int, row_groups: int) -> list[list[int]]:
-    """Next-fit over pairs in falling length: cut where the padded tokens would pass ``cap``."""
+    """Next-fit over items in falling length: cut where the padded tokens would pass ``cap``."""
     bins: list[list[int]] = []
     rows: list[int] = []
-    for pair in order.tolist():
-        longer = [*rows, *lengths[pair].tolist()]
+    for item in order.tolist():
+        longer = [*rows, *lengths[item].tolist()]
         if bins and _split_rows(np.array(longer), row_groups)[0] <= cap:
-            bins[-1].append(pair)
+            bins[-1].append(item)
             rows = longer
         else:
-            bins.append([pair])
-            rows = lengths[pair].tolist()
+            bins.append([item])
+            rows = lengths[item].tolist()
     return bins
 
 
@@ -154,10 +180,9 @@ def _balance(
     return bins
 
 
-def _plan(lengths: np.ndarray, pairs: list[int], row_groups: int) -> MicroBatchPlan:
-    rows = np.concatenate([lengths[pairs, 0], lengths[pairs, 1]])
-    cost, groups = _split_rows(rows, row_groups)
-    return MicroBatchPlan(tuple(pairs), groups, cost)
+def _plan(lengths: np.ndarray, items: list[int], row_groups: int) -> MicroBatchPlan:
+    cost, groups = _split_rows(lengths[items].T.reshape(-1), row_groups)
+    return MicroBatchPlan(tuple(items), groups, cost)
 
 
 def _split_rows(rows: np.ndarray, row_groups: int) -> tuple[int, tuple[tuple[int, ...], ...]]:
@@ -185,29 +210,31 @@ def _split_rows(rows: np.ndarray, row_groups: int) -> tuple[int, tuple[tuple[int
     return int(best[count]), tuple(groups)
 
 
-def collate(source: PairSource, indices: Sequence[int], plan: MicroBatchPlan, group_count: int) -> PreferenceBatch:
+def collate(source: ItemSource, indices: np.ndarray, plan: MicroBatchPlan, group_count: int) -> Batch:
     """Tokens of one micro-batch; padded with one-token filler groups to ``group_count`` forwards.
 
     Args:
-        source: the pairs.
+        source: the items.
         indices: dataset indices of the global batch that ``plan`` was made for.
         plan: what to collate.
         group_count: row groups that every rank runs in this micro-step.
     """
-    pairs = [source.pair(int(indices[position])) for position in plan.pairs]
-    rows = [(pair.chosen, pair.chosen_response_start) for pair in pairs]
-    rows += [(pair.rejected, pair.rejected_response_start) for pair in pairs]
-    groups = [_row_group([rows[row] for row in group]) for group in plan.groups]
-    groups += [_row_group([(np.zeros(1, dtype=np.int64), 0)])] * (group_count - len(groups))
+    chosen = np.asarray(indices)[list(plan.items)].astype(np.int64)
+    items = [source.item(int(index)) for index in chosen]
+    rows = [row for side in zip(*(item.rows for item in items), strict=True) for row in side]
+    groups = [row_group([rows[row] for row in group]) for group in plan.groups]
+    groups += [row_group([FILLER])] * (group_count - len(groups))
     flat = np.array([row for group in plan.groups for row in group], dtype=np.int64)
-    gaps = [(pair.chosen_score, pair.rejected_score) for pair in pairs]
-    return PreferenceBatch(
+    return Batch(
         groups=tuple(groups),
+        rows_per_item=source.lengths.shape[1],
         order=torch.from_numpy(np.argsort(flat)),
-        positions=torch.tensor(plan.pairs, dtype=torch.long),
-        row_ids=tuple(pair.row_id for pair in pairs),
-        margins=_column([pair.margin for pair in pairs]),
-        score_gaps=_column([None if None in gap else gap[0] - gap[1] for gap in gaps]),
+        positions=torch.tensor(plan.items, dtype=torch.long),
+        indices=torch.from_numpy(chosen),
+        row_ids=tuple(item.row_id for item in items),
+        margins=_column([item.margin for item in items], torch.float32),
+        score_gaps=_column([item.score_gap for item in items], torch.float32),
+        labels=_column([item.label for item in items], torch.bool),
     )
 
 
@@ -216,20 +243,25 @@ def groups_per_micro_step(plans: Sequence[MicroBatchPlan]) -> int:
     return max(1, *(len(plan.groups) for plan in plans))
 
 
-def _row_group(rows: list[tuple[np.ndarray, int]]) -> RowGroup:
-    lengths = torch.tensor([len(tokens) for tokens, _ in rows])
-    starts = torch.tensor([start for _, start in rows])
+def row_group(rows: Sequence[Row]) -> RowGroup:
+    """Rows padded on the right to the longest of them."""
+    lengths = torch.tensor([len(row.tokens) for row in rows])
     width = int(lengths.max())
     padded = np.zeros((len(rows), width), dtype=np.int64)
-    for place, (tokens, _) in enumerate(rows):
-        padded[place, : len(tokens)] = tokens
-    mask = length_mask(lengths, width)
+    response = np.zeros((len(rows), width), dtype=bool)
+    for place, row in enumerate(rows):
+        padded[place, : len(row.tokens)] = row.tokens
+        response[place, : len(row.tokens)] = row.response
     return RowGroup(
         tokens=torch.from_numpy(padded),
-        token_mask=mask,
-        response_mask=mask & ~length_mask(starts, width),
+        token_mask=length_mask(lengths, width),
+        response_mask=torch.from_numpy(response),
     )
 
 
-def _column(values: list[float | None]) -> Tensor | None:
-    return None if any(value is None for value in values) else torch.tensor(values, dtype=torch.float32)
+FILLER = Row(np.zeros(1, dtype=np.int64), np.zeros(1, dtype=bool))
+"""One token that weighs nothing. It is no response, so no vocabulary projection is made for it."""
+
+
+def _column(values: list, dtype: torch.dtype) -> Tensor | None:
+    return None if any(value is None for value in values) else torch.tensor(values, dtype=dtype)

@@ -10,6 +10,7 @@ import numpy as np
 
 from rlhf.core.errors import DataError
 from rlhf.core.files import digest
+from rlhf.data.batching import Item, Row
 from rlhf.data.options import DataConfig, SourceConfig
 from rlhf.data.report import (
     QUARANTINE,
@@ -91,6 +92,13 @@ class PreferenceDataset:
         pair = self._pairs[index]
         file = self._parts[self.source_index[index]].source.files[pair["file"]]
         return f"{self._names[file]}:{pair['line']}"
+
+    def item(self, index: int) -> Item:
+        pair = self.pair(index)
+        sides = ((pair.chosen, pair.chosen_response_start), (pair.rejected, pair.rejected_response_start))
+        gap = None if pair.chosen_score is None else pair.chosen_score - pair.rejected_score
+        rows = tuple(Row(tokens, np.arange(len(tokens)) >= start) for tokens, start in sides)
+        return Item(pair.row_id, rows, margin=pair.margin, score_gap=gap)
 
     def pair(self, index: int) -> TokenizedPair:
         pair = self._pairs[index]

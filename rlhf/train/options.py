@@ -10,7 +10,7 @@ from annotated_types import Ge, Gt
 class TrainConfig:
     """Length of the run, batches, evaluation, checkpoints and logs."""
 
-    global_batch_pairs: Annotated[int, Gt(0)] = 64
+    global_batch_size: Annotated[int, Gt(0)] = 64
     """Pairs per optimizer step, over all ranks; the last batch of an epoch may be smaller."""
     micro_batch_tokens: Annotated[int, Gt(0)] = 8192
     """Padded tokens that one rank computes at once. Lower it when memory runs out: results do not change."""

@@ -28,7 +28,7 @@ def tiny_config(tmp_path_factory, tiny_model, tiny_pairs) -> RewardConfig:
         margin=MarginConfig(),
         loss=LossConfig(),
         optim=OptimizerConfig(learning_rate=1e-3),
-        train=TrainConfig(global_batch_pairs=10, micro_batch_tokens=400),
+        train=TrainConfig(global_batch_size=10, micro_batch_tokens=400),
         engine=EngineConfig(kind="local"),
     )
 

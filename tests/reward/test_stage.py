@@ -27,7 +27,7 @@ def recipe(tmp_path_factory, tiny_model, tiny_pairs):
         f"data: {{train: {tiny_pairs}, eval_share: 0.2, cache_dir: {folder}/cache}}\n"
         "margin: {kind: ot, queue_pairs: 12}\n"
         "optim: {learning_rate: 1e-2}\n"
-        "train: {global_batch_pairs: 12, micro_batch_tokens: 300, epochs: 2, evaluate_every: 4, checkpoint_every: 2}\n"
+        "train: {global_batch_size: 12, micro_batch_tokens: 300, epochs: 2, evaluate_every: 4, checkpoint_every: 2}\n"
         "engine: {deepspeed: zero2}\n"
     )
     return path

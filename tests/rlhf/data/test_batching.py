@@ -1,13 +1,12 @@
-from dataclasses import dataclass
-
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf.data.batching import (
+    Item,
     MicroBatchPlan,
+    Row,
     collate,
     global_batch,
     groups_per_micro_step,
@@ -16,31 +15,18 @@ from rlhf.data.batching import (
 )
 
 
-@dataclass
-class Pair:
-    row_id: str
-    chosen: np.ndarray
-    rejected: np.ndarray
-    chosen_response_start: int = 1
-    rejected_response_start: int = 1
-    margin: float | None = None
-    chosen_score: float | None = None
-    rejected_score: float | None = None
-
-
 class Source:
     """Row ``i`` of side ``s`` is filled with the number ``10 i + s``."""
 
     def __init__(self, lengths):
         self.lengths = np.array(lengths)
 
-    def pair(self, index):
-        chosen, rejected = self.lengths[index]
-        return Pair(
-            row_id=f"rows.jsonl:{index + 1}",
-            chosen=np.full(chosen, 10 * index, dtype=np.int32),
-            rejected=np.full(rejected, 10 * index + 1, dtype=np.int32),
+    def item(self, index):
+        rows = (
+            Row(np.full(length, 10 * index + side, dtype=np.int32), np.arange(length) >= 1)
+            for side, length in enumerate(self.lengths[index])
         )
+        return Item(f"rows.jsonl:{index + 1}", tuple(rows))
 
 
 lengths_of_pairs = st.lists(st.tuples(st.integers(2, 90), st.integers(2, 90)), min_size=1, max_size=40)
@@ -52,13 +38,13 @@ def test_every_pair_is_planned_once_and_the_budget_holds(lengths, budget, ranks,
     lengths = np.array(lengths)
     plan = plan_micro_batches(lengths, token_budget=budget, ranks=ranks, row_groups=row_groups)
     parts = [part for micro_step in plan for part in micro_step]
-    assert sorted(pair for part in parts for pair in part.pairs) == list(range(len(lengths)))
+    assert sorted(pair for part in parts for pair in part.items) == list(range(len(lengths)))
     assert all(len(micro_step) == ranks for micro_step in plan)
     for part in parts:
         rows = [row for group in part.groups for row in group]
-        assert sorted(rows) == list(range(2 * len(part.pairs)))
+        assert sorted(rows) == list(range(2 * len(part.items)))
         assert len(part.groups) <= row_groups
-        assert part.padded_tokens <= budget or len(part.pairs) == 1
+        assert part.padded_tokens <= budget or len(part.items) == 1
 
 
 def cheapest_split(rows, groups):
@@ -77,7 +63,7 @@ def test_row_groups_are_the_cheapest_there_are(lengths, row_groups):
     assert len(plan) == 1
     part = plan[0][0]
     by_row = [chosen for chosen, _ in lengths], [rejected for _, rejected in lengths]
-    rows = [by_row[0][pair] for pair in part.pairs] + [by_row[1][pair] for pair in part.pairs]
+    rows = [by_row[0][pair] for pair in part.items] + [by_row[1][pair] for pair in part.items]
     assert part.padded_tokens == cheapest_split(rows, row_groups)
     assert part.padded_tokens == sum(max(rows[row] for row in group) * len(group) for group in part.groups)
 
@@ -94,7 +80,7 @@ def test_padding_is_under_ten_percent_on_lengths_of_real_answers():
     lengths = np.clip(generator.gamma(2.6, 92, size=(640, 2)), 30, 1024).astype(int)
     computed = real = 0
     for step in range(10):
-        batch = lengths[global_batch(step, pairs=640, batch_pairs=64, seed=0)]
+        batch = lengths[global_batch(step, items=640, batch_size=64, seed=0)]
         for micro_step in plan_micro_batches(batch, token_budget=4096, ranks=2, row_groups=4):
             computed += sum(part.padded_tokens for part in micro_step)
         real += batch.sum()
@@ -110,16 +96,16 @@ def test_a_lone_pair_leaves_the_second_rank_with_filler():
 
 def test_an_epoch_is_every_pair_once_with_a_smaller_last_batch():
     steps = steps_per_epoch(10, 4)
-    batches = [global_batch(step, pairs=10, batch_pairs=4, seed=3) for step in range(steps)]
+    batches = [global_batch(step, items=10, batch_size=4, seed=3) for step in range(steps)]
     assert [len(batch) for batch in batches] == [4, 4, 2]
     assert sorted(np.concatenate(batches).tolist()) == list(range(10))
 
 
 def test_epochs_and_seeds_have_orders_of_their_own():
-    first = global_batch(0, pairs=50, batch_pairs=50, seed=0).tolist()
-    assert global_batch(0, pairs=50, batch_pairs=50, seed=0).tolist() == first
-    assert global_batch(1, pairs=50, batch_pairs=50, seed=0).tolist() != first
-    assert global_batch(0, pairs=50, batch_pairs=50, seed=1).tolist() != first
+    first = global_batch(0, items=50, batch_size=50, seed=0).tolist()
+    assert global_batch(0, items=50, batch_size=50, seed=0).tolist() == first
+    assert global_batch(1, items=50, batch_size=50, seed=0).tolist() != first
+    assert global_batch(0, items=50, batch_size=50, seed=1).tolist() != first
 
 
 def test_order_puts_rows_back_to_chosen_then_rejected():
@@ -148,11 +134,14 @@ def test_filler_has_the_groups_of_the_others_and_no_pair():
     assert filler.order.shape == (0,)
 
 
-@pytest.mark.parametrize(("scores", "expected"), [((0.75, 0.5), [0.25]), ((None, 0.5), None)])
-def test_score_gaps_are_there_only_if_both_scores_are(scores, expected):
-    source = Source([[4, 2]])
-    pair = source.pair(0)
-    pair.chosen_score, pair.rejected_score = scores
-    source.pair = lambda index: pair
-    gaps = collate(source, np.array([0]), MicroBatchPlan((0,), ((0, 1),), 8), 1).score_gaps
-    assert (None if gaps is None else gaps.tolist()) == expected
+def test_single_rows_are_items_too():
+    source = Source([[4], [9], [2]])
+    (parts,) = plan_micro_batches(source.lengths, token_budget=100, ranks=1, row_groups=2)
+    batch = collate(source, np.array([0, 1, 2]), parts[0], 2)
+    (firsts,) = batch.sides(torch.cat([group.tokens[:, 0] for group in batch.groups]))
+    assert firsts.tolist() == [10 * index for index in batch.indices.tolist()]
+
+
+def test_sides_of_filler_are_empty():
+    filler = collate(Source([[4, 2]]), np.array([0]), MicroBatchPlan((), (), 0), 1)
+    assert [len(side) for side in filler.sides(torch.zeros(1))] == [0, 0]

@@ -1,0 +1,76 @@
+"""This rank's micro-batches of a step or of an evaluation, and forwards over them without gradient."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from rlhf.data.batching import Batch, ItemSource, collate, global_batch, groups_per_micro_step, plan_micro_batches
+from rlhf.engine.api import Engine
+from rlhf.engine.ranks import Ranks
+from rlhf.train.options import TrainConfig
+
+EVALUATION_CHUNK = 512
+
+
+class BatchMaker:
+    """Plans, collates and counts; every rank makes the same plan, so nothing is sent.
+
+    Attributes:
+        items: size of the step's global batch.
+        tokens: real tokens that this rank has been given since :meth:`step`.
+        padded_tokens: the same with padding.
+    """
+
+    def __init__(self, ranks: Ranks, config: TrainConfig) -> None:
+        self._ranks, self._config = ranks, config
+        self.items = 0
+        self.tokens = self.padded_tokens = 0.0
+
+    def step(self, data: ItemSource, step: int) -> list[Batch]:
+        """The micro-batches of training ``step``."""
+        config = self._config
+        indices = global_batch(step, items=len(data), batch_size=config.global_batch_size, seed=config.seed)
+        self.items, self.tokens, self.padded_tokens = len(indices), 0.0, 0.0
+        return list(self._batches(data, indices, count=True))
+
+    def chunks(self, data: ItemSource, indices: np.ndarray) -> Iterator[tuple[int, list[Batch]]]:
+        """The rows ``indices`` of ``data`` a few hundred at a time, with where in ``indices`` each chunk begins."""
+        for start in range(0, len(indices), EVALUATION_CHUNK):
+            yield start, list(self._batches(data, indices[start : start + EVALUATION_CHUNK], count=False))
+
+    def metrics(self) -> dict[str, float]:
+        """Over all ranks since :meth:`step`; every rank must call it."""
+        local = torch.tensor([self.tokens, self.padded_tokens], dtype=torch.float64, device=self._ranks.device)
+        tokens, padded = self._ranks.sum(local).tolist()
+        return {"tokens": tokens, "padding_share": 1.0 - tokens / padded}
+
+    def _batches(self, data: ItemSource, indices: np.ndarray, *, count: bool) -> Iterator[Batch]:
+        """Fillers make the number of micro-batches and of their forwards equal on all ranks."""
+        lengths = data.lengths[indices]
+        plan = plan_micro_batches(
+            lengths,
+            token_budget=self._config.micro_batch_tokens,
+            ranks=self._ranks.world_size,
+            row_groups=self._config.row_groups,
+        )
+        for micro_step in plan:
+            mine = micro_step[self._ranks.rank]
+            if count:
+                self.tokens += float(lengths[list(mine.items)].sum())
+                self.padded_tokens += mine.padded_tokens
+            yield collate(data, indices, mine, groups_per_micro_step(micro_step)).to(self._ranks.device)
+
+
+def without_gradient(engine: Engine, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Any]]:
+    """Each batch with what the model says about its row groups, dropout off. All ranks must call it alike."""
+    module = engine.module
+    was_training = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                yield batch, engine.forward(batch.groups)
+    finally:
+        module.train(was_training)
