@@ -2,7 +2,7 @@
 
     python -m reward.reload_check FOLDER CASES.json
 
-Every case has the text, its tokens and its score. Prints one JSON object and exits with 1 if a score is off.
+Every case has the text, its tokens and its score as "value". Prints one JSON object and exits with 1 if a score is off.
 """
 
 import json
@@ -23,7 +23,7 @@ def check(folder: Path, cases: list[dict], *, plain: bool) -> dict:
         if row != case["tokens"]:
             raise SystemExit(f"the saved tokenizer splits the text differently: {case['text'][:200]!r}")
     score = plain_scorer(folder) if plain else own_scorer(folder)
-    expected = torch.tensor([case["score"] for case in cases])
+    expected = torch.tensor([case["value"] for case in cases])
     found = {"single": torch.cat([score(*padded([row], tokenizer.pad_token_id, "right")) for row in rows])}
     for side in ("right", "left"):
         found[f"batched, {side}-padded"] = score(*padded(rows, tokenizer.pad_token_id, side))

@@ -22,6 +22,9 @@ from rlhf.train.progress import Progress
 class Task(Protocol):
     """What a stage hands to :func:`fit`. Metrics must be equal on all ranks."""
 
+    evaluation: Any
+    """The latest held-out evaluation; ``None`` before the first, and without held-out data."""
+
     def micro_batches(self, step: int) -> Sequence[Any]:
         """This rank's micro-batches of the step; every rank has equally many."""
 
@@ -37,7 +40,8 @@ class Task(Protocol):
     def row_ids(self, batch: Any) -> Sequence[str]:
         """Which rows of the data are in ``batch``, for messages."""
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """What is not in the engine. Every rank calls it, the main rank's is saved."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
@@ -146,8 +150,9 @@ def save(engine: Engine, task: Task, run: Run, state: LoopState) -> None:
 
     def write(folder: Path) -> None:
         engine.save(folder)
+        state_dict = task.state_dict()
         if engine.ranks.is_main:
-            torch.save(task.state_dict(), folder / "task.pt")
+            torch.save(state_dict, folder / "task.pt")
             write_json(folder / "loop.json", {"state": asdict(state), "identity": run.identity})
 
     protected = frozenset() if state.best_step is None else frozenset({state.best_step})

@@ -11,13 +11,13 @@ class TrainConfig:
     """Length of the run, batches, evaluation, checkpoints and logs."""
 
     global_batch_size: Annotated[int, Gt(0)] = 64
-    """Pairs per optimizer step, over all ranks; the last batch of an epoch may be smaller."""
+    """Pairs (conversations, in SFT) per optimizer step, over all ranks; the last batch of an epoch may be smaller."""
     micro_batch_tokens: Annotated[int, Gt(0)] = 8192
     """Padded tokens that one rank computes at once. Lower it when memory runs out: results do not change."""
     row_groups: Annotated[int, Gt(0)] = 4
     """Blocks of own padded length in a micro-batch: more blocks, less padding, more kernel launches."""
     epochs: Annotated[float, Gt(0)] = 1.0
-    """Passes over the training pairs."""
+    """Passes over the training data."""
     max_steps: Annotated[int, Gt(0)] | None = None
     """Stop after this many steps, even if epochs says more."""
     seed: int = 0
@@ -34,8 +34,8 @@ class TrainConfig:
     best_metric: str = "eval/accuracy"
     """Held-out metric that decides which checkpoint is the best; higher is better, or lower with a leading minus
     (-eval/loss)."""
-    publish: Literal["best", "last"] = "best"
-    """Which weights become final/."""
+    publish: Literal["best", "last", "none"] = "best"
+    """Which weights become final/; none publishes nothing (for sweeps)."""
     patience: Annotated[int, Gt(0)] | None = None
     """Stop after this many evaluations without a better best_metric."""
     log_every: Annotated[int, Gt(0)] = 1

@@ -1,0 +1,185 @@
+"""What the stages share around the loop: the command, tokenizer and data, the engine, and the weights to publish."""
+
+import json
+import logging
+import math
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from torch import nn
+
+from rlhf.config import parse_command_line, to_yaml
+from rlhf.core.errors import ConfigError, UserError
+from rlhf.data.batching import ItemSource, steps_per_epoch
+from rlhf.data.report import DataReport
+from rlhf.data.templates import ChatFormat, chat_format
+from rlhf.engine.api import Engine
+from rlhf.engine.build import build_engine, precision_of
+from rlhf.engine.checkpoint import CheckpointStore
+from rlhf.engine.options import EngineConfig, OptimizerConfig
+from rlhf.engine.ranks import Ranks, start_ranks, stop_ranks
+from rlhf.models.backbones import hide_loading_bars
+from rlhf.models.options import BackboneConfig
+from rlhf.models.tokenizer import load_tokenizer
+from rlhf.train.loop import Run, Task, fit, load_checkpoint
+from rlhf.train.options import TrainConfig
+
+
+class StageConfig(Protocol):
+    """Sections that the recipe of every stage has."""
+
+    output: Path
+    model: BackboneConfig
+    optim: OptimizerConfig
+    train: TrainConfig
+    engine: EngineConfig
+
+
+class LoadedData(Protocol):
+    """Training and held-out items with the story of how they came about."""
+
+    train: ItemSource
+    evals: ItemSource
+    report: DataReport
+
+
+ConfigT = TypeVar("ConfigT", bound=StageConfig)
+DataT = TypeVar("DataT", bound=LoadedData)
+
+
+def stage_main(
+    config_class: type[ConfigT],
+    run: Callable[[ConfigT, Ranks], Any],
+    argv: Sequence[str] | None,
+    *,
+    program: str,
+    description: str,
+) -> int:
+    """The command of a stage: read the recipe, join the other ranks, run; the exit code.
+
+    Args:
+        config_class: the stage's recipe.
+        run: the stage; called on every rank.
+        argv: arguments; ``None`` for those of the process.
+        program: name in messages.
+        description: one line of help.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # of its retries; the error itself is raised
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of DeepSpeed's calls
+    try:
+        invocation = parse_command_line(
+            config_class, sys.argv[1:] if argv is None else argv, program=program, description=description
+        )
+        if invocation.dry_run:
+            print(to_yaml(invocation.config), end="")
+            return 0
+        timeout = invocation.config.engine.timeout_minutes * 60
+        try:
+            run(invocation.config, start_ranks(timeout_seconds=timeout))
+        finally:
+            stop_ranks()
+        return 0
+    except UserError as error:
+        # Ranks agree before one raises, so the first one knows of every fault: it speaks for all.
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+            print(error, file=sys.stderr, flush=True)
+        return 2
+
+
+def open_chat(config: StageConfig, template: str | None, ranks: Ranks) -> ChatFormat:
+    """Make the run folder; the tokenizer of the run's model with the template of its data."""
+    hide_loading_bars()
+    ranks.on_main(lambda: config.output.mkdir(parents=True, exist_ok=True))
+    tokenizer = ranks.main_first(
+        lambda: load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
+    )
+    return ranks.together(lambda: chat_format(tokenizer, template))
+
+
+def load_data(load: Callable[[Path | None], DataT], config: StageConfig, ranks: Ranks) -> DataT:
+    """Let every rank ``load(run_folder)``, the first of each node first, and print the report.
+
+    Raises:
+        ConfigError: if nothing to train on is left.
+    """
+
+    def action() -> DataT:
+        data = load(config.output if ranks.is_main else None)
+        if ranks.is_main:
+            for line in data.report.lines():
+                print(line, flush=True)
+        if not len(data.train):
+            raise ConfigError("data.train: no usable row is left; see quarantine.jsonl in the run folder")
+        return data
+
+    return ranks.main_first(action)
+
+
+def total_steps(train: TrainConfig, items: int) -> int:
+    """Optimizer steps of the run."""
+    steps = math.ceil(train.epochs * steps_per_epoch(items, train.global_batch_size))
+    return steps if train.max_steps is None else min(steps, train.max_steps)
+
+
+def run_identity(config: StageConfig, data: ItemSource, steps: int, ranks: Ranks) -> dict[str, Any]:
+    """What every stage needs to be the same for a checkpoint to be continued; a stage adds its own."""
+    return {
+        "data": data.fingerprint,
+        "model": asdict(config.model),
+        "optim": asdict(config.optim),
+        "train.global_batch_size": config.train.global_batch_size,
+        "train.seed": config.train.seed,
+        "total steps": steps,
+        "ranks": ranks.world_size,
+        "engine.deepspeed": config.engine.deepspeed if config.engine.kind == "deepspeed" else "local",
+        "engine.precision": precision_of(config.engine),
+    }
+
+
+def start_engine(model: nn.Module, config: StageConfig, ranks: Ranks, *, steps: int, hidden_size: int) -> Engine:
+    """Wrap ``model`` as the recipe says, and say what came out."""
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    say(ranks, f"{count:,} trainable parameters")
+    engine = build_engine(
+        model, ranks=ranks, config=config.engine, optimizer=config.optim, total_steps=steps, hidden_size=hidden_size
+    )
+    say(ranks, engine.description)
+    return engine
+
+
+def train(config: StageConfig, engine: Engine, task: Task, identity: dict[str, Any], steps: int) -> int:
+    """Run the loop and leave in ``engine`` the weights to publish, evaluated by ``task``.
+
+    Returns:
+        The step that they are of.
+    """
+    ranks = engine.ranks
+    loop = Run(
+        folder=config.output,
+        store=CheckpointStore(config.output / "checkpoints", ranks, config.train.keep_checkpoints),
+        identity=identity,
+        max_skipped_steps=config.engine.max_skipped_steps,
+        documents={"config.yaml": to_yaml(config), "deepspeed.json": json.dumps(engine.settings, indent=2)},
+    )
+    state = fit(engine, task, config.train, loop, steps)
+    best = state.best_step
+    if config.train.publish == "best" and best is not None and best != state.step:
+        load_checkpoint(engine, task, loop, loop.store.path(best))
+        say(ranks, f"taking step {best}, the best by {config.train.best_metric}")
+        task.evaluate()
+        return best
+    if task.evaluation is None:  # a finished run that was started again
+        task.evaluate()
+    return state.step
+
+
+def say(ranks: Ranks, text: str) -> None:
+    """One line from the main rank."""
+    if ranks.is_main:
+        print(text, flush=True)
