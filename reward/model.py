@@ -134,19 +134,12 @@ class LanguageModelHead(nn.Module):
     def __init__(self, weight: Tensor, settings: PretrainedConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
-        self._softcap = getattr(settings, "final_logit_softcapping", None)  # Gemma 2
-        self._scale = getattr(settings, "logit_scale", None) or 1.0  # Cohere multiplies
-        self._scale /= getattr(settings, "logits_scaling", None) or 1.0  # Granite divides
+        self._logits = backbones.logit_options(settings)
 
     def forward(self, states: Tensor, tokens: Tensor, response_mask: Tensor) -> Tensor:
         """``(R,)`` log-probabilities summed over response tokens; position t predicts token t + 1."""
         sums, _ = response_logprobs(
-            states[:, :-1],
-            self.weight,
-            tokens[:, 1:],
-            response_mask[:, 1:],
-            logit_scale=self._scale,
-            softcap=self._softcap,
+            states[:, :-1], self.weight, tokens[:, 1:], response_mask[:, 1:], **self._logits
         )
         return sums
 

@@ -2,31 +2,46 @@
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 
 def write_text(path: Path, text: str) -> None:
     """Replace ``path`` by ``text`` in one step; readers see the old or the new file, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as handle:
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    _write(path, text.encode())
+
+
+def write_array(path: Path, values: np.ndarray) -> None:
+    """Like :func:`write_text`, as a NumPy file."""
+    buffer = io.BytesIO()
+    np.save(buffer, values)
+    _write(path, buffer.getbuffer())
 
 
 def write_json(path: Path, value: Any) -> None:
     """Like :func:`write_text`, as indented JSON with sorted keys. Not-a-number values are refused."""
     write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def _write(path: Path, content: bytes | memoryview) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        with temporary.open("wb") as handle:
+            handle.write(content)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def replace_directory(staged: Path, target: Path) -> None:
@@ -59,3 +74,12 @@ def digest(*parts: bytes | str) -> str:
         state.update(len(raw).to_bytes(8, "little"))
         state.update(raw)
     return state.hexdigest()[:16]
+
+
+def file_checksum(path: Path) -> str:
+    """Size and CRC-32 of a file's content: tells a changed file from the one that was seen before."""
+    size, value = 0, 0
+    with path.open("rb") as handle:
+        while block := handle.read(1 << 22):
+            size, value = size + len(block), zlib.crc32(block, value)
+    return f"{size}:{value:08x}"

@@ -29,7 +29,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """What is never cut apart: the two rows of a pair, or the one row of a conversation."""
+    """What is never cut apart: the two rows of a pair, or of an answer and its mismatch, or one conversation."""
 
     row_id: str
     rows: tuple[Row, ...]
@@ -39,7 +39,7 @@ class Item:
 
 
 class ItemSource(Protocol):
-    """Where items come from; ``rlhf.data.preferences.PreferenceDataset`` is one."""
+    """Where items come from: a ``PreferenceDataset``, or an ``ExampleDataset``."""
 
     lengths: np.ndarray  # (N, S) tokens of the S rows of every item
     fingerprint: str

@@ -10,11 +10,11 @@ import numpy as np
 
 from rlhf.core.files import digest
 from rlhf.data.options import ColumnConfig, SourceConfig
-from rlhf.data.records import BadRow, PreferenceRecord, prompt_key
+from rlhf.data.records import BadRow, PreferenceRecord, prompt_key, to_record
 from rlhf.data.report import LeftOut
 from rlhf.data.sources import Source, open_source, row_names
 from rlhf.data.templates import ChatFormat, TemplateFault
-from rlhf.data.tokenising import convert_row
+from rlhf.data.tokenising import parsed
 
 CONTRADICTORY_LIMIT = 0.01
 """Share of contradictory pairs from which the data is called unfit."""
@@ -181,7 +181,7 @@ def _usable_records(
         place = (source.files[row.file], row.line)
         row_id = f"{names[place[0]]}:{row.line}"
         try:
-            record, shape = convert_row(row, source, columns, row_id)
+            record, shape = to_record(parsed(row), columns, row_id=row_id, source=source.name)
         except BadRow as fault:
             found.bad.append(_left_out(place, row_id, fault.reason, fault.detail))
         else:

@@ -1,8 +1,8 @@
-"""What a recipe says about preference data."""
+"""What a recipe says about its data: preference pairs, or single rows."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from annotated_types import Ge, Gt, Lt
 
@@ -28,8 +28,24 @@ class ColumnConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SourceConfig:
-    """One source of preference pairs."""
+class ExampleColumns:
+    """Names of the columns. Unset: the usual name, where rows have it. Empty: ignore such a column."""
+
+    messages: str | None = None
+    """A whole conversation; every assistant message in it is learnt (usual names: messages, conversations). Rows
+    without it have a completion. Not for rows with labels."""
+    prompt: str | None = None
+    """Text or messages before the completion (usual name: prompt). Rows without it hold whole conversations."""
+    completion: str | None = None
+    """The answer, or the whole conversation that ends with it (usual names: completion, response). Assistant
+    messages of the prompt are not learnt."""
+    label: str | None = None
+    """Whether the completion is a desirable one: true or false, 1 or 0 (usual name: label)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowSource:
+    """One source of rows."""
 
     path: str
     """A jsonl, json, csv (each also .gz), parquet or arrow file, a folder of them or one written by
@@ -41,23 +57,27 @@ class SourceConfig:
     """Which split of a hub dataset, of a saved dataset dictionary, or of a folder whose files name it."""
     subset: str | None = None
     """Configuration name of a hub dataset."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig(RowSource):
+    """One source of preference pairs."""
+
     columns: ColumnConfig | None = None
     """Column names of this source; unset: data.columns."""
 
 
-SourceList = str | tuple[str | SourceConfig, ...]
+SourceT = TypeVar("SourceT", bound=RowSource)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Preference pairs: where they come from and how they become tokens."""
+class RowsConfig:
+    """Where rows come from and how they become tokens: what pairs and single rows have in common."""
 
-    train: SourceList
+    train: str | tuple[str | RowSource, ...]
     """Sources to train on: a path or hub name, or a list of these or of sections with a path."""
-    eval: SourceList = ()
+    eval: str | tuple[str | RowSource, ...] = ()
     """Sources to evaluate on. Empty: hold out a share of the training prompts, see data.eval_share."""
-    columns: ColumnConfig = field(default_factory=ColumnConfig)
-    """Column names of all sources that do not set their own."""
     template: str | None = None
     """A chat template: a Jinja file, Jinja text, or a built-in name (plain: "User:" and
     "Assistant:" headings; chatml: <|im_start|> turns without a default system prompt). Unset: the tokenizer's
@@ -68,22 +88,15 @@ class DataConfig:
     max_tokens: Annotated[int, Gt(1)] = 1024
     """Longest prompt plus response, in tokens."""
     over_length: Literal["truncate_prompt_left", "drop", "error"] = "truncate_prompt_left"
-    """For longer pairs: cut the start of the prompt, by as much on both sides (a response is never cut: one
-    that alone is too long is a bad row); or leave the pair out; or stop. Each is counted in the report."""
+    """For longer rows: cut their start (an answer that loses its beginning is not learnt; a last one that alone is
+    too long makes a bad row); or leave the row out; or stop. Each is counted in the report."""
     eval_share: Annotated[float, Ge(0), Lt(1)] = 0.05
-    """Share of the training pairs held out when data.eval is empty, by whole prompts. 0: no evaluation."""
-    max_train_pairs: Annotated[int, Gt(0)] | None = None
-    """Train on a seeded sample of this many pairs; a smaller sample is part of every larger one."""
-    max_eval_pairs: Annotated[int, Gt(0)] | None = None
-    """Evaluate on a seeded sample of at most this many pairs."""
+    """Share of the training rows held out when data.eval is empty, by whole prompts. 0: no evaluation."""
     quarantine_max_share: Annotated[float, Ge(0), Lt(1)] = 0.01
     """Bad rows are left out and listed in quarantine.jsonl. A larger share of them, in the training or in the
     eval sources, stops the run."""
-    flip_labels: Annotated[float, Ge(0), Lt(1)] = 0.0
-    """Share of the training pairs whose answers are swapped, seeded, to study label noise. Margin and scores
-    stay where they are, so that a flipped pair looks like any other."""
     seed: Annotated[int, Ge(0)] = 0
-    """Decides what is held out, sampled and flipped."""
+    """Decides what is drawn at random: what is held out and sampled, and how it is changed or put together."""
     cache_dir: Path | None = None
     """Where tokenised data is kept. Unset: margin-rlhf in the user's cache folder."""
 
@@ -97,14 +110,54 @@ class DataConfig:
                 )
 
     @property
+    def train_sources(self) -> tuple[RowSource, ...]:
+        return _as_sources(self.train, RowSource)
+
+    @property
+    def eval_sources(self) -> tuple[RowSource, ...]:
+        return _as_sources(self.eval, RowSource)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(RowsConfig):
+    """Preference pairs: where they come from and how they become tokens."""
+
+    train: str | tuple[str | SourceConfig, ...]
+    eval: str | tuple[str | SourceConfig, ...] = ()
+    columns: ColumnConfig = field(default_factory=ColumnConfig)
+    """Column names of all sources that do not set their own."""
+    over_length: Literal["truncate_prompt_left", "drop", "error"] = "truncate_prompt_left"
+    """For longer pairs: cut the start of the prompt, by as much on both sides (a response is never cut: one
+    that alone is too long is a bad row); or leave the pair out; or stop. Each is counted in the report."""
+    max_train_pairs: Annotated[int, Gt(0)] | None = None
+    """Train on a seeded sample of this many pairs; a smaller sample is part of every larger one."""
+    max_eval_pairs: Annotated[int, Gt(0)] | None = None
+    """Evaluate on a seeded sample of at most this many pairs."""
+    flip_labels: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """Share of the training pairs whose answers are swapped, seeded, to study label noise. Margin and scores
+    stay where they are, so that a flipped pair looks like any other."""
+
+    @property
     def train_sources(self) -> tuple[SourceConfig, ...]:
-        return _as_sources(self.train)
+        return _as_sources(self.train, SourceConfig)
 
     @property
     def eval_sources(self) -> tuple[SourceConfig, ...]:
-        return _as_sources(self.eval)
+        return _as_sources(self.eval, SourceConfig)
 
 
-def _as_sources(value: SourceList) -> tuple[SourceConfig, ...]:
+@dataclass(frozen=True, kw_only=True)
+class ExampleDataConfig(RowsConfig):
+    """Conversations, or single rows with labels: where they come from and how they become tokens."""
+
+    columns: ExampleColumns = field(default_factory=ExampleColumns)
+    """Column names of all sources."""
+    max_train_rows: Annotated[int, Gt(0)] | None = None
+    """Train on a seeded sample of this many rows; a smaller sample is part of every larger one."""
+    max_eval_rows: Annotated[int, Gt(0)] | None = None
+    """Evaluate on a seeded sample of at most this many rows."""
+
+
+def _as_sources(value: str | tuple[str | SourceT, ...], kind: type[SourceT]) -> tuple[SourceT, ...]:
     entries = (value,) if isinstance(value, str) else value
-    return tuple(SourceConfig(path=entry) if isinstance(entry, str) else entry for entry in entries)
+    return tuple(kind(path=entry) if isinstance(entry, str) else entry for entry in entries)

@@ -1,12 +1,15 @@
-"""Rows of a preference file, whatever their shape, as prompt, chosen and rejected; bad rows are refused.
+"""Rows of a file, whatever their shape, as pairs or as single answers; bad rows are refused.
 
-Shapes, detected row by row:
+Shapes of pairs, detected row by row:
 
 * ``prompt text``: ``prompt``, ``chosen``, ``rejected`` are texts.
 * ``prompt messages``: a prompt (messages or text), and answers given as text or as messages that follow it.
 * ``conversations``: ``chosen`` and ``rejected`` are whole conversations; what they share is the prompt.
 * ``human/assistant text``: whole conversations as one text with ``Human:`` and ``Assistant:`` turns
   (Anthropic HH), or such a text as prompt, ending in ``Assistant:``, with the answers beside it.
+
+Single answers have the same shapes, with ``completion`` in place of ``chosen`` and ``rejected``; whole
+conversations may also stand in ``messages``.
 """
 
 import math
@@ -16,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf.core.files import digest
-from rlhf.data.options import ColumnConfig
+from rlhf.data.options import ColumnConfig, ExampleColumns
 
 Message = Mapping[str, str]  # the keys role and content
 
@@ -36,7 +39,11 @@ _USUAL_NAMES = {
     "margin": ("margin",),
     "chosen_score": ("chosen_score", "score_chosen"),
     "rejected_score": ("rejected_score", "score_rejected"),
+    "messages": ("messages", "conversations"),
+    "completion": ("completion", "response"),
+    "label": ("label",),
 }
+_TRUTHS = {"true": True, "1": True, "false": False, "0": False}
 
 
 class BadRow(Exception):
@@ -62,20 +69,29 @@ class PreferenceRecord:
     rejected_score: float | None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExampleRecord:
+    """One conversation to learn from, or one answer and whether it is a desirable one."""
+
+    row_id: str
+    source: str
+    prompt: tuple[Message, ...]
+    completion: tuple[Message, ...]  # what follows the prompt: begins and ends with an assistant message
+    label: bool | None
+
+
 def to_record(value: Any, columns: ColumnConfig, *, row_id: str, source: str) -> tuple[PreferenceRecord, str]:
     """The pair in one row, and the shape it had.
 
     Raises:
         BadRow: if the row is not a usable preference pair.
     """
-    if not isinstance(value, Mapping):
-        raise BadRow("wrong type", f"the row is {_kind(value)}, expected an object with columns")
+    _refuse_other_than_columns(value)
     prompt, chosen, rejected, shape = _texts(value, columns)
     for name, messages in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
         _refuse_unusable(name, messages)
     for name, messages in (("chosen", chosen), ("rejected", rejected)):
-        if messages[-1]["role"] != "assistant":
-            raise BadRow("no assistant answer", f"{name} ends with a message from {messages[-1]['role']!r}")
+        _refuse_other_end(name, messages)
     if _stripped(chosen) == _stripped(rejected):
         raise BadRow("identical pair", "chosen and rejected are the same")
     scores = [_number(value, columns, name) for name in ("chosen_score", "rejected_score")]
@@ -94,6 +110,32 @@ def to_record(value: Any, columns: ColumnConfig, *, row_id: str, source: str) ->
     return record, shape
 
 
+def to_example(
+    value: Any, columns: ExampleColumns, *, labelled: bool, row_id: str, source: str
+) -> tuple[ExampleRecord, str]:
+    """The conversation in one row, or its answer with a label, and the shape it had.
+
+    Raises:
+        BadRow: if the row is not usable as what is wanted.
+    """
+    _refuse_other_than_columns(value)
+    messages = None if labelled else _cell(value, columns, "messages")
+    if messages is not None:
+        prompt, completion, shape = *_split_at_first_answer(messages), CONVERSATIONS
+    elif not labelled and _cell(value, columns, "completion") is None:
+        raise BadRow("missing column", f"neither messages nor completion is there; the row has: {_names(value)}")
+    else:
+        prompt, completion, shape = _prompt_and_answer(value, columns, "completion")
+    for name, part in (("prompt", prompt), ("completion", completion)):
+        _refuse_unusable(name, part)
+    if completion[0]["role"] != "assistant":
+        raise BadRow("no assistant answer", f"completion begins with a message from {completion[0]['role']!r}")
+    _refuse_other_end("completion", completion)
+    label = _truth(value, columns, "label") if labelled else None
+    record = ExampleRecord(row_id=row_id, source=source, prompt=prompt, completion=completion, label=label)
+    return record, shape
+
+
 def to_conversations(
     value: Any, columns: ColumnConfig
 ) -> dict[str, tuple[tuple[Message, ...], tuple[Message, ...]]]:
@@ -102,12 +144,11 @@ def to_conversations(
     Raises:
         BadRow: if the row has neither, or what it has is not usable.
     """
-    if not isinstance(value, Mapping):
-        raise BadRow("wrong type", f"the row is {_kind(value)}, expected an object with columns")
+    _refuse_other_than_columns(value)
     if _cell(value, columns, "response") is None:
         record, _ = to_record(value, columns, row_id="", source="")
         return {"chosen": (record.prompt, record.chosen), "rejected": (record.prompt, record.rejected)}
-    prompt, response = _prompt_and_response(value, columns)
+    prompt, response, _ = _prompt_and_answer(value, columns, "response")
     for name, messages in (("prompt", prompt), ("response", response)):
         _refuse_unusable(name, messages)
     return {"response": (prompt, response)}
@@ -121,6 +162,7 @@ def prompt_key(prompt: Sequence[Message]) -> int:
 
 # -------------------------------------------------------------------------------------------------- shapes
 
+_Columns = ColumnConfig | ExampleColumns
 _Messages = tuple[Message, ...]
 _Texts = tuple[_Messages, _Messages, _Messages, str]
 
@@ -135,15 +177,30 @@ def _texts(value: Mapping[str, Any], columns: ColumnConfig) -> _Texts:
     return _from_messages(prompt, _messages("chosen", chosen), _messages("rejected", rejected))
 
 
-def _prompt_and_response(value: Mapping[str, Any], columns: ColumnConfig) -> tuple[_Messages, _Messages]:
-    prompt, response = _cell(value, columns, "prompt"), _answer(value, columns, "response")
-    messages = (_assistant(response),) if isinstance(response, str) else _messages("response", response)
+def _prompt_and_answer(value: Mapping[str, Any], columns: _Columns, name: str) -> tuple[_Messages, _Messages, str]:
+    """Prompt and answer of a row with a single answer in the column ``name``, and the row's shape."""
+    prompt, answer = _cell(value, columns, "prompt"), _answer(value, columns, name)
+    messages = (_assistant(answer),) if isinstance(answer, str) else _messages(name, answer)
     if prompt is not None:
-        return _prompt_messages(prompt)[0], messages
-    whole = _human_assistant_turns(response) if isinstance(response, str) else messages
+        before, shape = _prompt_messages(prompt)
+        return before, messages, shape if isinstance(answer, str) else PROMPT_MESSAGES
+    whole = _human_assistant_turns(answer) if isinstance(answer, str) else messages
     if len(whole) < 2 or whole[-1]["role"] != "assistant":
-        raise BadRow("no prompt", "no prompt column, and response is not a conversation that ends in an answer")
-    return whole[:-1], whole[-1:]
+        raise BadRow("no prompt", f"no prompt column, and {name} is not a conversation that ends in an answer")
+    return whole[:-1], whole[-1:], HUMAN_ASSISTANT if isinstance(answer, str) else CONVERSATIONS
+
+
+def _split_at_first_answer(conversation: Any) -> tuple[_Messages, _Messages]:
+    """What stands before the first assistant message, and from there to the last one: nobody answers the rest."""
+    if not isinstance(conversation, list | tuple):
+        raise BadRow("wrong type", f"messages is {_kind(conversation)}, expected a list of messages")
+    messages = _messages("messages", conversation)
+    answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+    if not answers:
+        raise BadRow("no assistant answer", "messages has no message from 'assistant'")
+    if answers[0] == 0:
+        raise BadRow("no prompt", "messages begins with an assistant message")
+    return messages[: answers[0]], messages[answers[0] : answers[-1] + 1]
 
 
 def _from_text(prompt: Any, chosen: str, rejected: str) -> _Texts:
@@ -220,7 +277,7 @@ def _assistant(text: str) -> Message:
 # --------------------------------------------------------------------------------------------------- cells
 
 
-def _cell(value: Mapping[str, Any], columns: ColumnConfig, name: str) -> Any:
+def _cell(value: Mapping[str, Any], columns: _Columns, name: str) -> Any:
     """What the column holds; ``None`` where it is null, absent under its usual names, or to be ignored."""
     wanted = getattr(columns, name)
     if wanted is None:
@@ -230,7 +287,7 @@ def _cell(value: Mapping[str, Any], columns: ColumnConfig, name: str) -> Any:
     return value[wanted] if wanted else None
 
 
-def _answer(value: Mapping[str, Any], columns: ColumnConfig, name: str) -> Any:
+def _answer(value: Mapping[str, Any], columns: _Columns, name: str) -> Any:
     cell = _cell(value, columns, name)
     if cell is None:
         raise BadRow("missing column", f"{name} is null or absent; the row has: {_names(value)}")
@@ -252,6 +309,16 @@ def _messages(name: str, entries: Sequence[Any]) -> _Messages:
     return tuple(messages)
 
 
+def _refuse_other_than_columns(value: Any) -> None:
+    if not isinstance(value, Mapping):
+        raise BadRow("wrong type", f"the row is {_kind(value)}, expected an object with columns")
+
+
+def _refuse_other_end(name: str, messages: Sequence[Message]) -> None:
+    if messages[-1]["role"] != "assistant":
+        raise BadRow("no assistant answer", f"{name} ends with a message from {messages[-1]['role']!r}")
+
+
 def _refuse_unusable(name: str, messages: Sequence[Message]) -> None:
     if not messages:
         raise BadRow("empty text", f"{name} has no messages")
@@ -262,7 +329,7 @@ def _refuse_unusable(name: str, messages: Sequence[Message]) -> None:
             raise BadRow("broken text", f"message {place + 1} of {name} has half of a surrogate pair in it")
 
 
-def _number(value: Mapping[str, Any], columns: ColumnConfig, name: str) -> float | None:
+def _number(value: Mapping[str, Any], columns: _Columns, name: str) -> float | None:
     cell = _cell(value, columns, name)
     if isinstance(cell, str):  # a csv file has nothing but texts
         cell = _parsed(cell.strip(), name)
@@ -274,6 +341,18 @@ def _number(value: Mapping[str, Any], columns: ColumnConfig, name: str) -> float
     if not math.isfinite(number):
         raise BadRow("non-finite number", f"{name} is {cell}")
     return number
+
+
+def _truth(value: Mapping[str, Any], columns: _Columns, name: str) -> bool:
+    cell = _cell(value, columns, name)
+    if cell is None or (isinstance(cell, str) and not cell.strip()):
+        raise BadRow("missing label", f"{name} is null, empty or absent; the row has: {_names(value)}")
+    if isinstance(cell, str) and cell.strip().lower() in _TRUTHS:  # a csv file has nothing but texts
+        return _TRUTHS[cell.strip().lower()]
+    if not isinstance(cell, bool | int | float) or cell not in (0, 1):
+        found = f"the text {cell[:40]!r}" if isinstance(cell, str) else _kind(cell)
+        raise BadRow("wrong type", f"{name} is {found}, expected true or false")
+    return bool(cell)
 
 
 def _parsed(text: str, name: str) -> float | None:

@@ -6,13 +6,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from rlhf.core.errors import DataError
 from rlhf.core.files import write_text
 
 QUARANTINE = "quarantine.jsonl"
 TOO_LONG = "response too long"
 OVER_LENGTH = "over length, dropped"
-"""The reason listed for pairs that ``over_length: drop`` leaves out; they do not count as bad."""
+"""The reason listed for rows that ``over_length: drop`` leaves out; they do not count as bad."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,24 +33,26 @@ class LeftOut:
 
 @dataclass(kw_only=True)
 class SourceReport:
-    """One source. Every row is either a pair or left out."""
+    """One source. Every row is either an item or left out."""
 
     role: Literal["train", "eval"]
     name: str
     weight: float
     rows: int
-    pairs: int
+    items: int
+    unit: str
+    """What an item is, in the plural: pairs, or examples."""
     shapes: dict[str, int]
     """Readable rows by the shape they had."""
     truncated: int
-    """Pairs whose prompt was cut."""
+    """Items that were cut on the left."""
     cached: bool
     """Whether the tokens came from the cache."""
     left_out: list[LeftOut]
 
     @property
     def dropped(self) -> int:
-        """Pairs left out because ``over_length`` says so."""
+        """Rows left out because ``over_length`` says so."""
         return sum(row.reason == OVER_LENGTH for row in self.left_out)
 
     @property
@@ -59,8 +63,8 @@ class SourceReport:
 
     def line(self) -> str:
         shapes = ", ".join(f"{count} {shape}" for shape, count in self.shapes.items())
-        parts = [f"{self.rows} rows ({shapes})", f"{self.pairs} pairs"]
-        parts += [f"{self.truncated} with a cut prompt"] if self.truncated else []
+        parts = [f"{self.rows} rows ({shapes})", f"{self.items} {self.unit}"]
+        parts += [f"{self.truncated} cut on the left"] if self.truncated else []
         parts += [f"{self.dropped} dropped as too long"] if self.dropped else []
         parts += [f"{count} bad: {reason}" for reason, count in self.bad.items()]
         parts += [f"weight {self.weight:g}"] if self.weight != 1 else []
@@ -82,9 +86,11 @@ class DataReport:
     quarantine: str | None
     """The file that lists the rows left out."""
     notes: list[str]
-    train_pairs: int = 0
-    """Pairs of one epoch, repeats by weight included."""
-    eval_pairs: int = 0
+    unit: str
+    """What an item is, in the plural: pairs, or examples."""
+    train_items: int = 0
+    """Items of one epoch, repeats by weight included."""
+    eval_items: int = 0
     held_out_prompts: int | None = None
     """Prompts held out of the training sources; ``None`` where an eval source was given."""
     shared_prompts: int = 0
@@ -94,16 +100,29 @@ class DataReport:
     row_tokens: dict[str, int] = field(default_factory=dict)
     """Quantiles of the tokens of a training row."""
 
+    def describe(self, train_prompts: np.ndarray, eval_prompts: np.ndarray, lengths: np.ndarray) -> None:
+        """Fill in what was made of the sources.
+
+        Args:
+            train_prompts: keys of the prompts of the training items.
+            eval_prompts: the same of the evaluation.
+            lengths: tokens of the training rows.
+        """
+        self.train_items, self.eval_items = len(train_prompts), len(eval_prompts)
+        self.shared_prompts = len(np.intersect1d(train_prompts, eval_prompts))
+        quantiles = np.percentile(lengths, [50, 95, 99, 100], method="higher")
+        self.row_tokens = dict(zip(("median", "95 %", "99 %", "longest"), map(int, quantiles), strict=True))
+
     def lines(self) -> list[str]:
         lines = [f"template: {self.template}", *(source.line() for source in self.sources)]
         if self.quarantine and any(source.left_out for source in self.sources):
             lines.append(f"the rows left out are listed in {self.quarantine}")
         flipped = f" ({self.flipped} with swapped answers)" if self.flipped else ""
         quantiles = ", ".join(f"{name} {count}" for name, count in self.row_tokens.items())
-        lines.append(f"train: {self.train_pairs} pairs an epoch{flipped}; tokens of a row: {quantiles}")
+        lines.append(f"train: {self.train_items} {self.unit} an epoch{flipped}; tokens of a row: {quantiles}")
         held_out = self.held_out_prompts
         origin = "" if held_out is None else f" of {held_out} prompts held out of the training sources"
-        lines.append(f"eval: {self.eval_pairs} pairs{origin}")
+        lines.append(f"eval: {self.eval_items} {self.unit}{origin}")
         if self.shared_prompts:
             lines.append(f"warning: {self.shared_prompts} prompts of the eval sources are also trained on")
         return [*lines, *(f"note: {note}" for note in self.notes)]
@@ -121,7 +140,7 @@ def write_quarantine(path: Path, sources: list[SourceReport]) -> None:
 
 
 def refuse_bad_sources(sources: list[SourceReport], max_share: float, quarantine: Path | None) -> None:
-    """Stop if a source has no pairs, or if too large a share of the training or of the eval rows is bad.
+    """Stop if no row of a source can be used, or if too large a share of the training or of the eval rows is bad.
 
     Raises:
         DataError: with counts by reason, the first examples, and where the whole list is.
@@ -138,11 +157,12 @@ def refuse_bad_sources(sources: list[SourceReport], max_share: float, quarantine
 
 
 def _nothing_in(source: SourceReport) -> list[str]:
-    if source.pairs:
+    if source.items:
         return []
     if not source.rows:
         return [f"data.{source.role}: {source.name} has no rows"]
-    return ["\n".join([f"data.{source.role}: {source.name} has no usable pair", *_reasons([source])])]
+    head = f"data.{source.role}: {source.name} has no usable {source.unit.removesuffix('s')}"
+    return ["\n".join([head, *_reasons([source])])]
 
 
 def _too_many_bad(sources: list[SourceReport], max_share: float) -> list[str]:

@@ -1,39 +1,58 @@
-"""Tokenised pairs of one source, in a folder of flat memory-mapped arrays: the cache of tokenisation.
+"""Tokenised rows of one source, in a folder of flat memory-mapped arrays: the cache of tokenisation.
 
-A folder holds ``tokens.bin`` (int32, the chosen and then the rejected row of every pair) and ``pairs.npy``
-(one :data:`PAIR` record a pair); ``bad.jsonl`` lists the rows that were left out, ``meta.json`` has the
-counts and a checksum of each file.
+A folder holds ``tokens.bin`` (int32, two arrays of every row, one behind the other) and ``rows.npy`` (one
+:data:`PAIR` or :data:`EXAMPLE` record a row); ``bad.jsonl`` lists the rows that were left out, ``meta.json``
+has the counts and a checksum of each file.
 """
 
 import json
 import zlib
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from rlhf.core.files import write_json
 
 TOKENS = "tokens.bin"
-PAIRS = "pairs.npy"
+ROWS = "rows.npy"
 BAD = "bad.jsonl"
 META = "meta.json"
 
-_BLOCK_PAIRS = 4096
+_BLOCK_ROWS = 4096
+
+_PLACE = [
+    ("file", "<i4"),  # index into Source.files
+    ("line", "<i8"),  # from 1
+    ("prompt_key", "<u8"),
+    ("begin", "<i8"),  # where the first array begins in tokens.bin; the second one follows it
+    ("length", "<i4", (2,)),  # of the two arrays
+]
 
 PAIR = np.dtype(
     [
-        ("file", "<i4"),  # index into Source.files
-        ("line", "<i8"),  # from 1
-        ("prompt_key", "<u8"),
-        ("begin", "<i8"),  # where the chosen row begins in tokens.bin; the rejected row follows it
-        ("length", "<i4", (2,)),  # tokens of chosen and rejected
+        *_PLACE,  # the arrays are the tokens of chosen and of rejected
         ("start", "<i4", (2,)),  # first response token of chosen and rejected
         ("number", "<f8", (3,)),  # margin, chosen score, rejected score; nan where there is none
     ]
 )
+
+EXAMPLE = np.dtype(
+    [
+        *_PLACE,  # the arrays are the tokens, and begin and end of each span of response tokens
+        ("start", "<i4"),  # first response token
+        ("label", "?"),  # False where rows have no labels
+    ]
+)
+
+
+class Fields(NamedTuple):
+    """What is kept of one row, beside its place and prompt."""
+
+    arrays: tuple[np.ndarray, np.ndarray]
+    own: tuple[Any, ...]
+    """The fields that only records of this kind have, in their order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +74,7 @@ class StoreCounts:
     truncated: int = 0
 
 
-class PairStore:
+class RowStore:
     """A published folder, opened for reading."""
 
     def __init__(self, folder: Path) -> None:
@@ -64,58 +83,45 @@ class PairStore:
         self.counts = StoreCounts(**meta["counts"])
         lines = (folder / BAD).read_text(encoding="utf-8").splitlines()
         self.bad = tuple(BadEntry(**json.loads(line)) for line in lines)
-        self.pairs: np.ndarray = np.load(folder / PAIRS, mmap_mode="r")
+        self.rows: np.ndarray = np.load(folder / ROWS, mmap_mode="r")
         empty = (folder / TOKENS).stat().st_size == 0  # which cannot be mapped
         self.tokens: np.ndarray = np.empty(0, "<i4") if empty else np.memmap(folder / TOKENS, "<i4", "r")
 
-    def sides(self, pair: np.void) -> tuple[tuple[np.ndarray, int], tuple[np.ndarray, int]]:
-        """Token ids and first response token of chosen and of rejected; ``pair`` is a record of ``pairs``."""
-        begin, lengths, starts = int(pair["begin"]), pair["length"].tolist(), pair["start"].tolist()
-        ids = np.array(self.tokens[begin : begin + sum(lengths)], np.int32)
-        return (ids[: lengths[0]], starts[0]), (ids[lengths[0] :], starts[1])
+    def arrays(self, row: np.void) -> tuple[np.ndarray, np.ndarray]:
+        """The two arrays of ``row``, which is a record of ``rows``."""
+        begin, (first, second) = int(row["begin"]), row["length"].tolist()
+        values = np.array(self.tokens[begin : begin + first + second], np.int32)
+        return values[:first], values[first:]
 
 
-class PairWriter:
-    """Fills a folder that :class:`PairStore` can open once the ``with`` block has ended well."""
+class RowWriter:
+    """Fills a folder that :class:`RowStore` can open once the ``with`` block has ended well."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, kind: np.dtype) -> None:
+        """``kind`` is that of the records: :data:`PAIR` or :data:`EXAMPLE`."""
         self.counts = StoreCounts()
         self._folder = folder
+        self._kind = kind
         self._tokens = (folder / TOKENS).open("wb")
         self._bad = (folder / BAD).open("w", encoding="utf-8")
         self._blocks: list[np.ndarray] = []
-        self._pairs: list[tuple[Any, ...]] = []  # the last few, which are not in a block yet
+        self._rows: list[tuple[Any, ...]] = []  # the last few, which are not in a block yet
         self._written = 0
 
-    def add(
-        self,
-        place: tuple[int, int],
-        prompt_key: int,
-        sides: Sequence[tuple[np.ndarray, int]],
-        numbers: Sequence[float | None],
-    ) -> None:
-        """One pair.
-
-        Args:
-            place: file and line.
-            prompt_key: 64 bits.
-            sides: token ids and first response token, of chosen and of rejected.
-            numbers: margin, chosen score, rejected score.
-        """
-        rows, starts = zip(*sides, strict=True)
-        for row in rows:
-            self._tokens.write(row.astype("<i4").tobytes())
-        lengths = tuple(len(row) for row in rows)
-        values = tuple(np.nan if number is None else number for number in numbers)
-        self._pairs.append((*place, prompt_key, self._written, lengths, starts, values))
+    def add(self, place: tuple[int, int], prompt_key: int, fields: Fields) -> None:
+        """One row; ``place`` is file and line, ``prompt_key`` has 64 bits."""
+        for array in fields.arrays:
+            self._tokens.write(array.astype("<i4").tobytes())
+        lengths = tuple(array.size for array in fields.arrays)
+        self._rows.append((*place, prompt_key, self._written, lengths, *fields.own))
         self._written += sum(lengths)
-        if len(self._pairs) >= _BLOCK_PAIRS:
+        if len(self._rows) >= _BLOCK_ROWS:
             self._close_block()
 
     def add_bad(self, entry: BadEntry) -> None:
         self._bad.write(json.dumps(asdict(entry)) + "\n")
 
-    def __enter__(self) -> "PairWriter":
+    def __enter__(self) -> "RowWriter":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -125,13 +131,13 @@ class PairWriter:
             self._finish()
 
     def _close_block(self) -> None:
-        self._blocks.append(np.array(self._pairs, PAIR))
-        self._pairs.clear()
+        self._blocks.append(np.array(self._rows, self._kind))
+        self._rows.clear()
 
     def _finish(self) -> None:
         self._close_block()
-        np.save(self._folder / PAIRS, np.concatenate(self._blocks))
-        checksums = {name: _checksum(self._folder / name) for name in (TOKENS, PAIRS, BAD)}
+        np.save(self._folder / ROWS, np.concatenate(self._blocks))
+        checksums = {name: _checksum(self._folder / name) for name in (TOKENS, ROWS, BAD)}
         meta = {"counts": asdict(self.counts), "checksums": checksums}
         write_json(self._folder / META, {**meta, "own_checksum": _text_checksum(meta)})
 

@@ -4,10 +4,11 @@ The whole conversation is rendered by the chat template and tokenised once; wher
 found by character offset, so no token boundary is forced between prompt and response. The text begins with
 the tokenizer's BOS where the tokenizer adds one by itself and the template does not, and it ends with an
 end token: white space that a template puts behind its end-of-turn token is cut, and EOS is appended where
-the template has no such token.
+the template has no such token. In a conversation every assistant turn is found in the same way.
 """
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,13 @@ CHATML_TEMPLATE = """\
 """
 
 BUILT_IN_TEMPLATES = {"plain": PLAIN_TEMPLATE, "chatml": CHATML_TEMPLATE}
+
+
+Span = tuple[int, int]
+"""From the first character or token to the one after the last."""
+
+Turns = tuple[np.ndarray, np.ndarray]
+"""Token ids ``(T,)`` int32, and ``(n, 2)`` int32: the spans of tokens that a model is to write."""
 
 
 class TemplateFault(DataError):
@@ -75,6 +83,24 @@ class ChatFormat:
         _refuse_dropped(whole[len(before) :], [m for m in response if m["role"] == "assistant"], "response")
         return before, self._ended(whole)
 
+    def render_turns(self, messages: Sequence[Message], *, first: int = 0) -> tuple[str, list[Span]]:
+        """The text of a conversation that ends with an assistant message, and what of it a model is to write.
+
+        Args:
+            messages: the whole conversation.
+            first: assistant messages before this place are none of the model's, as in a prompt.
+        Returns:
+            The text, and the characters of each assistant turn: from where a model would begin to write it to
+            the end token behind it. White space behind an end token is part of no turn.
+        Raises:
+            TemplateFault: if the template refuses the messages, drops or rewrites some of them, or shows a turn
+                in another way once the conversation goes on.
+        """
+        text = self._ended(self._apply(messages, generate=False))
+        _refuse_dropped(text, [m for m in messages if m["role"] in ("user", "system")], "prompt")
+        turns = [place for place in range(first, len(messages)) if messages[place]["role"] == "assistant"]
+        return text, [self._turn(messages, place, text) for place in turns]
+
     def render_prompt(self, prompt: Sequence[Message]) -> str:
         """The text after which a model writes its response.
 
@@ -91,19 +117,25 @@ class ChatFormat:
 
     def tokenise(self, rendered: Sequence[tuple[str, str]]) -> list[tuple[np.ndarray, int]]:
         """Like :meth:`encode`, for many results of :meth:`render` in one call of the tokenizer."""
+        turns = self.tokenise_turns([(whole, [(len(before), len(whole))]) for before, whole in rendered])
+        return [(ids, int(spans[0, 0])) for ids, spans in turns]
+
+    def tokenise_turns(self, rendered: Sequence[tuple[str, Sequence[Span]]]) -> list[Turns]:
+        """The tokens of many results of :meth:`render_turns`, in one call of the tokenizer.
+
+        A token that reaches beyond its turn, on either side, belongs to the turn.
+        """
         if not rendered:
             return []
         if not getattr(self.tokenizer, "is_fast", False):
-            return [self._tokenise_in_parts(*texts) for texts in rendered]
-        texts = [whole for _, whole in rendered]
+            return [self._tokenise_in_parts(*turns) for turns in rendered]
+        texts = [text for text, _ in rendered]
         batch = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        starts = [
-            _token_at(batch, row, len(before), len(whole), len(batch["input_ids"][row]))
-            for row, (before, whole) in enumerate(rendered)
-        ]
-        return [
-            (np.array(ids, np.int32), start) for ids, start in zip(batch["input_ids"], starts, strict=True)
-        ]
+        encoded = []
+        for row, (ids, (text, spans)) in enumerate(zip(batch["input_ids"], rendered, strict=True)):
+            places = [_token_span(batch, row, span, len(text), len(ids)) for span in spans]
+            encoded.append((np.array(ids, np.int32), np.array(places, np.int32).reshape(-1, 2)))
+        return encoded
 
     @functools.cached_property
     def digest(self) -> str:
@@ -130,11 +162,28 @@ class ChatFormat:
         stripped = text.rstrip()
         return stripped if stripped.endswith(self.end_tokens) else stripped + self.tokenizer.eos_token
 
-    def _tokenise_in_parts(self, before: str, whole: str) -> tuple[np.ndarray, int]:
-        """For tokenizers without offsets: a token boundary is forced where the response begins."""
-        texts = (before, whole[len(before) :])
-        parts = [self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
-        return np.array(parts[0] + parts[1], np.int32), len(parts[0])
+    def _turn(self, messages: Sequence[Message], place: int, text: str) -> Span:
+        """The characters in ``text`` of the assistant message at ``place``."""
+        before = self._apply(messages[:place], generate=True)
+        after = self._apply(messages[: place + 1], generate=False).rstrip()
+        if not (text.startswith(before) and text.startswith(after)):
+            raise TemplateFault(
+                f"the template shows message {place + 1} (assistant), or what stands before it, in another way once "
+                "the conversation goes on; give another data.template"
+            )
+        span = len(before), len(text) if place == len(messages) - 1 else len(after)
+        _refuse_dropped(text[slice(*span)], [messages[place]], "response")
+        return span
+
+    def _tokenise_in_parts(self, text: str, spans: Sequence[Span]) -> Turns:
+        """For tokenizers without offsets: a token boundary is forced where a turn begins and where it ends."""
+        bounds = [0, *(place for span in spans for place in span), len(text)]
+        parts = [
+            self.tokenizer(text[begin:end], add_special_tokens=False, verbose=False)["input_ids"]
+            for begin, end in itertools.pairwise(bounds)
+        ]
+        places = np.cumsum([len(part) for part in parts])[:-1]
+        return np.array([token for part in parts for token in part], np.int32), places.astype(np.int32).reshape(-1, 2)
 
 
 def chat_format(tokenizer: Any, template: str | None) -> ChatFormat:
@@ -199,6 +248,13 @@ def _refuse_dropped(text: str, messages: Sequence[Message], part: str) -> None:
                 "is not in the rendered text; give another data.template"
             )
         place = found + len(content)
+
+
+def _token_span(batch: Any, row: int, span: Span, size: int, count: int) -> Span:
+    """Which of the ``count`` tokens of a text of ``size`` characters hold a character of ``span``."""
+    begin, end = (_token_at(batch, row, place, size, count) for place in span)
+    reaches_beyond = end < count and batch.token_to_chars(row, end).start < span[1]
+    return begin, end + reaches_beyond
 
 
 def _token_at(batch: Any, row: int, begin: int, end: int, count: int) -> int:

@@ -5,11 +5,13 @@ tokens.
 """
 
 import errno
+import inspect
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from rich.console import Console
@@ -18,77 +20,122 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rlhf.core.errors import DataError
 from rlhf.core.files import digest, staged_directory
 from rlhf.data import records, sources, store, templates
-from rlhf.data.options import ColumnConfig, DataConfig
-from rlhf.data.records import BadRow, Message, PreferenceRecord, prompt_key, to_record
+from rlhf.data.options import ColumnConfig, ExampleColumns, RowsConfig
+from rlhf.data.records import BadRow, Message, prompt_key
 from rlhf.data.report import OVER_LENGTH, TOO_LONG
 from rlhf.data.sources import RawRow, Source
-from rlhf.data.store import BadEntry, DamagedStore, PairStore, PairWriter
-from rlhf.data.templates import ChatFormat, TemplateFault
+from rlhf.data.store import BadEntry, DamagedStore, Fields, RowStore, RowWriter
+from rlhf.data.templates import ChatFormat, Span, TemplateFault, Turns
 
 _CHUNK_ROWS = 256
 _BAR_FROM_ROWS = 5000
 
-Side = tuple[np.ndarray, int]  # token ids (T,) and the first response token
+
+class RowKind(Protocol):
+    """What sets one kind of rows apart; ``rlhf.data.kinds`` has them.
+
+    Attributes:
+        name: tells kinds apart in the cache.
+        unit: what a row makes, in the plural: pairs, or examples.
+        record: of a row in the store.
+    """
+
+    name: str
+    unit: str
+    record: np.dtype
+
+    def read(self, value: Any, columns: Any, *, row_id: str, source: str) -> tuple[Any, str]:
+        """What a row of a file says, with its ``prompt``; and the shape of the row. Raises BadRow."""
+
+    def render(self, entry: Any, settings: "Tokenising") -> list[tuple[str, list[Span]]]:
+        """The texts to tokenise, each with the characters that a model is to write. Raises TemplateFault."""
+
+    def fields(self, entry: Any, sides: list[Turns]) -> Fields:
+        """What to store of the tokens of these texts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenisedSource:
-    """A source and the tokens of its pairs."""
+    """A source and the tokens of its rows."""
 
     source: Source
-    store: PairStore
+    store: RowStore
     cached: bool
     note: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tokenising:
-    """What decides on the tokens of a pair."""
+    """What decides on the tokens of a row."""
 
+    kind: RowKind
     format: ChatFormat
-    columns: ColumnConfig
+    columns: ColumnConfig | ExampleColumns
     system_prompt: str | None
     max_tokens: int
     over_length: str
 
     @classmethod
-    def of(cls, config: DataConfig, columns: ColumnConfig | None, chat: ChatFormat) -> "Tokenising":
+    def of(
+        cls, config: RowsConfig, kind: RowKind, columns: ColumnConfig | ExampleColumns, chat: ChatFormat
+    ) -> "Tokenising":
         return cls(
+            kind=kind,
             format=chat,
-            columns=columns or config.columns,
+            columns=columns,
             system_prompt=config.system_prompt,
             max_tokens=config.max_tokens,
             over_length=config.over_length,
         )
 
     def digest(self) -> str:
-        settings = [self.system_prompt, self.max_tokens, self.over_length, asdict(self.columns)]
-        return digest(self.format.tokenizer_digest, self.format.digest, json.dumps(settings), _code_digest())
+        settings = [self.kind.name, self.system_prompt, self.max_tokens, self.over_length, asdict(self.columns)]
+        code = _code_digest(self.kind)
+        return digest(self.format.tokenizer_digest, self.format.digest, json.dumps(settings), code)
 
-    def render(self, record: PreferenceRecord) -> list[tuple[str, str]]:
-        """Prompt text and whole text, of chosen and of rejected. Raises TemplateFault."""
-        prompt: Sequence[Message] = record.prompt
-        if self.system_prompt is not None and prompt[0]["role"] != "system":
-            prompt = [{"role": "system", "content": self.system_prompt}, *prompt]
-        return [self.format.render(prompt, side) for side in (record.chosen, record.rejected)]
+    def with_system_prompt(self, prompt: Sequence[Message]) -> list[Message]:
+        if self.system_prompt is None or prompt[0]["role"] == "system":
+            return list(prompt)
+        return [{"role": "system", "content": self.system_prompt}, *prompt]
+
+    def excess(self, row_id: str, sides: Sequence[Turns]) -> int:
+        """How many tokens to cut from the left of every side.
+
+        Raises:
+            BadRow: if the row is to be left out.
+            DataError: if the run is to stop.
+        """
+        longest = max(len(ids) for ids, _ in sides)
+        if longest <= self.max_tokens:
+            return 0
+        found = f"{longest} tokens, the limit is {self.max_tokens}"
+        if self.over_length == "error":
+            hint = "raise data.max_tokens, or set data.over_length to truncate_prompt_left or drop"
+            raise DataError(f"{row_id}: {found}; {hint}")
+        if self.over_length == "drop":
+            raise BadRow(OVER_LENGTH, found)
+        response = max(len(ids) - spans[-1, 0] for ids, spans in sides)
+        if response > self.max_tokens:
+            raise BadRow(TOO_LONG, f"a response of {response} tokens, the limit is {self.max_tokens}")
+        return longest - self.max_tokens
 
 
 def tokenise_source(source: Source, settings: Tokenising, cache_dir: Path) -> TokenisedSource:
     """The tokens of ``source``, from the cache if they are there and whole, else made and cached.
 
     Raises:
-        DataError: if a file is damaged, the cache cannot be written, or a pair is too long under ``error``.
+        DataError: if a file is damaged, the cache cannot be written, or a row is too long under ``error``.
     """
     folder = cache_dir / digest(source.digest(), settings.digest())
     note = None
     if folder.exists():
         try:
-            return TokenisedSource(source=source, store=PairStore(folder), cached=True)
+            return TokenisedSource(source=source, store=RowStore(folder), cached=True)
         except DamagedStore as error:
             note = f"the cached tokens of {source.name} were damaged and have been made again ({error})"
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        with staged_directory(folder) as staged, PairWriter(staged) as writer:
+        with staged_directory(folder) as staged, RowWriter(staged, settings.kind.record) as writer:
             _fill(writer, source, settings)
     except OSError as error:
         # Another process may just have published the same.
@@ -96,75 +143,73 @@ def tokenise_source(source: Source, settings: Tokenising, cache_dir: Path) -> To
             raise DataError(
                 f"{cache_dir}: tokens cannot be kept here ({error}); set data.cache_dir"
             ) from error
-    return TokenisedSource(source=source, store=PairStore(folder), cached=False, note=note)
+    return TokenisedSource(source=source, store=RowStore(folder), cached=False, note=note)
 
 
-def _fill(writer: PairWriter, source: Source, settings: Tokenising) -> None:
+def parsed(row: RawRow) -> Any:
+    """What stands in the row. Raises BadRow."""
+    if row.fault is not None:
+        raise BadRow("unreadable row", row.fault)
+    return row.value
+
+
+def cut_left(turns: Turns, excess: int, bos: int | None) -> Turns:
+    """The row without its first ``excess`` tokens, but with all of its last turn.
+
+    A turn that loses its beginning is not learnt any more. A leading BOS stays where there is room for it.
+    """
+    ids, spans = turns
+    excess = min(excess, int(spans[-1, 0]))
+    spans = spans[spans[:, 0] >= excess] - excess
+    if spans[0, 0] > 1 and ids[0] == bos:
+        return np.concatenate([ids[:1], ids[excess + 1 :]]), spans
+    return ids[excess:], spans
+
+
+def _fill(writer: RowWriter, source: Source, settings: Tokenising) -> None:
     rows = _with_progress(source.rows(), f"tokenising {source.name}")
     while chunk := list(islice(rows, _CHUNK_ROWS)):
         writer.counts.rows += len(chunk)
         _add_chunk(writer, source, settings, chunk)
 
 
-def _add_chunk(writer: PairWriter, source: Source, settings: Tokenising, chunk: Sequence[RawRow]) -> None:
-    kept: list[tuple[RawRow, PreferenceRecord]] = []
-    texts: list[tuple[str, str]] = []
+def _add_chunk(writer: RowWriter, source: Source, settings: Tokenising, chunk: Sequence[RawRow]) -> None:
+    kept: list[tuple[RawRow, Any, int]] = []  # with the number of texts
+    texts: list[tuple[str, list[Span]]] = []
     for row in chunk:
         try:
-            row_id = f"{source.files[row.file]}:{row.line}"
-            record, shape = convert_row(row, source, settings.columns, row_id)
-            texts += settings.render(record)
+            entry, shape = settings.kind.read(
+                parsed(row), settings.columns, row_id=_row_id(source, row), source=source.name
+            )
+            rendered = settings.kind.render(entry, settings)
         except BadRow as fault:
-            writer.add_bad(BadEntry(file=row.file, line=row.line, reason=fault.reason, detail=fault.detail))
+            _leave_out(writer, row, fault)
         except TemplateFault as fault:
-            writer.add_bad(BadEntry(file=row.file, line=row.line, reason="template fault", detail=str(fault)))
+            _leave_out(writer, row, BadRow("template fault", str(fault)))
         else:
             writer.counts.shapes[shape] = writer.counts.shapes.get(shape, 0) + 1
-            kept.append((row, record))
-    encoded = settings.format.tokenise(texts)
-    for (row, record), sides in zip(kept, zip(encoded[::2], encoded[1::2], strict=True), strict=True):
-        _add_pair(writer, settings, row, record, sides)
+            kept.append((row, entry, len(rendered)))
+            texts += rendered
+    encoded = iter(settings.format.tokenise_turns(texts))
+    for row, entry, count in kept:
+        sides = list(islice(encoded, count))
+        try:
+            excess = settings.excess(_row_id(source, row), sides)
+        except BadRow as fault:
+            _leave_out(writer, row, fault)
+            continue
+        if excess:
+            writer.counts.truncated += 1
+            sides = [cut_left(side, excess, settings.format.tokenizer.bos_token_id) for side in sides]
+        writer.add((row.file, row.line), prompt_key(entry.prompt), settings.kind.fields(entry, sides))
 
 
-def convert_row(
-    row: RawRow, source: Source, columns: ColumnConfig, row_id: str
-) -> tuple[PreferenceRecord, str]:
-    """The pair in a row of ``source``, and its shape. Raises BadRow."""
-    if row.fault is not None:
-        raise BadRow("unreadable row", row.fault)
-    return to_record(row.value, columns, row_id=row_id, source=source.name)
+def _row_id(source: Source, row: RawRow) -> str:
+    return f"{source.files[row.file]}:{row.line}"
 
 
-def _add_pair(
-    writer: PairWriter, settings: Tokenising, row: RawRow, record: PreferenceRecord, sides: tuple[Side, Side]
-) -> None:
-    longest = max(len(ids) for ids, _ in sides)
-    if longest > settings.max_tokens:
-        found = f"{longest} tokens, the limit is {settings.max_tokens}"
-        if settings.over_length == "error":
-            hint = "raise data.max_tokens, or set data.over_length to truncate_prompt_left or drop"
-            raise DataError(f"{record.row_id}: {found}; {hint}")
-        if settings.over_length == "drop":
-            writer.add_bad(BadEntry(file=row.file, line=row.line, reason=OVER_LENGTH, detail=found))
-            return
-        response = max(len(ids) - start for ids, start in sides)
-        if response > settings.max_tokens:
-            detail = f"a response of {response} tokens, the limit is {settings.max_tokens}"
-            writer.add_bad(BadEntry(file=row.file, line=row.line, reason=TOO_LONG, detail=detail))
-            return
-        writer.counts.truncated += 1
-        bos = settings.format.tokenizer.bos_token_id
-        sides = tuple(_cut_left(ids, start, longest - settings.max_tokens, bos) for ids, start in sides)
-    numbers = (record.margin, record.chosen_score, record.rejected_score)
-    writer.add((row.file, row.line), prompt_key(record.prompt), sides, numbers)
-
-
-def _cut_left(ids: np.ndarray, start: int, excess: int, bos: int | None) -> Side:
-    """The row without its first ``excess`` prompt tokens; a leading BOS stays where there is room for it."""
-    excess = min(excess, start)
-    if excess + 1 < start and ids[0] == bos:
-        return np.concatenate([ids[:1], ids[excess + 1 :]]), start - excess
-    return ids[excess:], start - excess
+def _leave_out(writer: RowWriter, row: RawRow, fault: BadRow) -> None:
+    writer.add_bad(BadEntry(file=row.file, line=row.line, reason=fault.reason, detail=fault.detail))
 
 
 def _with_progress(rows: Iterable[RawRow], title: str) -> Iterator[RawRow]:
@@ -184,7 +229,8 @@ def _with_progress(rows: Iterable[RawRow], title: str) -> Iterator[RawRow]:
             bar.stop()
 
 
-def _code_digest() -> str:
+def _code_digest(kind: RowKind) -> str:
     """Of the code that turns rows into tokens: a new version of it makes its own cache entries."""
     modules = (records, sources, store, templates)
-    return digest(Path(__file__).read_bytes(), *(Path(module.__file__).read_bytes() for module in modules))
+    files = [__file__, inspect.getfile(type(kind)), *(module.__file__ for module in modules)]
+    return digest(*(Path(file).read_bytes() for file in files))

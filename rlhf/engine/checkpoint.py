@@ -10,7 +10,6 @@ import logging
 import os
 import random
 import shutil
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rlhf.core.files import write_json
+from rlhf.core.files import file_checksum, write_json
 from rlhf.engine.ranks import Ranks
 
 COMPLETE = "COMPLETE.json"
@@ -79,13 +78,13 @@ class CheckpointStore:
             if name not in found:
                 return f"{name} is missing"
             if found[name] != entry:
-                return f"{name} has changed: {found[name]} instead of {entry} (bytes, CRC-32)"
+                return f"{name} has changed: {found[name]} instead of {entry} (bytes:CRC-32)"
         return None
 
-    def _checksums(self, path: Path) -> dict[str, list[int]]:
+    def _checksums(self, path: Path) -> dict[str, str]:
         """Size and CRC-32 of every file; the ranks share the reading."""
         names = self.ranks.on_main(lambda: _files_in(path))
-        mine = {name: _checksum(path / name) for name in names[self.ranks.rank :: self.ranks.world_size]}
+        mine = {name: file_checksum(path / name) for name in names[self.ranks.rank :: self.ranks.world_size]}
         return {name: entry for part in self.ranks.gather_objects(mine) for name, entry in part.items()}
 
     def _publish(self, staged: Path, target: Path, sums: dict, protected: frozenset[int]) -> None:
@@ -117,14 +116,6 @@ def _read_listing(path: Path) -> dict | str:
         return json.loads((path / COMPLETE).read_text())
     except (OSError, ValueError) as error:
         return f"{COMPLETE} cannot be read: {error}"
-
-
-def _checksum(path: Path) -> list[int]:
-    size, value = 0, 0
-    with path.open("rb") as handle:
-        while block := handle.read(1 << 22):
-            size, value = size + len(block), zlib.crc32(block, value)
-    return [size, value]
 
 
 def _save_random_state(folder: Path, rank: int) -> None:

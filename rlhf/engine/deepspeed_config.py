@@ -47,16 +47,22 @@ class RunValues:
     """Width of the model: sizes the ZeRO-3 buckets that the JSON leaves at "auto"."""
 
 
-def resolve(source: Path | str | Mapping[str, Any], run: RunValues) -> dict[str, Any]:
+Role = Literal["train", "frozen"]
+
+
+def resolve(
+    source: Path | str | Mapping[str, Any], run: RunValues, role: Role = "train"
+) -> dict[str, Any]:
     """The complete configuration for ``deepspeed.initialize``, ready to be saved as JSON.
 
     Args:
         source: a JSON file, its contents, or the short name of a shipped one ("zero2": train_zero2.json).
         run: fills every "auto"; a value in ``source`` that differs from it is refused.
+        role: which of the shipped ones a short name means: for training, or for models that are only asked.
     Raises:
         ConfigError: naming the file and every problem in it, one a line.
     """
-    name, config = _read(source)
+    name, config = _read(source, role)
     problems = [*_drop_misplaced(config), *_drop_unknown(config)]
     problems += _settle_with_run(config, run)
     problems += _fill_auto(config, run)
@@ -70,24 +76,25 @@ def resolve(source: Path | str | Mapping[str, Any], run: RunValues) -> dict[str,
     return config
 
 
-def shipped_names() -> list[str]:
+def shipped_names(role: Role = "train") -> list[str]:
     """Short names of the configurations that come with the toolkit."""
     names = [entry.name for entry in importlib.resources.files("ds_configs").iterdir()]
-    return sorted(name[6:-5] for name in names if name.startswith("train_") and name.endswith(".json"))
+    mine = [name.removeprefix(f"{role}_") for name in names if name.startswith(f"{role}_") and name.endswith(".json")]
+    return sorted(name.removesuffix(".json") for name in mine)
 
 
-def _read(source: Path | str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+def _read(source: Path | str | Mapping[str, Any], role: Role) -> tuple[str, dict[str, Any]]:
     """Name for messages, and a copy of the contents that may be changed."""
     if isinstance(source, Mapping):
         return "DeepSpeed configuration", copy.deepcopy(dict(source))
     is_short_name = isinstance(source, str) and "/" not in source and not source.endswith(".json")
-    if is_short_name and source not in shipped_names():
-        known = ", ".join(shipped_names())
+    if is_short_name and source not in shipped_names(role):
+        known = ", ".join(shipped_names(role))
         raise ConfigError(
             f"{source}: no such DeepSpeed configuration (shipped: {known}; or give a path to a JSON)"
         )
     if is_short_name:
-        path: Any = importlib.resources.files("ds_configs") / f"train_{source}.json"
+        path: Any = importlib.resources.files("ds_configs") / f"{role}_{source}.json"
         name = f"ds_configs/{path.name}"
     else:
         path, name = Path(source), str(source)

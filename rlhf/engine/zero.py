@@ -13,8 +13,9 @@ from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 from torch import Tensor, nn
 
-from rlhf.core.errors import CheckpointError
+from rlhf.core.errors import CheckpointError, ConfigError
 from rlhf.engine.api import StepInfo
+from rlhf.engine.deepspeed_config import RunValues, resolve
 from rlhf.engine.optimizers import build_optimizer, build_schedule
 from rlhf.engine.options import OptimizerConfig
 from rlhf.engine.ranks import Ranks
@@ -40,9 +41,7 @@ class ZeroEngine:
         total_steps: int,
         deepspeed_config: dict[str, Any],
     ) -> None:
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        # On a CPU DeepSpeed would compile, for minutes, a shared-memory all-reduce; gloo does without.
-        deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
+        _quieten()
         self.ranks = ranks
         self.settings = deepspeed_config
         zero = deepspeed_config.get("zero_optimization", {})
@@ -122,6 +121,33 @@ class ZeroEngine:
     def _whole(self, tensor: Tensor) -> contextlib.AbstractContextManager:
         partitioned = self.stage == 3 and hasattr(tensor, "ds_id")
         return GatheredParameters([tensor]) if partitioned else contextlib.nullcontext()
+
+
+class ShardedModel:
+    """See :class:`rlhf.engine.frozen.Frozen`; ZeRO-3 holds a share of the weights on each rank, or on the hosts."""
+
+    def __init__(self, module: nn.Module, *, ranks: Ranks, source: str, precision: str, hidden_size: int) -> None:
+        _quieten()
+        values = RunValues(
+            precision=precision, gradient_clipping=0.0, world_size=ranks.world_size, hidden_size=hidden_size
+        )
+        resolved = resolve(source, values, role="frozen")
+        stage = resolved.get("zero_optimization", {}).get("stage", 0)
+        if stage != 3:
+            raise ConfigError(f"{source}: a frozen model is sharded by ZeRO-3, and this is stage {stage}")
+        self.ranks = ranks
+        module.requires_grad_(False).eval()
+        self._engine, *_ = deepspeed.initialize(model=module, config=resolved, dist_init_required=False)
+        self.module = self._engine.module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._engine(*args, **kwargs)
+
+
+def _quieten() -> None:
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # On a CPU DeepSpeed would compile, for minutes, a shared-memory all-reduce; gloo does without.
+    deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
 
 
 def _offloads(zero: dict[str, Any]) -> bool:

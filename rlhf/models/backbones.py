@@ -9,10 +9,17 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 from rlhf.core.errors import ModelError
+from rlhf.core.files import digest, file_checksum
 from rlhf.models.options import BackboneConfig, LoraOptions
 
 HEAD_NAMES = ("score", "classifier")
@@ -35,11 +42,32 @@ def load_classifier(
     """
     settings = load_model_config(config)
     settings.num_labels = 1
+    kind = AutoModelForSequenceClassification, "a sequence classifier"
+    model = _load(*kind, config, settings, dtype=dtype, vocabulary=vocabulary)
+    model.config.pad_token_id = pad_token_id
+    return model
+
+
+def load_causal_lm(config: BackboneConfig, *, dtype: torch.dtype, vocabulary: int) -> PreTrainedModel:
+    """``AutoModelForCausalLM``, on the CPU.
+
+    Args:
+        config, dtype, vocabulary: see :func:`load_classifier`.
+    Raises:
+        ModelError: if the folder or name cannot be loaded as a causal language model.
+    """
+    settings = load_model_config(config)
+    return _load(AutoModelForCausalLM, "a causal language model", config, settings, dtype=dtype, vocabulary=vocabulary)
+
+
+def _load(
+    loader: type, what: str, config: BackboneConfig, settings: PretrainedConfig, *, dtype: torch.dtype, vocabulary: int
+) -> PreTrainedModel:
     check_host_memory(config, dtype)
     chatter = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # a new head and dropped layers are no news here
     try:
-        model = AutoModelForSequenceClassification.from_pretrained(
+        model = loader.from_pretrained(
             config.path,
             config=settings,
             revision=config.revision,
@@ -48,13 +76,32 @@ def load_classifier(
             trust_remote_code=config.trust_remote_code,
         )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise ModelError(f"model.path = {config.path}: cannot be loaded as a sequence classifier: {error}") from error
+        raise ModelError(f"model.path = {config.path}: cannot be loaded as {what}: {error}") from error
     finally:
         transformers_logging.set_verbosity(chatter)
     if vocabulary > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(vocabulary)
-    model.config.pad_token_id = pad_token_id
     return model
+
+
+def logit_options(settings: PretrainedConfig) -> dict[str, float | None]:
+    """What a model does to its logits: keyword arguments of :func:`rlhf.core.logprobs.token_logprobs`."""
+    scale = getattr(settings, "logit_scale", None) or 1.0  # Cohere multiplies
+    scale /= getattr(settings, "logits_scaling", None) or 1.0  # Granite divides
+    return {"logit_scale": scale, "softcap": getattr(settings, "final_logit_softcapping", None)}  # Gemma 2
+
+
+def weights_digest(config: BackboneConfig) -> str:
+    """A name for the weights that a run starts from, by the content of the files or the commit on the hub."""
+    folder = Path(config.path)
+    if not folder.is_dir():
+        settings = load_model_config(config)
+        return digest(config.path, str(getattr(settings, "_commit_hash", None) or config.revision), str(config.layers))
+    parts = [str(config.layers)]
+    for file in sorted(folder.iterdir()):
+        if file.name in ("config.json", "adapter_config.json") or file.suffix in (".safetensors", ".bin"):
+            parts += [file.name, file_checksum(file)]
+    return digest(*parts)
 
 
 def hide_loading_bars() -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from rlhf.data.batching import Batch, ItemSource, collate, global_batch, groups_per_micro_step, plan_micro_batches
-from rlhf.engine.api import Engine
+from rlhf.engine.frozen import Frozen
 from rlhf.engine.ranks import Ranks
 from rlhf.train.options import TrainConfig
 
@@ -24,7 +24,7 @@ class BatchMaker:
     """
 
     def __init__(self, ranks: Ranks, config: TrainConfig) -> None:
-        self._ranks, self._config = ranks, config
+        self.ranks, self._config = ranks, config
         self.items = 0
         self.tokens = self.padded_tokens = 0.0
 
@@ -42,8 +42,8 @@ class BatchMaker:
 
     def metrics(self) -> dict[str, float]:
         """Over all ranks since :meth:`step`; every rank must call it."""
-        local = torch.tensor([self.tokens, self.padded_tokens], dtype=torch.float64, device=self._ranks.device)
-        tokens, padded = self._ranks.sum(local).tolist()
+        local = torch.tensor([self.tokens, self.padded_tokens], dtype=torch.float64, device=self.ranks.device)
+        tokens, padded = self.ranks.sum(local).tolist()
         return {"tokens": tokens, "padding_share": 1.0 - tokens / padded}
 
     def _batches(self, data: ItemSource, indices: np.ndarray, *, count: bool) -> Iterator[Batch]:
@@ -52,25 +52,25 @@ class BatchMaker:
         plan = plan_micro_batches(
             lengths,
             token_budget=self._config.micro_batch_tokens,
-            ranks=self._ranks.world_size,
+            ranks=self.ranks.world_size,
             row_groups=self._config.row_groups,
         )
         for micro_step in plan:
-            mine = micro_step[self._ranks.rank]
+            mine = micro_step[self.ranks.rank]
             if count:
                 self.tokens += float(lengths[list(mine.items)].sum())
                 self.padded_tokens += mine.padded_tokens
-            yield collate(data, indices, mine, groups_per_micro_step(micro_step)).to(self._ranks.device)
+            yield collate(data, indices, mine, groups_per_micro_step(micro_step)).to(self.ranks.device)
 
 
-def without_gradient(engine: Engine, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Any]]:
+def without_gradient(model: Frozen, batches: Iterable[Batch], **options: Any) -> Iterator[tuple[Batch, Any]]:
     """Each batch with what the model says about its row groups, dropout off. All ranks must call it alike."""
-    module = engine.module
+    module = model.module
     was_training = module.training
     module.eval()
     try:
         with torch.no_grad():
             for batch in batches:
-                yield batch, engine.forward(batch.groups)
+                yield batch, model.forward(batch.groups, **options)
     finally:
         module.train(was_training)

@@ -14,10 +14,10 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class Progress:
-    """Steps done, ETA, pairs/s and tokens/s."""
+    """Steps (or whatever ``what`` names) done, ETA, pairs/s and tokens/s."""
 
-    def __init__(self, ranks: Ranks, total_steps: int, start_step: int) -> None:
-        self._active, self._total, self._start = ranks.is_main, total_steps, start_step
+    def __init__(self, ranks: Ranks, total: int, start: int, what: str = "step") -> None:
+        self._active, self._total, self._start, self._what = ranks.is_main, total, start, what
         self._console = Console(highlight=False)
         self._began = time.monotonic()
         self._printed = 0.0
@@ -26,7 +26,7 @@ class Progress:
     def __enter__(self) -> "Progress":
         if self._active and self._console.is_terminal:
             self._bar = Bar(
-                TextColumn("step"),
+                TextColumn(self._what),
                 MofNCompleteColumn(),
                 BarColumn(bar_width=24),
                 TimeElapsedColumn(),
@@ -55,7 +55,7 @@ class Progress:
         if step == self._total or now - self._printed > SECONDS_BETWEEN_LINES:
             self._printed = now
             left = (now - self._began) / (step - self._start) * (self._total - step)
-            self._console.print(f"step {step}/{self._total}  ETA {_clock(left)}  {text}", soft_wrap=True)
+            self._console.print(f"{self._what} {step}/{self._total}  ETA {_clock(left)}  {text}", soft_wrap=True)
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
         shown = "  ".join(f"{name.removeprefix('eval/')} {value:.4f}" for name, value in metrics.items())

@@ -26,13 +26,13 @@ def load(tokenizer, tmp_path):
 def count_tokenised(monkeypatch):
     """A list that collects the number of texts of each call of the tokenizer."""
     calls = []
-    genuine = ChatFormat.tokenise
+    genuine = ChatFormat.tokenise_turns
 
     def counted(self, rendered):
         calls.append(len(rendered))
         return genuine(self, rendered)
 
-    monkeypatch.setattr(ChatFormat, "tokenise", counted)
+    monkeypatch.setattr(ChatFormat, "tokenise_turns", counted)
     return calls
 
 
@@ -152,7 +152,7 @@ def test_dropped_pairs_are_counted_and_listed_but_not_held_to_be_bad(load, write
         [write_rows("pairs.jsonl", rows)], max_tokens=60, over_length="drop", quarantine_max_share=0.0
     )
     report = loaded.report.sources[0]
-    assert (report.rows, report.pairs, report.dropped, report.bad) == (3, 2, 1, {})
+    assert (report.rows, report.items, report.dropped, report.bad) == (3, 2, 1, {})
     listed = json.loads((tmp_path / "run" / "quarantine.jsonl").read_text())
     assert (listed["line"], listed["reason"]) == (3, "over length, dropped")
 
@@ -292,7 +292,7 @@ def test_another_tokenizer_or_content_makes_another_cache_entry(
     assert count_tokenised == [6, 6, 8]
 
 
-@pytest.mark.parametrize("name", ["tokens.bin", "pairs.npy", "bad.jsonl", "meta.json"])
+@pytest.mark.parametrize("name", ["tokens.bin", "rows.npy", "bad.jsonl", "meta.json"])
 @pytest.mark.parametrize("damage", ["cut", "changed", "lost"])
 def test_a_damaged_cache_entry_is_made_again_with_a_message(
     load, write_rows, make_rows, tmp_path, name, damage
@@ -475,7 +475,7 @@ def test_row_ids_of_files_with_one_name_stay_apart(load, write_rows, make_rows):
 def test_the_report_can_be_kept_as_json(load, write_rows, make_rows):
     report = load([write_rows("pairs.jsonl", [*make_rows(99), BAD_ROWS[1]])], flip_labels=0.1).report
     kept = json.loads(json.dumps(report.as_dict()))
-    assert (kept["train_pairs"], kept["flipped"], kept["sources"][0]["bad"]) == (99, 10, {"empty text": 1})
+    assert (kept["train_items"], kept["flipped"], kept["sources"][0]["bad"]) == (99, 10, {"empty text": 1})
     assert "100 rows (99 prompt text), 99 pairs, 1 bad: empty text" in report.lines()[1]
 
 
@@ -485,7 +485,7 @@ def test_the_report_can_be_kept_as_json(load, write_rows, make_rows):
 def test_the_alpaca_pairs_load_split_by_prompt(load, real_data):
     loaded = load([real_data("alpaca_eval_pairs_id_test.jsonl.gz")], eval_share=0.1, max_tokens=4096)
     source = loaded.report.sources[0]
-    assert (source.rows, source.pairs, source.shapes) == (324, 324, {"prompt messages": 324})
+    assert (source.rows, source.items, source.shapes) == (324, 324, {"prompt messages": 324})
     assert len(loaded.train) + len(loaded.evals) == 324
     assert not np.intersect1d(loaded.train.prompt_keys, loaded.evals.prompt_keys).size
     assert (loaded.train.scores[:, 0] > loaded.train.scores[:, 1]).all()

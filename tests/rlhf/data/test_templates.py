@@ -184,3 +184,43 @@ def test_a_token_across_the_boundary_belongs_to_the_response(base_tokenizer):
     ids, start = chat.tokenise([(before, whole)])[0]
     assert before == "<s>this "
     assert base_tokenizer.decode(ids[start:]) == " question<|endoftext|>"
+
+
+# --------------------------------------------------------------------------------------------------- turns
+
+TURNS = [*PROMPT, *RESPONSE, {"role": "user", "content": "tea?"}, {"role": "assistant", "content": "yes"}]
+
+
+@pytest.mark.parametrize("template", [None, "chatml", "plain", SPEAKERS])
+def test_the_last_turn_is_the_response_of_a_prompt(tokenizer, template):
+    chat = chat_format(tokenizer, template)
+    before, whole = chat.render(TURNS[:-1], TURNS[-1:])
+    assert chat.render_turns(TURNS, first=3) == (whole, [(len(before), len(whole))])
+
+
+def test_the_end_of_a_turn_is_its_end_token_or_where_the_template_has_none_its_last_character(tokenizer):
+    ends = {}
+    for template in ("chatml", SPEAKERS):
+        text, spans = chat_format(tokenizer, template).render_turns(TURNS)
+        ends[template] = [text[begin:end] for begin, end in spans]
+    assert ends["chatml"] == ["Because 12 + 30 = 42.<|im_end|>", "yes<|im_end|>"]
+    assert ends[SPEAKERS] == ["Because 12 + 30 = 42.", "yes<|im_end|>"]
+
+
+def test_a_token_across_either_end_of_a_turn_belongs_to_the_turn(base_tokenizer):
+    contents = ["this", " quest", "ion a", "nswer"]
+    messages = [{"role": ("user", "assistant")[n % 2], "content": content} for n, content in enumerate(contents)]
+    chat = chat_format(base_tokenizer, "{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    [(ids, spans)] = chat.tokenise_turns([chat.render_turns(messages)])
+    assert base_tokenizer.decode(ids) == "<s>this question answer<|endoftext|>"
+    assert [base_tokenizer.decode(ids[begin:end]) for begin, end in spans] == [" question", " answer<|endoftext|>"]
+
+
+def test_turns_of_a_tokenizer_without_offsets_begin_and_end_where_the_text_says():
+    chat = chat_format(Letters(), None)
+    text, characters = chat.render_turns(TURNS)
+    [(ids, tokens)] = chat.tokenise_turns([(text, characters)])
+    turns = [text[begin:end].removesuffix("</s>") for begin, end in characters]
+    assert turns == ["Because 12 + 30 = 42.", "yes"]
+    assert ["".join(map(chr, ids[begin : end - 1])) for begin, end in tokens] == turns
+    assert [ids[end - 1] for _, end in tokens] == [128, 128]

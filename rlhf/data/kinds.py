@@ -1,0 +1,63 @@
+"""The kinds of rows that can be tokenised: preference pairs, conversations, and answers with a label."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rlhf.data.options import ColumnConfig, ExampleColumns
+from rlhf.data.records import ExampleRecord, PreferenceRecord, to_example, to_record
+from rlhf.data.store import EXAMPLE, PAIR, Fields
+from rlhf.data.templates import Span, Turns
+from rlhf.data.tokenising import Tokenising
+
+
+class Pairs:
+    """Two answers to one prompt; each side is prompt and answer."""
+
+    name = unit = "pairs"
+    record = PAIR
+
+    def read(self, value: Any, columns: ColumnConfig, *, row_id: str, source: str) -> tuple[PreferenceRecord, str]:
+        return to_record(value, columns, row_id=row_id, source=source)
+
+    def render(self, entry: PreferenceRecord, settings: Tokenising) -> list[tuple[str, list[Span]]]:
+        prompt = settings.with_system_prompt(entry.prompt)
+        return [_to_the_end(*settings.format.render(prompt, side)) for side in (entry.chosen, entry.rejected)]
+
+    def fields(self, entry: PreferenceRecord, sides: list[Turns]) -> Fields:
+        numbers = (entry.margin, entry.chosen_score, entry.rejected_score)
+        (chosen, chosen_spans), (rejected, rejected_spans) = sides
+        starts = (chosen_spans[0, 0], rejected_spans[0, 0])
+        return Fields((chosen, rejected), (starts, tuple(np.nan if n is None else n for n in numbers)))
+
+
+@dataclass(frozen=True)
+class Examples:
+    """One conversation, in which only assistant turns behind the prompt are the model's; or, where ``labelled``,
+    one answer, which is all that follows the prompt, as in a pair."""
+
+    labelled: bool
+    unit = "examples"
+    record = EXAMPLE
+
+    @property
+    def name(self) -> str:
+        return "labelled answers" if self.labelled else "conversations"
+
+    def read(self, value: Any, columns: ExampleColumns, *, row_id: str, source: str) -> tuple[ExampleRecord, str]:
+        return to_example(value, columns, labelled=self.labelled, row_id=row_id, source=source)
+
+    def render(self, entry: ExampleRecord, settings: Tokenising) -> list[tuple[str, list[Span]]]:
+        prompt = settings.with_system_prompt(entry.prompt)
+        if self.labelled:
+            return [_to_the_end(*settings.format.render(prompt, entry.completion))]
+        return [settings.format.render_turns([*prompt, *entry.completion], first=len(prompt))]
+
+    def fields(self, entry: ExampleRecord, sides: list[Turns]) -> Fields:
+        [(ids, spans)] = sides
+        return Fields((ids, spans), (spans[0, 0], bool(entry.label)))
+
+
+def _to_the_end(before: str, whole: str) -> tuple[str, list[Span]]:
+    return whole, [(len(before), len(whole))]

@@ -1,0 +1,127 @@
+"""The sources of a recipe: found, tokenised, reported on, and refused where too much of them is bad."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rlhf.core.errors import DataError
+from rlhf.data.options import ColumnConfig, ExampleColumns, RowsConfig, RowSource
+from rlhf.data.report import (
+    QUARANTINE,
+    DataReport,
+    LeftOut,
+    SourceReport,
+    refuse_bad_sources,
+    write_quarantine,
+)
+from rlhf.data.sources import Source, open_source, row_names
+from rlhf.data.templates import ChatFormat, chat_format
+from rlhf.data.tokenising import RowKind, TokenisedSource, Tokenising, tokenise_source
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedSources:
+    """All sources as tokens."""
+
+    train: Sequence[TokenisedSource]
+    evals: Sequence[TokenisedSource]
+    names: Mapping[str, str]
+    """Short names of the files."""
+    report: DataReport
+
+
+def load_sources(
+    config: RowsConfig,
+    kind: RowKind,
+    columns_of: Callable[[Any], ColumnConfig | ExampleColumns],
+    tokenizer: Any,
+    *,
+    run_folder: Path | None,
+    cache_dir: Path | None = None,
+) -> LoadedSources:
+    """Read, check and tokenise (or take from the cache) the sources of ``config``.
+
+    Args:
+        config: the data section of a recipe.
+        kind: of the rows.
+        columns_of: the column names of a source.
+        tokenizer: of the model that is to read the rows.
+        run_folder: where ``quarantine.jsonl`` goes; ``None`` writes none.
+        cache_dir: where to keep tokens if ``config.cache_dir`` is unset; by default the user's cache folder.
+    Raises:
+        DataError: if a source cannot be read, or too many of its rows are bad.
+        ModelError: if the tokenizer cannot be used.
+    """
+    chat = chat_format(tokenizer, config.template)
+    folder = (config.cache_dir or cache_dir or default_cache_dir()).expanduser()
+    opened = _open_all(config)
+    names = row_names([file for _, _, source in opened for file in source.files])
+    parts: list[TokenisedSource] = []
+    reports: list[SourceReport] = []
+    for role, entry, source in opened:
+        parts.append(tokenise_source(source, Tokenising.of(config, kind, columns_of(entry), chat), folder))
+        reports.append(_source_report(role, entry, parts[-1], kind.unit, names))
+    quarantine = run_folder / QUARANTINE if run_folder else None
+    if quarantine:
+        write_quarantine(quarantine, reports)
+    refuse_bad_sources(reports, config.quarantine_max_share, quarantine)
+    report = DataReport(
+        template=chat.origin,
+        unit=kind.unit,
+        sources=reports,
+        quarantine=str(quarantine) if quarantine else None,
+        notes=[*_notes(chat), *(part.note for part in parts if part.note), f"tokens are kept in {folder}"],
+    )
+    train = len(config.train_sources)
+    return LoadedSources(train=parts[:train], evals=parts[train:], names=names, report=report)
+
+
+def default_cache_dir() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "margin-rlhf" / "tokens"
+
+
+def _open_all(config: RowsConfig) -> list[tuple[Literal["train", "eval"], RowSource, Source]]:
+    opened, faults = [], []
+    for role, entries in (("train", config.train_sources), ("eval", config.eval_sources)):
+        for entry in entries:
+            try:
+                opened.append((role, entry, open_source(entry)))
+            except DataError as error:
+                faults.append(f"data.{role}: {error}")
+    if faults:
+        raise DataError("\n".join(faults))
+    return opened
+
+
+def _source_report(
+    role: Literal["train", "eval"], entry: RowSource, part: TokenisedSource, unit: str, names: Mapping[str, str]
+) -> SourceReport:
+    left_out = []
+    for row in part.store.bad:
+        file = part.source.files[row.file]
+        row_id = f"{names[file]}:{row.line}"
+        left_out.append(
+            LeftOut(file=file, line=row.line, row_id=row_id, reason=row.reason, detail=row.detail)
+        )
+    counts = part.store.counts
+    return SourceReport(
+        role=role,
+        name=part.source.name,
+        weight=entry.weight,
+        rows=counts.rows,
+        items=len(part.store.rows),
+        unit=unit,
+        shapes=dict(counts.shapes),
+        truncated=counts.truncated,
+        cached=part.cached,
+        left_out=left_out,
+    )
+
+
+def _notes(chat: ChatFormat) -> list[str]:
+    if "strftime_now" in chat.template:
+        return ["the template writes today's date into prompts; cached tokens keep the day they were made"]
+    return []
