@@ -1,0 +1,155 @@
+"""The policy: a causal language model that says how likely the responses of its rows are."""
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rlhf.core.errors import ModelError
+from rlhf.core.logprobs import TokenLogprobs, token_logprobs
+from rlhf.data.batching import RowGroup
+from rlhf.models import backbones
+from rlhf.models.options import BackboneConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyConfig(BackboneConfig):
+    """The language model to train."""
+
+    publish_lora: Literal["merged", "adapter"] = "merged"
+    """With LoRA, final/ holds merged weights, or the adapter alone (it then needs the base model beside it)."""
+
+
+@dataclass(frozen=True)
+class PolicyOutput:
+    """What the policy says of R rows, in the order of the row groups."""
+
+    logprobs: tuple[Tensor, ...]
+    """Of each group ``(R_g, T_g - 1)`` float32: place t is token t + 1; 0 outside the response."""
+    square_sums: tuple[Tensor, ...] | None
+    """Like ``logprobs``: log of the sum of squared probabilities; if asked for."""
+    embeddings: Tensor | None
+    """``(R, D)`` mean state of the last layer over the response tokens, without gradient; if asked for."""
+
+
+class PolicyModel(nn.Module):
+    """Log-probabilities of rows.
+
+    Args:
+        hf: a Transformers causal language model; its output projection becomes a :class:`LogprobHead`.
+    """
+
+    def __init__(self, hf: PreTrainedModel) -> None:
+        super().__init__()
+        self.hf = hf
+        self._logits = backbones.logit_options(hf.config)
+        self._adapters: tuple[PeftModel, ...] = ()
+        head = hf.get_output_embeddings()
+        if type(head) is not nn.Linear:
+            raise ModelError(f"{type(hf).__name__}: the output projection is {type(head).__name__}, expected a Linear")
+        head.__class__ = LogprobHead
+
+    def forward(
+        self, groups: Sequence[RowGroup], *, with_square_sums: bool = False, with_embeddings: bool = False
+    ) -> PolicyOutput:
+        """Ask about right-padded row groups, one after the other.
+
+        A causal model never looks right, so right padding needs no mask: attention kernels are faster without.
+        """
+        options = {**self._logits, "with_square_sums": with_square_sums}
+        found: list[TokenLogprobs] = []
+        embeddings: list[Tensor] = []
+        for group in groups:
+            states = self.hf.base_model(input_ids=group.tokens, use_cache=False).last_hidden_state
+            found.append(self.hf.get_output_embeddings()(states, group.tokens, group.response_mask, options))
+            if with_embeddings:
+                embeddings.append(_response_means(states.detach(), group.response_mask))
+        return PolicyOutput(
+            logprobs=tuple(part.logprobs for part in found),
+            square_sums=tuple(part.square_sums for part in found) if with_square_sums else None,
+            embeddings=torch.cat(embeddings) if with_embeddings else None,
+        )
+
+    @property
+    def has_adapters(self) -> bool:
+        return bool(self._adapters)
+
+    @contextlib.contextmanager
+    def without_adapters(self):
+        """The base model under LoRA: adapters are switched off inside."""
+        with contextlib.ExitStack() as stack:
+            for adapter in self._adapters:
+                stack.enter_context(adapter.disable_adapter())
+            yield
+
+    def plain(self) -> PreTrainedModel:
+        """The Transformers model with its own output projection again. Ends the use of this object."""
+        self.hf.get_output_embeddings().__class__ = nn.Linear
+        return self.hf
+
+    def merged(self) -> PreTrainedModel:
+        """Like :meth:`plain`, with adapters merged into the weights."""
+        hf = self.plain()
+        for adapter in self._adapters:
+            adapter.merge_and_unload()
+        return hf
+
+    def save(self, folder: Path, lora: Literal["merged", "adapter"]) -> None:
+        """Write a folder that plain ``AutoModelForCausalLM`` opens. Ends the use of this object."""
+        if self.has_adapters and lora == "adapter":
+            self.plain()
+            self._adapters[0].save_pretrained(folder, save_embedding_layers=False)
+        else:
+            self.merged().save_pretrained(folder)
+
+
+class LogprobHead(nn.Linear):
+    """An output projection that gives log-probabilities of responses, never whole logits.
+
+    A module of its own, so that ZeRO-3 gathers its weight for the forward and for the backward pass.
+    """
+
+    def forward(self, states: Tensor, tokens: Tensor, response_mask: Tensor, options: dict[str, Any]) -> TokenLogprobs:
+        """Of ``(R, T, D)`` states the ``(R, T - 1)`` log-probabilities of the tokens that follow."""
+        return token_logprobs(
+            states[:, :-1], self.weight, tokens[:, 1:], response_mask[:, 1:], head_bias=self.bias, **options
+        )
+
+
+def build_policy(config: PolicyConfig, *, dtype: torch.dtype, vocabulary: int, seed: int) -> PolicyModel:
+    """The policy on the CPU, the same on every rank for one seed.
+
+    Args:
+        config: which model, and what of it is trained.
+        dtype: of all weights.
+        vocabulary: tokens of the tokenizer; the embedding grows to it, never to a rounder number.
+        seed: of new weights (adapters, added tokens).
+    Raises:
+        ModelError: if the model cannot be loaded or has not the parts asked for.
+    """
+    torch.manual_seed(seed)
+    hf = backbones.load_causal_lm(config, dtype=dtype, vocabulary=vocabulary)
+    adapter = None
+    if config.lora is not None:
+        adapter = backbones.add_lora(hf, config.lora, freeze_layers=config.freeze_layers)
+    else:
+        backbones.freeze_lower_layers(hf, config.freeze_layers)
+    if config.gradient_checkpointing:
+        hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model = PolicyModel(hf)
+    if adapter is not None:
+        object.__setattr__(model, "_adapters", (adapter,))  # a plain tuple: its weights are hf's own
+    return model
+
+
+def _response_means(states: Tensor, response_mask: Tensor) -> Tensor:
+    """``(R, D)`` float32 means over response tokens; 0 for a row without."""
+    weights = response_mask.float()
+    weights = weights / weights.sum(dim=1, keepdim=True).clamp_min(1)
+    return torch.einsum("rt,rtd->rd", weights, states.float())

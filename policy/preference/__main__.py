@@ -1,0 +1,21 @@
+"""``python -m policy.preference``, or the same under deepspeed, torchrun or srun."""
+
+import sys
+
+from policy.preference.config import PreferenceConfig
+from rlhf.train.stage import stage_main
+
+DESCRIPTION = "Train a policy on preferences: margin-based and other objectives of the DPO family."
+
+
+def main(argv: list[str] | None = None) -> int:
+    def run(config, ranks):
+        from policy.preference.stage import run
+
+        return run(config, ranks)
+
+    return stage_main(PreferenceConfig, run, argv, program="policy.preference", description=DESCRIPTION)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

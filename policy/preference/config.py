@@ -1,0 +1,226 @@
+"""The recipe of the preference stage."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from annotated_types import Ge, Gt, Le, Lt
+
+from policy.model import PolicyConfig
+from policy.preference.modifiers import DIVERGENCE_LOSSES
+from policy.preference.objectives import LOSSES, Objective
+from reward.config import MarginConfig
+from rlhf.data.options import DataConfig, ExampleDataConfig
+from rlhf.engine.options import EngineConfig, OptimizerConfig
+from rlhf.train.options import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TermConfig:
+    """A further objective of a weighted sum."""
+
+    kind: str
+    """A name of policy.preference.objectives.LOSSES; sft is the likelihood of the chosen response."""
+    parameters: dict[str, float] = field(default_factory=dict)
+    """Hyper-parameters of that objective."""
+    weight: Annotated[float, Ge(0)] = 1.0
+    """Its weight in the sum."""
+
+    def __post_init__(self) -> None:
+        check_objective(self.kind, self.parameters)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeltaConfig:
+    """How the tolerance delta of Adaptive Margin-Sigmoid moves during the run."""
+
+    schedule: Literal["constant", "warmup", "quantile"] = "constant"
+    """constant. warmup: from 0 to the objective's delta. quantile: a moving average of a quantile of the pairs' losses,
+    never more than the objective's delta at the start nor log 2."""
+    warmup_share: Annotated[float, Gt(0), Le(1)] = 0.3
+    """Share of the run over which warmup rises."""
+    quantile: Annotated[float, Gt(0), Lt(1)] = 0.2
+    """About this share of the pairs falls below delta, and so rests."""
+    decay: Annotated[float, Ge(0), Lt(1)] = 0.9
+    """Of the moving average, by step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """The objective and what modifies it."""
+
+    kind: str = "apo_hinge_zero"
+    """A name of policy.preference.objectives.LOSSES."""
+    parameters: dict[str, float] = field(default_factory=dict)
+    """Hyper-parameters of that objective, by name; what is not given has the objective's default."""
+    weight: Annotated[float, Ge(0)] = 1.0
+    """Weight of the objective, where others are added."""
+    add: tuple[TermConfig, ...] = ()
+    """Further objectives of a weighted sum (MPO: sigmoid .8, bco_pair .2, sft 1)."""
+    nll_weight: Annotated[float, Ge(0)] = 0.0
+    """Weight of the negative log-likelihood per token of the chosen response (RPO): keeps it from falling."""
+    wpo: bool = False
+    """Weight pairs by how likely the policy is to write them (WPO)."""
+    tail_weight: Annotated[float, Ge(0), Le(1)] = 1.0
+    """Weight of the tokens that the longer response has beyond the shorter one (LD-DPO's alpha); 1 is none."""
+    divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = "reverse_kl"
+    """The f-divergence that keeps the policy near the reference."""
+    divergence_alpha: float = 0.5
+    """Order of the alpha divergence."""
+    delta: DeltaConfig = field(default_factory=DeltaConfig)
+    """Schedule of margin_sigmoid's delta."""
+    scope: Literal["micro_step", "global_batch"] = "micro_step"
+    """Over which pairs batch statistics are taken (amapo, alpha_dpo, aot, gamma_po, bco_pair, kto, ot_margin):
+    micro_step: those that all ranks hold at once. global_batch: exactly all pairs of the step, for one more
+    forward pass; results then do not depend on ranks or micro-batches."""
+
+    def __post_init__(self) -> None:
+        check_objective(self.kind, self.parameters)
+        terms = self.terms
+        if self.divergence != "reverse_kl":
+            unfit = sorted({term.kind for term in terms} - set(DIVERGENCE_LOSSES))
+            if unfit:
+                raise ValueError(f"divergence = {self.divergence} is not defined for {', '.join(unfit)}")
+        if self.delta.schedule != "constant" and not any("delta" in LOSSES[term.kind].parameters for term in terms):
+            raise ValueError(f"delta.schedule = {self.delta.schedule}, but {self.kind} has no delta")
+        modified = len(terms) > 1 or self.nll_weight or self.wpo or self.tail_weight != 1
+        if modified and any(LOSSES[term.kind].unpaired for term in terms):
+            raise ValueError("kto stands alone: no add, nll_weight, wpo or tail_weight")
+        if self.wpo and {term.kind for term in terms} & {"aot", "aot_unpaired"}:
+            raise ValueError("wpo weights single pairs, and aot compares sorted ones")
+
+    @property
+    def terms(self) -> tuple[TermConfig, ...]:
+        """All objectives of the sum, the main one first."""
+        return (TermConfig(kind=self.kind, parameters=self.parameters, weight=self.weight), *self.add)
+
+    @property
+    def objective(self) -> Objective:
+        return LOSSES[self.kind]
+
+    @property
+    def beta(self) -> float:
+        """Scale of the implicit reward; 1 for objectives without a beta."""
+        return self.parameters.get("beta", self.objective.beta or 1.0)
+
+    @property
+    def needs_reference(self) -> bool:
+        return any(LOSSES[term.kind].needs_reference for term in self.terms)
+
+    @property
+    def takes_margins(self) -> bool:
+        return any(LOSSES[term.kind].takes_margins for term in self.terms)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceConfig:
+    """The model that the policy is compared with."""
+
+    kind: Literal["auto", "cache", "live", "none"] = "auto"
+    """cache: its log-probabilities are computed once and kept on disk, for all epochs and objectives. live: the model
+    is asked in every step (with LoRA: the base with its adapter off). none: for objectives without a reference.
+    auto: cache, or none where the objective needs none."""
+    path: str | None = None
+    """Another model than the one training starts from; it must share its tokenizer."""
+    cache: Path | None = None
+    """A cache folder to use, refused if it belongs to other data or another model; null finds its place by content."""
+    shard_pairs: Annotated[int, Gt(0)] = 256
+    """Pairs per file of a new cache: what a kill can cost."""
+    verify_pairs: Annotated[int, Ge(0)] = 4
+    """Pairs of the cache that are computed again at the start and compared; 0 trusts it."""
+    placement: str = "replicated"
+    """Where a second model lives: replicated (whole on every rank), zero3, zero3_offload, or a DeepSpeed JSON."""
+    sync_every: Annotated[int, Ge(0)] = 0
+    """Steps between moves of a live reference towards the policy (TR-DPO); 0 never moves it."""
+    sync_share: Annotated[float, Gt(0), Le(1)] = 0.6
+    """How far it moves: 1 copies the policy."""
+
+    def __post_init__(self) -> None:
+        if self.sync_every and self.kind != "live":
+            raise ValueError(f"sync_every = {self.sync_every} needs kind = live: a cache cannot move with the policy")
+        if self.cache is not None and self.kind not in ("auto", "cache"):
+            raise ValueError(f"cache = {self.cache}, but kind = {self.kind}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchConfig:
+    """When to speak up about a run that goes wrong."""
+
+    chosen_drop: Annotated[float, Gt(0)] = 0.3
+    """Fall of the chosen responses' log-probability since the start, in nats per token."""
+    zero_gradient_share: Annotated[float, Gt(0), Le(1)] = 0.9
+    """Share of pairs that no longer have a gradient."""
+    action: Literal["warn", "stop", "none"] = "warn"
+    """warn once for each symptom; or stop the run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceConfig:
+    """A run of the preference stage."""
+
+    output: Path
+    """Run folder: config, logs, checkpoints, and final/ when done."""
+    model: PolicyConfig
+    data: DataConfig | None = None
+    """Preference pairs."""
+    unpaired: ExampleDataConfig | None = None
+    """Single responses with a label, for kto; in place of data."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    margin: MarginConfig | None = None
+    """The margin of ot_margin (null: optimal transport with its defaults)."""
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
+    optim: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=1e-6))
+    train: TrainConfig = field(default_factory=TrainConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+    def __post_init__(self) -> None:
+        loss, reference = self.loss, self.reference
+        wanted, other = ("unpaired", "data") if loss.objective.unpaired else ("data", "unpaired")
+        if getattr(self, wanted) is None or getattr(self, other) is not None:
+            raise ValueError(f"loss.kind = {loss.kind} reads its rows from the section {wanted}, and not from {other}")
+        if loss.needs_reference and reference.kind == "none":
+            raise ValueError(f"reference.kind = none, but {loss.kind} compares with a reference; set cache or live")
+        asks = reference.kind in ("cache", "live") or reference.cache is not None or reference.path is not None
+        if asks and not loss.needs_reference:
+            raise ValueError(f"loss.kind = {loss.kind} has no reference: leave the section reference out")
+        if self.margin is not None and not loss.takes_margins:
+            raise ValueError(f"loss.kind = {loss.kind} has no place for a margin; remove the section or use ot_margin")
+        if reference.sync_every and self.model.lora is not None:
+            raise ValueError("reference.sync_every moves whole weights; it does not go with model.lora")
+
+    @property
+    def rows(self) -> DataConfig | ExampleDataConfig:
+        """The section that rows come from."""
+        return self.unpaired if self.data is None else self.data
+
+    @property
+    def margins(self) -> MarginConfig:
+        return self.margin or MarginConfig(scope=self.loss.scope)
+
+    @property
+    def over_all_pairs(self) -> bool:
+        """Whether statistics are taken over the whole global batch, in a first pass."""
+        if self.loss.takes_margins and self.margins.scope == "global_batch":
+            return True
+        statistics = any(LOSSES[term.kind].statistics for term in self.loss.terms)
+        return self.loss.scope == "global_batch" and (statistics or self.loss.takes_margins)
+
+
+def check_objective(kind: str, parameters: dict[str, float]) -> None:
+    """Refuse unknown names, and values that the objective itself refuses.
+
+    Raises:
+        ValueError: with the names there are, or the objective's reason.
+    """
+    if kind not in LOSSES:
+        raise ValueError(f"kind = {kind}: no such objective; there are {', '.join(sorted(LOSSES))}")
+    known = LOSSES[kind].parameters
+    unknown = sorted(set(parameters) - set(known))
+    if unknown:
+        raise ValueError(f"parameters {unknown}: {kind} has {sorted(known) or 'none'}")
+    unit = torch.ones(1)
+    trial = {name: unit.bool() if name == "labels" else unit for name in LOSSES[kind].inputs}
+    trial |= {name: -unit for name in trial if name.endswith("_logprobs")}
+    LOSSES[kind](**trial, **parameters)

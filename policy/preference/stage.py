@@ -1,0 +1,185 @@
+"""The preference stage from recipe to ``final/``."""
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from policy.model import PolicyConfig, PolicyModel, build_policy
+from policy.preference.config import PreferenceConfig
+from policy.preference.reference import CacheJob, LiveReference, Reference, cache_folder, open_cache
+from policy.preference.task import PreferenceTask
+from policy.preference.telemetry import HeldOut, print_evaluation
+from policy.publish import Publication, publish
+from rlhf.core.errors import ModelError
+from rlhf.core.files import write_json
+from rlhf.core.tokenizers import tokenizer_digest
+from rlhf.data.batching import ItemSource
+from rlhf.data.examples import load_examples
+from rlhf.data.loading import default_cache_dir
+from rlhf.data.preferences import load_preferences
+from rlhf.data.templates import ChatFormat
+from rlhf.engine.api import Engine
+from rlhf.engine.build import DTYPES, precision_of
+from rlhf.engine.frozen import Frozen, freeze
+from rlhf.engine.ranks import Ranks
+from rlhf.models.backbones import weights_digest
+from rlhf.models.tokenizer import load_tokenizer, required_embedding_rows
+from rlhf.train.batches import BatchMaker
+from rlhf.train.stage import LoadedData, load_data, open_chat, run_identity, say, start_engine, total_steps, train
+
+
+def run(config: PreferenceConfig, ranks: Ranks) -> HeldOut | None:
+    """Train, evaluate and publish; every rank calls it.
+
+    Returns:
+        The held-out evaluation of the weights that were taken; ``None`` without held-out data.
+    """
+    chat = open_chat(config, config.rows.template, ranks)
+    data = load_data(lambda folder: _load(config, chat.tokenizer, folder), config, ranks)
+    steps = total_steps(config.train, len(data.train))
+    dtype = DTYPES[precision_of(config.engine)]
+    model = ranks.together(lambda: _build(config.model, config, chat))
+    engine = start_engine(model, config, ranks, steps=steps, hidden_size=model.hf.config.hidden_size)
+    references = _References(config, engine, chat, data)
+    task = PreferenceTask(engine, config, data.train, data.evals, references.open(), steps)
+    step = train(config, engine, task, _identity(config, data, references, steps, ranks), steps)
+    _report(config, ranks, task.evaluation, step)
+    if config.train.publish == "none":
+        return task.evaluation
+    publication = Publication(
+        stage="preference",
+        model=config.model,
+        dtype=dtype,
+        seed=config.train.seed,
+        chat=chat,
+        objective={"loss": asdict(config.loss)},
+        training_data=data.train.fingerprint,
+    )
+    differences = publish(engine, data.evals if len(data.evals) else data.train, publication, config.output / "final")
+    reloaded = f"reloaded in a fresh process, largest difference {max(differences.values()):.1e} nats per token"
+    say(ranks, f"published {config.output / 'final'}: {reloaded}")
+    return task.evaluation
+
+
+def _load(config: PreferenceConfig, tokenizer: Any, folder: Path | None) -> LoadedData:
+    if config.data is not None:
+        return load_preferences(config.data, tokenizer, run_folder=folder)
+    return load_examples(config.unpaired, tokenizer, kind="unpaired", run_folder=folder)
+
+
+def _build(model: PolicyConfig, config: PreferenceConfig, chat: ChatFormat) -> PolicyModel:
+    return build_policy(
+        model,
+        dtype=DTYPES[precision_of(config.engine)],
+        vocabulary=required_embedding_rows(chat.tokenizer),
+        seed=config.train.seed,
+    )
+
+
+class _References:
+    """Gives the training and the held-out data their reference, whatever its kind."""
+
+    def __init__(self, config: PreferenceConfig, engine: Engine, chat: ChatFormat, data: LoadedData) -> None:
+        self._config, self._engine, self._chat, self._data = config, engine, chat, data
+        self._other: Frozen | None = None
+        self.weights: str | None = None
+        """A name for the reference's weights; ``None`` without a reference."""
+
+    def open(self) -> tuple[Reference | None, Reference | None]:
+        """Every rank must call it before a checkpoint is loaded: the policy is then still the one it starts from."""
+        config, ranks = self._config, self._engine.ranks
+        if not config.loss.needs_reference:
+            return None, None
+        self.weights = ranks.on_main(lambda: weights_digest(self._model_config()))
+        if config.reference.kind == "live":
+            live = self._live()
+            return live, live
+        caches = self._cached(self._data.train, "train"), self._cached(self._data.evals, "eval")
+        self._other = None  # its memory is free again
+        return caches
+
+    def _model_config(self) -> PolicyConfig:
+        path = self._config.reference.path
+        return replace(self._config.model, path=path or self._config.model.path, lora=None, freeze_layers=0)
+
+    def _live(self) -> Reference:
+        if self._config.reference.path is None and self._config.model.lora is not None:
+            return LiveReference(self._engine, adapters_off=True)
+        return LiveReference(self._frozen())
+
+    def _frozen(self) -> Frozen:
+        """A second model: another one, or the start of this one."""
+        config, ranks = self._config, self._engine.ranks
+        if self._other is None:
+            ranks.together(self._check_tokenizer)
+            module = ranks.together(lambda: _build(self._model_config(), config, self._chat))
+            self._other = freeze(
+                module,
+                ranks=ranks,
+                config=config.engine,
+                placement=config.reference.placement,
+                hidden_size=module.hf.config.hidden_size,
+            )
+        return self._other
+
+    def _check_tokenizer(self) -> None:
+        path = self._config.reference.path
+        if path is None:
+            return
+        other = load_tokenizer(path, trust_remote_code=self._config.model.trust_remote_code)
+        if tokenizer_digest(other) != self._chat.tokenizer_digest:
+            raise ModelError(
+                f"reference.path = {path} has another tokenizer than model.path = {self._config.model.path}: "
+                "log-probabilities of different tokens cannot be compared. Choose a reference of the same family"
+            )
+
+    def _cached(self, data: ItemSource, role: str) -> Reference | None:
+        if not len(data):
+            return None
+        config, ranks = self._config, self._engine.ranks
+        settings = config.reference
+        key = {
+            "data": data.fingerprint,
+            "tokenizer": self._chat.tokenizer_digest,
+            "template": self._chat.digest,
+            "max_tokens": config.rows.max_tokens,
+            "over_length": config.rows.over_length,
+            "reference weights": self.weights,
+            "precision": precision_of(config.engine),
+        }
+        job = CacheJob(
+            data=data,
+            batches=BatchMaker(ranks, config.train),
+            key=key,
+            shard_items=settings.shard_pairs,
+            verify_items=settings.verify_pairs,
+            precision=precision_of(config.engine),
+        )
+        if settings.cache is not None:
+            folder = settings.cache / role
+        else:
+            folder = cache_folder((config.rows.cache_dir or default_cache_dir()) / "reference", key)
+        ask: Callable[[], Frozen] = self._frozen if settings.path is not None else lambda: self._engine
+        return open_cache(folder, job, ask)
+
+
+def _identity(
+    config: PreferenceConfig, data: LoadedData, references: _References, steps: int, ranks: Ranks
+) -> dict[str, Any]:
+    return run_identity(config, data.train, steps, ranks) | {
+        "loss": asdict(config.loss),
+        "margin": asdict(config.margins) if config.loss.takes_margins else None,
+        "reference": references.weights,
+        "reference.kind": "live" if config.reference.kind == "live" else "cache",
+    }
+
+
+def _report(config: PreferenceConfig, ranks: Ranks, evaluation: HeldOut | None, step: int) -> None:
+    if not ranks.is_main:
+        return
+    if evaluation is None:
+        print("no held-out data: nothing to evaluate", flush=True)
+        return
+    print_evaluation(evaluation)
+    write_json(config.output / "evaluation.json", {"step": step, **evaluation.to_dict()})

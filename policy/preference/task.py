@@ -1,0 +1,199 @@
+"""What the optimizer loop asks of the preference stage: micro-batches, their loss, and held-out metrics."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from policy.model import PolicyOutput
+from policy.preference.columns import SIDES, View, gathered_columns, implicit_rewards, row_sums, view
+from policy.preference.config import PreferenceConfig
+from policy.preference.modifiers import wpo_weights
+from policy.preference.objectives import LOSSES
+from policy.preference.reference import Reference
+from policy.preference.schedules import DeltaSchedule
+from policy.preference.statistics import BatchStatistics
+from policy.preference.telemetry import HeldOut, StepRows, held_out_evaluation, start_of, step_metrics
+from policy.preference.watch import Watch
+from reward.margin_maker import MarginMaker
+from reward.pairs import Pairs, concatenate, gather_pairs
+from reward.telemetry import margin_telemetry
+from rlhf.data.batching import Batch, ItemSource
+from rlhf.engine.api import Engine
+from rlhf.train.batches import BatchMaker, without_gradient
+
+
+class PreferenceTask:
+    """See :class:`rlhf.train.loop.Task`.
+
+    A micro-step runs: ask policy and reference about the rows; gather what the objectives want of the whole batch,
+    detached; take the loss of this rank's own pairs. With statistics over the global batch the gathering
+    happens once per step, in a first pass without gradient.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        config: PreferenceConfig,
+        train: ItemSource,
+        held_out: ItemSource,
+        references: tuple[Reference | None, Reference | None],
+        total_steps: int,
+    ) -> None:
+        """``references`` are of the training and of the held-out items; ``None`` for objectives without one."""
+        self._engine, self._config = engine, config
+        self._train, self._held_out = train, held_out
+        self._reference, self._held_out_reference = references
+        self._batches = BatchMaker(engine.ranks, config.train)
+        self._terms = [(term, LOSSES[term.kind], BatchStatistics(term)) for term in config.loss.terms]
+        self._gathers = config.loss.takes_margins or any(statistics.names for _, _, statistics in self._terms)
+        self._margins = MarginMaker(config.margins, total_steps)
+        self._delta = _delta_schedule(config, total_steps)
+        self._watch = Watch(config.watch, engine.ranks)
+        self._rows = StepRows(engine.ranks)
+        self._step = 0
+        self._start_logprobs: dict[str, float] | None = None
+        self.evaluation: HeldOut | None = None
+        """The latest held-out evaluation; ``None`` before the first, and without held-out data."""
+
+    # The training step
+
+    def micro_batches(self, step: int) -> list[Batch]:
+        self._step = step
+        batches = self._batches.step(self._train, step)
+        self._rows.clear()
+        self._margins.start_step(step)
+        if self._delta is not None:
+            self._delta.start_step(step)
+        if self._config.over_all_pairs:
+            found = without_gradient(self._engine, batches, **self._wanted())
+            self._look([(batch, self._view(output, batch), output) for batch, output in found])
+        return batches
+
+    def loss(self, batch: Batch) -> Tensor:
+        config = self._config.loss
+        output = self._engine.forward(batch.groups, **self._wanted())
+        view = self._view(output, batch)
+        if self._gathers and not self._config.over_all_pairs:
+            self._look([(batch, view, output)])
+        columns = view.columns
+        losses = torch.zeros(len(batch), device=view.logprobs.device)
+        for term, objective, statistics in self._terms:
+            inputs: dict[str, Any] = {name: columns[name] for name in objective.inputs}
+            inputs |= objective.parameters | term.parameters | statistics.arguments(batch.positions)
+            if objective.takes_margins:
+                inputs["margins"] = self._margins.of(batch.positions)
+            if self._delta is not None and "delta" in objective.parameters:
+                inputs["delta"] = self._delta.value
+            losses = losses + term.weight * objective(**inputs)
+        if config.wpo:
+            losses = losses * self._wpo_weights(columns, output, batch)
+        if config.nll_weight:
+            losses = losses - config.nll_weight * columns["chosen_logprobs"] / columns["chosen_lengths"]
+        self._rows.add(batch, view, losses)
+        # Filler rows keep the graph of this forward alive on ranks that have no pair.
+        return losses.sum() / self._batches.items + 0.0 * sum(part.sum() for part in output.logprobs)
+
+    def step_metrics(self) -> dict[str, float]:
+        seen = self._rows.gathered()
+        metrics = step_metrics(seen, self._config.loss, self._start_logprobs)
+        if self._start_logprobs is None:
+            self._start_logprobs = start_of(metrics)
+        if self._delta is not None:
+            metrics["delta"] = self._delta.value
+            self._delta.end_step(seen["chosen_logratios"] - seen["rejected_logratios"])
+        if self._config.loss.takes_margins:
+            metrics |= self._margin_metrics(seen)
+        metrics |= self._batches.metrics()
+        self._watch.look(self._step + 1, metrics)
+        return metrics
+
+    def _margin_metrics(self, seen: dict[str, Tensor]) -> dict[str, float]:
+        chosen, rejected = (implicit_rewards(seen, self._config.loss, side) for side in SIDES)
+        if not bool(torch.isfinite(chosen - rejected).all()):
+            return {}
+        margins = self._margins.of(torch.arange(len(chosen), device=chosen.device))
+        return margin_telemetry(margins, chosen, rejected) | self._margins.transport_metrics()
+
+    def row_ids(self, batch: Batch) -> tuple[str, ...]:
+        return batch.row_ids
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "margins": self._margins.state_dict(),
+            "statistics": [statistics.state_dict() for _, _, statistics in self._terms],
+            "delta": None if self._delta is None else self._delta.state_dict(),
+            "watch": self._watch.state_dict(),
+            "start_logprobs": self._start_logprobs,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._margins.load_state_dict(state["margins"], self._engine.ranks.device)
+        for (_, _, statistics), saved in zip(self._terms, state["statistics"], strict=True):
+            statistics.load_state_dict(saved)
+        if self._delta is not None:
+            self._delta.load_state_dict(state["delta"])
+        self._watch.load_state_dict(state["watch"])
+        self._start_logprobs = state["start_logprobs"]
+
+    def _wanted(self) -> dict[str, bool]:
+        loss = self._config.loss
+        return {"with_square_sums": loss.wpo, "with_embeddings": loss.takes_margins}
+
+    def _view(self, output: PolicyOutput, batch: Batch) -> View:
+        reference = None if self._reference is None else self._reference.of(batch)
+        return view(row_sums(output, batch), reference, batch, self._config.loss)
+
+    def _look(self, seen: list[tuple[Batch, View, PolicyOutput]]) -> None:
+        """Statistics and margins from the pairs of all ranks."""
+        ranks = self._engine.ranks
+        mine = torch.cat([batch.positions for batch, _, _ in seen])
+        columns, positions = gathered_columns([view for _, view, _ in seen], mine, ranks)
+        for _, _, statistics in self._terms:
+            statistics.update(columns, positions, self._batches.items)
+        if self._config.loss.takes_margins:
+            pairs = concatenate([self._reward_pairs(*each) for each in seen])
+            self._margins.make(gather_pairs(pairs, ranks), self._batches.items)
+
+    def _reward_pairs(self, batch: Batch, view: View, output: PolicyOutput) -> Pairs:
+        """Implicit rewards and mean response states in the place of rewards and pooled embeddings."""
+        chosen, rejected = (implicit_rewards(view.columns, self._config.loss, side) for side in SIDES)
+        chosen_embeddings, rejected_embeddings = batch.sides(output.embeddings)
+        margins = batch.margins if batch.margins is not None else batch.score_gaps
+        return Pairs(
+            positions=batch.positions,
+            chosen_rewards=chosen,
+            rejected_rewards=rejected,
+            chosen_embeddings=chosen_embeddings,
+            rejected_embeddings=rejected_embeddings,
+            data_margins=torch.full_like(chosen, torch.nan) if margins is None else margins,
+        )
+
+    def _wpo_weights(self, columns: dict[str, Tensor], output: PolicyOutput, batch: Batch) -> Tensor:
+        squares = batch.sides(torch.cat([part.sum(dim=1) for part in output.square_sums]))
+        inputs = {f"{side}_square_sums": values for side, values in zip(SIDES, squares, strict=True)}
+        names = ("chosen_logprobs", "chosen_lengths", "rejected_logprobs", "rejected_lengths")
+        return wpo_weights(**inputs, **{name: columns[name].detach() for name in names})
+
+    # Held-out evaluation
+
+    def evaluate(self) -> dict[str, float]:
+        self.evaluation = None
+        if not len(self._held_out):
+            return {}
+        seen = StepRows(self._engine.ranks)
+        for start, batches in self._batches.chunks(self._held_out, np.arange(len(self._held_out))):
+            for batch, output in without_gradient(self._engine, batches):
+                reference = None if self._held_out_reference is None else self._held_out_reference.of(batch)
+                seen.add(batch, view(row_sums(output, batch), reference, batch, self._config.loss), offset=start)
+        self.evaluation, metrics = held_out_evaluation(seen.gathered(), self._held_out, self._config.loss)
+        return metrics
+
+
+def _delta_schedule(config: PreferenceConfig, total_steps: int) -> DeltaSchedule | None:
+    for term in config.loss.terms:
+        parameters = LOSSES[term.kind].parameters | term.parameters
+        if "delta" in parameters:
+            return DeltaSchedule(config.loss.delta, parameters["delta"], parameters["beta"], total_steps)
+    return None

@@ -1,0 +1,206 @@
+"""What is logged of a step and of a held-out evaluation, over the items of all ranks."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import mannwhitneyu
+from torch import Tensor
+
+from policy.preference.columns import SIDES, View, gathered_columns, implicit_rewards
+from policy.preference.config import LossConfig
+from reward.evaluate import Accuracy, Evaluation, evaluate_pairs, evaluation_table, preference_accuracy
+from rlhf.core.errors import TrainingStopped
+from rlhf.data.batching import Batch, ItemSource
+from rlhf.engine.ranks import Ranks
+
+Columns = Mapping[str, Tensor]
+
+
+class StepRows:
+    """Collects what this rank saw of its items; gathered once, at the end."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self.clear()
+
+    def clear(self) -> None:
+        self._positions: list[Tensor] = []
+        self._views: list[View] = []
+        self._extra: dict[str, list[Tensor]] = {}
+
+    def add(self, batch: Batch, view: View, losses: Tensor | None = None, offset: int = 0) -> None:
+        """``losses`` ``(B,)`` in training; ``offset`` is added to the positions."""
+        extra = {} if view.drift is None else dict(zip(_DRIFT, view.drift, strict=True))
+        if losses is not None:
+            extra |= {"loss": losses.detach(), "has_gradient": _has_gradient(losses, view.logprobs)}
+        for name, values in extra.items():
+            self._extra.setdefault(name, []).append(values)
+        detached = {name: values.detach() for name, values in view.columns.items()}
+        self._views.append(View(detached, view.logprobs.detach(), None))
+        self._positions.append(batch.positions + offset)
+
+    def gathered(self) -> dict[str, Tensor]:
+        """Columns of all ranks' items in order; every rank must call it."""
+        extra = {name: torch.cat(parts) for name, parts in self._extra.items()}
+        return gathered_columns(self._views, torch.cat(self._positions), self._ranks, **extra)[0]
+
+
+_DRIFT = tuple(f"{side}_drift" for side in SIDES)
+
+
+def _has_gradient(losses: Tensor, logprobs: Tensor) -> Tensor:
+    (slopes,) = torch.autograd.grad(losses.sum(), logprobs, retain_graph=True, allow_unused=True)
+    if slopes is None:
+        return torch.zeros_like(losses)
+    return (slopes != 0).any(dim=0).float()
+
+
+def step_metrics(seen: Columns, loss: LossConfig, start: dict[str, float] | None) -> dict[str, float]:
+    """Of ``(N,)`` columns as :meth:`StepRows.gathered` gives them.
+
+    Args:
+        seen: all items of the step.
+        loss: its main objective says what an implicit reward is.
+        start: :func:`start_of` the first step, for the drift of runs without a reference.
+    """
+    metrics = {
+        "loss": seen["loss"].mean(),
+        "zero_gradient_share": 1 - seen["has_gradient"].mean(),
+    }
+    metrics |= _unpaired_metrics(seen, loss) if "labels" in seen else _pair_metrics(seen, loss)
+    for side in SIDES[: 1 if "labels" in seen else 2]:
+        tokens = seen[f"{side}_lengths"].sum()
+        metrics[f"logprobs/{side}"] = seen[f"{side}_logprobs"].mean()
+        per_token = seen[f"{side}_logprobs"].sum() / tokens
+        metrics[f"logprobs/{side}_per_token"] = per_token
+        if f"{side}_drift" in seen:
+            metrics[f"logprobs/{side}_drift"] = seen[f"{side}_drift"].mean()
+            metrics[f"logprobs/{side}_drift_per_token"] = seen[f"{side}_drift"].sum() / tokens
+        elif start is not None:
+            metrics[f"logprobs/{side}_drift_per_token"] = per_token - start[side]
+    if "chosen_drift" in seen and "labels" not in seen:
+        # The second-order estimate, from texts of the data: half the mean squared log-ratio of a response.
+        metrics["kl"] = torch.cat([seen[name] for name in _DRIFT]).square().mean() / 2
+    return {"pairs": float(len(seen["loss"]))} | {name: float(value) for name, value in metrics.items()}
+
+
+def start_of(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Log-probability per token of each side, to tell the drift of later steps."""
+    return {side: metrics[f"logprobs/{side}_per_token"] for side in SIDES if f"logprobs/{side}_per_token" in metrics}
+
+
+def _pair_metrics(seen: Columns, loss: LossConfig) -> dict[str, Tensor]:
+    chosen, rejected = (implicit_rewards(seen, loss, side) for side in SIDES)
+    gap = chosen - rejected
+    return {
+        "accuracy": ((gap > 0).double() + 0.5 * (gap == 0).double()).mean(),
+        "gap": gap.mean(),
+        "reward/chosen": chosen.mean(),
+        "reward/rejected": rejected.mean(),
+    }
+
+
+def _unpaired_metrics(seen: Columns, loss: LossConfig) -> dict[str, Tensor]:
+    rewards, labels = loss.beta * seen["logratios"], seen["labels"]
+    kl = seen["mismatched_logratios"].mean().clamp_min(0)
+    return {
+        "accuracy": ((rewards > loss.beta * kl) == labels).double().mean(),
+        "kl": kl,
+        "reward/desirable": rewards[labels].mean(),
+        "reward/undesirable": rewards[~labels].mean(),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnpairedEvaluation:
+    """How well implicit rewards tell desirable responses from others."""
+
+    accuracy: Accuracy
+    """Of "the reward is above that of the KL estimate"."""
+    auc: float | None
+    """Share of (desirable, undesirable) couples in the right order; ``None`` if all have one label."""
+    kl: float
+    mean_desirable: float | None
+    mean_undesirable: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+HeldOut = Evaluation | UnpairedEvaluation
+
+
+def held_out_evaluation(seen: Columns, data: ItemSource, loss: LossConfig) -> tuple[HeldOut, dict[str, float]]:
+    """The record, and the metrics for the log.
+
+    Raises:
+        TrainingStopped: if a log-probability is not finite.
+    """
+    for name, values in seen.items():
+        bad = (~torch.isfinite(values.float())).nonzero().flatten().tolist()
+        if bad:
+            raise TrainingStopped(
+                f"held-out {name} is not finite for {len(bad)} items, such as {data.item(bad[0]).row_id}: the policy "
+                "has broken down. Lower optim.learning_rate, or publish an earlier checkpoint"
+            )
+    if "labels" in seen:
+        record = _evaluate_unpaired(seen, loss)
+        return record, {
+            "eval/accuracy": record.accuracy.value,
+            "eval/auc": 0.5 if record.auc is None else record.auc,
+            "eval/kl": record.kl,
+        }
+    rewards = {side: implicit_rewards(seen, loss, side).cpu().numpy() for side in SIDES}
+    scores = getattr(data, "scores", None)
+    known = scores is not None and not np.isnan(scores).any()
+    record = evaluate_pairs(
+        rewards["chosen"],
+        rewards["rejected"],
+        chosen_lengths=data.lengths[:, 0],
+        rejected_lengths=data.lengths[:, 1],
+        chosen_scores=scores[:, 0] if known else None,
+        rejected_scores=scores[:, 1] if known else None,
+    )
+    metrics = {"eval/accuracy": record.accuracy.value, "eval/loss": record.mean_loss, "eval/gap": record.mean_gap}
+    for side in SIDES:
+        tokens = seen[f"{side}_lengths"].sum()
+        metrics[f"eval/{side}_logprob_per_token"] = float(seen[f"{side}_logprobs"].sum() / tokens)
+        if f"{side}_drift" in seen:
+            metrics[f"eval/{side}_drift_per_token"] = float(seen[f"{side}_drift"].sum() / tokens)
+    return record, metrics
+
+
+def _evaluate_unpaired(seen: Columns, loss: LossConfig) -> UnpairedEvaluation:
+    rewards = (loss.beta * seen["logratios"]).cpu().numpy()
+    labels = seen["labels"].cpu().numpy()
+    kl = max(0.0, float(seen["mismatched_logratios"].mean()))
+    good, bad = rewards[labels], rewards[~labels]
+    both = len(good) and len(bad)
+    return UnpairedEvaluation(
+        accuracy=preference_accuracy(np.where((rewards > loss.beta * kl) == labels, 1.0, -1.0)),
+        auc=float(mannwhitneyu(good, bad).statistic) / (len(good) * len(bad)) if both else None,
+        kl=kl,
+        mean_desirable=float(good.mean()) if len(good) else None,
+        mean_undesirable=float(bad.mean()) if len(bad) else None,
+    )
+
+
+def print_evaluation(evaluation: HeldOut) -> None:
+    """A table on the terminal."""
+    if isinstance(evaluation, Evaluation):
+        Console().print(evaluation_table(evaluation, title="Held-out evaluation of implicit rewards"))
+        return
+    table = Table(title="Held-out evaluation of implicit rewards", title_justify="left")
+    for name in ("measure", "value", "95 % interval"):
+        table.add_column(name)
+    accuracy = evaluation.accuracy
+    table.add_row("accuracy", f"{accuracy.value:.1%}", f"{accuracy.low:.1%} to {accuracy.high:.1%}")
+    for name in ("auc", "kl", "mean_desirable", "mean_undesirable"):
+        value = getattr(evaluation, name)
+        table.add_row(name, "-" if value is None else f"{value:.4f}", "")
+    Console().print(table)

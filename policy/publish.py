@@ -1,0 +1,125 @@
+"""From a trained policy to ``final/``: saved, reloaded by a fresh process, compared, and only then named."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from policy.model import PolicyConfig, PolicyModel, PolicyOutput, build_policy
+from rlhf.core.errors import ModelError
+from rlhf.core.files import staged_directory
+from rlhf.core.tokenizers import tokenizer_digest
+from rlhf.data.batching import ItemSource, Row, row_group
+from rlhf.data.portable import portable_tokenizer
+from rlhf.data.templates import ChatFormat
+from rlhf.engine.api import Engine
+from rlhf.models.manifest import Manifest, write_manifest
+from rlhf.models.tokenizer import pad_policy, required_embedding_rows
+from rlhf.train.publishing import check_in_fresh_process, check_low_precision, live_outputs, readable_cases, sample_rows
+
+LOW_PRECISION_TOLERANCE = 0.1
+"""How far bfloat16 log-probabilities of training may be from float32 ones of the same weights, in nats per token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Publication:
+    """What goes into ``final/`` besides the weights."""
+
+    stage: str
+    model: PolicyConfig
+    dtype: torch.dtype
+    seed: int
+    chat: ChatFormat
+    objective: dict[str, Any]
+    """Loss settings, in short."""
+    training_data: str
+    """Fingerprint of the training rows."""
+
+    def manifest(self) -> Manifest:
+        tokenizer = self.chat.tokenizer
+        return Manifest(
+            stage=self.stage,
+            base_model=self.model.path,
+            template_digest=self.chat.digest,
+            tokenizer_digest=tokenizer_digest(tokenizer),
+            pad_policy=pad_policy(tokenizer),
+            vocabulary_size=len(tokenizer),
+            head_kind="language model",
+            head_dtype=str(self.dtype).removeprefix("torch."),
+            rewards=None,
+            margin_statistics={},
+            loss=self.objective,
+            training_data=self.training_data,
+        )
+
+
+def publish(engine: Engine, data: ItemSource, publication: Publication, target: Path) -> dict[str, float]:
+    """Write ``target`` atomically after a fresh process has reproduced log-probabilities of sample rows.
+
+    Returns:
+        The largest difference to the live values in nats per token, by way of padding.
+    Raises:
+        ModelError: if the saved model disagrees; an earlier ``target`` stays as it was.
+    """
+    rows = [row for row in sample_rows(data) if row.response.any()]
+    live = torch.stack([_per_token(output, row) for output, row in zip(live_outputs(engine, rows), rows, strict=True)])
+    weights = engine.full_state_dict()
+    return engine.ranks.on_main(lambda: _write(publication, weights, rows, live.float().cpu(), target))
+
+
+def _write(
+    publication: Publication, weights: dict[str, Tensor], rows: list[Row], live: Tensor, target: Path
+) -> dict[str, float]:
+    tokenizer = portable_tokenizer(publication.chat)
+    model = _rebuild(publication, weights)
+    expected = live
+    if publication.dtype != torch.float32:
+        expected = _float32_values(model, rows)
+        check_low_precision(live, expected, LOW_PRECISION_TOLERANCE)
+        model = _rebuild(publication, weights)
+    with staged_directory(target) as staged:
+        model.hf.generation_config = _generation_config(model, tokenizer)
+        model.save(staged, publication.model.publish_lora)
+        tokenizer.save_pretrained(staged)
+        write_manifest(staged, publication.manifest())
+        request = {"rows": readable_cases(rows, expected, tokenizer)}
+        return check_in_fresh_process("policy.reload_check", staged, request)
+
+
+def _rebuild(publication: Publication, weights: dict[str, Tensor]) -> PolicyModel:
+    """A copy on the CPU with the trained weights, adapters still apart."""
+    model = build_policy(
+        publication.model,
+        dtype=publication.dtype,
+        vocabulary=required_embedding_rows(publication.chat.tokenizer),
+        seed=publication.seed,
+    )
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - {*dict(model.named_parameters())}
+    if set(missing) - tied or unexpected:
+        raise ModelError(f"trained weights do not fit: missing {missing}, unexpected {unexpected}")
+    return model.eval()
+
+
+def _generation_config(model: PolicyModel, tokenizer: Any) -> GenerationConfig:
+    """The base model's settings, ending at the end token that responses were trained with."""
+    settings = model.hf.generation_config or GenerationConfig()
+    ends = settings.eos_token_id
+    ends = [] if ends is None else list(ends) if isinstance(ends, list) else [ends]
+    settings.eos_token_id = list(dict.fromkeys([*ends, tokenizer.eos_token_id]))
+    settings.pad_token_id = tokenizer.pad_token_id
+    return settings
+
+
+def _float32_values(model: PolicyModel, rows: list[Row]) -> Tensor:
+    """Of the weights as saved, computed in float32 by this process."""
+    model = model.float()
+    with torch.no_grad():
+        return torch.stack([_per_token(model((row_group([row]),)), row) for row in rows])
+
+
+def _per_token(output: PolicyOutput, row: Row) -> Tensor:
+    return output.logprobs[0].sum() / int(row.response[1:].sum())

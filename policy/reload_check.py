@@ -1,0 +1,59 @@
+"""Run in a fresh process: does the saved folder, opened with plain Transformers, give the live log-probabilities?
+
+    python -m policy.reload_check FOLDER REQUEST.json
+
+Every row has its text, tokens, response mask and "value": the mean log-probability of its response tokens. Prints
+one JSON object with the largest differences and exits with 1 if one is off.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from reward.reload_check import padded
+
+TOLERANCE = 1e-4
+
+
+@torch.inference_mode()
+def check(folder: Path, cases: list[dict]) -> dict[str, float]:
+    """Largest differences from the expected values: one by one, and batched with either padding side."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = [tokenizer(case["text"], add_special_tokens=False)["input_ids"] for case in cases]
+    for row, case in zip(rows, cases, strict=True):
+        if row != case["tokens"]:
+            raise SystemExit(f"the saved tokenizer splits the text differently: {case['text'][:200]!r}")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    expected = torch.tensor([case["value"] for case in cases])
+    masks = [case["response"] for case in cases]
+
+    def off(batch: list[int], side: str) -> float:
+        tokens, mask, positions = padded([rows[i] for i in batch], tokenizer.pad_token_id, side)
+        selected = torch.zeros_like(mask, dtype=torch.bool)
+        selected[mask.bool()] = torch.tensor([flag for i in batch for flag in masks[i]])
+        logits = model(input_ids=tokens, attention_mask=mask, position_ids=positions).logits[:, :-1].float()
+        logprobs = -torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+        selected = selected[:, 1:]
+        means = (logprobs * selected).sum(dim=1) / selected.sum(dim=1)
+        return float((means - expected[batch]).abs().max())
+
+    few = sorted(range(len(rows)), key=lambda i: len(rows[i]))[:4]  # whole logits of long rows take memory
+    return {
+        "single": max(off([i], "right") for i in range(len(rows))),
+        "batched, right-padded": off(few, "right"),
+        "batched, left-padded": off(few, "left"),
+    }
+
+
+def main() -> int:
+    folder, request = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
+    differences = check(folder, request["rows"])
+    print(json.dumps(differences))
+    return 0 if all(value <= TOLERANCE for value in differences.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
