@@ -1,11 +1,15 @@
 """What several tests share: a tiny tokenizer and model, tiny pairs, and a way to start ranks."""
 
 import json
+import math
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -153,6 +157,50 @@ def run_ranks(start_ranks):
         return outputs
 
     return run
+
+
+NOT_COMPARED = ("time/", "padding_share", "margin/residual", "margin/transport_cost")
+
+
+def metric_rows(folder: Path, kind: str = "train") -> list[dict]:
+    """Rows of metrics.jsonl ("train" or "eval"), without what may differ between equal runs."""
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    wanted = [row for row in found if any(name.startswith("eval/") for name in row) == (kind == "eval")]
+    return [{k: v for k, v in row.items() if not k.startswith(NOT_COMPARED)} for row in wanted]
+
+
+def assert_rows_close(found: list[dict], expected: list[dict], tolerance: float) -> None:
+    assert len(found) == len(expected)
+    for left, right in zip(found, expected, strict=True):
+        assert left.keys() == right.keys()
+        for name, value in right.items():
+            assert math.isclose(left[name], value, rel_tol=tolerance, abs_tol=tolerance), (right["step"], name)
+
+
+def kill_when(processes: list[subprocess.Popen], condition, timeout: float = 200) -> None:
+    """Kill -9 all ranks once ``condition()`` holds."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline and not condition():
+        assert all(process.poll() is None for process in processes), processes[0].communicate()[0]
+        time.sleep(0.02)
+    for process in processes:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def step_is_saved(folder: Path, step: int) -> bool:
+    """Whether the checkpoint of ``step`` is there and a later step is logged."""
+    metrics = folder / "metrics.jsonl"
+    logged = metrics.exists() and f'"step": {step + 1},' in metrics.read_text()
+    return logged and (folder / "checkpoints" / f"step-{step:08d}").is_dir()
+
+
+@pytest.fixture(scope="session")
+def runs() -> SimpleNamespace:
+    """What tests of whole runs share."""
+    return SimpleNamespace(
+        rows=metric_rows, assert_close=assert_rows_close, kill_when=kill_when, step_is_saved=step_is_saved
+    )
 
 
 @pytest.fixture(scope="session")

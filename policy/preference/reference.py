@@ -14,12 +14,13 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from policy.preference.columns import RowSums, row_sums
 from rlhf.core.errors import CheckpointError, ConfigError
 from rlhf.core.files import digest, write_array, write_json
 from rlhf.data.batching import Batch, ItemSource
-from rlhf.engine.frozen import Frozen
+from rlhf.engine.frozen import Frozen, frozen_weights, move_towards, set_frozen_weights
 from rlhf.train.batches import BatchMaker, without_gradient
 from rlhf.train.progress import Progress
 
@@ -53,6 +54,19 @@ class LiveReference:
 
     model: Frozen
     adapters_off: bool = False
+    moves: bool = False
+    """Whether the model is moved towards the policy during the run (TR-DPO, arXiv:2404.09656)."""
+
+    def follow(self, policy: Frozen, share: float) -> None:
+        """Every rank must call it."""
+        move_towards(self.model, policy, share)
+
+    def state_dict(self) -> list[Tensor] | None:
+        return frozen_weights(self.model) if self.moves else None
+
+    def load_state_dict(self, state: list[Tensor] | None) -> None:
+        if self.moves:
+            set_frozen_weights(self.model, state)
 
     def of(self, batch: Batch) -> RowSums:
         module = self.model.module

@@ -10,9 +10,8 @@ from policy.preference.config import PreferenceConfig
 from policy.preference.reference import CacheJob, LiveReference, Reference, cache_folder, open_cache
 from policy.preference.task import PreferenceTask
 from policy.preference.telemetry import HeldOut, print_evaluation
-from policy.publish import Publication, publish
+from policy.publish import publish_run
 from rlhf.core.errors import ModelError
-from rlhf.core.files import write_json
 from rlhf.core.tokenizers import tokenizer_digest
 from rlhf.data.batching import ItemSource
 from rlhf.data.examples import load_examples
@@ -26,7 +25,7 @@ from rlhf.engine.ranks import Ranks
 from rlhf.models.backbones import weights_digest
 from rlhf.models.tokenizer import load_tokenizer, required_embedding_rows
 from rlhf.train.batches import BatchMaker
-from rlhf.train.stage import LoadedData, load_data, open_chat, run_identity, say, start_engine, total_steps, train
+from rlhf.train.stage import LoadedData, load_data, open_chat, report, run_identity, start_engine, total_steps, train
 
 
 def run(config: PreferenceConfig, ranks: Ranks) -> HeldOut | None:
@@ -38,27 +37,13 @@ def run(config: PreferenceConfig, ranks: Ranks) -> HeldOut | None:
     chat = open_chat(config, config.rows.template, ranks)
     data = load_data(lambda folder: _load(config, chat.tokenizer, folder), config, ranks)
     steps = total_steps(config.train, len(data.train))
-    dtype = DTYPES[precision_of(config.engine)]
     model = ranks.together(lambda: _build(config.model, config, chat))
     engine = start_engine(model, config, ranks, steps=steps, hidden_size=model.hf.config.hidden_size)
     references = _References(config, engine, chat, data)
     task = PreferenceTask(engine, config, data.train, data.evals, references.open(), steps)
     step = train(config, engine, task, _identity(config, data, references, steps, ranks), steps)
-    _report(config, ranks, task.evaluation, step)
-    if config.train.publish == "none":
-        return task.evaluation
-    publication = Publication(
-        stage="preference",
-        model=config.model,
-        dtype=dtype,
-        seed=config.train.seed,
-        chat=chat,
-        objective={"loss": asdict(config.loss)},
-        training_data=data.train.fingerprint,
-    )
-    differences = publish(engine, data.evals if len(data.evals) else data.train, publication, config.output / "final")
-    reloaded = f"reloaded in a fresh process, largest difference {max(differences.values()):.1e} nats per token"
-    say(ranks, f"published {config.output / 'final'}: {reloaded}")
+    report(config, ranks, task.evaluation, step, print_evaluation)
+    publish_run(config, engine, chat, data, stage="preference", objective={"loss": asdict(config.loss)})
     return task.evaluation
 
 
@@ -106,7 +91,7 @@ class _References:
     def _live(self) -> Reference:
         if self._config.reference.path is None and self._config.model.lora is not None:
             return LiveReference(self._engine, adapters_off=True)
-        return LiveReference(self._frozen())
+        return LiveReference(self._frozen(), moves=bool(self._config.reference.sync_every))
 
     def _frozen(self) -> Frozen:
         """A second model: another one, or the start of this one."""
@@ -173,13 +158,3 @@ def _identity(
         "reference": references.weights,
         "reference.kind": "live" if config.reference.kind == "live" else "cache",
     }
-
-
-def _report(config: PreferenceConfig, ranks: Ranks, evaluation: HeldOut | None, step: int) -> None:
-    if not ranks.is_main:
-        return
-    if evaluation is None:
-        print("no held-out data: nothing to evaluate", flush=True)
-        return
-    print_evaluation(evaluation)
-    write_json(config.output / "evaluation.json", {"step": step, **evaluation.to_dict()})

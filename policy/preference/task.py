@@ -11,7 +11,7 @@ from policy.preference.columns import SIDES, View, gathered_columns, implicit_re
 from policy.preference.config import PreferenceConfig
 from policy.preference.modifiers import wpo_weights
 from policy.preference.objectives import LOSSES
-from policy.preference.reference import Reference
+from policy.preference.reference import LiveReference, Reference
 from policy.preference.schedules import DeltaSchedule
 from policy.preference.statistics import BatchStatistics
 from policy.preference.telemetry import HeldOut, StepRows, held_out_evaluation, start_of, step_metrics
@@ -61,6 +61,9 @@ class PreferenceTask:
 
     def micro_batches(self, step: int) -> list[Batch]:
         self._step = step
+        every = self._config.reference.sync_every
+        if every and step and step % every == 0:
+            self._reference.follow(self._engine, self._config.reference.sync_share)
         batches = self._batches.step(self._train, step)
         self._rows.clear()
         self._margins.start_step(step)
@@ -126,6 +129,7 @@ class PreferenceTask:
             "delta": None if self._delta is None else self._delta.state_dict(),
             "watch": self._watch.state_dict(),
             "start_logprobs": self._start_logprobs,
+            "reference": self._reference.state_dict() if isinstance(self._reference, LiveReference) else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -136,6 +140,8 @@ class PreferenceTask:
             self._delta.load_state_dict(state["delta"])
         self._watch.load_state_dict(state["watch"])
         self._start_logprobs = state["start_logprobs"]
+        if isinstance(self._reference, LiveReference):
+            self._reference.load_state_dict(state["reference"])
 
     def _wanted(self) -> dict[str, bool]:
         loss = self._config.loss

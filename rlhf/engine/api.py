@@ -1,5 +1,7 @@
 """What a stage knows of its engine."""
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -51,6 +53,9 @@ class Engine(Protocol):
 
     def load(self, folder: Path) -> None:
         """Read back what :meth:`save` wrote on the same number of ranks."""
+
+    def whole(self, tensors: Sequence[Tensor], *, modify: bool = False) -> AbstractContextManager:
+        """Parameters of the module whole on every rank inside; with ``modify`` the main rank's changes stay."""
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """All weights on the CPU of the main rank, empty elsewhere. Every rank must call it."""

@@ -1,8 +1,11 @@
 """A model that is only asked, never trained: whole on every rank, or sharded by ZeRO-3."""
 
+import contextlib
+from collections.abc import Sequence
 from typing import Any, Protocol
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from rlhf.core.errors import ConfigError
 from rlhf.engine.build import precision_of
@@ -19,6 +22,9 @@ class Frozen(Protocol):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module; when sharded, all ranks must make the same calls."""
 
+    def whole(self, tensors: Sequence[Tensor], *, modify: bool = False) -> contextlib.AbstractContextManager:
+        """See :meth:`rlhf.engine.api.Engine.whole`."""
+
 
 class ReplicatedModel:
     """See :class:`Frozen`; every rank holds all weights."""
@@ -29,6 +35,35 @@ class ReplicatedModel:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
+
+    def whole(self, tensors: Sequence[Tensor], *, modify: bool = False) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
+
+
+@torch.no_grad()
+def move_towards(target: Frozen, source: Frozen, share: float) -> None:
+    """Move the weights of ``target`` by ``share`` of the way to those of ``source``. Every rank must call it."""
+    for mine, other in zip(target.module.parameters(), source.module.parameters(), strict=True):
+        with source.whole([other]), target.whole([mine], modify=True):
+            mine.lerp_(other.to(mine.dtype), share)
+
+
+def frozen_weights(model: Frozen) -> list[Tensor]:
+    """All weights on the CPU of the main rank, empty elsewhere. Every rank must call it."""
+    weights = []
+    for parameter in model.module.parameters():
+        with model.whole([parameter]):
+            if model.ranks.is_main:
+                weights.append(parameter.detach().cpu().clone())
+    return weights
+
+
+@torch.no_grad()
+def set_frozen_weights(model: Frozen, weights: Sequence[Tensor]) -> None:
+    """Put back what :func:`frozen_weights` gave. Every rank must call it, with the same weights."""
+    for parameter, value in zip(model.module.parameters(), weights, strict=True):
+        with model.whole([parameter], modify=True):
+            parameter.copy_(value)
 
 
 def freeze(module: nn.Module, *, ranks: Ranks, config: EngineConfig, placement: str, hidden_size: int) -> Frozen:

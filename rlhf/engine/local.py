@@ -1,5 +1,7 @@
 """Plain torch in float32: the engine to compare with and to debug on. Several ranks sum gradients."""
 
+import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,9 @@ class LocalEngine:
         self.module.load_state_dict(state["module"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
+
+    def whole(self, tensors: Sequence[Tensor], *, modify: bool = False) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
 
     def full_state_dict(self) -> dict[str, Tensor]:
         if not self.ranks.is_main:

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,14 +114,13 @@ class ZeroEngine:
         tensors = [*self.module.named_parameters(), *self.module.named_buffers()]
         kept = self.module.state_dict().keys()
         for name, tensor in tensors:
-            with self._whole(tensor):
+            with self.whole([tensor]):
                 if self.ranks.is_main and name in kept:
                     values[name] = tensor.detach().cpu().clone()
         return values
 
-    def _whole(self, tensor: Tensor) -> contextlib.AbstractContextManager:
-        partitioned = self.stage == 3 and hasattr(tensor, "ds_id")
-        return GatheredParameters([tensor]) if partitioned else contextlib.nullcontext()
+    def whole(self, tensors: Sequence[Tensor], *, modify: bool = False) -> contextlib.AbstractContextManager:
+        return _gathered(tensors, modify)
 
 
 class ShardedModel:
@@ -142,6 +142,17 @@ class ShardedModel:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._engine(*args, **kwargs)
+
+    def whole(self, tensors: Sequence[Tensor], *, modify: bool = False) -> contextlib.AbstractContextManager:
+        return _gathered(tensors, modify)
+
+
+def _gathered(tensors: Sequence[Tensor], modify: bool) -> contextlib.AbstractContextManager:
+    """Parameters that ZeRO-3 has partitioned, whole on every rank; others are so already."""
+    partitioned = [tensor for tensor in tensors if hasattr(tensor, "ds_id")]
+    if not partitioned:
+        return contextlib.nullcontext()
+    return GatheredParameters(partitioned, modifier_rank=0 if modify else None)
 
 
 def _quieten() -> None:

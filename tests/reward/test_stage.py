@@ -1,11 +1,5 @@
 """The stage as users start it: real processes, DeepSpeed, files."""
 
-import json
-import math
-import os
-import signal
-import time
-
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -14,9 +8,6 @@ from reward.score import load_scorer
 from rlhf.models.manifest import read_manifest
 
 pytestmark = pytest.mark.dist
-NOT_COMPARED = ("time/", "padding_share", "margin/residual", "margin/transport_cost")
-
-
 @pytest.fixture(scope="session")
 def recipe(tmp_path_factory, tiny_model, tiny_pairs):
     folder = tmp_path_factory.mktemp("recipe")
@@ -33,23 +24,8 @@ def recipe(tmp_path_factory, tiny_model, tiny_pairs):
     return path
 
 
-def rows(folder, kind="train"):
-    """Rows of metrics.jsonl, without what may differ between equal runs."""
-    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    wanted = [row for row in found if any(name.startswith("eval/") for name in row) == (kind == "eval")]
-    return [{k: v for k, v in row.items() if not k.startswith(NOT_COMPARED)} for row in wanted]
-
-
 def arguments(recipe, output, *overrides):
     return ["-m", "reward", "--config", str(recipe), f"output={output}", *overrides]
-
-
-def assert_close(found, expected, tolerance):
-    assert len(found) == len(expected)
-    for left, right in zip(found, expected, strict=True):
-        assert left.keys() == right.keys()
-        for name, value in right.items():
-            assert math.isclose(left[name], value, rel_tol=tolerance, abs_tol=tolerance), (right["step"], name)
 
 
 GLOBAL = ("margin.queue_pairs=0", "margin.scope=global_batch", "model.lora.dropout=0", "train.max_steps=4")
@@ -73,41 +49,26 @@ def one_rank(tmp_path_factory, recipe, run_ranks):
     ],
     ids=["2 ranks zero2", "2 ranks zero3", "1 rank plain torch, one micro-batch"],
 )
-def test_ranks_stages_and_packing_give_one_curve(run_ranks, recipe, one_rank, tmp_path, ranks, changes):
+def test_ranks_stages_and_packing_give_one_curve(run_ranks, runs, recipe, one_rank, tmp_path, ranks, changes):
     run_ranks(arguments(recipe, tmp_path / "run", *GLOBAL, *changes), ranks=ranks)
-    assert_close(rows(tmp_path / "run"), rows(one_rank), 2e-4)
-    assert_close(rows(tmp_path / "run", "eval"), rows(one_rank, "eval"), 2e-4)
-    moved = [row["loss"] for row in rows(one_rank)]
+    runs.assert_close(runs.rows(tmp_path / "run"), runs.rows(one_rank), 2e-4)
+    runs.assert_close(runs.rows(tmp_path / "run", "eval"), runs.rows(one_rank, "eval"), 2e-4)
+    moved = [row["loss"] for row in runs.rows(one_rank)]
     assert max(moved) - min(moved) > 0.02, "the curves agree because nothing was trained"
 
 
-def kill_after(processes, folder, step):
-    """Kill -9 all ranks once the checkpoint of ``step`` is there and a later step is logged."""
-    deadline = time.monotonic() + 200
-    while time.monotonic() < deadline:
-        metrics = folder / "metrics.jsonl"
-        done = metrics.exists() and f'"step": {step + 1},' in metrics.read_text()
-        if done and (folder / "checkpoints" / f"step-{step:08d}").is_dir():
-            break
-        assert all(process.poll() is None for process in processes), processes[0].communicate()[0]
-        time.sleep(0.02)
-    for process in processes:
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def test_killed_and_resumed_equals_never_stopped(run_ranks, start_ranks, recipe, tmp_path):
+def test_killed_and_resumed_equals_never_stopped(run_ranks, start_ranks, runs, recipe, tmp_path):
     run_ranks(arguments(recipe, tmp_path / "straight"))
     processes = start_ranks(arguments(recipe, tmp_path / "killed"), 2)
-    kill_after(processes, tmp_path / "killed", 4)
+    runs.kill_when(processes, lambda: runs.step_is_saved(tmp_path / "killed", 4))
     newest = max((tmp_path / "killed" / "checkpoints").glob("step-????????"))
     weights = max(newest.rglob("*optim_states.pt"), key=lambda path: path.stat().st_size)
     weights.write_bytes(weights.read_bytes()[:-100])  # and the newest checkpoint is damaged, too
     outputs = run_ranks(arguments(recipe, tmp_path / "killed"))
     assert f"{newest} is damaged" in outputs[0]
     assert "resuming from" in outputs[0]
-    assert rows(tmp_path / "killed") == rows(tmp_path / "straight")
-    assert rows(tmp_path / "killed", "eval") == rows(tmp_path / "straight", "eval")
+    assert runs.rows(tmp_path / "killed") == runs.rows(tmp_path / "straight")
+    assert runs.rows(tmp_path / "killed", "eval") == runs.rows(tmp_path / "straight", "eval")
     finals = [torch_weights(tmp_path / name / "final") for name in ("killed", "straight")]
     assert all(torch.equal(finals[0][name], value) for name, value in finals[1].items())
 

@@ -1,0 +1,236 @@
+"""What policies are worth: reward of fresh samples for held-out prompts, and how far they are from a reference."""
+
+import importlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.table import Table
+from scipy import stats
+from transformers import AutoModelForCausalLM
+
+from policy.model import PolicyModel
+from policy.sampling import Sample, SamplingSettings, sample_responses
+from rlhf.core.errors import ConfigError, DataError, ModelError
+from rlhf.core.files import write_json, write_text
+from rlhf.data.batching import row_group
+from rlhf.data.templates import chat_format
+from rlhf.engine.ranks import Ranks
+from rlhf.models.backbones import hide_loading_bars
+from rlhf.models.tokenizer import load_tokenizer
+from rlhf.train.progress import Progress
+
+RewardFunction = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
+ALONE = Ranks(rank=0, world_size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
+ROWS_AT_ONCE = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A mean with its 95 % interval (Student's t over prompts)."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyEvaluation:
+    """One policy."""
+
+    name: str
+    reward: Estimate
+    """Mean over prompts of the mean reward of their samples."""
+    gain: Estimate | None
+    """Reward minus that of the reference for the same prompts; ``None`` for the reference itself."""
+    kl: float
+    """KL(policy || reference) of a response in nats: mean log-ratio of the policy's own samples (k1)."""
+    kl_k3: float
+    """The same by the estimator ``exp(-l) - 1 + l`` of the log-ratio l, which is never negative."""
+    tokens: float
+    """Mean tokens of a response."""
+    ended_share: float
+    """Responses that the model ended itself."""
+    prompts: int
+    samples: int
+
+
+def evaluate_policies(
+    policies: Mapping[str, Path],
+    reference: Path,
+    prompts: Sequence[str],
+    reward: RewardFunction,
+    *,
+    template: str | None,
+    settings: SamplingSettings,
+    output: Path,
+) -> list[PolicyEvaluation]:
+    """Sample from every policy (the reference first) and compare; writes samples, evaluations.json and .md.
+
+    Args:
+        policies: Transformers folders by name.
+        reference: the folder that KL and gains are counted from.
+        prompts: held-out user messages.
+        reward: ``(prompts, responses) -> rewards``.
+        template: as ``data.template``.
+        settings: of the samples; KL is estimated at temperature 1 and top_p 1 only when these are drawn so.
+        output: folder to write into.
+    Raises:
+        ModelError: if a folder is no language model.
+        DataError: if there is no prompt, or ``reward`` gives a wrong number of rewards or one that is not finite.
+    """
+    hide_loading_bars()
+    chat = chat_format(load_tokenizer(str(reference)), template)
+    base = _open(reference)
+    found: list[PolicyEvaluation] = []
+    base_rewards: NDArray[np.float64] | None = None
+    for name, folder in {"reference": reference, **policies}.items():
+        model = base if folder == reference else _open(folder)
+        with Progress(ALONE, len(prompts) * settings.samples, 0, f"{name}: sample") as progress:
+            samples = sample_responses(model, chat, prompts, settings, progress)
+        rewards = _rewards(reward, prompts, samples)
+        ratios = np.zeros(len(samples))
+        if model is not base:
+            ratios = _logprobs(model, samples) - _logprobs(base, samples)
+        by_prompt = rewards.reshape(len(prompts), settings.samples).mean(axis=1)
+        found.append(_summary(name, samples, by_prompt, base_rewards, ratios))
+        base_rewards = by_prompt if base_rewards is None else base_rewards
+        _write_samples(output / f"samples_{name}.jsonl", prompts, samples, rewards)
+    write_json(output / "evaluations.json", [asdict(each) for each in found])
+    write_text(output / "evaluations.md", markdown(found))
+    return found
+
+
+def load_reward(spec: str) -> RewardFunction:
+    """The function behind ``module:function``.
+
+    Raises:
+        ConfigError: if there is no such function.
+    """
+    module, _, name = spec.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"reward {spec}: expected module:function, such as launch.quickstart.gold:gold_reward ({error})"
+        ) from error
+    return function
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The "prompt" of each line of a jsonl file.
+
+    Raises:
+        DataError: naming the line that has none.
+    """
+    prompts = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    for number, line in enumerate(lines, start=1):
+        try:
+            prompts.append(str(json.loads(line)["prompt"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}:{number}: expected an object with a text prompt") from error
+    return prompts
+
+
+def evaluation_table(evaluations: Sequence[PolicyEvaluation]) -> Table:
+    """One line a policy; "gain" is over the reference, for the same prompts."""
+    table = Table(title="Fresh samples for held-out prompts (95 % intervals over prompts)", title_justify="left")
+    for column in _HEADINGS:
+        table.add_column(column, justify="left" if column == "policy" else "right")
+    for each in evaluations:
+        table.add_row(*_cells(each))
+    return table
+
+
+def markdown(evaluations: Sequence[PolicyEvaluation]) -> str:
+    lines = ["| " + " | ".join(_HEADINGS) + " |", "|---" * len(_HEADINGS) + "|"]
+    lines += ["| " + " | ".join(_cells(each)) + " |" for each in evaluations]
+    return "\n".join(lines) + "\n"
+
+
+_HEADINGS = ("policy", "reward", "gain", "KL", "KL (k3)", "tokens", "ended")
+
+
+def _cells(each: PolicyEvaluation) -> list[str]:
+    def shown(estimate: Estimate | None) -> str:
+        return "" if estimate is None else f"{estimate.value:.3f} ({estimate.low:.3f} to {estimate.high:.3f})"
+
+    numbers = (f"{each.kl:.2f}", f"{each.kl_k3:.2f}", f"{each.tokens:.1f}", f"{each.ended_share:.0%}")
+    return [each.name, shown(each.reward), shown(each.gain), *numbers]
+
+
+def _open(folder: Path) -> Any:
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder}: cannot be loaded as a causal language model: {error}") from error
+
+
+def _rewards(reward: RewardFunction, prompts: Sequence[str], samples: Sequence[Sample]) -> NDArray[np.float64]:
+    values = np.asarray(reward([prompts[s.prompt] for s in samples], [s.text for s in samples]), dtype=np.float64)
+    if values.shape != (len(samples),) or not np.isfinite(values).all():
+        raise DataError(
+            f"the reward function gave {values.shape} values for {len(samples)} responses, "
+            f"{int((~np.isfinite(values)).sum())} of them not finite; expected one finite number each"
+        )
+    return values
+
+
+@torch.inference_mode()
+def _logprobs(model: Any, samples: Sequence[Sample]) -> NDArray[np.float64]:
+    policy = PolicyModel(model)
+    order = sorted(range(len(samples)), key=lambda place: len(samples[place].row.tokens))
+    found = np.zeros(len(samples))
+    for start in range(0, len(order), ROWS_AT_ONCE):
+        places = order[start : start + ROWS_AT_ONCE]
+        (values,) = policy((row_group([samples[place].row for place in places]),)).logprobs
+        found[places] = values.sum(dim=1).double().numpy()
+    policy.plain()
+    return found
+
+
+def _summary(
+    name: str,
+    samples: Sequence[Sample],
+    by_prompt: NDArray[np.float64],
+    base: NDArray[np.float64] | None,
+    ratios: NDArray[np.float64],
+) -> PolicyEvaluation:
+    return PolicyEvaluation(
+        name=name,
+        reward=_estimate(by_prompt),
+        gain=None if base is None else _estimate(by_prompt - base),
+        kl=float(ratios.mean()),
+        kl_k3=float((np.expm1(-ratios) + ratios).mean()),
+        tokens=float(np.mean([sample.row.response.sum() for sample in samples])),
+        ended_share=float(np.mean([sample.ended for sample in samples])),
+        prompts=len(by_prompt),
+        samples=len(samples),
+    )
+
+
+def _estimate(values: NDArray[np.float64]) -> Estimate:
+    mean = float(values.mean())
+    if len(values) < 2 or values.std() == 0:
+        return Estimate(value=mean, low=mean, high=mean)
+    low, high = stats.t.interval(0.95, len(values) - 1, loc=mean, scale=stats.sem(values))
+    return Estimate(value=mean, low=float(low), high=float(high))
+
+
+def _write_samples(
+    path: Path, prompts: Sequence[str], samples: Sequence[Sample], rewards: NDArray[np.float64]
+) -> None:
+    rows = [
+        {"prompt": prompts[sample.prompt], "response": sample.text, "reward": reward, "ended": sample.ended}
+        for sample, reward in zip(samples, rewards.tolist(), strict=True)
+    ]
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

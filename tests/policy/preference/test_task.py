@@ -1,0 +1,186 @@
+"""The step of the preference stage, objective by objective."""
+
+import math
+
+import pytest
+import torch
+
+from policy.preference.config import DeltaConfig, LossConfig, TermConfig, WatchConfig
+from policy.preference.objectives import LOSSES
+from policy.preference.schedules import BELOW_LOG_2
+from policy.preference.watch import Watch
+from rlhf.core.errors import TrainingStopped
+
+PAIRED = sorted(name for name, objective in LOSSES.items() if not objective.unpaired)
+
+
+def one_step(engine, task, step=0):
+    """Loss and gradient of a step, without the update."""
+    batches = task.micro_batches(step)
+    for place, batch in enumerate(batches):
+        engine.backward(task.loss(batch), last=place == len(batches) - 1)
+    gradients = [p.grad.clone() for p in engine.module.parameters() if p.grad is not None]
+    metrics = task.step_metrics()
+    engine.module.zero_grad()
+    return len(batches), metrics, torch.cat([gradient.flatten() for gradient in gradients])
+
+
+def logprobs_by_hand(model, pair):
+    """Of both responses, from whole logits."""
+    found = []
+    sides = ((pair.chosen, pair.chosen_response_start), (pair.rejected, pair.rejected_response_start))
+    hf = model.plain()
+    for tokens, start in sides:
+        ids = torch.from_numpy(tokens).long()[None]
+        logprobs = hf(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None]).squeeze(1)
+        found.append(logprobs[start - 1 :].sum())
+    return torch.stack(found)
+
+
+def test_the_loss_is_dpo_of_log_probabilities_from_whole_logits(make_task, tiny_policy, tiny_data):
+    engine, task = make_task()
+    (indices,) = [torch.cat([batch.indices for batch in task.micro_batches(0)])]
+    _, metrics, gradient = one_step(engine, task)
+    policy, reference = tiny_policy(0.03), tiny_policy()
+    losses = []
+    for index in indices.tolist():
+        pair = tiny_data.train.pair(index)
+        ratios = logprobs_by_hand(policy, pair) - logprobs_by_hand(reference, pair).detach()
+        losses.append(-torch.nn.functional.logsigmoid(0.1 * (ratios[0] - ratios[1])))
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    expected = torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
+    assert math.isclose(metrics["loss"], loss.item(), rel_tol=1e-5)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", PAIRED)
+def test_micro_batches_change_neither_loss_nor_gradient(make_task, kind):
+    loss = LossConfig(kind=kind, scope="global_batch")
+    counts, metrics, gradients = zip(*(one_step(*make_task(budget, loss=loss)) for budget in (150, 5000)), strict=True)
+    assert counts[0] > counts[1] == 1
+    assert math.isclose(metrics[0]["loss"], metrics[1]["loss"], rel_tol=1e-4, abs_tol=1e-6)
+    scale = float(gradients[1].abs().max())
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-4 * scale)
+    assert scale > 0
+
+
+def test_a_scope_of_micro_steps_sees_only_the_pairs_at_hand(make_task):
+    losses = [
+        one_step(*make_task(150, loss=LossConfig(kind="aot_unpaired", parameters={"beta": 1.0}, scope=scope)))[1]["loss"]
+        for scope in ("micro_step", "global_batch")
+    ]
+    assert not math.isclose(*losses, rel_tol=1e-3)
+
+
+MODIFIED = {
+    "weighted sum": LossConfig(
+        kind="sigmoid", weight=0.8, add=(TermConfig(kind="bco_pair", weight=0.2), TermConfig(kind="sft")),
+        scope="global_batch",
+    ),
+    "nll": LossConfig(kind="sigmoid", nll_weight=0.5),
+    "wpo": LossConfig(kind="sigmoid", wpo=True),
+    "tail weight": LossConfig(kind="sigmoid", tail_weight=0.3),
+    "divergence": LossConfig(kind="sigmoid", divergence="js"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODIFIED)
+def test_every_modifier_changes_the_gradient_alike_in_all_micro_batches(make_task, name):
+    plain = one_step(*make_task(5000, loss=LossConfig(kind="sigmoid")))[2]
+    small, large = (one_step(*make_task(budget, loss=MODIFIED[name]))[2] for budget in (150, 5000))
+    torch.testing.assert_close(small, large, rtol=1e-3, atol=1e-4 * float(large.abs().max()))
+    assert not torch.allclose(large, plain, rtol=1e-2, atol=1e-3 * float(plain.abs().max()))
+
+
+def test_a_weighted_sum_adds_up(make_task):
+    def loss_of(loss):
+        return one_step(*make_task(5000, loss=loss))[1]["loss"]
+
+    parts = loss_of(LossConfig(kind="sigmoid")), loss_of(LossConfig(kind="apo_zero"))
+    both = loss_of(LossConfig(kind="sigmoid", weight=0.5, add=(TermConfig(kind="apo_zero", weight=2.0),)))
+    assert math.isclose(both, 0.5 * parts[0] + 2 * parts[1], rel_tol=1e-5)
+
+
+def test_pairs_past_the_hinge_are_counted_as_resting(make_task):
+    near = one_step(*make_task(loss=LossConfig(kind="apo_hinge_zero", parameters={"margin": 100.0})))[1]
+    assert near["zero_gradient_share"] == 0
+    far = one_step(*make_task(loss=LossConfig(kind="hinge", parameters={"width": 0.0})))[1]
+    assert far["zero_gradient_share"] == pytest.approx(far["accuracy"])
+
+
+def test_delta_warms_up_from_zero(make_task):
+    loss = LossConfig(kind="margin_sigmoid", delta=DeltaConfig(schedule="warmup", warmup_share=0.5))
+    engine, task = make_task(loss=loss)
+    assert [round(one_step(engine, task, step)[1]["delta"], 6) for step in (0, 5, 10, 15)] == [0, 0.05, 0.1, 0.1]
+
+
+def test_a_quantile_delta_lets_about_that_share_rest_and_stays_below_log_2(make_task):
+    loss = LossConfig(kind="margin_sigmoid", delta=DeltaConfig(schedule="quantile", quantile=0.5, decay=0.0))
+    engine, task = make_task(loss=loss)
+    one_step(engine, task, 0)
+    metrics = one_step(engine, task, 0)[1]
+    assert 0 < metrics["delta"] <= BELOW_LOG_2
+    assert metrics["delta"] != 0.1
+
+
+def test_held_out_metrics_do_not_depend_on_the_token_budget(make_task):
+    found = [make_task(budget)[1].evaluate() for budget in (150, 5000)]
+    assert found[0].keys() == found[1].keys() > {"eval/accuracy", "eval/chosen_drift_per_token"}
+    for name, value in found[0].items():
+        assert math.isclose(value, found[1][name], rel_tol=1e-4, abs_tol=1e-5), name
+
+
+def test_drift_is_zero_where_policy_and_reference_are_one(make_task):
+    metrics = one_step(*make_task(noise=0.0))[1]
+    assert metrics["logprobs/chosen_drift"] == metrics["kl"] == metrics["gap"] == 0
+    assert math.isclose(metrics["loss"], math.log(2), rel_tol=1e-6)
+
+
+def test_a_reference_free_objective_counts_drift_from_its_first_step(make_task):
+    engine, task = make_task(loss=LossConfig(kind="simpo"))
+    first = one_step(engine, task)[1]
+    assert "logprobs/chosen_drift_per_token" not in first
+    with torch.no_grad():
+        for parameter in engine.module.parameters():
+            parameter *= 1.05
+    second = one_step(engine, task)[1]
+    drift = second["logprobs/chosen_per_token"] - first["logprobs/chosen_per_token"]
+    assert second["logprobs/chosen_drift_per_token"] == pytest.approx(drift)
+
+
+def test_a_step_whose_policy_is_not_finite_ends_in_a_loss_that_is_not(make_task):
+    engine, task = make_task(loss=LossConfig(kind="ot_margin"))
+    with torch.no_grad():
+        next(engine.module.parameters()).fill_(math.nan)
+    (batch, *_) = task.micro_batches(0)
+    assert not torch.isfinite(task.loss(batch))
+
+
+def test_held_out_log_probabilities_that_are_not_finite_name_a_row(make_task):
+    engine, task = make_task()
+    with torch.no_grad():
+        next(engine.module.parameters()).fill_(math.nan)
+    with pytest.raises(TrainingStopped, match=r"pairs\.jsonl:\d+: the policy has broken down"):
+        task.evaluate()
+
+
+SINKING = {"logprobs/chosen_drift_per_token": -0.5, "zero_gradient_share": 0.95}
+
+
+def test_the_watch_names_symptom_and_setting_once(alone, caplog):
+    watch = Watch(WatchConfig(), alone)
+    for step in range(1, 4):
+        watch.look(step, SINKING)
+    assert [record.message.split(":")[0] for record in caplog.records] == ["step 1", "step 1"]
+    assert "loss.nll_weight" in caplog.text and "loss.parameters.margin" in caplog.text
+
+
+def test_one_odd_batch_is_no_symptom_and_stop_means_stop(alone, caplog):
+    healthy = {"logprobs/chosen_drift_per_token": 0.0, "zero_gradient_share": 0.0}
+    watch = Watch(WatchConfig(action="stop"), alone)
+    watch.look(1, healthy)
+    watch.look(2, SINKING)
+    with pytest.raises(TrainingStopped, match="chosen responses have become less likely"):
+        for step in range(3, 9):
+            watch.look(step, SINKING)
