@@ -223,4 +223,6 @@ def check_objective(kind: str, parameters: dict[str, float]) -> None:
     unit = torch.ones(1)
     trial = {name: unit.bool() if name == "labels" else unit for name in LOSSES[kind].inputs}
     trial |= {name: -unit for name in trial if name.endswith("_logprobs")}
+    if "kl" in LOSSES[kind].statistics:
+        trial["kl"] = unit.mean()
     LOSSES[kind](**trial, **parameters)

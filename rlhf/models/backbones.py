@@ -159,12 +159,13 @@ def add_lora(model: PreTrainedModel, options: LoraOptions, *, freeze_layers: int
     """
     count = len(decoder_layers(model))
     above = list(range(freeze_layers, count)) if freeze_layers else None
+    heads = [name for name in HEAD_NAMES if hasattr(model, name)]
     settings = LoraConfig(
         r=options.rank,
         lora_alpha=options.alpha,
         lora_dropout=options.dropout,
         target_modules=options.targets,
-        exclude_modules=list(HEAD_NAMES) if options.targets == "all-linear" else None,
+        exclude_modules=heads if heads and options.targets == "all-linear" else None,
         layers_to_transform=None if options.targets == "all-linear" else above,
     )
     try:
