@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,12 +16,20 @@ from rlhf.data.batching import ItemSource, Row, row_group
 from rlhf.data.portable import portable_tokenizer
 from rlhf.data.templates import ChatFormat
 from rlhf.engine.api import Engine
+from rlhf.engine.build import DTYPES, precision_of
 from rlhf.models.manifest import Manifest, write_manifest
 from rlhf.models.tokenizer import pad_policy, required_embedding_rows
 from rlhf.train.publishing import check_in_fresh_process, check_low_precision, live_outputs, readable_cases, sample_rows
+from rlhf.train.stage import LoadedData, StageConfig, say
 
 LOW_PRECISION_TOLERANCE = 0.1
 """How far bfloat16 log-probabilities of training may be from float32 ones of the same weights, in nats per token."""
+
+
+class PolicyStageConfig(StageConfig, Protocol):
+    """The recipe of a stage that trains a policy."""
+
+    model: PolicyConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +62,33 @@ class Publication:
             loss=self.objective,
             training_data=self.training_data,
         )
+
+
+def publish_run(
+    config: PolicyStageConfig,
+    engine: Engine,
+    chat: ChatFormat,
+    data: LoadedData,
+    *,
+    stage: str,
+    objective: dict[str, Any],
+) -> None:
+    """Publish what ``engine`` holds as ``final/`` of the run folder, unless the recipe asks for none."""
+    if config.train.publish == "none":
+        return
+    publication = Publication(
+        stage=stage,
+        model=config.model,
+        dtype=DTYPES[precision_of(config.engine)],
+        seed=config.train.seed,
+        chat=chat,
+        objective=objective,
+        training_data=data.train.fingerprint,
+    )
+    target = config.output / "final"
+    differences = publish(engine, data.evals if len(data.evals) else data.train, publication, target)
+    reloaded = f"reloaded in a fresh process, largest difference {max(differences.values()):.1e} nats per token"
+    say(engine.ranks, f"published {target}: {reloaded}")
 
 
 def publish(engine: Engine, data: ItemSource, publication: Publication, target: Path) -> dict[str, float]:

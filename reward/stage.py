@@ -11,13 +11,12 @@ from reward.manifest import reward_manifest
 from reward.model import build_reward_model
 from reward.publish import Publication, publish
 from reward.task import RewardTask
-from rlhf.core.files import write_json
 from rlhf.data.portable import portable_tokenizer
 from rlhf.data.preferences import load_preferences
 from rlhf.engine.build import DTYPES, precision_of
 from rlhf.engine.ranks import Ranks
 from rlhf.models.tokenizer import required_embedding_rows
-from rlhf.train.stage import load_data, open_chat, run_identity, say, start_engine, total_steps, train
+from rlhf.train.stage import load_data, open_chat, report, run_identity, say, start_engine, total_steps, train
 
 
 def run(config: RewardConfig, ranks: Ranks) -> Evaluation | None:
@@ -48,7 +47,7 @@ def run(config: RewardConfig, ranks: Ranks) -> Evaluation | None:
         config, engine, task, identity | {"margin": asdict(config.margin), "loss": asdict(config.loss)}, steps
     )
     evaluation = task.evaluation
-    _report(config, ranks, evaluation, step)
+    report(config, ranks, evaluation, step, lambda found: Console().print(evaluation_table(found)))
     if config.train.publish == "none":
         return evaluation
     publication = Publication(
@@ -63,13 +62,3 @@ def run(config: RewardConfig, ranks: Ranks) -> Evaluation | None:
     reloaded = f"reloaded in a fresh process, largest score difference {worst:.1e}"
     say(ranks, f"published {config.output / 'final'}: {reloaded}")
     return evaluation
-
-
-def _report(config: RewardConfig, ranks: Ranks, evaluation: Evaluation | None, step: int) -> None:
-    if not ranks.is_main:
-        return
-    if evaluation is None:
-        print("no held-out data (data.eval is empty and data.eval_share = 0): nothing to evaluate", flush=True)
-        return
-    Console().print(evaluation_table(evaluation))
-    write_json(config.output / "evaluation.json", {"step": step, **evaluation.to_dict()})

@@ -195,7 +195,7 @@ def _count_skips(state: LoopState, info: StepInfo, limit: int) -> None:
 
 def _rates(metrics: dict[str, float], seconds: float) -> dict[str, float]:
     rates = {"time/step_seconds": seconds}
-    for name in ("pairs", "tokens"):
+    for name in ("pairs", "conversations", "tokens"):
         if name in metrics:
             rates[f"time/{name}_per_second"] = metrics[name] / seconds
     return rates

@@ -9,7 +9,8 @@ from rich.progress import Progress as Bar
 
 from rlhf.engine.ranks import Ranks
 
-SHOWN = ("loss", "accuracy", "margin/mean", "time/pairs_per_second", "time/tokens_per_second")
+RATES = tuple(f"time/{name}_per_second" for name in ("pairs", "conversations", "tokens"))
+SHOWN = ("loss", "perplexity", "accuracy", "margin/mean", *RATES)
 SECONDS_BETWEEN_LINES = 10.0
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from rlhf.config import parse_command_line, to_yaml
 from rlhf.core.errors import ConfigError, UserError
+from rlhf.core.files import write_json
 from rlhf.data.batching import ItemSource, steps_per_epoch
 from rlhf.data.report import DataReport
 from rlhf.data.templates import ChatFormat, chat_format
@@ -48,8 +49,15 @@ class LoadedData(Protocol):
     report: DataReport
 
 
+class EvaluationRecord(Protocol):
+    """What a stage measured on held-out data."""
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
 ConfigT = TypeVar("ConfigT", bound=StageConfig)
 DataT = TypeVar("DataT", bound=LoadedData)
+RecordT = TypeVar("RecordT", bound=EvaluationRecord)
 
 
 def stage_main(
@@ -177,6 +185,17 @@ def train(config: StageConfig, engine: Engine, task: Task, identity: dict[str, A
     if task.evaluation is None:  # a finished run that was started again
         task.evaluate()
     return state.step
+
+
+def report(
+    config: StageConfig, ranks: Ranks, evaluation: RecordT | None, step: int, show: Callable[[RecordT], None]
+) -> None:
+    """Let the main rank ``show`` the held-out evaluation and write it to ``evaluation.json``; ``step`` it is of."""
+    if evaluation is None:
+        say(ranks, "no held-out data: nothing to evaluate")
+    elif ranks.is_main:
+        show(evaluation)
+        write_json(config.output / "evaluation.json", {"step": step, **evaluation.to_dict()})
 
 
 def say(ranks: Ranks, text: str) -> None:

@@ -7,41 +7,46 @@ from pathlib import Path
 import pytest
 
 from launch.cli import build_parser
+from policy.preference.config import PreferenceConfig
+from policy.sft.config import SftConfig
 from reward.config import RewardConfig
 from rlhf.config import parse_command_line
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "launch").rglob("*.md"))]
 RECIPES = sorted((ROOT / "launch" / "recipes").glob("*.yaml"))
+STAGES = {"reward": RewardConfig, "policy.sft": SftConfig, "policy.preference": PreferenceConfig}
 
 
-def shown_commands() -> list[str]:
-    """Lines of code blocks, and inline code that is a whole command."""
+def documented_lines() -> list[str]:
+    """Lines of the code blocks of all documents."""
     found = []
     for document in DOCUMENTS:
         text = document.read_text(encoding="utf-8").replace("\\\n", " ")
         blocks = re.findall(r"```[a-z]*\n(.*?)```", text, flags=re.DOTALL)
-        found += [line.strip() for block in blocks for line in block.splitlines()]
-    recipes = [line.lstrip("# ").strip() for recipe in RECIPES for line in recipe.read_text().splitlines()]
-    return sorted({line.partition("  #")[0] for line in found + recipes if line})
+        found += [line.strip().partition("  #")[0] for block in blocks for line in block.splitlines()]
+    return found
 
 
-def arguments_after(command: str, *starts: str) -> list[str] | None:
-    words = shlex.split(command)
-    for start in starts:
-        wanted = start.split()
-        for place in range(len(words)):
-            if words[place : place + len(wanted)] == wanted:
-                return words[place + len(wanted) :]
-    return None
+def comments(recipe: Path) -> list[str]:
+    text = recipe.read_text(encoding="utf-8").replace("\\\n#", " ")
+    return [line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#")]
 
 
-RLHF = [c for c in shown_commands() if re.match(r"(\S*/)?rlhf\s", c)]
-REWARD = [c for c in shown_commands() if arguments_after(c, "--module reward", "-m reward") is not None]
+def stage_and_arguments(command: str) -> tuple[str, list[str]] | None:
+    """The module that a command line starts, if it is a stage, and what it is given."""
+    start = re.search(rf"(?:^|\s)(?:--module|-m)\s+({'|'.join(map(re.escape, STAGES))})(?=\s|$)", command)
+    return start and (start[1], shlex.split(command[start.end() :]))
+
+
+SHOWN = sorted({*documented_lines(), *(line for recipe in RECIPES for line in comments(recipe))})
+RLHF = [line for line in SHOWN if re.match(r"(\S*/)?rlhf\s", line)]
+STAGE = [line for line in SHOWN if stage_and_arguments(line)]
 
 
 def test_there_are_commands_to_parse():
-    assert len(RLHF) >= 2 and len(REWARD) >= 2
+    assert len(RLHF) >= 2
+    assert {stage_and_arguments(line)[0] for line in STAGE} == {*STAGES}
 
 
 @pytest.mark.parametrize("command", RLHF)
@@ -49,16 +54,20 @@ def test_rlhf_commands_parse(command):
     build_parser().parse_args(shlex.split(command)[1:])
 
 
-@pytest.mark.parametrize("command", REWARD)
-def test_reward_commands_parse(command, monkeypatch):
+@pytest.mark.parametrize("command", STAGE)
+def test_stage_commands_parse(command, monkeypatch):
     monkeypatch.chdir(ROOT)
-    arguments = arguments_after(command, "--module reward", "-m reward")
-    if "--help" in arguments:
-        return
-    parse_command_line(RewardConfig, arguments, program="reward", description="")
+    stage, arguments = stage_and_arguments(command)
+    if "--help" not in arguments:
+        parse_command_line(STAGES[stage], arguments, program=stage, description="")
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
-def test_recipes_parse(recipe):
-    invocation = parse_command_line(RewardConfig, ["--config", str(recipe)], program="reward", description="")
+def test_a_recipe_shows_its_command_and_is_one_of_that_stage(recipe):
+    shown = [stage_and_arguments(line) for line in comments(recipe)]
+    path = str(recipe.relative_to(ROOT))
+    stages = {found[0] for found in shown if found and path in found[1]}
+    assert len(stages) == 1, f"a comment of {path} should show the one command that it is for"
+    (stage,) = stages
+    invocation = parse_command_line(STAGES[stage], ["--config", str(recipe)], program=stage, description="")
     assert invocation.config.output.parts[0] == "runs"

@@ -1,15 +1,25 @@
 """The step of the preference stage, objective by objective."""
 
+import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+from policy.preference.columns import row_sums
 from policy.preference.config import DeltaConfig, LossConfig, TermConfig, WatchConfig
 from policy.preference.objectives import LOSSES
+from policy.preference.reference import LiveReference
 from policy.preference.schedules import BELOW_LOG_2
+from policy.preference.task import PreferenceTask
 from policy.preference.watch import Watch
 from rlhf.core.errors import TrainingStopped
+from rlhf.data.examples import load_examples
+from rlhf.data.options import ExampleDataConfig
+from rlhf.engine.frozen import ReplicatedModel
+from rlhf.engine.local import LocalEngine
+from rlhf.models.tokenizer import load_tokenizer
 
 PAIRED = sorted(name for name, objective in LOSSES.items() if not objective.unpaired)
 
@@ -184,3 +194,53 @@ def test_one_odd_batch_is_no_symptom_and_stop_means_stop(alone, caplog):
     with pytest.raises(TrainingStopped, match="chosen responses have become less likely"):
         for step in range(3, 9):
             watch.look(step, SINKING)
+
+
+@pytest.fixture
+def unpaired_task(tmp_path, tiny_config, tiny_policy, alone):
+    """Every fourth row has the label false."""
+    path = tmp_path / "rows.jsonl"
+    rows = [
+        {"prompt": f"write about {word} {place}", "completion": f"{word} is good {word}", "label": place % 4 > 0}
+        for place, word in enumerate(["sun", "rain", "tax", "day", "form", "sad"] * 5)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def make(budget, scope="global_batch"):
+        data = ExampleDataConfig(train=str(path), eval_share=0.4, cache_dir=tiny_config.data.cache_dir)
+        train = replace(tiny_config.train, micro_batch_tokens=budget)
+        loss = LossConfig(kind="kto", scope=scope, parameters={"undesirable_weight": 2.0})
+        config = replace(tiny_config, data=None, unpaired=data, train=train, loss=loss)
+        loaded = load_examples(data, load_tokenizer(tiny_config.model.path), kind="unpaired")
+        engine = LocalEngine(tiny_policy(0.03), ranks=alone, optimizer=config.optim, total_steps=20)
+        reference = LiveReference(ReplicatedModel(tiny_policy(), alone))
+        return engine, PreferenceTask(engine, config, loaded.train, loaded.evals, (reference, reference), 20)
+
+    return make
+
+
+def test_kto_does_not_depend_on_micro_batches(unpaired_task):
+    counts, metrics, gradients = zip(*(one_step(*unpaired_task(budget)) for budget in (120, 5000)), strict=True)
+    assert counts[0] > counts[1] == 1
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-4 * float(gradients[1].abs().max()))
+    assert math.isclose(metrics[0]["kl"], metrics[1]["kl"], rel_tol=1e-4)
+    assert {"reward/desirable", "reward/undesirable", "logprobs/chosen_drift"} <= metrics[0].keys()
+
+
+def test_kto_is_the_formula_on_matched_and_mismatched_rows(unpaired_task, tiny_policy):
+    engine, task = unpaired_task(5000)
+    (batch,) = task.micro_batches(0)
+    policy, reference = (row_sums(tiny_policy(noise)(batch.groups), batch) for noise in (0.03, 0.0))
+    ratios = (policy.head + policy.tail - reference.head - reference.tail).detach()
+    kl = ratios[1].mean().clamp_min(0)
+    signs = batch.labels.float() * 2 - 1
+    weights = torch.where(batch.labels, 1.0, 2.0)
+    expected = (weights * (1 - torch.sigmoid(0.1 * signs * (ratios[0] - kl)))).mean()
+    assert math.isclose(one_step(engine, task)[1]["loss"], float(expected), rel_tol=1e-4)
+
+
+def test_held_out_labels_are_judged_by_auc(unpaired_task):
+    engine, task = unpaired_task(5000)
+    metrics = task.evaluate()
+    assert metrics["eval/auc"] == task.evaluation.auc
+    assert 0 <= metrics["eval/auc"] <= 1 and task.evaluation.accuracy.pairs == 12

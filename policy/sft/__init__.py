@@ -1,0 +1,1 @@
+"""Supervised fine-tuning: the likelihood of the assistant turns of conversations."""

@@ -1,0 +1,21 @@
+"""``python -m policy.sft``, or the same under deepspeed, torchrun or srun."""
+
+import sys
+
+from policy.sft.config import SftConfig
+from rlhf.train.stage import stage_main
+
+DESCRIPTION = "Train a policy on conversations: the likelihood of their assistant turns."
+
+
+def main(argv: list[str] | None = None) -> int:
+    def run(config, ranks):
+        from policy.sft.stage import run
+
+        return run(config, ranks)
+
+    return stage_main(SftConfig, run, argv, program="policy.sft", description=DESCRIPTION)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

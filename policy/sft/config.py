@@ -1,0 +1,23 @@
+"""The recipe of supervised fine-tuning."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from policy.model import PolicyConfig
+from rlhf.data.options import ExampleDataConfig
+from rlhf.engine.options import EngineConfig, OptimizerConfig
+from rlhf.train.options import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftConfig:
+    """A run of supervised fine-tuning."""
+
+    output: Path
+    """Run folder: config, logs, checkpoints, and final/ when done."""
+    model: PolicyConfig
+    data: ExampleDataConfig
+    """Conversations; the assistant turns in them are learnt."""
+    optim: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=2e-5))
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(best_metric="-eval/loss"))
+    engine: EngineConfig = field(default_factory=EngineConfig)

@@ -1,0 +1,39 @@
+"""Supervised fine-tuning from recipe to ``final/``."""
+
+from policy.model import build_policy
+from policy.publish import publish_run
+from policy.sft.config import SftConfig
+from policy.sft.evaluation import SftEvaluation, print_evaluation
+from policy.sft.task import SftTask
+from rlhf.data.examples import load_examples
+from rlhf.engine.build import DTYPES, precision_of
+from rlhf.engine.ranks import Ranks
+from rlhf.models.tokenizer import required_embedding_rows
+from rlhf.train.stage import load_data, open_chat, report, run_identity, start_engine, total_steps, train
+
+
+def run(config: SftConfig, ranks: Ranks) -> SftEvaluation | None:
+    """Train, evaluate and publish; every rank calls it.
+
+    Returns:
+        The held-out evaluation of the weights that were taken; ``None`` without held-out data.
+    """
+    chat = open_chat(config, config.data.template, ranks)
+    data = load_data(
+        lambda folder: load_examples(config.data, chat.tokenizer, kind="conversation", run_folder=folder), config, ranks
+    )
+    steps = total_steps(config.train, len(data.train))
+    model = ranks.together(
+        lambda: build_policy(
+            config.model,
+            dtype=DTYPES[precision_of(config.engine)],
+            vocabulary=required_embedding_rows(chat.tokenizer),
+            seed=config.train.seed,
+        )
+    )
+    engine = start_engine(model, config, ranks, steps=steps, hidden_size=model.hf.config.hidden_size)
+    task = SftTask(engine, config, data.train, data.evals)
+    step = train(config, engine, task, run_identity(config, data.train, steps, ranks), steps)
+    report(config, ranks, task.evaluation, step, print_evaluation)
+    publish_run(config, engine, chat, data, stage="sft", objective={"kind": "negative log-likelihood"})
+    return task.evaluation
