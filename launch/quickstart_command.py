@@ -2,12 +2,11 @@
 
 import argparse
 import json
-import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 
+from launch.launcher import default_ranks, launcher, launcher_environment
 from rlhf.core.errors import UserError
 from rlhf.models.gguf import embedded_model, import_gguf
 
@@ -33,11 +32,11 @@ def run(options: argparse.Namespace) -> int:
     began = time.monotonic()
     _say(f"1/2  the backbone: {MODEL}")
     import_gguf(embedded_model(), MODEL)
-    ranks = options.ranks or _default_ranks()
-    command = [*_launcher(ranks), "--module", "reward", "--config", str(RECIPE), *options.overrides]
+    ranks = options.ranks or default_ranks()
+    command = [*launcher(ranks), "--module", "reward", "--config", str(RECIPE), *options.overrides]
     _say(f"2/2  the reward model: {' '.join(map(_shown, command))}")
     final = OUTPUT / "final" / "margin_rlhf_manifest.json"
-    code = subprocess.run(command, check=False, env=os.environ | {"PYTHONUNBUFFERED": "1"}).returncode
+    code = subprocess.run(command, check=False, env=launcher_environment()).returncode
     if code != 0 or not final.is_file():  # the deepspeed command can exit 0 although a rank was killed
         raise UserError(f"the reward stage did not finish (exit code {code}); the lines above say why")
     rewards = json.loads(final.read_text())["rewards"]
@@ -49,22 +48,6 @@ def run(options: argparse.Namespace) -> int:
         "--output runs/quickstart/scores.jsonl"
     )
     return 0
-
-
-def _default_ranks() -> int:
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.device_count()
-    return min(2, len(os.sched_getaffinity(0)))
-
-
-def _launcher(ranks: int) -> list[str]:
-    """The deepspeed launcher of this very environment, on a port that no other run has."""
-    from rlhf.engine.ranks import free_port
-
-    launcher = str(Path(sys.executable).with_name("deepspeed"))
-    return [launcher, "--num_accelerators", str(ranks), "--master_port", str(free_port())]
 
 
 def _shown(part: str) -> str:

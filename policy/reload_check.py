@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from reward.reload_check import padded
 
-TOLERANCE = 1e-4
+TOLERANCE = 1e-3
+"""Nats per token. Thirty layers in float32 differ by 1e-4 between processes with other numbers of threads."""
 
 
 @torch.inference_mode()

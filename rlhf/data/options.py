@@ -129,6 +129,8 @@ class DataConfig(RowsConfig):
     over_length: Literal["truncate_prompt_left", "drop", "error"] = "truncate_prompt_left"
     """For longer pairs: cut the start of the prompt, by as much on both sides (a response is never cut: one
     that alone is too long is a bad row); or leave the pair out; or stop. Each is counted in the report."""
+    min_score_gap: Annotated[float, Gt(0)] | None = None
+    """Train only on pairs whose scores lie at least this far apart: clear cases first."""
     max_train_pairs: Annotated[int, Gt(0)] | None = None
     """Train on a seeded sample of this many pairs; a smaller sample is part of every larger one."""
     max_eval_pairs: Annotated[int, Gt(0)] | None = None

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from rlhf.core.errors import DataError
 from rlhf.data.batching import Item, Row
 from rlhf.data.kinds import Pairs
 from rlhf.data.loading import load_sources
@@ -121,12 +122,28 @@ def load_preferences(
         run_folder=run_folder,
         cache_dir=cache_dir,
     )
-    train_rows, eval_rows = split(config, sources, max_train=config.max_train_pairs, max_eval=config.max_eval_pairs)
+    train_rows, eval_rows = split(
+        config,
+        sources,
+        max_train=config.max_train_pairs,
+        max_eval=config.max_eval_pairs,
+        trainable=None if config.min_score_gap is None else lambda rows: _far_apart(rows, config.min_score_gap),
+    )
     train = PreferenceDataset(train_rows, _flips(train_rows.entries, config))
     evals = PreferenceDataset(eval_rows, np.zeros(len(eval_rows), bool))
     sources.report.flipped = int(train.flipped.sum())
     sources.report.describe(train.prompt_keys, evals.prompt_keys, train.lengths)
     return LoadedPreferences(train, evals, sources.report)
+
+
+def _far_apart(records: np.ndarray, least: float) -> np.ndarray:
+    gaps = records["number"][:, 1] - records["number"][:, 2]
+    if np.isnan(gaps).any():
+        raise DataError(
+            f"data.min_score_gap = {least}, but {int(np.isnan(gaps).sum())} training pairs have no scores; name their "
+            "columns in data.columns.chosen_score and rejected_score"
+        )
+    return gaps >= least
 
 
 def _flips(entries: np.ndarray, config: DataConfig) -> np.ndarray:

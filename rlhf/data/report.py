@@ -97,6 +97,8 @@ class DataReport:
     """Prompts that both the training and the given eval sources hold."""
     flipped: int = 0
     """Training pairs with swapped answers."""
+    not_wanted: int = 0
+    """Training rows passed over because of ``data.min_score_gap``."""
     row_tokens: dict[str, int] = field(default_factory=dict)
     """Quantiles of the tokens of a training row."""
 
@@ -119,6 +121,8 @@ class DataReport:
             lines.append(f"the rows left out are listed in {self.quarantine}")
         flipped = f" ({self.flipped} with swapped answers)" if self.flipped else ""
         quantiles = ", ".join(f"{name} {count}" for name, count in self.row_tokens.items())
+        if self.not_wanted:
+            lines.append(f"{self.not_wanted} training {self.unit} have scores closer than data.min_score_gap")
         lines.append(f"train: {self.train_items} {self.unit} an epoch{flipped}; tokens of a row: {quantiles}")
         held_out = self.held_out_prompts
         origin = "" if held_out is None else f" of {held_out} prompts held out of the training sources"

@@ -3,7 +3,7 @@
 Whatever is drawn at random depends on ``data.seed`` and the data alone.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import IntEnum
 
 import numpy as np
@@ -66,7 +66,12 @@ class StoredRows:
 
 
 def split(
-    config: RowsConfig, sources: LoadedSources, *, max_train: int | None, max_eval: int | None
+    config: RowsConfig,
+    sources: LoadedSources,
+    *,
+    max_train: int | None,
+    max_eval: int | None,
+    trainable: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> tuple[StoredRows, StoredRows]:
     """The rows to train on, and those to evaluate on; what was held out goes into the report.
 
@@ -75,6 +80,7 @@ def split(
         sources: what it names.
         max_train: rows to train on, at most.
         max_eval: rows to evaluate on, at most.
+        trainable: from records to a mask of those to train on; ``None`` for all. Nothing else is held out for it.
     Raises:
         DataError: if nothing is left to train on.
     """
@@ -87,6 +93,10 @@ def split(
         held_out = _held_out(keys, target, config.seed, unit)
         train, evals = train[~held_out], train[held_out]
         sources.report.held_out_prompts = len(np.unique(keys[held_out]))
+    if trainable is not None:
+        kept = trainable(StoredRows(sources.train, train, sources.names).records)
+        sources.report.not_wanted = int((~kept).sum())
+        train = train[kept]
     train = _weighted(train, config.train_sources, config.seed)
     train = _sampled(train, max_train, (config.seed, Draw.SAMPLE_TRAIN))
     evals = _sampled(evals, max_eval, (config.seed, Draw.SAMPLE_EVAL))

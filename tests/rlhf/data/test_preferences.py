@@ -489,3 +489,18 @@ def test_the_alpaca_pairs_load_split_by_prompt(load, real_data):
     assert len(loaded.train) + len(loaded.evals) == 324
     assert not np.intersect1d(loaded.train.prompt_keys, loaded.evals.prompt_keys).size
     assert (loaded.train.scores[:, 0] > loaded.train.scores[:, 1]).all()
+
+
+def test_pairs_with_close_scores_are_passed_over_in_training_alone(load, write_rows):
+    rows = [
+        {"prompt": f"p {n}", "chosen": "good", "rejected": "bad", "chosen_score": n / 10, "rejected_score": 0}
+        for n in range(10)
+    ]
+    path = write_rows("pairs.jsonl", rows)
+    loaded = load([path], eval=(str(path),), min_score_gap=0.45)
+    assert sorted(loaded.train.scores[:, 0].tolist()) == [0.5, 0.6, 0.7, 0.8, 0.9]
+    assert len(loaded.evals) == 10
+    assert "5 training pairs have scores closer than data.min_score_gap" in loaded.report.lines()
+    unscored = write_rows("plain.jsonl", [{"prompt": "p", "chosen": "good", "rejected": "bad"}] * 2)
+    with pytest.raises(DataError, match="2 training pairs have no scores"):
+        load([unscored], min_score_gap=0.45, eval_share=0)
