@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from policy.preference.config import PreferenceConfig
-from policy.preference.objectives import LOSSES
+from policy.preference.losses import LOSSES
 from rlhf.config import load_config, to_yaml
 from rlhf.core.errors import ConfigError
 from rlhf.core.files import digest

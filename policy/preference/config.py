@@ -8,8 +8,8 @@ import torch
 from annotated_types import Ge, Gt, Le, Lt
 
 from policy.model import PolicyConfig
+from policy.preference.losses import LOSSES, Objective
 from policy.preference.modifiers import DIVERGENCE_LOSSES
-from policy.preference.objectives import LOSSES, Objective
 from reward.config import MarginConfig
 from rlhf.data.options import DataConfig, ExampleDataConfig
 from rlhf.engine.options import EngineConfig, OptimizerConfig
@@ -21,7 +21,7 @@ class TermConfig:
     """A further objective of a weighted sum."""
 
     kind: str
-    """A name of policy.preference.objectives.LOSSES; sft is the likelihood of the chosen response."""
+    """A name of policy.preference.losses.LOSSES; sft is the likelihood of the chosen response."""
     parameters: dict[str, float] = field(default_factory=dict)
     """Hyper-parameters of that objective."""
     weight: Annotated[float, Ge(0)] = 1.0
@@ -51,7 +51,7 @@ class LossConfig:
     """The objective and what modifies it."""
 
     kind: str = "apo_hinge_zero"
-    """A name of policy.preference.objectives.LOSSES."""
+    """A name of policy.preference.losses.LOSSES."""
     parameters: dict[str, float] = field(default_factory=dict)
     """Hyper-parameters of that objective, by name; what is not given has the objective's default."""
     weight: Annotated[float, Ge(0)] = 1.0

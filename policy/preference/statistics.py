@@ -1,4 +1,4 @@
-"""What objectives take of the whole batch (see policy.preference.objectives.STATISTICS), kept for its pairs."""
+"""What objectives take of the whole batch (see policy.preference.losses.STATISTICS), kept for its pairs."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from policy.preference.config import TermConfig
-from policy.preference.objectives import LOSSES, RUNNING, STATISTICS
+from policy.preference.losses import LOSSES, RUNNING, STATISTICS
 
 EMA_DECAY = 0.9
 

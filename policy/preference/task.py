@@ -9,8 +9,8 @@ from torch import Tensor
 from policy.model import PolicyOutput
 from policy.preference.columns import SIDES, View, gathered_columns, implicit_rewards, row_sums, view
 from policy.preference.config import PreferenceConfig
+from policy.preference.losses import LOSSES
 from policy.preference.modifiers import wpo_weights
-from policy.preference.objectives import LOSSES
 from policy.preference.reference import LiveReference, Reference
 from policy.preference.schedules import DeltaSchedule
 from policy.preference.statistics import BatchStatistics

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import minimize
 
-from policy.preference.losses import gamma_targets, matched
-from policy.preference.objectives import INPUTS, LOSSES, RUNNING, STATISTICS
+from policy.preference.batch_losses import gamma_targets, matched
+from policy.preference.losses import INPUTS, LOSSES, RUNNING, STATISTICS
 
 WITH_STATISTICS = sorted(name for name, objective in LOSSES.items() if objective.statistics)
 ADAPTIVE = ["alpha_dpo", "amapo"]

@@ -87,7 +87,7 @@ def test_a_damaged_shard_is_made_again(job, tiny_policy, alone, tmp_path):
 def test_numbers_of_another_model_are_found_out(job, tiny_policy, alone, tmp_path):
     open_cache(tmp_path / "cache", job(), lambda: ReplicatedModel(tiny_policy(), alone))
     moved = ReplicatedModel(tiny_policy(noise=0.02), alone)
-    with pytest.raises(CheckpointError, match="nats per token .* when computed again; another model"):
+    with pytest.raises(CheckpointError, match=r"nats per token .* when computed again; another model"):
         open_cache(tmp_path / "cache", job(), lambda: moved)
 
 

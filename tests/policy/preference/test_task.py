@@ -9,7 +9,7 @@ import torch
 
 from policy.preference.columns import row_sums
 from policy.preference.config import DeltaConfig, LossConfig, TermConfig, WatchConfig
-from policy.preference.objectives import LOSSES
+from policy.preference.losses import LOSSES
 from policy.preference.reference import LiveReference
 from policy.preference.schedules import BELOW_LOG_2
 from policy.preference.task import PreferenceTask
@@ -76,11 +76,11 @@ def test_micro_batches_change_neither_loss_nor_gradient(make_task, kind):
 
 
 def test_a_scope_of_micro_steps_sees_only_the_pairs_at_hand(make_task):
-    losses = [
-        one_step(*make_task(150, loss=LossConfig(kind="aot_unpaired", parameters={"beta": 1.0}, scope=scope)))[1]["loss"]
-        for scope in ("micro_step", "global_batch")
-    ]
-    assert not math.isclose(*losses, rel_tol=1e-3)
+    def loss_with(scope):
+        loss = LossConfig(kind="aot_unpaired", parameters={"beta": 1.0}, scope=scope)
+        return one_step(*make_task(150, loss=loss))[1]["loss"]
+
+    assert not math.isclose(loss_with("micro_step"), loss_with("global_batch"), rel_tol=1e-3)
 
 
 MODIFIED = {
@@ -240,7 +240,7 @@ def test_kto_is_the_formula_on_matched_and_mismatched_rows(unpaired_task, tiny_p
 
 
 def test_held_out_labels_are_judged_by_auc(unpaired_task):
-    engine, task = unpaired_task(5000)
+    _, task = unpaired_task(5000)
     metrics = task.evaluate()
     assert metrics["eval/auc"] == task.evaluation.auc
     assert 0 <= metrics["eval/auc"] <= 1 and task.evaluation.accuracy.pairs == 12

@@ -6,9 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from policy.preference.losses import sigmoid_loss
+from policy.preference.losses import LOSSES, sigmoid_loss
 from policy.preference.modifiers import divergence_scores, length_desensitised, wpo_weights
-from policy.preference.objectives import LOSSES
 
 pytestmark = pytest.mark.slow
 
