@@ -42,8 +42,8 @@ def token_logprobs(
     ``hidden[b, t]`` is what predicts ``targets[b, t]``: nothing is shifted here. With a causal model over
     ``tokens`` pass ``hidden[:, :-1]``, ``tokens[:, 1:]`` and ``response_mask[:, 1:]``.
 
-    Only response places are projected, ``chunk_tokens`` at a time, and projected again in the backward pass;
-    the largest tensor is ``(chunk_tokens, V)``, and no more than one of them lives at once.
+    Only response places are projected, ``chunk_tokens`` at a time, and projected again in the backward pass
+    (not if the head is frozen); the largest tensor is ``(chunk_tokens, V)``.
 
     Args:
         hidden: ``(B, T, D)`` last-layer states, after the final norm.
@@ -102,8 +102,9 @@ class _LogitShape(NamedTuple):
 class _ChunkedLogprobs(torch.autograd.Function):
     """``(n,)`` log-probabilities of targets ``(n,)`` after states ``(n, D)``.
 
-    Written out, as autograd would keep several ``(chunk, V)`` tensors at once: the backward pass needs only
-    the log-sum-exp of each row, from which one more projection gives the softmax.
+    Written out, as autograd would keep several ``(chunk, V)`` tensors at once. The backward pass needs only the
+    log-sum-exp of each row, from which one more projection gives the softmax. If the head is frozen (LoRA), not
+    even that: the gradient to the states is then known up to a factor by row, and made while logits are at hand.
     """
 
     @staticmethod
@@ -113,13 +114,17 @@ class _ChunkedLogprobs(torch.autograd.Function):
         precision = torch.promote_types(hidden.dtype, torch.float32)
         normalisers = torch.empty(len(hidden), dtype=precision, device=hidden.device)
         chosen, squares = torch.empty_like(normalisers), torch.zeros_like(normalisers)
+        only_hidden = ctx.needs_input_grad[:3] == (True, False, False)
+        slopes = torch.empty_like(hidden) if only_hidden else None
         for part in _chunks(len(hidden), shape.chunk_tokens):
             logits = _logits(hidden[part], weight, bias, shape)
             chosen[part] = logits.gather(1, targets[part, None]).squeeze(1)
             normalisers[part] = logits.logsumexp(dim=-1)
             if shape.with_square_sums:
-                squares[part] = logits.mul_(2).logsumexp(dim=-1) - 2 * normalisers[part]
-        ctx.save_for_backward(hidden, weight, bias, targets, normalisers)
+                squares[part] = (2 * logits).logsumexp(dim=-1) - 2 * normalisers[part]
+            if slopes is not None:
+                slopes[part] = _logit_slope(logits, targets[part], normalisers[part], shape).to(weight.dtype) @ weight
+        ctx.save_for_backward(*((slopes,) if only_hidden else (hidden, weight, bias, targets, normalisers)))
         ctx.shape = shape
         ctx.mark_non_differentiable(squares)
         return chosen - normalisers, squares
@@ -127,15 +132,20 @@ class _ChunkedLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        if len(ctx.saved_tensors) == 1:
+            (slopes,) = ctx.saved_tensors
+            return (upstream[:, None] * slopes).to(slopes.dtype), None, None, None, None
         hidden, weight, bias, targets, normalisers = ctx.saved_tensors
         to_hidden, to_weight, to_bias = (
             torch.zeros_like(values, dtype=normalisers.dtype) if needed and values is not None else None
             for values, needed in zip((hidden, weight, bias), ctx.needs_input_grad[:3], strict=True)
         )
         for part in _chunks(len(hidden), ctx.shape.chunk_tokens):
-            slope = _logit_gradient(hidden[part], weight, bias, targets[part], normalisers[part], upstream[part], ctx)
+            logits = _logits(hidden[part], weight, bias, ctx.shape)
+            slope = _logit_slope(logits, targets[part], normalisers[part], ctx.shape)
+            slope = slope.mul_(upstream[part, None]).to(weight.dtype)
             if to_hidden is not None:
-                to_hidden[part] = slope @ weight
+                to_hidden[part] = (slope @ weight).to(to_hidden.dtype)
             if to_weight is not None:
                 _add_product(to_weight, slope, hidden[part])
             if to_bias is not None:
@@ -144,25 +154,19 @@ class _ChunkedLogprobs(torch.autograd.Function):
         return (*(g if g is None else g.to(values.dtype) for g, values in gradients), None, None)
 
 
-def _logit_gradient(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    normalisers: Tensor,
-    upstream: Tensor,
-    ctx: Any,
-) -> Tensor:
-    """Gradient of ``upstream . logprobs`` with respect to the bare product of states and weight."""
-    logits = _logits(hidden, weight, bias, ctx.shape)
-    flatness = None if ctx.shape.softcap is None else 1 - (logits / ctx.shape.softcap) ** 2
-    slope = logits.sub_(normalisers[:, None]).exp_().mul_(-upstream[:, None])
-    slope.scatter_add_(1, targets[:, None], upstream[:, None].to(slope.dtype))
+def _logit_slope(logits: Tensor, targets: Tensor, normalisers: Tensor, shape: _LogitShape) -> Tensor:
+    """``(n, V)`` gradient of each row's log-probability with respect to the bare product of states and weight.
+
+    Overwrites ``logits``.
+    """
+    flatness = None if shape.softcap is None else 1 - (logits / shape.softcap) ** 2
+    slope = logits.sub_(normalisers[:, None]).exp_().neg_()
+    slope.scatter_add_(1, targets[:, None], torch.ones_like(targets[:, None], dtype=slope.dtype))
     if flatness is not None:
         slope *= flatness
-    if ctx.shape.scale != 1.0:
-        slope *= ctx.shape.scale
-    return slope.to(weight.dtype)
+    if shape.scale != 1.0:
+        slope *= shape.scale
+    return slope
 
 
 def _add_product(total: Tensor, slope: Tensor, hidden: Tensor) -> None:

@@ -4,7 +4,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rlhf.core.logprobs import response_logprobs
+from rlhf.core import logprobs
+from rlhf.core.logprobs import response_logprobs, token_logprobs
 
 
 def make_batch(rows=4, tokens=9, features=6, vocabulary=31, seed=0):
@@ -30,10 +31,11 @@ def row_by_row(hidden, weight, bias, targets, mask, scale, softcap):
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 4, 1000])
-@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.25, None), (1.0, 3.0)])
-def test_sums_and_gradients_are_those_of_whole_logits(chunk_tokens, scale, softcap):
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.25, None), (0.5, 3.0)])
+@pytest.mark.parametrize("frozen", [(), (1, 2), (0,)], ids=["all trained", "head frozen", "states frozen"])
+def test_sums_and_gradients_are_those_of_whole_logits(chunk_tokens, scale, softcap, frozen):
     *tensors, targets, mask = make_batch()
-    leaves = [tensor.requires_grad_() for tensor in tensors]
+    leaves = [tensor.requires_grad_(place not in frozen) for place, tensor in enumerate(tensors)]
     twins = [tensor.detach().clone().requires_grad_() for tensor in tensors]
     upstream = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)
     hidden, weight, bias = leaves
@@ -53,7 +55,30 @@ def test_sums_and_gradients_are_those_of_whole_logits(chunk_tokens, scale, softc
     (sums * upstream).sum().backward()
     (expected * upstream).sum().backward()
     for leaf, twin in zip(leaves, twins, strict=True):
-        torch.testing.assert_close(leaf.grad, twin.grad)
+        assert (leaf.grad is None) != leaf.requires_grad
+        if leaf.requires_grad:
+            torch.testing.assert_close(leaf.grad, twin.grad)
+
+
+def test_square_sums_tell_how_peaked_a_distribution_is():
+    hidden, weight, bias, targets, mask = make_batch()
+    found = token_logprobs(hidden, weight, targets, mask, head_bias=bias, chunk_tokens=3, with_square_sums=True)
+    expected = (hidden @ weight.T + bias).softmax(-1).square().sum(-1).log() * mask
+    torch.testing.assert_close(found.square_sums, expected)
+    sums, _ = response_logprobs(hidden, weight, targets, mask, head_bias=bias)
+    torch.testing.assert_close(found.logprobs.sum(1), sums)
+
+
+def test_a_frozen_head_is_projected_once(monkeypatch):
+    hidden, weight, _, targets, mask = make_batch()
+    calls = []
+    monkeypatch.setattr(logprobs, "_logits", lambda *args, real=logprobs._logits: calls.append(1) or real(*args))
+    for trained in (False, True):
+        calls.clear()
+        hidden.grad = None
+        sums, _ = response_logprobs(hidden.requires_grad_(), weight.requires_grad_(trained), targets, mask)
+        sums.sum().backward()
+        assert len(calls) == 1 + trained
 
 
 def test_a_uniform_head_gives_minus_log_vocabulary_per_token():
@@ -138,7 +163,7 @@ def test_logits_are_not_kept_for_the_backward_pass():
     hidden, weight, _, targets, mask = make_batch(features=2, vocabulary=500)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
-        response_logprobs(hidden.requires_grad_(), weight, targets, mask, chunk_tokens=4)
+        response_logprobs(hidden.requires_grad_(), weight.requires_grad_(), targets, mask, chunk_tokens=4)
     assert max(kept) == weight.numel() < 4 * 500
 
 
