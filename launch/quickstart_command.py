@@ -1,4 +1,4 @@
-"""``rlhf quickstart``: a margin reward model on a small real language model, from nothing."""
+"""``rlhf quickstart``: a margin reward model and an aligned policy from a small real language model, from nothing."""
 
 import argparse
 import json
@@ -9,45 +9,94 @@ from pathlib import Path
 from launch.launcher import default_ranks, launcher, launcher_environment
 from rlhf.core.errors import UserError
 from rlhf.models.gguf import embedded_model, import_gguf
+from rlhf.models.manifest import MANIFEST_NAME
 
-RECIPE = Path(__file__).parent / "recipes" / "quickstart_reward.yaml"
+HERE = Path(__file__).parent
 MODEL = Path("models/SmolLM2-135M-Instruct")
-OUTPUT = Path("runs/quickstart/reward")
+RUNS = Path("runs/quickstart")
+STAGES = {"reward": "reward", "preference": "policy.preference"}
+"""Module of each stage; its recipe is quickstart_<stage>.yaml, its run folder has its name."""
 
 
 def add_parser(subparsers) -> None:
     parser = subparsers.add_parser(
         "quickstart",
-        help="train, evaluate and publish a margin reward model on SmolLM2-135M and a small shipped corpus",
-        description="Import SmolLM2-135M-Instruct, train a reward model with optimal-transport margins on the shipped "
-        "sentiment pairs under the deepspeed launcher, evaluate it on held-out topics and publish it. Started again, "
-        "it goes on where it stopped.",
+        help="train a margin reward model and a policy on SmolLM2-135M and a small shipped corpus, and measure both",
+        description="Import SmolLM2-135M-Instruct; under the deepspeed launcher, train a reward model with optimal-"
+        "transport margins and a policy by APO-hinge-zero on the shipped sentiment pairs; evaluate both on held-out "
+        "topics and publish them. Started again, it goes on where it stopped.",
     )
     parser.add_argument("--ranks", type=int, help="processes (default: all GPUs, or 2 on a CPU with 2 or more cores)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the reward recipe to change")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="stage.key=value",
+        help="settings of a stage's recipe to change, such as preference.loss.kind=sigmoid",
+    )
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     began = time.monotonic()
-    _say(f"1/2  the backbone: {MODEL}")
+    overrides = _by_stage(options.overrides)
+    _say(f"1/4  the backbone: {MODEL}")
     import_gguf(embedded_model(), MODEL)
     ranks = options.ranks or default_ranks()
-    command = [*launcher(ranks), "--module", "reward", "--config", str(RECIPE), *options.overrides]
-    _say(f"2/2  the reward model: {' '.join(map(_shown, command))}")
-    final = OUTPUT / "final" / "margin_rlhf_manifest.json"
-    code = subprocess.run(command, check=False, env=launcher_environment()).returncode
-    if code != 0 or not final.is_file():  # the deepspeed command can exit 0 although a rank was killed
-        raise UserError(f"the reward stage did not finish (exit code {code}); the lines above say why")
-    rewards = json.loads(final.read_text())["rewards"]
+    _run_stage("2/4  the reward model", "reward", ranks, overrides["reward"])
+    _run_stage("3/4  the policy", "preference", ranks, overrides["preference"])
+    _say("4/4  gold reward of fresh samples for held-out prompts")
+    _evaluate()
+    rewards = json.loads((RUNS / "reward" / "final" / MANIFEST_NAME).read_text())["rewards"]
     print(
-        f"\ndone in {time.monotonic() - began:.0f} s. {OUTPUT}/final opens with AutoModelForSequenceClassification; "
+        f"\ndone in {time.monotonic() - began:.0f} s.\n"
+        f"{RUNS}/reward/final opens with AutoModelForSequenceClassification; "
         f"held-out rewards: mean {rewards['mean']:.2f}, standard deviation {rewards['standard_deviation']:.2f}.\n"
+        f"{RUNS}/preference/final opens with AutoModelForCausalLM; "
+        f"what it wrote: {RUNS}/evaluation/samples_policy.jsonl\n"
         "Next, score texts of your own (a JSON line each: prompt and response, or prompt, chosen and rejected):\n"
-        f"  .venv/bin/rlhf score --model {OUTPUT}/final --data launch/quickstart/sentiment_pairs_heldout.jsonl "
+        f"  .venv/bin/rlhf score --model {RUNS}/reward/final --data launch/quickstart/sentiment_pairs_heldout.jsonl "
         "--output runs/quickstart/scores.jsonl"
     )
     return 0
+
+
+def _by_stage(overrides: list[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {stage: [] for stage in STAGES}
+    for override in overrides:
+        stage, _, setting = override.partition(".")
+        if stage not in STAGES or "=" not in setting:
+            raise UserError(f"{override}: expected STAGE.KEY=VALUE, where STAGE is {' or '.join(STAGES)}")
+        found[stage].append(setting)
+    return found
+
+
+def _run_stage(title: str, stage: str, ranks: int, overrides: list[str]) -> None:
+    recipe = HERE / "recipes" / f"quickstart_{stage}.yaml"
+    command = [*launcher(ranks), "--module", STAGES[stage], "--config", str(recipe), *overrides]
+    _say(f"{title}: {' '.join(map(_shown, command))}")
+    code = subprocess.run(command, check=False, env=launcher_environment()).returncode
+    # The deepspeed command can exit 0 although a rank was killed.
+    if code != 0 or not (RUNS / stage / "final" / MANIFEST_NAME).is_file():
+        raise UserError(f"the {stage} stage did not finish (exit code {code}); the lines above say why")
+
+
+def _evaluate() -> None:
+    from rich.console import Console
+
+    from launch.quickstart.gold import gold_reward
+    from policy.evaluate import evaluate_policies, evaluation_table, read_prompts
+    from policy.sampling import SamplingSettings
+
+    found = evaluate_policies(
+        {"policy": RUNS / "preference" / "final"},
+        MODEL,
+        read_prompts(HERE / "quickstart" / "prompts_heldout.jsonl"),
+        gold_reward,
+        template=str(HERE / "quickstart" / "chat.jinja"),
+        settings=SamplingSettings(samples=1, max_new_tokens=40, batch_rows=85),
+        output=RUNS / "evaluation",
+    )
+    Console().print(evaluation_table(found))
 
 
 def _shown(part: str) -> str:

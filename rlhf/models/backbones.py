@@ -81,7 +81,28 @@ def _load(
         transformers_logging.set_verbosity(chatter)
     if vocabulary > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(vocabulary)
+    if config.kernels == "liger":
+        apply_liger(model)
     return model
+
+
+def apply_liger(model: PreTrainedModel) -> None:
+    """Replace norms, rotary embeddings and MLPs of a loaded model by Liger's fused kernels.
+
+    Raises:
+        ModelError: without CUDA, without the package, or for a model that Liger does not know.
+    """
+    if not torch.cuda.is_available():
+        raise ModelError("model.kernels = liger needs a CUDA device, and there is none; set model.kernels=none")
+    try:
+        from liger_kernel.transformers import monkey_patch
+    except ImportError as error:
+        raise ModelError(
+            f"model.kernels = liger, but the package cannot be imported ({error}): pip install 'margin-rlhf[kernels]'"
+        ) from error
+    if model.config.model_type not in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN:
+        raise ModelError(f"model.kernels = liger: Liger has no kernels for {model.config.model_type}; set it to none")
+    monkey_patch._apply_liger_kernel_to_instance(model=model)
 
 
 def logit_options(settings: PretrainedConfig) -> dict[str, float | None]:

@@ -36,6 +36,8 @@ class BackboneConfig:
     """Train adapters instead of the weights; null trains the weights."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """auto takes flash_attention_2 where it is installed and the device has it, else what Transformers prefers."""
+    kernels: Literal["none", "liger"] = "none"
+    """liger: fused norms, rotary embeddings and MLPs on CUDA (pip install 'margin-rlhf[kernels]')."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     trust_remote_code: bool = False

@@ -1,0 +1,74 @@
+import pytest
+import torch
+
+from policy.model import PolicyConfig, build_policy
+from rlhf.core.errors import ModelError
+from rlhf.data.batching import Row, row_group
+from rlhf.models.options import LoraOptions
+
+
+def build(path, **options):
+    return build_policy(PolicyConfig(path=str(path), **options), dtype=torch.float32, vocabulary=1, seed=0)
+
+
+@pytest.fixture
+def group():
+    generator = torch.Generator().manual_seed(0)
+    tokens = [torch.randint(3, 300, (length,), generator=generator).numpy() for length in (7, 12)]
+    return row_group([Row(ids, ids >= 0) for ids in tokens])
+
+
+@pytest.mark.parametrize("setting", [{"final_logit_softcapping": 2.0}, {"logit_scale": 0.3}, {"logits_scaling": 4.0}])
+def test_what_a_model_does_to_its_logits_is_done(tiny_model, group, setting):
+    plain = build(tiny_model)((group,)).logprobs[0]
+    policy = build(tiny_model)
+    for name, value in setting.items():
+        setattr(policy.hf.config, name, value)
+    changed = type(policy)(_with_plain_head(policy))((group,)).logprobs[0]
+    states = policy.hf.base_model(input_ids=group.tokens).last_hidden_state
+    logits = states @ policy.hf.lm_head.weight.T
+    if "final_logit_softcapping" in setting:
+        logits = 2 * torch.tanh(logits / 2)
+    logits = logits * setting.get("logit_scale", 1) / setting.get("logits_scaling", 1)
+    expected = logits[0, :6].log_softmax(-1).gather(1, group.tokens[0, 1:7, None]).squeeze(1)
+    torch.testing.assert_close(changed[0, :6], expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(changed, plain, rtol=1e-2)
+
+
+def _with_plain_head(policy):
+    return policy.plain()
+
+
+def test_the_plain_model_gives_logits_again(tiny_model, group):
+    policy = build(tiny_model)
+    logprobs = policy((group,)).logprobs[0]
+    logits = policy.plain()(input_ids=group.tokens[:, :7]).logits
+    expected = logits[0, :-1].log_softmax(-1).gather(1, group.tokens[0, 1:7, None]).squeeze(1)
+    torch.testing.assert_close(logprobs[0, :6], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("publish_lora", ["merged", "adapter"])
+def test_a_saved_lora_policy_opens_with_plain_transformers(tiny_model, group, tmp_path, publish_lora):
+    from transformers import AutoModelForCausalLM
+
+    policy = build(tiny_model, lora=LoraOptions(rank=2, alpha=4.0))
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_" in name:
+                parameter += 0.1
+    policy.eval()
+    expected = policy((group,)).logprobs[0]
+    base = build(tiny_model)((group,)).logprobs[0]
+    policy.save(tmp_path, publish_lora)
+    assert (tmp_path / "adapter_config.json").exists() == (publish_lora == "adapter")
+    hf = AutoModelForCausalLM.from_pretrained(tmp_path)
+    logits = hf(input_ids=group.tokens[:1, :7]).logits
+    found = logits[0, :-1].log_softmax(-1).gather(1, group.tokens[0, 1:7, None]).squeeze(1)
+    torch.testing.assert_close(found, expected[0, :6], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(expected, base, rtol=1e-2)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without CUDA")
+def test_liger_without_cuda_is_refused_with_the_way_out(tiny_model):
+    with pytest.raises(ModelError, match=r"needs a CUDA device.*model.kernels=none"):
+        build(tiny_model, kernels="liger")
