@@ -113,13 +113,15 @@ def test_bad_input_gives_one_message_and_leaves_an_earlier_run_as_it_was(
     before = {path: path.stat().st_mtime_ns for path in (one_rank / "final").iterdir()}
     silent = tmp_path / "silent.jsonl"
     silent.write_text(json.dumps({"prompt": "the sun", "chosen": "good", "rejected": " "}) + "\n")
+    eating = tmp_path / "eats.jinja"
+    eating.write_text("{{ messages[0]['content'] }}")
     cache = tmp_path / "cache"
     first = arguments(recipe, tmp_path / "first", "train.max_steps=1", "train.publish=none", f"reference.cache={cache}")
     run_ranks(first, ranks=1)
     refusals = {
         "row without a response": ([f"data.train={silent}"], "rejected is empty"),
         "template that eats the response": (
-            ["data.template={{ messages[0]['content'] }}"],
+            [f"data.template={eating}"],
             "the template drops or rewrites the response",
         ),
         "reference from another tokenizer": ([f"reference.path={other_family}"], "has another tokenizer"),
