@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from rlhf.core.checks import check_positive, check_same_shape
 from rlhf.core.masking import check_mask
 
-CHUNK_TOKENS = 512
+CHUNK_TOKENS = 256
 
 
 class TokenLogprobs(NamedTuple):
