@@ -110,32 +110,40 @@ def _write(
 ) -> dict[str, float]:
     tokenizer = portable_tokenizer(publication.chat)
     model = _rebuild(publication, weights)
-    expected = live
-    if publication.dtype != torch.float32:
-        expected = _float32_values(model, rows)
-        check_low_precision(live, expected, LOW_PRECISION_TOLERANCE)
-        model = _rebuild(publication, weights)
     with staged_directory(target) as staged:
         model.hf.generation_config = _generation_config(model, tokenizer)
         model.save(staged, publication.model.publish_lora)
         tokenizer.save_pretrained(staged)
         write_manifest(staged, publication.manifest())
+        expected = live
+        if publication.dtype != torch.float32:
+            expected = _float32_values(_as_saved(publication, model, weights), rows)
+            check_low_precision(live, expected, LOW_PRECISION_TOLERANCE)
         request = {"rows": readable_cases(rows, expected, tokenizer)}
         return check_in_fresh_process("policy.reload_check", staged, request)
 
 
 def _rebuild(publication: Publication, weights: dict[str, Tensor]) -> PolicyModel:
     """A copy on the CPU with the trained weights, adapters still apart."""
-    model = build_policy(
-        publication.model,
-        dtype=publication.dtype,
-        vocabulary=required_embedding_rows(publication.chat.tokenizer),
-        seed=publication.seed,
-    )
+    model = _untrained(publication, publication.dtype)
     missing, unexpected = model.load_state_dict(weights, strict=False)
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - {*dict(model.named_parameters())}
     if set(missing) - tied or unexpected:
         raise ModelError(f"trained weights do not fit: missing {missing}, unexpected {unexpected}")
+    return model.eval()
+
+
+def _untrained(publication: Publication, dtype: torch.dtype) -> PolicyModel:
+    vocabulary = required_embedding_rows(publication.chat.tokenizer)
+    return build_policy(publication.model, dtype=dtype, vocabulary=vocabulary, seed=publication.seed)
+
+
+def _as_saved(publication: Publication, saved: PolicyModel, weights: dict[str, Tensor]) -> PolicyModel:
+    """What a reader in float32 gets of a model that was trained and saved in less."""
+    if publication.model.lora is None or publication.model.publish_lora == "merged":
+        return PolicyModel(saved.hf).float()
+    model = _untrained(publication, torch.float32)  # the base on disk may have more digits than the training had
+    model.load_state_dict({name: value for name, value in weights.items() if "lora_" in name}, strict=False)
     return model.eval()
 
 
@@ -150,8 +158,7 @@ def _generation_config(model: PolicyModel, tokenizer: Any) -> GenerationConfig:
 
 
 def _float32_values(model: PolicyModel, rows: list[Row]) -> Tensor:
-    """Of the weights as saved, computed in float32 by this process."""
-    model = model.float()
+    """Computed by this process."""
     with torch.no_grad():
         return torch.stack([_per_token(model((row_group([row]),)), row) for row in rows])
 
