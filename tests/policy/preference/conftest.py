@@ -69,7 +69,10 @@ def make_task(tiny_config, tiny_data, tiny_policy):
         train = replace(tiny_config.train, micro_batch_tokens=token_budget)
         config = replace(tiny_config, train=train, **sections)
         engine = LocalEngine(tiny_policy(noise), ranks=ALONE, optimizer=config.optim, total_steps=20)
-        reference = LiveReference(ReplicatedModel(tiny_policy(), ALONE)) if config.loss.needs_reference else None
+        reference = None
+        if config.loss.needs_reference:
+            moves = bool(config.reference.sync_every)
+            reference = LiveReference(ReplicatedModel(tiny_policy(), ALONE), moves=moves)
         task = PreferenceTask(engine, config, tiny_data.train, tiny_data.evals, (reference, reference), 20)
         return engine, task
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from policy.preference.columns import row_sums
-from policy.preference.config import DeltaConfig, LossConfig, TermConfig, WatchConfig
+from policy.preference.config import DeltaConfig, LossConfig, ReferenceConfig, TermConfig, WatchConfig
 from policy.preference.losses import LOSSES
 from policy.preference.reference import LiveReference
 from policy.preference.schedules import BELOW_LOG_2
@@ -145,6 +145,16 @@ def test_drift_is_zero_where_policy_and_reference_are_one(make_task):
     metrics = one_step(*make_task(noise=0.0))[1]
     assert metrics["logprobs/chosen_drift"] == metrics["kl"] == metrics["gap"] == 0
     assert math.isclose(metrics["loss"], math.log(2), rel_tol=1e-6)
+
+
+def test_a_moving_reference_catches_up_and_is_part_of_the_state(make_task):
+    moving = ReferenceConfig(kind="live", sync_every=2, sync_share=1.0)
+    engine, task = make_task(reference=moving)
+    drifts = [one_step(engine, task, step)[1]["logprobs/chosen_drift"] for step in (0, 1, 2)]
+    assert drifts[0] != 0 and drifts[1] != 0 and drifts[2] == 0
+    again_engine, again = make_task(reference=moving)
+    again.load_state_dict(task.state_dict())
+    assert one_step(again_engine, again, 1)[1]["logprobs/chosen_drift"] == 0
 
 
 def test_a_reference_free_objective_counts_drift_from_its_first_step(make_task):
