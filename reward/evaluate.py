@@ -125,6 +125,27 @@ def evaluate_pairs(
     )
 
 
+def evaluate_held_out(
+    chosen_rewards: ArrayLike, rejected_rewards: ArrayLike, *, lengths: Array, scores: Array
+) -> Evaluation:
+    """:func:`evaluate_pairs` on the columns of a data set.
+
+    Args:
+        chosen_rewards, rejected_rewards: ``(N,)``.
+        lengths: ``(N, 2)`` of chosen and rejected.
+        scores: ``(N, 2)`` likewise; left out if one of them is not a number.
+    """
+    known = not np.isnan(scores).any()
+    return evaluate_pairs(
+        chosen_rewards,
+        rejected_rewards,
+        chosen_lengths=lengths[:, 0],
+        rejected_lengths=lengths[:, 1],
+        chosen_scores=scores[:, 0] if known else None,
+        rejected_scores=scores[:, 1] if known else None,
+    )
+
+
 def preference_accuracy(gap: ArrayLike) -> Accuracy:
     """Accuracy of the sign of ``gap`` ``(N,)``: positive is right, zero is a tie and counts half."""
     gap = np.asarray(gap)

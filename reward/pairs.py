@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from rlhf.data.batching import Batch
 from rlhf.engine.ranks import Ranks
 
 
@@ -32,6 +33,27 @@ class Pairs:
         """Sorted by position, so that sums do not depend on which rank held which pair."""
         order = self.positions.argsort()
         return Pairs(*(getattr(self, field.name)[order] for field in fields(self)))
+
+
+def detached_pairs(batch: Batch, chosen_rewards: Tensor, rejected_rewards: Tensor, embeddings: Tensor) -> Pairs:
+    """The pairs of one batch.
+
+    Args:
+        batch: what was computed.
+        chosen_rewards, rejected_rewards: ``(B,)``.
+        embeddings: ``(R, D)``, by row of the batch's groups.
+    """
+    chosen, rejected = chosen_rewards.detach().float(), rejected_rewards.detach().float()
+    chosen_embeddings, rejected_embeddings = batch.sides(embeddings.detach().float())
+    margins = batch.margins if batch.margins is not None else batch.score_gaps
+    return Pairs(
+        positions=batch.positions,
+        chosen_rewards=chosen,
+        rejected_rewards=rejected,
+        chosen_embeddings=chosen_embeddings,
+        rejected_embeddings=rejected_embeddings,
+        data_margins=torch.full_like(chosen, torch.nan) if margins is None else margins,
+    )
 
 
 def gather_pairs(pairs: Pairs, ranks: Ranks) -> Pairs:

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from reward.config import RewardConfig
-from reward.evaluate import Evaluation, evaluate_pairs
+from reward.evaluate import Evaluation, evaluate_held_out
 from reward.losses import LOSSES
 from reward.margin_maker import MarginMaker
 from reward.model import Scores
-from reward.pairs import Pairs, concatenate, gather_pairs
+from reward.pairs import Pairs, concatenate, detached_pairs, gather_pairs
 from reward.statistics import StepStatistics
 from reward.telemetry import margin_telemetry
 from rlhf.data.batching import Batch
@@ -59,14 +59,14 @@ class RewardTask:
         self._margins.start_step(step)
         if self._global:
             ranks = self._engine.ranks
-            seen = [_detached_pairs(scores, batch) for batch, scores in without_gradient(self._engine, batches)]
+            seen = [_pairs(scores, batch) for batch, scores in without_gradient(self._engine, batches)]
             self._observe(concatenate([gather_pairs(pairs, ranks) for pairs in seen]))
         return batches
 
     def loss(self, batch: Batch) -> Tensor:
         scores = self._engine.forward(batch.groups)
         if not self._global:
-            self._observe(gather_pairs(_detached_pairs(scores, batch), self._engine.ranks))
+            self._observe(gather_pairs(_pairs(scores, batch), self._engine.ranks))
         chosen, rejected = batch.sides(scores.rewards)
         inputs: dict[str, Any] = self._statistics.arguments(batch.positions)
         if self._loss.takes_margins:
@@ -133,33 +133,17 @@ class RewardTask:
         parts = []
         for start, batches in self._batches.chunks(data, np.arange(len(data))):
             for batch, scores in without_gradient(self._engine, batches):
-                found = gather_pairs(_detached_pairs(scores, batch), ranks)
+                found = gather_pairs(_pairs(scores, batch), ranks)
                 parts.append((found.positions + start, found.chosen_rewards, found.rejected_rewards))
         positions, chosen, rejected = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
         order = positions.argsort()
-        scores = data.scores if not np.isnan(data.scores).any() else None
-        return evaluate_pairs(
-            chosen[order].numpy(),
-            rejected[order].numpy(),
-            chosen_lengths=data.lengths[:, 0],
-            rejected_lengths=data.lengths[:, 1],
-            chosen_scores=None if scores is None else scores[:, 0],
-            rejected_scores=None if scores is None else scores[:, 1],
+        return evaluate_held_out(
+            chosen[order].numpy(), rejected[order].numpy(), lengths=data.lengths, scores=data.scores
         )
 
 
-def _detached_pairs(scores: Scores, batch: Batch) -> Pairs:
-    chosen, rejected = batch.sides(scores.rewards.detach().float())
-    chosen_embeddings, rejected_embeddings = batch.sides(scores.embeddings.detach().float())
-    margins = batch.margins if batch.margins is not None else batch.score_gaps
-    return Pairs(
-        positions=batch.positions,
-        chosen_rewards=chosen,
-        rejected_rewards=rejected,
-        chosen_embeddings=chosen_embeddings,
-        rejected_embeddings=rejected_embeddings,
-        data_margins=torch.full_like(chosen, torch.nan) if margins is None else margins,
-    )
+def _pairs(scores: Scores, batch: Batch) -> Pairs:
+    return detached_pairs(batch, *batch.sides(scores.rewards), scores.embeddings)
 
 
 def _evaluation_metrics(evaluation: Evaluation) -> dict[str, float]:

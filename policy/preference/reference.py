@@ -108,15 +108,18 @@ def open_cache(folder: Path, job: CacheJob, ask: Callable[[], Frozen]) -> Cached
     ranks = job.batches.ranks
     shard_items = ranks.on_main(lambda: _claim(folder, job))
     shards = _Shards(folder, len(job.data), shard_items, job.data.lengths.shape[1])
-    missing = ranks.on_main(shards.missing)
+    values = ranks.together(shards.read)
+    missing = ranks.on_main(lambda: shards.missing(values))
     sample = np.unique(np.linspace(0, len(job.data) - 1, job.verify_items).astype(int))
     sample = np.array([index for index in sample if index // shard_items not in missing], dtype=int)
     model = ask() if missing or len(sample) else None
     if len(sample):
-        _verify(folder, sample, ranks.together(shards.read_found), job, model)
+        _verify(folder, sample, values, job, model)
     if missing:
         _fill(shards, missing, job, model)
-    return CachedReference(ranks.together(shards.read))
+        values = ranks.together(shards.read)
+    ranks.together(lambda: _check_complete(folder, values))
+    return CachedReference(values)
 
 
 def _claim(folder: Path, job: CacheJob) -> int:
@@ -151,28 +154,25 @@ class _Shards:
     def span(self, number: int) -> tuple[int, int]:
         return number * self._size, min((number + 1) * self._size, self._items)
 
-    def missing(self) -> list[int]:
-        """Shards that are absent or damaged."""
-        count = -(-self._items // self._size)
-        return [number for number in range(count) if self._load(number) is None]
+    def missing(self, values: np.ndarray) -> list[int]:
+        """Shards that :meth:`read` found absent or damaged."""
+        return [number for number in self._numbers if np.isnan(values[slice(*self.span(number))]).any()]
 
     def write(self, number: int, values: np.ndarray) -> None:
         write_array(self._path(number), values)
 
-    def read_found(self) -> np.ndarray:
-        """``(N, S, 2)``, not a number where a shard is missing."""
+    def read(self) -> np.ndarray:
+        """``(N, S, 2)``, not a number where a shard is absent or damaged."""
         values = np.full((self._items, self._rows, 2), np.nan, np.float32)
-        for number in range(-(-self._items // self._size)):
+        for number in self._numbers:
             part = self._load(number)
             if part is not None:
                 values[slice(*self.span(number))] = part
         return values
 
-    def read(self) -> np.ndarray:
-        values = self.read_found()
-        if np.isnan(values).any():
-            raise CheckpointError(f"{self._folder}: the cache is incomplete on this host; is the folder shared?")
-        return values
+    @property
+    def _numbers(self) -> range:
+        return range(-(-self._items // self._size))
 
     def _path(self, number: int) -> Path:
         return self._folder / f"shard-{number:06d}.npy"
@@ -218,6 +218,11 @@ def _gathered(batches: list[Batch], model: Frozen) -> Iterator[tuple[np.ndarray,
         mine = torch.stack([sums.head.T, sums.tail.T], dim=2).float()
         positions = model.ranks.gather_rows(batch.positions)
         yield positions.cpu().numpy(), model.ranks.gather_rows(mine).cpu().numpy()
+
+
+def _check_complete(folder: Path, values: np.ndarray) -> None:
+    if np.isnan(values).any():
+        raise CheckpointError(f"{folder}: the cache is incomplete on this host; is the folder shared?")
 
 
 def _check_finite(values: np.ndarray, indices: np.ndarray, data: ItemSource) -> None:

@@ -17,7 +17,7 @@ from policy.preference.statistics import BatchStatistics
 from policy.preference.telemetry import HeldOut, StepRows, held_out_evaluation, start_of, step_metrics
 from policy.preference.watch import Watch
 from reward.margin_maker import MarginMaker
-from reward.pairs import Pairs, concatenate, gather_pairs
+from reward.pairs import Pairs, concatenate, detached_pairs, gather_pairs
 from reward.telemetry import margin_telemetry
 from rlhf.data.batching import Batch, ItemSource
 from rlhf.engine.api import Engine
@@ -165,16 +165,7 @@ class PreferenceTask:
     def _reward_pairs(self, batch: Batch, view: View, output: PolicyOutput) -> Pairs:
         """Implicit rewards and mean response states in the place of rewards and pooled embeddings."""
         chosen, rejected = (implicit_rewards(view.columns, self._config.loss, side) for side in SIDES)
-        chosen_embeddings, rejected_embeddings = batch.sides(output.embeddings)
-        margins = batch.margins if batch.margins is not None else batch.score_gaps
-        return Pairs(
-            positions=batch.positions,
-            chosen_rewards=chosen,
-            rejected_rewards=rejected,
-            chosen_embeddings=chosen_embeddings,
-            rejected_embeddings=rejected_embeddings,
-            data_margins=torch.full_like(chosen, torch.nan) if margins is None else margins,
-        )
+        return detached_pairs(batch, chosen, rejected, output.embeddings)
 
     def _wpo_weights(self, columns: dict[str, Tensor], output: PolicyOutput, batch: Batch) -> Tensor:
         squares = batch.sides(torch.cat([part.sum(dim=1) for part in output.square_sums]))

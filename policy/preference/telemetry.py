@@ -13,7 +13,7 @@ from torch import Tensor
 
 from policy.preference.columns import SIDES, View, gathered_columns, implicit_rewards
 from policy.preference.config import LossConfig
-from reward.evaluate import Accuracy, Evaluation, evaluate_pairs, evaluation_table, preference_accuracy
+from reward.evaluate import Accuracy, Evaluation, evaluate_held_out, evaluation_table, preference_accuracy
 from rlhf.core.errors import TrainingStopped
 from rlhf.data.batching import Batch, ItemSource
 from rlhf.engine.ranks import Ranks
@@ -156,16 +156,7 @@ def held_out_evaluation(seen: Columns, data: ItemSource, loss: LossConfig) -> tu
             "eval/kl": record.kl,
         }
     rewards = {side: implicit_rewards(seen, loss, side).cpu().numpy() for side in SIDES}
-    scores = getattr(data, "scores", None)
-    known = scores is not None and not np.isnan(scores).any()
-    record = evaluate_pairs(
-        rewards["chosen"],
-        rewards["rejected"],
-        chosen_lengths=data.lengths[:, 0],
-        rejected_lengths=data.lengths[:, 1],
-        chosen_scores=scores[:, 0] if known else None,
-        rejected_scores=scores[:, 1] if known else None,
-    )
+    record = evaluate_held_out(rewards["chosen"], rewards["rejected"], lengths=data.lengths, scores=data.scores)
     metrics = {"eval/accuracy": record.accuracy.value, "eval/loss": record.mean_loss, "eval/gap": record.mean_gap}
     for side in SIDES:
         tokens = seen[f"{side}_lengths"].sum()

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlhf.core.files import write_json
+from rlhf.core.files import file_checksum, write_json
 
 TOKENS = "tokens.bin"
 ROWS = "rows.npy"
@@ -137,7 +137,7 @@ class RowWriter:
     def _finish(self) -> None:
         self._close_block()
         np.save(self._folder / ROWS, np.concatenate(self._blocks))
-        checksums = {name: _checksum(self._folder / name) for name in (TOKENS, ROWS, BAD)}
+        checksums = {name: file_checksum(self._folder / name) for name in (TOKENS, ROWS, BAD)}
         meta = {"counts": asdict(self.counts), "checksums": checksums}
         write_json(self._folder / META, {**meta, "own_checksum": _text_checksum(meta)})
 
@@ -152,7 +152,7 @@ def _checked_meta(folder: Path) -> dict[str, Any]:
         if meta.pop("own_checksum") != _text_checksum(meta):
             raise DamagedStore(f"{folder / META} has changed")
         for name, checksum in meta["checksums"].items():
-            if _checksum(folder / name) != checksum:
+            if file_checksum(folder / name) != checksum:
                 raise DamagedStore(f"{folder / name} has changed")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedStore(f"{folder} cannot be read ({error})") from error
@@ -161,11 +161,3 @@ def _checked_meta(folder: Path) -> dict[str, Any]:
 
 def _text_checksum(value: Any) -> int:
     return zlib.crc32(json.dumps(value, sort_keys=True).encode())
-
-
-def _checksum(path: Path) -> int:
-    value = 0
-    with path.open("rb") as handle:
-        while block := handle.read(1 << 20):
-            value = zlib.crc32(block, value)
-    return value

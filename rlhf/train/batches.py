@@ -1,5 +1,6 @@
 """This rank's micro-batches of a step or of an evaluation, and forwards over them without gradient."""
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -65,12 +66,19 @@ class BatchMaker:
 
 def without_gradient(model: Frozen, batches: Iterable[Batch], **options: Any) -> Iterator[tuple[Batch, Any]]:
     """Each batch with what the model says about its row groups, dropout off. All ranks must call it alike."""
+    with asking(model):
+        for batch in batches:
+            yield batch, model.forward(batch.groups, **options)
+
+
+@contextlib.contextmanager
+def asking(model: Frozen) -> Iterator[None]:
+    """Inside, no gradient is recorded and dropout is off."""
     module = model.module
     was_training = module.training
     module.eval()
     try:
         with torch.no_grad():
-            for batch in batches:
-                yield batch, model.forward(batch.groups, **options)
+            yield
     finally:
         module.train(was_training)

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from rlhf.core.errors import ModelError
 from rlhf.data.batching import ItemSource, Row, row_group
 from rlhf.engine.api import Engine
+from rlhf.train.batches import asking
 
 CASES = 12
 
@@ -29,13 +29,8 @@ def sample_rows(data: ItemSource) -> list[Row]:
 
 def live_outputs(engine: Engine, rows: Sequence[Row]) -> list[Any]:
     """What the model under training says about each row alone. Every rank must call it."""
-    module, device = engine.module, engine.ranks.device
-    was_training = module.training
-    module.eval()
-    with torch.no_grad():
-        found = [engine.forward((row_group([row]).to(device),)) for row in rows]
-    module.train(was_training)
-    return found
+    with asking(engine):
+        return [engine.forward((row_group([row]).to(engine.ranks.device),)) for row in rows]
 
 
 def readable_cases(rows: Sequence[Row], values: Tensor, tokenizer: Any) -> list[dict]:
