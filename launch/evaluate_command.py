@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from launch.arguments import positive_int
 from rlhf.core.errors import UserError
 
 
@@ -20,8 +21,8 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--prompts", type=Path, required=True, help='jsonl file with a "prompt" in each line')
     parser.add_argument("--reward", required=True, help="module:function(prompts, responses) -> rewards")
     parser.add_argument("--template", help="as data.template of the recipe")
-    parser.add_argument("--samples", type=int, default=4, help="responses to each prompt (default %(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="(default %(default)s)")
+    parser.add_argument("--samples", type=positive_int, default=4, help="responses to a prompt (default %(default)s)")
+    parser.add_argument("--max-new-tokens", type=positive_int, default=128, help="(default %(default)s)")
     parser.add_argument("--temperature", type=float, default=1.0, help="(default %(default)s)")
     parser.add_argument("--top-p", type=float, default=1.0, help="(default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default %(default)s)")

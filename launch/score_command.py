@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from launch.arguments import positive_int
 from rlhf.core.errors import UserError
 
 
@@ -17,8 +18,8 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--data", required=True, help="jsonl, json, csv, parquet, arrow, or a hub name")
     parser.add_argument("--output", type=Path, required=True, help="jsonl file to write")
     at_once = "padded tokens at once (default %(default)s)"
-    parser.add_argument("--batch-tokens", type=_positive, default=8192, help=at_once)
-    parser.add_argument("--max-tokens", type=_positive, help="rows longer than this are reported, not scored")
+    parser.add_argument("--batch-tokens", type=positive_int, default=8192, help=at_once)
+    parser.add_argument("--max-tokens", type=positive_int, help="rows longer than this are reported, not scored")
     for name in ("prompt", "response", "chosen", "rejected"):
         parser.add_argument(f"--{name}-column", help=f"column of the {name} (default: {name})")
     parser.set_defaults(run=run)
@@ -48,10 +49,3 @@ def run(options: argparse.Namespace) -> int:
     )
     print(f"{options.output}: done" + (f"; {faults} rows could not be scored, see their 'error'" if faults else ""))
     return 1 if faults else 0
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"{value}: expected a number above 0")
-    return value

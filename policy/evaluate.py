@@ -85,6 +85,9 @@ def evaluate_policies(
         DataError: if there is no prompt, or ``reward`` gives a wrong number of rewards or one that is not finite.
     """
     hide_loading_bars()
+    for folder in (reference, *policies.values()):  # before anything takes time
+        if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
+            raise ModelError(f"{folder}: not a model folder (no config.json); give the final/ folder of a run")
     chat = chat_format(load_tokenizer(str(reference)), template)
     base = _open(reference)
     found: list[PolicyEvaluation] = []

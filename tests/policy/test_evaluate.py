@@ -8,9 +8,10 @@ import torch
 from scipy import stats
 from transformers import AutoModelForCausalLM
 
+from launch.cli import build_parser
 from policy.evaluate import evaluate_policies, load_reward, read_prompts
 from policy.sampling import SamplingSettings
-from rlhf.core.errors import ConfigError, DataError
+from rlhf.core.errors import ConfigError, DataError, ModelError
 
 PROMPTS = [f"write about {word}" for word in ("sun", "rain", "tax", "a good day")]
 SETTINGS = SamplingSettings(samples=3, max_new_tokens=6, batch_rows=5)
@@ -65,6 +66,20 @@ def test_one_seed_gives_one_result(tiny_model, tmp_path):
 def test_a_reward_function_that_miscounts_or_gives_nan_is_refused(tiny_model, tmp_path, values):
     with pytest.raises(DataError, match="12 responses"):
         evaluate(tiny_model, {}, tmp_path, reward=lambda prompts, responses: values)
+
+
+def test_a_folder_without_a_model_is_named_before_anything_is_sampled(tiny_model, tmp_path):
+    with pytest.raises(ModelError, match="nothing: not a model folder"):
+        evaluate(tiny_model, {"moved": tmp_path / "nothing"}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("number", ["0", "-3", "many"])
+def test_no_samples_are_refused_by_the_parser(number, capsys):
+    command = ["evaluate", "--reference", "m", "--prompts", "p", "--reward", "a:b", "--output", "o"]
+    with pytest.raises(SystemExit):
+        build_parser().parse_args([*command, "--samples", number])
+    assert "--samples" in capsys.readouterr().err
 
 
 def test_bad_names_and_files_are_told(tmp_path):
