@@ -1,13 +1,14 @@
-"""The kinds of rows that can be tokenised: preference pairs, conversations, and answers with a label."""
+"""The kinds of rows that can be tokenised: preference pairs, conversations, answers with a label, and prompts."""
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from rlhf.data.options import ColumnConfig, ExampleColumns
-from rlhf.data.records import ExampleRecord, PreferenceRecord, to_example, to_record
-from rlhf.data.store import EXAMPLE, PAIR, Fields
+from rlhf.data.options import ColumnConfig, ExampleColumns, PromptColumns
+from rlhf.data.records import ExampleRecord, PreferenceRecord, PromptRecord, to_example, to_prompt, to_record
+from rlhf.data.store import EXAMPLE, PAIR, PROMPT, Fields, text_as_numbers
 from rlhf.data.templates import Span, Turns
 from rlhf.data.tokenising import Tokenising
 
@@ -57,6 +58,25 @@ class Examples:
     def fields(self, entry: ExampleRecord, sides: list[Turns]) -> Fields:
         [(ids, spans)] = sides
         return Fields((ids, spans), (spans[0, 0], bool(entry.label)))
+
+
+class Prompts:
+    """What a model is to answer: tokens up to where it begins to write, and the messages that they come from."""
+
+    name = unit = "prompts"
+    record = PROMPT
+
+    def read(self, value: Any, columns: PromptColumns, *, row_id: str, source: str) -> tuple[PromptRecord, str]:
+        return to_prompt(value, columns, row_id=row_id, source=source)
+
+    def render(self, entry: PromptRecord, settings: Tokenising) -> list[tuple[str, list[Span]]]:
+        text = settings.format.render_prompt(settings.with_system_prompt(entry.prompt))
+        return [(text, [(len(text), len(text))])]  # an empty response, so that all of the prompt may be cut
+
+    def fields(self, entry: PromptRecord, sides: list[Turns]) -> Fields:
+        [(ids, _)] = sides
+        messages = json.dumps(entry.prompt, ensure_ascii=False, separators=(",", ":"))
+        return Fields((ids, text_as_numbers(messages)), ())
 
 
 def _to_the_end(before: str, whole: str) -> tuple[str, list[Span]]:

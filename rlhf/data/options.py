@@ -1,4 +1,4 @@
-"""What a recipe says about its data: preference pairs, or single rows."""
+"""What a recipe says about its data: preference pairs, single rows, or prompts alone."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +41,23 @@ class ExampleColumns:
     messages of the prompt are not learnt."""
     label: str | None = None
     """Whether the completion is a desirable one: true or false, 1 or 0 (usual name: label)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptColumns:
+    """Names of the columns. Unset: the usual name, where rows have it. Empty: ignore such a column.
+
+    The first of prompt, messages and chosen that a row has is read.
+    """
+
+    prompt: str | None = None
+    """Text, or messages that end with one of the user (usual name: prompt)."""
+    messages: str | None = None
+    """A conversation; the prompt is what stands up to the last user message (usual names: messages, conversations)."""
+    chosen: str | None = None
+    """A whole conversation; what it shares with rejected is the prompt (usual name: chosen)."""
+    rejected: str | None = None
+    """The other whole conversation; without one, chosen is read like messages (usual name: rejected)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +175,26 @@ class ExampleDataConfig(RowsConfig):
     """Train on a seeded sample of this many rows; a smaller sample is part of every larger one."""
     max_eval_rows: Annotated[int, Gt(0)] | None = None
     """Evaluate on a seeded sample of at most this many rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptDataConfig(RowsConfig):
+    """Prompts that a model is to answer: where they come from and how they become tokens."""
+
+    columns: PromptColumns = field(default_factory=PromptColumns)
+    """Column names of all sources."""
+    max_tokens: Annotated[int, Gt(1)] = 512
+    """Longest prompt in tokens, with the chat template around it; responses come on top."""
+    over_length: Literal["truncate_prompt_left", "drop", "error"] = "drop"
+    """For longer prompts: cut the start of their tokens (rewards still see all of the text); or leave the prompt
+    out; or stop. Each is counted in the report."""
+    deduplicate: bool = True
+    """Keep the first of equal prompts, over all training sources and over all eval sources. Prompts are equal if
+    their messages are, up to white space. Weights then repeat what is left."""
+    max_train_prompts: Annotated[int, Gt(0)] | None = None
+    """Train on a seeded sample of this many prompts; a smaller sample is part of every larger one."""
+    max_eval_prompts: Annotated[int, Gt(0)] | None = None
+    """Evaluate on a seeded sample of at most this many prompts."""
 
 
 def _as_sources(value: str | tuple[str | SourceT, ...], kind: type[SourceT]) -> tuple[SourceT, ...]:

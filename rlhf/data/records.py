@@ -1,4 +1,4 @@
-"""Rows of a file, whatever their shape, as pairs or as single answers; bad rows are refused.
+"""Rows of a file, whatever their shape, as pairs, single answers or prompts; bad rows are refused.
 
 Shapes of pairs, detected row by row:
 
@@ -9,7 +9,7 @@ Shapes of pairs, detected row by row:
   (Anthropic HH), or such a text as prompt, ending in ``Assistant:``, with the answers beside it.
 
 Single answers have the same shapes, with ``completion`` in place of ``chosen`` and ``rejected``; whole
-conversations may also stand in ``messages``.
+conversations may also stand in ``messages``. Prompts alone are found in all of these.
 """
 
 import math
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf.core.files import digest
-from rlhf.data.options import ColumnConfig, ExampleColumns
+from rlhf.data.options import ColumnConfig, ExampleColumns, PromptColumns
 
 Message = Mapping[str, str]  # the keys role and content
 
@@ -80,6 +80,15 @@ class ExampleRecord:
     label: bool | None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptRecord:
+    """What a model is to answer."""
+
+    row_id: str
+    source: str
+    prompt: tuple[Message, ...]  # ends with a message from the user
+
+
 def to_record(value: Any, columns: ColumnConfig, *, row_id: str, source: str) -> tuple[PreferenceRecord, str]:
     """The pair in one row, and the shape it had.
 
@@ -136,6 +145,20 @@ def to_example(
     return record, shape
 
 
+def to_prompt(value: Any, columns: PromptColumns, *, row_id: str, source: str) -> tuple[PromptRecord, str]:
+    """The prompt in one row, and the shape the row had.
+
+    Raises:
+        BadRow: if there is no prompt that ends with a message from the user.
+    """
+    _refuse_other_than_columns(value)
+    prompt, shape = _prompt_alone(value, columns)
+    _refuse_unusable("prompt", prompt)
+    if prompt[-1]["role"] != "user":
+        raise BadRow("no prompt", f"the prompt ends with a message from {prompt[-1]['role']!r}, expected 'user'")
+    return PromptRecord(row_id=row_id, source=source, prompt=prompt), shape
+
+
 def to_conversations(
     value: Any, columns: ColumnConfig
 ) -> dict[str, tuple[tuple[Message, ...], tuple[Message, ...]]]:
@@ -162,7 +185,7 @@ def prompt_key(prompt: Sequence[Message]) -> int:
 
 # -------------------------------------------------------------------------------------------------- shapes
 
-_Columns = ColumnConfig | ExampleColumns
+_Columns = ColumnConfig | ExampleColumns | PromptColumns
 _Messages = tuple[Message, ...]
 _Texts = tuple[_Messages, _Messages, _Messages, str]
 
@@ -201,6 +224,43 @@ def _split_at_first_answer(conversation: Any) -> tuple[_Messages, _Messages]:
     if answers[0] == 0:
         raise BadRow("no prompt", "messages begins with an assistant message")
     return messages[: answers[0]], messages[answers[0] : answers[-1] + 1]
+
+
+def _prompt_alone(value: Mapping[str, Any], columns: PromptColumns) -> tuple[_Messages, str]:
+    """The prompt in the first column that can have one, and the row's shape."""
+    prompt, messages, chosen, rejected = (
+        _cell(value, columns, name) for name in ("prompt", "messages", "chosen", "rejected")
+    )
+    if prompt is not None:
+        return _prompt_messages(prompt)
+    if messages is not None:
+        return _up_to_last_user("messages", _conversation("messages", messages)), CONVERSATIONS
+    if chosen is None:
+        raise BadRow("missing column", f"none of prompt, messages and chosen is there; the row has: {_names(value)}")
+    shape = HUMAN_ASSISTANT if isinstance(chosen, str) else CONVERSATIONS
+    whole = _conversation("chosen", chosen)
+    other = whole if rejected is None else _conversation("rejected", rejected)
+    if _stripped(whole) == _stripped(other):
+        return _up_to_last_user("chosen", whole), shape
+    return _split_shared_prompt(whole, other)[0], shape
+
+
+def _conversation(name: str, cell: Any) -> _Messages:
+    if isinstance(cell, list | tuple):
+        return _messages(name, cell)
+    if not isinstance(cell, str):
+        raise BadRow("wrong type", f"{name} is {_kind(cell)}, expected a list of messages")
+    turns = _human_assistant_turns(cell)
+    if not turns:
+        raise BadRow("no prompt", f"there is no prompt column, and {name} is a plain text, not a conversation")
+    return turns
+
+
+def _up_to_last_user(name: str, messages: _Messages) -> _Messages:
+    asked = [place for place, message in enumerate(messages) if message["role"] == "user"]
+    if not asked:
+        raise BadRow("no prompt", f"{name} has no message from 'user'")
+    return messages[: asked[-1] + 1]
 
 
 def _from_text(prompt: Any, chosen: str, rejected: str) -> _Texts:

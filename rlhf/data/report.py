@@ -33,7 +33,7 @@ class LeftOut:
 
 @dataclass(kw_only=True)
 class SourceReport:
-    """One source. Every row is either an item or left out."""
+    """One source. Every row is an item, or left out, or repeats another one."""
 
     role: Literal["train", "eval"]
     name: str
@@ -41,7 +41,7 @@ class SourceReport:
     rows: int
     items: int
     unit: str
-    """What an item is, in the plural: pairs, or examples."""
+    """What an item is, in the plural: pairs, examples or prompts."""
     shapes: dict[str, int]
     """Readable rows by the shape they had."""
     truncated: int
@@ -49,6 +49,8 @@ class SourceReport:
     cached: bool
     """Whether the tokens came from the cache."""
     left_out: list[LeftOut]
+    repeated: int = 0
+    """Rows passed over because an earlier one has the same prompt."""
 
     @property
     def dropped(self) -> int:
@@ -64,6 +66,7 @@ class SourceReport:
     def line(self) -> str:
         shapes = ", ".join(f"{count} {shape}" for shape, count in self.shapes.items())
         parts = [f"{self.rows} rows ({shapes})", f"{self.items} {self.unit}"]
+        parts += [f"{self.repeated} repeats passed over"] if self.repeated else []
         parts += [f"{self.truncated} cut on the left"] if self.truncated else []
         parts += [f"{self.dropped} dropped as too long"] if self.dropped else []
         parts += [f"{count} bad: {reason}" for reason, count in self.bad.items()]
@@ -87,7 +90,7 @@ class DataReport:
     """The file that lists the rows left out."""
     notes: list[str]
     unit: str
-    """What an item is, in the plural: pairs, or examples."""
+    """What an item is, in the plural: pairs, examples or prompts."""
     train_items: int = 0
     """Items of one epoch, repeats by weight included."""
     eval_items: int = 0
@@ -157,6 +160,8 @@ def refuse_bad_sources(sources: list[SourceReport], max_share: float, quarantine
         way_out = "Mend the data, or change data.quarantine_max_share; `rlhf data check` shows more."
         if any(TOO_LONG in source.bad for source in sources):
             way_out += " Against long responses: raise data.max_tokens, or set data.over_length=drop."
+        if any(source.dropped and not source.items for source in sources):
+            way_out += " Against dropped rows: raise data.max_tokens."
         raise DataError("\n".join([*faults, *listed, way_out]))
 
 

@@ -1,10 +1,11 @@
 """Tokenised rows of one source, in a folder of flat memory-mapped arrays: the cache of tokenisation.
 
-A folder holds ``tokens.bin`` (int32, two arrays of every row, one behind the other) and ``rows.npy`` (one
-:data:`PAIR` or :data:`EXAMPLE` record a row); ``bad.jsonl`` lists the rows that were left out, ``meta.json``
-has the counts and a checksum of each file.
+A folder holds ``tokens.bin`` (int32, two arrays of every row, one behind the other) and ``rows.npy`` (a record of
+each row: :data:`PAIR`, :data:`EXAMPLE` or :data:`PROMPT`); ``bad.jsonl`` lists the rows that were left out,
+``meta.json`` has the counts and a checksum of each file.
 """
 
+import copy
 import json
 import zlib
 from dataclasses import asdict, dataclass, field
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlhf.core.files import file_checksum, write_json
+from rlhf.core.files import digest, file_checksum, write_json
 
 TOKENS = "tokens.bin"
 ROWS = "rows.npy"
@@ -45,6 +46,8 @@ EXAMPLE = np.dtype(
         ("label", "?"),  # False where rows have no labels
     ]
 )
+
+PROMPT = np.dtype(_PLACE)  # the arrays are the tokens, and the messages as text_as_numbers makes them
 
 
 class Fields(NamedTuple):
@@ -93,12 +96,21 @@ class RowStore:
         values = np.array(self.tokens[begin : begin + first + second], np.int32)
         return values[:first], values[first:]
 
+    def only(self, kept: np.ndarray) -> "RowStore":
+        """The same folder without some of its rows: ``kept`` is a mask over ``rows``."""
+        if kept.all():
+            return self
+        fewer = copy.copy(self)
+        fewer.rows = self.rows[kept]
+        fewer.content = digest(self.content, np.packbits(kept).tobytes())
+        return fewer
+
 
 class RowWriter:
     """Fills a folder that :class:`RowStore` can open once the ``with`` block has ended well."""
 
     def __init__(self, folder: Path, kind: np.dtype) -> None:
-        """``kind`` is that of the records: :data:`PAIR` or :data:`EXAMPLE`."""
+        """``kind`` is that of the records: :data:`PAIR`, :data:`EXAMPLE` or :data:`PROMPT`."""
         self.counts = StoreCounts()
         self._folder = folder
         self._kind = kind
@@ -140,6 +152,17 @@ class RowWriter:
         checksums = {name: file_checksum(self._folder / name) for name in (TOKENS, ROWS, BAD)}
         meta = {"counts": asdict(self.counts), "checksums": checksums}
         write_json(self._folder / META, {**meta, "own_checksum": _text_checksum(meta)})
+
+
+def text_as_numbers(text: str) -> np.ndarray:
+    """The UTF-8 bytes of ``text`` as int32, four to a number; spaces behind it fill the last one."""
+    raw = text.encode()
+    return np.frombuffer(raw + b" " * (-len(raw) % 4), "<i4")
+
+
+def text_of_numbers(numbers: np.ndarray) -> str:
+    """What :func:`text_as_numbers` was given, with up to three spaces behind it."""
+    return numbers.astype("<i4").tobytes().decode()
 
 
 class DamagedStore(Exception):

@@ -147,6 +147,12 @@ class ChatFormat:
     def tokenizer_digest(self) -> str:
         return tokenizer_digest(self.tokenizer)
 
+    @functools.cached_property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """Tokens with which a model ends a response: EOS, and what the template puts behind an answer."""
+        ids, _ = self.encode([{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}])
+        return tuple(dict.fromkeys([int(self.tokenizer.eos_token_id), int(ids[-1])]))
+
     def _apply(self, messages: Sequence[Message], *, generate: bool) -> str:
         try:
             text = self.tokenizer.apply_chat_template(
