@@ -20,7 +20,7 @@ from rlhf.engine.build import DTYPES, precision_of
 from rlhf.models.manifest import Manifest, write_manifest
 from rlhf.models.tokenizer import pad_policy, required_embedding_rows
 from rlhf.train.publishing import check_in_fresh_process, check_low_precision, live_outputs, readable_cases, sample_rows
-from rlhf.train.stage import LoadedData, StageConfig, say
+from rlhf.train.stage import StageConfig, say
 
 LOW_PRECISION_TOLERANCE = 0.1
 """How far bfloat16 log-probabilities of training may be from float32 ones of the same weights, in nats per token."""
@@ -68,12 +68,23 @@ def publish_run(
     config: PolicyStageConfig,
     engine: Engine,
     chat: ChatFormat,
-    data: LoadedData,
+    sample: ItemSource,
     *,
     stage: str,
     objective: dict[str, Any],
+    training_data: str,
 ) -> None:
-    """Publish what ``engine`` holds as ``final/`` of the run folder, unless the recipe asks for none."""
+    """Publish what ``engine`` holds as ``final/`` of the run folder, unless the recipe asks for none.
+
+    Args:
+        config: the recipe.
+        engine: every rank must call this.
+        chat: tokenizer and template of the run.
+        sample: rows whose log-probabilities the reloaded model must reproduce.
+        stage: for the manifest,
+        objective: and the settings of the loss, in short,
+        training_data: and the fingerprint of what was trained on.
+    """
     if config.train.publish == "none":
         return
     publication = Publication(
@@ -83,10 +94,10 @@ def publish_run(
         seed=config.train.seed,
         chat=chat,
         objective=objective,
-        training_data=data.train.fingerprint,
+        training_data=training_data,
     )
     target = config.output / "final"
-    differences = publish(engine, data.evals if len(data.evals) else data.train, publication, target)
+    differences = publish(engine, sample, publication, target)
     reloaded = f"reloaded in a fresh process, largest difference {max(differences.values()):.1e} nats per token"
     say(engine.ranks, f"published {target}: {reloaded}")
 

@@ -179,6 +179,13 @@ def build_reward_model(
     _init_head(hf, config)
     lm_head = LanguageModelHead(_output_projection(config, dtype), hf.config) if with_lm_head else None
     model = RewardModel(hf, lm_head)
+    make_trainable(model, config)
+    return model
+
+
+def make_trainable(model: RewardModel, config: BackboneConfig) -> None:
+    """Freeze, adapt and checkpoint a loaded model as ``config`` says; its head is always trained."""
+    hf = model.hf
     if config.lora is not None:
         adapter = backbones.add_lora(hf, config.lora, freeze_layers=config.freeze_layers)
         object.__setattr__(model, "_adapters", (adapter,))  # a plain tuple: its weights are hf's own
@@ -187,7 +194,6 @@ def build_reward_model(
         backbones.freeze_lower_layers(hf, config.freeze_layers)
     if config.gradient_checkpointing:
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model
 
 
 MLP_MODEL_TYPE = "margin-rlhf-mlp-reward"

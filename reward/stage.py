@@ -16,7 +16,7 @@ from rlhf.data.preferences import load_preferences
 from rlhf.engine.build import DTYPES, precision_of
 from rlhf.engine.ranks import Ranks
 from rlhf.models.tokenizer import required_embedding_rows
-from rlhf.train.stage import load_data, open_chat, report, run_identity, say, start_engine, total_steps, train
+from rlhf.train.stage import load_data, open_chat, report, run_identity, sample_of, say, start_engine, total_steps, train
 
 
 def run(config: RewardConfig, ranks: Ranks) -> Evaluation | None:
@@ -56,8 +56,7 @@ def run(config: RewardConfig, ranks: Ranks) -> Evaluation | None:
         tokenizer=portable_tokenizer(chat),
         manifest=reward_manifest(config, data, chat, evaluation),
     )
-    sample = data.evals if len(data.evals) else data.train
-    differences = publish(engine, sample, publication, config.output / "final")
+    differences = publish(engine, sample_of(data), publication, config.output / "final")
     worst = max(differences.values())
     reloaded = f"reloaded in a fresh process, largest score difference {worst:.1e}"
     say(ranks, f"published {config.output / 'final'}: {reloaded}")

@@ -25,7 +25,7 @@ from rlhf.engine.ranks import Ranks
 from rlhf.models.backbones import weights_digest
 from rlhf.models.tokenizer import load_tokenizer, required_embedding_rows
 from rlhf.train.batches import BatchMaker
-from rlhf.train.stage import LoadedData, load_data, open_chat, report, run_identity, start_engine, total_steps, train
+from rlhf.train.stage import LoadedData, load_data, open_chat, report, run_identity, sample_of, start_engine, total_steps, train
 
 
 def run(config: PreferenceConfig, ranks: Ranks) -> HeldOut | None:
@@ -43,7 +43,15 @@ def run(config: PreferenceConfig, ranks: Ranks) -> HeldOut | None:
     task = PreferenceTask(engine, config, data.train, data.evals, references.open(), steps)
     step = train(config, engine, task, _identity(config, data, references, steps, ranks), steps)
     report(config, ranks, task.evaluation, step, print_evaluation)
-    publish_run(config, engine, chat, data, stage="preference", objective={"loss": asdict(config.loss)})
+    publish_run(
+        config,
+        engine,
+        chat,
+        sample_of(data),
+        stage="preference",
+        objective={"loss": asdict(config.loss)},
+        training_data=data.train.fingerprint,
+    )
     return task.evaluation
 
 

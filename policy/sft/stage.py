@@ -9,7 +9,7 @@ from rlhf.data.examples import load_examples
 from rlhf.engine.build import DTYPES, precision_of
 from rlhf.engine.ranks import Ranks
 from rlhf.models.tokenizer import required_embedding_rows
-from rlhf.train.stage import load_data, open_chat, report, run_identity, start_engine, total_steps, train
+from rlhf.train.stage import load_data, open_chat, report, run_identity, sample_of, start_engine, total_steps, train
 
 
 def run(config: SftConfig, ranks: Ranks) -> SftEvaluation | None:
@@ -35,5 +35,13 @@ def run(config: SftConfig, ranks: Ranks) -> SftEvaluation | None:
     task = SftTask(engine, config, data.train, data.evals)
     step = train(config, engine, task, run_identity(config, data.train, steps, ranks), steps)
     report(config, ranks, task.evaluation, step, print_evaluation)
-    publish_run(config, engine, chat, data, stage="sft", objective={"kind": "negative log-likelihood"})
+    publish_run(
+        config,
+        engine,
+        chat,
+        sample_of(data),
+        stage="sft",
+        objective={"kind": "negative log-likelihood"},
+        training_data=data.train.fingerprint,
+    )
     return task.evaluation

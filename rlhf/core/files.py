@@ -16,14 +16,14 @@ import numpy as np
 
 def write_text(path: Path, text: str) -> None:
     """Replace ``path`` by ``text`` in one step; readers see the old or the new file, never half of it."""
-    _write(path, text.encode())
+    write_bytes(path, text.encode())
 
 
 def write_array(path: Path, values: np.ndarray) -> None:
     """Like :func:`write_text`, as a NumPy file."""
     buffer = io.BytesIO()
     np.save(buffer, values)
-    _write(path, buffer.getbuffer())
+    write_bytes(path, buffer.getbuffer())
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -31,7 +31,8 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n")
 
 
-def _write(path: Path, content: bytes | memoryview) -> None:
+def write_bytes(path: Path, content: bytes | memoryview) -> None:
+    """Like :func:`write_text`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:

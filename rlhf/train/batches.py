@@ -20,6 +20,7 @@ class BatchMaker:
 
     Attributes:
         items: size of the step's global batch.
+        indices: which items of the data are in it.
         tokens: real tokens that this rank has been given since :meth:`step`.
         padded_tokens: the same with padding.
     """
@@ -27,13 +28,14 @@ class BatchMaker:
     def __init__(self, ranks: Ranks, config: TrainConfig) -> None:
         self.ranks, self._config = ranks, config
         self.items = 0
+        self.indices = np.zeros(0, np.int64)
         self.tokens = self.padded_tokens = 0.0
 
     def step(self, data: ItemSource, step: int) -> list[Batch]:
         """The micro-batches of training ``step``."""
         config = self._config
         indices = global_batch(step, items=len(data), batch_size=config.global_batch_size, seed=config.seed)
-        self.items, self.tokens, self.padded_tokens = len(indices), 0.0, 0.0
+        self.items, self.indices, self.tokens, self.padded_tokens = len(indices), indices, 0.0, 0.0
         return list(self._batches(data, indices, count=True))
 
     def chunks(self, data: ItemSource, indices: np.ndarray) -> Iterator[tuple[int, list[Batch]]]:

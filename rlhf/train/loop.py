@@ -1,8 +1,11 @@
-"""``fit``: the one optimizer loop that the stages share. No algorithm in it."""
+"""``fit``: the one optimizer loop that the stages share; ``iterate``: the same around steps of another shape.
+
+No algorithm in it.
+"""
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,18 +15,31 @@ from torch import Tensor
 
 from rlhf.core.errors import CheckpointError, ConfigError, TrainingStopped
 from rlhf.core.files import write_json, write_text
-from rlhf.engine.api import Engine, StepInfo
+from rlhf.engine.api import Engine
 from rlhf.engine.checkpoint import CheckpointStore
+from rlhf.engine.ranks import Ranks
 from rlhf.train.metrics import MetricLog, SkipLog
 from rlhf.train.options import TrainConfig
 from rlhf.train.progress import Progress
 
 
-class Task(Protocol):
-    """What a stage hands to :func:`fit`. Metrics must be equal on all ranks."""
+class Watched(Protocol):
+    """What the loop asks of any stage. Metrics must be equal on all ranks."""
 
     evaluation: Any
     """The latest held-out evaluation; ``None`` before the first, and without held-out data."""
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out metrics, their names starting with ``eval/``; empty without held-out data."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is not in the engine. Every rank calls it, the main rank's is saved."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Task(Watched, Protocol):
+    """What a stage hands to :func:`fit`."""
 
     def micro_batches(self, step: int) -> Sequence[Any]:
         """This rank's micro-batches of the step; every rank has equally many."""
@@ -34,16 +50,31 @@ class Task(Protocol):
     def step_metrics(self) -> dict[str, float]:
         """Metrics over all ranks and micro-batches of the step just finished."""
 
-    def evaluate(self) -> dict[str, float]:
-        """Held-out metrics, their names starting with ``eval/``; empty without held-out data."""
-
     def row_ids(self, batch: Any) -> Sequence[str]:
         """Which rows of the data are in ``batch``, for messages."""
 
-    def state_dict(self) -> dict[str, Any]:
-        """What is not in the engine. Every rank calls it, the main rank's is saved."""
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+class Stateful(Protocol):
+    """One engine, or several that are saved and loaded together."""
+
+    ranks: Ranks
+
+    def save(self, folder: Path) -> None: ...
+
+    def load(self, folder: Path) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What one step came to, the same on all ranks."""
+
+    metrics: dict[str, float]
+    applied: bool
+    """False if the step was skipped because something in it was not finite."""
+    scaler_overflow: bool = False
+    """It was skipped for a float16 overflow alone, which is no fault."""
+    end: bool = False
+    """End the run after this step, as if it were the last."""
 
 
 @dataclass
@@ -81,21 +112,35 @@ def fit(engine: Engine, task: Task, config: TrainConfig, run: Run, total_steps: 
         TrainingStopped: after ``run.max_skipped_steps`` steps in a row that were not finite.
         CheckpointError: if the checkpoint found belongs to another run.
     """
+    skips = SkipLog(run.folder, engine.ranks)
+    return iterate(engine, task, config, run, total_steps, lambda step, _: _train_step(engine, task, step, skips))
+
+
+def iterate(
+    engine: Stateful,
+    task: Watched,
+    config: TrainConfig,
+    run: Run,
+    total_steps: int,
+    take_step: Callable[[int, Progress], Outcome],
+) -> LoopState:
+    """Around ``take_step(step, progress)``: resume, log, evaluate, save, stop. Like :func:`fit`, for steps of any shape."""
     state = restore(engine, task, config, run)
     engine.ranks.on_main(lambda: _write_documents(run))
     log = MetricLog(run.folder, engine.ranks, config, resume_step=state.step)
-    skips = SkipLog(run.folder, engine.ranks)
     progress = Progress(engine.ranks, total_steps, state.step)
     with log, progress:
+        if state.step == 0 and config.evaluate_first:
+            _evaluate_first(task, log, progress)
         while state.step < total_steps and not state.stopped_early:
             started = time.perf_counter()
-            info, metrics = _train_step(engine, task, state.step, skips)
+            outcome = take_step(state.step, progress)
             state.step += 1
-            seconds = time.perf_counter() - started
-            _count_skips(state, info, run.max_skipped_steps)
-            metrics |= {"learning_rate": info.learning_rate, "grad_norm": info.grad_norm}
-            metrics |= _rates(metrics, seconds)
-            last = state.step == total_steps
+            state.stopped_early = outcome.end
+            metrics = outcome.metrics | {"step_skipped": float(not outcome.applied)}
+            metrics |= _rates(metrics, time.perf_counter() - started)
+            _count_skips(state, outcome, run.max_skipped_steps)
+            last = state.step == total_steps or outcome.end
             if last or state.step % config.log_every == 0:
                 log.write(state.step, metrics)
             progress.advance(state.step, metrics)
@@ -107,7 +152,7 @@ def fit(engine: Engine, task: Task, config: TrainConfig, run: Run, total_steps: 
     return state
 
 
-def restore(engine: Engine, task: Task, config: TrainConfig, run: Run) -> LoopState:
+def restore(engine: Stateful, task: Watched, config: TrainConfig, run: Run) -> LoopState:
     """Load the newest intact checkpoint as ``config.resume`` says; a fresh state where there is none."""
     found = run.store.steps()
     if found and config.resume == "never":
@@ -130,7 +175,7 @@ def restore(engine: Engine, task: Task, config: TrainConfig, run: Run) -> LoopSt
     return state
 
 
-def load_checkpoint(engine: Engine, task: Task, run: Run, path: Path) -> None:
+def load_checkpoint(engine: Stateful, task: Watched, run: Run, path: Path) -> None:
     """Put engine, task and random state back to what they were when ``path`` was written."""
     saved = engine.ranks.on_main(lambda: json.loads((path / "loop.json").read_text()))["identity"]
     now = json.loads(json.dumps(run.identity))
@@ -145,7 +190,7 @@ def load_checkpoint(engine: Engine, task: Task, run: Run, path: Path) -> None:
     run.store.restore_random_state(path)
 
 
-def save(engine: Engine, task: Task, run: Run, state: LoopState) -> None:
+def save(engine: Stateful, task: Watched, run: Run, state: LoopState) -> None:
     """Write a full-state checkpoint of ``state.step``."""
 
     def write(folder: Path) -> None:
@@ -164,7 +209,7 @@ def _write_documents(run: Run) -> None:
         write_text(run.folder / name, text)
 
 
-def _train_step(engine: Engine, task: Task, step: int, skips: SkipLog) -> tuple[StepInfo, dict[str, float]]:
+def _train_step(engine: Engine, task: Task, step: int, skips: SkipLog) -> Outcome:
     batches = task.micro_batches(step)
     bad_rows: list[str] = []
     for place, batch in enumerate(batches):
@@ -177,17 +222,18 @@ def _train_step(engine: Engine, task: Task, step: int, skips: SkipLog) -> tuple[
     if not info.applied and not info.scaler_overflow:
         rows = [row for batch in batches for row in task.row_ids(batch)]
         skips.record(step + 1, bad_rows, rows)
-    return info, metrics | {"step_skipped": float(not info.applied)}
+    metrics |= {"learning_rate": info.learning_rate, "grad_norm": info.grad_norm}
+    return Outcome(metrics=metrics, applied=info.applied, scaler_overflow=info.scaler_overflow)
 
 
-def _count_skips(state: LoopState, info: StepInfo, limit: int) -> None:
-    if info.applied:
+def _count_skips(state: LoopState, outcome: Outcome, limit: int) -> None:
+    if outcome.applied:
         state.skipped_in_a_row = 0
-    elif not info.scaler_overflow:
+    elif not outcome.scaler_overflow:
         state.skipped_in_a_row += 1
     if state.skipped_in_a_row >= limit:
         raise TrainingStopped(
-            f"{limit} steps in a row (up to step {state.step}) had a loss or gradient that was not finite; "
+            f"{limit} steps in a row (up to step {state.step}) had a value that was not finite; "
             "skipped.jsonl in the run folder names their rows. Try a lower optim.learning_rate, "
             "or engine.precision=bfloat16 instead of float16; earlier checkpoints are intact"
         )
@@ -195,13 +241,22 @@ def _count_skips(state: LoopState, info: StepInfo, limit: int) -> None:
 
 def _rates(metrics: dict[str, float], seconds: float) -> dict[str, float]:
     rates = {"time/step_seconds": seconds}
-    for name in ("pairs", "conversations", "tokens"):
+    for name in ("pairs", "conversations", "rollouts", "tokens"):
         if name in metrics:
             rates[f"time/{name}_per_second"] = metrics[name] / seconds
     return rates
 
 
-def _evaluate(task: Task, config: TrainConfig, state: LoopState, log: MetricLog, progress: Progress) -> bool:
+def _evaluate_first(task: Watched, log: MetricLog, progress: Progress) -> None:
+    """What the run starts from; it is no candidate for the best."""
+    progress.note("evaluating the start")
+    metrics = task.evaluate()
+    if metrics:
+        log.write(0, metrics)
+        progress.evaluation(0, metrics)
+
+
+def _evaluate(task: Watched, config: TrainConfig, state: LoopState, log: MetricLog, progress: Progress) -> bool:
     """Evaluate, log, and note whether the best metric improved."""
     progress.note(f"evaluating at step {state.step}")
     metrics = task.evaluate()

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 class MetricLog:
-    """Writes on the main rank only. Rows past ``resume_step`` (of a killed run) are dropped first."""
+    """Writes on the main rank only. Rows past ``resume_step`` (of a killed run) are dropped first; at 0, all are."""
 
     def __init__(self, folder: Path, ranks: Ranks, config: TrainConfig, resume_step: int) -> None:
         self._folder, self._config, self._step = folder, config, resume_step
@@ -28,7 +28,7 @@ class MetricLog:
         if not self._active:
             return self
         path = self._folder / "metrics.jsonl"
-        _drop_rows_after(path, self._step)
+        drop_rows_after(path, self._step)
         self._file = self._open.enter_context(path.open("a", encoding="utf-8"))
         if self._config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -63,14 +63,14 @@ class SkipLog:
     def __init__(self, folder: Path, ranks: Ranks) -> None:
         self._path, self._ranks = folder / "skipped.jsonl", ranks
 
-    def record(self, step: int, bad_rows: list[str], rows: list[str]) -> None:
-        """Every rank must call it. Rows of non-finite losses if there are any, else all rows of the step."""
+    def record(self, step: int, bad_rows: list[str], rows: list[str], what: str = "loss") -> None:
+        """Every rank must call it. Rows whose ``what`` is not finite if there are any, else all rows of the step."""
         found = self._ranks.gather_objects((bad_rows, rows))
         guilty = [row for part, _ in found for row in part]
         named = guilty or [row for _, part in found for row in part]
         if not self._ranks.is_main:
             return
-        what = "loss" if guilty else "gradient norm"
+        what = what if guilty else "gradient norm"
         entry = {"step": step, "not_finite": what, "rows": named}
         with self._path.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(entry) + "\n")
@@ -78,7 +78,8 @@ class SkipLog:
         log.warning("step %d skipped on all ranks: %s not finite; rows: %s", step, what, shown)
 
 
-def _drop_rows_after(path: Path, step: int) -> None:
+def drop_rows_after(path: Path, step: int) -> None:
+    """Rewrite a file of JSON lines without those of a later step than ``step``, and without a last one cut short."""
     if not path.exists():
         return
     kept = []
@@ -87,7 +88,7 @@ def _drop_rows_after(path: Path, step: int) -> None:
             row = json.loads(line)
         except ValueError:  # the last line of a killed run may be cut short
             continue
-        if row["step"] <= step:
+        if step > 0 and row["step"] <= step:
             kept.append(line)
     write_text(path, "".join(line + "\n" for line in kept))
 

@@ -11,7 +11,8 @@ class TrainConfig:
     """Length of the run, batches, evaluation, checkpoints and logs."""
 
     global_batch_size: Annotated[int, Gt(0)] = 64
-    """Pairs (conversations, in SFT) per optimizer step, over all ranks; the last batch of an epoch may be smaller."""
+    """Pairs (conversations in SFT, rollouts in PPO) per optimizer step, over all ranks; the last batch of an epoch may
+    be smaller."""
     micro_batch_tokens: Annotated[int, Gt(0)] = 8192
     """Padded tokens that one rank computes at once. Lower it when memory runs out: results do not change."""
     row_groups: Annotated[int, Gt(0)] = 4
@@ -24,6 +25,8 @@ class TrainConfig:
     """Seed of the data order, of new weights and of dropout."""
     evaluate_every: Annotated[int, Ge(0)] = 50
     """Steps between held-out evaluations; 0 evaluates at the end only."""
+    evaluate_first: bool = False
+    """Also evaluate before the first step: what training starts from."""
     checkpoint_every: Annotated[int, Ge(0)] = 100
     """Steps between full-state checkpoints; 0 writes one at the end only."""
     keep_checkpoints: Annotated[int, Gt(0)] = 2

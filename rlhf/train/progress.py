@@ -9,8 +9,8 @@ from rich.progress import Progress as Bar
 
 from rlhf.engine.ranks import Ranks
 
-RATES = tuple(f"time/{name}_per_second" for name in ("pairs", "conversations", "tokens"))
-SHOWN = ("loss", "perplexity", "accuracy", "margin/mean", *RATES)
+RATES = tuple(f"time/{name}_per_second" for name in ("pairs", "conversations", "rollouts", "tokens"))
+SHOWN = ("loss", "perplexity", "accuracy", "reward", "kl", "entropy", "margin/mean", *RATES)
 SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -57,6 +57,16 @@ class Progress:
             self._printed = now
             left = (now - self._began) / (step - self._start) * (self._total - step)
             self._console.print(f"{self._what} {step}/{self._total}  ETA {_clock(left)}  {text}", soft_wrap=True)
+
+    def phase(self, text: str) -> None:
+        """What is going on inside a long step."""
+        if self._bar is not None:
+            self._bar.update(self._task, metrics=text)
+            return
+        now = time.monotonic()
+        if self._active and now - self._printed > SECONDS_BETWEEN_LINES:
+            self._printed = now
+            self._console.print(text, soft_wrap=True)
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
         shown = "  ".join(f"{name.removeprefix('eval/')} {value:.4f}" for name, value in metrics.items())

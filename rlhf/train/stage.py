@@ -27,7 +27,7 @@ from rlhf.engine.ranks import Ranks, start_ranks, stop_ranks
 from rlhf.models.backbones import hide_loading_bars
 from rlhf.models.options import BackboneConfig
 from rlhf.models.tokenizer import load_tokenizer
-from rlhf.train.loop import Run, Task, fit, load_checkpoint
+from rlhf.train.loop import LoopState, Run, Stateful, Task, Watched, fit, load_checkpoint
 from rlhf.train.options import TrainConfig
 
 
@@ -47,6 +47,11 @@ class LoadedData(Protocol):
     train: ItemSource
     evals: ItemSource
     report: DataReport
+
+
+def sample_of(data: LoadedData) -> ItemSource:
+    """Held-out rows where there are any, else training rows."""
+    return data.evals if len(data.evals) else data.train
 
 
 class EvaluationRecord(Protocol):
@@ -162,23 +167,40 @@ def start_engine(model: nn.Module, config: StageConfig, ranks: Ranks, *, steps: 
 
 
 def train(config: StageConfig, engine: Engine, task: Task, identity: dict[str, Any], steps: int) -> int:
-    """Run the loop and leave in ``engine`` the weights to publish, evaluated by ``task``.
+    """Run :func:`rlhf.train.loop.fit` and leave in ``engine`` the weights to publish, evaluated by ``task``.
 
     Returns:
         The step that they are of.
     """
+
+    def loop(run: Run) -> LoopState:
+        return fit(engine, task, config.train, run, steps)
+
+    settings = {"deepspeed.json": json.dumps(engine.settings, indent=2)}
+    return run_and_take(config, engine, task, identity, settings, loop)
+
+
+def run_and_take(
+    config: StageConfig,
+    engine: Stateful,
+    task: Watched,
+    identity: dict[str, Any],
+    documents: dict[str, str],
+    loop: Callable[[Run], LoopState],
+) -> int:
+    """Let ``loop`` train, then take the weights that the recipe asks for; the step that they are of."""
     ranks = engine.ranks
-    loop = Run(
+    run = Run(
         folder=config.output,
         store=CheckpointStore(config.output / "checkpoints", ranks, config.train.keep_checkpoints),
         identity=identity,
         max_skipped_steps=config.engine.max_skipped_steps,
-        documents={"config.yaml": to_yaml(config), "deepspeed.json": json.dumps(engine.settings, indent=2)},
+        documents={"config.yaml": to_yaml(config), **documents},
     )
-    state = fit(engine, task, config.train, loop, steps)
+    state = loop(run)
     best = state.best_step
     if config.train.publish == "best" and best is not None and best != state.step:
-        load_checkpoint(engine, task, loop, loop.store.path(best))
+        load_checkpoint(engine, task, run, run.store.path(best))
         say(ranks, f"taking step {best}, the best by {config.train.best_metric}")
         task.evaluate()
         return best
