@@ -9,10 +9,10 @@ from typing import Any, Literal
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from rlhf.core.errors import ModelError
-from rlhf.core.logprobs import TokenLogprobs, token_logprobs
+from rlhf.core.logprobs import TokenLogprobs, head_logits, token_logprobs
 from rlhf.data.batching import RowGroup
 from rlhf.models import backbones
 from rlhf.models.options import BackboneConfig
@@ -34,8 +34,21 @@ class PolicyOutput:
     """Of each group ``(R_g, T_g - 1)`` float32: place t is token t + 1; 0 outside the response."""
     square_sums: tuple[Tensor, ...] | None
     """Like ``logprobs``: log of the sum of squared probabilities; if asked for."""
+    entropies: tuple[Tensor, ...] | None
+    """Like ``logprobs``: entropy of what may follow each token, in nats, with gradient; if asked for."""
     embeddings: Tensor | None
     """``(R, D)`` mean state of the last layer over the response tokens, without gradient; if asked for."""
+
+
+@dataclass(frozen=True)
+class DecodeStep:
+    """The next t tokens of B rows, when rows are written: the prompts first, then one token at a time."""
+
+    tokens: Tensor  # (B, t) int64
+    attention_mask: Tensor | None  # (B, past + t) bool, True on real tokens; None if all are
+    position_ids: Tensor  # (B, t) int64
+    cache: Cache
+    """Keys and values of the past; those of these tokens are added to it."""
 
 
 class PolicyModel(nn.Module):
@@ -56,13 +69,24 @@ class PolicyModel(nn.Module):
         head.__class__ = LogprobHead
 
     def forward(
-        self, groups: Sequence[RowGroup], *, with_square_sums: bool = False, with_embeddings: bool = False
-    ) -> PolicyOutput:
-        """Ask about right-padded row groups, one after the other.
+        self,
+        groups: Sequence[RowGroup] = (),
+        *,
+        decode: DecodeStep | None = None,
+        with_square_sums: bool = False,
+        with_entropies: bool = False,
+        with_embeddings: bool = False,
+        temperature: float = 1.0,
+    ) -> PolicyOutput | Tensor:
+        """Ask about right-padded row groups, one after the other; or with ``decode`` for ``(B, V)`` float32 logits.
 
         A causal model never looks right, so right padding needs no mask: attention kernels are faster without.
+        ``temperature`` divides the logits, as sampling does.
         """
-        options = {**self._logits, "with_square_sums": with_square_sums}
+        if decode is not None:
+            return self._next_logits(decode)
+        asked = {"with_square_sums": with_square_sums, "with_entropies": with_entropies}
+        options = {**self._logits, **asked, "temperature": temperature}
         found: list[TokenLogprobs] = []
         embeddings: list[Tensor] = []
         for group in groups:
@@ -73,8 +97,25 @@ class PolicyModel(nn.Module):
         return PolicyOutput(
             logprobs=tuple(part.logprobs for part in found),
             square_sums=tuple(part.square_sums for part in found) if with_square_sums else None,
+            entropies=tuple(part.entropies for part in found) if with_entropies else None,
             embeddings=torch.cat(embeddings) if with_embeddings else None,
         )
+
+    def _next_logits(self, step: DecodeStep) -> Tensor:
+        """``(B, V)`` logits of the token after the last of ``step``."""
+        states = self.hf.base_model(
+            input_ids=step.tokens,
+            attention_mask=step.attention_mask,
+            position_ids=step.position_ids,
+            past_key_values=step.cache,
+            use_cache=True,
+        ).last_hidden_state
+        return self.hf.get_output_embeddings()(states[:, -1], None, None, self._logits)
+
+    @property
+    def adapters(self) -> tuple[PeftModel, ...]:
+        """The peft wrapper under LoRA; else nothing."""
+        return self._adapters
 
     @property
     def has_adapters(self) -> bool:
@@ -110,13 +151,20 @@ class PolicyModel(nn.Module):
 
 
 class LogprobHead(nn.Linear):
-    """An output projection that gives log-probabilities of responses, never whole logits.
+    """An output projection that gives log-probabilities of responses, never the logits of whole rows.
 
     A module of its own, so that ZeRO-3 gathers its weight for the forward and for the backward pass.
     """
 
-    def forward(self, states: Tensor, tokens: Tensor, response_mask: Tensor, options: dict[str, Any]) -> TokenLogprobs:
-        """Of ``(R, T, D)`` states the ``(R, T - 1)`` log-probabilities of the tokens that follow."""
+    def forward(
+        self, states: Tensor, tokens: Tensor | None, response_mask: Tensor | None, options: dict[str, Any]
+    ) -> TokenLogprobs | Tensor:
+        """Of ``(R, T, D)`` states the ``(R, T - 1)`` log-probabilities of the tokens that follow.
+
+        Without tokens: of ``(R, D)`` states the ``(R, V)`` logits.
+        """
+        if tokens is None:
+            return head_logits(states, self.weight, head_bias=self.bias, **options)
         return token_logprobs(
             states[:, :-1], self.weight, tokens[:, 1:], response_mask[:, 1:], head_bias=self.bias, **options
         )

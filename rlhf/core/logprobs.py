@@ -20,6 +20,8 @@ class TokenLogprobs(NamedTuple):
     """``(B, T)`` in nats."""
     square_sums: Tensor | None
     """``(B, T)`` log of the sum over the vocabulary of squared probabilities, without gradient; if asked for."""
+    entropies: Tensor | None
+    """``(B, T)`` entropy of each distribution in nats, with gradient; if asked for."""
 
 
 def token_logprobs(
@@ -32,12 +34,14 @@ def token_logprobs(
     chunk_tokens: int = CHUNK_TOKENS,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    temperature: float = 1.0,
     with_square_sums: bool = False,
+    with_entropies: bool = False,
 ) -> TokenLogprobs:
     r"""Log-probability of each response token.
 
         logits_bt   = logit_scale (head_weight hidden_bt + head_bias);  softcap tanh(logits / softcap) if given
-        logprobs_bt = log softmax(logits_bt)[targets_bt]   where response_mask_bt, else 0
+        logprobs_bt = log softmax(logits_bt / temperature)[targets_bt]   where response_mask_bt, else 0
 
     ``hidden[b, t]`` is what predicts ``targets[b, t]``: nothing is shifted here. With a causal model over
     ``tokens`` pass ``hidden[:, :-1]``, ``tokens[:, 1:]`` and ``response_mask[:, 1:]``.
@@ -54,19 +58,23 @@ def token_logprobs(
         chunk_tokens: places projected at once; memory against launches.
         logit_scale: factor on the logits (Cohere; for Granite, one over its ``logits_scaling``).
         softcap: bound on the logits (Gemma 2), or ``None``.
+        temperature: the logits are divided by it, last of all: for tokens that were sampled at it.
         with_square_sums: also measure how peaked each distribution is (for WPO weights).
+        with_entropies: also give the entropy of each distribution. With a frozen head, twice the memory is kept.
     Returns:
         See :class:`TokenLogprobs`. The projection runs in the type of ``hidden``, all after it in float32
         (float64 if it is that).
     Raises:
-        ValueError: if the shapes do not fit, the mask is not bool, or ``chunk_tokens`` or ``softcap`` is not
-            positive.
+        ValueError: if the shapes do not fit, the mask is not bool, or ``chunk_tokens``, ``softcap`` or
+            ``temperature`` is not positive.
     """
     check_mask("response_mask", response_mask)
     check_same_shape(hidden=hidden[..., 0], targets=targets, response_mask=response_mask)
-    check_positive(chunk_tokens=chunk_tokens, softcap=1.0 if softcap is None else softcap)
-    shape = _LogitShape(logit_scale, softcap, chunk_tokens, with_square_sums)
-    logprobs, squares = _ChunkedLogprobs.apply(
+    check_positive(
+        chunk_tokens=chunk_tokens, softcap=1.0 if softcap is None else softcap, temperature=temperature
+    )
+    shape = _LogitShape(logit_scale, softcap, temperature, chunk_tokens, with_square_sums, with_entropies)
+    logprobs, squares, entropies = _ChunkedLogprobs.apply(
         hidden[response_mask], head_weight, head_bias, targets[response_mask], shape
     )
 
@@ -75,7 +83,11 @@ def token_logprobs(
             response_mask, values
         )
 
-    return TokenLogprobs(placed(logprobs), placed(squares) if with_square_sums else None)
+    return TokenLogprobs(
+        logprobs=placed(logprobs),
+        square_sums=placed(squares) if with_square_sums else None,
+        entropies=placed(entropies) if with_entropies else None,
+    )
 
 
 def response_logprobs(
@@ -88,62 +100,96 @@ def response_logprobs(
     Returns:
         ``sums`` ``(B,)`` in nats and ``counts`` ``(B,)`` int64 of response tokens; both 0 for a row without.
     """
-    logprobs, _ = token_logprobs(hidden, head_weight, targets, response_mask, **options)
-    return logprobs.sum(dim=1), response_mask.sum(dim=1)
+    found = token_logprobs(hidden, head_weight, targets, response_mask, **options)
+    return found.logprobs.sum(dim=1), response_mask.sum(dim=1)
+
+
+def head_logits(
+    hidden: Tensor,
+    head_weight: Tensor,
+    *,
+    head_bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """``(n, V)`` logits after states ``(n, D)``: what :func:`token_logprobs` takes the softmax of, before temperature.
+
+    Args:
+        hidden, head_weight, head_bias, logit_scale, softcap: see :func:`token_logprobs`.
+    Returns:
+        In float32 at least; a tensor of its own, free to be overwritten.
+    """
+    shape = _LogitShape(
+        logit_scale, softcap, temperature=1.0, chunk_tokens=1, with_square_sums=False, with_entropies=False
+    )
+    return _logits(hidden, head_weight, head_bias, shape)
 
 
 class _LogitShape(NamedTuple):
     scale: float
     softcap: float | None
+    temperature: float
     chunk_tokens: int
     with_square_sums: bool
+    with_entropies: bool
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
-    """``(n,)`` log-probabilities of targets ``(n,)`` after states ``(n, D)``.
+    """``(n,)`` log-probabilities of targets ``(n,)`` after states ``(n, D)``; and the entropies there.
 
     Written out, as autograd would keep several ``(chunk, V)`` tensors at once. The backward pass needs only the
-    log-sum-exp of each row, from which one more projection gives the softmax. If the head is frozen (LoRA), not
-    even that: the gradient to the states is then known up to a factor by row, and made while logits are at hand.
+    log-sum-exp of each row (and the entropy), from which one more projection gives the softmax. If the head is frozen
+    (LoRA), not even that: the gradient to the states is then known up to a factor by row, and made while logits are
+    at hand; one such gradient for the log-probability and one for the entropy.
     """
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, shape: _LogitShape
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         precision = torch.promote_types(hidden.dtype, torch.float32)
         normalisers = torch.empty(len(hidden), dtype=precision, device=hidden.device)
-        chosen, squares = torch.empty_like(normalisers), torch.zeros_like(normalisers)
+        chosen, squares, entropies = (torch.zeros_like(normalisers) for _ in range(3))
         only_hidden = ctx.needs_input_grad[:3] == (True, False, False)
-        slopes = torch.empty_like(hidden) if only_hidden else None
+        kept = [torch.empty_like(hidden) for _ in range(1 + shape.with_entropies)] if only_hidden else []
         for part in _chunks(len(hidden), shape.chunk_tokens):
             logits = _logits(hidden[part], weight, bias, shape)
             chosen[part] = logits.gather(1, targets[part, None]).squeeze(1)
             normalisers[part] = logits.logsumexp(dim=-1)
             if shape.with_square_sums:
                 squares[part] = (2 * logits).logsumexp(dim=-1) - 2 * normalisers[part]
-            if slopes is not None:
-                slopes[part] = _logit_slope(logits, targets[part], normalisers[part], shape).to(weight.dtype) @ weight
-        ctx.save_for_backward(*((slopes,) if only_hidden else (hidden, weight, bias, targets, normalisers)))
-        ctx.shape = shape
-        ctx.mark_non_differentiable(squares)
-        return chosen - normalisers, squares
+            if shape.with_entropies:
+                entropies[part] = _entropies(logits, normalisers[part])
+            if kept:
+                slopes = _logit_slopes(logits, targets[part], normalisers[part], entropies[part], shape)
+                for to_hidden, slope in zip(kept, slopes, strict=True):
+                    to_hidden[part] = slope.to(weight.dtype) @ weight
+        ctx.save_for_backward(*(kept if only_hidden else (hidden, weight, bias, targets, normalisers, entropies)))
+        ctx.shape, ctx.only_hidden = shape, only_hidden
+        ctx.mark_non_differentiable(squares, *(() if shape.with_entropies else (entropies,)))
+        return chosen - normalisers, squares, entropies
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        if len(ctx.saved_tensors) == 1:
-            (slopes,) = ctx.saved_tensors
-            return (upstream[:, None] * slopes).to(slopes.dtype), None, None, None, None
-        hidden, weight, bias, targets, normalisers = ctx.saved_tensors
+    def backward(ctx: Any, upstream: Tensor, _: Tensor, upstream_entropies: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.only_hidden:
+            slopes = ctx.saved_tensors
+            to_hidden = upstream[:, None] * slopes[0]
+            if ctx.shape.with_entropies:
+                to_hidden += upstream_entropies[:, None] * slopes[1]
+            return to_hidden.to(slopes[0].dtype), None, None, None, None
+        hidden, weight, bias, targets, normalisers, entropies = ctx.saved_tensors
         to_hidden, to_weight, to_bias = (
             torch.zeros_like(values, dtype=normalisers.dtype) if needed and values is not None else None
             for values, needed in zip((hidden, weight, bias), ctx.needs_input_grad[:3], strict=True)
         )
         for part in _chunks(len(hidden), ctx.shape.chunk_tokens):
             logits = _logits(hidden[part], weight, bias, ctx.shape)
-            slope = _logit_slope(logits, targets[part], normalisers[part], ctx.shape)
-            slope = slope.mul_(upstream[part, None]).to(weight.dtype)
+            slopes = _logit_slopes(logits, targets[part], normalisers[part], entropies[part], ctx.shape)
+            slope = slopes[0].mul_(upstream[part, None])
+            if ctx.shape.with_entropies:
+                slope += slopes[1].mul_(upstream_entropies[part, None])
+            slope = slope.to(weight.dtype)
             if to_hidden is not None:
                 to_hidden[part] = (slope @ weight).to(to_hidden.dtype)
             if to_weight is not None:
@@ -154,19 +200,34 @@ class _ChunkedLogprobs(torch.autograd.Function):
         return (*(g if g is None else g.to(values.dtype) for g, values in gradients), None, None)
 
 
-def _logit_slope(logits: Tensor, targets: Tensor, normalisers: Tensor, shape: _LogitShape) -> Tensor:
-    """``(n, V)`` gradient of each row's log-probability with respect to the bare product of states and weight.
+def _entropies(logits: Tensor, normalisers: Tensor) -> Tensor:
+    """``(n,)`` in nats."""
+    logprobs = logits - normalisers[:, None]
+    return -logprobs.exp().mul_(logprobs).sum(dim=-1)
 
-    Overwrites ``logits``.
+
+def _logit_slopes(
+    logits: Tensor, targets: Tensor, normalisers: Tensor, entropies: Tensor, shape: _LogitShape
+) -> tuple[Tensor, ...]:
+    """``(n, V)`` gradient of each row's log-probability, with respect to the bare product of states and weight.
+
+    With entropies H a second one, theirs. With respect to final logits they are ``[v = target] - p_v`` and
+    ``-p_v (log p_v + H)``. Overwrites ``logits``.
     """
-    flatness = None if shape.softcap is None else 1 - (logits / shape.softcap) ** 2
-    slope = logits.sub_(normalisers[:, None]).exp_().neg_()
+    flatness = None if shape.softcap is None else 1 - (logits * (shape.temperature / shape.softcap)) ** 2
+    logprobs = logits.sub_(normalisers[:, None])
+    of_entropy = ()
+    if shape.with_entropies:
+        of_entropy = (logprobs.exp().neg_().mul_(logprobs + entropies[:, None]),)
+    slope = logprobs.exp_().neg_()
     slope.scatter_add_(1, targets[:, None], torch.ones_like(targets[:, None], dtype=slope.dtype))
-    if flatness is not None:
-        slope *= flatness
-    if shape.scale != 1.0:
-        slope *= shape.scale
-    return slope
+    slopes = (slope, *of_entropy)
+    for each in slopes:
+        if flatness is not None:
+            each *= flatness
+        if shape.scale != shape.temperature:
+            each *= shape.scale / shape.temperature
+    return slopes
 
 
 def _add_product(total: Tensor, slope: Tensor, hidden: Tensor) -> None:
@@ -185,6 +246,8 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, shape: _LogitSh
         logits *= shape.scale
     if shape.softcap is not None:
         logits = logits.div_(shape.softcap).tanh_().mul_(shape.softcap)
+    if shape.temperature != 1.0:
+        logits /= shape.temperature
     return logits
 
 

@@ -47,6 +47,25 @@ def test_the_plain_model_gives_logits_again(tiny_model, group):
     torch.testing.assert_close(logprobs[0, :6], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("lora", [None, LoraOptions(rank=2, alpha=4.0)])
+def test_entropies_and_log_probabilities_at_a_temperature_are_those_of_the_plain_model(tiny_model, group, lora):
+    policy = build(tiny_model, lora=lora).eval()
+    assert policy((group,)).entropies is None
+    found = policy((group, group), with_entropies=True, temperature=0.7)
+    states = policy.hf.base_model(input_ids=group.tokens).last_hidden_state
+    rows = torch.distributions.Categorical(logits=(states @ policy.hf.get_output_embeddings().weight.T / 0.7)[:, :-1])
+    mask = group.response_mask[:, 1:]
+    for logprobs, entropies in zip(found.logprobs, found.entropies, strict=True):
+        torch.testing.assert_close(logprobs, rows.log_prob(group.tokens[:, 1:]) * mask, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(entropies, rows.entropy() * mask, rtol=1e-4, atol=1e-5)
+    found.entropies[0].sum().backward(retain_graph=True)
+    name, trained = next((name, p) for name, p in policy.named_parameters() if p.requires_grad and "lora_A" not in name)
+    gradient, trained.grad = trained.grad, None
+    (rows.entropy() * mask).sum().backward()
+    torch.testing.assert_close(gradient, trained.grad, rtol=1e-3, atol=1e-5, msg=name)
+    assert gradient.abs().max() > 0
+
+
 @pytest.mark.parametrize("publish_lora", ["merged", "adapter"])
 def test_a_saved_lora_policy_opens_with_plain_transformers(tiny_model, group, tmp_path, publish_lora):
     from transformers import AutoModelForCausalLM

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -69,15 +71,121 @@ def test_square_sums_tell_how_peaked_a_distribution_is():
     torch.testing.assert_close(found.logprobs.sum(1), sums)
 
 
-def test_a_frozen_head_is_projected_once(monkeypatch):
+SHAPES = [
+    {},
+    {"logit_scale": 0.25},
+    {"logit_scale": 0.5, "softcap": 3.0},
+    {"temperature": 0.7},
+    {"logit_scale": 0.5, "softcap": 3.0, "temperature": 1.6},
+]
+
+
+def whole_rows(hidden, weight, bias, targets, mask, *, logit_scale=1.0, softcap=None, temperature=1.0):
+    """Log-probabilities and entropies from torch's own categorical distribution over whole logits."""
+    logits = logit_scale * (hidden @ weight.T + bias)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    rows = torch.distributions.Categorical(logits=logits / temperature)
+    return rows.log_prob(targets) * mask, rows.entropy() * mask
+
+
+@pytest.mark.parametrize("chunk_tokens", [4, 1000])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("frozen", [(), (1, 2), (0,), (1,)], ids=["none", "head", "states", "weight"])
+def test_entropies_and_log_probabilities_have_the_gradients_of_whole_logits(chunk_tokens, shape, frozen):
+    *tensors, targets, mask = make_batch()
+    leaves = [tensor.requires_grad_(place not in frozen) for place, tensor in enumerate(tensors)]
+    twins = [tensor.detach().clone().requires_grad_() for tensor in tensors]
+    upstreams = torch.randn(2, *mask.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    hidden, weight, bias = leaves
+    found = token_logprobs(
+        hidden, weight, targets, mask, head_bias=bias, chunk_tokens=chunk_tokens, with_entropies=True, **shape
+    )
+    expected = whole_rows(*twins, targets, mask, **shape)
+    torch.testing.assert_close((found.logprobs, found.entropies), expected)
+    (found.logprobs * upstreams[0] + found.entropies * upstreams[1]).sum().backward()
+    (expected[0] * upstreams[0] + expected[1] * upstreams[1]).sum().backward()
+    for leaf, twin in zip(leaves, twins, strict=True):
+        assert (leaf.grad is None) != leaf.requires_grad
+        if leaf.requires_grad:
+            torch.testing.assert_close(leaf.grad, twin.grad)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("used", ["logprobs", "entropies"])
+def test_either_output_may_be_left_out_of_the_loss(trained, used):
+    hidden, weight, bias, targets, mask = make_batch()
+    twin = hidden.clone().requires_grad_()
+    expected = dict(zip(("logprobs", "entropies"), whole_rows(twin, weight, bias, targets, mask), strict=True))
+    expected[used].sum().backward()
+    found = token_logprobs(
+        hidden.requires_grad_(), weight.requires_grad_(trained), targets, mask, head_bias=bias, with_entropies=True
+    )
+    getattr(found, used).sum().backward()
+    torch.testing.assert_close(hidden.grad, twin.grad)
+
+
+def test_slopes_agree_with_finite_differences():
+    hidden, weight, bias, targets, mask = make_batch(rows=2, tokens=3, features=3, vocabulary=5)
+    mask[:] = torch.tensor([[True, True, False], [False, True, True]])
+
+    def ask(hidden, weight, bias):
+        options = {"softcap": 2.0, "logit_scale": 0.8, "temperature": 1.3, "chunk_tokens": 3}
+        found = token_logprobs(hidden, weight, targets, mask, head_bias=bias, with_entropies=True, **options)
+        return found.logprobs, found.entropies
+
+    assert torch.autograd.gradcheck(ask, [tensor.requires_grad_() for tensor in (hidden, weight, bias)])
+
+
+def test_entropies_run_from_zero_to_log_vocabulary_in_float32_without_nan():
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    hidden = torch.tensor([[[0.0], [1e4], [-1e4]]], requires_grad=True)
+    weight = torch.linspace(-1, 1, 8)[:, None].requires_grad_()
+    found = token_logprobs(hidden, weight, torch.zeros(1, 3, dtype=torch.int64), mask, with_entropies=True).entropies
+    torch.testing.assert_close(found, torch.tensor([[math.log(8), 0.0, 0.0]]))
+    found.sum().backward()
+    torch.testing.assert_close(hidden.grad, torch.zeros(1, 3, 1), rtol=0, atol=1e-6)
+    assert bool(torch.isfinite(weight.grad).all())
+
+
+def test_a_temperature_is_a_scale_of_uncapped_logits_and_sharpens_below_one():
+    hidden, weight, bias, targets, mask = make_batch()
+    ask = {"head_bias": bias, "with_entropies": True, "with_square_sums": True}
+    cold = token_logprobs(hidden, weight, targets, mask, temperature=0.5, **ask)
+    scaled = token_logprobs(hidden, weight, targets, mask, logit_scale=2.0, **ask)
+    plain = token_logprobs(hidden, weight, targets, mask, **ask)
+    torch.testing.assert_close(cold, scaled)
+    assert bool((cold.entropies[mask] < plain.entropies[mask]).all())
+
+
+def test_what_is_not_asked_for_is_not_given():
+    hidden, weight, _, targets, mask = make_batch()
+    found = token_logprobs(hidden.requires_grad_(), weight, targets, mask)
+    assert found.entropies is None
+    assert found.square_sums is None
+
+
+@pytest.mark.parametrize("with_entropies", [False, True])
+def test_a_frozen_head_keeps_one_state_per_token_and_output(with_entropies):
+    hidden, weight, _, targets, mask = make_batch(features=2, vocabulary=500)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        token_logprobs(hidden.requires_grad_(), weight, targets, mask, with_entropies=with_entropies)
+    assert kept.count(hidden[mask].shape) == 1 + with_entropies
+    assert weight.shape not in kept
+
+
+@pytest.mark.parametrize("with_entropies", [False, True])
+def test_a_frozen_head_is_projected_once(monkeypatch, with_entropies):
     hidden, weight, _, targets, mask = make_batch()
     calls = []
     monkeypatch.setattr(logprobs, "_logits", lambda *args, real=logprobs._logits: calls.append(1) or real(*args))
     for trained in (False, True):
         calls.clear()
         hidden.grad = None
-        sums, _ = response_logprobs(hidden.requires_grad_(), weight.requires_grad_(trained), targets, mask)
-        sums.sum().backward()
+        weight.requires_grad_(trained)
+        found = token_logprobs(hidden.requires_grad_(), weight, targets, mask, with_entropies=with_entropies)
+        found.logprobs.sum().backward()
         assert len(calls) == 1 + trained
 
 
@@ -152,11 +260,16 @@ def test_forward_and_backward_hold_one_chunk_of_logits_at_most():
     def chunked(hidden, weight):
         return response_logprobs(hidden, weight, targets, mask, chunk_tokens=chunk_tokens)[0]
 
+    def with_entropies(hidden, weight):
+        found = token_logprobs(hidden, weight, targets, mask, chunk_tokens=chunk_tokens, with_entropies=True)
+        return found.logprobs + found.entropies
+
     def whole(hidden, weight):
         return (hidden @ weight.T).log_softmax(-1).gather(2, targets[..., None])
 
     assert largest_tensor(whole, hidden, weight) == rows * tokens * vocabulary
     assert largest_tensor(chunked, hidden, weight) == chunk_tokens * vocabulary
+    assert largest_tensor(with_entropies, hidden, weight) == chunk_tokens * vocabulary
 
 
 def test_logits_are_not_kept_for_the_backward_pass():
@@ -174,6 +287,7 @@ def test_logits_are_not_kept_for_the_backward_pass():
         ({"response_mask": torch.ones(4, 9, dtype=torch.int64)}, "'response_mask' must be a .* bool mask"),
         ({"chunk_tokens": 0}, "chunk_tokens must be greater than 0"),
         ({"softcap": 0.0}, "softcap must be greater than 0"),
+        ({"temperature": 0.0}, "temperature must be greater than 0"),
     ],
 )
 def test_what_does_not_fit_is_refused(change, message):

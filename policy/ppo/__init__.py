@@ -1,0 +1,1 @@
+"""Reinforcement learning from a reward: roll out, score, estimate advantages, update."""
