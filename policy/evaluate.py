@@ -5,7 +5,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from rlhf.core.errors import ConfigError, DataError, ModelError
 from rlhf.core.files import write_json, write_text
 from rlhf.data.batching import row_group
 from rlhf.data.templates import chat_format
+from rlhf.engine.frozen import Frozen, ReplicatedModel
 from rlhf.engine.ranks import Ranks
 from rlhf.models.backbones import hide_loading_bars
 from rlhf.models.tokenizer import load_tokenizer
@@ -171,11 +171,12 @@ def _cells(each: PolicyEvaluation) -> list[str]:
     return [each.name, shown(each.reward), shown(each.gain), *numbers]
 
 
-def _open(folder: Path) -> Any:
+def _open(folder: Path) -> Frozen:
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder}: cannot be loaded as a causal language model: {error}") from error
+    return ReplicatedModel(PolicyModel(hf), ALONE)
 
 
 def _rewards(reward: RewardFunction, prompts: Sequence[str], samples: Sequence[Sample]) -> NDArray[np.float64]:
@@ -189,15 +190,13 @@ def _rewards(reward: RewardFunction, prompts: Sequence[str], samples: Sequence[S
 
 
 @torch.inference_mode()
-def _logprobs(model: Any, samples: Sequence[Sample]) -> NDArray[np.float64]:
-    policy = PolicyModel(model)
+def _logprobs(model: Frozen, samples: Sequence[Sample]) -> NDArray[np.float64]:
     order = sorted(range(len(samples)), key=lambda place: len(samples[place].row.tokens))
     found = np.zeros(len(samples))
     for start in range(0, len(order), ROWS_AT_ONCE):
         places = order[start : start + ROWS_AT_ONCE]
-        (values,) = policy((row_group([samples[place].row for place in places]),)).logprobs
+        (values,) = model.forward((row_group([samples[place].row for place in places]),)).logprobs
         found[places] = values.sum(dim=1).double().numpy()
-    policy.plain()
     return found
 
 
@@ -210,8 +209,8 @@ def _summary(
 ) -> PolicyEvaluation:
     return PolicyEvaluation(
         name=name,
-        reward=_estimate(by_prompt),
-        gain=None if base is None else _estimate(by_prompt - base),
+        reward=mean_with_interval(by_prompt),
+        gain=None if base is None else mean_with_interval(by_prompt - base),
         kl=float(ratios.mean()),
         kl_k3=float((np.expm1(-ratios) + ratios).mean()),
         tokens=float(np.mean([sample.row.response.sum() for sample in samples])),
@@ -221,7 +220,8 @@ def _summary(
     )
 
 
-def _estimate(values: NDArray[np.float64]) -> Estimate:
+def mean_with_interval(values: NDArray[np.float64]) -> Estimate:
+    """Of ``(N,)`` independent values; the interval is the mean itself where they do not vary."""
     mean = float(values.mean())
     if len(values) < 2 or values.std() == 0:
         return Estimate(value=mean, low=mean, high=mean)

@@ -16,7 +16,17 @@ from rlhf.data.preferences import load_preferences
 from rlhf.engine.build import DTYPES, precision_of
 from rlhf.engine.ranks import Ranks
 from rlhf.models.tokenizer import required_embedding_rows
-from rlhf.train.stage import load_data, open_chat, report, run_identity, sample_of, say, start_engine, total_steps, train
+from rlhf.train.stage import (
+    load_data,
+    open_chat,
+    report,
+    run_identity,
+    sample_of,
+    say,
+    start_engine,
+    total_steps,
+    train,
+)
 
 
 def run(config: RewardConfig, ranks: Ranks) -> Evaluation | None:

@@ -25,7 +25,17 @@ from rlhf.engine.ranks import Ranks
 from rlhf.models.backbones import weights_digest
 from rlhf.models.tokenizer import load_tokenizer, required_embedding_rows
 from rlhf.train.batches import BatchMaker
-from rlhf.train.stage import LoadedData, load_data, open_chat, report, run_identity, sample_of, start_engine, total_steps, train
+from rlhf.train.stage import (
+    LoadedData,
+    load_data,
+    open_chat,
+    report,
+    run_identity,
+    sample_of,
+    start_engine,
+    total_steps,
+    train,
+)
 
 
 def run(config: PreferenceConfig, ranks: Ranks) -> HeldOut | None:

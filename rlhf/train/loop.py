@@ -124,7 +124,7 @@ def iterate(
     total_steps: int,
     take_step: Callable[[int, Progress], Outcome],
 ) -> LoopState:
-    """Around ``take_step(step, progress)``: resume, log, evaluate, save, stop. Like :func:`fit`, for steps of any shape."""
+    """Around ``take_step(step, progress)``: resume, log, evaluate, save, stop; as :func:`fit`, for any kind of step."""
     state = restore(engine, task, config, run)
     engine.ranks.on_main(lambda: _write_documents(run))
     log = MetricLog(run.folder, engine.ranks, config, resume_step=state.step)

@@ -62,6 +62,13 @@ def test_one_seed_gives_one_result(tiny_model, tmp_path):
     assert found[0] == found[1] != found[2] == found[3]
 
 
+def test_what_is_sampled_together_changes_nothing(tiny_model, tmp_path):
+    for batch_rows in (1, 5, 12):
+        evaluate(tiny_model, {}, tmp_path / str(batch_rows), batch_rows=batch_rows)
+    one, *others = ((tmp_path / str(rows) / "samples_reference.jsonl").read_text() for rows in (1, 5, 12))
+    assert others == [one, one]
+
+
 @pytest.mark.parametrize("values", [[1.0], [math.nan] * 12])
 def test_a_reward_function_that_miscounts_or_gives_nan_is_refused(tiny_model, tmp_path, values):
     with pytest.raises(DataError, match="12 responses"):

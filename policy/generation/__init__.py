@@ -1,0 +1,1 @@
+"""Responses drawn from a policy: one protocol, and what implements it."""

@@ -1,0 +1,44 @@
+"""The sampler of a policy in training, whatever shards it."""
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import numpy as np
+
+from policy.generation.api import Response
+from policy.generation.hf import HfSampler
+from policy.generation.options import SamplingConfig
+from policy.generation.weights import RolloutWeights
+from policy.model import PolicyModel
+from rlhf.data.templates import ChatFormat
+from rlhf.engine.api import Engine
+
+
+class TrainingSampler:
+    """See :class:`policy.generation.api.Sampler`; samples from the weights as they are at each call."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        chat: ChatFormat,
+        config: SamplingConfig,
+        build: Callable[[], PolicyModel],
+        gather: Literal["auto", "once", "never"],
+    ) -> None:
+        """``build`` makes a policy of the same shape, and ``gather`` says whether; see :class:`RolloutWeights`."""
+        self._weights = RolloutWeights(engine, build, gather)
+        self._sampler = HfSampler(
+            self._weights.model,
+            config,
+            eos_token_ids=chat.end_token_ids,
+            pad_token_id=chat.tokenizer.pad_token_id,
+            tokenizer=chat.tokenizer,
+            synced=self._weights.synced,
+        )
+
+    def generate(
+        self, prompts: Sequence[np.ndarray], seeds: Sequence[int], advance: Callable[[int], None] | None = None
+    ) -> list[Response]:
+        """See :meth:`policy.generation.api.Sampler.generate`. Every rank must call it."""
+        self._weights.refresh()
+        return self._sampler.generate(prompts, seeds, advance)

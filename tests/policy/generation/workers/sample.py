@@ -1,0 +1,85 @@
+"""One rank that samples from a tiny policy: python sample.py MODEL ENGINE OUTPUT.
+
+ENGINE is local or zero3. Samples in every way, changes the weights, samples again. Rank 0 of two has one prompt or
+none, the other rank all others. The main rank writes what was drawn: for each way, two rounds of all prompts.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from policy.generation.api import row_seed
+from policy.generation.hf import HfSampler
+from policy.generation.options import SamplingConfig
+from policy.generation.weights import RolloutWeights
+from policy.model import PolicyConfig, build_policy
+from rlhf.engine.build import build_engine
+from rlhf.engine.options import EngineConfig, OptimizerConfig
+from rlhf.engine.ranks import start_ranks, stop_ranks
+
+COUNT = 9
+
+
+def my_places(first: int, rank: int, ranks: int) -> list[int]:
+    """``first``: how many prompts rank 0 of two has."""
+    if ranks == 1:
+        return list(range(COUNT))
+    return list(range(first)) if rank == 0 else list(range(first, COUNT))
+
+
+def draw(engine, weights, places: list[int], seed: int) -> list[list[int]]:
+    """Tokens of the responses to all prompts, on every rank."""
+    config = SamplingConfig(max_new_tokens=20, batch_rows=3, temperature=1.3)
+    sampler = HfSampler(
+        weights.model, config, eos_token_ids=range(0, 321, 15), pad_token_id=2, synced=weights.synced
+    )
+    weights.refresh()
+    generator = np.random.default_rng(0)
+    prompts = [generator.integers(3, 300, 1 + place % 5) for place in range(COUNT)]
+    responses = sampler.generate([prompts[p] for p in places], [row_seed(seed, p) for p in places])
+    drawn = {p: response.tokens.tolist() for p, response in zip(places, responses, strict=True)}
+    merged = {p: tokens for part in engine.ranks.gather_objects(drawn) for p, tokens in part.items()}
+    return [merged[p] for p in range(COUNT)]
+
+
+def move_weights(engine) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for parameter in engine.module.parameters():
+        with engine.whole([parameter], modify=True), torch.no_grad():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+
+
+def main() -> None:
+    model, kind, output = sys.argv[1:]
+    ranks = start_ranks()
+
+    def build():
+        return build_policy(PolicyConfig(path=model), dtype=torch.float32, vocabulary=1, seed=0)
+
+    engine = build_engine(
+        build(),
+        ranks=ranks,
+        config=EngineConfig(kind="local") if kind == "local" else EngineConfig(deepspeed=kind, precision="float32"),
+        optimizer=OptimizerConfig(),
+        total_steps=1,
+        hidden_size=32,
+    )
+    ways = {choice: RolloutWeights(engine, build, choice) for choice in ("once", "never")}
+    drawn: dict[str, list] = {}
+    for seed in (0, 1):
+        for choice, weights in ways.items():
+            for first in (0, 1):
+                places = my_places(first, ranks.rank, ranks.world_size)
+                drawn.setdefault(f"{choice}, {first}", []).append(draw(engine, weights, places, seed))
+        move_weights(engine)
+    if ranks.is_main:
+        Path(output).write_text(json.dumps(drawn))
+    ranks.barrier()
+    stop_ranks()
+
+
+if __name__ == "__main__":
+    main()
