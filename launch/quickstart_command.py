@@ -1,4 +1,4 @@
-"""``rlhf quickstart``: a margin reward model and an aligned policy from a small real language model, from nothing."""
+"""``rlhf quickstart``: reward model, preference policy and PPO policy from a small real model, from nothing."""
 
 import argparse
 import json
@@ -14,17 +14,18 @@ from rlhf.models.manifest import MANIFEST_NAME
 HERE = Path(__file__).parent
 MODEL = Path("models/SmolLM2-135M-Instruct")
 RUNS = Path("runs/quickstart")
-STAGES = {"reward": "reward", "preference": "policy.preference"}
+STAGES = {"reward": "reward", "preference": "policy.preference", "ppo": "policy.ppo"}
 """Module of each stage; its recipe is quickstart_<stage>.yaml, its run folder has its name."""
 
 
 def add_parser(subparsers) -> None:
     parser = subparsers.add_parser(
         "quickstart",
-        help="train a margin reward model and a policy on SmolLM2-135M and a small shipped corpus, and measure both",
+        help="reward model, preference policy and PPO policy from SmolLM2-135M and a shipped corpus, all measured",
         description="Import SmolLM2-135M-Instruct; under the deepspeed launcher, train a reward model with optimal-"
-        "transport margins and a policy by APO-hinge-zero on the shipped sentiment pairs; evaluate both on held-out "
-        "topics and publish them. Started again, it goes on where it stopped.",
+        "transport margins and a policy by APO-hinge-zero on the shipped sentiment pairs, and go on from that policy "
+        "by PPO against the reward model; evaluate all on held-out topics and publish them. Started again, it goes on "
+        "where it stopped.",
     )
     parser.add_argument("--ranks", type=int, help="processes (default: all GPUs, or 2 on a CPU with 2 or more cores)")
     parser.add_argument(
@@ -39,20 +40,21 @@ def add_parser(subparsers) -> None:
 def run(options: argparse.Namespace) -> int:
     began = time.monotonic()
     overrides = _by_stage(options.overrides)
-    _say(f"1/4  the backbone: {MODEL}")
+    _say(f"1/5  the backbone: {MODEL}")
     import_gguf(embedded_model(), MODEL)
     ranks = options.ranks or default_ranks()
-    _run_stage("2/4  the reward model", "reward", ranks, overrides["reward"])
-    _run_stage("3/4  the policy", "preference", ranks, overrides["preference"])
-    _say("4/4  gold reward of fresh samples for held-out prompts")
+    _run_stage("2/5  the reward model", "reward", ranks, overrides["reward"])
+    _run_stage("3/5  a policy from preferences", "preference", ranks, overrides["preference"])
+    _run_stage("4/5  PPO against the reward model", "ppo", ranks, overrides["ppo"])
+    _say("5/5  gold reward of fresh samples for held-out prompts")
     _evaluate()
     rewards = json.loads((RUNS / "reward" / "final" / MANIFEST_NAME).read_text())["rewards"]
     print(
         f"\ndone in {time.monotonic() - began:.0f} s.\n"
         f"{RUNS}/reward/final opens with AutoModelForSequenceClassification; "
         f"held-out rewards: mean {rewards['mean']:.2f}, standard deviation {rewards['standard_deviation']:.2f}.\n"
-        f"{RUNS}/preference/final opens with AutoModelForCausalLM; "
-        f"what it wrote: {RUNS}/evaluation/samples_policy.jsonl\n"
+        f"{RUNS}/preference/final and {RUNS}/ppo/final open with AutoModelForCausalLM; "
+        f"what they wrote: {RUNS}/evaluation/samples_ppo.jsonl and so on\n"
         "Next, score texts of your own (a JSON line each: prompt and response, or prompt, chosen and rejected):\n"
         f"  .venv/bin/rlhf score --model {RUNS}/reward/final --data launch/quickstart/sentiment_pairs_heldout.jsonl "
         "--output runs/quickstart/scores.jsonl"
@@ -88,7 +90,7 @@ def _evaluate() -> None:
     from policy.sampling import SamplingSettings
 
     found = evaluate_policies(
-        {"policy": RUNS / "preference" / "final"},
+        {stage: RUNS / stage / "final" for stage in ("preference", "ppo")},
         MODEL,
         read_prompts(HERE / "quickstart" / "prompts_heldout.jsonl"),
         gold_reward,

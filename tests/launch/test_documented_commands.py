@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from launch.cli import build_parser
+from policy.ppo.config import PpoConfig
 from policy.preference.config import PreferenceConfig
 from policy.sft.config import SftConfig
 from reward.config import RewardConfig
@@ -15,7 +16,12 @@ from rlhf.config import parse_command_line
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "launch").rglob("*.md"))]
 RECIPES = sorted((ROOT / "launch" / "recipes").glob("*.yaml"))
-STAGES = {"reward": RewardConfig, "policy.sft": SftConfig, "policy.preference": PreferenceConfig}
+STAGES = {
+    "reward": RewardConfig,
+    "policy.sft": SftConfig,
+    "policy.preference": PreferenceConfig,
+    "policy.ppo": PpoConfig,
+}
 
 
 def documented_lines() -> list[str]:

@@ -1,0 +1,301 @@
+"""The recipe of a PPO run."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Le
+
+from policy.generation.options import SamplingConfig
+from policy.model import PolicyConfig
+from policy.ppo.advantages import ESTIMATORS
+from rlhf.data.options import ExampleDataConfig, PromptDataConfig
+from rlhf.engine.options import EngineConfig, OptimizerConfig
+from rlhf.models.options import LoraOptions
+from rlhf.train.options import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardSourceConfig:
+    """Where rewards come from: reward models, or a Python function."""
+
+    path: str | tuple[str, ...] = ()
+    """final/ of a reward run, or a list of these: an ensemble."""
+    function: str | None = None
+    """module:function(prompts, responses) -> scores, in place of models: rules, gold scorers."""
+    combine: Literal["mean", "min", "mean_minus_sd"] = "mean"
+    """What an ensemble says: its mean, its most doubtful member, or the mean minus `deviations` standard deviations."""
+    deviations: Annotated[float, Ge(0)] = 1.0
+    """How many standard deviations of the ensemble mean_minus_sd takes off."""
+    standardise: bool = True
+    """Bring the scores of a model to mean 0 and deviation 1 by the statistics of its manifest."""
+    retokenize: bool = False
+    """Decode, apply the reward model's own template and encode again: for a reward model of another family. Off, a
+    reward model whose tokenizer or template differ from the policy's is refused."""
+    placement: str = "replicated"
+    """Where the models live: replicated (whole on every rank), zero3, zero3_offload, or a DeepSpeed JSON."""
+    clip: Annotated[float, Gt(0)] | None = 10.0
+    """Bound on the score that enters the reward; null for none."""
+    missing_end_penalty: Annotated[float, Ge(0)] = 0.0
+    """Taken off the score of a response that ran into the length limit."""
+    length_penalty: Annotated[float, Ge(0)] = 0.0
+    """Taken off the score of a response of rollout.max_new_tokens; less, linearly, of one longer than
+    `length_free_tokens`."""
+    length_free_tokens: Annotated[int, Ge(0)] = 0
+    """Tokens that length_penalty does not count."""
+
+    def __post_init__(self) -> None:
+        if bool(self.paths) == bool(self.function):
+            raise ValueError("give either path (the final/ folder of a reward run, or several) or function")
+        if len(self.paths) < 2 and self.combine != "mean":
+            raise ValueError(f"combine = {self.combine} needs an ensemble: several folders in path")
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return (self.path,) if isinstance(self.path, str) else self.path
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticConfig:
+    """The model of the expected return, for estimators that need one."""
+
+    path: str | None = None
+    """Where it starts: a reward model, or any backbone (with a new head). Null: the first reward model if it reads the
+    policy's tokens, else the policy."""
+    share_trunk: bool = False
+    """With policy.lora: the critic is a second adapter and a head on the policy's own frozen base."""
+    freeze_layers: Annotated[int, Ge(0)] = 0
+    """Freeze the embeddings and this many lower layers."""
+    lora: LoraOptions | None = None
+    """Train adapters instead of the weights; the head is always trained."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass."""
+    deepspeed: str | None = None
+    """DeepSpeed configuration of the critic; null: that of the policy (engine.deepspeed)."""
+    optim: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=1e-5))
+    warmup_steps: Annotated[int, Ge(0)] = 0
+    """PPO steps in which only the critic learns."""
+    value_clip: Annotated[float, Gt(0)] | None = 0.2
+    """How far a value may move from the one at rollout before its loss is cut; null for no bound."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceModelConfig:
+    """What KL is counted from. With policy.lora and no path, it is the base with its adapters off."""
+
+    path: str | None = None
+    """Null: the policy as the run starts from it."""
+    placement: str = "replicated"
+    """As reward.placement."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig(SamplingConfig):
+    """The responses of one step."""
+
+    prompts: Annotated[int, Gt(0)] = 64
+    """Prompts of a step, over all ranks."""
+    samples: Annotated[int, Gt(0)] = 1
+    """Responses to each; rloo, grpo and reinforce_pp_baseline compare them and need at least 2."""
+    gather: Literal["auto", "once", "never"] = "auto"
+    """Under ZeRO-3: gather all weights once per rollout (auto: if they fit), or layer by layer in every token."""
+    written: Annotated[int, Ge(0)] = 8
+    """Rollouts of each step that go to rollouts.jsonl, for reading."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdvantageConfig:
+    """How much better a token was than expected."""
+
+    estimator: str = "gae"
+    """gae (with the critic), rloo, grpo, grpo_unscaled (Dr. GRPO), reinforce_pp, reinforce_pp_baseline."""
+    gamma: Annotated[float, Gt(0), Le(1)] = 1.0
+    """Discount per token."""
+    lam: Annotated[float, Ge(0), Le(1)] = 0.95
+    """Lambda of gae: 0 trusts the critic, 1 the rewards."""
+    whiten: bool | None = None
+    """Mean 0 and deviation 1 over all response tokens of the step; null: as is usual for the estimator."""
+
+    def __post_init__(self) -> None:
+        if self.estimator not in ESTIMATORS:
+            raise ValueError(f"estimator = {self.estimator}: there are {', '.join(ESTIMATORS)}")
+
+    @property
+    def whitened(self) -> bool:
+        return ESTIMATORS[self.estimator].whitened if self.whiten is None else self.whiten
+
+    @property
+    def needs_values(self) -> bool:
+        return ESTIMATORS[self.estimator].needs_values
+
+
+@dataclass(frozen=True, kw_only=True)
+class KlConfig:
+    """The pull towards the reference."""
+
+    coefficient: Annotated[float, Ge(0)] = 0.05
+    """Nats of KL against one unit of standardised reward; at 0 the KL is only measured."""
+    place: Literal["reward", "loss"] = "reward"
+    """reward: taken off the reward of each token. loss: a term of the policy's loss."""
+    estimator: Literal["k1", "k2", "k3"] | None = None
+    """Of the KL per token; null: k1 in the reward, k3 in the loss."""
+    controller: Literal["fixed", "adaptive"] = "fixed"
+    """adaptive: steers the coefficient so that the KL of a response stays near `target`."""
+    target: Annotated[float, Gt(0)] = 6.0
+    """Nats per response."""
+    horizon: Annotated[float, Gt(0)] = 10000.0
+    """Responses over which the adaptive controller corrects an error of 1."""
+
+    def __post_init__(self) -> None:
+        if self.place == "loss" and self.estimator == "k1":
+            raise ValueError("estimator = k1 in the loss has an expected gradient of zero; take k2 or k3")
+        if self.controller == "adaptive" and self.coefficient == 0:
+            raise ValueError("controller = adaptive multiplies the coefficient: from 0 it can never rise")
+
+    @property
+    def kind(self) -> str:
+        return self.estimator or ("k1" if self.place == "reward" else "k3")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SurrogateConfig:
+    """The policy's loss."""
+
+    epochs: Annotated[int, Gt(0)] = 2
+    """Passes over the rollouts of a step, in minibatches of train.global_batch_size rollouts."""
+    clip_low: Annotated[float, Gt(0)] = 0.2
+    """The ratio to the old policy counts down to 1 - clip_low."""
+    clip_high: Annotated[float, Gt(0)] | None = None
+    """And up to 1 + clip_high (clip-higher); null: as clip_low."""
+    dual_clip: Annotated[float, Gt(1)] | None = None
+    """Bound on the loss of bad tokens, in units of their advantage (3 is usual)."""
+    ratio: Literal["token", "sequence"] = "token"
+    """Of single tokens, or one for a whole response (GSPO; clip_low about 3e-4)."""
+    normalise: Literal["token", "sequence", "constant"] = "token"
+    """Mean over all tokens of a minibatch; over responses of their token means; or sum over responses, each divided
+    by rollout.max_new_tokens (Dr. GRPO)."""
+    entropy: Annotated[float, Ge(0)] = 0.0
+    """Weight of an entropy bonus."""
+    stop_epoch_kl: Annotated[float, Gt(0)] | None = None
+    """End the epochs of a step once the policy is this far from the one that wrote the rollouts (nats per token)."""
+
+    @property
+    def upper(self) -> float:
+        return self.clip_low if self.clip_high is None else self.clip_high
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainingConfig:
+    """A language-modelling term beside the policy's loss (PPO-ptx), against forgetting."""
+
+    data: ExampleDataConfig
+    """Conversations; their assistant turns are learnt."""
+    weight: Annotated[float, Gt(0)] = 0.1
+    """Of the mean loss per response token."""
+    batch_size: Annotated[int, Gt(0)] = 16
+    """Conversations beside each minibatch, over all ranks."""
+
+
+Action = Literal["warn", "stop", "best", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchConfig:
+    """Tripwires: what a run that goes wrong looks like."""
+
+    action: Action = "warn"
+    """warn once for each symptom; stop with an error; or best: end the run and publish the best checkpoint."""
+    kl_budget: Annotated[float, Gt(0)] = 20.0
+    """Nats per response from the reference; a checkpoint beyond it is not the best one."""
+    length_factor: Annotated[float, Gt(1)] = 2.0
+    """Mean response length may grow or shrink by this factor since the start."""
+    ended_drop: Annotated[float, Gt(0), Le(1)] = 0.4
+    """Share of responses that end by themselves may fall by this much since the start."""
+    min_deviation: Annotated[float, Ge(0)] = 1e-3
+    """Standard deviation of the scores of a step below which there is nothing to learn from."""
+    length_correlation: Annotated[float, Gt(0), Le(1)] = 0.8
+    """Correlation of score and response length."""
+    repetition: Annotated[float, Gt(0), Le(1)] = 0.5
+    """Share of a response's 4-grams that have been there before."""
+    second: RewardSourceConfig | None = None
+    """A scorer that the policy is not trained on; it should not fall while the reward rises."""
+    second_drop: Annotated[float, Gt(0)] = 0.5
+    """Fall of the second scorer since its peak, in its standard deviations at the start."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PpoConfig:
+    """A PPO run."""
+
+    output: Path
+    """Run folder: config, logs, rollouts, checkpoints, and final/ when done."""
+    policy: PolicyConfig
+    reward: RewardSourceConfig
+    data: PromptDataConfig
+    """Prompts."""
+    reference: ReferenceModelConfig = field(default_factory=ReferenceModelConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    kl: KlConfig = field(default_factory=KlConfig)
+    loss: SurrogateConfig = field(default_factory=SurrogateConfig)
+    pretraining: PretrainingConfig | None = None
+    ema: Annotated[float, Ge(0), Le(1)] = 0.0
+    """Decay per step of a moving average of the policy's weights, which is then what is published; 0 for none."""
+    watch: WatchConfig = field(default_factory=WatchConfig)
+    optim: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=1e-6, schedule="constant"))
+    """Of the policy; a schedule runs over all optimizer steps."""
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(
+            global_batch_size=32,
+            best_metric="eval/selection",
+            evaluate_every=10,
+            evaluate_first=True,
+            checkpoint_every=10,
+        )
+    )
+    """Steps are PPO steps: one rollout each."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+    def __post_init__(self) -> None:
+        kind, rollout = self.advantage.estimator, self.rollout
+        if ESTIMATORS[kind].needs_groups and rollout.samples < 2:
+            raise ValueError(
+                f"advantage.estimator = {kind} compares the responses to one prompt: rollout.samples must be 2 or more"
+            )
+        if self.train.global_batch_size > self.rollouts:
+            raise ValueError(
+                f"train.global_batch_size = {self.train.global_batch_size} rollouts of a minibatch, but a step has "
+                f"only rollout.prompts x rollout.samples = {self.rollouts}"
+            )
+        if self.kl.controller == "adaptive" and self.rollouts >= 5 * self.kl.horizon:
+            raise ValueError(f"kl.horizon = {self.kl.horizon} must be above a fifth of {self.rollouts} rollouts")
+        if self.critic.share_trunk and (self.policy.lora is None or self.critic.lora is not None or self.critic.path):
+            raise ValueError("critic.share_trunk needs policy.lora, and then has neither critic.lora nor critic.path")
+        if self.critic.share_trunk and (self.policy.gradient_checkpointing or self.critic.gradient_checkpointing):
+            raise ValueError("critic.share_trunk does not go with gradient_checkpointing: adapters switch in between")
+        if self.reward.length_penalty and self.reward.length_free_tokens >= rollout.max_new_tokens:
+            raise ValueError(
+                f"reward.length_free_tokens = {self.reward.length_free_tokens} must be below rollout.max_new_tokens = "
+                f"{rollout.max_new_tokens}"
+            )
+
+    @property
+    def model(self) -> PolicyConfig:
+        """The model in training, by the name that every stage has for it."""
+        return self.policy
+
+    @property
+    def pretraining_train(self) -> TrainConfig:
+        """How the conversations of the language-modelling term are batched."""
+        return replace(self.train, global_batch_size=self.pretraining.batch_size)
+
+    @property
+    def rollouts(self) -> int:
+        """Responses of a step."""
+        return self.rollout.prompts * self.rollout.samples
+
+    @property
+    def minibatches(self) -> int:
+        """Optimizer steps of one pass over the rollouts."""
+        return -(-self.rollouts // self.train.global_batch_size)

@@ -1,0 +1,107 @@
+"""The critic: the expected return after each token, from a reward model's backbone and head."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from policy.ppo.config import CriticConfig
+from reward.model import RewardModel, RewardModelConfig, build_reward_model, load_reward_model, make_trainable
+from rlhf.core.errors import ModelError
+from rlhf.data.batching import RowGroup
+from rlhf.models.manifest import MANIFEST_NAME, RewardStatistics, read_manifest
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticStart:
+    """What the critic begins as."""
+
+    path: str
+    is_reward_model: bool
+    statistics: RewardStatistics | None
+    """Mean and deviation that bring its first values to the scale of the rewards; ``None`` leaves them."""
+
+
+class ValueModel(nn.Module):
+    """Values of rows.
+
+    Args:
+        scorer: backbone and head; the head reads every response place instead of the last one.
+        mean: subtracted from what the head says,
+        deviation: which is then divided by this.
+    """
+
+    def __init__(self, scorer: RewardModel, *, mean: float = 0.0, deviation: float = 1.0) -> None:
+        super().__init__()
+        if not scorer.is_decoder:
+            raise ModelError(f"{type(scorer.hf).__name__} reads whole texts: a critic needs a decoder; set critic.path")
+        self.scorer = scorer
+        self._mean, self._deviation = mean, deviation
+
+    def forward(self, groups: Sequence[RowGroup]) -> tuple[Tensor, ...]:
+        """Of each group ``(R, T - 1)`` float32: place t is the value before token t + 1; 0 outside the response."""
+        return tuple(self._values(group) for group in groups)
+
+    def _values(self, group: RowGroup) -> Tensor:
+        states = self.scorer.last_states(group.tokens, group.token_mask, right_padded=True)
+        values = response_values(states, group.response_mask, self.scorer.hf.score)
+        return torch.where(group.response_mask[:, 1:], (values - self._mean) / self._deviation, 0.0)
+
+
+def response_values(states: Tensor, response_mask: Tensor, head: nn.Module) -> Tensor:
+    """``(R, T - 1)`` float32 from ``(R, T, D)`` states: place t is the value before token t + 1; 0 off the response.
+
+    A row without a response keeps the graph alive: under ZeRO-3 every rank must run the same backward pass.
+    """
+    mask = response_mask[:, 1:]
+    values = head(states[:, :-1][mask]).squeeze(-1).float()
+    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, values)
+
+
+def critic_start(config: CriticConfig, reward_path: str | None, policy_path: str, *, standardised: bool) -> CriticStart:
+    """Where the critic begins: ``config.path``, else the reward model, else the policy's backbone with a new head.
+
+    Args:
+        config: the recipe's section.
+        reward_path: a reward model that reads the policy's tokens, or ``None``.
+        policy_path: what the policy starts from.
+        standardised: whether rewards are brought to mean 0 and deviation 1.
+    """
+    path = config.path or reward_path or policy_path
+    published = (Path(path) / MANIFEST_NAME).is_file()
+    manifest = read_manifest(Path(path)) if published else None
+    is_reward_model = manifest is not None and manifest.stage == "reward"
+    statistics = manifest.rewards if is_reward_model and standardised else None
+    return CriticStart(path=path, is_reward_model=is_reward_model, statistics=statistics)
+
+
+def build_critic(
+    config: CriticConfig, start: CriticStart, *, dtype: torch.dtype, pad_token_id: int, vocabulary: int, seed: int
+) -> ValueModel:
+    """The critic on the CPU, the same on every rank for one seed.
+
+    Raises:
+        ModelError: if the model cannot be loaded or does not know the policy's tokens.
+    """
+    options = RewardModelConfig(
+        path=start.path,
+        freeze_layers=config.freeze_layers,
+        lora=config.lora,
+        gradient_checkpointing=config.gradient_checkpointing,
+    )
+    if not start.is_reward_model:
+        scorer = build_reward_model(
+            options, dtype=dtype, pad_token_id=pad_token_id, vocabulary=vocabulary, seed=seed
+        )
+        return ValueModel(scorer)
+    torch.manual_seed(seed)
+    scorer = load_reward_model(Path(start.path), dtype=dtype)
+    known = scorer.hf.get_input_embeddings().num_embeddings
+    if known < vocabulary:
+        raise ModelError(f"critic.path = {start.path} knows {known} tokens, and the policy writes {vocabulary}")
+    make_trainable(scorer, options)
+    if start.statistics is None:
+        return ValueModel(scorer)
+    return ValueModel(scorer, mean=start.statistics.mean, deviation=start.statistics.standard_deviation)

@@ -1,0 +1,64 @@
+"""Rollouts since the last checkpoint, on disk: a run that was killed in an update need not draw them again."""
+
+import io
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from policy.generation.api import Response
+from policy.ppo.rollouts import Rollouts
+from rlhf.core.files import write_bytes
+from rlhf.data.prompts import Prompt
+from rlhf.engine.ranks import Ranks
+
+
+class Replay:
+    """One file a step: ``<folder>/step-00000012.pt``. The main rank writes and reads; every rank must call."""
+
+    def __init__(self, folder: Path, ranks: Ranks, identity: str) -> None:
+        """``identity``: files of another run are passed over."""
+        self._folder, self._ranks, self._identity = folder, ranks, identity
+
+    def put(self, step: int, rollouts: Rollouts, oldest: int) -> None:
+        """Keep those of ``step``, and drop those of steps before ``oldest``."""
+        self._ranks.on_main(lambda: self._write(step, rollouts, oldest))
+
+    def get(self, step: int, prompts: Sequence[Prompt]) -> Rollouts | None:
+        """What was put for ``step``, whose prompts are these; ``None`` where there is nothing usable."""
+        found = self._ranks.on_main(lambda: self._read(step))
+        if found is None:
+            return None
+        responses = [Response(np.asarray(t), np.asarray(p), bool(e)) for t, p, e in found["responses"]]
+        groups = torch.tensor(found["groups"])
+        return Rollouts([prompts[place] for place in found["groups"]], responses, found["texts"], groups)
+
+    def _path(self, step: int) -> Path:
+        return self._folder / f"step-{step:08d}.pt"
+
+    def _write(self, step: int, rollouts: Rollouts, oldest: int) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        state = {
+            "identity": self._identity,
+            "groups": rollouts.groups.tolist(),
+            "texts": list(rollouts.texts),
+            "responses": [
+                (torch.from_numpy(each.tokens), torch.from_numpy(each.logprobs), each.ended)
+                for each in rollouts.responses
+            ],
+        }
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        write_bytes(self._path(step), buffer.getbuffer())
+        for path in self._folder.glob("step-????????.pt"):
+            if int(path.stem.removeprefix("step-")) < oldest:
+                path.unlink()
+
+    def _read(self, step: int) -> dict | None:
+        try:
+            state = torch.load(self._path(step), weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
+            return None
+        return state if state.get("identity") == self._identity else None

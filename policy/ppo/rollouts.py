@@ -1,0 +1,184 @@
+"""The responses of one step, the same on every rank, and what models say about each of their tokens.
+
+Per-token columns are aligned with the response: ``(N, W)``, place j is the response's token j, W the longest of all.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from policy.generation.api import Response, Sampler, row_seed
+from rlhf.core.errors import ModelError
+from rlhf.core.files import digest
+from rlhf.core.masking import length_mask
+from rlhf.data.batching import Batch, Item, ItemSource, Row
+from rlhf.data.prompts import Prompt
+from rlhf.data.templates import ChatFormat, TemplateFault
+from rlhf.engine.frozen import Frozen
+from rlhf.engine.ranks import Ranks
+from rlhf.train.batches import BatchMaker, asking
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """N prompts with one response each; an :class:`rlhf.data.batching.ItemSource` of single rows."""
+
+    prompts: Sequence[Prompt]
+    responses: Sequence[Response]
+    texts: Sequence[str]
+    """The responses as text, without special tokens."""
+    groups: Tensor
+    """``(N,)`` int64; equal for the responses to one prompt."""
+
+    def __len__(self) -> int:
+        return len(self.responses)
+
+    def item(self, index: int) -> Item:
+        prompt, response = self.prompts[index].tokens, self.responses[index].tokens
+        tokens = np.concatenate([prompt, response])
+        return Item(self.row_ids[index], (Row(tokens, np.arange(len(tokens)) >= len(prompt)),))
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        pairs = zip(self.prompts, self.responses, strict=True)
+        return np.array([[len(prompt.tokens) + len(response.tokens)] for prompt, response in pairs])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return digest(*(response.tokens.tobytes() for response in self.responses))
+
+    @cached_property
+    def row_ids(self) -> list[str]:
+        """The prompt's file and line, and which response to it."""
+        seen: dict[str, int] = {}
+        names = []
+        for prompt in self.prompts:
+            seen[prompt.row_id] = seen.get(prompt.row_id, -1) + 1
+            names.append(f"{prompt.row_id}#{seen[prompt.row_id]}")
+        return names
+
+    @cached_property
+    def response_lengths(self) -> Tensor:
+        """``(N,)`` int64 tokens, the end token included."""
+        return torch.tensor([len(response.tokens) for response in self.responses])
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """``(N, W)`` bool, True on response tokens."""
+        return length_mask(self.response_lengths, int(self.response_lengths.max()))
+
+    @cached_property
+    def ended(self) -> Tensor:
+        """``(N,)`` bool: ended by the model, not by the limit."""
+        return torch.tensor([response.ended for response in self.responses])
+
+    @cached_property
+    def sampler_logprobs(self) -> Tensor:
+        """``(N, W)`` float32: what the sampler says of its own tokens."""
+        values = torch.zeros(self.mask.shape)
+        values[self.mask] = torch.from_numpy(np.concatenate([response.logprobs for response in self.responses]))
+        return values
+
+
+class Reencoded:
+    """Rollouts as text, shown and tokenised as ``chat`` does it; each ends with an end token. An ItemSource.
+
+    Raises:
+        ModelError: if the template cannot show one of them.
+    """
+
+    def __init__(self, rollouts: Rollouts, chat: ChatFormat) -> None:
+        answers = [[{"role": "assistant", "content": text}] for text in rollouts.texts]
+        pairs = zip(rollouts.prompts, answers, strict=True)
+        try:
+            rendered = [chat.render(prompt.messages, answer) for prompt, answer in pairs]
+        except TemplateFault as error:
+            raise ModelError(f"the chat template ({chat.origin}) cannot show a response: {error}") from error
+        self._rows = [Row(tokens, np.arange(len(tokens)) >= start) for tokens, start in chat.tokenise(rendered)]
+        self._names = rollouts.row_ids
+        self.lengths = np.array([[len(row.tokens)] for row in self._rows])
+        self.fingerprint = rollouts.fingerprint
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def item(self, index: int) -> Item:
+        return Item(self._names[index], (self._rows[index],))
+
+
+def roll_out(
+    sampler: Sampler,
+    ranks: Ranks,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    samples: int,
+    seed: Sequence[int | str],
+    advance: Callable[[int], None] | None = None,
+) -> Rollouts:
+    """``samples`` responses to each prompt, shared out over ranks by length and gathered on all of them.
+
+    A response is drawn from the seed of its row: who draws it, and beside whom, does not matter.
+    """
+    rows = [(place, sample) for place in range(len(prompts)) for sample in range(samples)]
+    by_length = sorted(range(len(prompts)), key=lambda place: -len(prompts[place].tokens))
+    mine = {place for place in by_length[ranks.rank :: ranks.world_size]}
+    own = [row for row, (place, _) in enumerate(rows) if place in mine]
+    drawn = sampler.generate(
+        [prompts[rows[row][0]].tokens for row in own], [row_seed(*seed, *rows[row]) for row in own], advance
+    )
+    found: list[Response | None] = [None] * len(rows)
+    for part in ranks.gather_objects(list(zip(own, drawn, strict=True))):
+        for row, response in part:
+            found[row] = response
+    texts = tokenizer.batch_decode([response.tokens for response in found], skip_special_tokens=True)
+    return Rollouts(
+        [prompts[place] for place, _ in rows],
+        found,
+        [text.strip() for text in texts],
+        torch.tensor([place for place, _ in rows]),
+    )
+
+
+def by_response(outputs: Sequence[Tensor], batch: Batch) -> Tensor:
+    """``(B, W)`` from what a model says of a batch's groups, each ``(R, T - 1)``: place t is token t + 1.
+
+    W is the longest response of the batch; places behind a response are 0. Gradients flow.
+    """
+    masks = [group.response_mask[:, 1:] for group in batch.groups]
+    width = max(1, *(int(mask.sum(dim=1).max()) if mask.numel() else 0 for mask in masks))
+    rows = []
+    for values, mask in zip(outputs, masks, strict=True):
+        places = length_mask(mask.sum(dim=1), width)
+        rows.append(values.new_zeros(places.shape).masked_scatter(places, values[mask]))
+    (found,) = batch.sides(torch.cat(rows))
+    return found
+
+
+def ask(
+    model: Frozen, maker: BatchMaker, data: ItemSource, read: Callable[[Any, Batch], Tensor], width: int, **options: Any
+) -> Tensor:
+    """``(N, width)`` float32 on the CPU, the same on every rank: what ``model`` says of all rows, without gradient.
+
+    Args:
+        model: asked with the row groups of each batch.
+        maker: plans the batches.
+        data: the rows.
+        read: turns the model's output for a batch into ``(B, w)`` with w up to ``width``.
+        width: columns of the result.
+        options: of the model's forward.
+    """
+    found = torch.zeros(len(data), width)
+    with asking(model):
+        for start, batches in maker.chunks(data, np.arange(len(data))):
+            for batch in batches:
+                values = read(model.forward(batch.groups, **options), batch).float()
+                padded = values.new_zeros(len(batch), width)
+                padded[:, : values.shape[1]] = values
+                places = model.ranks.gather_rows(batch.positions).cpu() + start
+                found[places] = model.ranks.gather_rows(padded).cpu()
+    return found

@@ -1,0 +1,242 @@
+"""The PPO stage from recipe to ``final/``."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from policy.generation.opening import TrainingSampler
+from policy.model import PolicyConfig, PolicyModel, build_policy
+from policy.ppo.config import PpoConfig
+from policy.ppo.critic import build_critic, critic_start
+from policy.ppo.reference import ReferenceModel
+from policy.ppo.replay import Replay
+from policy.ppo.reports import HeldOut, print_held_out
+from policy.ppo.rollouts import Reencoded
+from policy.ppo.scoring import ScorerParts, build_scorer
+from policy.ppo.shared import SharedTrunkCritic
+from policy.ppo.task import Engines, PpoTask, Roles
+from policy.publish import publish_run
+from rlhf.config import to_dict
+from rlhf.core.errors import ConfigError, ModelError
+from rlhf.core.files import digest
+from rlhf.data.examples import load_examples
+from rlhf.data.prompts import PromptData, load_prompts
+from rlhf.data.templates import ChatFormat
+from rlhf.engine.api import Engine
+from rlhf.engine.build import DTYPES, build_engine, precision_of
+from rlhf.engine.frozen import freeze
+from rlhf.engine.ranks import Ranks
+from rlhf.models.backbones import weights_digest
+from rlhf.models.manifest import MANIFEST_NAME, read_manifest
+from rlhf.models.tokenizer import required_embedding_rows
+from rlhf.train.batches import BatchMaker
+from rlhf.train.loop import Run, iterate
+from rlhf.train.stage import load_data, open_chat, report, run_and_take, run_identity, say, start_engine, total_steps
+
+PUBLISHED_ROWS = 12
+
+
+def run(config: PpoConfig, ranks: Ranks) -> HeldOut | None:
+    """Train, evaluate and publish; every rank calls it.
+
+    Returns:
+        The held-out evaluation of the weights that were taken; ``None`` without held-out prompts.
+    """
+    chat = open_chat(config, config.data.template, ranks)
+    data = load_data(lambda folder: load_prompts(config.data, chat.tokenizer, run_folder=folder), config, ranks)
+    steps = total_steps(replace(config.train, global_batch_size=config.rollout.prompts), len(data.train))
+    builder = _Builder(config, ranks, chat, steps)
+    roles, identity = builder.roles(), builder.identity(data)
+    replay = Replay(config.output / "replay", ranks, digest(json.dumps(identity, sort_keys=True)))
+    task = PpoTask(config, roles, data, chat, replay, builder.pretraining())
+    engines = roles.engines
+
+    def loop(run: Run):
+        return iterate(engines, task, config.train, run, steps, task.step)
+
+    documents = {
+        f"deepspeed_{name}.json": json.dumps(engine.settings, indent=2) for name, engine in engines.by_name.items()
+    }
+    step = run_and_take(config, engines, task, identity, documents, loop)
+    if config.ema:
+        task.take_average()
+        task.evaluate()
+    report(config, ranks, task.evaluation, step, print_held_out)
+    if config.train.publish != "none":
+        _publish(config, engines, chat, task, data)
+    return task.evaluation
+
+
+def _publish(config: PpoConfig, engines: Engines, chat: ChatFormat, task: PpoTask, data: PromptData) -> None:
+    engine, rollouts = engines.policy, task.sample(PUBLISHED_ROWS)
+    if config.critic.share_trunk and engines.critic is not None:
+        engines.critic.module.remove()
+    objective = {name: asdict(getattr(config, name)) for name in ("reward", "advantage", "kl", "loss")}
+    publish_run(
+        config,
+        engine,
+        chat,
+        engine.ranks.together(lambda: Reencoded(rollouts, chat)),
+        stage="ppo",
+        objective=objective,
+        training_data=data.train.fingerprint,
+    )
+
+
+class _Builder:
+    """Builds the roles of a run. Every rank must call each method."""
+
+    def __init__(self, config: PpoConfig, ranks: Ranks, chat: ChatFormat, steps: int) -> None:
+        self._config, self._ranks, self._chat, self._steps = config, ranks, chat, steps
+        self._dtype = DTYPES[precision_of(config.engine)]
+        self._vocabulary = required_embedding_rows(chat.tokenizer)
+        self._maker = BatchMaker(ranks, config.train)
+        self._updates = steps * config.loss.epochs * config.minibatches
+        self._scorer_identity: dict[str, str | None] = {}
+
+    def roles(self) -> Roles:
+        """Small models first: what cannot work should say so before large ones are loaded."""
+        config = self._config
+        scorers = {"reward": config.reward, "second": config.watch.second}
+        parts = self._scorer_parts()
+        built = {name: each and build_scorer(each, parts) for name, each in scorers.items()}
+        self._scorer_identity = {name: each and each.identity for name, each in built.items()}
+        policy = self._policy_engine()
+        return Roles(
+            engines=Engines(policy, self._critic_engine(policy)),
+            sampler=TrainingSampler(policy, self._chat, config.rollout, self._new_policy, config.rollout.gather),
+            reference=self._reference(policy),
+            scorer=built["reward"],
+            second=built["second"],
+        )
+
+    def pretraining(self):
+        """Conversations of the language-modelling term."""
+        section = self._config.pretraining
+        if section is None:
+            return None
+        tokenizer, folder = self._chat.tokenizer, self._config.output / "pretraining"
+
+        def load():
+            return load_examples(
+                section.data, tokenizer, kind="conversation", run_folder=folder if self._ranks.is_main else None
+            )
+
+        return self._ranks.main_first(load).train
+
+    def identity(self, data: PromptData) -> dict[str, Any]:
+        """All that must be the same for a checkpoint to be continued."""
+        config, plain = self._config, to_dict(self._config)
+        names = ("rollout", "advantage", "kl", "loss", "critic", "pretraining", "ema")
+        sections = {name: plain[name] for name in names}
+        for name in ("written", "gather", "batch_rows"):  # of no effect on the numbers
+            sections["rollout"].pop(name)
+        return {
+            **run_identity(config, data.train, self._steps, self._ranks),
+            **sections,
+            "policy weights": self._ranks.on_main(lambda: weights_digest(config.policy)),
+            "reward": plain["reward"] | {"placement": None},
+            "reference.path": config.reference.path,
+            "scorers": self._scorer_identity,
+        }
+
+    def _scorer_parts(self) -> ScorerParts:
+        return ScorerParts(
+            ranks=self._ranks,
+            engine=self._config.engine,
+            chat=self._chat,
+            template_digest=self._ranks.together(lambda: policy_template(self._config, self._chat)),
+            maker=self._maker,
+        )
+
+    def _policy_engine(self) -> Engine:
+        model = self._ranks.together(self._new_policy)
+        return start_engine(
+            model, self._config, self._ranks, steps=self._updates, hidden_size=model.hf.config.hidden_size
+        )
+
+    def _critic_engine(self, policy: Engine) -> Engine | None:
+        config, section = self._config, self._config.critic
+        if not config.advantage.needs_values:
+            return None
+        model, origin = self._ranks.together(lambda: self._new_critic(policy))
+        engine = build_engine(
+            model,
+            ranks=self._ranks,
+            config=replace(config.engine, deepspeed=section.deepspeed or config.engine.deepspeed),
+            optimizer=section.optim,
+            total_steps=self._updates,
+            hidden_size=policy.module.hf.config.hidden_size,
+        )
+        count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        say(self._ranks, f"critic from {origin}, {count:,} trainable parameters: {engine.description}")
+        return engine
+
+    def _new_critic(self, policy: Engine) -> tuple[nn.Module, str]:
+        """And what it starts from, in words."""
+        config, section = self._config, self._config.critic
+        if section.share_trunk:
+            if any(hasattr(parameter, "ds_id") for parameter in policy.module.parameters()):
+                raise ConfigError("critic.share_trunk does not go with ZeRO-3; take engine.deepspeed=zero2")
+            critic = SharedTrunkCritic(
+                policy.module, freeze_layers=config.policy.freeze_layers, seed=config.train.seed
+            )
+            return critic, "the policy's own base"
+        readable = config.reward.paths and not config.reward.retokenize
+        start = critic_start(
+            section,
+            config.reward.paths[0] if readable else None,
+            config.policy.path,
+            standardised=config.reward.standardise,
+        )
+        critic = build_critic(
+            section,
+            start,
+            dtype=self._dtype,
+            pad_token_id=self._chat.tokenizer.pad_token_id,
+            vocabulary=self._vocabulary,
+            seed=config.train.seed,
+        )
+        return critic, start.path
+
+    def _reference(self, policy: Engine) -> ReferenceModel:
+        section = self._config.reference
+        if section.path is None and self._config.policy.lora is not None:
+            return ReferenceModel(policy, adapters_off=True)
+        model = replace(self._config.policy, path=section.path or self._config.policy.path, lora=None, freeze_layers=0)
+        module = self._ranks.together(lambda: self._new_policy(model))
+        frozen = freeze(
+            module,
+            ranks=self._ranks,
+            config=self._config.engine,
+            placement=section.placement,
+            hidden_size=module.hf.config.hidden_size,
+        )
+        return ReferenceModel(frozen)
+
+    def _new_policy(self, model: PolicyConfig | None = None) -> PolicyModel:
+        return build_policy(
+            model or self._config.policy, dtype=self._dtype, vocabulary=self._vocabulary, seed=self._config.train.seed
+        )
+
+
+def policy_template(config: PpoConfig, chat: ChatFormat) -> str:
+    """A name for the form of text that the policy is shown.
+
+    Raises:
+        ModelError: if the policy was trained on another form than the recipe gives it.
+    """
+    folder = Path(config.policy.path)
+    if not (folder / MANIFEST_NAME).is_file():
+        return chat.digest
+    trained = read_manifest(folder).template_digest
+    if config.data.template is not None and trained != chat.digest:
+        raise ModelError(
+            f"policy.path = {folder} was trained with another chat template ({trained}) than data.template = "
+            f"{config.data.template} ({chat.digest}); leave data.template unset to take the policy's own"
+        )
+    return trained
+

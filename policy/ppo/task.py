@@ -1,0 +1,294 @@
+"""What a PPO step is, and what is measured on held-out prompts."""
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from policy.generation.api import Sampler
+from policy.model import PolicyOutput
+from policy.ppo.config import PpoConfig
+from policy.ppo.ema import MovingAverage
+from policy.ppo.experience import Measured, experience_metrics, make_experience, not_finite
+from policy.ppo.kl import AdaptiveKl, FixedKl
+from policy.ppo.reference import ReferenceModel
+from policy.ppo.replay import Replay
+from policy.ppo.reports import HeldOut, RolloutLog, held_out
+from policy.ppo.rollouts import Rollouts, ask, by_response, roll_out
+from policy.ppo.scoring import Scored, Scorer
+from policy.ppo.update import Updater, UpdateReport
+from policy.ppo.watch import Watch
+from rlhf.core.errors import TrainingStopped
+from rlhf.data.batching import ItemSource, global_batch
+from rlhf.data.prompts import Prompt, PromptData, PromptDataset
+from rlhf.data.templates import ChatFormat
+from rlhf.engine.api import Engine
+from rlhf.engine.ranks import Ranks
+from rlhf.train.batches import BatchMaker
+from rlhf.train.loop import Outcome
+from rlhf.train.metrics import SkipLog
+from rlhf.train.progress import Progress
+
+
+@dataclass(frozen=True)
+class Engines:
+    """Policy and critic, saved and loaded together; see :class:`rlhf.train.loop.Stateful`."""
+
+    policy: Engine
+    critic: Engine | None
+
+    @property
+    def ranks(self) -> Ranks:
+        return self.policy.ranks
+
+    @property
+    def by_name(self) -> dict[str, Engine]:
+        found = {"policy": self.policy, "critic": self.critic}
+        return {name: engine for name, engine in found.items() if engine is not None}
+
+    def save(self, folder: Path) -> None:
+        for name, engine in self.by_name.items():
+            # Any rank may be the first to get here, and engines expect their folder.
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            engine.save(folder / name)
+
+    def load(self, folder: Path) -> None:
+        for name, engine in self.by_name.items():
+            engine.load(folder / name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Roles:
+    """The models of a run, each behind what is asked of it."""
+
+    engines: Engines
+    sampler: Sampler
+    reference: ReferenceModel
+    scorer: Scorer
+    second: Scorer | None
+    """Of the tripwires."""
+
+
+class PpoTask:
+    """The steps of a run, its held-out evaluation, its state. See :class:`rlhf.train.loop.Watched`."""
+
+    def __init__(
+        self,
+        config: PpoConfig,
+        roles: Roles,
+        data: PromptData,
+        chat: ChatFormat,
+        replay: Replay,
+        pretraining: ItemSource | None = None,
+    ) -> None:
+        self._config, self._roles, self._data, self._chat, self._replay = config, roles, data, chat, replay
+        self._policy, self._critic = roles.engines.policy, roles.engines.critic
+        self._ranks = self._policy.ranks
+        self._maker = BatchMaker(self._ranks, config.train)
+        self._updater = Updater(self._policy, self._critic, config, pretraining)
+        self._kl = _kl_controller(config)
+        self._ema = MovingAverage(self._policy, config.ema) if config.ema else None
+        self._watch = Watch(config.watch, self._ranks)
+        self._skips = SkipLog(config.output, self._ranks)
+        self._log = RolloutLog(config.output, self._ranks, config.rollout.written)
+        self._steps_taken = 0
+        self._saved = 0  # steps that a checkpoint holds
+        self.evaluation: HeldOut | None = None
+        """The latest held-out evaluation; ``None`` before the first, and without held-out prompts."""
+
+    # The step
+
+    def step(self, step: int, progress: Progress) -> Outcome:
+        """One PPO step; every rank must call it."""
+        clock = _Clock()
+        self._steps_taken = step + 1
+        # 1. Sample prompts.
+        prompts = self._prompts(step)
+        # 2. Generate responses, or take those that a killed run has left.
+        with clock("generate"):
+            rollouts = self._replay.get(step, prompts)
+            if rollouts is None:
+                rollouts = self._roll_out(prompts, self._config.rollout.samples, ("train", step), progress)
+                self._replay.put(step, rollouts, oldest=self._saved)
+        # 3. Score them.
+        progress.phase(f"step {step + 1}: scoring {len(rollouts)} responses")
+        with clock("score"):
+            scored = self._roles.scorer.score(rollouts)
+            second = None if self._roles.second is None else self._roles.second.score(rollouts)
+        # 4. Log-probabilities of policy and reference; 5. values.
+        progress.phase(f"step {step + 1}: log-probabilities and values")
+        with clock("measure"):
+            measured = self._measure(rollouts)
+        faults = not_finite(rollouts, scored, measured)
+        if faults:
+            return self._skip(step, rollouts, scored, faults)
+        # 6. KL and rewards per token; 7. advantages and returns.
+        coefficient = self._kl.coefficient
+        experience = make_experience(rollouts, scored, measured, self._config, coefficient)
+        # 8. Minibatch epochs of policy and critic.
+        progress.phase(f"step {step + 1}: updates")
+        with clock("update"):
+            report = self._updater.run(step, experience, coefficient)
+        if self._ema is not None:
+            self._ema.update()
+        # 9. Adapt the KL coefficient; 10. log, and look for trouble.
+        metrics = experience_metrics(experience)
+        self._kl.update(metrics["kl"], len(rollouts))
+        metrics |= report.metrics() | {"kl_coefficient": coefficient, "rollouts": float(len(rollouts))}
+        metrics |= {"tokens": float(rollouts.lengths.sum())} | clock.metrics()
+        if second is not None:
+            metrics |= {"second": float(second.raw.mean()), "second_deviation": float(second.raw.std(correction=0))}
+        self._log.write(step + 1, experience, second)
+        self._watch.look(step + 1, metrics)
+        return self._outcome(step, metrics, report)
+
+    def _prompts(self, step: int) -> list[Prompt]:
+        train = self._data.train
+        places = global_batch(
+            step, items=len(train), batch_size=self._config.rollout.prompts, seed=self._config.train.seed
+        )
+        return [train.prompt(int(place)) for place in places]
+
+    def _roll_out(
+        self, prompts: Sequence[Prompt], samples: int, seed: Sequence[int | str], progress: Progress | None = None
+    ) -> Rollouts:
+        total = len(prompts) * samples
+
+        def advance(count: int) -> None:
+            if progress is not None:  # each rank has its share
+                progress.phase(f"writing responses: about {min(count * self._ranks.world_size, total)} of {total}")
+
+        seeds = (self._config.train.seed, *seed)
+        return roll_out(self._roles.sampler, self._ranks, self._chat.tokenizer, prompts, samples, seeds, advance)
+
+    def _measure(self, rollouts: Rollouts) -> Measured:
+        width = rollouts.mask.shape[1]
+        options = {"temperature": self._config.rollout.temperature}
+
+        def both(output: PolicyOutput, batch: Any) -> torch.Tensor:
+            parts = by_response(output.logprobs, batch), by_response(output.entropies, batch)
+            return torch.cat([functional.pad(part, (0, width - part.shape[1])) for part in parts], dim=1)
+
+        seen = ask(self._policy, self._maker, rollouts, both, 2 * width, with_entropies=True, **options)
+        values = None
+        if self._critic is not None:
+            values = ask(self._critic, self._maker, rollouts, by_response, width)
+        return Measured(
+            logprobs=seen[:, :width],
+            entropies=seen[:, width:],
+            reference=self._roles.reference.logprobs(self._maker, rollouts, **options),
+            values=values,
+        )
+
+    def _skip(self, step: int, rollouts: Rollouts, scored: Scored, faults: dict[str, list[str]]) -> Outcome:
+        """Every rank has the same columns, so every rank comes here together."""
+        rows = list(dict.fromkeys(row for found in faults.values() for row in found))
+        self._skips.record(step + 1, rows if self._ranks.is_main else [], [], what=" and ".join(faults))
+        self._log.write_skipped(step + 1, rollouts, scored, rows)
+        return Outcome(metrics={"rollouts": float(len(rollouts))}, applied=False)
+
+    def _outcome(self, step: int, metrics: dict[str, float], report: UpdateReport) -> Outcome:
+        if report.skipped:
+            self._skips.record(step + 1, report.skipped if self._ranks.is_main else [], [])
+        applied = all(info.applied for info in report.infos.values()) and not report.skipped
+        return Outcome(
+            metrics=metrics, applied=applied, scaler_overflow=report.overflow, end=self._watch.tripped
+        )
+
+    # Held-out evaluation
+
+    def evaluate(self) -> dict[str, float]:
+        """Rewards of fresh responses to held-out prompts, from the same seeds each time; every rank must call it."""
+        self.evaluation = None
+        if not len(self._data.evals):
+            return {}
+        rollouts = self._roll_out(_all_prompts(self._data.evals), 1, ("held-out",))
+        scored = self._roles.scorer.score(rollouts)
+        second = None if self._roles.second is None else self._roles.second.score(rollouts)
+        for each in (scored, second):
+            _check_held_out(rollouts, each)
+        self.evaluation = held_out(
+            rollouts, scored, second, self._log_ratios(rollouts), kl_budget=self._config.watch.kl_budget
+        )
+        return self.evaluation.metrics()
+
+    def _log_ratios(self, rollouts: Rollouts) -> torch.Tensor:
+        """``(N,)`` of whole responses, at the temperature of training."""
+        options = {"temperature": self._config.rollout.temperature}
+        width = rollouts.mask.shape[1]
+        policy = ask(
+            self._policy, self._maker, rollouts, lambda out, batch: by_response(out.logprobs, batch), width, **options
+        )
+        return (policy - self._roles.reference.logprobs(self._maker, rollouts, **options)).sum(dim=1)
+
+    def sample(self, count: int) -> Rollouts:
+        """A few responses, for publishing; every rank must call it."""
+        source = self._data.evals if len(self._data.evals) else self._data.train
+        places = np.unique(np.linspace(0, len(source) - 1, count).astype(int))
+        return self._roll_out([source.prompt(int(place)) for place in places], 1, ("publish",))
+
+    def take_average(self) -> None:
+        """Put the moving average, if there is one, into the policy: to be published, no longer trained."""
+        if self._ema is not None:
+            self._ema.put_into_engine()
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        self._saved = self._steps_taken
+        return {
+            "kl": self._kl.state_dict(),
+            "watch": self._watch.state_dict(),
+            "ema": None if self._ema is None else self._ema.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._kl.load_state_dict(state["kl"])
+        self._watch.load_state_dict(state["watch"])
+        if self._ema is not None:
+            self._ema.load_state_dict(state["ema"])
+
+
+class _Clock:
+    """Seconds of the phases of a step."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self._seconds[phase] = time.perf_counter() - began
+
+    def metrics(self) -> dict[str, float]:
+        return {f"time/{phase}_seconds": seconds for phase, seconds in self._seconds.items()}
+
+
+def _kl_controller(config: PpoConfig) -> FixedKl | AdaptiveKl:
+    if config.kl.controller == "fixed":
+        return FixedKl(config.kl.coefficient)
+    return AdaptiveKl(config.kl.coefficient, config.kl.target, config.kl.horizon)
+
+
+def _check_held_out(rollouts: Rollouts, scored: Scored | None) -> None:
+    """
+    Raises:
+        TrainingStopped: if a score is not finite: it would be the best there is for ever.
+    """
+    bad = [] if scored is None else (~torch.isfinite(scored.scores)).nonzero().flatten().tolist()
+    if bad:
+        raise TrainingStopped(
+            f"the score is not finite for {len(bad)} of {len(rollouts)} responses to held-out prompts, such as "
+            f"{rollouts.row_ids[bad[0]]}. Look at the reward function or model; earlier checkpoints are intact"
+        )
+
+
+def _all_prompts(data: PromptDataset) -> list[Prompt]:
+    return [data.prompt(index) for index in range(len(data))]

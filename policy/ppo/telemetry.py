@@ -1,0 +1,58 @@
+"""What is logged of a step: plain tensors in, numbers out. All of it is over the rollouts of all ranks."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+NGRAM = 4
+
+
+def rollout_metrics(raw: Tensor, scores: Tensor, lengths: Tensor, ended: Tensor, tokens: Sequence) -> dict[str, float]:
+    """Of N responses.
+
+    Args:
+        raw: ``(N,)`` rewards as the model gives them.
+        scores: ``(N,)`` standardised and combined.
+        lengths: ``(N,)`` tokens.
+        ended: ``(N,)`` bool.
+        tokens: N arrays of token ids.
+    """
+    return {
+        "reward": float(raw.mean()),
+        "score": float(scores.mean()),
+        "score_deviation": float(scores.std(correction=0)),
+        "tokens_per_response": float(lengths.float().mean()),
+        "longest_response": float(lengths.max()),
+        "ended_share": float(ended.float().mean()),
+        "empty_share": float((lengths <= ended.long()).float().mean()),
+        "repetition": sum(repetition(list(each)) for each in tokens) / len(tokens),
+        "length_correlation": correlation(scores, lengths.float()),
+    }
+
+
+def repetition(tokens: Sequence[int]) -> float:
+    """Share of a text's 4-grams that have been there before; 0 for texts too short to have one."""
+    grams = [tuple(tokens[start : start + NGRAM]) for start in range(len(tokens) - NGRAM + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def correlation(left: Tensor, right: Tensor) -> float:
+    """Pearson's; 0 where one of the two does not vary."""
+    if len(left) < 2 or not (left.std() > 0 and right.std() > 0):
+        return 0.0
+    return float(torch.corrcoef(torch.stack([left, right]))[0, 1])
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
+    """``1 - Var(returns - values) / Var(returns)`` over the tokens of ``(N, W)``: 1 for a perfect critic, 0 for a
+    constant one."""
+    seen, target = values[mask], returns[mask]
+    spread = target.var(correction=0)
+    return 0.0 if spread == 0 else float(1 - (target - seen).var(correction=0) / spread)
+
+
+def sampler_mismatch(sampler: Tensor, trainer: Tensor, mask: Tensor) -> dict[str, float]:
+    """How far the sampler's log-probabilities lie from those of the training engine, in nats per token."""
+    gap = (sampler - trainer).abs()[mask]
+    return {"sampler_gap/mean": float(gap.mean()), "sampler_gap/max": float(gap.max())}
