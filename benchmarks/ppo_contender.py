@@ -46,7 +46,7 @@ def main() -> int:
         run(config, start_ranks())
     finally:
         stop_ranks()
-    names = ("margin-rlhf", "torch", "transformers", "deepspeed")
+    names = ("torch", "transformers", "deepspeed")
     versions = {name: importlib.metadata.version(name) for name in names}
     Path(sys.argv[2]).write_text(json.dumps(measured.report() | {"versions": versions}))
     return 0

@@ -118,10 +118,13 @@ def load_reward(spec: str) -> RewardFunction:
     module, _, name = spec.partition(":")
     try:
         function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # importing runs the user's code
         raise ConfigError(
-            f"reward {spec}: expected module:function, such as launch.quickstart.gold:gold_reward ({error})"
+            f"reward {spec}: expected module:function, such as launch.quickstart.gold:gold_reward "
+            f"({type(error).__name__}: {error})"
         ) from error
+    if not callable(function):
+        raise ConfigError(f"reward {spec}: expected a function, found a {type(function).__name__}")
     return function
 
 

@@ -42,7 +42,7 @@ class RoomyLayer(DynamicLayer):
         buffers = []
         for held in (self.keys, self.values):
             buffer = held.new_empty((len(source), held.shape[1], length + self._room, held.shape[3]))
-            buffer[:, :, :length] = held[source]
+            buffer[:, :, :length] = held.index_select(0, source)
             buffers.append(buffer)
         self._buffers = buffers[0], buffers[1]
         self._show(len(source), length)
