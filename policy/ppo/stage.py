@@ -22,6 +22,7 @@ from policy.publish import publish_run
 from rlhf.config import to_dict
 from rlhf.core.errors import ConfigError, ModelError
 from rlhf.core.files import digest
+from rlhf.core.tokenizers import tokenizer_digest
 from rlhf.data.examples import load_examples
 from rlhf.data.prompts import PromptData, load_prompts
 from rlhf.data.templates import ChatFormat
@@ -31,7 +32,7 @@ from rlhf.engine.frozen import freeze
 from rlhf.engine.ranks import Ranks
 from rlhf.models.backbones import weights_digest
 from rlhf.models.manifest import MANIFEST_NAME, read_manifest
-from rlhf.models.tokenizer import required_embedding_rows
+from rlhf.models.tokenizer import load_tokenizer, required_embedding_rows
 from rlhf.train.batches import BatchMaker
 from rlhf.train.loop import Run, iterate
 from rlhf.train.stage import load_data, open_chat, report, run_and_take, run_identity, say, start_engine, total_steps
@@ -185,6 +186,7 @@ class _Builder:
                 policy.module, freeze_layers=config.policy.freeze_layers, seed=config.train.seed
             )
             return critic, "the policy's own base"
+        check_same_tokens("critic.path", section.path, config, self._chat)
         readable = config.reward.paths and not config.reward.retokenize
         start = critic_start(
             section,
@@ -206,6 +208,7 @@ class _Builder:
         section = self._config.reference
         if section.path is None and self._config.policy.lora is not None:
             return ReferenceModel(policy, adapters_off=True)
+        self._ranks.together(lambda: check_same_tokens("reference.path", section.path, self._config, self._chat))
         model = replace(self._config.policy, path=section.path or self._config.policy.path, lora=None, freeze_layers=0)
         module = self._ranks.together(lambda: self._new_policy(model))
         frozen = freeze(
@@ -220,6 +223,21 @@ class _Builder:
     def _new_policy(self, model: PolicyConfig | None = None) -> PolicyModel:
         return build_policy(
             model or self._config.policy, dtype=self._dtype, vocabulary=self._vocabulary, seed=self._config.train.seed
+        )
+
+
+def check_same_tokens(setting: str, path: str | None, config: PpoConfig, chat: ChatFormat) -> None:
+    """
+    Raises:
+        ModelError: if the model at ``path``, of the recipe's ``setting``, has another tokenizer than the policy.
+    """
+    if path is None:
+        return
+    other = load_tokenizer(path, trust_remote_code=config.policy.trust_remote_code)
+    if tokenizer_digest(other) != chat.tokenizer_digest:
+        raise ModelError(
+            f"{setting} = {path} has another tokenizer than policy.path = {config.policy.path}: it would read the "
+            "policy's tokens as another text. Choose a model of the same family"
         )
 
 

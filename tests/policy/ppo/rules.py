@@ -1,0 +1,48 @@
+"""Reward functions that recipes of tests name as ``rules:function``, with this folder on the path."""
+
+import math
+
+A_NUMBER = 3.0
+
+
+def share_of_abc(prompts, responses):
+    """Share of a response's characters that are a, b or c: a rule that any policy can learn."""
+    return [sum(letter in "abc" for letter in text) / max(len(text), 1) for text in responses]
+
+
+def length(prompts, responses):
+    return [len(text) / 10 for text in responses]
+
+
+def minus_length(prompts, responses):
+    return [-len(text) / 10 for text in responses]
+
+
+def raises(prompts, responses):
+    raise RuntimeError("the scoring service is down")
+
+
+def one_too_few(prompts, responses):
+    return [0.0] * (len(responses) - 1)
+
+
+def one_not_a_number(prompts, responses):
+    return [math.nan] + [0.0] * (len(responses) - 1)
+
+
+def always_not_a_number(prompts, responses):
+    return [math.nan] * len(responses)
+
+
+def no_numbers(prompts, responses):
+    return ["good"] * len(responses)
+
+
+def nothing(prompts, responses):
+    return None
+
+
+def needs_a_response(prompts, responses):
+    """Length, from a function that cannot be asked about no response at all."""
+    longest = max(map(len, responses))
+    return [len(text) / 10 for text in responses if longest >= 0]

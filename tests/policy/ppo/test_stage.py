@@ -1,0 +1,258 @@
+"""The stage as users start it: real processes, DeepSpeed, files."""
+
+import json
+import math
+import re
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from policy.ppo.__main__ import main
+from policy.ppo.config import WatchConfig
+from policy.ppo.stage import run
+from rlhf.models.manifest import MANIFEST_NAME, read_manifest
+
+pytestmark = pytest.mark.dist
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[2]
+WORKER = str(HERE / "workers" / "killed.py")
+RULES = {"PYTHONPATH": f"{ROOT}:{HERE}"}
+
+
+@pytest.fixture(scope="session")
+def recipe(tmp_path_factory, tiny_model, prompts_file, reward_folder, short_template):
+    """14 responses a step in three minibatches; one held-out prompt, so that one of two ranks has none."""
+    folder = tmp_path_factory.mktemp("ppo_recipe")
+    path = folder / "recipe.yaml"
+    path.write_text(
+        f"output: {folder}/unset\n"
+        f"policy: {{path: {tiny_model}}}\n"
+        f"reward: {{path: {reward_folder}}}\n"
+        f"data: {{train: {prompts_file}, eval_share: 0.2, max_eval_prompts: 1, cache_dir: {folder}/cache,"
+        f" template: {json.dumps(short_template)}}}\n"
+        "rollout: {prompts: 7, samples: 2, max_new_tokens: 8, stop: [e], written: 3}\n"
+        "kl: {coefficient: 0.1, controller: adaptive, target: 0.2, horizon: 100}\n"
+        "critic: {optim: {learning_rate: 3e-3, schedule: constant, warmup_share: 0}}\n"
+        "loss: {epochs: 1}\n"
+        "ema: 0.5\n"
+        "watch: {second: {function: 'rules:needs_a_response'}}\n"
+        "optim: {learning_rate: 3e-3, schedule: constant, warmup_share: 0}\n"
+        "train: {global_batch_size: 6, micro_batch_tokens: 200, max_steps: 3, evaluate_every: 2, checkpoint_every: 2,"
+        " evaluate_first: false, tensorboard: false}\n"
+        "engine: {deepspeed: zero2}\n"
+    )
+    return path
+
+
+def arguments(recipe, output, *overrides):
+    return ["-m", "policy.ppo", "--config", str(recipe), f"output={output}", *overrides]
+
+
+@pytest.fixture
+def one_rank(recipe, run_ranks):
+    """The folder of a finished run on one rank by DeepSpeed; made once."""
+    folder = recipe.parent / "one_rank"
+    if not (folder / "evaluation.json").exists():
+        run_ranks(arguments(recipe, folder, "engine.deepspeed=zero0", "train.publish=none"), ranks=1, **RULES)
+    return folder
+
+
+def local(recipe, output, *overrides):
+    """Arguments of :func:`main` for one rank of plain torch in this process."""
+    return ["--config", str(recipe), f"output={output}", "engine.kind=local", *overrides]
+
+
+@pytest.fixture(scope="session")
+def local_run(recipe):
+    """The folder of a finished and published run in this process."""
+    assert main(local(recipe, recipe.parent / "local_run")) == 0
+    return recipe.parent / "local_run"
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["engine.deepspeed=zero1"],
+        ["engine.deepspeed=zero2", "train.micro_batch_tokens=60", "rollout.batch_rows=3"],
+        ["engine.deepspeed=zero3", "rollout.gather=once"],
+        ["engine.deepspeed=zero3", "rollout.gather=never", "reference.placement=zero3", "reward.placement=zero3"],
+    ],
+    ids=["zero1", "zero2, smaller batches", "zero3, gathered once", "zero3, all sharded, never gathered"],
+)
+def test_two_ranks_of_any_zero_stage_give_the_curve_of_one(run_ranks, runs, recipe, one_rank, tmp_path, changes):
+    run_ranks(arguments(recipe, tmp_path / "run", "train.publish=none", *changes), ranks=2, **RULES)
+    runs.assert_close(runs.rows(tmp_path / "run"), runs.rows(one_rank), 3e-4)
+    runs.assert_close(runs.rows(tmp_path / "run", "eval"), runs.rows(one_rank, "eval"), 3e-4)
+    assert texts_of(tmp_path / "run") == texts_of(one_rank)
+    assert max(row["kl_k3"] for row in runs.rows(one_rank)) > 0.01, "the curves agree because nothing was trained"
+
+
+def test_plain_torch_gives_the_curve_of_deepspeed(runs, one_rank, local_run):
+    runs.assert_close(runs.rows(local_run), runs.rows(one_rank), 3e-4)
+    runs.assert_close(runs.rows(local_run, "eval"), runs.rows(one_rank, "eval"), 3e-4)
+    assert texts_of(local_run) == texts_of(one_rank)
+
+
+def texts_of(folder):
+    return [row["response"] for row in lines(folder / "rollouts.jsonl")]
+
+
+KILLS = [("generation", 2), ("scoring", 3), ("policy", 4), ("critic", 5), ("saving", 6)]
+"""Checkpoints are of steps 2, 4 and 6."""
+
+DRAWN = {"generation": {1, 2}, "scoring": {2, 3}, "policy": {4}, "critic": {5}, "saving": {6}, "none": {7}}
+"""By the run that is then killed in that phase. Step 3 is scored again but not drawn again, and so is step 4."""
+
+
+def test_killed_in_every_phase_equals_never_stopped(run_ranks, start_ranks, runs, recipe, tmp_path):
+    seven = ["train.max_steps=7", "train.epochs=2"]
+    run_ranks(arguments(recipe, tmp_path / "straight", *seven), **RULES)
+    command = arguments(recipe, tmp_path / "killed", *seven)[2:]
+    for phase, step in KILLS:
+        processes = start_ranks([WORKER, phase, str(step), *command], 2, **RULES)
+        outputs = [process.communicate(timeout=240)[0] for process in processes]
+        assert processes[0].returncode == -signal.SIGKILL, (phase, outputs)
+        assert drawn_in(outputs[0]) == DRAWN[phase], phase
+    assert (tmp_path / "killed" / "checkpoints" / ".step-00000006.tmp").is_dir(), "nothing was half written"
+    outputs = run_ranks([WORKER, "saving", "100", *command], **RULES)
+    assert "resuming from" in outputs[0] and drawn_in(outputs[0]) == DRAWN["none"]
+    for kind in ("train", "eval"):
+        assert runs.rows(tmp_path / "killed", kind) == runs.rows(tmp_path / "straight", kind)
+    assert lines(tmp_path / "killed" / "rollouts.jsonl") == lines(tmp_path / "straight" / "rollouts.jsonl")
+    finals = [
+        AutoModelForCausalLM.from_pretrained(tmp_path / name / "final").state_dict() for name in ("killed", "straight")
+    ]
+    assert all(torch.equal(finals[0][name], value) for name, value in finals[1].items())
+
+
+def drawn_in(output: str) -> set[int]:
+    return {int(step) for step in re.findall(r"drawing in step (\d+)", output)}
+
+
+def test_final_is_a_plain_model_that_writes(local_run):
+    final = local_run / "final"
+    manifest = read_manifest(final)
+    assert manifest.stage == "ppo" and manifest.loss["advantage"]["estimator"] == "gae"
+    tokenizer, model = AutoTokenizer.from_pretrained(final), AutoModelForCausalLM.from_pretrained(final)
+    assert tokenizer.eos_token_id in model.generation_config.eos_token_id
+    messages = [{"role": "user", "content": "the sun"}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    assert model.generate(prompt, max_new_tokens=4, do_sample=False).shape[1] > prompt.shape[1]
+
+
+def test_the_run_folder_tells_what_was_done(one_rank):
+    config, critic = (one_rank / name for name in ("config.yaml", "deepspeed_critic.json"))
+    assert "coefficient: 0.1" in config.read_text()
+    assert json.loads(critic.read_text())["zero_optimization"]["stage"] == 0
+    evaluation = json.loads((one_rank / "evaluation.json").read_text())
+    assert evaluation["prompts"] == 1 and math.isfinite(evaluation["kl_k3"])
+    assert [row["step"] for row in lines(one_rank / "rollouts.jsonl")] == [1] * 3 + [2] * 3 + [3] * 3
+
+
+def test_the_published_weights_are_the_average_of_the_chosen_step(local_run, tiny_model):
+    step = json.loads((local_run / "evaluation.json").read_text())["step"]
+    state = torch.load(local_run / "checkpoints" / f"step-{step:08d}" / "task.pt", weights_only=True)
+    final, start = (
+        list(AutoModelForCausalLM.from_pretrained(path).parameters()) for path in (local_run / "final", tiny_model)
+    )
+    assert all(torch.equal(*pair) for pair in zip(final, state["ema"], strict=True))
+    assert not any(torch.equal(*pair) for pair in zip(final, start, strict=True))
+
+
+def test_a_finished_run_started_again_changes_nothing(capsys, recipe, local_run):
+    before = {path: path.read_bytes() for path in local_run.glob("*.json*")}
+    assert main(local(recipe, local_run, "train.publish=none")) == 0
+    assert "resuming from" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in local_run.glob("*.json*")} == before
+
+
+@pytest.mark.parametrize("change", ["kl.coefficient=0.2", "rollout.samples=3", "critic.optim.learning_rate=1e-5"])
+def test_other_settings_are_another_run(capsys, recipe, local_run, change):
+    before = {path: path.stat().st_mtime_ns for path in (local_run / "final").iterdir()}
+    assert main(local(recipe, local_run, change)) == 2
+    error = capsys.readouterr().err
+    section = change.split(".")[0]
+    assert "belongs to another run:" in error and f"\n  {section}: " in error
+    assert {path: path.stat().st_mtime_ns for path in (local_run / "final").iterdir()} == before
+
+
+@pytest.mark.parametrize("change", ["train.micro_batch_tokens=90", "rollout.written=1", "rollout.batch_rows=2"])
+def test_what_has_no_effect_on_the_numbers_may_change(recipe, local_run, change):
+    assert main(local(recipe, local_run, "train.publish=none", change)) == 0
+
+
+# One rank in this process: refusals, and ways to end.
+
+
+def test_help_and_dry_run(capsys, recipe):
+    with pytest.raises(SystemExit) as ending:
+        main(["--help"])
+    assert ending.value.code == 0
+    assert "advantage.estimator" in capsys.readouterr().out
+    assert main(["--config", str(recipe), "--dry-run", "kl.coefficient=0.25"]) == 0
+    assert "coefficient: 0.25" in capsys.readouterr().out
+    assert main(["--config", str(recipe), "kl.coeficient=0.25"]) == 2
+    assert "did you mean kl.coefficient" in capsys.readouterr().err
+
+
+REFUSALS = {
+    "it raises": ("rules:raises", "rules:raises failed on 14 responses: RuntimeError: the scoring service is down"),
+    "too few scores": ("rules:one_too_few", "rules:one_too_few gave 13 scores for 14 responses"),
+    "no numbers": ("rules:no_numbers", "rules:no_numbers failed on 14 responses: ValueError"),
+    "nothing": ("rules:nothing", "rules:nothing failed on 14 responses: TypeError"),
+    "no function": ("rules:A_NUMBER", "rules:A_NUMBER: expected a function"),
+    "no such function": ("rules:no_such", "reward rules:no_such: expected module:function"),
+    "never a number": ("rules:always_not_a_number", "3 steps in a row (up to step 3) had a value that was not finite"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_a_bad_reward_function_ends_with_one_message(capsys, recipe, tmp_path, name):
+    """Anything but a message would be an exception here."""
+    function, message = REFUSALS[name]
+    changes = ["reward.path=[]", f"reward.function={function}", "data.eval_share=0"]
+    assert main(local(recipe, tmp_path, *changes)) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count(message) == 1 and "Traceback" not in error
+
+
+def test_models_that_do_not_fit_end_with_one_message(capsys, recipe, local_run, tmp_path):
+    cases = {
+        "the ppo stage published it, it is no reward model": [f"reward.path={local_run / 'final'}"],
+        "was trained on another form of text": ["data.template=plain"],
+        "nothing: no tokenizer can be loaded from here": [f"critic.path={tmp_path / 'nothing'}"],
+    }
+    for message, changes in cases.items():
+        assert main(local(recipe, tmp_path, *changes)) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("role", ["reference", "critic"])
+def test_a_model_with_another_tokenizer_is_refused(capsys, recipe, foreign_model, tmp_path, role):
+    assert main(local(recipe, tmp_path, f"{role}.path={foreign_model}")) == 2
+    assert f"{role}.path = {foreign_model} has another tokenizer than policy.path" in capsys.readouterr().err
+
+
+def test_a_tripped_wire_ends_the_run_with_its_best_checkpoint(tiny_config, alone, caplog):
+    config = replace(
+        tiny_config,
+        watch=WatchConfig(action="best", kl_budget=0.05),
+        train=replace(tiny_config.train, max_steps=9, evaluate_every=1, publish="best"),
+    )
+    run(config, alone)
+    rows = lines(config.output / "metrics.jsonl")
+    steps = [row["step"] for row in rows if "kl" in row]
+    assert 1 < steps[-1] < 9 and "taking the best checkpoint" in caplog.text
+    chosen = json.loads((config.output / "evaluation.json").read_text())
+    selections = {row["step"]: row["eval/selection"] for row in rows if "eval/selection" in row}
+    assert selections[chosen["step"]] == max(selections.values()) == chosen["selection"]
+    assert (config.output / "final" / MANIFEST_NAME).is_file()

@@ -1,0 +1,658 @@
+"""The step of the stage: what it measures, what it updates, and what it does when something is wrong."""
+
+import copy
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from policy.ppo.config import (
+    AdvantageConfig,
+    CriticConfig,
+    KlConfig,
+    PretrainingConfig,
+    RewardSourceConfig,
+    RolloutConfig,
+    SurrogateConfig,
+)
+from policy.ppo.experience import make_experience
+from policy.ppo.scoring import Scored
+from policy.ppo.stage import run
+from policy.ppo.update import Updater
+from rlhf.core.errors import TrainingStopped
+from rlhf.data.examples import load_examples
+from rlhf.data.options import ExampleDataConfig
+from rlhf.engine.options import EngineConfig, OptimizerConfig
+from rlhf.models.options import LoraOptions
+
+ALMOST_SGD = OptimizerConfig(
+    learning_rate=1.0, schedule="constant", warmup_share=0.0, adam_epsilon=1.0, max_grad_norm=0.0
+)
+"""The first step of Adam is then -g / (|g| + 1): a gradient can be read off the weights."""
+
+ONE_MINIBATCH = {"global_batch_size": 16}
+
+
+def untimed(metrics):
+    return {name: value for name, value in metrics.items() if not name.startswith("time/")}
+
+
+def train_of(config, **changes):
+    return replace(config.train, **changes)
+
+
+def assert_moved_by(after, before, gradients):
+    """That ``after`` is ``before`` one step of ALMOST_SGD later."""
+    assert max(float(gradient.abs().max()) for gradient in gradients.values()) > 1e-3
+    for name, gradient in gradients.items():
+        expected = before[name] - gradient / (gradient.abs() + 1)
+        torch.testing.assert_close(after[name], expected, rtol=1e-4, atol=2e-6, msg=name)
+
+
+def logits_by_hand(hf, rollouts, row, temperature):
+    """``(T, V)`` log-probabilities at the places of a response, from a plain Transformers model and one row alone."""
+    prompt, response = rollouts.prompts[row].tokens, rollouts.responses[row].tokens
+    ids = torch.from_numpy(np.concatenate([prompt, response]))[None]
+    return (hf(input_ids=ids).logits[0, len(prompt) - 1 : -1] / temperature).log_softmax(-1)
+
+
+def chosen_by_hand(hf, rollouts, row, temperature=1.0):
+    """``(T,)`` of the response's tokens."""
+    tokens = torch.from_numpy(rollouts.responses[row].tokens)
+    return logits_by_hand(hf, rollouts, row, temperature).gather(1, tokens[:, None]).squeeze(1)
+
+
+def plain_copy(engine):
+    return copy.deepcopy(engine.module).plain()
+
+
+# What is measured.
+
+
+def test_what_is_measured_is_what_plain_transformers_says(make_task):
+    shop = make_task(noise=0.02, rollout=RolloutConfig(prompts=8, samples=2, max_new_tokens=10, temperature=0.7))
+    hf, base = plain_copy(shop.policy), copy.deepcopy(shop.roles.reference._model.module).plain()
+    rollouts = shop.rollouts()
+    measured = shop.task._measure(rollouts)
+    with torch.no_grad():
+        for row in range(len(rollouts)):
+            width = len(rollouts.responses[row].tokens)
+            distribution = logits_by_hand(hf, rollouts, row, 0.7)
+            places = (slice(row, row + 1), slice(0, width))
+            for found, expected in (
+                (measured.logprobs, chosen_by_hand(hf, rollouts, row, 0.7)),
+                (measured.entropies, -(distribution.exp() * distribution).sum(-1)),
+                (measured.reference, chosen_by_hand(base, rollouts, row, 0.7)),
+            ):
+                torch.testing.assert_close(found[places][0], expected, rtol=1e-4, atol=1e-5)
+                assert not found[row, width:].any()
+
+
+def test_the_kl_of_the_metrics_is_that_of_the_responses(make_task):
+    shop = make_task(noise=0.02)
+    hf, base = plain_copy(shop.policy), copy.deepcopy(shop.roles.reference._model.module).plain()
+    rollouts = shop.rollouts()
+    with torch.no_grad():
+        ratios = [chosen_by_hand(hf, rollouts, row) - chosen_by_hand(base, rollouts, row) for row in range(16)]
+    metrics = shop.step().metrics
+    assert metrics["kl"] == pytest.approx(np.mean([float(each.sum()) for each in ratios]), rel=1e-4)
+    k3 = [float((torch.exp(-each) - 1 + each).sum()) for each in ratios]
+    assert metrics["kl_k3"] == pytest.approx(np.mean(k3), rel=1e-4)
+    assert metrics["tokens_per_response"] == np.mean([len(each) for each in ratios])
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.6}, {"top_p": 0.8, "top_k": 50}], ids=str)
+def test_the_first_minibatch_starts_where_the_responses_were_drawn(make_task, tiny_config, sampling):
+    shop = make_task(
+        rollout=replace(tiny_config.rollout, **sampling), train=train_of(tiny_config, **ONE_MINIBATCH), noise=0.02
+    )
+    metrics = shop.step().metrics
+    assert metrics["sampler_gap/max"] < 1e-4
+    assert metrics["policy/clip_share"] == 0
+    assert abs(metrics["policy/approximate_kl"]) < 1e-9
+    assert abs(metrics["policy/loss"]) < 1e-5, "the whitened advantages of a step have mean 0"
+
+
+def test_advantages_are_whitened_over_all_tokens_of_the_step(make_task, tiny_config):
+    small = make_task(noise=0.02, train=train_of(tiny_config, global_batch_size=4, micro_batch_tokens=40))
+    experience = experience_of(small)
+    tokens = experience.advantages[experience.rollouts.mask]
+    assert float(tokens.mean()) == pytest.approx(0, abs=1e-5)
+    assert float(tokens.std()) == pytest.approx(1, abs=1e-4)
+    assert experience.rollouts.response_lengths.unique().numel() > 2, "lengths do not differ: nothing was tested"
+    assert not experience.advantages[~experience.rollouts.mask].any()
+    plain = make_task(noise=0.02, advantage=AdvantageConfig(estimator="gae", whiten=False))
+    assert plain.step().metrics["advantage_deviation"] < 0.9
+
+
+def experience_of(shop, step=0):
+    rollouts = shop.rollouts(step)
+    scored, measured = shop.roles.scorer.score(rollouts), shop.task._measure(rollouts)
+    return make_experience(rollouts, scored, measured, shop.config, shop.config.kl.coefficient)
+
+
+# What is updated.
+
+LOSSES = {
+    "mean over tokens": {},
+    "mean over responses": {"normalise": "sequence"},
+    "constant": {"normalise": "constant"},
+    "GSPO": {"ratio": "sequence", "normalise": "sequence", "clip_low": 0.02, "clip_high": 0.03},
+    "clip-higher": {"clip_high": 0.4},
+    "dual clip": {"dual_clip": 1.2},
+    "entropy bonus": {"entropy": 0.3},
+    "KL in the loss, k3": {"kl": KlConfig(place="loss", coefficient=0.5)},
+    "KL in the loss, k2": {"kl": KlConfig(place="loss", coefficient=0.5, estimator="k2")},
+}
+
+
+def surrogate_by_hand(config, hf, experience, rows):
+    """The loss of a minibatch, response by response and token by token."""
+    rollouts, total, tokens = experience.rollouts, 0.0, 0
+    for row in rows:
+        distribution = logits_by_hand(hf, rollouts, row, config.rollout.temperature)
+        now = chosen_by_hand(hf, rollouts, row, config.rollout.temperature)
+        count = len(now)
+        ratios = (now - experience.measured.logprobs[row, :count]).exp()
+        if config.loss.ratio == "sequence":
+            ratios = ratios.log().mean().exp().expand(count)
+        losses = []
+        for place in range(count):
+            advantage, ratio = float(experience.advantages[row, place]), ratios[place]
+            beyond = 1 + config.loss.upper if advantage > 0 else 1 - config.loss.clip_low
+            is_clipped = ratio.item() > beyond if advantage > 0 else ratio.item() < beyond
+            loss = -(beyond if is_clipped else ratio) * torch.tensor(advantage)
+            if advantage < 0 and config.loss.dual_clip is not None:
+                loss = loss.clamp_max(config.loss.dual_clip * -advantage)
+            if config.kl.place == "loss":
+                gap = now[place] - experience.measured.reference[row, place]
+                kl = gap**2 / 2 if config.kl.estimator == "k2" else torch.exp(-gap) - 1 + gap
+                loss = loss + config.kl.coefficient * kl
+            entropy = -(distribution[place].exp() * distribution[place]).sum()
+            losses.append(loss - config.loss.entropy * entropy)
+        part = torch.stack(losses).sum()
+        if config.loss.normalise == "sequence":
+            part = part / count / len(rows)
+        if config.loss.normalise == "constant":
+            part = part / config.rollout.max_new_tokens / len(rows)
+        total, tokens = total + part, tokens + count
+    return total / tokens if config.loss.normalise == "token" else total
+
+
+def with_other_old_logprobs(experience):
+    """As if the policy had moved since the rollout: ratios on both sides of the bounds."""
+    noise = 0.4 * torch.randn(experience.measured.logprobs.shape, generator=torch.Generator().manual_seed(3))
+    logprobs = (experience.measured.logprobs + noise) * experience.rollouts.mask
+    return replace(experience, measured=replace(experience.measured, logprobs=logprobs))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_update_follows_the_gradient_of_the_loss_by_hand(make_task, tiny_config, name):
+    changes = dict(LOSSES[name])
+    kl = changes.pop("kl", KlConfig(coefficient=0.1))
+    train = train_of(tiny_config, micro_batch_tokens=60, **ONE_MINIBATCH)
+    shop = make_task(noise=0.02, kl=kl, loss=SurrogateConfig(epochs=1, **changes), train=train, optim=ALMOST_SGD)
+    experience = with_other_old_logprobs(experience_of(shop))
+    hf, before = plain_copy(shop.policy), shop.weights()
+    report = Updater(shop.policy, shop.critic, shop.config).run(0, experience, kl.coefficient)
+    expected = surrogate_by_hand(shop.config, hf, experience, range(16))
+    expected.backward()
+    gradients = {f"hf.{name}": p.grad for name, p in hf.named_parameters()}
+    assert report.metrics()["policy/loss"] == pytest.approx(float(expected.detach()), rel=1e-4, abs=1e-6)
+    assert_moved_by(shop.weights(), before, gradients)
+
+
+def test_every_variant_of_the_loss_is_another_gradient(make_task, tiny_config):
+    """Else the test above would not tell one from the other."""
+    shop, found = make_task(noise=0.02), {}
+    experience, hf = with_other_old_logprobs(experience_of(shop)), plain_copy(shop.policy)
+    for name, changes in LOSSES.items():
+        changes = dict(changes)
+        kl = changes.pop("kl", KlConfig(coefficient=0.1))
+        config = replace(shop.config, kl=kl, loss=SurrogateConfig(epochs=1, **changes))
+        hf.zero_grad()
+        surrogate_by_hand(config, hf, experience, range(16)).backward()
+        found[name] = torch.cat([p.grad.flatten() for p in hf.parameters()])
+    names = list(found)
+    for place, left in enumerate(names):
+        for right in names[:place]:
+            far = float((found[left] - found[right]).norm() / found[right].norm())
+            assert far > 1e-2, (left, right)
+
+
+def test_the_critic_follows_the_gradient_of_its_loss_by_hand(make_task, tiny_config):
+    critic = CriticConfig(optim=ALMOST_SGD, value_clip=0.05)
+    shop = make_task(noise=0.02, critic=critic, train=train_of(tiny_config, micro_batch_tokens=60, **ONE_MINIBATCH))
+    experience = experience_of(shop)
+    noise = 0.1 * torch.randn(experience.returns.shape, generator=torch.Generator().manual_seed(4))
+    experience = replace(
+        experience,
+        measured=replace(experience.measured, values=experience.measured.values + noise),
+        returns=experience.returns + 5 * noise,
+    )
+    model, before = copy.deepcopy(shop.critic.module), shop.critic_weights()
+    total, tokens = 0.0, 0
+    for row in range(16):
+        prompt, response = experience.rollouts.prompts[row].tokens, experience.rollouts.responses[row].tokens
+        ids = torch.from_numpy(np.concatenate([prompt, response]))[None]
+        states = model.scorer.hf.base_model(input_ids=ids).last_hidden_state[0, len(prompt) - 1 : -1]
+        values = model.scorer.hf.score(states).squeeze(-1)
+        for place, value in enumerate(values):
+            old, target = experience.measured.values[row, place], experience.returns[row, place]
+            near = torch.clamp(value, old - 0.05, old + 0.05)
+            total = total + torch.maximum((value - target) ** 2, (near - target) ** 2) / 2
+        tokens += len(values)
+    loss = total / tokens
+    loss.backward()
+    report = Updater(shop.policy, shop.critic, shop.config).run(0, experience, 0.0)
+    assert report.metrics()["critic/loss"] == pytest.approx(float(loss.detach()), rel=1e-4)
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert_moved_by(shop.critic_weights(), before, gradients)
+
+
+@pytest.mark.parametrize("estimator", ["gae", "grpo"])
+def test_micro_batches_change_neither_metrics_nor_weights(make_task, tiny_config, estimator):
+    found = []
+    for budget in (40, 5000):
+        shop = make_task(
+            noise=0.02,
+            advantage=AdvantageConfig(estimator=estimator),
+            loss=SurrogateConfig(epochs=2),
+            optim=replace(ALMOST_SGD, learning_rate=0.3),
+            critic=CriticConfig(optim=replace(ALMOST_SGD, learning_rate=0.3)),
+            train=train_of(tiny_config, micro_batch_tokens=budget),
+        )
+        metrics = [untimed(shop.step(number).metrics) for number in range(2)]
+        found.append((metrics, shop.weights(), shop.weights() if shop.critic is None else shop.critic_weights()))
+    (small, *small_weights), (large, *large_weights) = found
+    for left, right in zip(small, large, strict=True):
+        assert left.keys() == right.keys()
+        for name, value in right.items():
+            assert math.isclose(left[name], value, rel_tol=1e-3, abs_tol=2e-5), name
+    for left, right in zip(small_weights, large_weights, strict=True):
+        for name, value in right.items():
+            torch.testing.assert_close(left[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_while_the_critic_warms_up_the_policy_rests(make_task, tiny_config):
+    shop = make_task(critic=replace(tiny_config.critic, warmup_steps=2))
+    policy, critic = shop.weights(), shop.critic_weights()
+    for number in range(2):
+        metrics = shop.step(number).metrics
+        assert not any(name.startswith("policy/") for name in metrics)
+        assert all(torch.equal(value, policy[name]) for name, value in shop.weights().items())
+        assert any(not torch.equal(value, critic[name]) for name, value in shop.critic_weights().items())
+        critic = shop.critic_weights()
+    metrics = shop.step(2).metrics
+    assert metrics["policy/grad_norm"] > 0
+    assert any(not torch.equal(value, policy[name]) for name, value in shop.weights().items())
+
+
+def test_the_critic_learns_to_expect_a_constant_score(make_task, tiny_config, text_scorer):
+    from_nothing = make_task(scorer=text_scorer(lambda text: 2.0), kl=KlConfig(coefficient=0.0))
+    losses = [from_nothing.step(number).metrics for number in range(8)]
+    assert losses[0]["value"] == pytest.approx(0, abs=0.5)
+    assert losses[-1]["value"] == pytest.approx(2, abs=0.4)
+    assert losses[-1]["critic/loss"] < 0.2 * losses[0]["critic/loss"]
+
+
+def test_epochs_end_once_the_policy_is_far_from_where_it_was(make_task, tiny_config):
+    train = train_of(tiny_config, **ONE_MINIBATCH)
+
+    def step(limit):
+        loss = SurrogateConfig(epochs=6, stop_epoch_kl=limit)
+        return make_task(loss=loss, train=train).step().metrics
+
+    never, far, at_once = step(None), step(1e6), step(1e-5)
+    assert never["minibatches"] == far["minibatches"] == 6
+    assert never["epochs_stopped_early"] == far["epochs_stopped_early"] == 0
+    assert at_once["minibatches"] == 2, "the first minibatch starts at a distance of 0, the second does not"
+    assert at_once["epochs_stopped_early"] == 1
+
+
+@pytest.mark.parametrize("prompts", [24, 64], ids=["last step of an epoch", "more asked for than there are"])
+def test_a_step_of_few_prompts_gives_every_rollout_as_many_passes(make_task, tiny_config, prompts):
+    """32 prompts are trained on."""
+    rollout = replace(tiny_config.rollout, prompts=prompts, samples=1)
+    shop = make_task(rollout=rollout, loss=SurrogateConfig(epochs=2))
+    last = shop.step(1).metrics if prompts == 24 else shop.step(0).metrics
+    assert last["rollouts"] == (8 if prompts == 24 else 32)
+    assert last["minibatches"] == 2 * last["rollouts"] / 8
+
+
+def test_the_average_is_that_of_the_weights_after_each_step(make_task):
+    shop = make_task(ema=0.6)
+    expected = shop.weights()
+    for number in range(3):
+        shop.step(number)
+        now = shop.weights()
+        expected = {name: 0.6 * value + 0.4 * now[name] for name, value in expected.items()}
+    state = copy.deepcopy(shop.task.state_dict())
+    shop.task.take_average()
+    for name, value in shop.weights().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6, msg=name)
+    assert any(not torch.allclose(value, now[name], atol=1e-3) for name, value in shop.weights().items())
+    again = make_task(ema=0.6)
+    again.task.load_state_dict(state)
+    again.task.take_average()
+    assert all(torch.equal(value, shop.weights()[name]) for name, value in again.weights().items())
+
+
+@pytest.fixture
+def conversations(tmp_path, prompt_cache, tiny_config):
+    path = tmp_path / "chats.jsonl"
+    rows = [{"prompt": f"say {number}", "completion": "good day " * (1 + number % 5)} for number in range(20)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ExampleDataConfig(
+        train=str(path), eval_share=0.0, template=tiny_config.data.template, cache_dir=prompt_cache
+    )
+
+
+def test_pretraining_adds_its_weight_times_the_mean_loss_of_response_tokens(make_task, tiny_config, conversations):
+    train = train_of(tiny_config, micro_batch_tokens=60, **ONE_MINIBATCH)
+    section = PretrainingConfig(data=conversations, weight=0.7, batch_size=20)
+    shop = make_task(noise=0.02, train=train, optim=ALMOST_SGD, pretraining=section)
+    data = load_examples(conversations, shop.chat.tokenizer, kind="conversation").train
+    experience = experience_of(shop)
+    hf, before = plain_copy(shop.policy), shop.weights()
+    report = Updater(shop.policy, shop.critic, shop.config, data).run(0, experience, 0.1)
+    total, tokens = 0.0, 0
+    for index in range(20):
+        (row,) = data.item(index).rows
+        ids = torch.from_numpy(row.tokens.astype(np.int64))[None]
+        response = torch.from_numpy(row.response)[1:]
+        losses = F.cross_entropy(hf(input_ids=ids).logits[0, :-1], ids[0, 1:], reduction="none")
+        total, tokens = total + losses[response].sum(), tokens + int(response.sum())
+    surrogate = surrogate_by_hand(shop.config, hf, experience, range(16))
+    (surrogate + 0.7 * total / tokens).backward()
+    metrics = report.metrics()
+    assert metrics["pretraining/loss"] == pytest.approx(float(total.detach()) / tokens, rel=1e-4)
+    assert metrics["policy/loss"] == pytest.approx(float(surrogate.detach()), abs=1e-5)
+    assert_moved_by(shop.weights(), before, {f"hf.{name}": p.grad for name, p in hf.named_parameters()})
+
+
+def test_with_adapters_the_reference_is_the_base(make_task, tiny_config, tiny_model):
+    lora = replace(tiny_config.policy, lora=LoraOptions(rank=4, alpha=8))
+    shop = make_task(policy=lora)
+    before = shop.weights()
+    first = shop.step(0).metrics
+    assert first["kl"] == first["kl_k3"] == 0
+    after = shop.weights()
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert changed and all("lora_" in name for name in changed)
+    rollouts = shop.rollouts(1)
+    base = make_task().policy.module.plain()
+    measured = shop.task._measure(rollouts)
+    with torch.no_grad():
+        expected = [float(chosen_by_hand(base, rollouts, row).sum()) for row in range(16)]
+    torch.testing.assert_close(measured.reference.sum(dim=1), torch.tensor(expected), rtol=1e-4, atol=1e-4)
+    assert abs(shop.step(1).metrics["kl"]) > 1e-4
+
+
+# The pull towards the reference.
+
+
+def test_the_adaptive_coefficient_follows_the_kl_and_is_part_of_the_state(make_task):
+    kl = KlConfig(coefficient=0.1, controller="adaptive", target=0.5, horizon=100)
+    shop = make_task(noise=0.02, kl=kl)
+    seen = [shop.step(number).metrics for number in range(3)]
+    expected = 0.1
+    for metrics in seen:
+        assert metrics["kl_coefficient"] == pytest.approx(expected)
+        expected *= 1 + float(np.clip(metrics["kl"] / 0.5 - 1, -0.2, 0.2)) * 16 / 100
+    again = make_task(noise=0.02, kl=kl)
+    again.task.load_state_dict(shop.task.state_dict())
+    assert again.step(3).metrics["kl_coefficient"] == pytest.approx(expected)
+
+
+def test_kl_in_the_reward_is_taken_off_each_token(make_task):
+    advantage = AdvantageConfig(estimator="reinforce_pp", whiten=False)
+    shop = make_task(noise=0.02, kl=KlConfig(coefficient=0.3), advantage=advantage)
+    experience = experience_of(shop)
+    for row in range(16):
+        count = len(experience.rollouts.responses[row].tokens)
+        gap = (experience.measured.logprobs - experience.measured.reference)[row, :count]
+        for place in range(count):
+            expected = float(experience.scored.scores[row]) - 0.3 * float(gap[place:].sum())
+            assert float(experience.advantages[row, place]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_scores_are_clipped_and_charged_for_length_and_missing_ends(make_task, tiny_config):
+    reward = RewardSourceConfig(
+        function="rules:length", clip=0.4, missing_end_penalty=1.0, length_penalty=0.5, length_free_tokens=4
+    )
+    shop = make_task(reward=reward)
+    experience = experience_of(shop)
+    assert {bool(ended) for ended in experience.rollouts.ended} == {True, False}
+    for row, response in enumerate(experience.rollouts.responses):
+        expected = min(float(experience.scored.scores[row]), 0.4) - (0 if response.ended else 1)
+        expected -= 0.5 * min(max((len(response.tokens) - 4) / (10 - 4), 0), 1)
+        assert float(experience.rewards[row]) == pytest.approx(expected, abs=1e-6)
+
+
+# Files for people, and what is left of a killed run.
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_rollouts_can_be_read(make_task, tiny_config, text_scorer):
+    shop = make_task(second=text_scorer(len), rollout=replace(tiny_config.rollout, written=5))
+    rollouts = shop.rollouts(0)
+    shop.step(0)
+    rows = lines(shop.config.output / "rollouts.jsonl")
+    assert len(rows) == 5 and {row["step"] for row in rows} == {1}
+    for row in rows:
+        place = rollouts.row_ids.index(row["row"])
+        assert row["response"] == rollouts.texts[place] and row["prompt"] == rollouts.prompts[place].text
+        assert row["tokens"] == len(rollouts.responses[place].tokens) and row["second"] == len(row["response"])
+        assert row["reward"] == row["score"] == row["rewarded"] and row["kl"] == 0
+    assert len({row["row"] for row in rows}) == 5, "a row names its prompt's line and its sample"
+
+
+def test_a_resumed_run_drops_what_a_killed_one_wrote_later(make_task, tiny_config):
+    shop = make_task()
+    for number in range(4):
+        shop.step(number)
+    path = shop.config.output / "rollouts.jsonl"
+    straight = lines(path)
+    with path.open("a") as handle:
+        handle.write('{"step": 5, "row": "cut of')
+    resumed = make_task()
+    resumed.step(2)
+    assert [row["step"] for row in lines(path)] == [1] * 8 + [2] * 8 + [3] * 8
+    assert lines(path)[:16] == straight[:16]
+
+
+def test_a_resumed_run_that_skips_a_step_drops_later_lines_of_both_files(make_task):
+    """The first line that a resumed run writes may go into either file: neither keeps what the killed run wrote."""
+
+    class BadOnce:
+        identity = "a rule of the test"
+
+        def __init__(self, call):
+            self._calls = call
+
+        def score(self, rollouts):
+            self._calls -= 1
+            values = torch.full((len(rollouts),), 1.0 if self._calls else math.nan)
+            return Scored(values, values)
+
+    shop = make_task(scorer=BadOnce(3))
+    for number in range(4):
+        shop.step(number)
+    resumed = make_task(scorer=BadOnce(1))
+    resumed.step(1)
+    resumed.step(2)
+    rows = {name: {row["step"] for row in lines(shop.config.output / f"{name}.jsonl")} for name in FILES}
+    assert rows == {"rollouts": {1, 3}, "skipped_rollouts": {2}}
+
+
+FILES = ("rollouts", "skipped_rollouts")
+
+
+def test_rollouts_of_a_killed_step_are_not_drawn_again(make_task):
+    shop = make_task()
+    first = untimed(shop.step(0).metrics)
+    again = make_task()
+    again.roles.sampler.generate = None  # calling it would fail
+    assert untimed(again.step(0).metrics) == first
+
+
+def test_rollouts_of_another_run_or_half_a_file_are_drawn_anew(make_task):
+    shop = make_task()
+    first = untimed(shop.step(0).metrics)
+    (path,) = (shop.config.output / "replay").glob("step-*")
+    whole = path.read_bytes()
+    for damaged in (b"", whole[: len(whole) // 2], b"no zip file at all" * 100):
+        path.write_bytes(damaged)
+        assert untimed(make_task().step(0).metrics) == first
+        assert path.read_bytes() == whole or len(path.read_bytes()) == len(whole)
+    state = torch.load(path, weights_only=True)
+    state["identity"], state["texts"] = "another", ["wrong"] * 16
+    torch.save(state, path)
+    assert untimed(make_task().step(0).metrics) == first
+
+
+def test_kept_rollouts_go_once_a_checkpoint_holds_their_step(make_task):
+    shop = make_task()
+    shop.step(0)
+    shop.step(1)
+    shop.task.state_dict()
+    shop.step(2)
+    kept = sorted(path.name for path in (shop.config.output / "replay").glob("step-*"))
+    assert kept == ["step-00000002.pt"]
+
+
+# Trouble.
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_reward_that_is_not_finite_costs_the_step_and_names_its_row(make_task, bad, text_scorer):
+    texts = make_task().rollouts(0).texts
+    shop = make_task(scorer=text_scorer(lambda text: bad if text == texts[5] else 0.5))
+    names = [name for name, text in zip(shop.rollouts(0).row_ids, texts, strict=True) if text == texts[5]]
+    policy, critic = shop.weights(), shop.critic_weights()
+    outcome = shop.step(0)
+    assert not outcome.applied and not outcome.scaler_overflow and not outcome.end
+    assert all(torch.equal(value, policy[name]) for name, value in shop.weights().items())
+    assert all(torch.equal(value, critic[name]) for name, value in shop.critic_weights().items())
+    (entry,) = lines(shop.config.output / "skipped.jsonl")
+    assert entry["step"] == 1 and entry["rows"] == names and "score" in entry["not_finite"]
+    rows = lines(shop.config.output / "skipped_rollouts.jsonl")
+    assert [row["row"] for row in rows] == names
+    assert rows[0]["response"] == texts[5] and rows[0]["reward"] == str(bad)
+    assert not (shop.config.output / "rollouts.jsonl").exists()
+
+
+def test_a_policy_that_is_not_finite_costs_the_step(make_task):
+    shop = make_task()
+    rollouts = shop.rollouts(0)
+    shop.task._replay.put(0, rollouts, oldest=0)
+    with torch.no_grad():
+        shop.policy.module.hf.get_output_embeddings().weight[7] = math.nan
+    assert not shop.step(0).applied
+    (entry,) = lines(shop.config.output / "skipped.jsonl")
+    assert "logprobs" in entry["not_finite"] and len(entry["rows"]) == 16
+
+
+def test_a_gradient_that_is_not_finite_drops_its_minibatch_alone(make_task, tiny_config):
+    shop = make_task(advantage=AdvantageConfig(estimator="grpo"))
+    backward, calls = shop.policy.backward, []
+
+    def once_bad(loss, *, last):
+        calls.append(last)
+        backward(loss * (math.nan if len(calls) == 1 else 1.0), last=last)
+
+    shop.policy.backward = once_bad
+    before = shop.weights()
+    outcome = shop.step(0)
+    assert not outcome.applied
+    (entry,) = lines(shop.config.output / "skipped.jsonl")
+    assert len(entry["rows"]) == 8, "the rows of one minibatch of two"
+    now = shop.weights()
+    assert any(not torch.equal(value, before[name]) for name, value in now.items())
+    assert all(bool(torch.isfinite(value).all()) for value in now.values())
+
+
+def test_a_run_of_bad_rewards_stops(tiny_config, alone):
+    config = replace(
+        tiny_config,
+        reward=RewardSourceConfig(function="rules:one_not_a_number"),
+        data=replace(tiny_config.data, eval_share=0.0),
+        engine=EngineConfig(kind="local", max_skipped_steps=2),
+    )
+    with pytest.raises(TrainingStopped, match=r"2 steps in a row \(up to step 2\)"):
+        run(config, alone)
+    assert [entry["step"] for entry in lines(config.output / "skipped.jsonl")] == [1, 2]
+
+
+def test_held_out_rewards_that_are_not_finite_stop_the_run_and_name_a_row(make_task, text_scorer):
+    shop = make_task(scorer=text_scorer(lambda text: math.nan))
+    with pytest.raises(TrainingStopped, match=r"prompts\.jsonl:\d+"):
+        shop.task.evaluate()
+
+
+def always_ends(model):
+    """The end token, whatever came before."""
+    head = model.hf.get_output_embeddings()
+    head.bias = torch.nn.Parameter(torch.zeros(head.out_features))
+    with torch.no_grad():
+        head.bias[2] = 60.0
+
+
+@pytest.mark.parametrize("estimator", ["gae", "rloo", "grpo", "reinforce_pp"])
+def test_a_policy_that_writes_nothing_trains_on(make_task, estimator):
+    shop = make_task(change=always_ends, advantage=AdvantageConfig(estimator=estimator))
+    for number in range(2):
+        outcome = shop.step(number)
+        assert outcome.applied
+        assert outcome.metrics["empty_share"] == outcome.metrics["ended_share"] == 1
+        assert outcome.metrics["tokens_per_response"] == 1
+        assert outcome.metrics["score_deviation"] == 0
+        assert all(math.isfinite(value) for value in outcome.metrics.values())
+    assert all(bool(torch.isfinite(value).all()) for value in shop.weights().values())
+    assert {row["response"] for row in lines(shop.config.output / "rollouts.jsonl")} == {""}
+    metrics = shop.task.evaluate()
+    assert metrics["eval/tokens"] == 1 and metrics["eval/ended_share"] == 1
+
+
+def test_empty_responses_beside_long_ones_are_counted(make_task, tiny_config):
+    def sometimes_ends(model):
+        always_ends(model)
+        with torch.no_grad():
+            model.hf.get_output_embeddings().bias[2] = 5.0
+
+    shop = make_task(change=sometimes_ends, rollout=replace(tiny_config.rollout, stop=()))
+    rollouts = shop.rollouts(0)
+    share = np.mean([response.tokens.tolist() == [2] for response in rollouts.responses])
+    assert 0 < share < 1
+    assert shop.step(0).metrics["empty_share"] == pytest.approx(share)
+
+
+# Held-out evaluation.
+
+
+def test_held_out_prompts_are_answered_from_the_same_seeds_each_time(make_task, text_scorer):
+    shop = make_task(noise=0.02, second=text_scorer(len))
+    first, again = shop.task.evaluate(), shop.task.evaluate()
+    assert first == again and first["eval/score"] == first["eval/selection"]
+    assert shop.task.evaluation.prompts == len(shop.data.evals) == 8
+    assert first["eval/second"] > 0 and first["eval/kl"] != 0
+    shop.step(0)
+    assert shop.task.evaluate() != first
+
+
+def test_held_out_metrics_do_not_depend_on_the_token_budget(make_task, tiny_config):
+    found = [
+        make_task(noise=0.02, train=train_of(tiny_config, micro_batch_tokens=budget)).task.evaluate()
+        for budget in (40, 5000)
+    ]
+    assert found[0].keys() == found[1].keys()
+    for name, value in found[0].items():
+        assert math.isclose(value, found[1][name], rel_tol=1e-4, abs_tol=1e-5), name
