@@ -18,6 +18,9 @@ from torch import Tensor
 
 from rlhf.core.masking import length_mask
 
+SPARED_GROUP = 1.04
+"""Padded tokens that fewer row groups may take, of those of the best split."""
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -145,7 +148,7 @@ def plan_micro_batches(
     bins = _pack(lengths, by_length, token_budget, row_groups)
     count = -(-len(bins) // ranks) * ranks
     bins = _balance(lengths, by_length, token_budget, row_groups, bins, count)
-    plans = [_plan(lengths, items, row_groups) for items in bins]
+    plans = [_plan(lengths, items, token_budget, row_groups) for items in bins]
     plans += [MicroBatchPlan((), (), 0)] * (count - len(plans))
     return [plans[start : start + ranks] for start in range(0, count, ranks)]
 
@@ -180,8 +183,13 @@ def _balance(
     return bins
 
 
-def _plan(lengths: np.ndarray, items: list[int], row_groups: int) -> MicroBatchPlan:
-    cost, groups = _split_rows(lengths[items].T.reshape(-1), row_groups)
+def _plan(lengths: np.ndarray, items: list[int], budget: int, row_groups: int) -> MicroBatchPlan:
+    """With as few row groups as come near the least padding: every group is a forward of its own."""
+    rows = lengths[items].T.reshape(-1)
+    least, _ = _split_rows(rows, row_groups)
+    bound = max(least, min(SPARED_GROUP * least, budget))
+    tries = (_split_rows(rows, count) for count in range(1, row_groups + 1))
+    cost, groups = next((cost, groups) for cost, groups in tries if cost <= bound)
     return MicroBatchPlan(tuple(items), groups, cost)
 
 

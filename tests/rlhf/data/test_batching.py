@@ -58,13 +58,16 @@ def cheapest_split(rows, groups):
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=4), st.integers(1, 4))
-def test_row_groups_are_the_cheapest_there_are(lengths, row_groups):
+def test_row_groups_are_the_fewest_that_come_near_the_cheapest_there_are(lengths, row_groups):
     plan = plan_micro_batches(np.array(lengths), token_budget=10**6, ranks=1, row_groups=row_groups)
     assert len(plan) == 1
     part = plan[0][0]
     by_row = [chosen for chosen, _ in lengths], [rejected for _, rejected in lengths]
     rows = [by_row[0][pair] for pair in part.items] + [by_row[1][pair] for pair in part.items]
-    assert part.padded_tokens == cheapest_split(rows, row_groups)
+    enough = 1.04 * cheapest_split(rows, row_groups)
+    fewest = next(count for count in range(1, row_groups + 1) if cheapest_split(rows, count) <= enough)
+    assert part.padded_tokens == cheapest_split(rows, fewest)
+    assert len(part.groups) <= fewest
     assert part.padded_tokens == sum(max(rows[row] for row in group) * len(group) for group in part.groups)
 
 
