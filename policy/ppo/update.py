@@ -99,7 +99,7 @@ class Updater:
     def _update_policy(
         self, number: int, batches: list[Batch], experience: Experience, kl_coefficient: float, report: UpdateReport
     ) -> float:
-        """One optimizer step; how far the policy was from the one at rollout, in nats per token (k3)."""
+        """Optimizer step ``number``; how far the policy was from the one at rollout, in nats per token (k3)."""
         engine = self._policy
         extra, extra_tokens = self._pretraining_batches(number)
         counts = self._counts(experience)
