@@ -69,7 +69,7 @@ def test_a_larger_coefficient_keeps_the_policy_nearer_to_the_reference(learn, tm
 def test_the_adaptive_controller_brings_the_kl_to_its_target(learn, tmp_path):
     kl = KlConfig(coefficient=0.01, target=2.0, horizon=40)
     estimator = AdvantageConfig(estimator="grpo_unscaled")
-    fixed = learn(20, output=tmp_path / "fixed", kl=kl, advantage=estimator)
+    fixed = learn(10, output=tmp_path / "fixed", kl=kl, advantage=estimator)
     adaptive = learn(20, output=tmp_path / "adaptive", kl=replace(kl, controller="adaptive"), advantage=estimator)
     assert fixed[-1]["kl"] > 3 * kl.target
     assert kl.target / 2 < adaptive[-1]["kl"] < 2 * kl.target, [row["kl"] for row in adaptive]

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from policy.ppo.__main__ import main
 from policy.ppo.config import WatchConfig
 from policy.ppo.stage import run
+from rlhf.engine.ranks import free_port
 from rlhf.models.manifest import MANIFEST_NAME, read_manifest
 
 pytestmark = pytest.mark.dist
@@ -50,7 +51,7 @@ def recipe(tmp_path_factory, tiny_model, prompts_file, reward_folder, short_temp
 
 
 def arguments(recipe, output, *overrides):
-    return ["-m", "policy.ppo", "--config", str(recipe), f"output={output}", *overrides]
+    return ["--config", str(recipe), f"output={output}", *overrides]
 
 
 @pytest.fixture
@@ -58,13 +59,14 @@ def one_rank(recipe, run_ranks):
     """The folder of a finished run on one rank by DeepSpeed; made once."""
     folder = recipe.parent / "one_rank"
     if not (folder / "evaluation.json").exists():
-        run_ranks(arguments(recipe, folder, "engine.deepspeed=zero0", "train.publish=none"), ranks=1, **RULES)
+        given = arguments(recipe, folder, "engine.deepspeed=zero0", "train.publish=none")
+        run_ranks(["-m", "policy.ppo", *given], ranks=1, **RULES)
     return folder
 
 
 def local(recipe, output, *overrides):
     """Arguments of :func:`main` for one rank of plain torch in this process."""
-    return ["--config", str(recipe), f"output={output}", "engine.kind=local", *overrides]
+    return arguments(recipe, output, "engine.kind=local", *overrides)
 
 
 @pytest.fixture(scope="session")
@@ -78,21 +80,53 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        ["engine.deepspeed=zero1"],
-        ["engine.deepspeed=zero2", "train.micro_batch_tokens=60", "rollout.batch_rows=3"],
-        ["engine.deepspeed=zero3", "rollout.gather=once"],
-        ["engine.deepspeed=zero3", "rollout.gather=never", "reference.placement=zero3", "reward.placement=zero3"],
+@pytest.fixture
+def plan_ranks(run_ranks, tmp_path):
+    """``plan_ranks([(arguments, kill), ...])``: runs of two ranks, one after another; their exit codes and outputs.
+
+    ``kill``: ``None``, or a phase and a step. See workers/killed.py.
+    """
+
+    def start(wanted: list[tuple[list[str], tuple[str, int] | None]]) -> list[tuple[int, str]]:
+        plan = [
+            {"arguments": given, "kill": kill, "port": free_port(), "said": str(tmp_path / f"said{place}.txt")}
+            for place, (given, kill) in enumerate(wanted)
+        ]
+        (tmp_path / "plan.json").write_text(json.dumps(plan))
+        alone_on_cpu = RULES | {"CUDA_VISIBLE_DEVICES": ""}  # CUDA does not survive a fork
+        told, _ = run_ranks([WORKER, str(tmp_path / "plan.json")], timeout=600, **alone_on_cpu)
+        codes = [int(code) for code in re.findall(r"run \d+ ended with (-?\d+)", told)]
+        return [(code, Path(each["said"]).read_text()) for code, each in zip(codes, plan, strict=True)]
+
+    return start
+
+
+ZERO = {
+    "zero1": ["engine.deepspeed=zero1"],
+    "zero2, smaller batches": ["engine.deepspeed=zero2", "train.micro_batch_tokens=60", "rollout.batch_rows=3"],
+    "zero3, gathered once": ["engine.deepspeed=zero3", "rollout.gather=once"],
+    "zero3, all sharded, never gathered": [
+        "engine.deepspeed=zero3", "rollout.gather=never", "reference.placement=zero3", "reward.placement=zero3"
     ],
-    ids=["zero1", "zero2, smaller batches", "zero3, gathered once", "zero3, all sharded, never gathered"],
-)
-def test_two_ranks_of_any_zero_stage_give_the_curve_of_one(run_ranks, runs, recipe, one_rank, tmp_path, changes):
-    run_ranks(arguments(recipe, tmp_path / "run", "train.publish=none", *changes), ranks=2, **RULES)
-    runs.assert_close(runs.rows(tmp_path / "run"), runs.rows(one_rank), 3e-4)
-    runs.assert_close(runs.rows(tmp_path / "run", "eval"), runs.rows(one_rank, "eval"), 3e-4)
-    assert texts_of(tmp_path / "run") == texts_of(one_rank)
+}  # fmt: skip
+
+
+@pytest.fixture
+def two_ranks(recipe, plan_ranks):
+    """The folders of finished runs on two ranks, by the names of ZERO; made once."""
+    folders = {name: recipe.parent / name for name in ZERO}
+    if not all((folder / "evaluation.json").exists() for folder in folders.values()):
+        wanted = [(arguments(recipe, folders[name], "train.publish=none", *ZERO[name]), None) for name in ZERO]
+        for code, said in plan_ranks(wanted):
+            assert code == 0, said
+    return folders
+
+
+@pytest.mark.parametrize("name", ZERO)
+def test_two_ranks_of_any_zero_stage_give_the_curve_of_one(runs, one_rank, two_ranks, name):
+    runs.assert_close(runs.rows(two_ranks[name]), runs.rows(one_rank), 3e-4)
+    runs.assert_close(runs.rows(two_ranks[name], "eval"), runs.rows(one_rank, "eval"), 3e-4)
+    assert texts_of(two_ranks[name]) == texts_of(one_rank)
     assert max(row["kl_k3"] for row in runs.rows(one_rank)) > 0.01, "the curves agree because nothing was trained"
 
 
@@ -113,24 +147,23 @@ DRAWN = {"generation": {1, 2}, "scoring": {2, 3}, "policy": {4}, "critic": {5}, 
 """By the run that is then killed in that phase. Step 3 is scored again but not drawn again, and so is step 4."""
 
 
-def test_killed_in_every_phase_equals_never_stopped(run_ranks, start_ranks, runs, recipe, tmp_path):
+def test_killed_in_every_phase_equals_never_stopped(runs, plan_ranks, recipe, tmp_path):
     seven = ["train.max_steps=7", "train.epochs=2"]
-    run_ranks(arguments(recipe, tmp_path / "straight", *seven), **RULES)
-    command = arguments(recipe, tmp_path / "killed", *seven)[2:]
-    for phase, step in KILLS:
-        processes = start_ranks([WORKER, phase, str(step), *command], 2, **RULES)
-        outputs = [process.communicate(timeout=240)[0] for process in processes]
-        assert processes[0].returncode == -signal.SIGKILL, (phase, outputs)
-        assert drawn_in(outputs[0]) == DRAWN[phase], phase
-    assert (tmp_path / "killed" / "checkpoints" / ".step-00000006.tmp").is_dir(), "nothing was half written"
-    outputs = run_ranks([WORKER, "saving", "100", *command], **RULES)
-    assert "resuming from" in outputs[0] and drawn_in(outputs[0]) == DRAWN["none"]
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    command = arguments(recipe, killed, *seven)
+    (_, first), *ended = plan_ranks(
+        [(arguments(recipe, straight, *seven), None), *((command, kill) for kill in KILLS), (command, None)]
+    )
+    assert drawn_in(first) == set(range(1, 8))
+    for (phase, _), (code, said) in zip(KILLS, ended, strict=False):
+        assert code == -signal.SIGKILL, (phase, said)
+        assert drawn_in(said) == DRAWN[phase], phase
+    code, said = ended[-1]
+    assert code == 0 and "resuming from" in said and drawn_in(said) == DRAWN["none"]
     for kind in ("train", "eval"):
-        assert runs.rows(tmp_path / "killed", kind) == runs.rows(tmp_path / "straight", kind)
-    assert lines(tmp_path / "killed" / "rollouts.jsonl") == lines(tmp_path / "straight" / "rollouts.jsonl")
-    finals = [
-        AutoModelForCausalLM.from_pretrained(tmp_path / name / "final").state_dict() for name in ("killed", "straight")
-    ]
+        assert runs.rows(killed, kind) == runs.rows(straight, kind)
+    assert lines(killed / "rollouts.jsonl") == lines(straight / "rollouts.jsonl")
+    finals = [AutoModelForCausalLM.from_pretrained(folder / "final").state_dict() for folder in (killed, straight)]
     assert all(torch.equal(finals[0][name], value) for name, value in finals[1].items())
 
 
