@@ -16,6 +16,7 @@ from rlhf.core.logprobs import TokenLogprobs, head_logits, token_logprobs
 from rlhf.data.batching import RowGroup
 from rlhf.models import backbones
 from rlhf.models.options import BackboneConfig
+from rlhf.models.states import last_states
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,26 +81,30 @@ class PolicyModel(nn.Module):
     ) -> PolicyOutput | Tensor:
         """Ask about right-padded row groups, one after the other; or with ``decode`` for ``(B, V)`` float32 logits.
 
-        A causal model never looks right, so right padding needs no mask: attention kernels are faster without.
         ``temperature`` divides the logits, as sampling does.
         """
         if decode is not None:
             return self._next_logits(decode)
         asked = {"with_square_sums": with_square_sums, "with_entropies": with_entropies}
         options = {**self._logits, **asked, "temperature": temperature}
-        found: list[TokenLogprobs] = []
-        embeddings: list[Tensor] = []
-        for group in groups:
-            states = self.hf.base_model(input_ids=group.tokens, use_cache=False).last_hidden_state
-            found.append(self.hf.get_output_embeddings()(states, group.tokens, group.response_mask, options))
-            if with_embeddings:
-                embeddings.append(_response_means(states.detach(), group.response_mask))
+        blocks = list(last_states(self.hf.base_model, [group.tokens for group in groups]))
+        found = self._next_logprobs(blocks, groups, options)
+        masks = [group.response_mask for group in groups]
         return PolicyOutput(
-            logprobs=tuple(part.logprobs for part in found),
-            square_sums=tuple(part.square_sums for part in found) if with_square_sums else None,
-            entropies=tuple(part.entropies for part in found) if with_entropies else None,
-            embeddings=torch.cat(embeddings) if with_embeddings else None,
+            logprobs=_by_group(found.logprobs, masks),
+            square_sums=_by_group(found.square_sums, masks) if with_square_sums else None,
+            entropies=_by_group(found.entropies, masks) if with_entropies else None,
+            embeddings=_response_means(blocks, masks) if with_embeddings else None,
         )
+
+    def _next_logprobs(
+        self, blocks: Sequence[Tensor], groups: Sequence[RowGroup], options: dict[str, Any]
+    ) -> TokenLogprobs:
+        """Of all places of all groups in one row; one call, as each has a gradient of the size of the projection."""
+        states = torch.cat([states[:, :-1].flatten(0, 1) for states in blocks])
+        tokens = torch.cat([group.tokens[:, 1:].flatten() for group in groups])
+        mask = torch.cat([group.response_mask[:, 1:].flatten() for group in groups])
+        return self.hf.get_output_embeddings()(states[None], tokens[None], mask[None], options)
 
     def _next_logits(self, step: DecodeStep) -> Tensor:
         """``(B, V)`` logits of the token after the last of ``step``."""
@@ -159,15 +164,13 @@ class LogprobHead(nn.Linear):
     def forward(
         self, states: Tensor, tokens: Tensor | None, response_mask: Tensor | None, options: dict[str, Any]
     ) -> TokenLogprobs | Tensor:
-        """Of ``(R, T, D)`` states the ``(R, T - 1)`` log-probabilities of the tokens that follow.
+        """Of ``(B, T, D)`` states the ``(B, T)`` log-probabilities of the tokens that follow.
 
         Without tokens: of ``(R, D)`` states the ``(R, V)`` logits.
         """
         if tokens is None:
             return head_logits(states, self.weight, head_bias=self.bias, **options)
-        return token_logprobs(
-            states[:, :-1], self.weight, tokens[:, 1:], response_mask[:, 1:], head_bias=self.bias, **options
-        )
+        return token_logprobs(states, self.weight, tokens, response_mask, head_bias=self.bias, **options)
 
 
 def build_policy(config: PolicyConfig, *, dtype: torch.dtype, vocabulary: int, seed: int) -> PolicyModel:
@@ -196,8 +199,17 @@ def build_policy(config: PolicyConfig, *, dtype: torch.dtype, vocabulary: int, s
     return model
 
 
-def _response_means(states: Tensor, response_mask: Tensor) -> Tensor:
-    """``(R, D)`` float32 means over response tokens; 0 for a row without."""
-    weights = response_mask.float()
-    weights = weights / weights.sum(dim=1, keepdim=True).clamp_min(1)
-    return torch.einsum("rt,rtd->rd", weights, states.float())
+def _by_group(values: Tensor, masks: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """``(R, T - 1)`` of each group, from all in one row."""
+    shapes = [(mask.shape[0], mask.shape[1] - 1) for mask in masks]
+    parts = values[0].split([rows * places for rows, places in shapes])
+    return tuple(part.view(shape) for part, shape in zip(parts, shapes, strict=True))
+
+
+def _response_means(blocks: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:
+    """``(R, D)`` float32 means over response tokens of the rows of all groups, no gradient; 0 for a row without."""
+    means = []
+    for states, mask in zip(blocks, masks, strict=True):
+        weights = mask.float() / mask.sum(dim=1, keepdim=True).clamp_min(1)
+        means.append(torch.einsum("rt,rtd->rd", weights, states.detach().float()))
+    return torch.cat(means)

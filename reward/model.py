@@ -27,6 +27,7 @@ from rlhf.core.masking import last_token_index
 from rlhf.data.batching import RowGroup
 from rlhf.models import backbones
 from rlhf.models.options import BackboneConfig
+from rlhf.models.states import last_states
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,17 +76,18 @@ class RewardModel(nn.Module):
 
     def forward(self, groups: Sequence[RowGroup]) -> Scores:
         """Score right-padded row groups, one after the other; rows come back in the order of the groups."""
-        parts = [self._score_group(group) for group in groups]
+        if self.is_decoder:
+            blocks = last_states(self.hf.base_model, [group.tokens for group in groups])
+            parts = [self._score_states(states, group) for states, group in zip(blocks, groups, strict=True)]
+        else:
+            parts = [self._score_encoder(group.tokens, group.token_mask) for group in groups]
         return Scores(
             rewards=torch.cat([part.rewards for part in parts]),
             embeddings=torch.cat([part.embeddings for part in parts]),
             logprobs=None if self.lm_head is None else torch.cat([part.logprobs for part in parts]),
         )
 
-    def _score_group(self, group: RowGroup) -> Scores:
-        if not self.is_decoder:
-            return self._score_encoder(group.tokens, group.token_mask)
-        states = self.last_states(group.tokens, group.token_mask, right_padded=True)
+    def _score_states(self, states: Tensor, group: RowGroup) -> Scores:
         scores = self._pool(states, group.token_mask)
         if self.lm_head is None:
             return scores
@@ -96,20 +98,11 @@ class RewardModel(nn.Module):
         """``(R,)`` rewards of ``(R, T)`` rows padded on either side, found by the mask alone."""
         if not self.is_decoder:
             return self._score_encoder(tokens, token_mask).rewards
-        return self._pool(self.last_states(tokens, token_mask, right_padded=False), token_mask).rewards
-
-    def last_states(self, tokens: Tensor, token_mask: Tensor, *, right_padded: bool) -> Tensor:
-        """``(R, T, D)`` states of a decoder's last layer.
-
-        A causal model never looks right, so right padding needs no mask: attention kernels are faster without.
-        """
-        backbone = self.hf.base_model
-        if right_padded:
-            return backbone(input_ids=tokens, use_cache=False).last_hidden_state
         positions = (token_mask.long().cumsum(dim=1) - 1).clamp_min(0)
-        return backbone(
+        output = self.hf.base_model(
             input_ids=tokens, attention_mask=token_mask.long(), position_ids=positions, use_cache=False
-        ).last_hidden_state
+        )
+        return self._pool(output.last_hidden_state, token_mask).rewards
 
     def _pool(self, states: Tensor, token_mask: Tensor) -> Scores:
         rows = torch.arange(len(states), device=states.device)

@@ -12,6 +12,7 @@ from reward.model import RewardModel, RewardModelConfig, build_reward_model, loa
 from rlhf.core.errors import ModelError
 from rlhf.data.batching import RowGroup
 from rlhf.models.manifest import MANIFEST_NAME, RewardStatistics, read_manifest
+from rlhf.models.states import last_states
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +43,10 @@ class ValueModel(nn.Module):
 
     def forward(self, groups: Sequence[RowGroup]) -> tuple[Tensor, ...]:
         """Of each group ``(R, T - 1)`` float32: place t is the value before token t + 1; 0 outside the response."""
-        return tuple(self._values(group) for group in groups)
+        blocks = last_states(self.scorer.hf.base_model, [group.tokens for group in groups])
+        return tuple(self._values(states, group) for states, group in zip(blocks, groups, strict=True))
 
-    def _values(self, group: RowGroup) -> Tensor:
-        states = self.scorer.last_states(group.tokens, group.token_mask, right_padded=True)
+    def _values(self, states: Tensor, group: RowGroup) -> Tensor:
         values = response_values(states, group.response_mask, self.scorer.hf.score)
         return torch.where(group.response_mask[:, 1:], (values - self._mean) / self._deviation, 0.0)
 

@@ -14,6 +14,7 @@ from policy.ppo.critic import response_values
 from reward.model import Float32Linear
 from rlhf.data.batching import RowGroup
 from rlhf.models.backbones import freeze_adapters_below
+from rlhf.models.states import last_states
 
 NAME = "critic"
 
@@ -58,10 +59,10 @@ class SharedTrunkCritic(nn.Module):
     def forward(self, groups: Sequence[RowGroup]) -> tuple[Tensor, ...]:
         """See :meth:`policy.ppo.critic.ValueModel.forward`."""
         with self._active():
-            outputs = [self._hf.base_model(input_ids=group.tokens, use_cache=False) for group in groups]
+            blocks = list(last_states(self._hf.base_model, [group.tokens for group in groups]))
         return tuple(
-            response_values(output.last_hidden_state, group.response_mask, self.score)
-            for output, group in zip(outputs, groups, strict=True)
+            response_values(states, group.response_mask, self.score)
+            for states, group in zip(blocks, groups, strict=True)
         )
 
     @contextlib.contextmanager

@@ -1,0 +1,29 @@
+"""Last hidden states of a causal model for several blocks of rows at once."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+
+def last_states(backbone: PreTrainedModel, blocks: Sequence[Tensor]) -> Iterator[Tensor]:
+    """``(R, T, D)`` states of the last layer for each ``(R, T)`` block of right-padded token rows.
+
+    A causal model never looks right, so right padding needs no mask: attention kernels are faster without. In training
+    all blocks share one call of the embedding: the gradient of each call is as large as the whole table.
+    """
+    if len(blocks) < 2 or not _trains_plain_embedding(backbone):
+        for tokens in blocks:
+            yield backbone(input_ids=tokens, use_cache=False).last_hidden_state
+        return
+    embedded = backbone.get_input_embeddings()(torch.cat([tokens.flatten() for tokens in blocks]))
+    parts = embedded.split([tokens.numel() for tokens in blocks])
+    for tokens, part in zip(blocks, parts, strict=True):
+        yield backbone(inputs_embeds=part.view(*tokens.shape, -1), use_cache=False).last_hidden_state
+
+
+def _trains_plain_embedding(backbone: PreTrainedModel) -> bool:
+    """Some models (Gemma 3n) look tokens up in every layer, and need them there."""
+    trained = torch.is_grad_enabled() and backbone.get_input_embeddings().weight.requires_grad
+    return trained and not getattr(backbone.config, "hidden_size_per_layer_input", 0)
