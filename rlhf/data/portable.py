@@ -3,17 +3,22 @@
 import copy
 from typing import Any
 
-from rlhf.data.templates import ChatFormat
+from rlhf.data.templates import ChatFormat, portable_header, portable_origin
 
 
 def portable_tokenizer(chat: ChatFormat) -> Any:
     """A copy of the tokenizer whose own template renders conversations as ``chat`` does.
 
     The template is wrapped, not rewritten: what it renders gets the BOS that the tokenizer would add, and a
-    conversation that is over ends with an end token, without white space behind it.
+    conversation that is over ends with an end token, without white space behind it. It names the template that it
+    wraps, so that models trained from a published one count as of the same form; wrapped once, it stays as it is.
     """
     tokenizer = copy.deepcopy(chat.tokenizer)
-    tokenizer.chat_template = _wrapped(chat)
+    if portable_origin(chat.template) is None:
+        body = _wrapped(chat)
+        tokenizer.chat_template = portable_header(body, chat.digest) + body
+    else:
+        tokenizer.chat_template = chat.template
     tokenizer.padding_side = "right"
     return tokenizer
 

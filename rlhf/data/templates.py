@@ -9,6 +9,7 @@ the template has no such token. In a conversation every assistant turn is found 
 
 import functools
 import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,7 +140,10 @@ class ChatFormat:
 
     @functools.cached_property
     def digest(self) -> str:
-        """A name for all that decides on the text of a conversation."""
+        """A name for all that decides on the text of a conversation; that of the original, for a portable template."""
+        origin = portable_origin(self.template)
+        if origin is not None:
+            return origin
         special = [self.bos, *_special_texts(self.tokenizer), *self.end_tokens]
         return digest("format 1", self.template, *special)
 
@@ -190,6 +194,17 @@ class ChatFormat:
         ]
         places = np.cumsum([len(part) for part in parts])[:-1]
         return np.array([token for part in parts for token in part], np.int32), places.astype(np.int32).reshape(-1, 2)
+
+
+def portable_header(body: str, origin: str) -> str:
+    """A comment for the start of a template ``body`` that renders as the format with the digest ``origin`` does."""
+    return f"{{#- renders as form {origin}; {digest(body)} -#}}"
+
+
+def portable_origin(template: str) -> str | None:
+    """The digest that :func:`portable_header` left; ``None`` without one, or if the template was changed since."""
+    found = re.match(r"\{#- renders as form (\w+); (\w+) -#\}", template)
+    return found[1] if found and digest(template[found.end() :]) == found[2] else None
 
 
 def chat_format(tokenizer: Any, template: str | None) -> ChatFormat:

@@ -208,7 +208,6 @@ def test_a_published_policy_keeps_the_form_of_text_that_it_was_trained_with(
         policy_template(other, chat_format(load_tokenizer(config.policy.path), "plain"))
 
 
-@pytest.mark.xfail(strict=True, reason="a published tokenizer's wrapped template has a digest of its own")
 @pytest.mark.parametrize("template", [None, "plain", "{{ messages[0]['content'] + ' ' + messages[-1]['content'] }}"])
 def test_models_trained_from_a_published_one_have_its_form_of_text(tiny_model, tmp_path, template):
     """SFT, a reward model from its final/, PPO from its final/ with that reward model: one form of text."""
