@@ -9,3 +9,12 @@ def positive_int(text: str) -> int:
     if value <= 0:
         raise argparse.ArgumentTypeError(f"{value}: expected a number above 0")
     return value
+
+
+class SettingsParser(argparse.ArgumentParser):
+    """Takes settings (``overrides``) before, between and after options, as the stages do."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        options, rest = super().parse_known_args(args, namespace)
+        options.overrides = [*options.overrides, *(part for part in rest if not part.startswith("-"))]
+        return options, [part for part in rest if part.startswith("-")]

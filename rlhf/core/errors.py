@@ -1,8 +1,20 @@
-"""Faults of input. Their message is all that a user sees: commands print it and exit with status 2."""
+"""Faults of input. Their message is all that a user sees: commands print it and exit with status 2.
+
+One is no fault: a run that was asked to stop exits with :data:`STOPPED_EXIT_CODE`.
+"""
+
+REFUSED_EXIT_CODE = 2
+STOPPED_EXIT_CODE = 75
+"""EX_TEMPFAIL of sysexits.h: what the run has done is saved, and the same command goes on from there."""
+
+STOP_FILE = "STOP"
+"""In a run folder it asks the run to save and stop."""
 
 
 class UserError(Exception):
     """Something the user can mend. The message names the thing, what was found and the way out."""
+
+    exit_code = REFUSED_EXIT_CODE
 
 
 class ConfigError(UserError):
@@ -21,5 +33,20 @@ class CheckpointError(UserError):
     """A checkpoint cannot be read, or belongs to another run."""
 
 
+class DiskFull(UserError):
+    """Nothing more can be written."""
+
+
 class TrainingStopped(UserError):
     """The run stopped itself because going on would only waste time (for example non-finite losses in a row)."""
+
+
+class RunStopped(UserError):
+    """The run was asked to stop, by a signal, a file or the clock, and has saved what it had."""
+
+    exit_code = STOPPED_EXIT_CODE
+
+    def __init__(self, reason: str, place: str, step: int = 0) -> None:
+        """``place``: where it stopped, in words; ``step``: of its newest checkpoint, 0 where there is none yet."""
+        super().__init__(f"stopped {place} by {reason}; the same command goes on from there")
+        self.reason, self.step = reason, step

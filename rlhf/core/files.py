@@ -1,6 +1,7 @@
 """Files that are either whole or absent: written under a temporary name, then renamed."""
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -12,6 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from rlhf.core.errors import DiskFull
+
+LITTLE_BYTES = 2**20
 
 
 def write_text(path: Path, text: str) -> None:
@@ -65,6 +70,37 @@ def staged_directory(target: Path) -> Iterator[Path]:
         replace_directory(staged, target)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
+
+
+def _full_disk(error: Exception, folder: Path) -> DiskFull | None:
+    """What to say if ``error`` came of a full disk under ``folder``; ``None`` if it did not.
+
+    Writers of tensors report a full disk in words of their own, or in none: then what is left on it tells.
+    """
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    left = shutil.disk_usage(place).free
+    by_name = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+    if not by_name and left > LITTLE_BYTES:
+        return None
+    return DiskFull(
+        f"{folder}: the disk is full ({left / 2**20:.1f} MiB left). What was finished before is intact: make room, and "
+        "start again to go on from the newest checkpoint (train.keep_checkpoints=1 keeps fewer of them)"
+    )
+
+
+@contextlib.contextmanager
+def naming_full_disk(folder: Path) -> Iterator[None]:
+    """
+    Raises:
+        DiskFull: for whatever fails inside because the disk under ``folder`` is full.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError) as error:
+        fault = _full_disk(error, folder)
+        if fault is None:
+            raise
+        raise fault from error
 
 
 def digest(*parts: bytes | str) -> str:

@@ -52,7 +52,7 @@ class Engine(Protocol):
         """Write weights, optimizer and schedule into ``folder``. Every rank must call it."""
 
     def load(self, folder: Path) -> None:
-        """Read back what :meth:`save` wrote on the same number of ranks."""
+        """Read back what :meth:`save` wrote, on this or on another number of ranks. Every rank must call it."""
 
     def whole(self, tensors: Sequence[Tensor], *, modify: bool = False) -> AbstractContextManager:
         """Parameters of the module whole on every rank inside; with ``modify`` the main rank's changes stay."""

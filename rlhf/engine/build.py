@@ -21,6 +21,32 @@ def precision_of(config: EngineConfig) -> str:
     return "bfloat16" if on_gpu and config.kind == "deepspeed" else "float32"
 
 
+def run_values(
+    config: EngineConfig, optimizer: OptimizerConfig, *, world_size: int, local_size: int, hidden_size: int | None
+) -> RunValues:
+    """What DeepSpeed has to be told of a run that trains on ``world_size`` ranks, ``local_size`` of them a node."""
+    return RunValues(
+        precision=precision_of(config),
+        gradient_clipping=optimizer.max_grad_norm,
+        world_size=world_size,
+        local_size=local_size,
+        hidden_size=hidden_size,
+        nvme_path=config.nvme_path,
+    )
+
+
+def frozen_values(config: EngineConfig, *, world_size: int, local_size: int, hidden_size: int | None) -> RunValues:
+    """The same for a model that is only asked."""
+    return RunValues(
+        precision=precision_of(config),
+        gradient_clipping=0.0,
+        world_size=world_size,
+        local_size=local_size,
+        hidden_size=hidden_size,
+        nvme_path=config.nvme_path,
+    )
+
+
 def build_engine(
     module: nn.Module,
     *,
@@ -40,11 +66,8 @@ def build_engine(
         if precision != "float32":
             raise ConfigError(f"engine.precision = {precision}: the local engine trains in float32 only")
         return LocalEngine(module, ranks=ranks, optimizer=optimizer, total_steps=total_steps)
-    values = RunValues(
-        precision=precision,
-        gradient_clipping=optimizer.max_grad_norm,
-        world_size=ranks.world_size,
-        hidden_size=hidden_size,
+    values = run_values(
+        config, optimizer, world_size=ranks.world_size, local_size=ranks.local_size, hidden_size=hidden_size
     )
     resolved = resolve(config.deepspeed, values)
     from rlhf.engine.zero import ZeroEngine  # importing DeepSpeed takes seconds: only where it is used

@@ -1,58 +1,59 @@
 """The DeepSpeed JSON of a run: every "auto" resolved, and nothing in it that contradicts the run.
 
 DeepSpeed itself does not know "auto" (it drops the key and takes its own default) and passes over unknown
-top-level keys, so both are settled here. What keys there are is asked of the installed DeepSpeed.
+top-level keys, so both are settled here.
 """
 
-import copy
-import difflib
 import functools
-import importlib.resources
-import inspect
-import json
-import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
-from deepspeed.runtime.config_utils import DeepSpeedConfigModel, dict_raise_error_on_duplicate_keys
-from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from pydantic import ValidationError
-from pydantic.fields import FieldInfo
-
 from rlhf.core.errors import ConfigError
+from rlhf.engine import deepspeed_checks as checks
+from rlhf.engine.deepspeed_checks import AUTO, BATCH_KEYS
+from rlhf.engine.deepspeed_files import Role, Source, read, role_of, shipped_names, shown
 
-AUTO = "auto"
-_SECTIONS: dict[str, type[DeepSpeedConfigModel]] = {
-    "zero_optimization": DeepSpeedZeroConfig,
-    "bf16": DeepSpeedBF16Config,
-    "fp16": DeepSpeedFP16Config,
-}
+__all__ = ["Lint", "Role", "RunValues", "lint", "resolve", "role_of", "shipped_names"]
+
+Precision = Literal["float32", "bfloat16", "float16"]
+PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "float16")
 _KEPT_AUTO = {"data_types.keep_in_fp32_modules"}  # the one "auto" with a meaning of its own in DeepSpeed
 _OWN_BOUNDARY = "micro-batches are packed by tokens, and the run decides after which one it updates"
+_NVME_PATHS = tuple(f"zero_optimization.offload_{what}.nvme_path" for what in ("optimizer", "param"))
+_SOME_WIDTH = 1024  # any: only a real run's JSON is used
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunValues:
     """What the run decides and DeepSpeed has to be told."""
 
-    precision: Literal["float32", "bfloat16", "float16"]
+    precision: Precision
     gradient_clipping: float
     """Largest global gradient norm; 0 for no clipping."""
     world_size: int
+    local_size: int | None = None
+    """Ranks of one node; ``None`` if all are on one."""
     hidden_size: int | None = None
     """Width of the model: sizes the ZeRO-3 buckets that the JSON leaves at "auto"."""
+    nvme_path: str | None = None
+    """Folder on a local disk for states that are offloaded there."""
 
 
-Role = Literal["train", "frozen"]
+@dataclass(frozen=True, kw_only=True)
+class Lint:
+    """What is to be said of a configuration without a run at hand."""
+
+    name: str
+    problems: tuple[str, ...]
+    """What no run could accept, each with the way out."""
+    conditions: tuple[str, ...]
+    """What a recipe has to say to go with the fixed values."""
+    config: dict[str, Any]
+    """As resolved for some run that fits."""
 
 
-def resolve(
-    source: Path | str | Mapping[str, Any], run: RunValues, role: Role = "train"
-) -> dict[str, Any]:
+def resolve(source: Source, run: RunValues, role: Role = "train") -> dict[str, Any]:
     """The complete configuration for ``deepspeed.initialize``, ready to be saved as JSON.
 
     Args:
@@ -62,136 +63,103 @@ def resolve(
     Raises:
         ConfigError: naming the file and every problem in it, one a line.
     """
-    name, config = _read(source, role)
-    problems = [*_drop_misplaced(config), *_drop_unknown(config)]
-    problems += _settle_with_run(config, run)
-    problems += _fill_auto(config, run)
-    problems += _check_offload(config.get("zero_optimization", {}))
-    problems += _check_sections(config)
-    if not problems:
-        problems += _check_by_deepspeed(config)
+    name, config, problems = read(source, role)
+    problems += _resolve(config, run, role)
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise ConfigError("\n  ".join([f"{name}: {count}", *problems]))
     return config
 
 
-def shipped_names(role: Role = "train") -> list[str]:
-    """Short names of the configurations that come with the toolkit."""
-    names = [entry.name for entry in importlib.resources.files("ds_configs").iterdir()]
-    mine = [name.removeprefix(f"{role}_") for name in names if name.startswith(f"{role}_") and name.endswith(".json")]
-    return sorted(name.removesuffix(".json") for name in mine)
+def lint(source: Source, role: Role = "train") -> Lint:
+    """Look at a configuration without a run: it is resolved for one that agrees with its fixed values.
+
+    Raises:
+        ConfigError: if the file cannot be read or is no JSON object.
+    """
+    name, config, problems = read(source, role)
+    problems += _take_out_batch(config)
+    run, conditions = _fitting_run(config)
+    problems += _resolve(config, run, role)
+    return Lint(name=name, problems=tuple(problems), conditions=tuple(conditions), config=config)
 
 
-def _read(source: Path | str | Mapping[str, Any], role: Role) -> tuple[str, dict[str, Any]]:
-    """Name for messages, and a copy of the contents that may be changed."""
-    if isinstance(source, Mapping):
-        return "DeepSpeed configuration", copy.deepcopy(dict(source))
-    is_short_name = isinstance(source, str) and "/" not in source and not source.endswith(".json")
-    if is_short_name and source not in shipped_names(role):
-        known = ", ".join(shipped_names(role))
-        raise ConfigError(
-            f"{source}: no such DeepSpeed configuration (shipped: {known}; or give a path to a JSON)"
-        )
-    if is_short_name:
-        path: Any = importlib.resources.files("ds_configs") / f"{role}_{source}.json"
-        name = f"ds_configs/{path.name}"
-    else:
-        path, name = Path(source), str(source)
-    try:
-        config = json.loads(path.read_text("utf-8"), object_pairs_hook=dict_raise_error_on_duplicate_keys)
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}"
-        raise ConfigError(f"{name}: invalid JSON at {where}: {error.msg}") from None
-    except OSError as error:
-        raise ConfigError(f"{name}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise ConfigError(f"{name}: {error}") from None
-    if not isinstance(config, dict):
-        raise ConfigError(f"{name}: expected a JSON object, found {_shown(config)}")
-    return name, config
+def _resolve(config: dict[str, Any], run: RunValues, role: Role) -> list[str]:
+    """Resolve ``config`` in place; the problems."""
+    problems = [*checks.take_out_misplaced(config), *checks.take_out_unknown(config)]
+    problems += checks.wrong_batch(config, run.world_size)
+    problems += checks.wrong_precision(config)
+    problems += _settle_with_run(config, run)
+    problems += _fill_auto(config, run)
+    problems += checks.wrong_scalars(config, {path.split(".")[0] for path in _owned_by_run(run)})
+    problems += checks.wrong_partitioning(config.get("zero_optimization", {}), run.world_size, role)
+    problems += checks.wrong_sections(config)
+    if not problems:
+        problems += checks.refused_by_deepspeed(config)
+    return problems
 
 
-def _drop_misplaced(config: dict[str, Any]) -> Iterator[str]:
-    """Take out what has no place in the JSON of a run."""
-    for key in ("optimizer", "scheduler"):
-        if config.pop(key, None) is not None:
-            yield f"{key}: the run builds its own {key}; remove this section"
-    for key in (*_SECTIONS, "torch_autocast"):
-        if not isinstance(config.get(key, {}), dict):
-            yield f"{key} = {_shown(config.pop(key))}: expected a section"
+def _take_out_batch(config: dict[str, Any]) -> Iterator[str]:
+    """The batch size of a JSON whose micro-batches say that it counts rows, not ranks."""
+    yield from checks.wrong_batch(config, None)
+    total, *parts = (config.get(key, AUTO) for key in BATCH_KEYS)
+    if total != AUTO and any(part not in (1, AUTO) for part in parts):
+        del config[BATCH_KEYS[0]]
+        yield f'{BATCH_KEYS[0]} = {shown(total)}: expected "auto" (the recipe has train.global_batch_size)'
 
 
-def _drop_unknown(config: dict[str, Any]) -> Iterator[str]:
-    for key in [key for key in config if key not in _known_keys()]:
-        yield f"{key} = {_shown(config.pop(key))}: {_unknown(key, _known_keys())}"
-    for key, model in _SECTIONS.items():
-        yield from _unknown_fields(config.get(key, {}), model, key)
+def _fitting_run(config: dict[str, Any]) -> tuple[RunValues, list[str]]:
+    """The run that the fixed values of ``config`` ask for, and what a recipe must say to be that one."""
+    conditions = []
+    precisions = [each for each in PRECISIONS if _allows(config, each)]
+    if 0 < len(precisions) < len(PRECISIONS):
+        conditions.append(f"engine.precision={' or '.join(precisions)}")
+    clipping = config.get("gradient_clipping", AUTO)
+    if isinstance(clipping, int | float) and not isinstance(clipping, bool):
+        conditions.append(f"optim.max_grad_norm={clipping}")
+    ranks = config.get(BATCH_KEYS[0], AUTO)
+    if ranks != AUTO:
+        conditions.append(f"{shown(ranks)} rank(s)")
+    zero = config.get("zero_optimization")
+    part = zero.get("zero_hpz_partition_size", 1) if isinstance(zero, dict) else 1
+    if isinstance(part, int) and part > 1:
+        conditions.append(f"{part} rank(s) a node")
+    if any(_at(config, path) == AUTO for path in _NVME_PATHS):
+        conditions.append("engine.nvme_path=FOLDER")
+    sizes = [size for size in (ranks, part) if isinstance(size, int) and not isinstance(size, bool) and size > 0]
+    run = RunValues(
+        precision=precisions[0] if precisions else "bfloat16",
+        gradient_clipping=clipping if isinstance(clipping, int | float) else 1.0,
+        world_size=sizes[0] if sizes else 1,
+        hidden_size=_SOME_WIDTH,
+        nvme_path="/nvme",
+    )
+    return run, conditions
 
 
-@functools.cache
-def _known_keys() -> frozenset[str]:
-    """The top-level keys that DeepSpeed looks up. It publishes no list of them, so its parser is watched."""
-    looked_up: set[str] = set()
-
-    class Watched(dict):
-        def __contains__(self, key: object) -> bool:
-            looked_up.add(str(key))
-            return super().__contains__(key)
-
-        def __getitem__(self, key: str) -> Any:
-            looked_up.add(key)
-            return super().__getitem__(key)
-
-        def get(self, key: str, default: Any = None) -> Any:
-            looked_up.add(key)
-            return super().get(key, default)
-
-        def keys(self) -> "Watched":  # type: ignore[override]  # for its "key in config.keys()"
-            return self
-
-    DeepSpeedConfig(Watched(train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1))
-    return frozenset(looked_up)
+def _allows(config: dict[str, Any], precision: Precision) -> bool:
+    wanted = {"bf16.enabled": precision == "bfloat16", "fp16.enabled": precision == "float16"}
+    return all(_at(config, path) in (AUTO, None, value) for path, value in wanted.items())
 
 
-def _unknown_fields(section: dict[str, Any], model: type[DeepSpeedConfigModel], path: str) -> Iterator[str]:
-    """Unknown and deprecated fields of one section and the sections inside it."""
-    fields = {
-        alias: field for name, field in model.model_fields.items() for alias in (name, field.alias or name)
-    }
-    for key, value in section.items():
-        if key not in fields:
-            yield f"{path}.{key} = {_shown(value)}: {_unknown(key, fields)}"
-            continue
-        extra = fields[key].json_schema_extra
-        if isinstance(extra, dict) and extra.get("deprecated"):
-            yield f"{path}.{key} = {_shown(value)}: deprecated in DeepSpeed, use {extra['new_param']}"
-        inner = _model_inside(fields[key])
-        if inner and isinstance(value, dict):
-            yield from _unknown_fields(value, inner, f"{path}.{key}")
-
-
-def _model_inside(field: FieldInfo) -> type[DeepSpeedConfigModel] | None:
-    choices = typing.get_args(field.annotation) or (field.annotation,)
-    models = [kind for kind in choices if inspect.isclass(kind) and issubclass(kind, DeepSpeedConfigModel)]
-    return models[0] if models else None
-
-
-def _unknown(key: str, known: typing.Iterable[str]) -> str:
-    near = difflib.get_close_matches(key, known, 1)
-    return f"unknown key (did you mean {near[0]}?)" if near else "unknown key"
+def _at(config: Any, path: str) -> Any:
+    """The value at a dotted path; ``None`` if there is none."""
+    for key in path.split("."):
+        config = config.get(key) if isinstance(config, dict) else None
+    return config
 
 
 def _owned_by_run(run: RunValues) -> dict[str, tuple[Any, str]]:
     """Value and reason of all that the run decides, by dotted key."""
     precision = f"the run's precision is {run.precision}"
     own_optimizer = "the run passes an optimizer of its own"
+    batch, micro, steps = BATCH_KEYS
     return {
-        "train_batch_size": (run.world_size, f"one row a rank for DeepSpeed: {_OWN_BOUNDARY}"),
-        "train_micro_batch_size_per_gpu": (1, _OWN_BOUNDARY),
-        "gradient_accumulation_steps": (1, _OWN_BOUNDARY),
+        batch: (run.world_size, f"one row a rank for DeepSpeed: {_OWN_BOUNDARY}; set train.global_batch_size instead"),
+        micro: (1, f"{_OWN_BOUNDARY}; set train.micro_batch_tokens instead"),
+        steps: (1, _OWN_BOUNDARY),
         "managed_gradient_accumulation": (True, "the run sets the accumulation boundary through DeepSpeed"),
-        "gradient_clipping": (run.gradient_clipping, "the run's largest gradient norm"),
+        "gradient_clipping": (run.gradient_clipping, "the run's largest gradient norm, optim.max_grad_norm"),
         "gradient_allreduce_op": ("mean", "the run scales its loss for a mean over ranks"),
         "bf16.enabled": (run.precision == "bfloat16", precision),
         "fp16.enabled": (run.precision == "float16", precision),
@@ -205,37 +173,43 @@ def _settle_with_run(config: dict[str, Any], run: RunValues) -> Iterator[str]:
     """Write the values of the run into ``config``; yield those that say otherwise."""
     for path, (value, reason) in _owned_by_run(run).items():
         *parents, key = path.split(".")
-        if path.split(".")[0] not in _known_keys():
+        if path.split(".")[0] not in checks.known_keys():
             continue  # this release of DeepSpeed does not have it
         section = functools.reduce(lambda node, name: node.setdefault(name, {}), parents, config)
         found = section.get(key, AUTO)
         if found != AUTO and (found != value or isinstance(found, bool) != isinstance(value, bool)):
-            yield f'{path} = {_shown(found)}: expected {_shown(value)} or "auto" ({reason})'
+            yield f'{path} = {shown(found)}: expected {shown(value)} or "auto" ({reason})'
         section[key] = value
 
 
 def _fill_auto(config: dict[str, Any], run: RunValues) -> Iterator[str]:
     """Replace the remaining "auto"; yield those that nothing in the run can replace."""
-    if "log_level" in _known_keys():
+    if "log_level" in checks.known_keys():
         config.setdefault("log_level", "warning")
     config.setdefault("steps_per_print", AUTO)
     values: dict[str, Any] = {"steps_per_print": 1_000_000_000, "log_level": "warning"}
-    widths = {
-        "reduce_bucket_size": 2,
-        "stage3_prefetch_bucket_size": 2,
-        "stage3_param_persistence_threshold": 1,
-    }
+    values["zero_optimization.zero_hpz_partition_size"] = run.local_size or run.world_size
+    missing = dict.fromkeys(_bucket_sizes(1), "the hidden size of the model is not known; give a number")
     if run.hidden_size is not None:
-        square = run.hidden_size**2
-        sizes = (square, square * 9 // 10, run.hidden_size * 10)
-        values |= {f"zero_optimization.{key}": size for key, size in zip(widths, sizes, strict=True)}
+        values |= _bucket_sizes(run.hidden_size)
+    missing |= dict.fromkeys(_NVME_PATHS, "set engine.nvme_path in the recipe to a folder on a local disk")
+    if run.nvme_path is not None:
+        values |= dict.fromkeys(_NVME_PATHS, run.nvme_path)
     for path, section, key in list(_autos(config, "")):
         if path in values:
             section[key] = values[path]
-        elif path.removeprefix("zero_optimization.") in widths:
-            yield f'{path} = "auto": the hidden size of the model is not known; give a number'
         elif path not in _KEPT_AUTO:
-            yield f'{path} = "auto": nothing in the run decides this; give a value or leave it out'
+            reason = missing.get(path, "nothing in the run decides this; give a value or leave it out")
+            yield f'{path} = "auto": {reason}'
+
+
+def _bucket_sizes(width: int) -> dict[str, int]:
+    """Elements of ZeRO-3's buckets and of the parameters it keeps whole, as the Transformers Trainer sizes them."""
+    return {
+        "zero_optimization.reduce_bucket_size": width**2,
+        "zero_optimization.stage3_prefetch_bucket_size": width**2 * 9 // 10,
+        "zero_optimization.stage3_param_persistence_threshold": width * 10,
+    }
 
 
 def _autos(node: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
@@ -247,53 +221,3 @@ def _autos(node: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
             yield where, node, key
         else:
             yield from _autos(value, where)
-
-
-def _check_offload(zero: dict[str, Any]) -> Iterator[str]:
-    """What DeepSpeed would accept and then ignore, or stumble over in the middle of its start."""
-    stage = zero.get("stage", 0)
-    for key, stages in (("offload_optimizer", (1, 2, 3)), ("offload_param", (3,))):
-        section = zero.get(key)
-        device = section.get("device", "none") if isinstance(section, dict) else "none"
-        if device not in ("cpu", "nvme"):
-            continue
-        setting = f"zero_optimization.{key}.device = {_shown(device)}"
-        if stage != AUTO and stage not in stages:
-            fitting = " or ".join(map(str, stages))
-            yield f"{setting}: works at ZeRO stage {fitting}, and the stage is {_shown(stage)}"
-        if device == "nvme" and not section.get("nvme_path"):
-            yield f"{setting}: needs nvme_path beside it, a folder on that disk"
-
-
-def _check_sections(config: dict[str, Any]) -> Iterator[str]:
-    for key, model in _SECTIONS.items():
-        try:
-            model(**config.get(key, {}))
-        except ValidationError as error:
-            yield from _validation_lines(error, (key,))
-
-
-def _check_by_deepspeed(config: dict[str, Any]) -> Iterator[str]:
-    """DeepSpeed's own verdict, on a copy without the batch size: it counts ranks, which may not be up yet."""
-    try:
-        DeepSpeedConfig({key: value for key, value in config.items() if key != "train_batch_size"})
-    except ValidationError as error:
-        yield from (f"refused by DeepSpeed: {line}" for line in _validation_lines(error, (error.title,)))
-    except (DeepSpeedConfigError, AssertionError, AttributeError, TypeError, ValueError) as error:
-        yield f"refused by DeepSpeed: {error}"
-
-
-def _validation_lines(error: ValidationError, parents: tuple[str, ...]) -> Iterator[str]:
-    """One line a fault; unknown fields of our own sections were reported before, with the nearest known."""
-    for details in error.errors(include_url=False):
-        if details["type"] == "extra_forbidden" and parents[0] in _SECTIONS:
-            continue
-        path = ".".join(map(str, (*parents, *details["loc"])))
-        across_fields = details["type"] in ("assertion_error", "value_error")
-        found = "" if across_fields else f" = {_shown(details['input'])}"
-        yield f"{path}{found}: {details['msg']}"
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 80 else text[:77] + "..."

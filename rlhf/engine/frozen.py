@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.core.errors import ConfigError
-from rlhf.engine.build import precision_of
+from rlhf.engine.build import frozen_values
 from rlhf.engine.options import EngineConfig
 from rlhf.engine.ranks import Ranks
 
@@ -84,6 +84,7 @@ def freeze(module: nn.Module, *, ranks: Ranks, config: EngineConfig, placement: 
         raise ConfigError(f"a frozen model placed by {placement} needs engine.kind=deepspeed, not local")
     from rlhf.engine.zero import ShardedModel
 
-    return ShardedModel(
-        module, ranks=ranks, source=placement, precision=precision_of(config), hidden_size=hidden_size
+    values = frozen_values(
+        config, world_size=ranks.world_size, local_size=ranks.local_size, hidden_size=hidden_size
     )
+    return ShardedModel(module, ranks=ranks, source=placement, values=values)

@@ -35,8 +35,11 @@ class EngineConfig:
     kind: Literal["deepspeed", "local"] = "deepspeed"
     """deepspeed: ZeRO 0 to 3. local: plain torch in float32, for debugging."""
     deepspeed: str = "zero2"
-    """A file of ds_configs by its short name (zero0, zero1, zero2, zero2_offload, zero3, zero3_offload), or a path to a
-    DeepSpeed JSON of your own."""
+    """A file of ds_configs by its short name (zero0, zero1, zero2, zero2_offload, zero3, zero3_offload, zero3_hpz,
+    zero3_nvme), or a path to a DeepSpeed JSON of your own."""
+    nvme_path: str | None = None
+    """Folder on a disk of the node itself, for a DeepSpeed configuration that offloads to NVMe; ${oc.env:TMPDIR} takes
+    each node's own. One run at a time may use it."""
     precision: Literal["float32", "bfloat16", "float16", "auto"] = "auto"
     """Precision of weights and activations; auto is bfloat16 on a GPU that has it, float32 elsewhere.
     The reward head and the loss are always float32."""

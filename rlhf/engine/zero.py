@@ -1,6 +1,8 @@
 """DeepSpeed, and it alone: ZeRO 0 to 3 behind the engine protocol."""
 
 import contextlib
+import copy
+import itertools
 import logging
 import math
 from collections.abc import Sequence
@@ -17,11 +19,14 @@ from torch import Tensor, nn
 from rlhf.core.errors import CheckpointError, ConfigError
 from rlhf.engine.api import StepInfo
 from rlhf.engine.deepspeed_config import RunValues, resolve
+from rlhf.engine.deepspeed_ops import require_ops
 from rlhf.engine.optimizers import build_optimizer, build_schedule
 from rlhf.engine.options import OptimizerConfig
 from rlhf.engine.ranks import Ranks
+from rlhf.engine.universal import load_on_other_ranks, ranks_written_on
 
 TAG = "deepspeed"
+_ENGINES = itertools.count()
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +48,7 @@ class ZeroEngine:
         deepspeed_config: dict[str, Any],
     ) -> None:
         _quieten()
+        require_ops(deepspeed_config)
         self.ranks = ranks
         self.settings = deepspeed_config
         zero = deepspeed_config.get("zero_optimization", {})
@@ -53,7 +59,7 @@ class ZeroEngine:
             model=module,
             optimizer=adam,
             lr_scheduler=build_schedule(adam, optimizer, total_steps),
-            config=deepspeed_config,
+            config=_with_own_nvme_folder(deepspeed_config),
             dist_init_required=False,
         )
         self.module = self._engine.module
@@ -105,6 +111,9 @@ class ZeroEngine:
         )
 
     def load(self, folder: Path) -> None:
+        if self.stage and ranks_written_on(folder / TAG) not in (0, self.ranks.world_size):
+            load_on_other_ranks(self._engine, folder, TAG, self.ranks)
+            return
         found, _ = self._engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=not self._has_frozen)
         if found is None:
             raise CheckpointError(f"{folder}: DeepSpeed found no state with tag {TAG!r} in it")
@@ -126,18 +135,18 @@ class ZeroEngine:
 class ShardedModel:
     """See :class:`rlhf.engine.frozen.Frozen`; ZeRO-3 holds a share of the weights on each rank, or on the hosts."""
 
-    def __init__(self, module: nn.Module, *, ranks: Ranks, source: str, precision: str, hidden_size: int) -> None:
+    def __init__(self, module: nn.Module, *, ranks: Ranks, source: str, values: RunValues) -> None:
         _quieten()
-        values = RunValues(
-            precision=precision, gradient_clipping=0.0, world_size=ranks.world_size, hidden_size=hidden_size
-        )
         resolved = resolve(source, values, role="frozen")
         stage = resolved.get("zero_optimization", {}).get("stage", 0)
         if stage != 3:
             raise ConfigError(f"{source}: a frozen model is sharded by ZeRO-3, and this is stage {stage}")
         self.ranks = ranks
         module.requires_grad_(False).eval()
-        self._engine, *_ = deepspeed.initialize(model=module, config=resolved, dist_init_required=False)
+        require_ops(resolved)
+        self._engine, *_ = deepspeed.initialize(
+            model=module, config=_with_own_nvme_folder(resolved), dist_init_required=False
+        )
         self.module = self._engine.module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -153,6 +162,16 @@ def _gathered(tensors: Sequence[Tensor], modify: bool) -> contextlib.AbstractCon
     if not partitioned:
         return contextlib.nullcontext()
     return GatheredParameters(partitioned, modifier_rank=0 if modify else None)
+
+
+def _with_own_nvme_folder(config: dict[str, Any]) -> dict[str, Any]:
+    """``config`` with a folder below its nvme_path: two engines of a process would write over each other's states."""
+    config, number = copy.deepcopy(config), next(_ENGINES)
+    for key in ("offload_optimizer", "offload_param"):
+        section = config.get("zero_optimization", {}).get(key) or {}
+        if section.get("device") == "nvme":
+            section["nvme_path"] = str(Path(section["nvme_path"]) / f"engine{number}")
+    return config
 
 
 def _quieten() -> None:

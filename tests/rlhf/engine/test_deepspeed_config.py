@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from rlhf.core.errors import ConfigError
-from rlhf.engine.deepspeed_config import RunValues, resolve, shipped_names
+from rlhf.engine.deepspeed_config import RunValues, lint, resolve, shipped_names
+from rlhf.engine.deepspeed_files import read
 
-RUN = RunValues(precision="bfloat16", gradient_clipping=1.0, world_size=4, hidden_size=100)
+RUN = RunValues(precision="bfloat16", gradient_clipping=1.0, world_size=4, hidden_size=100, nvme_path="/nvme")
 ROOT = Path(__file__).parents[3]
 
 
@@ -26,8 +27,45 @@ def problems(source, run: RunValues = RUN) -> list[str]:
 # ---- what is resolved
 
 
-def test_the_shipped_configurations_are_one_per_stage_with_and_without_offload():
-    assert shipped_names() == ["zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"]
+def test_the_shipped_configurations_are_one_per_stage_and_need():
+    with_needs = ["zero2_offload", "zero3", "zero3_hpz", "zero3_nvme", "zero3_offload"]
+    assert shipped_names() == ["zero0", "zero1", "zero2", *with_needs]
+    assert shipped_names("frozen") == ["zero3", "zero3_offload"]
+
+
+@pytest.mark.parametrize("name", shipped_names("frozen"))
+def test_a_shipped_configuration_for_frozen_models_splits_weights_and_has_no_optimizer(name):
+    zero = resolve(name, RUN, role="frozen")["zero_optimization"]
+    assert zero["stage"] == 3 and "offload_optimizer" not in zero
+    assert resolve(f"frozen_{name}", RUN) == resolve(name, RUN, role="frozen")
+
+
+def test_a_secondary_partition_of_a_model_that_is_only_asked_is_refused():
+    source = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}
+    assert resolve(source, RUN)["zero_optimization"]["zero_hpz_partition_size"] == 2
+    with pytest.raises(ConfigError, match="zero_hpz_partition_size = 2: DeepSpeed has it for models under training"):
+        resolve(source, RUN, role="frozen")
+
+
+def test_the_secondary_partition_is_as_large_as_a_node():
+    def size(**sizes) -> int:
+        return resolve("zero3_hpz", replace(RUN, **sizes))["zero_optimization"]["zero_hpz_partition_size"]
+
+    assert size(world_size=16, local_size=8) == 8
+    assert size(world_size=4) == 4
+
+
+def test_states_go_to_the_folder_that_the_recipe_names():
+    offload = resolve("zero3_nvme", replace(RUN, nvme_path="/local/disk"))["zero_optimization"]["offload_optimizer"]
+    assert (offload["device"], offload["nvme_path"]) == ("nvme", "/local/disk")
+
+
+def test_offload_to_disk_without_a_folder_is_refused_with_the_setting_to_make():
+    (found,) = problems("zero3_nvme", replace(RUN, nvme_path=None))
+    assert found == (
+        'zero_optimization.offload_optimizer.nvme_path = "auto": set engine.nvme_path in the recipe to a folder on a '
+        "local disk"
+    )
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
@@ -188,8 +226,20 @@ def test_zero3_buckets_without_a_known_width_are_refused():
     [
         ({"stage": 3, "offload_param": {"device": "nvme"}}, 'offload_param.device = "nvme": needs nvme_path'),
         (
-            {"stage": 2, "offload_optimizer": {"device": "nvme"}},
+            {"stage": 3, "offload_optimizer": {"device": "nvme"}},
             'offload_optimizer.device = "nvme": needs nvme_path',
+        ),
+        (
+            {"stage": 2, "offload_optimizer": {"device": "nvme", "nvme_path": "/nvme"}},
+            'offload_optimizer.device = "nvme": works at ZeRO stage 3, and the stage is 2',
+        ),
+        (
+            {"stage": 3, "zero_hpz_partition_size": 3},
+            "zero_hpz_partition_size = 3: does not divide the 4 ranks",
+        ),
+        (
+            {"stage": 2, "zero_hpz_partition_size": 2},
+            "zero_hpz_partition_size = 2: works at ZeRO stage 3, and the stage is 2",
         ),
         (
             {"stage": 2, "offload_param": {"device": "cpu"}},
@@ -228,7 +278,7 @@ def test_what_only_deepspeed_knows_to_be_wrong_is_refused_in_its_words():
 def test_faults_in_sections_that_only_deepspeed_reads_take_one_line_each():
     (found,) = problems({"compile": {"x": 1}})
     assert found == "refused by DeepSpeed: CompileConfig.x = 1: Extra inputs are not permitted"
-    (found,) = problems({"data_types": 5})
+    (found,) = problems({"comms_logger": {"enabled": "perhaps"}})
     assert found.startswith("refused by DeepSpeed: ")
 
 
@@ -243,7 +293,6 @@ def test_a_section_that_is_no_mapping_is_refused():
     ("text", "problem"),
     [
         ('{\n  "zero_optimization": {,\n}', "bad.json: invalid JSON at line 2, column 25: "),
-        ('{"bf16": {"enabled": true, "enabled": false}}', "bad.json: Duplicate keys in DeepSpeed config"),
         ("[1]", "bad.json: expected a JSON object, found [1]"),
     ],
 )
@@ -257,6 +306,38 @@ def test_a_file_that_is_no_configuration_is_refused_with_its_name_and_line(
     assert str(caught.value).startswith(problem)
 
 
+def test_every_key_that_stands_twice_is_named_with_its_place(tmp_path):
+    path = tmp_path / "twice.json"
+    path.write_text('{"steps_per_print": 5, "bf16": {"enabled": true, "enabled": true}, "steps_per_print": 6}')
+    assert [line.split(":")[0] for line in problems(path)] == ["steps_per_print", "bf16.enabled"]
+
+
+def test_comments_are_read_and_leave_no_trace(tmp_path):
+    path = tmp_path / "commented.json"
+    path.write_text(
+        '{ // which stage\n  "zero_optimization": {"stage": 3,\n  /* where\n  to */ "offload_param": '
+        '{"device": "nvme", "nvme_path": "/a//b/*c*/"}}\n}'
+    )
+    zero = resolve(path, RUN)["zero_optimization"]
+    assert zero["stage"] == 3 and zero["offload_param"]["nvme_path"] == "/a//b/*c*/"
+
+
+def test_faults_behind_comments_keep_their_line_and_column(tmp_path):
+    path = tmp_path / "faulty.json"
+    path.write_text('{ // one\n  /* two\n  three */ "zero_optimization": {,\n}')
+    with pytest.raises(ConfigError, match="invalid JSON at line 3, column 34: "):
+        resolve(path, RUN)
+
+
+@pytest.mark.parametrize("name", ["train_zero2.json", "train_zero3_nvme.json"])
+def test_deepspeed_itself_reads_the_commented_files(name):
+    import hjson
+
+    text = (ROOT / "ds_configs" / name).read_text()
+    assert "//" in text
+    assert hjson.loads(text) == read(ROOT / "ds_configs" / name)[1]
+
+
 def test_a_missing_file_and_an_unknown_name_are_refused():
     with pytest.raises(ConfigError, match=r"no/such.json: cannot be read: No such file"):
         resolve("no/such.json", RUN)
@@ -266,18 +347,216 @@ def test_a_missing_file_and_an_unknown_name_are_refused():
         resolve("zero4", RUN)
 
 
+# ---- without a run: the linter
+
+
+# As documentation and repositories show them, shortened where they repeat themselves.
+TRANSFORMERS_ZERO3 = {
+    "fp16": {
+        "enabled": "auto",
+        "loss_scale": 0,
+        "loss_scale_window": 1000,
+        "initial_scale_power": 16,
+        "hysteresis": 2,
+        "min_loss_scale": 1,
+    },
+    "bf16": {"enabled": "auto"},
+    "optimizer": {
+        "type": "AdamW",
+        "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"},
+    },
+    "scheduler": {
+        "type": "WarmupLR",
+        "params": {"warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": "auto"},
+    },
+    "zero_optimization": {
+        "stage": 3,
+        "offload_optimizer": {"device": "cpu", "pin_memory": True},
+        "offload_param": {"device": "cpu", "pin_memory": True},
+        "overlap_comm": True,
+        "contiguous_gradients": True,
+        "sub_group_size": 1e9,
+        "reduce_bucket_size": "auto",
+        "stage3_prefetch_bucket_size": "auto",
+        "stage3_param_persistence_threshold": "auto",
+        "stage3_max_live_parameters": 1e9,
+        "stage3_max_reuse_distance": 1e9,
+        "stage3_gather_16bit_weights_on_model_save": True,
+    },
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "steps_per_print": 2000,
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "wall_clock_breakdown": False,
+}
+DEEPSPEED_CHAT = {
+    "train_batch_size": 32,
+    "train_micro_batch_size_per_gpu": 4,
+    "steps_per_print": 10,
+    "zero_optimization": {
+        "stage": 3,
+        "offload_param": {"device": "none"},
+        "offload_optimizer": {"device": "none"},
+        "stage3_param_persistence_threshold": 1e4,
+        "stage3_max_live_parameters": 3e7,
+        "stage3_prefetch_bucket_size": 3e7,
+        "memory_efficient_linear": False,
+    },
+    "fp16": {"enabled": True, "loss_scale_window": 100},
+    "gradient_clipping": 1.0,
+    "prescale_gradients": False,
+    "wall_clock_breakdown": False,
+    "hybrid_engine": {
+        "enabled": True,
+        "max_out_tokens": 512,
+        "inference_tp_size": 1,
+        "release_inference_cache": False,
+        "pin_parameters": True,
+        "tp_gather_partition_size": 8,
+    },
+}
+OPENRLHF = {
+    "steps_per_print": 100,
+    "zero_optimization": {
+        "stage": 2,
+        "offload_param": {"device": "none"},
+        "offload_optimizer": {"device": "none", "pin_memory": True},
+        "sub_group_size": "auto",
+        "stage3_max_live_parameters": "auto",
+        "stage3_max_reuse_distance": "auto",
+        "stage3_param_persistence_threshold": "auto",
+        "stage3_prefetch_bucket_size": "auto",
+        "reduce_bucket_size": "auto",
+        "zero_hpz_partition_size": 1,
+        "zero_quantized_weights": False,
+        "zero_quantized_gradients": False,
+    },
+    "bf16": {"enabled": True},
+    "gradient_clipping": 1.0,
+    "prescale_gradients": False,
+    "wall_clock_breakdown": False,
+    "data_types": {"grad_accum_dtype": "fp32"},
+    "train_micro_batch_size_per_gpu": 2,
+    "train_batch_size": 128,
+}
+
+
+def starts(lines) -> list[str]:
+    return [line.split(" = ")[0].split(":")[0] for line in lines]
+
+
+@pytest.mark.parametrize("role", ["train", "frozen"])
+def test_shipped_configurations_pass_the_linter(role):
+    for name in shipped_names(role):
+        found = lint(name, role)
+        assert found.problems == (), name
+        assert bool(found.conditions) == (name == "zero3_nvme"), name
+
+
+def test_a_configuration_of_the_transformers_trainer_lacks_only_what_the_recipe_has():
+    found = lint(TRANSFORMERS_ZERO3)
+    assert starts(found.problems) == ["optimizer", "scheduler"]
+    assert "optim.learning_rate" in found.problems[0] and "optim.schedule" in found.problems[1]
+    without = {key: value for key, value in TRANSFORMERS_ZERO3.items() if key not in ("optimizer", "scheduler")}
+    assert lint(without).problems == lint(without).conditions == ()
+    assert resolve(without, RUN)["zero_optimization"]["reduce_bucket_size"] == 10_000
+
+
+def test_a_configuration_of_deepspeed_chat_is_listed_with_the_settings_that_take_its_place():
+    found = lint(DEEPSPEED_CHAT)
+    assert starts(found.problems) == ["train_batch_size", "hybrid_engine", "train_micro_batch_size_per_gpu"]
+    assert "train.global_batch_size" in found.problems[0]
+    assert "train.micro_batch_tokens" in found.problems[2]
+    assert found.conditions == ("engine.precision=float16", "optim.max_grad_norm=1.0")
+
+
+def test_a_configuration_of_openrlhf_is_listed_with_the_autos_that_only_its_own_code_fills():
+    found = lint(OPENRLHF)
+    assert starts(found.problems) == [
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "zero_optimization.sub_group_size",
+        "zero_optimization.stage3_max_live_parameters",
+        "zero_optimization.stage3_max_reuse_distance",
+    ]
+    assert all("give a value or leave it out" in line for line in found.problems[2:])
+
+
+def test_what_a_run_has_saved_passes_for_runs_like_it():
+    found = lint(resolve("zero2", RUN))
+    assert found.problems == ()
+    assert found.conditions == ("engine.precision=bfloat16", "optim.max_grad_norm=1.0", "4 rank(s)")
+
+
+def test_an_unused_feature_that_is_left_to_the_trainer_is_dropped():
+    source = {"amp": {"enabled": "auto", "opt_level": "auto"}, "elasticity": {"enabled": False}}
+    assert lint(source).problems == ()
+    assert "amp" not in resolve(source, RUN) and "elasticity" not in resolve(source, RUN)
+    assert starts(lint({"amp": {"enabled": True}, "elasticity": {"enabled": True}}).problems) == ["amp", "elasticity"]
+
+
+@pytest.mark.parametrize(
+    ("batch", "problem"),
+    [
+        ((64, 6, 4), "no multiple of train_micro_batch_size_per_gpu 6 x gradient_accumulation_steps 4"),
+        ((65, 2, None), "no multiple of train_micro_batch_size_per_gpu 2; DeepSpeed would refuse it on any number"),
+    ],
+)
+def test_a_batch_that_no_number_of_ranks_gives_is_named(batch, problem):
+    keys = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    source = {key: value for key, value in zip(keys, batch, strict=True) if value is not None}
+    assert any(problem in line for line in lint(source).problems)
+    assert any(problem in line for line in problems(source))
+
+
+def test_a_batch_that_the_ranks_of_the_run_do_not_give_is_named():
+    source = {"train_batch_size": 64, "train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 4}
+    line = "train_batch_size = 64: train_micro_batch_size_per_gpu 8 x gradient_accumulation_steps 4 x 4 ranks is 128"
+    assert line in problems(source)
+    assert not any("ranks is" in line for line in lint(source).problems)
+
+
+def test_both_half_precisions_are_named_by_the_linter():
+    found = lint({"bf16": {"enabled": True}, "fp16": {"enabled": True}})
+    assert any("one precision at a time" in line for line in found.problems)
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        ({"wall_clock_breakdown": "yes"}, 'wall_clock_breakdown = "yes": expected true or false'),
+        ({"prescale_gradients": 1}, "prescale_gradients = 1: expected true or false"),
+        ({"steps_per_print": "ten"}, 'steps_per_print = "ten": expected a number'),
+        ({"gradient_predivide_factor": True}, "gradient_predivide_factor = true: expected a number"),
+        ({"zero_optimization": {"stage": "three"}}, 'zero_optimization.stage = "three": Input should be'),
+        (
+            {"activation_checkpointing": {"partition_activation": True}},
+            "activation_checkpointing.partition_activation = true: unknown key (did you mean partition_activations?)",
+        ),
+        ({"aio": {"blocksize": 1}}, "aio.blocksize = 1: unknown key (did you mean block_size?)"),
+        ({"aio": {"block_size": "1M"}}, 'aio.block_size = "1M": expected a number'),
+        ({"aio": []}, "aio = []: expected a section"),
+    ],
+)
+def test_values_and_keys_that_deepspeed_would_swallow_are_named(source, problem):
+    assert lint(source).problems[0].startswith(problem)
+
+
 # ---- in DeepSpeed itself
 
 TRAIN = """
 import json, torch, deepspeed
-from rlhf.engine.deepspeed_config import RunValues, resolve, shipped_names
+from rlhf.engine.deepspeed_config import RunValues, resolve
 
 torch.set_num_threads(1)
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled, for minutes
 deepspeed.init_distributed("gloo")
 run = RunValues(precision="float32", gradient_clipping=0.05, world_size=1, hidden_size=16)
+names = ["zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_hpz", "zero3_offload"]
 inputs, targets = torch.randn(12, 16), torch.randn(12, 1)
 losses = {}
-for name in shipped_names():
+for name in names:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
     adam = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -297,6 +576,7 @@ print("LOSSES " + json.dumps(losses))
 
 @pytest.mark.dist
 def test_deepspeed_trains_alike_with_every_shipped_configuration():
+    # zero3_nvme has a test of its own in test_engines.py: it needs libaio.
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -319,7 +599,7 @@ def test_deepspeed_trains_alike_with_every_shipped_configuration():
     assert done.returncode == 0, done.stderr[-3000:]
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("LOSSES ")]
     losses = json.loads(line.removeprefix("LOSSES "))
-    assert sorted(losses) == shipped_names()
+    assert sorted({*losses, "zero3_nvme"}) == shipped_names()
     assert losses["zero0"][0] > losses["zero0"][1] > losses["zero0"][2]
-    for name in shipped_names():
+    for name in losses:
         assert losses[name] == pytest.approx(losses["zero0"], rel=1e-5), name
