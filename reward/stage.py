@@ -52,7 +52,7 @@ def run(config: RewardConfig, ranks: Ranks) -> Evaluation | None:
     )
     engine = start_engine(model, config, ranks, steps=steps, hidden_size=model.hf.config.hidden_size)
     task = RewardTask(engine, config, data.train, data.evals, steps)
-    identity = run_identity(config, data.train, steps, ranks)
+    identity = run_identity(config, data.train, steps)
     step = train(
         config, engine, task, identity | {"margin": asdict(config.margin), "loss": asdict(config.loss)}, steps
     )

@@ -25,7 +25,17 @@ from pydantic_core import ErrorDetails
 from rlhf.config_options import UNSET, adapter, default_values, nearest, option_help, options, shown, to_dict
 from rlhf.core.errors import ConfigError
 
-__all__ = ["Invocation", "load_config", "option_help", "parse_command_line", "to_dict", "to_yaml"]
+__all__ = [
+    "Invocation",
+    "escaped",
+    "load_config",
+    "option_help",
+    "parse_command_line",
+    "read_recipe",
+    "to_dict",
+    "to_yaml",
+    "validate",
+]
 
 ConfigT = TypeVar("ConfigT")
 
@@ -36,6 +46,8 @@ class Invocation(Generic[ConfigT]):
 
     config: ConfigT
     dry_run: bool
+    log_folder: Path | None
+    """Where every rank writes what it prints; ``None`` for nowhere but to the terminal."""
     recipes: tuple[Path, ...]
     overrides: tuple[str, ...]
 
@@ -43,7 +55,7 @@ class Invocation(Generic[ConfigT]):
 def parse_command_line(
     config_class: type[ConfigT], argv: Sequence[str], *, program: str, description: str
 ) -> Invocation[ConfigT]:
-    """Read ``[--config FILE]... [--dry-run] [key=value]...``; ``--help`` prints every option and exits.
+    """Read ``[--config FILE]... [--dry-run] [--log-folder DIR] [key=value]...``; ``--help`` lists all settings.
 
     ``--local_rank``, which the deepspeed launcher puts in front, is accepted and ignored.
 
@@ -60,6 +72,8 @@ def parse_command_line(
     several = "a recipe (YAML); may be given again, later ones win"
     parser.add_argument("--config", metavar="FILE", type=Path, action="append", default=[], help=several)
     parser.add_argument("--dry-run", action="store_true", help="print the resolved run and exit")
+    logs = "write what each rank prints to DIR/rank<N>.log instead"
+    parser.add_argument("--log-folder", metavar="DIR", type=Path, help=logs)
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="a setting; wins over recipes")
     arguments, unknown = parser.parse_known_intermixed_args(list(argv))
@@ -68,7 +82,13 @@ def parse_command_line(
         raise _failure(program, "command line", [f"{argument}: {hint}" for argument in unknown])
     recipes, overrides = tuple(arguments.config), tuple(arguments.overrides)
     config = load_config(config_class, recipes, overrides, program=program)
-    return Invocation(config=config, dry_run=arguments.dry_run, recipes=recipes, overrides=overrides)
+    return Invocation(
+        config=config,
+        dry_run=arguments.dry_run,
+        log_folder=arguments.log_folder,
+        recipes=recipes,
+        overrides=overrides,
+    )
 
 
 def load_config(
@@ -86,6 +106,15 @@ def load_config(
         merged = OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as error:
         raise _failure(program, origin, [f"{error.full_key}: {_first_line(error)}"]) from None
+    return validate(config_class, merged, program=program, origin=origin)
+
+
+def validate(config_class: type[ConfigT], merged: Any, *, program: str, origin: str) -> ConfigT:
+    """A config from plain values.
+
+    Raises:
+        ConfigError: as :func:`load_config`; it starts with ``program`` and ``origin``.
+    """
     try:
         return adapter(config_class).validate_json(json.dumps([merged]), strict=True)[0]
     except ValidationError as error:
@@ -94,18 +123,18 @@ def load_config(
 
 def to_yaml(config: Any) -> str:
     """The resolved copy: a recipe that :func:`load_config` turns into an equal config."""
-    return OmegaConf.to_yaml(OmegaConf.create(_escaped(to_dict(config))))
+    return OmegaConf.to_yaml(OmegaConf.create(escaped(to_dict(config))))
 
 
 def _merge(
     config_class: type, recipes: Sequence[Path], overrides: Sequence[str], program: str, origin: str
 ) -> DictConfig:
     """Defaults, recipes and overrides in one tree; what cannot even be read is reported here, all at once."""
-    tree = OmegaConf.create(_escaped(default_values(config_class)))
+    tree = OmegaConf.create(escaped(default_values(config_class)))
     faults: list[str] = []
     for recipe in recipes:
         try:
-            tree = typing.cast(DictConfig, OmegaConf.merge(tree, _read_recipe(Path(recipe))))
+            tree = typing.cast(DictConfig, OmegaConf.merge(tree, read_recipe(Path(recipe))))
         except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
             faults.append(f"{recipe}: {_first_line(error)}")
     for override in overrides:
@@ -118,7 +147,12 @@ def _merge(
     return tree
 
 
-def _read_recipe(path: Path) -> DictConfig:
+def read_recipe(path: Path) -> DictConfig:
+    """The tree of a YAML file, with its references unresolved.
+
+    Raises:
+        OSError, ValueError, yaml.YAMLError: if it is not there, or holds no mapping.
+    """
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [other.name for other in path.parent.glob("*.y*ml")], 1)
         raise ValueError("no such file" + (f" (did you mean {path.parent / near[0]}?)" if near else ""))
@@ -142,12 +176,12 @@ def _apply_override(tree: DictConfig, override: str) -> None:
         raise ValueError(f"{_first_line(error)} ({hint})") from None
 
 
-def _escaped(value: Any) -> Any:
+def escaped(value: Any) -> Any:
     """Protect a literal ``${`` from being read as an interpolation."""
     if isinstance(value, dict):
-        return {key: _escaped(item) for key, item in value.items()}
+        return {key: escaped(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_escaped(item) for item in value]
+        return [escaped(item) for item in value]
     if isinstance(value, str):
         return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
     return value

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from policy.evaluate import RewardFunction, load_reward
+from policy.evaluation.compare import RewardFunction, load_reward
 from policy.ppo.config import RewardSourceConfig
 from policy.ppo.rollouts import Reencoded, Rollouts, ask
 from reward.model import Scores, load_reward_model

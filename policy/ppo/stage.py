@@ -136,7 +136,7 @@ class _Builder:
         for name in ("written", "gather", "batch_rows"):  # of no effect on the numbers
             sections["rollout"].pop(name)
         return {
-            **run_identity(config, data.train, self._steps, self._ranks),
+            **run_identity(config, data.train, self._steps),
             **sections,
             "policy weights": self._ranks.on_main(lambda: weights_digest(config.policy)),
             "reward": plain["reward"] | {"placement": None},

@@ -21,6 +21,7 @@ from rlhf.core.errors import CheckpointError, ConfigError
 from rlhf.core.files import digest, write_array, write_json
 from rlhf.data.batching import Batch, ItemSource
 from rlhf.engine.frozen import Frozen, frozen_weights, move_towards, set_frozen_weights
+from rlhf.engine.stop import StopRequests
 from rlhf.train.batches import BatchMaker, without_gradient
 from rlhf.train.progress import Progress
 
@@ -87,6 +88,8 @@ class CacheJob:
     shard_items: int
     verify_items: int
     precision: str
+    stop: StopRequests | None = None
+    """Asked between shards: what is computed by then is found by the next start."""
 
 
 def cache_folder(root: Path, key: Mapping[str, Any]) -> Path:
@@ -104,6 +107,7 @@ def open_cache(folder: Path, job: CacheJob, ask: Callable[[], Frozen]) -> Cached
     Raises:
         ConfigError: if ``folder`` holds the cache of other data or of another model.
         CheckpointError: if its numbers cannot be reproduced.
+        RunStopped: if the run was asked to stop between two shards.
     """
     ranks = job.batches.ranks
     shard_items = ranks.on_main(lambda: _claim(folder, job))
@@ -195,6 +199,8 @@ def _fill(shards: _Shards, missing: list[int], job: CacheJob, model: Frozen) -> 
         print(f"reference log-probabilities of {total} items{found}", flush=True)
     with Progress(ranks, total, done, "item") as progress:
         for number in missing:
+            if job.stop is not None:
+                job.stop.check(f"after {done} of {total} reference log-probabilities")
             begin, end = shards.span(number)
             values = _compute(np.arange(begin, end), job, model)
             ranks.on_main(lambda number=number, values=values: shards.write(number, values))

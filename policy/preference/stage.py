@@ -33,6 +33,7 @@ from rlhf.train.stage import (
     run_identity,
     sample_of,
     start_engine,
+    stop_requests,
     total_steps,
     train,
 )
@@ -51,7 +52,7 @@ def run(config: PreferenceConfig, ranks: Ranks) -> HeldOut | None:
     engine = start_engine(model, config, ranks, steps=steps, hidden_size=model.hf.config.hidden_size)
     references = _References(config, engine, chat, data)
     task = PreferenceTask(engine, config, data.train, data.evals, references.open(), steps)
-    step = train(config, engine, task, _identity(config, data, references, steps, ranks), steps)
+    step = train(config, engine, task, _identity(config, data, references, steps), steps)
     report(config, ranks, task.evaluation, step, print_evaluation)
     publish_run(
         config,
@@ -158,6 +159,7 @@ class _References:
             shard_items=settings.shard_pairs,
             verify_items=settings.verify_pairs,
             precision=precision_of(config.engine),
+            stop=stop_requests(config, ranks),
         )
         if settings.cache is not None:
             folder = settings.cache / role
@@ -167,10 +169,8 @@ class _References:
         return open_cache(folder, job, ask)
 
 
-def _identity(
-    config: PreferenceConfig, data: LoadedData, references: _References, steps: int, ranks: Ranks
-) -> dict[str, Any]:
-    return run_identity(config, data.train, steps, ranks) | {
+def _identity(config: PreferenceConfig, data: LoadedData, references: _References, steps: int) -> dict[str, Any]:
+    return run_identity(config, data.train, steps) | {
         "loss": asdict(config.loss),
         "margin": asdict(config.margins) if config.loss.takes_margins else None,
         "reference": references.weights,

@@ -33,7 +33,7 @@ def run(config: SftConfig, ranks: Ranks) -> SftEvaluation | None:
     )
     engine = start_engine(model, config, ranks, steps=steps, hidden_size=model.hf.config.hidden_size)
     task = SftTask(engine, config, data.train, data.evals)
-    step = train(config, engine, task, run_identity(config, data.train, steps, ranks), steps)
+    step = train(config, engine, task, run_identity(config, data.train, steps), steps)
     report(config, ranks, task.evaluation, step, print_evaluation)
     publish_run(
         config,

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rlhf.core.files import file_checksum, write_json
+from rlhf.core.files import digest, file_checksum, write_json
 from rlhf.engine.ranks import Ranks
 
 COMPLETE = "COMPLETE.json"
@@ -38,7 +38,7 @@ class CheckpointStore:
 
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints, as the main rank sees them, oldest first."""
-        return self.ranks.on_main(lambda: _steps_in(self.folder))
+        return self.ranks.on_main(lambda: saved_steps(self.folder))
 
     def save(self, step: int, write: Callable[[Path], None], protected: frozenset[int] = frozenset()) -> None:
         """Let every rank ``write`` into a temporary folder, then name it and drop old checkpoints.
@@ -67,6 +67,7 @@ class CheckpointStore:
         return None
 
     def restore_random_state(self, path: Path) -> None:
+        """This rank's; a rank that was not there when ``path`` was written gets one of its own, the same each time."""
         _load_random_state(path, self.ranks.rank)
 
     def _fault(self, path: Path) -> str | None:
@@ -91,13 +92,14 @@ class CheckpointStore:
         write_json(staged / COMPLETE, sums)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(staged, target)
-        steps = _steps_in(self.folder)
+        steps = saved_steps(self.folder)
         for step in steps[: -self.keep]:
             if step not in protected:
                 shutil.rmtree(self.path(step))
 
 
-def _steps_in(folder: Path) -> list[int]:
+def saved_steps(folder: Path) -> list[int]:
+    """Steps of the finished checkpoints in ``folder``, oldest first."""
     return sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-????????"))
 
 
@@ -130,6 +132,9 @@ def _save_random_state(folder: Path, rank: int) -> None:
 
 
 def _load_random_state(folder: Path, rank: int) -> None:
+    if not (folder / f"rng-rank{rank}.pt").exists():
+        _seed_from((folder / "rng-rank0.pt").read_bytes(), rank)
+        return
     state = torch.load(folder / f"rng-rank{rank}.pt", weights_only=True)
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None:
@@ -137,3 +142,11 @@ def _load_random_state(folder: Path, rank: int) -> None:
     random.setstate(state["python"])
     version, key, *rest = state["numpy"]
     np.random.set_state((version, np.array(key, dtype=np.uint32), *rest))
+
+
+def _seed_from(saved: bytes, rank: int) -> None:
+    """Dropout is all that draws from it: the order of the data and sampled responses have seeds of their own."""
+    seed = int(digest(saved, str(rank)), 16)
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)

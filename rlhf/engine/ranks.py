@@ -144,6 +144,12 @@ def start_ranks(timeout_seconds: float = 3600.0) -> Ranks:
     )
 
 
+def single_rank() -> Ranks:
+    """This process by itself, on its first GPU if there is one."""
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    return Ranks(rank=0, world_size=1, local_rank=0, local_size=1, device=device)
+
+
 def stop_ranks() -> None:
     """Leave the process group, so that interpreters end without a warning."""
     if dist.is_initialized():

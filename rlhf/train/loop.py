@@ -13,11 +13,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from rlhf.core.errors import CheckpointError, ConfigError, TrainingStopped
+from rlhf.core.errors import CheckpointError, ConfigError, RunStopped, TrainingStopped
 from rlhf.core.files import write_json, write_text
 from rlhf.engine.api import Engine
 from rlhf.engine.checkpoint import CheckpointStore
 from rlhf.engine.ranks import Ranks
+from rlhf.engine.stop import StopRequests
+from rlhf.train.completion import remove_completion
 from rlhf.train.metrics import MetricLog, SkipLog
 from rlhf.train.options import TrainConfig
 from rlhf.train.progress import Progress
@@ -111,6 +113,7 @@ def fit(engine: Engine, task: Task, config: TrainConfig, run: Run, total_steps: 
     Raises:
         TrainingStopped: after ``run.max_skipped_steps`` steps in a row that were not finite.
         CheckpointError: if the checkpoint found belongs to another run.
+        RunStopped: if any rank was asked to stop; a checkpoint of the step just finished is then there.
     """
     skips = SkipLog(run.folder, engine.ranks)
     return iterate(engine, task, config, run, total_steps, lambda step, _: _train_step(engine, task, step, skips))
@@ -126,13 +129,22 @@ def iterate(
 ) -> LoopState:
     """Around ``take_step(step, progress)``: resume, log, evaluate, save, stop; as :func:`fit`, for any kind of step."""
     state = restore(engine, task, config, run)
-    engine.ranks.on_main(lambda: _write_documents(run))
+    finished = state.step >= total_steps or state.stopped_early
+    engine.ranks.on_main(lambda: _begin(run, finished))
+    requests = StopRequests(run.folder, engine.ranks, config.max_minutes)
+    saved = state.step  # of the newest checkpoint; at 0 there is nothing to save
     log = MetricLog(run.folder, engine.ranks, config, resume_step=state.step)
     progress = Progress(engine.ranks, total_steps, state.step)
     with log, progress:
         if state.step == 0 and config.evaluate_first:
+            requests.check(f"at step 0 of {total_steps}")
             _evaluate_first(task, log, progress)
         while state.step < total_steps and not state.stopped_early:
+            reason = requests.agreed()
+            if reason is not None:
+                if state.step != saved:
+                    save(engine, task, run, state)
+                raise RunStopped(reason, f"at step {state.step} of {total_steps}", state.step)
             started = time.perf_counter()
             outcome = take_step(state.step, progress)
             state.step += 1
@@ -149,6 +161,7 @@ def iterate(
             due = config.checkpoint_every and state.step % config.checkpoint_every == 0
             if due or improved or last or state.stopped_early:
                 save(engine, task, run, state)
+                saved = state.step
     return state
 
 
@@ -169,9 +182,12 @@ def restore(engine: Stateful, task: Watched, config: TrainConfig, run: Run) -> L
             )
         return LoopState()
     load_checkpoint(engine, task, run, path)
-    state = LoopState(**json.loads((path / "loop.json").read_text())["state"])
+    saved = json.loads((path / "loop.json").read_text())
+    state = LoopState(**saved["state"])
     if engine.ranks.is_main:
-        print(f"resuming from {path} at step {state.step}", flush=True)
+        now, then = engine.ranks.world_size, saved["ranks"]
+        others = "" if now == then else f", written on {then} rank(s)"
+        print(f"resuming from {path} at step {state.step}{others}", flush=True)
     return state
 
 
@@ -198,13 +214,17 @@ def save(engine: Stateful, task: Watched, run: Run, state: LoopState) -> None:
         state_dict = task.state_dict()
         if engine.ranks.is_main:
             torch.save(state_dict, folder / "task.pt")
-            write_json(folder / "loop.json", {"state": asdict(state), "identity": run.identity})
+            ranks = engine.ranks.world_size
+            write_json(folder / "loop.json", {"state": asdict(state), "identity": run.identity, "ranks": ranks})
 
     protected = frozenset() if state.best_step is None else frozenset({state.best_step})
     run.store.save(state.step, write, protected)
 
 
-def _write_documents(run: Run) -> None:
+def _begin(run: Run, finished: bool) -> None:
+    """It is clear now that the run may start: say what it is, and that it is not done."""
+    if not finished:
+        remove_completion(run.folder)
     for name, text in run.documents.items():
         write_text(run.folder / name, text)
 

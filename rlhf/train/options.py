@@ -21,6 +21,9 @@ class TrainConfig:
     """Passes over the training data."""
     max_steps: Annotated[int, Gt(0)] | None = None
     """Stop after this many steps, even if epochs says more."""
+    max_minutes: Annotated[float, Gt(0)] | None = None
+    """Save at the first step that ends this many minutes after the start of the process, and exit with code 75: started
+    again, the run goes on. Leave time for one more step and the checkpoint."""
     seed: int = 0
     """Seed of the data order, of new weights and of dropout."""
     evaluate_every: Annotated[int, Ge(0)] = 50

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from rlhf.core.clock import clock
 from rlhf.engine.ranks import Ranks
 
 RATES = tuple(f"time/{name}_per_second" for name in ("pairs", "conversations", "rollouts", "tokens"))
@@ -56,7 +57,7 @@ class Progress:
         if step == self._total or now - self._printed > SECONDS_BETWEEN_LINES:
             self._printed = now
             left = (now - self._began) / (step - self._start) * (self._total - step)
-            self._console.print(f"{self._what} {step}/{self._total}  ETA {_clock(left)}  {text}", soft_wrap=True)
+            self._console.print(f"{self._what} {step}/{self._total}  ETA {clock(left)}  {text}", soft_wrap=True)
 
     def phase(self, text: str) -> None:
         """What is going on inside a long step."""
@@ -86,8 +87,3 @@ def _describe(metrics: dict[str, float]) -> str:
             parts.append(f"{unit} {metrics[name]:.{digits}f}")
     return "  ".join(parts)
 
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}"

@@ -3,32 +3,36 @@
 import json
 import logging
 import math
-import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from torch import nn
 
 from rlhf.config import parse_command_line, to_yaml
+from rlhf.core.clock import process_started
 from rlhf.core.errors import ConfigError, UserError
-from rlhf.core.files import write_json
+from rlhf.core.files import naming_full_disk, write_json
 from rlhf.data.batching import ItemSource, steps_per_epoch
 from rlhf.data.report import DataReport
 from rlhf.data.templates import ChatFormat, chat_format
 from rlhf.engine.api import Engine
 from rlhf.engine.build import build_engine, precision_of
-from rlhf.engine.checkpoint import CheckpointStore
+from rlhf.engine.checkpoint import CheckpointStore, saved_steps
 from rlhf.engine.options import EngineConfig, OptimizerConfig
 from rlhf.engine.ranks import Ranks, start_ranks, stop_ranks
+from rlhf.engine.stop import StopRequests, noting_signals
 from rlhf.models.backbones import hide_loading_bars
 from rlhf.models.options import BackboneConfig
 from rlhf.models.tokenizer import load_tokenizer
+from rlhf.train.completion import Completion, config_digest, read_completion, write_completion
 from rlhf.train.loop import LoopState, Run, Stateful, Task, Watched, fit, load_checkpoint
 from rlhf.train.options import TrainConfig
+from rlhf.train.output import print_to, this_rank
 
 
 class StageConfig(Protocol):
@@ -92,17 +96,34 @@ def stage_main(
         if invocation.dry_run:
             print(to_yaml(invocation.config), end="")
             return 0
+        print_to(invocation.log_folder)
         timeout = invocation.config.engine.timeout_minutes * 60
         try:
-            run(invocation.config, start_ranks(timeout_seconds=timeout))
+            ranks = start_ranks(timeout_seconds=timeout)
+            with noting_signals(), naming_full_disk(invocation.config.output):
+                run(invocation.config, ranks)
+                ranks.on_main(lambda: _mark_finished(invocation.config, program))
         finally:
             stop_ranks()
         return 0
     except UserError as error:
         # Ranks agree before one raises, so the first one knows of every fault: it speaks for all.
-        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        if this_rank() == "0":
             print(error, file=sys.stderr, flush=True)
-        return 2
+        return error.exit_code
+
+
+def _mark_finished(config: StageConfig, program: str) -> None:
+    """A finished run that was only looked at again keeps the marker that it has."""
+    completion = Completion(
+        stage=program.rpartition(".")[2],
+        config=config_digest(config),
+        step=max(saved_steps(_checkpoints(config)), default=0),
+        seconds=round(time.time() - process_started(), 1),
+    )
+    before = read_completion(config.output)
+    if before is None or replace(before, seconds=completion.seconds) != completion:
+        write_completion(config.output, completion)
 
 
 def open_chat(config: StageConfig, template: str | None, ranks: Ranks) -> ChatFormat:
@@ -120,6 +141,7 @@ def load_data(load: Callable[[Path | None], DataT], config: StageConfig, ranks: 
 
     Raises:
         ConfigError: if nothing to train on is left.
+        RunStopped: if the run was asked to stop in the meantime.
     """
 
     def action() -> DataT:
@@ -131,7 +153,9 @@ def load_data(load: Callable[[Path | None], DataT], config: StageConfig, ranks: 
             raise ConfigError("data.train: no usable row is left; see quarantine.jsonl in the run folder")
         return data
 
-    return ranks.main_first(action)
+    data = ranks.main_first(action)
+    stop_requests(config, ranks).check("before training")
+    return data
 
 
 def total_steps(train: TrainConfig, items: int) -> int:
@@ -140,7 +164,7 @@ def total_steps(train: TrainConfig, items: int) -> int:
     return steps if train.max_steps is None else min(steps, train.max_steps)
 
 
-def run_identity(config: StageConfig, data: ItemSource, steps: int, ranks: Ranks) -> dict[str, Any]:
+def run_identity(config: StageConfig, data: ItemSource, steps: int) -> dict[str, Any]:
     """What every stage needs to be the same for a checkpoint to be continued; a stage adds its own."""
     return {
         "data": data.fingerprint,
@@ -149,7 +173,6 @@ def run_identity(config: StageConfig, data: ItemSource, steps: int, ranks: Ranks
         "train.global_batch_size": config.train.global_batch_size,
         "train.seed": config.train.seed,
         "total steps": steps,
-        "ranks": ranks.world_size,
         "engine.deepspeed": config.engine.deepspeed if config.engine.kind == "deepspeed" else "local",
         "engine.precision": precision_of(config.engine),
     }
@@ -192,7 +215,7 @@ def run_and_take(
     ranks = engine.ranks
     run = Run(
         folder=config.output,
-        store=CheckpointStore(config.output / "checkpoints", ranks, config.train.keep_checkpoints),
+        store=CheckpointStore(_checkpoints(config), ranks, config.train.keep_checkpoints),
         identity=identity,
         max_skipped_steps=config.engine.max_skipped_steps,
         documents={"config.yaml": to_yaml(config), **documents},
@@ -207,6 +230,15 @@ def run_and_take(
     if task.evaluation is None:  # a finished run that was started again
         task.evaluate()
     return state.step
+
+
+def stop_requests(config: StageConfig, ranks: Ranks) -> StopRequests:
+    """What may ask this run to stop."""
+    return StopRequests(config.output, ranks, config.train.max_minutes)
+
+
+def _checkpoints(config: StageConfig) -> Path:
+    return config.output / "checkpoints"
 
 
 def report(

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from policy.ppo.config import WatchConfig
 from policy.ppo.stage import run
 from rlhf.engine.ranks import free_port
 from rlhf.models.manifest import MANIFEST_NAME, read_manifest
+from rlhf.train.completion import read_completion
 
 pytestmark = pytest.mark.dist
 
@@ -130,6 +132,20 @@ def test_two_ranks_of_any_zero_stage_give_the_curve_of_one(runs, one_rank, two_r
     assert max(row["kl_k3"] for row in runs.rows(one_rank)) > 0.01, "the curves agree because nothing was trained"
 
 
+def test_two_ranks_hand_over_to_one_in_the_middle(run_ranks, runs, recipe, one_rank, two_ranks):
+    """Policy and critic under ZeRO-2, the average, the KL controller; rollouts of step 3 are drawn already."""
+    name = "zero2, smaller batches"
+    folder = recipe.parent / "handed over"
+    shutil.copytree(two_ranks[name], folder)
+    shutil.rmtree(folder / "checkpoints" / "step-00000003")
+    given = arguments(recipe, folder, "train.publish=none", *ZERO[name])
+    (said,) = run_ranks(["-m", "policy.ppo", *given], ranks=1, **RULES)
+    assert said.count("2 ranks then, 1 now") == 2 and "at step 2, written on 2 rank(s)" in said
+    runs.assert_close(runs.rows(folder), runs.rows(one_rank), 3e-4)
+    runs.assert_close(runs.rows(folder, "eval"), runs.rows(one_rank, "eval"), 3e-4)
+    assert texts_of(folder) == texts_of(one_rank)
+
+
 def test_plain_torch_gives_the_curve_of_deepspeed(runs, one_rank, local_run):
     runs.assert_close(runs.rows(local_run), runs.rows(one_rank), 3e-4)
     runs.assert_close(runs.rows(local_run, "eval"), runs.rows(one_rank, "eval"), 3e-4)
@@ -202,10 +218,15 @@ def test_the_published_weights_are_the_average_of_the_chosen_step(local_run, tin
 
 
 def test_a_finished_run_started_again_changes_nothing(capsys, recipe, local_run):
-    before = {path: path.read_bytes() for path in local_run.glob("*.json*")}
+    def written():
+        return {path: path.read_bytes() for path in local_run.glob("*.json*") if path.name != "done.json"}
+
+    before, done = written(), read_completion(local_run)
     assert main(local(recipe, local_run, "train.publish=none")) == 0
     assert "resuming from" in capsys.readouterr().out
-    assert {path: path.read_bytes() for path in local_run.glob("*.json*")} == before
+    assert written() == before
+    assert done.stage == "ppo" and done.step == read_completion(local_run).step == 3
+    assert done.config != read_completion(local_run).config, "train.publish is a setting, too"
 
 
 @pytest.mark.parametrize("change", ["kl.coefficient=0.2", "rollout.samples=3", "critic.optim.learning_rate=1e-5"])

@@ -1,4 +1,5 @@
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -68,6 +69,18 @@ def test_all_random_states_come_back(store):
     store.restore_random_state(store.path(1))
     found = torch.rand(3), random.random(), np.random.rand()
     assert torch.equal(found[0], expected[0]) and found[1:] == expected[1:]
+
+
+def test_a_rank_that_was_not_there_draws_its_own_numbers_and_the_same_each_time(store):
+    store.save(1, write("1"))
+    first = replace(store, ranks=replace(ALONE, rank=1))
+    drawn = []
+    for each in (store, first, replace(store, ranks=replace(ALONE, rank=2)), first):
+        each.restore_random_state(store.path(1))
+        drawn.append((float(torch.rand(())), random.random(), np.random.rand()))
+    assert drawn[1] == drawn[3]
+    for numbers in zip(*drawn[:3], strict=True):
+        assert len(set(numbers)) == 3
 
 
 def test_an_empty_folder_has_no_checkpoint(store):

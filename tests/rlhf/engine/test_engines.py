@@ -4,8 +4,20 @@ from pathlib import Path
 import pytest
 import torch
 
+from rlhf.engine.deepspeed_ops import ASYNC_IO, find_op
+
 WORKER = str(Path(__file__).parent / "workers" / "train_mlp.py")
-ENGINES = ["local", "zero0", "zero1", "zero2", "zero3", pytest.param("zero2_offload", marks=pytest.mark.slow)]
+NVME = "zero3_nvme"  # needs libaio with its headers
+ENGINES = [
+    "local",
+    "zero0",
+    "zero1",
+    "zero2",
+    "zero3",
+    "zero3_hpz",
+    pytest.param("zero2_offload", marks=pytest.mark.slow),
+    pytest.param(NVME, marks=pytest.mark.slow),
+]
 
 pytestmark = pytest.mark.dist
 
@@ -20,6 +32,8 @@ def train(trained, run_ranks, tmp_path_factory):
     """Weights and reports of an engine on some ranks; each is run once."""
 
     def get(kind: str, ranks: int):
+        if kind == NVME and not find_op(ASYNC_IO).usable:
+            pytest.skip(f"op {ASYNC_IO}: missing {' and '.join(find_op(ASYNC_IO).missing)}")
         if (kind, ranks) not in trained:
             folder = tmp_path_factory.mktemp(f"{kind}-{ranks}")
             run_ranks([WORKER, kind, str(folder)], ranks, timeout=500)

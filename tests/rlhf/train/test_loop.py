@@ -5,11 +5,13 @@ import pytest
 import torch
 from torch import nn
 
-from rlhf.core.errors import CheckpointError, ConfigError, TrainingStopped
-from rlhf.engine.checkpoint import CheckpointStore
+from rlhf.core.errors import CheckpointError, ConfigError, RunStopped, TrainingStopped
+from rlhf.engine.checkpoint import COMPLETE, CheckpointStore
 from rlhf.engine.local import LocalEngine
 from rlhf.engine.options import OptimizerConfig
 from rlhf.engine.ranks import Ranks
+from rlhf.engine.stop import STOP_FILE, StopRequests
+from rlhf.train.completion import Completion, read_completion, write_completion
 from rlhf.train.loop import Run, fit
 from rlhf.train.options import TrainConfig
 
@@ -18,10 +20,13 @@ CONFIG = TrainConfig(evaluate_every=2, checkpoint_every=3, tensorboard=False)
 
 
 class Task:
-    """Regression on noise; ``scores`` are what successive evaluations say; ``bad`` steps give a loss of NaN."""
+    """Regression on noise; ``scores`` are what successive evaluations say; ``bad`` steps give a loss of NaN.
 
-    def __init__(self, engine, scores=(), bad=()):
-        self.engine, self.scores, self.bad, self.step = engine, list(scores), bad, 0
+    ``ask`` is called with the number of every step that ends.
+    """
+
+    def __init__(self, engine, scores=(), bad=(), ask=lambda step: None):
+        self.engine, self.scores, self.bad, self.step, self.ask = engine, list(scores), bad, 0, ask
         self.evaluations = 0
 
     def micro_batches(self, step):
@@ -34,6 +39,7 @@ class Task:
         return loss * float("nan") if self.step in self.bad else loss
 
     def step_metrics(self):
+        self.ask(self.step + 1)
         return {"noise": float(torch.rand(())), "pairs": 8.0}
 
     def evaluate(self):
@@ -143,3 +149,98 @@ def test_resume_never_and_required_hold_what_they_say(start, resume, first):
         start()
     with pytest.raises((ConfigError, CheckpointError)):
         start(replace(CONFIG, resume=resume))
+
+
+@pytest.fixture
+def stop_file(tmp_path):
+    """``stop_file(folder, step)`` asks for a stop in that step."""
+
+    def ask(folder, wanted):
+        return lambda step: (folder / STOP_FILE).touch() if step == wanted else None
+
+    return ask
+
+
+def saved_in(folder):
+    return sorted(int(path.name.removeprefix("step-")) for path in (folder / "checkpoints").glob("step-*"))
+
+
+@pytest.mark.parametrize("asked_in", [1, 3, 4, 5])
+def test_stopped_in_any_step_saves_it_and_goes_on_as_if_never_stopped(start, stop_file, tmp_path, asked_in):
+    scores = [0.5, 0.7, 0.6]
+    _, engine, folder = start(scores=scores)
+    other = tmp_path / "other"
+    with pytest.raises(RunStopped, match=f"stopped at step {asked_in} of 6 by the file") as info:
+        start(scores=scores, folder=other, ask=stop_file(other, asked_in))
+    assert info.value.step == asked_in == saved_in(other)[-1]
+    _, resumed, _ = start(scores=scores, folder=other)
+    assert rows(other) == rows(folder)
+    assert torch.equal(resumed.module.weight, engine.module.weight)
+
+
+def test_a_step_that_is_saved_anyway_is_not_saved_twice(start, stop_file, tmp_path, monkeypatch):
+    saved, save = [], CheckpointStore.save
+
+    def counted(self, step, *rest):
+        saved.append(step)
+        save(self, step, *rest)
+
+    monkeypatch.setattr(CheckpointStore, "save", counted)
+    with pytest.raises(RunStopped):
+        start(ask=stop_file(tmp_path / "run", 3))
+    assert saved == [3]
+
+
+def test_asked_in_the_last_step_the_run_is_finished(start, stop_file, tmp_path):
+    state, *_ = start(ask=stop_file(tmp_path / "run", 6))
+    assert state.step == 6
+    again, _, _ = start()
+    assert again.step == 6, "what was left of the request stops a finished run"
+
+
+def test_asked_before_the_first_step_there_is_nothing_to_save(start, monkeypatch, tmp_path):
+    monkeypatch.setattr(StopRequests, "agreed", lambda self: "SIGTERM")
+    with pytest.raises(RunStopped, match="stopped at step 0 of 6 by SIGTERM") as info:
+        start(replace(CONFIG, evaluate_first=True), scores=[0.5])
+    assert info.value.step == 0 and saved_in(tmp_path / "run") == []
+
+
+def test_the_budget_of_time_stops_at_a_step(start, tmp_path):
+    """This process is older than any budget: so the first check stops it, and the run of a later one goes on."""
+    with pytest.raises(RunStopped, match=r"by train\.max_minutes = 1e-06"):
+        start(replace(CONFIG, max_minutes=1e-6))
+    state, _, _ = start(replace(CONFIG, max_minutes=1e6))
+    assert state.step == 6
+
+
+def test_a_marker_goes_when_training_goes_on_and_stays_when_there_is_nothing_to_do(start, stop_file, tmp_path):
+    folder = tmp_path / "run"
+    done = Completion(stage="reward", config="0123", step=6, seconds=1.0)
+    with pytest.raises(RunStopped):
+        start(ask=stop_file(folder, 2))
+    write_completion(folder, done)
+    start()
+    assert read_completion(folder) is None
+    write_completion(folder, done)
+    start()
+    assert read_completion(folder) == done
+
+
+def test_a_refused_start_leaves_the_marker(start, tmp_path):
+    start()
+    done = Completion(stage="reward", config="0123", step=6, seconds=1.0)
+    write_completion(tmp_path / "run", done)
+    with pytest.raises(CheckpointError):
+        start(identity={"seed": 1})
+    assert read_completion(tmp_path / "run") == done
+
+
+def test_another_number_of_ranks_is_no_other_run_and_is_told(start, tmp_path, capsys):
+    _, _, folder = start()
+    written = folder / "checkpoints" / "step-00000006" / "loop.json"
+    entry = json.loads(written.read_text())
+    assert entry["ranks"] == 1
+    written.write_text(json.dumps(entry | {"ranks": 4}))
+    (written.parent / COMPLETE).write_text("{}")  # nothing to compare with
+    start()
+    assert "at step 6, written on 4 rank(s)" in capsys.readouterr().out

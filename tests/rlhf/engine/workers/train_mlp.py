@@ -33,7 +33,7 @@ def micro_batches(step: int, rank: int, ranks: int):
     return own + [rows[:0]] * (-(-7 // ranks) - len(own))
 
 
-def new_engine(kind, ranks):
+def new_engine(kind, ranks, folder):
     return build_engine(
         model(),
         ranks=ranks,
@@ -41,6 +41,7 @@ def new_engine(kind, ranks):
             kind="local" if kind == "local" else "deepspeed",
             deepspeed="zero0" if kind == "local" else kind,
             precision="float32",
+            nvme_path=str(folder / "nvme"),
         ),
         optimizer=OptimizerConfig(learning_rate=0.01, warmup_share=0.2, weight_decay=0.1, max_grad_norm=0.5),
         total_steps=STEPS,
@@ -68,18 +69,18 @@ def main() -> None:
     ranks.on_main(lambda: (folder / "state").mkdir(parents=True, exist_ok=True))
     results = {}
 
-    straight = new_engine(kind, ranks)
+    straight = new_engine(kind, ranks, folder)
     reports = train(straight, range(3))
     straight.save(folder / "state")
     reports += train(straight, range(3, STEPS))
     results["straight"] = straight.full_state_dict(), reports
 
-    resumed = new_engine(kind, ranks)
+    resumed = new_engine(kind, ranks, folder)
     resumed.load(folder / "state")
     reports = train(resumed, range(3, STEPS))
     results["resumed"] = resumed.full_state_dict(), reports
 
-    poisoned = new_engine(kind, ranks)
+    poisoned = new_engine(kind, ranks, folder)
     reports = train(poisoned, range(STEPS), poison=2)
     results["poisoned"] = poisoned.full_state_dict(), reports
 

@@ -1,0 +1,54 @@
+"""The command of a stage that trains nothing: one process."""
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from rlhf.config import parse_command_line, to_yaml
+from rlhf.core.clock import process_started
+from rlhf.core.errors import UserError
+from rlhf.core.files import naming_full_disk
+from rlhf.train.completion import Completion, config_digest, remove_completion, write_completion
+from rlhf.train.output import print_to
+
+
+class WithOutput(Protocol):
+    """What the recipe of any stage has."""
+
+    output: Path
+
+
+ConfigT = TypeVar("ConfigT", bound=WithOutput)
+
+
+def single_main(
+    config_class: type[ConfigT],
+    run: Callable[[ConfigT], Any],
+    argv: Sequence[str] | None,
+    *,
+    program: str,
+    description: str,
+) -> int:
+    """As :func:`rlhf.train.stage.stage_main`, without ranks: read the recipe, run, mark it done; the exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        arguments = sys.argv[1:] if argv is None else argv
+        invocation = parse_command_line(config_class, arguments, program=program, description=description)
+        config = invocation.config
+        if invocation.dry_run:
+            print(to_yaml(config), end="")
+            return 0
+        print_to(invocation.log_folder)
+        remove_completion(config.output)
+        with naming_full_disk(config.output):
+            run(config)
+        seconds = round(time.time() - process_started(), 1)
+        stage = program.rpartition(".")[2]
+        write_completion(config.output, Completion(stage=stage, config=config_digest(config), step=0, seconds=seconds))
+        return 0
+    except UserError as error:
+        print(error, file=sys.stderr, flush=True)
+        return error.exit_code
