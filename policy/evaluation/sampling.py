@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
 
 import numpy as np
-from annotated_types import Gt, Le
 
+from policy.evaluation.options import SamplingSettings
 from policy.generation.api import row_seed
 from policy.generation.hf import HfSampler
 from policy.generation.options import SamplingConfig
@@ -15,21 +14,6 @@ from rlhf.data.batching import Row
 from rlhf.data.templates import ChatFormat
 from rlhf.engine.frozen import Frozen
 from rlhf.train.progress import Progress
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingSettings:
-    """How responses are drawn."""
-
-    samples: Annotated[int, Gt(0)] = 4
-    """Responses to each prompt."""
-    max_new_tokens: Annotated[int, Gt(0)] = 128
-    """A response that has not ended by then is cut there."""
-    temperature: Annotated[float, Gt(0)] = 1.0
-    top_p: Annotated[float, Gt(0), Le(1)] = 1.0
-    batch_rows: Annotated[int, Gt(0)] = 64
-    """Responses drawn together. Lower it when memory runs out: results do not change."""
-    seed: int = 0
 
 
 @dataclass(frozen=True)

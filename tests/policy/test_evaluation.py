@@ -9,8 +9,8 @@ from scipy import stats
 from transformers import AutoModelForCausalLM
 
 from launch.cli import build_parser
-from policy.evaluate import evaluate_policies, load_reward, read_prompts
-from policy.sampling import SamplingSettings
+from policy.evaluation.compare import evaluate_policies, load_reward, read_prompts
+from policy.evaluation.options import SamplingSettings
 from rlhf.core.errors import ConfigError, DataError, ModelError
 
 PROMPTS = [f"write about {word}" for word in ("sun", "rain", "tax", "a good day")]

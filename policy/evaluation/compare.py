@@ -9,25 +9,28 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 from rich.table import Table
 from scipy import stats
 from transformers import AutoModelForCausalLM
 
+from policy.evaluation.options import SamplingSettings
+from policy.evaluation.sampling import Sample, sample_responses
 from policy.model import PolicyModel
-from policy.sampling import Sample, SamplingSettings, sample_responses
+from reward.score import load_scorer, score_tokens
 from rlhf.core.errors import ConfigError, DataError, ModelError
 from rlhf.core.files import write_json, write_text
 from rlhf.data.batching import row_group
 from rlhf.data.templates import chat_format
 from rlhf.engine.frozen import Frozen, ReplicatedModel
-from rlhf.engine.ranks import Ranks
+from rlhf.engine.ranks import single_rank
 from rlhf.models.backbones import hide_loading_bars
 from rlhf.models.tokenizer import load_tokenizer
 from rlhf.train.progress import Progress
 
 RewardFunction = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
-ALONE = Ranks(rank=0, world_size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
 ROWS_AT_ONCE = 32
+TOKENS_AT_ONCE = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +97,7 @@ def evaluate_policies(
     base_rewards: NDArray[np.float64] | None = None
     for name, folder in {"reference": reference, **policies}.items():
         model = base if folder == reference else _open(folder)
-        with Progress(ALONE, len(prompts) * settings.samples, 0, f"{name}: sample") as progress:
+        with Progress(single_rank(), len(prompts) * settings.samples, 0, f"{name}: sample") as progress:
             samples = sample_responses(model, chat, prompts, settings, progress)
         rewards = _rewards(reward, prompts, samples)
         ratios = np.zeros(len(samples))
@@ -110,22 +113,38 @@ def evaluate_policies(
 
 
 def load_reward(spec: str) -> RewardFunction:
-    """The function behind ``module:function``.
+    """The function behind ``module:function``, or the reward model in a folder.
 
     Raises:
         ConfigError: if there is no such function.
+        ModelError: if the folder holds no reward model.
     """
+    if Path(spec).is_dir():
+        return _reward_of(Path(spec))
     module, _, name = spec.partition(":")
     try:
         function = getattr(importlib.import_module(module), name)
     except Exception as error:  # importing runs the user's code
         raise ConfigError(
-            f"reward {spec}: expected module:function, such as launch.quickstart.gold:gold_reward "
-            f"({type(error).__name__}: {error})"
+            f"reward {spec}: expected module:function, such as launch.quickstart.gold:gold_reward, or the folder of a "
+            f"reward model ({type(error).__name__}: {error})"
         ) from error
     if not callable(function):
         raise ConfigError(f"reward {spec}: expected a function, found a {type(function).__name__}")
     return function
+
+
+def _reward_of(folder: Path) -> RewardFunction:
+    model, chat = load_scorer(folder)
+
+    def reward(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        rows = [
+            chat.encode([{"role": "user", "content": prompt}], [{"role": "assistant", "content": response}])[0]
+            for prompt, response in zip(prompts, responses, strict=True)
+        ]
+        return score_tokens(model, rows, batch_tokens=TOKENS_AT_ONCE)
+
+    return reward
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -157,6 +176,12 @@ def evaluation_table(evaluations: Sequence[PolicyEvaluation]) -> Table:
     return table
 
 
+def read_evaluations(folder: Path) -> list[PolicyEvaluation]:
+    """What :func:`evaluate_policies` wrote into ``folder``."""
+    rows = json.loads((folder / "evaluations.json").read_text())
+    return TypeAdapter(list[PolicyEvaluation]).validate_python(rows)
+
+
 def markdown(evaluations: Sequence[PolicyEvaluation]) -> str:
     lines = ["| " + " | ".join(_HEADINGS) + " |", "|---" * len(_HEADINGS) + "|"]
     lines += ["| " + " | ".join(_cells(each)) + " |" for each in evaluations]
@@ -179,7 +204,7 @@ def _open(folder: Path) -> Frozen:
         hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder}: cannot be loaded as a causal language model: {error}") from error
-    return ReplicatedModel(PolicyModel(hf), ALONE)
+    return ReplicatedModel(PolicyModel(hf), single_rank())
 
 
 def _rewards(reward: RewardFunction, prompts: Sequence[str], samples: Sequence[Sample]) -> NDArray[np.float64]:
@@ -198,8 +223,9 @@ def _logprobs(model: Frozen, samples: Sequence[Sample]) -> NDArray[np.float64]:
     found = np.zeros(len(samples))
     for start in range(0, len(order), ROWS_AT_ONCE):
         places = order[start : start + ROWS_AT_ONCE]
-        (values,) = model.forward((row_group([samples[place].row for place in places]),)).logprobs
-        found[places] = values.sum(dim=1).double().numpy()
+        group = row_group([samples[place].row for place in places]).to(model.ranks.device)
+        (values,) = model.forward((group,)).logprobs
+        found[places] = values.sum(dim=1).double().cpu().numpy()
     return found
 
 

@@ -1,0 +1,33 @@
+"""``python -m policy.evaluation --config RECIPE.yaml``: an evaluation as a stage of a pipeline."""
+
+import sys
+
+from policy.evaluation.config import EvaluationConfig
+from rlhf.train.single import single_main
+
+DESCRIPTION = "Compare policies by a reward function on fresh samples for held-out prompts."
+
+
+def run(config: EvaluationConfig) -> None:
+    from rich.console import Console
+
+    from policy.evaluation.compare import evaluate_policies, evaluation_table, load_reward, read_prompts
+
+    found = evaluate_policies(
+        config.policies,
+        config.reference,
+        read_prompts(config.prompts),
+        load_reward(config.reward),
+        template=config.template,
+        settings=config.sampling,
+        output=config.output,
+    )
+    Console().print(evaluation_table(found))
+
+
+def main(argv: list[str] | None = None) -> int:
+    return single_main(EvaluationConfig, run, argv, program="policy.evaluation", description=DESCRIPTION)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,26 @@
+"""The recipe of an evaluation: ``python -m policy.evaluation --config RECIPE.yaml``."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from policy.evaluation.options import SamplingSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Policies, prompts and the reward that they are compared by."""
+
+    output: Path
+    """Folder for samples and tables."""
+    reference: Path
+    """Folder of the model that KL and gains are counted from."""
+    policies: dict[str, Path] = field(default_factory=dict)
+    """Folders of the policies by name."""
+    prompts: Path
+    """A jsonl file with a "prompt" in each line."""
+    reward: str
+    """module:function(prompts, responses) -> rewards, or the folder of a reward model: one that no policy was trained
+    against, if it is to judge them."""
+    template: str | None = None
+    """As data.template of the stages."""
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
