@@ -1,0 +1,164 @@
+"""From a run and a cluster profile to the text of an sbatch script."""
+
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from launch.slurm.profile import ClusterProfile
+from launch.slurm.step import SRUN_VARIABLE, srun_words, step_command, step_script
+from rlhf.core.errors import STOPPED_EXIT_CODE, ConfigError
+
+_WIDTH = 110
+
+
+class Expanded(str):
+    """A word that the shell is to expand: it is not quoted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What one job runs."""
+
+    name: str
+    """As squeue shows it."""
+    title: str
+    output: Path
+    """The run folder."""
+    arguments: tuple[str, ...]
+    """A module and its arguments for a stage; those of ``rlhf`` for a pipeline."""
+    pipeline: bool = False
+    written_by: str = ""
+    label: str = "job"
+    """Of the script in its folder, where a run has several."""
+
+    @property
+    def folder(self) -> Path:
+        """Script, hostfile and logs."""
+        return self.output / "slurm"
+
+    @property
+    def script(self) -> Path:
+        return self.folder / f"{self.label}.sh"
+
+    @property
+    def log(self) -> Path:
+        """The log of job %j."""
+        return self.folder / "logs" / "%j.log"
+
+
+def render(job: Job, profile: ClusterProfile) -> str:
+    """The sbatch script of ``job``, to be submitted from anywhere.
+
+    Raises:
+        ConfigError: if the profile cannot run such a job.
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    if job.pipeline and profile.container:
+        raise ConfigError(
+            "profile.container: a pipeline runs on the first node itself, outside of the container, and starts its "
+            "stages from there; use profile.venv, or submit the stages one by one"
+        )
+    environment = Environment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False
+    )
+    environment.filters["sh"] = lambda value: shlex.quote(str(value))
+    template = environment.from_string((files("launch.slurm") / "job.sh.j2").read_text(encoding="utf-8"))
+    return template.render(
+        title=job.title,
+        written_by=job.written_by or "rlhf slurm",
+        script=job.script.absolute(),
+        directives=list(_directives(job, profile)),
+        profile=profile,
+        output=job.output.absolute(),
+        folder=job.folder.absolute(),
+        venv=_venv(profile),
+        preflight=_preflight(profile),
+        pipeline=job.pipeline,
+        srun_options=shlex.join(profile.srun_options),
+        srun_variable=SRUN_VARIABLE,
+        step=step_script().rstrip("\n"),
+        command=_command(job, profile),
+        stopped=STOPPED_EXIT_CODE,
+    )
+
+
+def _directives(job: Job, profile: ClusterProfile) -> Iterator[str]:
+    """Lines for sbatch."""
+    values = {
+        "job-name": job.name,
+        "partition": profile.partition,
+        "account": profile.account,
+        "qos": profile.qos,
+        "constraint": profile.constraint,
+        "nodes": profile.nodes,
+        "ntasks-per-node": 1,
+        "gpus-per-node": _gpus(profile),
+        "cpus-per-task": profile.cpus,
+        "mem": profile.memory,
+        "time": profile.time,
+        "chdir": Path.cwd(),
+        "output": job.log.absolute(),
+        "open-mode": "append",
+        "signal": f"B:USR1@{profile.signal_lead_seconds}",
+    }
+    for name, value in values.items():
+        if value is not None:
+            yield f"--{name}={_directive_value(str(value))}"
+    yield "--requeue" if profile.requeue else "--no-requeue"
+    yield from profile.sbatch_options
+
+
+def _directive_value(value: str) -> str:
+    """sbatch reads words as a shell does, without expanding anything."""
+    return value if not set(value) & set(" \t'\"#\\") else '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _gpus(profile: ClusterProfile) -> str | None:
+    if profile.device_kind == "cpu":
+        return None
+    return ":".join(filter(None, [profile.gpu_type, str(profile.devices)]))
+
+
+def _venv(profile: ClusterProfile) -> Path | None:
+    if profile.container:
+        return None
+    return profile.venv.absolute() if profile.venv else Path(sys.prefix)
+
+
+def _preflight(profile: ClusterProfile) -> str:
+    gpus = profile.devices if profile.device_kind == "gpu" else 0
+    words = [
+        *srun_words(profile.nodes, profile.srun_options),
+        *profile.container,
+        *("python", "-m", "launch.slurm.preflight", "--folder", Expanded('"$run"'), "--token", Expanded('"$token"')),
+        *("--devices", str(gpus), "--free-gib", f"{profile.free_disk_gib:g}"),
+    ]
+    return _lines(words, indent=4)
+
+
+def _command(job: Job, profile: ClusterProfile) -> str:
+    if job.pipeline:
+        return _lines(job.arguments, indent=8)
+    step = step_command(
+        Expanded('"$step"'),
+        Expanded('"$RLHF_HOSTFILE"'),
+        Expanded('"$MASTER_PORT"'),
+        job.arguments,
+        profile.container,
+    )
+    return _lines([*srun_words(profile.nodes, profile.srun_options), *step], indent=8)
+
+
+def _lines(words: Sequence[str], indent: int) -> str:
+    """The command, broken so that it can be read."""
+    lines = [""]
+    for word in words:
+        text = word if isinstance(word, Expanded) else shlex.quote(word)
+        if len(lines[-1]) + len(text) > _WIDTH:
+            lines.append("")
+        lines[-1] += f" {text}" if lines[-1] else text
+    return f" \\\n{' ' * indent}".join(lines)

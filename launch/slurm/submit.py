@@ -1,0 +1,157 @@
+"""Handing a job to SLURM, and what SLURM says about it in words that help."""
+
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.slurm.profile import ClusterProfile, seconds_of
+from launch.slurm.script import Job, render
+from rlhf.core.errors import ConfigError, UserError
+from rlhf.core.files import write_text
+
+_SECONDS = 60.0
+"""How long SLURM may take to answer."""
+
+
+class SlurmError(UserError):
+    """SLURM did not take a job."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Partition:
+    """What sinfo says of one."""
+
+    nodes: int
+    time: str
+    """The longest that a job may take, as SLURM writes it."""
+
+    @property
+    def time_seconds(self) -> int | None:
+        """``None`` for no limit."""
+        return None if self.time in ("infinite", "n/a") else seconds_of(self.time)
+
+
+def submit(job: Job, profile: ClusterProfile, after: Sequence[str] = ()) -> str:
+    """Write the script of ``job`` into its run folder and submit it; the job's number.
+
+    Args:
+        job: what to run.
+        profile: on what.
+        after: numbers of jobs that must have finished well before.
+    Raises:
+        SlurmError: if there is no SLURM here, or it refuses.
+        ConfigError: if the cluster cannot have such a job, or a job for this run folder is there already.
+    """
+    check_cluster(profile)
+    _check_no_other(job)
+    text = render(job, profile)
+    job.log.parent.mkdir(parents=True, exist_ok=True)
+    write_text(job.script, text)
+    job.script.chmod(0o755)
+    depends = [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"] if after else []
+    answer = _ask(["sbatch", "--parsable", *depends, str(job.script)])
+    if answer.returncode != 0:
+        raise SlurmError(f"sbatch {job.script}: {_refusal(answer.stderr, profile)}")
+    number = answer.stdout.strip().partition(";")[0]
+    write_text(_number_file(job), f"{number}\n")
+    return number
+
+
+def partitions() -> dict[str, Partition]:
+    """The partitions of this cluster by name.
+
+    Raises:
+        SlurmError: if there is no SLURM here, or its controller does not answer.
+    """
+    answer = _ask(["sinfo", "--noheader", "--format=%R %D %l"])
+    if answer.returncode != 0:
+        raise SlurmError(f"sinfo: {_last_line(answer.stderr)}; is SLURM's controller up? (scontrol ping)")
+    found: dict[str, Partition] = {}
+    for name, nodes, limit in (line.split() for line in answer.stdout.splitlines() if line.strip()):
+        before = found[name].nodes if name in found else 0  # a line for each state of nodes
+        found[name] = Partition(nodes=before + int(nodes), time=limit)
+    return found
+
+
+def check_cluster(profile: ClusterProfile) -> None:
+    """Compare what SLURM itself would take and then never start.
+
+    Raises:
+        SlurmError: if there is no SLURM here, or its controller does not answer.
+        ConfigError: if it has no such partition, too few nodes, or not so much time.
+    """
+    there = partitions()
+    if profile.partition is None:
+        most = max((each.nodes for each in there.values()), default=0)
+        if profile.nodes > most:
+            raise ConfigError(f"profile.nodes = {profile.nodes}: the largest partition has {most} nodes")
+        return
+    if profile.partition not in there:
+        raise ConfigError(f"profile.partition = {profile.partition}: this cluster has {', '.join(sorted(there))}")
+    partition = there[profile.partition]
+    if profile.nodes > partition.nodes:
+        raise ConfigError(f"profile.nodes = {profile.nodes}: partition {profile.partition} has {partition.nodes} nodes")
+    if partition.time_seconds is not None and profile.time_seconds > partition.time_seconds:
+        raise ConfigError(f"profile.time = {profile.time}: partition {profile.partition} allows {partition.time}")
+
+
+def state_of(number: str) -> str | None:
+    """PENDING, RUNNING and so on; ``None`` for a job that is no longer in the queue."""
+    answer = _ask(["squeue", "--noheader", "--format=%T", "--jobs", number])
+    return answer.stdout.strip().partition("\n")[0] or None
+
+
+def _check_no_other(job: Job) -> None:
+    """Two jobs in one run folder would write over each other's checkpoints."""
+    try:
+        number = _number_file(job).read_text().strip()
+    except FileNotFoundError:
+        return
+    state = state_of(number)
+    if state is not None:
+        raise ConfigError(
+            f"{job.output}: job {number} for this run folder is {state}; it goes on by itself. To start another: "
+            f"scancel {number} first, or choose another output"
+        )
+
+
+def _number_file(job: Job) -> Path:
+    return job.folder / f"{job.label}.id"
+
+
+def _ask(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    if shutil.which(command[0]) is None:
+        raise SlurmError(
+            f"{command[0]}: no such command here; submit on a login node of the cluster "
+            "(rlhf slurm render prints the script anywhere)"
+        )
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        raise SlurmError(f"{command[0]}: no answer within {_SECONDS:g} s; is SLURM's controller up?") from None
+
+
+def _refusal(text: str, profile: ClusterProfile) -> str:
+    """sbatch's last word, with what in the profile it is about."""
+    said = re.sub(r"^(sbatch: )?(error: )?(Batch job submission failed: )?", "", _last_line(text))
+    hints = {
+        "account": f"account = {profile.account}, partition = {profile.partition}",
+        "qos": f"qos = {profile.qos}",
+        "time limit": f"time = {profile.time}",
+        "feature": f"constraint = {profile.constraint}",
+        "node configuration": f"nodes = {profile.nodes}, devices = {profile.devices}, cpus = {profile.cpus}, "
+        f"memory = {profile.memory}",
+        "memory": f"memory = {profile.memory}",
+        "generic resource": f"devices = {profile.devices}, device_kind = {profile.device_kind}, "
+        f"gpu_type = {profile.gpu_type}",
+    }
+    about = next((hint for word, hint in hints.items() if word in said.lower()), None)
+    return f"{said} (profile: {about})" if about else said
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "no reason given"

@@ -1,0 +1,172 @@
+"""Jobs on a real SLURM of two nodes: stopped, requeued, continued, with a node lost, and refused.
+
+Every claim of a job that goes on is checked against a run that nothing disturbed: same metrics, same weights.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+ROOT = Path(__file__).resolve().parents[3]
+LONG = ("train.epochs=10",)  # 60 steps: long enough to be disturbed several times
+
+
+@pytest.fixture
+def submit(cluster, jobs, profile, tiny_recipe):
+    """``submit(output, *settings)`` queues a reward run; number and log of the job."""
+
+    def act(output: Path, *settings: str) -> tuple[str, Path]:
+        words = ("reward", *tiny_recipe, "--profile", str(profile), f"output={output}", *settings)
+        return jobs.numbers(cluster.rlhf("slurm", "submit", *words))[0], output
+
+    return act
+
+
+def assert_same_run(runs, found: Path, expected: Path) -> None:
+    assert runs.rows(found) == runs.rows(expected)
+    assert runs.rows(found, "eval") == runs.rows(expected, "eval")
+    ours, theirs = (AutoModelForSequenceClassification.from_pretrained(each / "final") for each in (found, expected))
+    assert all(torch.equal(ours.state_dict()[name], value) for name, value in theirs.state_dict().items())
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster, jobs, profile, tiny_recipe, tmp_path_factory) -> Path:
+    """The folder of the long run that nothing disturbed."""
+    output = tmp_path_factory.mktemp("undisturbed") / "run"
+    words = ("reward", *tiny_recipe, "--profile", str(profile), f"output={output}", *LONG)
+    (number,) = jobs.numbers(cluster.rlhf("slurm", "submit", *words))
+    cluster.wait(number, "COMPLETED", jobs.log(output, number))
+    return output
+
+
+@pytest.mark.dist
+def test_two_nodes_under_zero2_and_zero3_train_as_two_ranks_on_one(
+    cluster, jobs, submit, undisturbed, tiny_recipe, run_ranks, runs, tmp_path
+):
+    """The learning rate is constant, so that a short run is the beginning of a long one."""
+    run_ranks(["-m", "reward", *tiny_recipe, f"output={tmp_path}/one"])
+    number, output = submit(tmp_path / "zero3", "engine.deepspeed=zero3")
+    cluster.wait(number, "COMPLETED", jobs.log(output, number))
+    assert json.loads((output / "done.json").read_text())["step"] == 12
+    expected = runs.rows(tmp_path / "one")
+    assert len(expected) == 12
+    for folder in (undisturbed, output):
+        runs.assert_close(runs.rows(folder)[:12], expected, 2e-4)
+    log = jobs.log(output, number).read_text()
+    assert "nnodes=2, num_local_procs=1, node_rank=0" in log and "node_rank=1" in log
+    assert (output / "slurm" / f"hostfile-{number}").read_text() == "node1 slots=1\nnode2 slots=1\n"
+
+
+@pytest.mark.dist
+def test_every_way_to_signal_a_job_saves_requeues_and_goes_on_to_the_same_result(
+    cluster, jobs, submit, undisturbed, runs, tmp_path
+):
+    """To the steps, to the batch shell, and to both with all their processes."""
+    number, output = submit(tmp_path / "run", *LONG)
+    log = jobs.log(output, number)
+    for restart, options in enumerate([(), ("--batch",), ("--full",)], start=1):
+        seen = jobs.steps(output)
+        cluster.until(lambda seen=seen: jobs.steps(output) > seen + 3, log)
+        cluster.run("scancel", "--signal=USR1", *options, number)
+        cluster.wait_for_restart(number, restart, log)
+        assert not (output / "STOP").exists()
+        assert not (output / "done.json").exists()
+    cluster.wait(number, "COMPLETED", log)
+    text = log.read_text()
+    assert text.count("saved and stopped on SIGUSR1: back into the queue") == cluster.restarts(number) == 3
+    assert text.count("resuming from") == cluster.restarts(number)
+    assert_same_run(runs, output, undisturbed)
+
+
+@pytest.mark.dist
+def test_a_job_near_its_time_limit_saves_and_goes_on_until_a_stop_file_ends_it(cluster, jobs, submit, tmp_path):
+    """SLURM looks at the clock every half minute: the warning comes 60 to 90 s after the start."""
+    limit = ("profile.time='4'", "profile.signal_lead_seconds=150")
+    number, output = submit(tmp_path / "run", "train.epochs=10000", *limit)
+    log = jobs.log(output, number)
+    cluster.wait_for_restart(number, 1, log)
+    cluster.run("scontrol", "update", f"JobId={number}", "TimeLimit=30")
+    assert "saved and stopped on SIGUSR1: back into the queue" in log.read_text()
+    saved = max(int(path.name.partition("-")[2]) for path in (output / "checkpoints").glob("step-*"))
+    cluster.until(lambda: jobs.steps(output) > saved + 3, log)
+    assert f"at step {saved}" in log.read_text().partition("resuming from")[2]
+    (output / "STOP").touch()
+    cluster.wait(number, "FAILED", log)
+    assert "saved and stopped by its STOP file" in log.read_text()
+    assert cluster.restarts(number) == 1
+
+
+@pytest.mark.dist
+def test_a_job_that_loses_a_node_goes_on_from_its_checkpoint(cluster, jobs, submit, undisturbed, runs, tmp_path):
+    number, output = submit(tmp_path / "run", *LONG, "train.checkpoint_every=10")
+    log = jobs.log(output, number)
+    cluster.until(lambda: jobs.steps(output) > 12, log)
+    cluster.kill_node("node2")
+    cluster.until(lambda: cluster.restarts(number) == 1, log)
+    cluster.start_node("node2")  # mended; until then the job waits for a second node
+    cluster.wait(number, "COMPLETED", log)
+    text = log.read_text()
+    assert "a node does not answer" in text
+    assert "resuming from" in text
+    assert_same_run(runs, output, undisturbed)
+
+
+def refused(cluster, profile: Path, tiny_recipe, output: Path, *settings: str) -> str:
+    words = ("slurm", "submit", "reward", *tiny_recipe, "--profile", str(profile), f"output={output}", *settings)
+    return cluster.rlhf(*words, expect=2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["profile.partition=gpu"], "profile.partition = gpu: this cluster has main, small"),
+        (["profile.nodes=3"], "profile.nodes = 3: partition main has 2 nodes"),
+        (["profile.partition=small", "profile.nodes=1", "profile.time='30'"], "time = 30: partition small allows 10:"),
+        (["profile.device_kind=gpu", "profile.devices=4"], "devices = 4"),
+        (["profile.constraint=ib"], "constraint = ib"),
+    ],
+)
+def test_what_the_cluster_cannot_give_is_refused_with_the_key_of_the_profile(
+    cluster, profile, tiny_recipe, tmp_path, settings, message
+):
+    assert message in refused(cluster, profile, tiny_recipe, tmp_path / "run", *settings)
+
+
+def test_a_second_job_for_a_run_folder_is_refused_while_one_is_queued(cluster, jobs, profile, tiny_recipe, tmp_path):
+    words = ("slurm", "submit", "reward", *tiny_recipe, "--profile", str(profile), f"output={tmp_path}/run")
+    (number,) = jobs.numbers(cluster.rlhf(*words, "profile.sbatch_options=[--hold]"))
+    assert f"job {number} for this run folder is PENDING" in refused(cluster, profile, tiny_recipe, tmp_path / "run")
+    cluster.run("scancel", number)
+    cluster.until(lambda: cluster.state(number) == "CANCELLED")
+
+
+@pytest.mark.dist
+def test_a_node_that_is_not_fit_ends_the_job_before_anything_starts(cluster, jobs, submit, tmp_path):
+    number, output = submit(tmp_path / "run", "profile.free_disk_gib=1e6")
+    cluster.wait(number, "FAILED", jobs.log(output, number))
+    text = jobs.log(output, number).read_text()
+    assert re.search(r"node2: not fit: .*/run has [\d.]+ GiB free, expected 1e\+06 \(free_disk_gib", text)
+    assert "not started" in text and not (output / "metrics.jsonl").exists()
+
+
+@pytest.mark.dist
+def test_a_crash_ends_the_job_and_is_not_tried_again(cluster, jobs, submit, tmp_path):
+    number, output = submit(tmp_path / "run", f"data.train={tmp_path}/gone.jsonl")
+    cluster.wait(number, "FAILED", jobs.log(output, number))
+    text = jobs.log(output, number).read_text()
+    assert "gone.jsonl" in text and "failed with exit code 2" in text
+    assert cluster.restarts(number) == 0
+
+
+@pytest.mark.dist
+def test_the_script_without_a_launcher_trains_on_two_nodes(cluster, tiny_recipe, undisturbed, runs, tmp_path):
+    environment = {"GLOO_SOCKET_IFNAME": "lo"}
+    script = str(ROOT / "launch" / "scripts" / "sbatch.sh")
+    options = (f"--output={tmp_path}/log", "--parsable")
+    said = cluster.run("sbatch", *options, script, *tiny_recipe, *LONG, f"output={tmp_path}/run", **environment)
+    cluster.wait(said.stdout.strip(), "COMPLETED", tmp_path / "log")
+    runs.assert_close(runs.rows(tmp_path / "run"), runs.rows(undisturbed), 1e-5)

@@ -1,0 +1,222 @@
+"""Cluster profiles and the scripts that become of them, without a SLURM."""
+
+import itertools
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launch.cli import main
+from launch.slurm.profile import ClusterProfile, load_profile
+from launch.slurm.script import Job, render
+from launch.slurm.step import srun_command, step_script
+from rlhf.core.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[3]
+EXAMPLE = ROOT / "launch" / "clusters" / "example.yaml"
+
+
+def refusal(tmp_path: Path, **settings) -> str:
+    path = tmp_path / "cluster.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    with pytest.raises(ConfigError) as caught:
+        load_profile([path], [])
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"node": 2}, "did you mean nodes?"),
+        ({"nodes": 0}, "nodes = 0"),
+        ({"time": "tomorrow"}, "time = tomorrow: expected"),
+        ({"time": "00:05:00"}, "signal_lead_seconds = 300 leaves nothing of time = 00:05:00 (300 s)"),
+        ({"container": ["apptainer", "exec", "x.sif"], "venv": ".venv"}, "venv and container exclude each other"),
+        ({"sbatch_options": ["exclusive"]}, "'exclusive' is no option"),
+        ({"environment": {"A-B": "1"}}, "environment.A-B"),
+        ({"device_kind": "tpu"}, "device_kind"),
+        ({"environment": {"OMP_NUM_THREADS": 8}}, "put it in quotes"),
+    ],
+)
+def test_a_profile_that_describes_no_job_is_refused_with_the_key(tmp_path, settings, message):
+    assert message in refusal(tmp_path, **settings)
+
+
+def test_a_time_that_yaml_reads_as_a_number_is_refused_with_the_remedy(tmp_path):
+    path = tmp_path / "cluster.yaml"
+    path.write_text("time: 24:00:00\n")  # base 60 in YAML 1.1
+    try:
+        assert load_profile([path], []).time == "24:00:00"
+    except ConfigError as error:
+        assert "put it in quotes" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90", 5400), ("90:30", 5430), ("2:00:05", 7205), ("1-0", 86400), ("1-2:3", 93780), ("1-2:3:4", 93784)],
+)
+def test_times_are_read_as_slurm_reads_them(text, seconds):
+    assert ClusterProfile(time=text).time_seconds == seconds
+
+
+def job(**changes) -> Job:
+    words = ("reward", "--config", "a recipe.yaml", "data.train=it's.jsonl")
+    return Job(**{"name": "r", "title": "reward", "output": Path("runs/my run"), "arguments": words} | changes)
+
+
+PROFILES = [
+    {"nodes": nodes, "device_kind": kind, "requeue": requeue, **more}
+    for nodes, kind, requeue, more in itertools.product(
+        [1, 3],
+        ["gpu", "cpu"],
+        [True, False],
+        [
+            {},
+            {
+                "modules": ("cuda/12.8",),
+                "environment": {"A": "it's $HOME"},
+                "interface": "ib0",
+                "setup": ("ulimit -l unlimited",),
+                "srun_options": ("--container-image=/a b.sqsh",),
+                "container": ("apptainer", "exec", "--bind", "/a b", "x.sif"),
+            },
+        ],
+    )
+]
+
+
+@pytest.mark.parametrize("settings", PROFILES, ids=lambda each: "-".join(map(str, each.values()))[:20])
+def test_every_script_is_valid_shell(settings, tmp_path):
+    profile = ClusterProfile(**settings)
+    kinds = [{}] if profile.container else [{}, {"pipeline": True, "arguments": ("rlhf", "pipeline", "run", "p.yaml")}]
+    for kind in kinds:
+        path = tmp_path / "job.sh"
+        path.write_text(render(job(**kind), profile))
+        subprocess.run(["bash", "-n", path], check=True)
+        if shutil.which("shellcheck"):
+            # SC2016: the step is meant to expand on the node. SC1090/SC2034: lines of the profile.
+            done = subprocess.run(["shellcheck", "--exclude=SC2016", path], capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout
+
+
+def test_directives_say_what_the_profile_says():
+    text = render(job(), load_profile([EXAMPLE], []))
+    found = re.findall(r"^#SBATCH (.*)$", text, flags=re.MULTILINE)
+    expected = {
+        "--partition=gpu",
+        "--account=my-project",
+        "--nodes=2",
+        "--ntasks-per-node=1",
+        "--gpus-per-node=h100:8",
+        "--cpus-per-task=96",
+        "--mem=0",
+        "--time=24:00:00",
+        "--signal=B:USR1@600",
+        "--requeue",
+        "--open-mode=append",
+        f'--output="{Path.cwd()}/runs/my run/slurm/logs/%j.log"',
+    }
+    assert expected <= {*found}
+    assert not [line for line in found if "qos" in line], "what is left out is not asked for"
+
+
+def test_the_node_rank_is_resolved_on_the_node_and_not_in_the_batch_shell():
+    """In a batch shell where SLURM_NODEID is 0, a node whose SLURM_NODEID is 1 starts as node 1."""
+    text = render(job(), ClusterProfile(nodes=2, devices=4))
+    step = re.search(r"^step='\n(.*?)'$", text, flags=re.MULTILINE | re.DOTALL)[1]
+    assert step.strip() == step_script().strip()
+    before = [line for line in text.partition("step='")[0].splitlines() if not line.startswith("#")]
+    assert not [line for line in before if "SLURM_NODEID" in line]
+
+
+@pytest.fixture
+def on_node(tmp_path):
+    """``on_node(command, node)`` runs what srun would start on a node, with a deepspeed that tells its arguments."""
+    stand_in = tmp_path / "deepspeed"
+    stand_in.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\nexit ${CODE:-0}\n')
+    stand_in.chmod(0o755)
+
+    def act(command: list[str], node: int, **environment: str) -> subprocess.CompletedProcess:
+        words = command[command.index("bash") :]
+        given = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_NODEID": str(node), "SLURM_STEP_NUM_NODES": "2"}
+        return subprocess.run(words, env=given | environment, capture_output=True, text=True)
+
+    return act
+
+
+def test_a_node_starts_the_launcher_with_its_own_rank_and_the_words_unchanged(on_node, tmp_path):
+    hostfile = tmp_path / "host file"
+    hostfile.write_text("n1 slots=4\nn2 slots=4\n")
+    arguments = ["--config", "a recipe.yaml", "data.train=it's $HOME.jsonl"]
+    command = srun_command("policy.sft", arguments, hosts={"n1": 4, "n2": 4}, master_port=29511, hostfile=hostfile)
+    assert command[:4] == ["srun", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1"]
+    done = on_node(command, 1)
+    assert done.stdout.splitlines() == [
+        "--no_ssh",
+        "--node_rank=1",
+        f"--hostfile={hostfile}",
+        "--master_addr=n1",
+        "--master_port=29511",
+        "--module",
+        "policy.sft",
+        *arguments,
+    ]
+    assert "--master_addr=10.1.1.1" in on_node(command, 0, MASTER_ADDR="10.1.1.1").stdout
+
+
+def test_the_exit_code_of_the_launcher_is_that_of_the_node(on_node, tmp_path):
+    (tmp_path / "hosts").write_text("n1 slots=1\nn2 slots=1\n")
+    command = srun_command("reward", [], hosts={"n1": 1, "n2": 1}, master_port=1, hostfile=tmp_path / "hosts")
+    assert [on_node(command, 0, CODE=str(code)).returncode for code in (0, 75, 2)] == [0, 75, 2]
+
+
+@pytest.mark.parametrize("content", [None, "n1 slots=1\n"])
+def test_a_node_without_the_hostfile_of_the_step_starts_nothing(on_node, tmp_path, content):
+    """deepspeed would train on local devices, once on every node."""
+    if content:
+        (tmp_path / "hosts").write_text(content)
+    command = srun_command("reward", [], hosts={"n1": 1, "n2": 1}, master_port=1, hostfile=tmp_path / "hosts")
+    done = on_node(command, 0, SLURMD_NODENAME="n1")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"n1: hostfile {tmp_path}/hosts lists {1 if content else 0} nodes here, the step has 2" in done.stderr
+
+
+def test_a_container_wraps_the_launcher_and_its_python_is_used(tmp_path):
+    text = render(job(), ClusterProfile(container=("apptainer", "exec", "x.sif")))
+    assert "apptainer exec x.sif deepspeed --" in text
+    assert "apptainer exec x.sif python -m launch.slurm.preflight" in re.sub(r"\s*\\\n\s*", " ", text)
+    assert sys.prefix not in text
+    with pytest.raises(ConfigError, match=r"profile\.container: a pipeline"):
+        render(job(pipeline=True), ClusterProfile(container=("apptainer", "exec", "x.sif")))
+
+
+def test_render_prints_a_script_for_a_shipped_recipe_with_changes_to_recipe_and_profile(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = ["slurm", "render", "reward", "--config", "launch/recipes/reward_llama3_8b.yaml", "--profile", str(EXAMPLE)]
+    assert main([*words, "output=runs/x", "profile.nodes=4"]) == 0
+    text = capsys.readouterr().out
+    assert "#SBATCH --nodes=4" in text and "srun --nodes=4 --ntasks=4" in text
+    (line,) = [line for line in text.splitlines() if line.startswith("# Written by: ")]
+    assert main(shlex.split(line.removeprefix("# Written by: rlhf "))) == 0
+    assert capsys.readouterr().out == text, "the command in a script's header writes that script"
+
+
+def test_bad_recipes_are_refused_before_they_wait_in_a_queue(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = ["slurm", "render", "reward", "--config", "launch/recipes/reward_llama3_8b.yaml", "--profile", str(EXAMPLE)]
+    assert main([*words, "optim.learning_rte=1"]) == 2
+    assert "did you mean optim.learning_rate?" in capsys.readouterr().err
+
+
+def test_submit_without_slurm_says_where_to_go(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    words = ["slurm", "submit", "reward", "--config", "launch/recipes/reward_llama3_8b.yaml", "--profile", str(EXAMPLE)]
+    assert main([*words, f"output={tmp_path}/run"]) == 2
+    assert "sinfo: no such command here; submit on a login node" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
