@@ -1,0 +1,95 @@
+"""An all-reduce over ranks that are started as a stage would be."""
+
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from launch.doctor.finding import Finding, Subject
+from launch.hostfile import read_hostfile, unreachable_hosts
+from launch.launcher import Job, Machine, find_machine, stage_command
+from launch.stages import Stage
+from rlhf.core.errors import ConfigError
+
+MODULE = Stage("all-reduce", "rlhf.engine.bandwidth", ("rlhf.engine.bandwidth", "Bandwidth"))
+_REMEDY = {
+    "nccl": "NCCL_DEBUG=INFO says more; between nodes name the network: NCCL_SOCKET_IFNAME=eth0 (ip addr lists them)",
+    "gloo": "name the network interface: GLOO_SOCKET_IFNAME=eth0 (ip addr lists them); see that no firewall is between",
+}
+_TAIL_LINES = 3
+
+
+def all_reduce(subject: Subject) -> Iterator[Finding]:
+    """Start all ranks, let them add up a tensor, and time it."""
+    if subject.hostfile is not None and not _is_usable(subject.hostfile):
+        text = "not tried: the nodes of the hostfile cannot be used"
+        yield Finding("all-reduce", "warning", text, "see the check of the hostfile")
+        return
+    with tempfile.TemporaryDirectory(prefix="rlhf-doctor-") as folder:
+        log = Path(folder) / "ranks.log"
+        machine = find_machine(subject.ranks, subject.hostfile, Path(folder))
+        outcome = _run(stage_command(MODULE, [], machine), log, subject.seconds)
+        measured = _measured(log)
+        if measured is None:
+            yield Finding("all-reduce", "failure", f"{outcome}; the ranks said: {_tail(log)}", _remedy())
+            return
+    yield _judged(measured, machine)
+
+
+def _is_usable(hostfile: Path) -> bool:
+    try:
+        return not unreachable_hosts(read_hostfile(hostfile))
+    except ConfigError:
+        return False
+
+
+def _run(command: list[str], log: Path, seconds: float) -> str:
+    """Wait for ``command``; how it ended, in words."""
+    deadline = time.monotonic() + seconds
+    with Job(command, log) as job:
+        while time.monotonic() < deadline:
+            code = job.wait(0.5)
+            if code is not None:
+                return f"the launcher ended with exit code {code}"
+    return f"the ranks did not meet within {seconds:g} s"
+
+
+def _measured(log: Path) -> dict | None:
+    """What the main rank printed; a launcher over ssh puts the host's name before it."""
+    from rlhf.engine.bandwidth import MARK
+
+    for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
+        if MARK in line:
+            return json.loads(line.partition(MARK)[2])
+    return None
+
+
+def _judged(measured: dict, machine: Machine) -> Finding:
+    ranks, nodes, backend = measured["ranks"], measured["nodes"], measured["backend"]
+    text = (
+        f"{ranks} rank(s) on {nodes} node(s) over {backend}: {measured['bus_gb_per_second']:.2f} GB/s "
+        f"({measured['bytes'] / 2**20:.0f} MiB in {1000 * measured['seconds']:.1f} ms), "
+        f"{1e6 * measured['latency_seconds']:.0f} us for a single number"
+    )
+    wanted = len(machine.hosts) or 1
+    if not measured["correct"]:
+        remedy = "a fault of network or memory: leave out nodes one by one until it is gone"
+        return Finding("all-reduce", "failure", f"the sum is wrong: {text}", remedy, measured)
+    if nodes < wanted:
+        remedy = "see that host names differ and that the launcher starts all nodes"
+        return Finding("all-reduce", "failure", f"only {nodes} of {wanted} nodes took part: {text}", remedy, measured)
+    if ranks == 1:
+        text = "one rank: nothing to reduce with"
+    return Finding("all-reduce", "ok", text, values=measured)
+
+
+def _remedy() -> str:
+    import torch
+
+    return _REMEDY["nccl" if torch.cuda.is_available() else "gloo"]
+
+
+def _tail(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return " | ".join(lines[-_TAIL_LINES:]) or "nothing"

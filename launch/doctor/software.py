@@ -1,0 +1,120 @@
+"""Versions, build tools, and the ops that DeepSpeed compiles."""
+
+import importlib.metadata
+import importlib.resources
+import platform
+from collections.abc import Iterator
+from typing import Any
+
+from launch.doctor.finding import Finding, Subject
+from rlhf.core.errors import ConfigError
+
+DISTRIBUTION = "margin-rlhf"
+NAMED = ("torch", "transformers", "deepspeed", "peft", "pot")
+"""Packages whose versions are worth naming when all is well."""
+
+
+def tested_versions() -> dict[str, str]:
+    """By package: the version that the tests ran with. The file is constraints.txt of the sources."""
+    lines = _constraints().read_text(encoding="utf-8").splitlines()
+    pairs = (line.split("==") for line in lines if "==" in line and not line.startswith("#"))
+    return {name.strip().lower(): version.strip() for name, version in pairs}
+
+
+def versions(subject: Subject) -> Iterator[Finding]:
+    """Installed packages against the oldest that work and against the tested set."""
+    tested, differing, known = tested_versions(), [], {}
+    for requirement in _requirements():
+        name = requirement.name.lower()
+        found = _installed(name)
+        if found is None:
+            yield Finding("versions", "failure", f"{name} is not installed", f"pip install '{requirement}'")
+            continue
+        known[name] = found
+        if not requirement.specifier.contains(found, prereleases=True):
+            remedy = f"pip install -c {_constraints()} {name}"
+            yield Finding("versions", "failure", f"{name} {found}: expected {requirement.specifier}", remedy)
+        elif name in tested and found.partition("+")[0] != tested[name]:
+            differing.append((name, found))
+    if differing:
+        listed = ", ".join(f"{name} {found} ({tested[name]})" for name, found in differing)
+        remedy = f"if anything behaves oddly: pip install -c {_constraints()} {' '.join(name for name, _ in differing)}"
+        yield Finding("versions", "warning", f"other than the tested versions (in brackets): {listed}", remedy)
+        return
+    named = ", ".join(f"{name} {known[name]}" for name in NAMED if name in known)
+    text = f"Python {platform.python_version()}, {named}: all {len(known)} packages as tested"
+    yield Finding("versions", "ok", text, values=known)
+
+
+def tools(subject: Subject) -> Iterator[Finding]:
+    """What compiles ops at their first use."""
+    from rlhf.engine.deepspeed_ops import build_tools
+
+    missing = build_tools()
+    if not missing:
+        yield Finding("build tools", "ok", "C++ compiler, ninja and Python headers are there")
+    for each in missing:
+        tool, _, remedy = each.partition(" (")
+        text = f"{tool} is missing: DeepSpeed cannot compile its ops"
+        yield Finding("build tools", "warning", text, remedy.removesuffix(")"))
+
+
+def ops(subject: Subject) -> Iterator[Finding]:
+    """The ops that offload needs."""
+    from rlhf.engine.deepspeed_ops import ASYNC_IO, PIN_MEMORY, PURPOSES, find_op, needed_ops
+
+    try:
+        needed = {name for config in subject.configs for name in needed_ops(resolved_settings(config))}
+    except ConfigError as error:
+        refused, *problems = (line.strip() for line in str(error).splitlines())
+        yield Finding("DeepSpeed ops", "failure", f"{refused}: {'; '.join(problems)}", "rlhf ds show --config RECIPE")
+        return
+    for lock in [lock for name in (*PURPOSES, PIN_MEMORY) for lock in find_op(name).locks]:
+        text = f"{lock} is there: a build runs, or was killed, and runs would wait for it without an end"
+        yield Finding("DeepSpeed ops", "warning", text, f"if no build runs: rm {lock}")
+    for name, purpose in PURPOSES.items():
+        op = find_op(name)
+        if op.usable:
+            state = "is compiled" if op.built else "can be compiled at its first use"
+            yield Finding("DeepSpeed ops", "ok", f"{name} ({purpose}) {state}")
+            continue
+        text = f"{name} ({purpose}) cannot be compiled: missing {' and '.join(op.missing)}"
+        if subject.configs and name not in needed:
+            yield Finding("DeepSpeed ops", "ok", f"{text}; not needed by this recipe")
+            continue
+        status = "failure" if name == ASYNC_IO and name in needed else "warning"
+        without = "take zero3_offload" if name == ASYNC_IO else "go on with torch's AdamW, which is slower"
+        yield Finding("DeepSpeed ops", status, text, f"install what is missing, or {without}")
+
+
+def resolved_settings(config: Any) -> dict[str, Any]:
+    """The DeepSpeed JSON of a recipe but for the sizes that follow the model; empty for the local engine."""
+    from rlhf.engine.build import run_values
+    from rlhf.engine.deepspeed_config import resolve
+
+    if config.engine.kind != "deepspeed":
+        return {}
+    values = run_values(config.engine, config.optim, world_size=1, local_size=1, hidden_size=1024)
+    return resolve(config.engine.deepspeed, values)
+
+
+def _requirements() -> list[Any]:
+    from packaging.requirements import Requirement
+
+    try:
+        listed = importlib.metadata.requires(DISTRIBUTION) or []
+    except importlib.metadata.PackageNotFoundError:  # a checkout on the path: nothing says which versions are too old
+        return [Requirement(name) for name in NAMED]
+    needed = map(Requirement, listed)
+    return [each for each in needed if each.marker is None or each.marker.evaluate({"extra": ""})]
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _constraints() -> Any:
+    return importlib.resources.files("launch.doctor") / "constraints.txt"
