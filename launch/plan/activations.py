@@ -1,0 +1,121 @@
+"""Bytes that a forward pass keeps for the backward pass, and those of a moment in between.
+
+The formulas count the tensors that autograd saves in Transformers' Llama-like layers (RMSNorm, rotary embedding,
+grouped attention, gated MLP), term by term; tests compare them with what saved_tensors_hooks of torch sees.
+With D, F, A, G = hidden, intermediate, query and key width, s bytes a number and n tokens:
+
+    norm        s = 4: D (input) + D (normalised)           s = 2: 2 D (input in float32) + D (normalised)
+    its output  D, read by the projections behind it
+    attention   A (query) + 2 G (keys, values) + A (output) + one float32 per head (log-sum-exp)
+    MLP         4 F (gate, its activation, up, their product)
+
+References:
+    Korthikanti et al. (2022), arXiv:2205.05198, section 4, does the same for GPT's layers.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from launch.plan.shapes import Attention, ModelShape
+
+Trained = Literal["full", "lora", "none"]
+
+FLOAT32 = 4
+PROJECTIONS = 7
+"""Linear maps of a layer: query, key, value, output, gate, up, down."""
+CHUNK_LOGITS = 3
+"""float32 tensors of a chunk of logits that are alive at once: logits, their exponentials or slopes, a product."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """The tokens that one rank computes at once."""
+
+    tokens: int
+    """Padded, of all row groups of a micro-batch."""
+    group_tokens: int
+    """Of the largest row group: what one layer computes at once."""
+    squares: int
+    """Sum over rows of their padded length squared; for eager attention."""
+    group_squares: int = 0
+    """The same of the largest row group."""
+
+
+def layer_bytes(
+    shape: ModelShape,
+    tokens: int,
+    *,
+    size: int,
+    attention: Attention = "sdpa",
+    trained: Trained = "full",
+    lora_rank: int = 0,
+    squares: int = 0,
+) -> int:
+    """Bytes that one layer keeps of ``tokens`` tokens until its backward pass.
+
+    Args:
+        shape: of the model.
+        tokens: padded tokens.
+        size: bytes of a number: 4 or 2.
+        attention: eager keeps the ``T x T`` weights twice over (float32 softmax, and its copy in the run's precision).
+        trained: full: weights have gradients. lora: adapters only, and norms are frozen. none: nothing is kept.
+        lora_rank: of the adapters.
+        squares: sum over rows of their padded length squared.
+    """
+    if trained == "none":
+        return 0
+    width, mlp = shape.hidden, shape.intermediate
+    norm = norm_bytes(width, size=size, trained=trained == "full") + width * size
+    keys = shape.query_width if attention == "eager" else shape.kv_width  # eager repeats them for each query head
+    attend = (2 * shape.query_width + 2 * keys) * size
+    per_token = 2 * norm + attend + 4 * mlp * size
+    if trained == "lora":
+        per_token += PROJECTIONS * lora_rank * size
+    if attention == "eager":
+        scores = shape.heads * squares * (FLOAT32 if size == FLOAT32 else FLOAT32 + size)
+        return tokens * per_token + scores
+    return tokens * (per_token + shape.heads * FLOAT32)
+
+
+def norm_bytes(width: int, *, size: int, trained: bool) -> int:
+    """Bytes per token that an RMSNorm keeps: input and root in float32, and the normalised values for its weight."""
+    return width * FLOAT32 + FLOAT32 + (width * size if trained else 0)
+
+
+def boundary_bytes(shape: ModelShape, tokens: int, *, size: int) -> int:
+    """What gradient checkpointing keeps of a layer: its input."""
+    return tokens * shape.hidden * size
+
+
+def working_bytes(shape: ModelShape, group_tokens: int, *, size: int) -> int:
+    """Passing tensors of one layer: of its MLP, the widest part, three of width F, and two of the hidden width.
+
+    Forward: gate, up and their product before one is freed; backward: the gradients of these.
+    """
+    return group_tokens * (3 * shape.intermediate + 2 * shape.hidden) * size
+
+
+def head_bytes(shape: ModelShape, tokens: int, *, size: int, chunk_tokens: int, backward: bool, trained: bool) -> int:
+    """Around the output projection of rlhf.core.logprobs: chunks of logits, never those of whole rows.
+
+    ``CHUNK_LOGITS`` float32 tensors ``(chunk, V)``; the states of the response tokens (all tokens, at most) and, in the
+    backward pass of a trained head, its gradient ``(V, D)`` in float32.
+    """
+    chunk = min(chunk_tokens, tokens) * shape.vocabulary * FLOAT32 * CHUNK_LOGITS
+    states = tokens * shape.hidden * size
+    gradient = shape.vocabulary * shape.hidden * FLOAT32 if backward and trained else 0
+    return chunk + states * (2 if backward else 1) + gradient
+
+
+def cache_bytes(shape: ModelShape, rows: int, tokens: int, *, size: int) -> int:
+    """Keys and values of ``rows`` rows with room for ``tokens`` tokens each: 2 layers x kv_width numbers a token.
+
+    One layer's worth comes on top while the cache of the prompts is copied into its buffers.
+    """
+    layer = 2 * rows * tokens * shape.kv_width * size
+    return (shape.layers + 1) * layer
+
+
+def next_token_bytes(shape: ModelShape, rows: int) -> int:
+    """Logits of one decoding step in float32, sorted and summed beside them: ``(rows, V)`` four times."""
+    return 4 * rows * shape.vocabulary * FLOAT32

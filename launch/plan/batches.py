@@ -1,0 +1,123 @@
+"""Batch arithmetic: the micro-batches that the run's own planner makes of real lengths, or of assumed ones."""
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+
+from launch.plan.activations import Load
+from rlhf.data.batching import MicroBatchPlan, global_batch, plan_micro_batches, steps_per_epoch
+from rlhf.train.options import TrainConfig
+
+SAMPLED_STEPS = 12
+"""Steps whose micro-batches are planned, evenly over the first epoch."""
+GAMMA_SHAPE = 4.0
+"""Of assumed lengths: a coefficient of variation of 1/2, as in usual preference data."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchPlan:
+    """What a step of one optimizer is made of."""
+
+    items: int | None
+    """Of the training data; ``None`` if nobody knows."""
+    global_batch: int
+    steps_per_epoch: int | None
+    total_steps: int | None
+    micro_batches: float
+    """Of a step, on each rank, on average."""
+    most_micro_batches: int
+    tokens_per_step: float
+    """Real ones, over all ranks."""
+    padded_per_step: float
+    squares_per_step: float
+    """Sum over rows of their padded length squared, over all ranks."""
+    load: Load
+    """The largest micro-batch of a rank."""
+    lengths_from: str
+
+
+def assumed_lengths(rows: int, mean_tokens: float, rows_per_item: int, longest: int) -> np.ndarray:
+    """``(rows, S)`` lengths, gamma-distributed around ``mean_tokens`` and cut at ``longest``; the same every time."""
+    drawn = np.random.default_rng(0).gamma(GAMMA_SHAPE, mean_tokens / GAMMA_SHAPE, (rows, rows_per_item))
+    return np.clip(np.round(drawn), 2, longest).astype(np.int64)
+
+
+def batch_plan(
+    lengths: np.ndarray, train: TrainConfig, *, ranks: int, known_items: bool, lengths_from: str
+) -> BatchPlan:
+    """Plan steps as :class:`rlhf.train.batches.BatchMaker` does.
+
+    Args:
+        lengths: ``(N, S)`` tokens of the rows of each item.
+        train: the recipe's section.
+        ranks: data-parallel ranks.
+        known_items: whether ``lengths`` are as many as the data has; else only the sizes of a step come out.
+        lengths_from: in words.
+    """
+    from rlhf.train.stage import total_steps
+
+    steps = steps_per_epoch(len(lengths), train.global_batch_size)
+    total = total_steps(train, len(lengths)) if known_items else train.max_steps
+    planned = min(steps, total or steps)
+    sampled = np.unique(np.linspace(0, planned - 1, min(planned, SAMPLED_STEPS)).astype(int))
+    plans, real = [], 0.0
+    for step in sampled.tolist():
+        chosen = global_batch(step, items=len(lengths), batch_size=train.global_batch_size, seed=train.seed)
+        real += float(lengths[chosen].sum())
+        plans.append((lengths[chosen], _planned(lengths[chosen], train, ranks)))
+    loads = [
+        load_of(batch, plan) for batch, micro_steps in plans for micro_step in micro_steps for plan in micro_step
+    ]
+    counts = [len(micro_steps) for _, micro_steps in plans]
+    return BatchPlan(
+        items=len(lengths) if known_items else None,
+        global_batch=train.global_batch_size,
+        steps_per_epoch=steps if known_items else None,
+        total_steps=total,
+        micro_batches=float(np.mean(counts)),
+        most_micro_batches=max(counts),
+        tokens_per_step=real / len(sampled),
+        padded_per_step=sum(load.tokens for load in loads) / len(sampled),
+        squares_per_step=sum(load.squares for load in loads) / len(sampled),
+        load=_largest(loads),
+        lengths_from=lengths_from,
+    )
+
+
+def load_of(lengths: np.ndarray, plan: MicroBatchPlan) -> Load:
+    """What a micro-batch has the device compute."""
+    if not plan.items:
+        return Load(tokens=1, group_tokens=1, squares=1, group_squares=1)
+    rows = lengths[list(plan.items)].T.reshape(-1)
+    groups = [(len(group), int(rows[list(group)].max())) for group in plan.groups]
+    return Load(
+        tokens=sum(count * width for count, width in groups),
+        group_tokens=max(count * width for count, width in groups),
+        squares=sum(count * width**2 for count, width in groups),
+        group_squares=max(count * width**2 for count, width in groups),
+    )
+
+
+def _planned(lengths: np.ndarray, train: TrainConfig, ranks: int) -> list[list[MicroBatchPlan]]:
+    values = np.ascontiguousarray(lengths, np.int64)
+    return _planned_once(values.tobytes(), values.shape[1], train.micro_batch_tokens, ranks, train.row_groups)
+
+
+@functools.lru_cache(maxsize=256)
+def _planned_once(
+    content: bytes, rows_per_item: int, token_budget: int, ranks: int, row_groups: int
+) -> list[list[MicroBatchPlan]]:
+    """Advice plans the same batches again and again; planning them is most of the work."""
+    lengths = np.frombuffer(content, np.int64).reshape(-1, rows_per_item)
+    return plan_micro_batches(lengths, token_budget=token_budget, ranks=ranks, row_groups=row_groups)
+
+
+def _largest(loads: list[Load]) -> Load:
+    """The most of everything: a step that is short of memory once has failed."""
+    return Load(
+        tokens=max(load.tokens for load in loads),
+        group_tokens=max(load.group_tokens for load in loads),
+        squares=max(load.squares for load in loads),
+        group_squares=max(load.group_squares for load in loads),
+    )

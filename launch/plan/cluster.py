@@ -1,0 +1,157 @@
+"""What a run is planned for: nodes, devices, memory, rates."""
+
+import os
+import re
+from dataclasses import dataclass
+
+from rlhf.core.errors import ConfigError
+
+GIB = 2**30
+UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """A device by its data sheet."""
+
+    memory: int
+    """Bytes that a program sees."""
+    flops: float
+    """Dense bfloat16 operations a second."""
+    bandwidth: float
+    """Bytes a second from its memory."""
+
+
+DEVICES = {
+    "h100-80gb": Device(memory=81_559 * 2**20, flops=989e12, bandwidth=3.35e12),
+    "h200": Device(memory=143_771 * 2**20, flops=989e12, bandwidth=4.8e12),
+    "a100-80gb": Device(memory=81_920 * 2**20, flops=312e12, bandwidth=2.0e12),
+    "a100-40gb": Device(memory=40_960 * 2**20, flops=312e12, bandwidth=1.555e12),
+    "l40s": Device(memory=46_068 * 2**20, flops=362e12, bandwidth=0.864e12),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """The shape of the machine."""
+
+    nodes: int
+    devices_per_node: int
+    name: str
+    """Of the device, in words."""
+    device_memory: int
+    """Bytes of one device; on CPUs, of a node."""
+    host_memory: int | None
+    """Bytes of a node; ``None`` if nobody said."""
+    flops: float | None
+    """Peak rate of one device, or ``None``: no times are given."""
+    utilisation: float
+    """Share of the peak that training reaches."""
+    bandwidth: float | None = None
+    on_cpu: bool = False
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.devices_per_node
+
+    @property
+    def rate(self) -> float | None:
+        """Operations a second of one device."""
+        return None if self.flops is None else self.flops * self.utilisation
+
+
+def parse_bytes(text: str) -> int:
+    """``80GiB``, ``80g`` or ``640000MB`` as bytes.
+
+    Raises:
+        ValueError: for anything else, or nothing.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    if found is None or found[2].lower() not in UNITS or float(found[1]) <= 0:
+        raise ValueError(f"{text}: expected a size such as 80GiB or 512GB")
+    return int(float(found[1]) * UNITS[found[2].lower()])
+
+
+def cluster_of(
+    *,
+    nodes: int,
+    devices_per_node: int | None,
+    device: str | None,
+    device_memory: int | None,
+    host_memory: int | None,
+    flops: float | None,
+    utilisation: float,
+) -> Cluster:
+    """From the options of the command; what is not given is asked of this machine.
+
+    Raises:
+        ConfigError: for a device that nobody knows.
+    """
+    if device is not None and device not in (*DEVICES, "cpu"):
+        raise ConfigError(f"--device {device}: expected one of {', '.join(DEVICES)}, cpu; or give --device-memory")
+    if device in DEVICES:
+        known = DEVICES[device]
+        return Cluster(
+            nodes=nodes,
+            devices_per_node=devices_per_node or 8,
+            name=device,
+            device_memory=device_memory or known.memory,
+            host_memory=host_memory,
+            flops=flops or known.flops,
+            utilisation=utilisation,
+            bandwidth=known.bandwidth,
+        )
+    if device_memory is not None and device is None:
+        return Cluster(
+            nodes=nodes,
+            devices_per_node=devices_per_node or 8,
+            name=f"device of {device_memory / GIB:.1f} GiB",
+            device_memory=device_memory,
+            host_memory=host_memory,
+            flops=flops,
+            utilisation=utilisation,
+        )
+    here = None if device == "cpu" else _device_here()
+    if here is not None:
+        name, memory, count = here
+        known = next((DEVICES[key] for key in DEVICES if key.partition("-")[0] in name.lower()), None)
+        return Cluster(
+            nodes=nodes,
+            devices_per_node=devices_per_node or count,
+            name=name,
+            device_memory=memory,
+            host_memory=host_memory or host_bytes(),
+            flops=flops or (known and known.flops),
+            utilisation=utilisation,
+            bandwidth=known and known.bandwidth,
+        )
+    memory = host_memory or device_memory or host_bytes()
+    if memory is None:
+        raise ConfigError("the memory of this machine is not known; give --host-memory, for example 64GiB")
+    return Cluster(
+        nodes=nodes,
+        devices_per_node=devices_per_node or min(2, len(os.sched_getaffinity(0))),
+        name="cpu",
+        device_memory=memory,
+        host_memory=memory,
+        flops=flops,
+        utilisation=utilisation,
+        on_cpu=True,
+    )
+
+
+def host_bytes() -> int | None:
+    """Memory of this machine, or of the control group that it lends."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (OSError, ValueError):
+        return None
+
+
+def _device_here() -> tuple[str, int, int] | None:
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_name(0), torch.cuda.mem_get_info(0)[1], torch.cuda.device_count()

@@ -1,0 +1,261 @@
+"""Models without weights: what the stages would load, built on torch's meta device to be counted."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from launch.plan.activations import Trained
+from launch.plan.shapes import KNOWN, ModelShape, known_name, shape_of
+from launch.plan.states import Numbers
+from rlhf.core.errors import ModelError
+from rlhf.models.options import BackboneConfig
+
+Kind = Literal["language model", "reward model"]
+IMPORTED = {"smollm2": "smollm2-135m"}
+"""Shapes of what the import stage knows by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """Where to look for models that are not on disk."""
+
+    fallback: str | None = None
+    """``--model-config``: a name of :data:`KNOWN`, or a config.json."""
+    made: Mapping[str, BackboneConfig] = field(default_factory=dict)
+    """Folders that earlier stages of a pipeline will leave behind, and what these start from."""
+    counted: dict[tuple[str, ...], "EmptyModel"] = field(default_factory=dict, compare=False, repr=False)
+    """Models that were built before: advice plans the same ones again and again."""
+
+    def origin(self, config: BackboneConfig) -> BackboneConfig:
+        """What the model at ``config.path`` will have come from, if an earlier stage is to make it."""
+        seen: set[str] = set()
+        while config.path in self.made and config.path not in seen and not _config_file(config.path).is_file():
+            seen.add(config.path)
+            start = self.made[config.path]
+            config = replace(config, path=start.path, layers=config.layers or start.layers)
+        return config
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmptyModel:
+    """A model's parameters, counted as the stages freeze and adapt them."""
+
+    kind: Kind
+    origin: str
+    """Where its configuration came from."""
+    shape: ModelShape
+    sizes: tuple[int, ...]
+    """Elements of every parameter tensor."""
+    trained_sizes: tuple[int, ...]
+    matrix_parameters: int
+    """Of the layers' linear maps, adapters included: what every token is multiplied by."""
+    active_layers: int
+    """Layers that a backward pass goes through."""
+    trained: Trained
+    head_trained: bool
+    """Whether the output projection has a gradient; a reward model's small head does not count."""
+    lora_rank: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def trainable(self) -> int:
+        return sum(self.trained_sizes)
+
+    def numbers(self, persistent: int = 0) -> Numbers:
+        """For the formulas of the states; ``persistent`` is stage 3's threshold."""
+        return Numbers(
+            total=self.total,
+            trainable=self.trainable,
+            largest=max(self.sizes),
+            largest_trainable=max(self.trained_sizes, default=0),
+            layers=self.shape.layers,
+            vectors=sum(each for each in self.sizes if each <= persistent),
+        )
+
+
+def empty_model(config: BackboneConfig, kind: Kind, *, sources: Sources | None = None, setting: str) -> EmptyModel:
+    """The model of a recipe's section.
+
+    Args:
+        config: which model, and what of it is trained.
+        kind: which head it gets.
+        sources: for a model that is not on disk.
+        setting: of the recipe that names the path, for messages.
+    Raises:
+        ModelError: if nothing says what the model's shape is.
+    """
+    sources = sources or Sources()
+    key = (repr(config), kind)
+    if key not in sources.counted:
+        sources.counted[key] = _built(config, kind, sources, setting)
+    return sources.counted[key]
+
+
+def _built(config: BackboneConfig, kind: Kind, sources: Sources, setting: str) -> EmptyModel:
+    from accelerate import init_empty_weights
+
+    settings, origin = model_settings(config, sources, setting)
+    with init_empty_weights(include_buffers=True):
+        model = _bare_model(settings, kind)
+        _freeze_and_adapt(model, config)
+    return _counted(model, config, kind, origin, shape_of(settings))
+
+
+def without_training(model: EmptyModel) -> EmptyModel:
+    """The same, only asked."""
+    return replace(model, trained_sizes=(), active_layers=0, trained="none", head_trained=False)
+
+
+def model_settings(config: BackboneConfig, sources: Sources, setting: str) -> tuple[Any, str]:
+    """The Transformers configuration cut to ``config.layers``, and where it came from."""
+    from rlhf.models.backbones import load_model_config
+
+    config = sources.origin(config)
+    path, fallback = Path(config.path).expanduser(), sources.fallback
+    if _config_file(config.path).is_file():
+        content = _read_json(_config_file(config.path))
+        if "backbone_model_type" not in content:
+            return load_model_config(config), f"{config.path}/config.json"
+        return _from_mapping(content | {"model_type": content["backbone_model_type"]}, config), config.path
+    cached = None if path.is_absolute() or config.path.startswith(".") else _from_hub_cache(config)
+    if fallback is not None:
+        return _from_mapping(_named(fallback), config), f"--model-config {fallback}"
+    if cached is not None:
+        return cached, f"{config.path} in the hub's cache"
+    name = known_name(config.path)
+    if name is None:
+        raise ModelError(
+            f"{setting} = {config.path}: there is no such folder, and the plan does not know the name (it knows "
+            f"{', '.join(KNOWN)}). Give its shape with --model-config: one of these names, or a config.json"
+        )
+    return _from_mapping(KNOWN[name], config), f"the published shape of {name}"
+
+
+def _config_file(path: str) -> Path:
+    return Path(path).expanduser() / "config.json"
+
+
+def _from_hub_cache(config: BackboneConfig) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        settings = AutoConfig.from_pretrained(config.path, revision=config.revision, local_files_only=True)
+    except (OSError, ValueError):
+        return None
+    return _cut(settings, config)
+
+
+def _named(fallback: str) -> Mapping[str, Any]:
+    if fallback in KNOWN:
+        return KNOWN[fallback]
+    path = Path(fallback)
+    if path.is_dir():
+        path = path / "config.json"
+    if not path.is_file():
+        raise ModelError(f"--model-config {fallback}: no such file, and no known name ({', '.join(KNOWN)})")
+    return _read_json(path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict) or "model_type" not in content:
+        raise ModelError(f"{path}: no model configuration: expected an object with model_type in it")
+    return content
+
+
+def _from_mapping(content: Mapping[str, Any], config: BackboneConfig) -> Any:
+    from transformers import AutoConfig
+
+    kept = {key: value for key, value in content.items() if key not in ("model_type", "backbone_model_type")}
+    try:
+        settings = AutoConfig.for_model(content["model_type"], **kept)
+    except (KeyError, ValueError) as error:
+        raise ModelError(f"model_type = {content['model_type']}: Transformers does not know it: {error}") from error
+    return _cut(settings, config)
+
+
+def _cut(settings: Any, config: BackboneConfig) -> Any:
+    if config.layers is not None:
+        if config.layers > settings.num_hidden_layers:
+            raise ModelError(f"model.layers = {config.layers}, but {config.path} has {settings.num_hidden_layers}")
+        settings.num_hidden_layers = config.layers
+        if getattr(settings, "layer_types", None):
+            settings.layer_types = settings.layer_types[: config.layers]
+    return settings
+
+
+def _bare_model(settings: Any, kind: Kind) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    if kind == "language model":
+        return AutoModelForCausalLM.from_config(settings)
+    settings.num_labels = 1
+    return AutoModelForSequenceClassification.from_config(settings)
+
+
+def _freeze_and_adapt(model: Any, config: BackboneConfig) -> None:
+    """By the functions that the stages use."""
+    from rlhf.models.backbones import HEAD_NAMES, add_lora, freeze_lower_layers
+
+    if config.lora is None:
+        freeze_lower_layers(model, config.freeze_layers)
+        return
+    add_lora(model, config.lora, freeze_layers=config.freeze_layers)
+    for name in HEAD_NAMES:
+        if hasattr(model, name):
+            getattr(model, name).requires_grad_(True)
+
+
+def _counted(model: Any, config: BackboneConfig, kind: Kind, origin: str, shape: ModelShape) -> EmptyModel:
+    from torch import nn
+
+    from rlhf.models.backbones import decoder_layers
+
+    parameters = list(model.parameters())
+    layers = decoder_layers(model)
+    matrices = sum(
+        module.weight.numel() for layer in layers for module in layer.modules() if isinstance(module, nn.Linear)
+    )
+    head = model.get_output_embeddings() if kind == "language model" else None
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    embedding_trained = model.get_input_embeddings().weight.requires_grad
+    first = 0 if embedding_trained else _first_trained(layers)
+    return EmptyModel(
+        kind=kind,
+        origin=origin,
+        shape=shape,
+        sizes=tuple(parameter.numel() for parameter in parameters),
+        trained_sizes=tuple(parameter.numel() for parameter in trained),
+        matrix_parameters=matrices,
+        active_layers=len(layers) - first,
+        trained="lora" if config.lora is not None else "full",
+        head_trained=head is not None and head.weight.requires_grad,
+        lora_rank=config.lora.rank if config.lora is not None else 0,
+    )
+
+
+def _first_trained(layers: Any) -> int:
+    for number, layer in enumerate(layers):
+        if any(parameter.requires_grad for parameter in layer.parameters()):
+            return number
+    return len(layers)
+
+
+def made_by(kind: str, config: Any) -> BackboneConfig | None:
+    """What the model that a stage publishes has the shape of; ``None`` for stages that publish none.
+
+    Args:
+        kind: of the stage: import, sft, reward, preference, ppo, evaluate.
+        config: its recipe.
+    """
+    if kind == "import":
+        return BackboneConfig(path=IMPORTED.get(config.source, config.source))
+    return getattr(config, "model", None) if kind != "evaluate" else None

@@ -1,0 +1,332 @@
+"""The plan of one stage: its moments, batches, times and disk, and whether it fits."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from launch.plan.activations import Load, cache_bytes, next_token_bytes
+from launch.plan.batches import BatchPlan, batch_plan
+from launch.plan.cluster import Cluster
+from launch.plan.data import Lengths, lengths_of
+from launch.plan.models import Sources
+from launch.plan.moments import (
+    HOST_BASE_CPU,
+    HOST_BASE_CUDA,
+    Moment,
+    Work,
+    beside,
+    forward_moment,
+    on_this_machine,
+    resting,
+    training_moments,
+    work_of,
+)
+from launch.plan.recipes import SIZES, Role, Roles, precision_of_plan, roles_of
+from launch.plan.states import States
+
+COPY_SHARE = 0.5
+"""Of free memory, what a copy of the weights for rollouts may take (policy/generation/weights.py)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What the command line asks for besides the recipe."""
+
+    sources: Sources = field(default_factory=Sources)
+    rows: int | None = None
+    mean_tokens: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagePlan:
+    """What one stage needs."""
+
+    stage: str
+    config: Any
+    cluster: Cluster
+    precision: str
+    roles: Roles
+    states: dict[str, States]
+    moments: tuple[Moment, ...]
+    publishing: Moment | None
+    """Of the main rank's host."""
+    batches: BatchPlan
+    lengths: Lengths
+    notes: tuple[str, ...]
+
+    @property
+    def size(self) -> int:
+        return SIZES[self.precision]
+
+    @property
+    def device_peak(self) -> Moment:
+        return max(self.moments, key=lambda moment: moment.device_bytes)
+
+    @property
+    def host_peak(self) -> Moment:
+        """Of one rank; publishing counts on the main rank only."""
+        return max(self.moments, key=lambda moment: moment.host_bytes)
+
+    @property
+    def node_host_bytes(self) -> int:
+        """Of the node that holds the main rank."""
+        ranks = self.cluster.devices_per_node
+        together = ranks * self.host_peak.host_bytes
+        if self.publishing is None:
+            return together
+        rest = self.moments[-1].host_bytes
+        return max(together, (ranks - 1) * rest + self.publishing.host_bytes)
+
+    @property
+    def device_free(self) -> int:
+        """Bytes of a device that stay free at the peak; negative if too many are needed. On a CPU, of the node."""
+        if self.cluster.on_cpu:
+            return self.cluster.device_memory - self.node_host_bytes
+        return self.cluster.device_memory - self.device_peak.device_bytes
+
+    @property
+    def host_free(self) -> int | None:
+        memory = self.cluster.host_memory
+        return None if memory is None else memory - self.node_host_bytes
+
+    @property
+    def fits(self) -> bool:
+        return self.device_free >= 0 and (self.host_free is None or self.host_free >= 0)
+
+    @property
+    def peak(self) -> Moment:
+        """Of a rank, where it matters: the device's, or the host's on a CPU."""
+        return self.host_peak if self.cluster.on_cpu else self.device_peak
+
+    @property
+    def largest_item(self) -> tuple[str, int]:
+        peak = self.peak
+        items = peak.host if self.cluster.on_cpu else peak.device
+        return max(items.items(), key=lambda item: item[1])
+
+
+def plan_stage(stage: str, config: Any, cluster: Cluster, request: Request) -> StagePlan:
+    """Plan ``stage`` with its recipe ``config`` on ``cluster``.
+
+    Raises:
+        ModelError: if nothing says what shape a model has.
+        ConfigError: if the recipe cannot be run like that.
+    """
+    return _Planner(stage, config, cluster, request).plan()
+
+
+class _Planner:
+    def __init__(self, stage: str, config: Any, cluster: Cluster, request: Request) -> None:
+        self._stage, self._config, self._cluster, self._request = stage, config, cluster, request
+        self._precision = precision_of_plan(config, cluster)
+        self._size = SIZES[self._precision]
+        self._roles = roles_of(stage, config, cluster, request.sources)
+        self._notes = list(self._roles.notes)
+
+    def plan(self) -> StagePlan:
+        lengths = self._lengths()
+        batches = self._batches(lengths)
+        states = {role.name: self._states(role, batches) for role in self._roles.all}
+        works = {role.name: self._work(role, batches.load) for role in self._roles.all}
+        moments = [*self._loading(states), *self._steps(states, works, lengths)]
+        return StagePlan(
+            stage=self._stage,
+            config=self._config,
+            cluster=self._cluster,
+            precision=self._precision,
+            roles=self._roles,
+            states=states,
+            moments=tuple(on_this_machine(moment, on_cpu=self._cluster.on_cpu) for moment in moments),
+            publishing=self._publishing(states),
+            batches=batches,
+            lengths=lengths,
+            notes=tuple(self._notes),
+        )
+
+    # Batches
+
+    def _lengths(self) -> Lengths:
+        config = self._config
+        pairs = self._stage == "reward" or (self._stage == "preference" and config.data is not None)
+        section = config.rows if self._stage == "preference" else config.data
+        unpaired = self._stage == "preference" and config.data is None
+        return lengths_of(
+            self._stage,
+            config,
+            rows=self._request.rows,
+            mean_tokens=self._request.mean_tokens,
+            rows_per_item=2 if pairs or unpaired else 1,
+            longest=section.max_tokens,
+        )
+
+    def _batches(self, lengths: Lengths) -> BatchPlan:
+        config, ranks = self._config, self._cluster.ranks
+        if self._stage != "ppo":
+            return batch_plan(
+                lengths.values, config.train, ranks=ranks, known_items=lengths.known_items, lengths_from=lengths.origin
+            )
+        return self._rollout_batches(lengths)
+
+    def _rollout_batches(self, lengths: Lengths) -> BatchPlan:
+        """Minibatches of rollouts that all run to the limit; epochs and steps are counted in prompts."""
+        from rlhf.data.batching import steps_per_epoch
+        from rlhf.train.stage import total_steps
+
+        config = self._config
+        rows = np.repeat(lengths.values, config.rollout.samples, axis=0) + config.rollout.max_new_tokens
+        found = batch_plan(
+            rows, config.train, ranks=self._cluster.ranks, known_items=False, lengths_from=lengths.origin
+        )
+        if not lengths.known_items:
+            return found
+        count, of_step = len(lengths.values), config.rollout.prompts
+        steps = total_steps(replace(config.train, global_batch_size=of_step), count)
+        return replace(found, items=count, steps_per_epoch=steps_per_epoch(count, of_step), total_steps=steps)
+
+    # Memory
+
+    def _states(self, role: Role, batches: BatchPlan) -> States:
+        return role.states(
+            size=self._size,
+            ranks=self._cluster.ranks,
+            micro_batches=batches.most_micro_batches,
+            on_cpu=self._cluster.on_cpu,
+        )
+
+    def _work(self, role: Role, load: Load) -> Work:
+        from rlhf.core.logprobs import CHUNK_TOKENS
+
+        return work_of(
+            role.model,
+            load,
+            size=self._size,
+            attention=role.attention,
+            checkpointing=role.checkpointing,
+            chunk_tokens=CHUNK_TOKENS,
+        )
+
+    def _loading(self, states: dict[str, States]) -> list[Moment]:
+        """Models are loaded one after the other, whole and on the CPU of each rank; DeepSpeed first puts all of one
+        on its device, whatever the stage, and then shares it out."""
+        moments, there = [], []
+        for role in self._loading_order():
+            whole = self._size * role.model.total
+            host = {f"{role.name}: weights as loaded": whole}
+            on_host = Moment(name=f"{role.name}: loading", device={}, host=host)
+            on_device = Moment(name=f"{role.name}: placing", device={f"{role.name}: weights whole": whole}, host={})
+            new = [on_host] if self._cluster.on_cpu else [on_host, on_device]
+            moments += beside(new, there)
+            first = states[role.name]
+            there.append(resting(role.name, replace(first, moments={})))
+        return moments
+
+    def _loading_order(self) -> list[Role]:
+        """PPO loads its scorers first."""
+        loaded = [role for role in self._roles.all if role.loaded]
+        if self._stage != "ppo":
+            return loaded
+        scorers = [role for role in loaded if not role.is_trained and role.name != "reference"]
+        return [*scorers, *(role for role in loaded if role not in scorers)]
+
+    def _steps(self, states: dict[str, States], works: dict[str, Work], lengths: Lengths) -> list[Moment]:
+        roles = self._roles
+        moments = []
+        for role in roles.asked:
+            trained = role.asked  # a cache is filled before the first step, beside states without moments
+            there = [self._rest(each, states, trained) for each in roles.trained]
+            there += [self._rest(each, states, True) for each in roles.asked if each is not role and each.asked]
+            moments += beside([forward_moment(role.name, states[role.name], works[role.name], trained=False)], there)
+        if self._stage == "ppo":
+            moments += self._rollout(states, lengths)
+        for role in roles.trained:
+            there = [self._rest(each, states, True) for each in roles.all if each is not role and each.asked]
+            if self._stage == "ppo":
+                there.append(self._rollout_copy())
+            moments += beside(training_moments(role.name, states[role.name], works[role.name]), there)
+        return moments
+
+    def _rest(self, role: Role, states: dict[str, States], trained: bool) -> Moment:
+        found = states[role.name]
+        return resting(role.name, found if trained else replace(found, moments={}))
+
+    def _rollout(self, states: dict[str, States], lengths: Lengths) -> list[Moment]:
+        """Responses are written beside all resting models."""
+        config, roles = self._config, self._roles
+        policy = roles.main
+        rows = min(config.rollout.batch_rows, -(-config.rollouts // self._cluster.ranks))
+        room = int(lengths.values.max()) + config.rollout.max_new_tokens
+        shape = policy.model.shape
+        copied = self._gathers_once(policy)
+        items = {
+            "rollout: KV cache": cache_bytes(shape, rows, room, size=self._size),
+            "rollout: logits": next_token_bytes(shape, rows),
+            "policy: gathered weights": 0 if copied else states[policy.name].gathered,
+        }
+        there = [self._rest(role, states, True) for role in roles.all if role.asked]
+        return beside([Moment(name="rollout", device=items)], [*there, self._rollout_copy()])
+
+    def _gathers_once(self, policy: Role) -> bool:
+        return policy.zero is not None and policy.zero.stage == 3 and self._config.rollout.gather != "never"
+
+    def _rollout_copy(self) -> Moment:
+        """Under ZeRO-3 a whole copy of the policy to sample from; auto is taken to find the memory for it."""
+        policy = self._roles.main
+        if not self._gathers_once(policy):
+            return Moment(name="copy", device={})
+        if self._config.rollout.gather == "auto":
+            whole = self._size * policy.model.total
+            if whole > COPY_SHARE * self._cluster.device_memory:
+                return Moment(name="copy", device={})
+        return Moment(name="copy", device={"rollout: copy of the policy": self._size * policy.model.total})
+
+    def _publishing(self, states: dict[str, States]) -> Moment | None:
+        """The main rank collects all weights, rebuilds the model with them, and a fresh process reads it again."""
+        if self._config.train.publish == "none":
+            return None
+        main = self._roles.main
+        whole = self._size * main.model.total
+        base = HOST_BASE_CPU if self._cluster.on_cpu else HOST_BASE_CUDA
+        items = {
+            f"{main.name}: all weights collected": whole,
+            f"{main.name}: model to be saved": whole,
+            "fresh process that reads it again": base + 2 * whole if self._size == 2 else base + whole,
+        }
+        there = [self._rest(role, states, True) for role in self._roles.all if role.asked]
+        (moment,) = beside([Moment(name="publishing", device={}, host=items)], there)
+        return on_this_machine(moment, on_cpu=self._cluster.on_cpu)
+
+
+def checkpoint_bytes(plan: StagePlan) -> int:
+    """Of one checkpoint, over all ranks: trained weights, float32 master copies and moments.
+
+    Weights that are not trained are left out (engine.save excludes them); ZeRO-0 in float32 has no master copy.
+    """
+    total = 0
+    for role in plan.roles.trained:
+        master = 0 if plan.size == 4 and role.zero.stage in (0, 3) else 4
+        total += role.model.trainable * (plan.size + master + 8)
+    return total
+
+
+def disk(plan: StagePlan) -> dict[str, int]:
+    """Bytes that the run folder (and the reference cache) grow to, at most."""
+    train, one = plan.config.train, checkpoint_bytes(plan)
+    found = {f"{train.keep_checkpoints} latest checkpoints": train.keep_checkpoints * one}
+    has_evaluation = bool(getattr(_rows(plan), "eval_share", 0) or _rows(plan).eval_sources)
+    if has_evaluation:
+        found["best checkpoint"] = one
+    found["a checkpoint being written"] = one
+    if train.publish != "none":
+        found["final/"] = plan.size * plan.roles.main.model.total
+    if plan.stage == "preference" and plan.config.loss.needs_reference and plan.config.reference.kind != "live":
+        items = plan.batches.items
+        if items is not None:
+            found["reference cache"] = items * 2 * 2 * 4
+    return found
+
+
+def _rows(plan: StagePlan) -> Any:
+    return plan.config.rows if plan.stage == "preference" else plan.config.data
+
+

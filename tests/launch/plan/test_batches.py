@@ -1,0 +1,67 @@
+"""Batch arithmetic against the batches that a run really makes."""
+
+import numpy as np
+import pytest
+import torch
+
+from launch.plan.batches import assumed_lengths, batch_plan
+from rlhf.data.options import DataConfig
+from rlhf.data.preferences import load_preferences
+from rlhf.engine.ranks import Ranks
+from rlhf.models.tokenizer import load_tokenizer
+from rlhf.train.batches import BatchMaker
+from rlhf.train.options import TrainConfig
+
+
+@pytest.fixture(scope="module")
+def pairs(tiny_model, tiny_pairs, tmp_path_factory):
+    config = DataConfig(train=str(tiny_pairs), eval_share=0.2, cache_dir=tmp_path_factory.mktemp("cache"))
+    return load_preferences(config, load_tokenizer(str(tiny_model))).train
+
+
+def real_batches(data, train, ranks, steps):
+    """Every rank's micro-batches of the first ``steps`` steps."""
+    for step in range(steps):
+        makers = [
+            BatchMaker(
+                Ranks(rank=rank, world_size=ranks, local_rank=rank, local_size=ranks, device=torch.device("cpu")), train
+            )
+            for rank in range(ranks)
+        ]
+        yield [maker.step(data, step) for maker in makers], makers
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_micro_batches_and_tokens_are_those_of_the_run(pairs, ranks):
+    train = TrainConfig(global_batch_size=20, micro_batch_tokens=400, epochs=1.5)
+    found = batch_plan(pairs.lengths, train, ranks=ranks, known_items=True, lengths_from="counted")
+    steps = -(-len(pairs) // 20)
+    counts, largest, real, padded = [], 0, 0.0, 0.0
+    for batches, makers in real_batches(pairs, train, ranks, steps):
+        counts.append(len(batches[0]))
+        real += sum(maker.tokens for maker in makers)
+        padded += sum(maker.padded_tokens for maker in makers)
+        for batch in (each for mine in batches for each in mine if len(each)):
+            largest = max(largest, sum(group.tokens.numel() for group in batch.groups))
+    assert found.steps_per_epoch == steps
+    assert found.total_steps == int(np.ceil(1.5 * steps))
+    assert found.micro_batches == pytest.approx(np.mean(counts))
+    assert found.tokens_per_step == pytest.approx(real / steps)
+    assert found.padded_per_step == pytest.approx(padded / steps, rel=0.02)  # fillers of one token are counted, too
+    assert largest - 3 <= found.load.tokens <= largest  # a filler group may stand beside them
+
+
+def test_assumed_lengths_have_the_mean_and_the_limit():
+    lengths = assumed_lengths(4000, 300, 2, longest=500)
+    assert lengths.shape == (4000, 2)
+    assert lengths.max() == 500
+    assert lengths.mean() == pytest.approx(290, rel=0.05)  # what is cut off is missing
+    assert (lengths == assumed_lengths(4000, 300, 2, longest=500)).all()
+
+
+def test_without_a_count_of_rows_no_steps_are_invented():
+    train = TrainConfig(global_batch_size=8, micro_batch_tokens=400)
+    found = batch_plan(np.full((64, 2), 100), train, ranks=2, known_items=False, lengths_from="")
+    assert (found.items, found.steps_per_epoch, found.total_steps) == (None, None, None)
+    assert found.micro_batches == 2
+    assert found.load.tokens == 400

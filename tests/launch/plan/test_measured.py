@@ -1,0 +1,55 @@
+"""Predicted peaks against the resident memory that real runs reach. benchmarks/plan_check.py has many more cases."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from rlhf.core.errors import ModelError
+from rlhf.models.gguf import embedded_model, import_gguf
+
+pytestmark = [pytest.mark.slow, pytest.mark.dist]
+
+ROOT = Path(__file__).resolve().parents[3]
+TOLERANCE = 0.15
+SLICE = "model.layers=8"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """SmolLM2-135M-Instruct as a folder: the one of the quickstart where it is there, else imported anew."""
+    there = ROOT / "models" / "SmolLM2-135M-Instruct"
+    if (there / "model.safetensors").is_file():
+        return there
+    try:
+        source = embedded_model()
+    except ModelError as error:
+        pytest.skip(str(error))
+    folder = tmp_path_factory.mktemp("smollm2") / "model"
+    import_gguf(source, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    """The script with the cases; benchmarks are no package."""
+    specification = importlib.util.spec_from_file_location("plan_check", ROOT / "benchmarks" / "plan_check.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings", "ranks"),
+    [
+        ("reward", (SLICE, "engine.deepspeed=zero2"), 2),
+        ("reward", (SLICE, "engine.deepspeed=zero0", "train.micro_batch_tokens=6000"), 1),
+        ("reward", (SLICE, "engine.deepspeed=zero3"), 2),
+        ("sft", ("engine.deepspeed=zero2", "model.freeze_layers=20", "model.gradient_checkpointing=true"), 1),
+        ("preference", (SLICE, "engine.deepspeed=zero2", "model.lora={rank: 16}", "reference.kind=live"), 1),
+    ],
+)
+def test_the_predicted_peak_is_within_15_percent_of_the_measured_one(benchmark, model, stage, settings, ranks):
+    found = benchmark.check(benchmark.Case(stage, settings, ranks), model)
+    assert found["ratio"] == pytest.approx(1.0, abs=TOLERANCE), found
+    assert found["measured"] > 1.3 * found["items"]["libraries"], "nothing but libraries was measured"
