@@ -1,5 +1,5 @@
 # Two commands need nothing but Python 3.10+, make and a C++ compiler:
-#   make quickstart   train, evaluate and publish a reward model on a small real language model
+#   make quickstart   reward model, preference policy and PPO policy from a small real language model
 #   make test         run all tests
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 .PHONY: quickstart test lint install clean
 
 quickstart: $(STAMP)
-	$(VENV)/bin/rlhf quickstart
+	$(VENV)/bin/rlhf pipeline run launch/recipes/quickstart.yaml
 
 test: $(STAMP)
 	$(VENV)/bin/python -m pytest

@@ -91,7 +91,7 @@ def parse_options() -> argparse.Namespace:
     options = parser.parse_args()
     if not (options.model / "config.json").is_file():
         parser.error(
-            f"--model {options.model}: there is no model. `rlhf quickstart` makes models/SmolLM2-135M-Instruct; "
+            f"--model {options.model}: there is no model. `make quickstart` makes models/SmolLM2-135M-Instruct; "
             "`rlhf import-gguf` turns any GGUF file into a folder"
         )
     if (options.data is None) != options.memory_case:

@@ -5,10 +5,32 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from launch import data_command, evaluate_command, import_gguf_command, quickstart_command, score_command, sweep_command
+from launch import (
+    data_command,
+    doctor_command,
+    ds_command,
+    evaluate_command,
+    import_gguf_command,
+    pipeline_command,
+    plan_command,
+    score_command,
+    slurm_command,
+    sweep_command,
+)
 from rlhf.core.errors import UserError
 
-COMMANDS = (quickstart_command, data_command, evaluate_command, import_gguf_command, score_command, sweep_command)
+COMMANDS = (
+    pipeline_command,
+    plan_command,
+    data_command,
+    doctor_command,
+    ds_command,
+    evaluate_command,
+    import_gguf_command,
+    score_command,
+    slurm_command,
+    sweep_command,
+)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -2,14 +2,17 @@
 
 import contextlib
 import os
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-SECONDS_TO_END = 10.0
+import launch.guard
+from launch.hostfile import read_hostfile, unreachable_hosts, write_hostfile
+from launch.slurm.step import HOSTFILE_VARIABLE, allocated_hosts, srun_command
+from launch.stages import Stage
+from rlhf.core.errors import ConfigError
 
 
 def default_ranks() -> int:
@@ -25,68 +28,114 @@ def launcher(ranks: int) -> list[str]:
     """The start of a command line, on a port that no other run has."""
     from rlhf.engine.ranks import free_port
 
-    program = str(Path(sys.executable).with_name("deepspeed"))
-    return [program, "--num_accelerators", str(ranks), "--master_port", str(free_port())]
+    return [deepspeed_program(), "--num_accelerators", str(ranks), "--master_port", str(free_port())]
 
 
-def launcher_environment() -> dict[str, str]:
-    """That of this process; what ranks print is not held back."""
-    return os.environ | {"PYTHONUNBUFFERED": "1"}
+def deepspeed_program() -> str:
+    return str(Path(sys.executable).with_name("deepspeed"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Where stages run."""
+
+    ranks: int | None = None
+    """Processes, if there is one node; :func:`default_ranks` if left out."""
+    hosts: Mapping[str, int] = field(default_factory=dict)
+    """Devices by node, if there are several."""
+    hostfile: Path | None = None
+    """The same as a file."""
+    allocated: bool = False
+    """They are those of the SLURM allocation around this process, else reached over ssh."""
+
+    def with_ranks(self, ranks: int | None) -> "Machine":
+        return self if ranks is None else replace(self, ranks=ranks)
+
+
+def find_machine(ranks: int | None, hostfile: Path | None, folder: Path) -> Machine:
+    """The nodes of ``hostfile``, else those of the SLURM allocation around this process, else this machine.
+
+    Args:
+        folder: for the hostfile of an allocation, on a file system that all nodes see.
+    Raises:
+        ConfigError: if the hostfile is faulty, or a node in it cannot be reached. DeepSpeed itself would go on with
+            this machine alone.
+    """
+    if hostfile is not None:
+        hosts = read_hostfile(hostfile)
+        lost = unreachable_hosts(hosts)
+        if lost:
+            reasons = "; ".join(f"{host} ({reason})" for host, reason in lost.items())
+            raise ConfigError(f"hostfile {hostfile}: {len(lost)} of {len(hosts)} nodes cannot be reached: {reasons}")
+        return Machine(hosts=hosts, hostfile=hostfile)
+    hosts = allocated_hosts() or {}
+    if len(hosts) < 2:
+        return Machine(ranks=ranks)
+    path = Path(os.environ.get(HOSTFILE_VARIABLE, folder / "hostfile"))
+    if HOSTFILE_VARIABLE not in os.environ:
+        write_hostfile(path, hosts)
+    return Machine(hosts=hosts, hostfile=path, allocated=True)
+
+
+def stage_command(stage: Stage, arguments: Sequence[str], machine: Machine) -> list[str]:
+    """The command that starts a stage: under the launcher on all ranks, or by itself if it does not train."""
+    if not stage.trains:
+        return [sys.executable, "-m", stage.module, *arguments]
+    if machine.allocated:
+        return srun_command(
+            stage.module, arguments, hosts=machine.hosts, master_port=_master_port(), hostfile=machine.hostfile
+        )
+    if machine.hosts:
+        head = [deepspeed_program(), "--hostfile", str(machine.hostfile), "--master_port", str(_master_port())]
+        return [*head, "--module", stage.module, *arguments]
+    return [*launcher(machine.ranks or default_ranks()), "--module", stage.module, *arguments]
+
+
+def _master_port() -> int:
+    """Where rank 0 of several nodes listens: MASTER_PORT if it is set, for firewalls; else one free on this node."""
+    from rlhf.engine.ranks import free_port
+
+    return int(os.environ.get("MASTER_PORT", free_port()))
+
+
+class Job:
+    """A command with its output added to a log. It ends with this object, and with this process, however that dies."""
+
+    def __init__(self, command: Sequence[str], log: Path, **environment: str) -> None:
+        """Start ``command`` with ``environment`` on top of that of this process."""
+        log.parent.mkdir(parents=True, exist_ok=True)
+        reading, self._lifeline = os.pipe()
+        with log.open("ab") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, launch.guard.__file__, str(reading), *command],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                pass_fds=(reading,),
+                env=os.environ | {"PYTHONUNBUFFERED": "1"} | environment,
+            )
+        os.close(reading)
+
+    def wait(self, seconds: float) -> int | None:
+        """The exit code, 128 and more for a signal; ``None`` if the job still runs after ``seconds``."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self._process.wait(timeout=seconds)
+        return None
+
+    def __enter__(self) -> "Job":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """End what still runs, and wait for that."""
+        with contextlib.suppress(OSError):
+            os.close(self._lifeline)
+        self._process.wait()
 
 
 def run_logged(command: Sequence[str], log: Path, tick: Callable[[], None]) -> int:
-    """Run ``command`` with its output added to ``log``, calling ``tick`` about every second; the exit code.
-
-    The command has a process group of its own, which ends with this call, whatever ends it: a launcher that is
-    terminated alone would leave its ranks running.
-
-    Raises:
-        KeyboardInterrupt: also when this process is told to terminate.
-    """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as output, _termination_interrupts():
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env=launcher_environment(),
-        )
-        try:
-            while True:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    return process.wait(timeout=1.0)
-                tick()
-        finally:
-            _end_group(process)
-
-
-def _end_group(process: subprocess.Popen) -> None:
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        deadline = time.monotonic() + SECONDS_TO_END
-        try:
-            os.killpg(process.pid, number)
-            while time.monotonic() < deadline:
-                process.poll()  # reaps it, else it would count as a member of the group
-                time.sleep(0.05)
-                os.killpg(process.pid, 0)
-        except ProcessLookupError:
-            return
-
-
-@contextlib.contextmanager
-def _termination_interrupts() -> Iterator[None]:
-    """Inside, a signal that would end this process on the spot raises KeyboardInterrupt; one it ignores stays so."""
-
-    def interrupt(number, frame):
-        raise KeyboardInterrupt
-
-    ending = [each for each in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) is signal.SIG_DFL]
-    for number in ending:
-        signal.signal(number, interrupt)
-    try:
-        yield
-    finally:
-        for number in ending:
-            signal.signal(number, signal.SIG_DFL)
+    """Run ``command`` with its output added to ``log``, calling ``tick`` about every second; the exit code."""
+    with Job(command, log) as job:
+        while (code := job.wait(1.0)) is None:
+            tick()
+        return code

@@ -2,13 +2,15 @@
 
 import argparse
 import contextlib
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launch import joblog
+from launch.arguments import SettingsParser
 from launch.launcher import default_ranks, launcher, run_logged
+from rlhf.core.clock import clock
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -16,7 +18,6 @@ if TYPE_CHECKING:
     from launch.sweep_plan import SweepRun
 
 FOLDER = Path("runs/sweep")
-TAIL_BYTES = 8192
 _DESCRIPTION = """\
 Train once for every combination of the settings that are given several values (key=a,b,c), under the deepspeed
 launcher, and compare the runs on held-out data. A comma inside of brackets, braces or quotes separates no values.
@@ -29,18 +30,9 @@ Exit status: 0 if all runs finished; 1 if some failed; 2 if the settings are ref
 """
 
 
-class _SettingsParser(argparse.ArgumentParser):
-    """Takes settings before, between and after options, as the stages do."""
-
-    def parse_known_args(self, args=None, namespace=None):
-        options, rest = super().parse_known_args(args, namespace)
-        options.overrides = [*options.overrides, *(part for part in rest if not part.startswith("-"))]
-        return options, [part for part in rest if part.startswith("-")]
-
-
 def add_parser(subparsers) -> None:
     parser = subparsers.add_parser("sweep", help="train with several objectives or settings, and compare")
-    stages = parser.add_subparsers(title="stages", dest="stage", required=True, parser_class=_SettingsParser)
+    stages = parser.add_subparsers(title="stages", dest="stage", required=True, parser_class=SettingsParser)
     preference = stages.add_parser(
         "preference",
         help="the preference stage",
@@ -94,7 +86,7 @@ def _train_all(runs: Sequence["SweepRun"], ranks: int, console: "Console") -> di
         if reason is not None:
             failures[each.name] = reason
         outcome = "done" if reason is None else "failed"
-        console.print(f"{head}  {outcome} after {_clock(time.monotonic() - began)}", soft_wrap=True)
+        console.print(f"{head}  {outcome} after {clock(time.monotonic() - began)}", soft_wrap=True)
     return failures
 
 
@@ -103,18 +95,21 @@ def _train(run: "SweepRun", ranks: int, head: str, console: "Console") -> str | 
     from rlhf.core.files import write_json
 
     began, earlier = time.monotonic(), _written_at(run.evaluation)
-    log_start = run.log.stat().st_size if run.log.exists() else 0
+    log_start = joblog.size(run.log)
     run.marker.unlink(missing_ok=True)
     command = [*launcher(ranks), "--module", "policy.preference", *run.arguments]
     with _live_line(console, head, run.log) as show:
-        code = run_logged(
-            command, run.log, lambda: show(f"{_progress(run.log, log_start)}  {_clock(time.monotonic() - began)}")
-        )
+
+        def tick() -> None:
+            where = joblog.progress_line(run.log, log_start) or "starting"
+            show(f"{where}  {clock(time.monotonic() - began)}")
+
+        code = run_logged(command, run.log, tick)
     # The deepspeed command can exit 0 although a rank was killed; a finished run has written its evaluation.
     if code == 0 and _written_at(run.evaluation) != earlier:
         write_json(run.marker, {"digest": run.digest})
         return None
-    return f"exit code {code}: {_last_line(run.log, log_start) or 'no output'} ({run.log})"
+    return f"exit code {code}: {joblog.last_line(run.log, log_start) or 'no output'} ({run.log})"
 
 
 @contextlib.contextmanager
@@ -130,31 +125,6 @@ def _live_line(console: "Console", head: str, log: Path) -> Iterator[Callable[[s
         yield lambda text: status.update(Text(f"{head}  {text}"))
 
 
-def _progress(log: Path, start: int) -> str:
-    """Step and time left, as the stage wrote them last."""
-    found = re.findall(r"^(\w+ \d+/\d+  ETA \S+)", _tail(log, start), flags=re.MULTILINE)
-    return found[-1] if found else "starting"
-
-
-def _last_line(log: Path, start: int) -> str:
-    """What the stage itself said last, without the lines of the launcher and of torch's process groups."""
-    lines = [line.strip() for line in _tail(log, start).splitlines()]
-    said = [line for line in lines if line and not re.match(r"\[\d{4}-\d\d-\d\d |\[rank\d+\]:\[W", line)]
-    return said[-1] if said else ""
-
-
-def _tail(log: Path, start: int) -> str:
-    """The end of what came after ``start`` bytes."""
-    with log.open("rb") as handle:
-        handle.seek(max(start, log.stat().st_size - TAIL_BYTES))
-        return handle.read().decode("utf-8", errors="replace")
-
-
 def _written_at(path: Path) -> int | None:
     return path.stat().st_mtime_ns if path.exists() else None
 
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}"

@@ -5,8 +5,10 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
 from launch.cli import build_parser
+from launch.pipeline.recipe import load_pipeline
 from policy.ppo.config import PpoConfig
 from policy.preference.config import PreferenceConfig
 from policy.sft.config import SftConfig
@@ -15,7 +17,9 @@ from rlhf.config import parse_command_line
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "launch").rglob("*.md"))]
-RECIPES = sorted((ROOT / "launch" / "recipes").glob("*.yaml"))
+ALL_RECIPES = sorted((ROOT / "launch" / "recipes").glob("*.yaml"))
+PIPELINES = [path for path in ALL_RECIPES if "stages" in yaml.safe_load(path.read_text())]
+RECIPES = [path for path in ALL_RECIPES if path not in PIPELINES]
 STAGES = {
     "reward": RewardConfig,
     "policy.sft": SftConfig,
@@ -45,7 +49,7 @@ def stage_and_arguments(command: str) -> tuple[str, list[str]] | None:
     return start and (start[1], shlex.split(command[start.end() :]))
 
 
-SHOWN = sorted({*documented_lines(), *(line for recipe in RECIPES for line in comments(recipe))})
+SHOWN = sorted({*documented_lines(), *(line for recipe in ALL_RECIPES for line in comments(recipe))})
 RLHF = [line for line in SHOWN if re.match(r"(\S*/)?rlhf\s", line)]
 STAGE = [line for line in SHOWN if stage_and_arguments(line)]
 
@@ -66,6 +70,19 @@ def test_stage_commands_parse(command, monkeypatch):
     stage, arguments = stage_and_arguments(command)
     if "--help" not in arguments:
         parse_command_line(STAGES[stage], arguments, program=stage, description="")
+
+
+@pytest.mark.parametrize("command", [line for line in RLHF if "pipeline run" in line or "pipeline status" in line])
+def test_pipeline_commands_resolve(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    options = build_parser().parse_args(shlex.split(command)[1:])
+    load_pipeline(options.recipe, options.overrides)
+
+
+@pytest.mark.parametrize("recipe", PIPELINES, ids=lambda path: path.name)
+def test_a_pipeline_shows_its_command(recipe):
+    path = str(recipe.relative_to(ROOT))
+    assert any(f"rlhf pipeline run {path}" in line for line in comments(recipe))
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)

@@ -1,0 +1,40 @@
+"""What the log of a stage says about where it stands."""
+
+import re
+from pathlib import Path
+
+TAIL_BYTES = 8192
+_PROGRESS = re.compile(r"^(\w+(?:: \w+)? \d+/\d+  ETA \S+.*)", flags=re.MULTILINE)
+_CHATTER = re.compile(r"\[\d{4}-\d\d-\d\d |\[rank\d+\]:\[W|\[W\d+ ")
+"""How lines of the launcher and of torch's process groups begin."""
+
+
+def size(log: Path) -> int:
+    """Bytes in a log, 0 if it is not there yet."""
+    return log.stat().st_size if log.exists() else 0
+
+
+def progress_line(log: Path, start: int = 0) -> str | None:
+    """Step, time left and metrics, as the stage wrote them last after ``start`` bytes."""
+    found = _PROGRESS.findall(_tail(log, start))
+    return found[-1].strip() if found else None
+
+
+def last_line(log: Path, start: int = 0) -> str:
+    """What the stage itself said last after ``start`` bytes; of several lines of one message, all."""
+    lines = [line.rstrip() for line in _tail(log, start).splitlines()]
+    said = [line for line in lines if line.strip() and not _CHATTER.match(line)]
+    message: list[str] = []
+    while said:
+        message.insert(0, said.pop())
+        if not message[0].startswith("  "):
+            break
+    return "\n".join(message)
+
+
+def _tail(log: Path, start: int) -> str:
+    if not log.exists():
+        return ""
+    with log.open("rb") as handle:
+        handle.seek(max(start, log.stat().st_size - TAIL_BYTES))
+        return handle.read().decode("utf-8", errors="replace")

@@ -1,0 +1,136 @@
+"""What the result of a stage depends on: its settings, the files it reads, and the code that makes it."""
+
+import functools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import launch
+from launch.pipeline.recipe import Pipeline, PipelineStage, flat
+from rlhf.core.files import digest, file_checksum, write_json
+from rlhf.train.completion import MARKER
+
+NO_RESULT = (
+    "output",
+    "train.resume",
+    "train.max_minutes",
+    "train.log_every",
+    "train.tensorboard",
+    "train.wandb_project",
+    "engine.timeout_minutes",
+)
+"""Settings that change nothing in what is published."""
+CODE = {"import": ("rlhf",), "reward": ("rlhf", "reward", "ds_configs")}
+ALL_CODE = ("rlhf", "reward", "policy", "ds_configs")
+CHANGES_SHOWN = 4
+
+Parts = dict[str, dict[str, Any]]
+"""settings, inputs and code, each a flat mapping."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Checksums of files, remembered by size and time of change, so that large ones are read once."""
+
+    memory: Path
+
+    def checksum(self, path: Path) -> str:
+        """A name for the content of a file, or of all files in a folder (hidden ones left out)."""
+        if path.is_file():
+            return self._of_file(path)
+        files = files_in(path)
+        return digest(*(part for file in files for part in (str(file.relative_to(path)), self._of_file(file))))
+
+    def _of_file(self, path: Path) -> str:
+        stat = path.stat()
+        key, state = str(path), [stat.st_size, stat.st_mtime_ns]
+        known = self._known()
+        if key in known and known[key][:2] == state:
+            return known[key][2]
+        found = file_checksum(path)
+        write_json(self.memory, known | {key: [*state, found]})
+        return found
+
+    def _known(self) -> dict[str, list]:
+        try:
+            return json.loads(self.memory.read_text())
+        except (OSError, ValueError):
+            return {}
+
+
+def parts_of(stage: PipelineStage, pipeline: Pipeline, inputs: Inputs, results: Mapping[str, str]) -> Parts:
+    """All that decides what ``stage`` publishes.
+
+    Args:
+        results: names for what the finished stages published.
+    """
+    settings = {key: value for key, value in flat(stage.config).items() if not _without_effect(key)}
+    upstream = {name: results.get(name, "not finished") for name in stage.needs}
+    made = [each.output for each in pipeline.stages]
+    outside = {
+        str(path): inputs.checksum(path)
+        for path in _paths(settings.values())
+        if not any(path == folder or folder in path.parents for folder in made)
+    }
+    packages = CODE.get(stage.kind, ALL_CODE)
+    return {"settings": settings, "inputs": upstream | outside, "code": {name: code_digest(name) for name in packages}}
+
+
+def _without_effect(key: str) -> bool:
+    return key.startswith(NO_RESULT) or "cache" in key.rpartition(".")[2]
+
+
+def fingerprint(parts: Parts) -> str:
+    return digest(json.dumps(parts, sort_keys=True))
+
+
+def changes(before: Parts, now: Parts) -> str:
+    """In words, what differs."""
+    lines = []
+    for section in ("settings", "inputs", "code"):
+        old, new = before.get(section, {}), now[section]
+        for key in sorted({*old, *new}):
+            if old.get(key) != new.get(key):
+                lines.append(_change(section, key, old, new))
+    more = f" and {len(lines) - CHANGES_SHOWN} more" if len(lines) > CHANGES_SHOWN else ""
+    return ", ".join(lines[:CHANGES_SHOWN]) + more
+
+
+def _change(section: str, key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    if section == "code":
+        return f"the code of {key} changed"
+    if section == "inputs":
+        if key in old and key in new:
+            return f"{key} changed"
+        return f"{key} is {'a new' if key in new else 'no longer an'} input"
+    return f"{key} was {json.dumps(old.get(key))} and is {json.dumps(new.get(key))}"
+
+
+@functools.cache
+def code_digest(package: str) -> str:
+    """A name for the sources of a package: Python files and JSON."""
+    root = Path(launch.__file__).resolve().parents[1] / package
+    files = sorted(path for path in root.rglob("*") if path.suffix in (".py", ".json", ".jinja"))
+    return digest(*(part for file in files for part in (str(file.relative_to(root)), file.read_bytes())))
+
+
+def _paths(values: Sequence[Any]) -> Iterator[Path]:
+    """Values that name a file or folder that is there; a bare word does not count, it could be anything."""
+    for value in values:
+        items = value if isinstance(value, list) else [value]
+        for item in items:
+            if isinstance(item, str) and ("/" in item or "." in item) and "\n" not in item and len(item) < 4096:
+                path = Path(item)
+                if path.is_file() or (path.is_dir() and item not in (".", "..", "/")):
+                    yield path
+
+
+def files_in(folder: Path) -> list[Path]:
+    """What counts as the content of a folder: no hidden files, and no marker, which says how long a run took."""
+
+    def counts(path: Path) -> bool:
+        return path.name != MARKER and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+    return sorted(path for path in folder.rglob("*") if path.is_file() and counts(path))

@@ -1,0 +1,116 @@
+"""What a pipeline shows: a live table in a terminal, lines elsewhere, and a report at the end."""
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from launch.pipeline.recipe import Pipeline, PipelineStage
+from rlhf.core.clock import clock
+
+SECONDS_BETWEEN_LINES = 30.0
+KEY_METRICS = {"sft": "perplexity", "reward": "accuracy", "preference": "accuracy", "ppo": "reward"}
+"""The held-out metric that tells most about a stage."""
+STYLES = {"finished": "green", "running": "bold cyan", "failed": "bold red", "stopped": "yellow"}
+
+
+@dataclass
+class Line:
+    """One stage in the table."""
+
+    kind: str
+    state: str = ""
+    detail: str = ""
+    seconds: float = 0.0
+
+
+@dataclass
+class Overview:
+    """The stages of a pipeline, one line each. Use as a context manager."""
+
+    pipeline: Pipeline
+    console: Console
+    lines: dict[str, Line] = field(default_factory=dict)
+    _live: Live | None = None
+    _printed: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.lines = {stage.name: Line(stage.kind) for stage in self.pipeline.stages}
+
+    def __enter__(self) -> "Overview":
+        if self.console.is_terminal:
+            self._live = Live(self.table(), console=self.console, refresh_per_second=2)
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._live is not None:
+            self._live.update(Group())  # the report shows the table once more
+            self._live.stop()
+
+    def show(self, name: str, state: str, detail: str = "", seconds: float | None = None) -> None:
+        """Set the line of a stage, and say so where the table does not show it."""
+        line = self.lines[name]
+        changed = (line.state, line.detail) != (state, detail)
+        line.state, line.detail = state, detail
+        if seconds is not None:
+            line.seconds = seconds
+        if changed and self._live is None:
+            self.say(f"{name}: {state}" + (f"  {detail}" if detail else ""))
+        self._refresh()
+
+    def tick(self, name: str, progress: str | None, seconds: float) -> None:
+        """What the running stage has come to; in a log file a line now and then."""
+        line = self.lines[name]
+        line.detail, line.seconds = progress or line.detail, seconds
+        now = time.monotonic()
+        if self._live is None and progress and now - self._printed > SECONDS_BETWEEN_LINES:
+            self._printed = now
+            self.say(f"{name}: {progress}")
+        self._refresh()
+
+    def say(self, text: str) -> None:
+        self.console.print(Text(text), soft_wrap=True)
+
+    def table(self) -> Table:
+        table = Table(title=f"{self.pipeline.name}: {self.pipeline.output}", title_justify="left")
+        for column in ("stage", "kind", "state", "time", "where it stands"):
+            table.add_column(column, overflow="fold", no_wrap=column in ("state", "time"))
+        for name, line in self.lines.items():
+            took = clock(line.seconds) if line.seconds else ""
+            state = Text(line.state, style=STYLES.get(line.state, ""))
+            table.add_row(name, line.kind if line.kind != name else "", state, took, Text(line.detail))
+        return table
+
+    def _refresh(self) -> None:
+        if self._live is not None:
+            self._live.update(self.table())
+
+
+def outcome(stage: PipelineStage) -> str:
+    """The key metric of a finished stage."""
+    if stage.kind == "evaluate":
+        return _evaluated(stage.output / "evaluations.json")
+    name = KEY_METRICS.get(stage.kind)
+    value = _last_metric(stage.output / "metrics.jsonl", f"eval/{name}")
+    return f"held-out {name} {value:.4f}" if value is not None else ""
+
+
+def _last_metric(path: Path, name: str) -> float | None:
+    if not path.is_file():
+        return None
+    rows = [json.loads(line) for line in path.read_text().splitlines() if f'"{name}"' in line]
+    return rows[-1][name] if rows else None
+
+
+def _evaluated(path: Path) -> str:
+    if not path.is_file():
+        return ""
+    found = json.loads(path.read_text())
+    return ", ".join(f"{each['name']} {each['reward']['value']:.3f}" for each in found)

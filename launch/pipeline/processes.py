@@ -1,0 +1,104 @@
+"""One pipeline at a time in a folder, told to stop by signal or file, and with nothing left of an earlier one."""
+
+import contextlib
+import fcntl
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+from launch.pipeline.recipe import Pipeline
+from rlhf.core.clock import process_started
+from rlhf.core.errors import STOP_FILE, UserError
+
+MARK = "RLHF_PIPELINE"
+"""Environment variable that the processes of a pipeline carry: its folder."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+
+
+class StopRequest:
+    """Counts requests to stop: signals to this process, and a file STOP in the pipeline's folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file, self.signals, self._reason = folder / STOP_FILE, 0, ""
+        self._before: dict[int, object] = {}
+
+    @property
+    def reason(self) -> str:
+        """Why to stop; empty as long as nobody asked."""
+        if not self._reason and self._file.exists():
+            self._reason = f"{self._file} is there"
+            self._file.unlink(missing_ok=True)
+        return self._reason
+
+    def __enter__(self) -> "StopRequest":
+        with contextlib.suppress(OSError):
+            if self._file.stat().st_mtime < process_started():  # meant for an earlier one
+                self._file.unlink()
+        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        self.signals += 1
+        self._reason = self._reason or signal.Signals(number).name
+
+
+@contextlib.contextmanager
+def alone(pipeline: Pipeline) -> Iterator[None]:
+    """Hold the pipeline's folder; what an earlier pipeline left running there is ended.
+
+    Raises:
+        UserError: if another pipeline works in it.
+    """
+    path = pipeline.output / ".pipeline" / "lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            handle.seek(0)
+            raise UserError(
+                f"{pipeline.output}: another pipeline is at work here ({handle.read().strip()}); wait for it, or stop "
+                f"it: touch {pipeline.output / STOP_FILE}"
+            ) from None
+        handle.truncate(0)
+        handle.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+        handle.flush()
+        _end_leftovers(pipeline.output)
+        yield
+
+
+def is_running(pipeline: Pipeline) -> bool:
+    """Whether a pipeline holds the folder."""
+    path = pipeline.output / ".pipeline" / "lock"
+    if not path.exists():
+        return False
+    with path.open("a+") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def mark(folder: Path) -> dict[str, str]:
+    """The environment variable by which leftovers are known."""
+    return {MARK: str(folder.resolve())}
+
+
+def _end_leftovers(folder: Path) -> None:
+    """Kill what carries the mark of ``folder``: its pipeline is gone, and it would write where the next one does."""
+    wanted, family = str(folder.resolve()), {os.getpid(), *(each.pid for each in psutil.Process().parents())}
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.pid not in family and process.environ().get(MARK) == wanted:
+                process.kill()
+                found.append(process)
+    psutil.wait_procs(found, timeout=10)

@@ -1,0 +1,294 @@
+"""What a pipeline recipe says: stages by name, each an ordinary recipe that may refer to what others leave behind."""
+
+import dataclasses
+import difflib
+import graphlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from launch.stages import KINDS, Stage
+from rlhf.config import escaped, load_config, read_recipe, to_dict, validate
+from rlhf.core.errors import ConfigError
+
+PROGRAM = "pipeline"
+_REFERENCE = re.compile(r"\$\{stages\.([^.}\s]+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSpec:
+    """One entry under ``stages``."""
+
+    kind: str = ""
+    """import, sft, reward, preference, ppo or evaluate; the name of the entry if left out."""
+    recipe: tuple[Path, ...] = ()
+    """Ordinary recipes of such a stage; later ones win."""
+    set: dict[str, Any] = field(default_factory=dict)
+    """Settings on top of them. May hold ${stages.NAME.final} and ${stages.NAME.output} of other entries."""
+    after: tuple[str, ...] = ()
+    """Entries to run before this one although nothing refers to them."""
+    ranks: int | None = None
+    """Processes of this stage on one machine; those of the pipeline if left out."""
+    output: str = ""
+    """Run folder: the pipeline's output and the name of the entry."""
+    final: str = ""
+    """What other entries use: final/ in the run folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineSpec:
+    """A pipeline recipe."""
+
+    output: Path
+    """Folder of the pipeline; every stage has its run folder in it."""
+    vars: dict[str, Any] = field(default_factory=dict)
+    """Values to use in several stages, as ${vars.NAME}."""
+    stages: dict[str, StageSpec] = field(default_factory=dict)
+    """The stages by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineStage:
+    """A stage, ready to be started."""
+
+    name: str
+    kind: str
+    stage: Stage
+    config: Any
+    """Its resolved recipe, accepted by the stage's own parser."""
+    recipes: tuple[Path, ...]
+    settings: tuple[str, ...]
+    output: Path
+    final: Path
+    needs: tuple[str, ...]
+    """Names of the stages that must be finished before."""
+    ranks: int | None = None
+
+    @property
+    def module(self) -> str:
+        return self.stage.module
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """Of the stage's command."""
+        files = [part for recipe in self.recipes for part in ("--config", str(recipe))]
+        return (*files, *self.settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pipeline:
+    """Stages in the order in which they run."""
+
+    name: str
+    output: Path
+    stages: tuple[PipelineStage, ...]
+
+    def named(self, name: str) -> PipelineStage:
+        """
+        Raises:
+            ConfigError: if there is no such stage.
+        """
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        raise ConfigError(f"{PROGRAM}: no stage {name}; there are {', '.join(each.name for each in self.stages)}")
+
+    def upstream(self, stage: PipelineStage) -> list[PipelineStage]:
+        return [self.named(name) for name in stage.needs]
+
+
+def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> Pipeline:
+    """Read, resolve and check a pipeline recipe; every stage is checked by its own parser.
+
+    Args:
+        path: the YAML.
+        overrides: ``STAGE.key=value`` for the settings of a stage, ``vars.key=value``, ``output=FOLDER``.
+    Raises:
+        ConfigError: naming every problem that can be found before anything runs.
+    """
+    tree = _with_overrides(_read(path), path, overrides)
+    spec = _resolved(tree, path)
+    needs = {name: _needs(name, tree, spec) for name in spec.stages}
+    order = _order(needs, path)
+    stages, problems = [], []
+    for name in order:
+        try:
+            stages.append(_stage(name, spec.stages[name], needs[name]))
+        except ConfigError as error:
+            problems.append(str(error).replace("\n", "\n  "))
+    problems += _doubled_folders(stages)
+    if problems:
+        raise ConfigError("\n  ".join([f"{PROGRAM}: {path}: nothing was started", *problems]))
+    return Pipeline(name=path.stem, output=spec.output, stages=tuple(stages))
+
+
+def _read(path: Path) -> DictConfig:
+    try:
+        return read_recipe(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{PROGRAM}: {path}: {error}") from None
+
+
+def _with_overrides(tree: DictConfig, path: Path, overrides: Sequence[str]) -> DictConfig:
+    """The tree with overrides, and with the folders of every stage written out."""
+    stages = tree.get("stages")
+    if not isinstance(stages, DictConfig) or not stages:
+        raise ConfigError(f"{PROGRAM}: {path}: expected stages: with an entry or more, such as reward: {{recipe: ...}}")
+    for name in stages:
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", str(name)):
+            raise ConfigError(f"{PROGRAM}: {path}: stages.{name}: expected a name of letters, digits, _ and -")
+        if stages._get_node(name)._is_none():
+            stages[name] = {}
+        if isinstance(stages[name], DictConfig) and isinstance(stages[name].get("recipe"), str):
+            stages[name].recipe = [stages[name].recipe]
+    for override in overrides:
+        _override(tree, override, [str(name) for name in stages])
+    for name in stages:
+        if isinstance(stages[name], DictConfig):
+            own = OmegaConf.select(tree, f"stages.{name}.set.output")
+            stages[name].output = own or f"${{output}}/{name}"
+            stages[name].final = "/".join(filter(None, [f"${{stages.{name}.output}}", _published(name, stages[name])]))
+    return tree
+
+
+def _override(tree: DictConfig, override: str, names: Sequence[str]) -> None:
+    head, _, rest = override.partition("=")[0].partition(".")
+    if "=" not in override or (not rest and head != "output") or head not in (*names, "vars", "output"):
+        near = difflib.get_close_matches(head, names, 1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise ConfigError(
+            f"{PROGRAM}: {override}: expected STAGE.key=value with STAGE one of {', '.join(names)}{hint}, "
+            "vars.key=value or output=FOLDER"
+        )
+    try:
+        tree.merge_with_dotlist([f"stages.{head}.set.{override.partition('.')[2]}" if head in names else override])
+    except (OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(f"{PROGRAM}: {override}: {str(error).partition(chr(10))[0]}") from None
+
+
+def _published(name: str, node: DictConfig) -> str:
+    kind = KINDS.get(str(node.get("kind") or name))
+    return kind.published if kind else ""
+
+
+def _resolved(tree: DictConfig, path: Path) -> PipelineSpec:
+    # References among stages are checked first: omegaconf would call a misspelt one a missing key of the tree.
+    names = [str(name) for name in tree.stages]
+    for name in names:
+        for target in sorted(_wanted(tree, name)):
+            if target not in names:
+                near = difflib.get_close_matches(target, names, 1)
+                hint = f" (did you mean {near[0]}?)" if near else ""
+                raise ConfigError(f"{PROGRAM}: {path}: stages.{name} refers to stages.{target}: no such stage{hint}")
+    try:
+        plain = OmegaConf.to_container(tree, resolve=True)
+    except (OmegaConfBaseException, RecursionError) as error:
+        _order({name: tuple(_wanted(tree, name)) for name in names}, path)
+        where = getattr(error, "full_key", "")
+        raise ConfigError(f"{PROGRAM}: {path}: {where}: {str(error).partition(chr(10))[0]}") from None
+    return validate(PipelineSpec, plain, program=PROGRAM, origin=str(path))
+
+
+def _wanted(tree: DictConfig, name: str) -> set[str]:
+    """Names of the stages that the settings of an entry refer to."""
+    return _references(tree.stages[name]._get_node("set")) | _references(tree.stages[name]._get_node("recipe"))
+
+
+def _references(node: Any) -> set[str]:
+    """Names of the stages that the unresolved values in ``node`` refer to."""
+    if isinstance(node, DictConfig):
+        return set().union(*(_references(node._get_node(key)) for key in node))
+    if OmegaConf.is_list(node):
+        return set().union(*(_references(node._get_node(place)) for place in range(len(node))))
+    value = node._value() if hasattr(node, "_value") else node
+    return set(_REFERENCE.findall(value)) if isinstance(value, str) else set()
+
+
+def _needs(name: str, tree: DictConfig, spec: PipelineSpec) -> tuple[str, ...]:
+    """In the order of the recipe."""
+    wanted = _wanted(tree, name) | {*spec.stages[name].after}
+    for other in wanted - {*spec.stages}:
+        raise ConfigError(f"{PROGRAM}: stages.{name}.after = {other}: no such stage")
+    return tuple(other for other in spec.stages if other in wanted)
+
+
+def _order(needs: Mapping[str, Sequence[str]], path: Path) -> list[str]:
+    """Every stage after those that it needs, else as in the recipe."""
+    try:
+        graphlib.TopologicalSorter(needs).prepare()
+    except graphlib.CycleError as error:
+        circle = " -> ".join(reversed(error.args[1]))
+        raise ConfigError(f"{PROGRAM}: {path}: stages wait for each other in a circle: {circle}") from None
+    order: list[str] = []
+    while len(order) < len(needs):
+        order.append(next(name for name in needs if name not in order and {*needs[name]} <= {*order}))
+    return order
+
+
+def _stage(name: str, spec: StageSpec, needs: tuple[str, ...]) -> PipelineStage:
+    kind = spec.kind or name
+    if kind not in KINDS:
+        raise ConfigError(f"stages.{name}.kind = {kind}: expected one of {', '.join(KINDS)}")
+    stage = KINDS[kind]
+    settings = (f"output={_text(spec.output)}", *_settings({k: v for k, v in spec.set.items() if k != "output"}))
+    config = load_config(stage.config_class(), spec.recipe, settings, program=f"stages.{name}")
+    return PipelineStage(
+        name=name,
+        kind=kind,
+        stage=stage,
+        config=config,
+        recipes=spec.recipe,
+        settings=settings,
+        output=Path(spec.output),
+        final=Path(spec.final),
+        needs=needs,
+        ranks=spec.ranks,
+    )
+
+
+def _settings(tree: Mapping[str, Any], parent: str = "") -> Iterator[str]:
+    """``key=value`` for every leaf."""
+    for key, value in tree.items():
+        path = f"{parent}{key}"
+        if isinstance(value, Mapping) and value:
+            yield from _settings(value, f"{path}.")
+        else:
+            yield f"{path}={_text(value)}"
+
+
+def _text(value: Any) -> str:
+    """``value`` as a stage's command line takes it: plain where YAML cannot take it for something else."""
+    if isinstance(value, str) and re.fullmatch(r"[A-Za-z_/][A-Za-z0-9._/:+-]*|\.[./][A-Za-z0-9._/:+-]*", value):
+        plain = OmegaConf.from_dotlist([f"x={value}"]).x
+        if plain == value:
+            return value
+    return json.dumps(escaped(value), ensure_ascii=False)
+
+
+def _doubled_folders(stages: Sequence[PipelineStage]) -> Iterator[str]:
+    seen: dict[Path, str] = {}
+    for stage in stages:
+        other = seen.setdefault(stage.output, stage.name)
+        if other != stage.name:
+            yield f"stages.{other} and stages.{stage.name} have the same output: {stage.output}"
+
+
+def flat(config: Any) -> dict[str, Any]:
+    """All options of a resolved recipe by dotted key."""
+    found: dict[str, Any] = {}
+
+    def walk(node: Any, path: str) -> None:
+        if isinstance(node, dict) and node:
+            for key, value in node.items():
+                walk(value, f"{path}.{key}" if path else str(key))
+        else:
+            found[path] = node
+
+    walk(to_dict(config) if dataclasses.is_dataclass(config) else config, "")
+    return found

@@ -1,0 +1,224 @@
+"""Runs the stages of a pipeline: each as a job of its own, skipped, continued or redone as its marker says."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+
+from launch import joblog
+from launch.doctor import run_checks
+from launch.launcher import Job, Machine, stage_command
+from launch.pipeline.overview import Overview, outcome
+from launch.pipeline.processes import StopRequest, alone, mark
+from launch.pipeline.recipe import Pipeline, PipelineStage
+from launch.pipeline.state import Action, Decision, Progress
+from rlhf.core.clock import clock
+from rlhf.core.errors import STOP_FILE, STOPPED_EXIT_CODE, UserError
+from rlhf.core.files import naming_full_disk
+from rlhf.train.completion import MARKER
+
+FAILED_EXIT_CODE = 1
+KILLED_EXIT_CODE = 130
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How a pipeline runs."""
+
+    machine: Machine
+    only: tuple[str, ...] = ()
+    """Names of the stages to run; all if empty."""
+    doctor: bool = True
+    """Check the machine before the first stage starts."""
+    any_code: bool = False
+    """Results of another version of the code count."""
+    grace_seconds: float = 600.0
+    """How long a stage that was asked to stop may take to reach its next checkpoint."""
+
+
+@dataclass
+class PipelineRun:
+    """One call of ``rlhf pipeline run``."""
+
+    pipeline: Pipeline
+    options: RunOptions
+    console: Console
+    failures: dict[str, str] = field(default_factory=dict)
+    stopped: str = ""
+    killed: bool = False
+
+    def __post_init__(self) -> None:
+        self._progress = Progress(self.pipeline, any_code=self.options.any_code)
+        self._to_check = self.options.doctor
+
+    def run(self) -> int:
+        """Run what is to be run; the exit code.
+
+        Raises:
+            UserError: if another pipeline works in the folder, or a stage cannot be started.
+        """
+        chosen = [self.pipeline.named(name) for name in self.options.only] or self.pipeline.stages
+        began = time.monotonic()
+        with naming_full_disk(self.pipeline.output), alone(self.pipeline), StopRequest(self.pipeline.output) as stop:
+            with Overview(self.pipeline, self.console) as view:
+                for stage in self.pipeline.stages:
+                    if stage in chosen and not self.stopped:
+                        self._settle(stage, view, stop)
+                    elif stage not in chosen:
+                        view.show(stage.name, "left out")
+            self._report(view, time.monotonic() - began)
+        if self.killed:
+            return KILLED_EXIT_CODE
+        return FAILED_EXIT_CODE if self.failures else STOPPED_EXIT_CODE if self.stopped else 0
+
+    def _settle(self, stage: PipelineStage, view: Overview, stop: StopRequest) -> None:
+        """Bring one stage to its end, if that can be done."""
+        blocked = [name for name in stage.needs if name in self.failures]
+        if blocked:
+            self.failures[stage.name] = f"not run: it needs {', '.join(blocked)}"
+            view.show(stage.name, "not run", f"needs {', '.join(blocked)}")
+            return
+        self._progress.settle(stage)
+        decision = self._progress.decide(stage)
+        if decision.action is Action.WAIT:
+            raise UserError(f"{stage.name} waits {decision.reason}: run that first, or leave --only out")
+        if decision.action is Action.SKIP:
+            seconds = (self._progress.read(stage) or {}).get("seconds", 0.0)
+            view.show(stage.name, "finished", outcome(stage), seconds)
+            return
+        if stop.reason:
+            self.stopped = stop.reason
+            view.show(stage.name, decision.action.value)
+            return
+        self._work(stage, decision, view, stop)
+
+    def _work(self, stage: PipelineStage, decision: Decision, view: Overview, stop: StopRequest) -> None:
+        if self._to_check:
+            self._check_machine(view)
+        folder = self._progress.log_folder(stage)
+        command = stage_command(stage.stage, (*stage.arguments, "--log-folder", str(folder)), self._machine(stage))
+        if decision.action is Action.REDO:
+            view.say(f"{stage.name}: done again: {decision.reason}")
+        view.show(stage.name, "running", "from its last checkpoint" if decision.action is Action.CONTINUE else "")
+        view.say(f"  {' '.join(map(_shown, command))}")
+        self._progress.start(stage, decision)
+        began, logs = time.monotonic(), _Logs(folder)
+        code = self._watch(stage, command, logs, view, stop)
+        seconds = time.monotonic() - began
+        if (stage.output / MARKER).is_file():  # the exit code proves nothing: deepspeed's can be 0 after a kill
+            self._progress.finish(stage, seconds)
+            view.show(stage.name, "finished", outcome(stage), (self._progress.read(stage) or {})["seconds"])
+            return
+        self._progress.interrupt(stage, seconds)
+        if code == STOPPED_EXIT_CODE or stop.reason:
+            self.stopped = stop.reason or "the stage was asked to stop"
+            view.show(stage.name, "stopped", logs.last_line(), seconds)
+            return
+        self.failures[stage.name] = f"exit code {code}: {logs.last_line() or 'no output'}\n  its log: {logs.main}"
+        view.show(stage.name, "failed", f"exit code {code}", seconds)
+
+    def _check_machine(self, view: Overview) -> None:
+        """
+        Raises:
+            UserError: if a run would not get far on this machine.
+        """
+        self._to_check = False
+        findings = run_checks(  # the nodes of a hostfile have been asked before
+            ranks=self.options.machine.ranks,
+            output=self.pipeline.output,
+            configs=[each.config for each in self.pipeline.stages if each.stage.trains],
+            quick=True,
+        )
+        for each in findings:
+            if each.status == "warning":
+                view.say(f"warning: {each.text}" + (f" ({each.remedy})" if each.remedy else ""))
+        failures = [each for each in findings if each.status == "failure"]
+        if failures:
+            lines = [f"{each.check}: {each.text}; {each.remedy}" for each in failures]
+            way_out = "rlhf doctor says more; --no-doctor starts all the same"
+            raise UserError("\n  ".join(["this machine is not ready:", *lines, way_out]))
+
+    def _watch(
+        self, stage: PipelineStage, command: Sequence[str], logs: "_Logs", view: Overview, stop: StopRequest
+    ) -> int | None:
+        """Wait for the end of a stage, or bring it about; the exit code, ``None`` if it was killed."""
+        began, asked = time.monotonic(), None
+        with Job(command, logs.launcher, COLUMNS="120", **mark(self.pipeline.output)) as job:
+            while (code := job.wait(0.5)) is None:
+                view.tick(stage.name, joblog.progress_line(logs.main, logs.start), time.monotonic() - began)
+                if not stop.reason:
+                    continue
+                if asked is None:
+                    asked = time.monotonic()
+                    _ask_to_stop(stage, stop.reason, view)
+                late = time.monotonic() - asked > self.options.grace_seconds
+                if stop.signals > 1 or late or not stage.stage.trains:
+                    view.say(f"{stage.name}: ended at once")
+                    self.killed = stop.signals > 1
+                    return None
+            return code
+
+    def _machine(self, stage: PipelineStage) -> Machine:
+        return self.options.machine.with_ranks(stage.ranks)
+
+    def _report(self, view: Overview, seconds: float) -> None:
+        console = self.console
+        console.print(view.table())
+        for stage in self.pipeline.stages:
+            if stage.kind == "evaluate" and view.lines[stage.name].state == "finished":
+                _print_evaluation(stage, console)
+        for name, reason in self.failures.items():
+            console.print(f"{name} failed: {reason}", soft_wrap=True, markup=False, highlight=False)
+        if self.failures:
+            end = "finished stages stay as they are; mend the cause and start the pipeline again"
+        elif self.stopped:
+            end = f"stopped ({self.stopped}); the same command goes on from there"
+        else:
+            end = "done"
+        console.print(f"{end}, after {clock(seconds)}", soft_wrap=True, highlight=False)
+
+
+@dataclass(frozen=True)
+class _Logs:
+    """The log files of a stage, and how long that of its main rank was when it started."""
+
+    folder: Path
+    start: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "start", joblog.size(self.main))
+        object.__setattr__(self, "launcher_start", joblog.size(self.launcher))
+
+    @property
+    def main(self) -> Path:
+        return self.folder / "rank0.log"
+
+    @property
+    def launcher(self) -> Path:
+        return self.folder / "launcher.log"
+
+    def last_line(self) -> str:
+        """Of the main rank; of the launcher where no rank came to speak."""
+        return joblog.last_line(self.main, self.start) or joblog.last_line(self.launcher, self.launcher_start)
+
+
+def _ask_to_stop(stage: PipelineStage, reason: str, view: Overview) -> None:
+    view.say(f"{reason}: {stage.name} stops at its next step and saves (once more ends it at once)")
+    if stage.stage.trains:
+        stage.output.mkdir(parents=True, exist_ok=True)
+        (stage.output / STOP_FILE).touch()
+
+
+def _print_evaluation(stage: PipelineStage, console: Console) -> None:
+    from policy.evaluation.compare import evaluation_table, read_evaluations
+
+    console.print(evaluation_table(read_evaluations(stage.output)))
+
+
+def _shown(part: str) -> str:
+    path = Path(part)
+    if path.is_absolute() and path.is_relative_to(Path.cwd()):
+        return str(path.relative_to(Path.cwd()))
+    return part

@@ -1,0 +1,61 @@
+"""Pipelines of stages that take no time."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.console import Console
+
+from launch import stages
+from launch.launcher import Machine
+from launch.pipeline import recipe as recipes
+from launch.pipeline.recipe import load_pipeline
+from launch.pipeline.run import PipelineRun, RunOptions
+from launch.stages import Stage
+
+WORKERS = Path(__file__).parent / "workers"
+ROOT = Path(__file__).resolve().parents[3]
+
+
+class Toys:
+    """Writes pipeline recipes of toy stages and runs them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.path = folder, folder / "toys.yaml"
+        self.console = Console(record=True, width=200)
+
+    def write(self, stages: dict, **more) -> Path:
+        entries = {name: {"kind": "toy", **entry} for name, entry in stages.items()}
+        recipe = {"output": str(self.folder / "out"), **more, "stages": entries}
+        self.path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+        return self.path
+
+    def load(self, *overrides: str):
+        return load_pipeline(self.path, overrides)
+
+    def run(self, *overrides: str, **options) -> int:
+        settings = RunOptions(machine=Machine(ranks=1), doctor=False, **options)
+        return PipelineRun(self.load(*overrides), settings, self.console).run()
+
+    def starts(self, name: str) -> int:
+        path = self.folder / "out" / name / "starts"
+        return len(path.read_text()) if path.exists() else 0
+
+    def number(self, name: str) -> int:
+        return int((self.folder / "out" / name / "final" / "number").read_text())
+
+    @property
+    def said(self) -> str:
+        return self.console.export_text(clear=True)
+
+
+@pytest.fixture
+def toys(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{WORKERS}")
+    monkeypatch.syspath_prepend(str(WORKERS))
+    toy = Stage("toy", "toy_stage", ("toy_stage", "ToyConfig"), trains=False)
+    monkeypatch.setitem(stages.KINDS, "toy", toy)
+    assert recipes.KINDS is stages.KINDS
+    yield Toys(tmp_path)
+    sys.modules.pop("toy_stage", None)

@@ -1,0 +1,116 @@
+"""Pipeline recipes: what they may refer to, and what is refused before anything starts."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launch.pipeline.recipe import load_pipeline
+from rlhf.config import parse_command_line
+from rlhf.core.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[3]
+CIRCLE = {"a": {"set": {"source": "${stages.b.final}"}}, "b": {"set": {"source": "${stages.a.final}"}}}
+MISSPELT = {"alpha": {}, "b": {"set": {"source": "${stages.alhpa.final}"}}}
+SAME_FOLDER = {"a": {"set": {"output": "x"}}, "b": {"set": {"output": "x"}}}
+CHAIN = {"c": {"set": {"source": "${stages.b.final}"}}, "a": {}, "b": {"set": {"source": "${stages.a.final}"}}}
+
+
+def test_stages_run_after_those_that_they_refer_to(toys):
+    toys.write(CHAIN)
+    pipeline = toys.load()
+    assert [stage.name for stage in pipeline.stages] == ["a", "b", "c"]
+    assert [stage.needs for stage in pipeline.stages] == [(), ("a",), ("b",)]
+    assert pipeline.named("b").config.source == str(toys.folder / "out" / "a" / "final")
+
+
+def test_stages_that_are_strangers_keep_the_order_of_the_recipe(toys):
+    toys.write({"z": {}, "m": {}, "a": {}})
+    assert [stage.name for stage in toys.load().stages] == ["z", "m", "a"]
+
+
+def test_after_makes_one_wait_for_another(toys):
+    toys.write({"a": {"after": ["b"]}, "b": {}})
+    assert [stage.name for stage in toys.load().stages] == ["b", "a"]
+
+
+def test_the_command_of_a_stage_gives_its_config_to_the_stage_itself(toys):
+    odd = {"number": 7, "data": "a, b: {c} ${x} 'd' 1e5", "source": "true"}
+    odd["data"] = odd["data"].replace("${x}", "\\${x}")
+    toys.write({"a": {"set": odd}})
+    stage = toys.load().named("a")
+    from toy_stage import ToyConfig
+
+    again = parse_command_line(ToyConfig, stage.arguments, program="toy", description="").config
+    assert again == stage.config
+    assert again.data == "a, b: {c} ${x} 'd' 1e5" and again.source == "true"
+
+
+def test_settings_on_the_command_line_win(toys):
+    toys.write({"a": {"set": {"number": 1}}, "b": {"set": {"number": "${vars.n}"}}}, vars={"n": 3})
+    pipeline = toys.load("a.number=5", "vars.n=4")
+    assert [stage.config.number for stage in pipeline.stages] == [5, 4]
+
+
+def test_a_stage_may_be_left_empty(toys):
+    toys.path.write_text(f"output: {toys.folder}/out\nstages:\n  toy:\n")
+    assert toys.load().named("toy").kind == "toy"
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        (CIRCLE, "circle: (a -> b -> a|b -> a -> b)"),
+        ({"a": {"set": {"source": "${stages.a.final}"}}}, "circle: a -> a"),
+        ({"a": {"after": ["b"]}, "b": {"after": ["a"]}}, "circle"),
+        (MISSPELT, r"stages.alhpa: no such stage \(did you mean alpha\?\)"),
+        ({"a": {}, "b": {"set": {"source": "${stages.a.finale}"}}}, "finale"),
+        ({"a": {"kind": "rewrad"}}, "stages.a.kind = rewrad: expected one of import, sft, reward"),
+        ({"a": {"set": {"numbr": 3}}}, r"numbr = 3: unknown key \(did you mean number\?\)"),
+        ({"a": {"sett": {}}}, r"stages.a.sett.*unknown key"),
+        ({"a": {"recipe": "nowhere.yaml"}}, "nowhere.yaml: no such file"),
+        (SAME_FOLDER, "stages.a and stages.b have the same output: x"),
+        ({"a b": {}}, "expected a name of letters"),
+        ({}, "expected stages: with an entry or more"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_its_place(toys, stages, message):
+    toys.write(stages)
+    with pytest.raises(ConfigError, match=message):
+        toys.load()
+
+
+def test_the_problems_of_all_stages_are_named_at_once(toys):
+    toys.write({"a": {"set": {"number": "x"}}, "b": {"set": {"number": "y"}}})
+    with pytest.raises(ConfigError) as fault:
+        toys.load()
+    assert "stages.a" in str(fault.value) and "stages.b" in str(fault.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("aa.number=1", r"did you mean a\?"),
+        ("number=1", "expected STAGE.key=value"),
+        ("a.number", "expected STAGE.key=value"),
+    ],
+)
+def test_an_override_names_its_stage(toys, override, message):
+    toys.write({"a": {}})
+    with pytest.raises(ConfigError, match=message):
+        toys.load(override)
+
+
+def test_a_missing_recipe_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"gone\.yaml: no such file"):
+        load_pipeline(tmp_path / "gone.yaml")
+
+
+@pytest.mark.parametrize("name", ["quickstart", "pipeline"])
+def test_shipped_pipelines_resolve(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    path = ROOT / "launch" / "recipes" / f"{name}.yaml"
+    pipeline = load_pipeline(path)
+    assert [stage.kind for stage in pipeline.stages][-3:] == ["preference", "ppo", "evaluate"]
+    assert pipeline.named("ppo").config.policy.path == str(pipeline.named("preference").final)
+    assert yaml.safe_load(path.read_text())["stages"].keys() == {stage.name for stage in pipeline.stages}

@@ -1,0 +1,52 @@
+"""A stage that takes no time: it copies its input's number into its result, or does what a test tells it."""
+
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlhf.core.errors import ConfigError, RunStopped
+from rlhf.train.single import single_main
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyConfig:
+    output: Path
+    number: int = 0
+    source: str = ""
+    behave: str = "finish"
+    data: str = ""
+    cache_dir: str = ""
+
+
+def run(config: ToyConfig) -> None:
+    (config.output / "final").mkdir(parents=True, exist_ok=True)
+    with (config.output / "starts").open("a") as starts:
+        starts.write("x")
+    before = int((Path(config.source) / "number").read_text()) if config.source else 0
+    if config.cache_dir:
+        Path(config.cache_dir).mkdir()
+    if config.behave == "refuse":
+        raise ConfigError("toy: this cannot work")
+    if config.behave == "crash":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if config.behave == "lie":
+        sys.exit(0)
+    if config.behave == "wait":
+        wait(config.output)
+    (config.output / "final" / "number").write_text(str(before + config.number))
+
+
+def wait(output: Path) -> None:
+    (output / "pid").write_text(str(os.getpid()))
+    print("step 1/9  ETA 0:00:08  loss 0.5", flush=True)
+    while not (output / "STOP").exists():
+        time.sleep(0.05)
+    (output / "STOP").unlink()
+    raise RunStopped("the file STOP", "at step 1 of 9", 1)
+
+
+if __name__ == "__main__":
+    sys.exit(single_main(ToyConfig, run, None, program="toy", description="a toy"))
