@@ -22,8 +22,8 @@ SECONDS_TO_END = 10.0
 def main(arguments: list[str]) -> int:
     lifeline, command = int(arguments[0]), arguments[1:]
     os.set_inheritable(lifeline, False)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # the pipe alone decides
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # the pipe alone decides; launchers stay deaf to SIGUSR1, ranks listen
     process = subprocess.Popen(command, start_new_session=True, preexec_fn=_default_signals)
     ending = os.pidfd_open(process.pid)
     select.select([lifeline, ending], [], [])

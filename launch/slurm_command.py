@@ -65,8 +65,10 @@ def submit_jobs(options: argparse.Namespace) -> int:
     profile, jobs = _read(options)
     numbers: dict[str, str] = {}
     for job, needs in jobs:
-        numbers[job.label] = submit(job, profile, after=[numbers[need] for need in needs])
-        waits = f", after {', '.join(numbers[need] for need in needs)}" if needs else ""
+        # One at a time, whatever they need: only one pipeline may work in a folder.
+        behind = list(numbers.values())[-1:]
+        numbers[job.label] = submit(job, profile, after=[numbers[need] for need in needs], behind=behind)
+        waits = f", after {behind[0]}" if behind else ""
         print(f"submitted job {numbers[job.label]}{waits}: {job.title}")
     print(_what_now(jobs[0][0], list(numbers.values())))
     return 0

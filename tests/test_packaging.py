@@ -37,6 +37,7 @@ def test_top_level_names(wheel):
     "name",
     [
         "ds_configs/train_zero3.json",
+        "launch/doctor/constraints.txt",
         "launch/recipes/quickstart_reward.yaml",
         "launch/quickstart/chat.jinja",
         "launch/quickstart/sentiment_pairs_train.jsonl",

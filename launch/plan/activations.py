@@ -77,6 +77,17 @@ def layer_bytes(
     return tokens * (per_token + shape.heads * FLOAT32)
 
 
+def adapter_holes_bytes(shape: ModelShape, tokens: int, *, size: int) -> int:
+    """What LoRA leaves unused of the heap of a CPU, one layer.
+
+    An adapted projection makes the base's output, adds the adapter's, and frees the first. The adapter's narrow output,
+    which is kept, is put into the hole, and the next projection's no longer fits: the outputs of all seven (one of width
+    A, two each of widths G, F and D) stay as holes.
+    """
+    outputs = shape.query_width + 2 * shape.kv_width + 2 * shape.intermediate + 2 * shape.hidden
+    return tokens * outputs * size
+
+
 def norm_bytes(width: int, *, size: int, trained: bool) -> int:
     """Bytes per token that an RMSNorm keeps: input and root in float32, and the normalised values for its weight."""
     return width * FLOAT32 + FLOAT32 + (width * size if trained else 0)

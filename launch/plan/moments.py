@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from launch.plan.activations import (
     Load,
+    adapter_holes_bytes,
     boundary_bytes,
     head_bytes,
     layer_bytes,
@@ -23,9 +24,8 @@ from launch.plan.states import States
 HOST_BASE_CPU = 530 * 2**20
 """Resident memory of a CPU rank without a model of any size: Python, torch, Transformers, DeepSpeed, data libraries.
 Measured with a model of 30,000 parameters; see docs/plan.md."""
-HEAP_CPU = 370 * 2**20
-"""Freed pieces of the C library's heap that no later tensor fits into. Measured: the mean of several cases, not derived.
-MALLOC_MMAP_THRESHOLD_=131072 in the environment takes most of it away, for some time."""
+HEAP_CPU = 150 * 2**20
+"""Pieces of the C library's heap that were freed and that no later tensor fits into. A round figure, not derived."""
 HOST_BASE_CUDA = 4 * 2**30
 """The same beside CUDA's libraries: an assumption."""
 DEVICE_BASE = 3 * 2**29
@@ -74,6 +74,7 @@ def work_of(
     size: int,
     attention: Attention,
     checkpointing: bool,
+    on_cpu: bool,
     chunk_tokens: int,
 ) -> Work:
     """Of one micro-batch of a model under training."""
@@ -86,6 +87,8 @@ def work_of(
     else:
         saved = active * layer_bytes(shape, load.tokens, squares=load.squares, **one)
         recomputed = 0
+        if on_cpu and model.trained == "lora":
+            saved += active * adapter_holes_bytes(shape, load.tokens, size=size)
     saved += load.tokens * (norm_bytes(shape.hidden, size=size, trained=model.trained == "full") + shape.hidden * size)
     heads = {"size": size, "chunk_tokens": chunk_tokens, "trained": model.head_trained}
     has_head = model.kind == "language model"
@@ -108,8 +111,12 @@ def _scores(model: EmptyModel, load: Load, size: int, attention: Attention) -> i
     return 2 * size * model.shape.heads * load.group_squares if attention == "eager" else 0
 
 
-def training_moments(role: str, states: States, work: Work) -> list[Moment]:
-    """Forward, backward and optimizer step of one model, without what else is in memory."""
+def training_moments(role: str, states: States, work: Work, *, on_cpu: bool) -> list[Moment]:
+    """Forward, backward and optimizer step of one model, without what else is in memory.
+
+    On a CPU the heap that activations lay in is not given back to the system while the backward pass empties it, and
+    flat buffers (over 32 MiB) are mapped beside it: resident memory counts both.
+    """
     there = named(role, {**states.device, **states.moments})
     host = named(role, states.host)
     moments = []
@@ -120,13 +127,15 @@ def training_moments(role: str, states: States, work: Work) -> list[Moment]:
             f"{role}: gathered weights": states.gathered,
             f"{role}: gradients": states.gradients_before + round(grown * share),
             f"{role}: reduction buckets": states.buckets if share else 0,
-            f"{role}: activations": round(work.saved * (1 - share)) + work.recomputed + work.working,
+            f"{role}: activations": round(work.saved * (1 if on_cpu else 1 - share)) + work.recomputed + work.working,
             f"{role}: logits": 0 if share else max(work.forward_head, work.backward_head),
             f"{role}: gradient of the embeddings": work.embedding_gradient if share == 1 else 0,
         }
         name = f"{role}: backward pass" + ("" if share else " begins")
         moments.append(Moment(name=name, device=there | items, host=host))
     items = {f"{role}: gradients": states.gradients_after, f"{role}: optimizer step": states.step}
+    if on_cpu:
+        items[f"{role}: activations"] = work.saved + work.recomputed + work.working
     moments.append(Moment(name=f"{role}: optimizer step", device=there | items, host=host))
     return moments
 

@@ -203,6 +203,7 @@ class _Planner:
             size=self._size,
             attention=role.attention,
             checkpointing=role.checkpointing,
+            on_cpu=self._cluster.on_cpu,
             chunk_tokens=CHUNK_TOKENS,
         )
 
@@ -243,7 +244,8 @@ class _Planner:
             there = [self._rest(each, states, True) for each in roles.all if each is not role and each.asked]
             if self._stage == "ppo":
                 there.append(self._rollout_copy())
-            moments += beside(training_moments(role.name, states[role.name], works[role.name]), there)
+            own = training_moments(role.name, states[role.name], works[role.name], on_cpu=self._cluster.on_cpu)
+            moments += beside(own, there)
         return moments
 
     def _rest(self, role: Role, states: dict[str, States], trained: bool) -> Moment:

@@ -8,8 +8,8 @@ With P all and T trained parameters, N ranks, s bytes a number of the run's prec
     2       s P            4 T / N       8 T / N   s T / N              s T / N (+ 4 T / N if s = 2)
     3       s P / N        4 T / N       8 T / N   s T / N              s T / N (+ 4 T / N if s = 2)
 
-In float32 stages 1 and 2 still keep a master copy of their share, and stage 3 does not. The numbers were read off
-deepspeed/runtime/zero/stage_1_and_2.py, stage3.py and fp16/unfused_optimizer.py.
+Stages 1 to 3 keep a master copy of their share even in float32. The numbers were read off
+deepspeed/runtime/zero/stage_1_and_2.py, stage3.py and fp16/unfused_optimizer.py, and checked on live tensors.
 
 References:
     Rajbhandari et al. (2019), ZeRO, arXiv:1910.02054, section 5.
@@ -216,17 +216,17 @@ def _split_weights(zero: ZeroSettings, numbers: Numbers, *, size: int, ranks: in
     else:
         nvme += weights
     gathered = size * min(numbers.total, zero.max_live + zero.prefetch)
-    buckets = size * (zero.bucket + 2 * numbers.largest_trainable)
+    # The gradient of a tensor that no bucket holds, its flat copy, and what comes of reducing that.
+    buckets = size * (zero.bucket + 3 * numbers.largest_trainable)
     if zero.optimizer_place == "device":
-        same = size == MASTER  # the share itself is the master copy
         return States(
-            device=device | ({} if same else {"master weights": MASTER * trained}),
+            device=device | {"master weights": MASTER * trained},
             moments={"optimizer states": MOMENTS * trained},
             gathered=gathered,
             buckets=buckets,
             gradients_before=size * trained,
             gradients_after=size * trained,
-            step=size * trained + (0 if same else MASTER * trained),
+            step=size * trained + (MASTER * trained if size == 2 else 0),
             host=host,
             nvme=nvme,
         )

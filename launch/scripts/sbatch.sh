@@ -21,7 +21,7 @@ set -uo pipefail
 # export NCCL_SOCKET_IFNAME=ib0      # the network between the nodes; GLOO_SOCKET_IFNAME on CPUs
 
 # Where the ranks meet: on the first node of the job, as SLURM reaches it.
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 MASTER_ADDR=$(scontrol --oneliner show node "$first" | grep -o 'NodeAddr=[^ ]*' | cut -d = -f 2)
 export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 

@@ -121,4 +121,6 @@ def load_profile(paths: Sequence[Path], overrides: Sequence[str]) -> ClusterProf
     Raises:
         ConfigError: listing every problem.
     """
-    return load_config(ClusterProfile, paths, overrides, program="profile")
+    # YAML takes 12:00:00 for a number to the base of 60; where a shell has taken the quotes away, they are put back.
+    quoted = [re.sub(r"^time=([\d:-]+)$", r"time='\1'", override) for override in overrides]
+    return load_config(ClusterProfile, paths, quoted, program="profile")

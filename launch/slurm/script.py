@@ -74,7 +74,7 @@ def render(job: Job, profile: ClusterProfile) -> str:
         directives=list(_directives(job, profile)),
         profile=profile,
         output=job.output.absolute(),
-        folder=job.folder.absolute(),
+        script_name=job.script.name,
         venv=_venv(profile),
         preflight=_preflight(profile),
         pipeline=job.pipeline,

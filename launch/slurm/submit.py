@@ -34,13 +34,14 @@ class Partition:
         return None if self.time in ("infinite", "n/a") else seconds_of(self.time)
 
 
-def submit(job: Job, profile: ClusterProfile, after: Sequence[str] = ()) -> str:
+def submit(job: Job, profile: ClusterProfile, after: Sequence[str] = (), behind: Sequence[str] = ()) -> str:
     """Write the script of ``job`` into its run folder and submit it; the job's number.
 
     Args:
         job: what to run.
         profile: on what.
         after: numbers of jobs that must have finished well before.
+        behind: numbers of jobs that must have ended before, in whatever way.
     Raises:
         SlurmError: if there is no SLURM here, or it refuses.
         ConfigError: if the cluster cannot have such a job, or a job for this run folder is there already.
@@ -51,8 +52,9 @@ def submit(job: Job, profile: ClusterProfile, after: Sequence[str] = ()) -> str:
     job.log.parent.mkdir(parents=True, exist_ok=True)
     write_text(job.script, text)
     job.script.chmod(0o755)
-    depends = [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"] if after else []
-    answer = _ask(["sbatch", "--parsable", *depends, str(job.script)])
+    conditions = [":".join([kind, *jobs]) for kind, jobs in (("afterok", after), ("afterany", behind)) if jobs]
+    waits = [f"--dependency={','.join(conditions)}", "--kill-on-invalid-dep=yes"] if conditions else []
+    answer = _ask(["sbatch", "--parsable", *waits, str(job.script)])
     if answer.returncode != 0:
         raise SlurmError(f"sbatch {job.script}: {_refusal(answer.stderr, profile)}")
     number = answer.stdout.strip().partition(";")[0]

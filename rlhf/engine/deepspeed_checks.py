@@ -56,7 +56,7 @@ def take_out_misplaced(config: dict[str, Any]) -> Iterator[str]:
         section = config.pop(key, None)
         enabled = section.get("enabled", False) if isinstance(section, dict) else bool(section)
         if enabled not in (False, AUTO):
-            yield f"{key}: not used here, {instead}; remove this section"
+            yield f"{key}: not used here ({instead}); remove this section"
     for key in (*SECTIONS, "torch_autocast", *_READ_KEY_BY_KEY):
         if not isinstance(config.get(key, {}), dict):
             yield f"{key} = {shown(config.pop(key))}: expected a section"

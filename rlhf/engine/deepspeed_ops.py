@@ -86,6 +86,13 @@ def needed_ops(config: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(names)
 
 
+def optimizer_is_on_nvme(config: Mapping[str, Any]) -> bool:
+    """Whether a resolved configuration keeps optimizer states on disk. DeepSpeed saves them, and never reads them back:
+    neither moments nor step counts of a checkpoint are those of the engine that loads it (0.19.8)."""
+    section = config.get("zero_optimization", {}).get("offload_optimizer") or {}
+    return section.get("device") == "nvme"
+
+
 def op_problems(config: Mapping[str, Any]) -> dict[str, str]:
     """By op: why a resolved configuration will not get it on this machine, and the way out."""
     problems = {}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from rlhf.core.errors import CheckpointError, ConfigError
 from rlhf.engine.api import StepInfo
 from rlhf.engine.deepspeed_config import RunValues, resolve
-from rlhf.engine.deepspeed_ops import require_ops
+from rlhf.engine.deepspeed_ops import optimizer_is_on_nvme, require_ops
 from rlhf.engine.optimizers import build_optimizer, build_schedule
 from rlhf.engine.options import OptimizerConfig
 from rlhf.engine.ranks import Ranks
@@ -111,6 +111,11 @@ class ZeroEngine:
         )
 
     def load(self, folder: Path) -> None:
+        if optimizer_is_on_nvme(self.settings):
+            raise CheckpointError(
+                f"{folder}: DeepSpeed does not read optimizer states back from NVMe, so this run cannot go on from a "
+                "checkpoint; take a configuration without NVMe (zero3_offload), or start anew in another output folder"
+            )
         if self.stage and ranks_written_on(folder / TAG) not in (0, self.ranks.world_size):
             load_on_other_ranks(self._engine, folder, TAG, self.ranks)
             return

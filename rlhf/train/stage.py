@@ -23,6 +23,7 @@ from rlhf.data.templates import ChatFormat, chat_format
 from rlhf.engine.api import Engine
 from rlhf.engine.build import build_engine, precision_of
 from rlhf.engine.checkpoint import CheckpointStore, saved_steps
+from rlhf.engine.deepspeed_ops import optimizer_is_on_nvme
 from rlhf.engine.options import EngineConfig, OptimizerConfig
 from rlhf.engine.ranks import Ranks, start_ranks, stop_ranks
 from rlhf.engine.stop import StopRequests, noting_signals
@@ -186,6 +187,11 @@ def start_engine(model: nn.Module, config: StageConfig, ranks: Ranks, *, steps: 
         model, ranks=ranks, config=config.engine, optimizer=config.optim, total_steps=steps, hidden_size=hidden_size
     )
     say(ranks, engine.description)
+    if optimizer_is_on_nvme(engine.settings) and config.train.publish == "best":
+        raise ConfigError(
+            "train.publish = best: DeepSpeed does not read optimizer states back from NVMe, so the best checkpoint "
+            "could not be taken in the end; set train.publish=last"
+        )
     return engine
 
 

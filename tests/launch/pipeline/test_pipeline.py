@@ -67,7 +67,7 @@ def start(*arguments: str) -> subprocess.Popen:
     )
 
 
-def finish(process: subprocess.Popen, expect: int = 0, timeout: float = 400) -> str:
+def finish(process: subprocess.Popen, expect: int = 0, timeout: float = 900) -> str:
     output = process.communicate(timeout=timeout)[0]
     assert process.returncode == expect, output
     return output
@@ -165,12 +165,12 @@ def test_a_signal_stops_the_whole_tree_and_the_next_run_goes_on(recipe, tmp_path
     settings = [str(recipe), "--ranks", "2", f"output={folder}", "sft.train.max_steps=2000"]
     process = start("run", *settings)
     log = folder / "logs" / "sft" / "rank0.log"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (folder / "sft" / "checkpoints").is_dir() or not any((folder / "sft" / "checkpoints").iterdir()):
         assert time.monotonic() < deadline and process.poll() is None, log.read_text() if log.exists() else ""
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    output = finish(process, expect=75, timeout=100)
+    output = finish(process, expect=75, timeout=300)
     assert "the same command goes on from there" in output
     assert processes_of(folder) == []
     status = finish(start("status", *settings[:1], *settings[3:]))

@@ -44,11 +44,11 @@ def test_bfloat16_states_by_hand(name, ranks, expected):
         ("zero0", 1, 100 * (4 + 8)),
         ("zero1", 2, 100 * (4 + (4 + 8) / 2)),
         ("zero2", 1, 100 * (4 + 4 + 8)),
-        ("zero3", 2, 100 * (4 + 8) / 2),
+        ("zero3", 2, 100 * (4 + 4 + 8) / 2),
     ],
 )
 def test_float32_states_by_hand(name, ranks, expected):
-    """Stages 1 and 2 keep a master copy even in float32."""
+    """Stages 1 to 3 keep a master copy even in float32."""
     assert resting(states(name, size=4, ranks=ranks)) == expected
 
 

@@ -104,6 +104,16 @@ class Cluster:
             with contextlib.suppress(psutil.NoSuchProcess):
                 each.kill()
 
+    def declare_lost(self, node: str) -> None:
+        """What SLURM does by itself once a node was silent for SlurmdTimeout."""
+        self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=killed")
+
+    def replace_node(self, node: str) -> None:
+        """A sound node in the place of a lost one; messages to that one are forgotten."""
+        self.declare_lost(node)
+        self.start_node(node)
+        self.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
+
     def stop(self) -> None:
         with contextlib.suppress(subprocess.SubprocessError, AssertionError):
             self.run("scancel", "--user", getpass.getuser(), check=False)
@@ -141,6 +151,11 @@ class Cluster:
 
     def restarts(self, number: str) -> int:
         return int(self._show(number)["Restarts"])
+
+    def run_seconds(self, number: str) -> int:
+        """How long a job has been running since its last start."""
+        hours, minutes, seconds = map(int, self._show(number)["RunTime"].split(":"))
+        return (hours * 60 + minutes) * 60 + seconds
 
     def wait(self, number: str, state: str, log: Path) -> None:
         """Wait for the state that a job shall end in; any other end fails the test with the job's log."""

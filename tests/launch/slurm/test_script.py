@@ -49,11 +49,14 @@ def test_a_profile_that_describes_no_job_is_refused_with_the_key(tmp_path, setti
 
 def test_a_time_that_yaml_reads_as_a_number_is_refused_with_the_remedy(tmp_path):
     path = tmp_path / "cluster.yaml"
-    path.write_text("time: 24:00:00\n")  # base 60 in YAML 1.1
-    try:
-        assert load_profile([path], []).time == "24:00:00"
-    except ConfigError as error:
-        assert "put it in quotes" in str(error)
+    path.write_text("time: 24:00:00\n")  # 86400 in YAML 1.1
+    with pytest.raises(ConfigError, match="put it in quotes"):
+        load_profile([path], [])
+
+
+@pytest.mark.parametrize("text", ["12:00:00", "90", "1-00:00:00"])
+def test_a_time_on_the_command_line_needs_no_quotes(text):
+    assert load_profile([EXAMPLE], [f"time={text}"]).time == text
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,14 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from policy.preference.reference import CacheJob, LiveReference, cache_folder, open_cache
-from rlhf.core.errors import CheckpointError, ConfigError
+from rlhf.core.errors import CheckpointError, ConfigError, RunStopped
 from rlhf.engine.frozen import ReplicatedModel, frozen_weights, move_towards, set_frozen_weights
+from rlhf.engine.stop import STOP_FILE, StopRequests
 from rlhf.models.options import LoraOptions
 from rlhf.train.batches import BatchMaker
 from rlhf.train.options import TrainConfig
@@ -73,6 +75,19 @@ def test_an_interrupted_cache_goes_on_with_the_shards_that_are_missing(job, tiny
     found = open_cache(tmp_path / "cache", job(verify_items=0), lambda: again).values
     assert again.forwards < 0.8 * whole.forwards
     assert np.array_equal(found, expected)
+
+
+def test_asked_to_stop_the_cache_keeps_the_shards_that_it_has(job, tiny_policy, alone, tmp_path):
+    class Impatient(Counted):
+        def forward(self, *args, **kwargs):
+            (tmp_path / STOP_FILE).touch()
+            return super().forward(*args, **kwargs)
+
+    asked = replace(job(), stop=StopRequests(tmp_path, alone, None))
+    with pytest.raises(RunStopped, match="stopped after 10 of [0-9]+ reference log-probabilities by the file"):
+        open_cache(tmp_path / "cache", asked, lambda: Impatient(tiny_policy(), alone))
+    assert len(list((tmp_path / "cache").glob("shard-*.npy"))) == 1
+    open_cache(tmp_path / "cache", asked, lambda: Counted(tiny_policy(), alone))
     assert all(path.stat().st_mtime_ns == then for path, then in kept.items())
 
 

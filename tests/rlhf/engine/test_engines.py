@@ -16,10 +16,16 @@ ENGINES = [
     "zero3",
     "zero3_hpz",
     pytest.param("zero2_offload", marks=pytest.mark.slow),
-    pytest.param(NVME, marks=pytest.mark.slow),
 ]
+AND_NVME = [*ENGINES, pytest.param(NVME, marks=pytest.mark.slow)]
 
 pytestmark = pytest.mark.dist
+
+
+def skip_without_async_io() -> None:
+    op = find_op(ASYNC_IO)
+    if not op.usable:
+        pytest.skip(f"op {ASYNC_IO}: missing {' and '.join(op.missing)}")
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +38,8 @@ def train(trained, run_ranks, tmp_path_factory):
     """Weights and reports of an engine on some ranks; each is run once."""
 
     def get(kind: str, ranks: int):
-        if kind == NVME and not find_op(ASYNC_IO).usable:
-            pytest.skip(f"op {ASYNC_IO}: missing {' and '.join(find_op(ASYNC_IO).missing)}")
+        if kind == NVME:
+            skip_without_async_io()
         if (kind, ranks) not in trained:
             folder = tmp_path_factory.mktemp(f"{kind}-{ranks}")
             run_ranks([WORKER, kind, str(folder)], ranks, timeout=500)
@@ -44,7 +50,7 @@ def train(trained, run_ranks, tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("kind", ENGINES)
+@pytest.mark.parametrize("kind", AND_NVME)
 def test_two_ranks_under_any_engine_equal_plain_torch_on_one(train, kind):
     expected, expected_reports = train("local", 1)
     weights, reports = train(kind, 2)
@@ -65,7 +71,14 @@ def test_save_and_load_continue_bit_for_bit(train, kind):
     assert reports["resumed"] == reports["straight"][3:]
 
 
-@pytest.mark.parametrize("kind", ENGINES)
+@pytest.mark.slow
+def test_a_checkpoint_whose_states_deepspeed_would_not_read_back_is_refused(train):
+    _, reports = train(NVME, 2)
+    (refusal,) = reports["resumed"]
+    assert "does not read optimizer states back from NVMe" in refusal and "zero3_offload" in refusal
+
+
+@pytest.mark.parametrize("kind", AND_NVME)
 def test_a_loss_that_is_not_finite_drops_the_step_on_all_ranks(train, kind):
     weights, reports = train(kind, 2)
     assert [report["applied"] for report in reports["poisoned"]] == [True, True, False, True, True]
@@ -74,3 +87,22 @@ def test_a_loss_that_is_not_finite_drops_the_step_on_all_ranks(train, kind):
     for name, value in expected["poisoned"].items():
         assert torch.isfinite(value).all()
         torch.testing.assert_close(weights["poisoned"][name], value, rtol=0, atol=2e-6)
+
+
+@pytest.mark.slow
+def test_two_nodes_that_each_keep_a_copy_of_the_weights_equal_one_rank(train, run_ranks, tmp_path):
+    run_ranks([WORKER, "zero3_hpz", str(tmp_path)], 4, timeout=500, LOCAL_WORLD_SIZE="2")
+    weights, (expected, _) = torch.load(tmp_path / "weights.pt"), train("local", 1)
+    for name, value in expected["straight"].items():
+        torch.testing.assert_close(weights["straight"][name], value, rtol=0, atol=2e-6)
+
+
+@pytest.mark.slow
+def test_states_that_are_swapped_to_disk_train_alike_and_lie_in_a_folder_of_their_engine(run_ranks, tmp_path):
+    skip_without_async_io()
+    run_ranks([str(Path(WORKER).with_name("swap_to_disk.py")), str(tmp_path)], 1, timeout=500)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["zero3_nvme"] == pytest.approx(report["zero2"], rel=1e-4)
+    assert {name.split("/")[0] for name in report["files"]} == {"engine1"}
+    # float32 weights, two moments and the gradients: 16 bytes, up to the alignment of the files
+    assert sum(report["files"].values()) == pytest.approx(16 * report["parameters"], rel=0.01)

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from rlhf.core.errors import CheckpointError
 from rlhf.engine.build import build_engine
 from rlhf.engine.options import EngineConfig, OptimizerConfig
 from rlhf.engine.ranks import start_ranks, stop_ranks
@@ -76,8 +77,11 @@ def main() -> None:
     results["straight"] = straight.full_state_dict(), reports
 
     resumed = new_engine(kind, ranks, folder)
-    resumed.load(folder / "state")
-    reports = train(resumed, range(3, STEPS))
+    try:
+        resumed.load(folder / "state")
+        reports = train(resumed, range(3, STEPS))
+    except CheckpointError as error:
+        reports = [str(error)]
     results["resumed"] = resumed.full_state_dict(), reports
 
     poisoned = new_engine(kind, ranks, folder)
