@@ -81,8 +81,8 @@ def adapter_holes_bytes(shape: ModelShape, tokens: int, *, size: int) -> int:
     """What LoRA leaves unused of the heap of a CPU, one layer.
 
     An adapted projection makes the base's output, adds the adapter's, and frees the first. The adapter's narrow output,
-    which is kept, is put into the hole, and the next projection's no longer fits: the outputs of all seven (one of width
-    A, two each of widths G, F and D) stay as holes.
+    which is kept, is put into the hole, and the next projection's no longer fits: the outputs of all seven (one of
+    width A, two each of widths G, F and D) stay as holes.
     """
     outputs = shape.query_width + 2 * shape.kv_width + 2 * shape.intermediate + 2 * shape.hidden
     return tokens * outputs * size

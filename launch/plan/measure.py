@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 THREADS = "1"
+"""Of each rank."""
 STEPS = 2
 """From the second on, Adam's moments lie beside the activations."""
 
@@ -34,6 +35,8 @@ def memory(field: str) -> int:
 def measure(stage: str, settings: Sequence[str], *, ranks: int, folder: Path, timeout_seconds: float) -> list[dict]:
     """Run two steps of ``stage`` on ``ranks`` processes of this machine; what each rank has measured.
 
+    Modules in ``folder`` can be imported there: reward functions, for instance.
+
     Raises:
         RuntimeError: if a rank fails, with the end of what it said; the others are ended.
     """
@@ -42,6 +45,7 @@ def measure(stage: str, settings: Sequence[str], *, ranks: int, folder: Path, ti
     report = folder / "peak"
     shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
     shared |= {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": THREADS, "HF_HUB_OFFLINE": "1"}
+    shared |= {"PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])}
     command = [sys.executable, "-m", "launch.plan.measure", stage, str(report), *settings, f"output={folder / 'run'}"]
     logs = [folder / f"rank{rank}.log" for rank in range(ranks)]
     processes = []

@@ -13,6 +13,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.dist]
 ROOT = Path(__file__).resolve().parents[3]
 TOLERANCE = 0.15
 SLICE = "model.layers=8"
+CHECKPOINTING = ("train.micro_batch_tokens=6000", "model.gradient_checkpointing=true")
+NOT_YET = pytest.mark.xfail(
+    strict=True,
+    reason="no engine puts its module into training mode, and Transformers checkpoints only there: remove this mark "
+    "with that fault",
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +51,12 @@ def benchmark():
         ("reward", (SLICE, "engine.deepspeed=zero2"), 2),
         ("reward", (SLICE, "engine.deepspeed=zero0", "train.micro_batch_tokens=6000"), 1),
         ("reward", (SLICE, "engine.deepspeed=zero3"), 2),
-        ("sft", ("engine.deepspeed=zero2", "model.freeze_layers=20", "model.gradient_checkpointing=true"), 1),
+        pytest.param("reward", (SLICE, "engine.deepspeed=zero2", *CHECKPOINTING), 1, marks=NOT_YET),
+        ("sft", ("engine.deepspeed=zero2", "model.freeze_layers=20", "train.global_batch_size=8"), 1),
         ("preference", (SLICE, "engine.deepspeed=zero2", "model.lora={rank: 16}", "reference.kind=live"), 1),
     ],
 )
 def test_the_predicted_peak_is_within_15_percent_of_the_measured_one(benchmark, model, stage, settings, ranks):
     found = benchmark.check(benchmark.Case(stage, settings, ranks), model)
     assert found["ratio"] == pytest.approx(1.0, abs=TOLERANCE), found
-    assert found["measured"] > 1.3 * found["items"]["libraries"], "nothing but libraries was measured"
+    assert found["measured"] > 2 * found["items"]["libraries"], "nothing but libraries was measured"

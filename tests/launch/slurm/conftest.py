@@ -1,4 +1,4 @@
-"""A real SLURM for tests: munged, slurmctld and two slurmd on this machine, in folders and on ports of their own.
+"""A real SLURM for tests: munged, slurmctld and four slurmd on this machine, in folders and on ports of their own.
 
 Only processes that carry this cluster's SLURM_CONF are ever ended.
 """
@@ -29,7 +29,7 @@ from launch.cli import main
 ROOT = Path(__file__).resolve().parents[3]
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue", "sinfo")
 SYSTEM = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-NODES = ("node1", "node2")
+NODES = ("node1", "node2", "node3", "node4")  # two for a job, and two to take the place of lost ones
 PATIENCE = 400.0
 """Seconds until something that has not happened is a failure: a start takes 15 s on two idle cores."""
 CONFIGURATION = """\
@@ -57,13 +57,13 @@ SlurmdParameters=config_overrides
 ReturnToService=2
 SlurmdTimeout=300
 KillWait=10
-PartitionName=main Nodes=node1,node2 Default=YES MaxTime=INFINITE State=UP
+PartitionName=main Nodes=node[1-4] Default=YES MaxTime=INFINITE State=UP
 PartitionName=small Nodes=node1 MaxTime=10 State=UP
 """
 
 
 class Cluster:
-    """One controller and the nodes node1 and node2, each with one CPU."""
+    """One controller and the nodes node1 to node4, each with one CPU."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -108,9 +108,7 @@ class Cluster:
         """What SLURM does by itself once a node was silent for SlurmdTimeout."""
         self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=killed")
 
-    def replace_node(self, node: str) -> None:
-        """A sound node in the place of a lost one; messages to that one are forgotten."""
-        self.declare_lost(node)
+    def mend_node(self, node: str) -> None:
         self.start_node(node)
         self.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
 
@@ -183,7 +181,7 @@ class Cluster:
 
     def _is_idle(self) -> bool:
         states = self.run("sinfo", "--noheader", "--Node", "--format=%T", "--partition=main", check=False).stdout
-        return states.split() == ["idle", "idle"]
+        return states.split() == ["idle"] * len(NODES)
 
     def _daemon(self, program: str, *arguments: str) -> None:
         self.run(program, *arguments)
@@ -228,7 +226,7 @@ def _free_port() -> int:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """A running SLURM of two nodes."""
+    """A running SLURM."""
     missing = [program for program in PROGRAMS if shutil.which(program, path=SYSTEM) is None]
     if missing:
         pytest.skip(f"no {', '.join(missing)}: apt-get install slurm-wlm munge (.ci/run does)")

@@ -75,6 +75,7 @@ def test_an_interrupted_cache_goes_on_with_the_shards_that_are_missing(job, tiny
     found = open_cache(tmp_path / "cache", job(verify_items=0), lambda: again).values
     assert again.forwards < 0.8 * whole.forwards
     assert np.array_equal(found, expected)
+    assert all(path.stat().st_mtime_ns == then for path, then in kept.items())
 
 
 def test_asked_to_stop_the_cache_keeps_the_shards_that_it_has(job, tiny_policy, alone, tmp_path):
@@ -84,11 +85,10 @@ def test_asked_to_stop_the_cache_keeps_the_shards_that_it_has(job, tiny_policy, 
             return super().forward(*args, **kwargs)
 
     asked = replace(job(), stop=StopRequests(tmp_path, alone, None))
-    with pytest.raises(RunStopped, match="stopped after 10 of [0-9]+ reference log-probabilities by the file"):
+    with pytest.raises(RunStopped, match=r"stopped after 10 of [0-9]+ reference log-probabilities by the file"):
         open_cache(tmp_path / "cache", asked, lambda: Impatient(tiny_policy(), alone))
     assert len(list((tmp_path / "cache").glob("shard-*.npy"))) == 1
     open_cache(tmp_path / "cache", asked, lambda: Counted(tiny_policy(), alone))
-    assert all(path.stat().st_mtime_ns == then for path, then in kept.items())
 
 
 def test_a_damaged_shard_is_made_again(job, tiny_policy, alone, tmp_path):
