@@ -115,8 +115,10 @@ def training_moments(role: str, states: States, work: Work, *, on_cpu: bool) -> 
     """Forward, backward and optimizer step of one model, without what else is in memory.
 
     On a CPU the heap that activations lay in is not given back to the system while the backward pass empties it, and
-    flat buffers (over 32 MiB) are mapped beside it: resident memory counts both.
+    flat buffers (over 32 MiB) are mapped beside it: resident memory counts both. So it does with the weights that stage
+    3 gathers for the forward pass, between activations, and again for the backward pass.
     """
+    passes = 2 if on_cpu else 1
     there = named(role, {**states.device, **states.moments})
     host = named(role, states.host)
     moments = []
@@ -124,7 +126,7 @@ def training_moments(role: str, states: States, work: Work, *, on_cpu: bool) -> 
         share = done / work.steps
         grown = states.gradients_after - states.gradients_before
         items = {
-            f"{role}: gathered weights": states.gathered,
+            f"{role}: gathered weights": passes * states.gathered,
             f"{role}: gradients": states.gradients_before + round(grown * share),
             f"{role}: reduction buckets": states.buckets if share else 0,
             f"{role}: activations": round(work.saved * (1 if on_cpu else 1 - share)) + work.recomputed + work.working,
@@ -136,6 +138,7 @@ def training_moments(role: str, states: States, work: Work, *, on_cpu: bool) -> 
     items = {f"{role}: gradients": states.gradients_after, f"{role}: optimizer step": states.step}
     if on_cpu:
         items[f"{role}: activations"] = work.saved + work.recomputed + work.working
+        items[f"{role}: gathered weights"] = passes * states.gathered
     moments.append(Moment(name=f"{role}: optimizer step", device=there | items, host=host))
     return moments
 
