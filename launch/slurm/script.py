@@ -144,7 +144,7 @@ def _command(job: Job, profile: ClusterProfile) -> str:
     if job.pipeline:
         return _lines(job.arguments, indent=8)
     step = step_command(
-        Expanded('"$step"'),
+        ["-c", Expanded('"$step"'), "step"],
         Expanded('"$RLHF_HOSTFILE"'),
         Expanded('"$MASTER_PORT"'),
         job.arguments,

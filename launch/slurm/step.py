@@ -4,7 +4,6 @@ import os
 import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 
 from launch.hostfile import read_hostfile
@@ -13,6 +12,7 @@ from rlhf.core.errors import ConfigError
 HOSTFILE_VARIABLE = "RLHF_HOSTFILE"
 SRUN_VARIABLE = "RLHF_SRUN_OPTIONS"
 """In these a job script tells the pipeline that it runs of its hostfile and of further options of srun."""
+_STEP = Path(__file__).with_name("step.sh")
 SECONDS_AFTER_FIRST = 60
 """How long nodes may go on after the first has ended: to publish, or to notice that another has crashed."""
 SRUN_OPTIONS = (
@@ -39,7 +39,7 @@ def srun_command(
         master_port: where rank 0 listens.
         hostfile: of these hosts, on a file system that all nodes see.
     """
-    step = step_command(step_script(), str(hostfile), str(master_port), [module, *arguments])
+    step = step_command([str(_STEP)], str(hostfile), str(master_port), [module, *arguments])
     return [*srun_words(len(hosts), shlex.split(os.environ.get(SRUN_VARIABLE, ""))), *step]
 
 
@@ -49,15 +49,15 @@ def srun_words(nodes: int, options: Sequence[str] = ()) -> list[str]:
 
 
 def step_command(
-    script: str, hostfile: str, port: str, module: Sequence[str], container: Sequence[str] = ()
+    script: Sequence[str], hostfile: str, port: str, module: Sequence[str], container: Sequence[str] = ()
 ) -> list[str]:
-    """What a node runs: ``script`` (see :func:`step_script`) with its arguments."""
-    return ["bash", "-c", script, "step", hostfile, port, *container, "deepspeed", "--", *module]
+    """What a node runs: ``script``, words that give bash the text of :func:`step_script`, with its arguments."""
+    return ["bash", *script, hostfile, port, *container, "deepspeed", "--", *module]
 
 
 def step_script() -> str:
-    """What runs on every node, as text for ``bash -c``. It holds no single quote."""
-    return (files("launch.slurm") / "step.sh").read_text(encoding="utf-8")
+    """What runs on every node. It holds no single quote."""
+    return _STEP.read_text(encoding="utf-8")
 
 
 def allocated_hosts() -> dict[str, int] | None:
