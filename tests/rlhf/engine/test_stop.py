@@ -34,7 +34,15 @@ def test_a_signal_is_noted_and_its_handler_put_back(tmp_path, inherited):
         assert StopRequests(tmp_path, ALONE, None).agreed() is None, "a note outlived its run"
 
 
-def test_control_c_still_interrupts(tmp_path):
+@pytest.fixture
+def interruptible():
+    """As Python starts, even where these tests run in the background and SIGINT is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_control_c_still_interrupts(tmp_path, interruptible):
     with noting_signals(), pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(1)
