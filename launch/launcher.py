@@ -69,7 +69,7 @@ def find_machine(ranks: int | None, hostfile: Path | None, folder: Path) -> Mach
             raise ConfigError(f"hostfile {hostfile}: {len(lost)} of {len(hosts)} nodes cannot be reached: {reasons}")
         return Machine(hosts=hosts, hostfile=hostfile)
     hosts = allocated_hosts() or {}
-    if len(hosts) < 2:
+    if not hosts or (len(hosts) == 1 and HOSTFILE_VARIABLE not in os.environ):
         return Machine(ranks=ranks)
     path = Path(os.environ.get(HOSTFILE_VARIABLE, folder / "hostfile"))
     if HOSTFILE_VARIABLE not in os.environ:

@@ -21,6 +21,7 @@ from rlhf.train.completion import MARKER
 
 FAILED_EXIT_CODE = 1
 KILLED_EXIT_CODE = 130
+SECONDS_BETWEEN_REQUESTS = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +145,7 @@ class PipelineRun:
         self, stage: PipelineStage, command: Sequence[str], logs: "_Logs", view: Overview, stop: StopRequest
     ) -> int | None:
         """Wait for the end of a stage, or bring it about; the exit code, ``None`` if it was killed."""
-        began, asked = time.monotonic(), None
+        began, asked, again = time.monotonic(), None, 0.0
         with Job(command, logs.launcher, COLUMNS="120", **mark(self.pipeline.output)) as job:
             while (code := job.wait(0.5)) is None:
                 view.tick(stage.name, joblog.progress_line(logs.main, logs.start), time.monotonic() - began)
@@ -152,7 +153,10 @@ class PipelineRun:
                     continue
                 if asked is None:
                     asked = time.monotonic()
-                    _ask_to_stop(stage, stop.reason, view)
+                    view.say(f"{stop.reason}: {stage.name} saves at its next step and stops (again: ends it at once)")
+                if stage.stage.trains and time.monotonic() >= again:
+                    _touch_stop(stage)
+                    again = time.monotonic() + SECONDS_BETWEEN_REQUESTS
                 late = time.monotonic() - asked > self.options.grace_seconds
                 if stop.signals > 1 or late or not stage.stage.trains:
                     view.say(f"{stage.name}: ended at once")
@@ -204,11 +208,10 @@ class _Logs:
         return joblog.last_line(self.main, self.start) or joblog.last_line(self.launcher, self.launcher_start)
 
 
-def _ask_to_stop(stage: PipelineStage, reason: str, view: Overview) -> None:
-    view.say(f"{reason}: {stage.name} stops at its next step and saves (once more ends it at once)")
-    if stage.stage.trains:
-        stage.output.mkdir(parents=True, exist_ok=True)
-        (stage.output / STOP_FILE).touch()
+def _touch_stop(stage: PipelineStage) -> None:
+    """Ask for a checkpoint. Ranks that are still starting drop a file that is older than they are: ask again later."""
+    stage.output.mkdir(parents=True, exist_ok=True)
+    (stage.output / STOP_FILE).touch()
 
 
 def _print_evaluation(stage: PipelineStage, console: Console) -> None:
