@@ -18,6 +18,7 @@ from torch import Tensor
 from rlhf.core.errors import ConfigError, UserError
 
 T = TypeVar("T")
+_environment_before: dict[str, str | None] = {}
 
 
 class RemoteError(UserError):
@@ -133,6 +134,7 @@ def start_ranks(timeout_seconds: float = 3600.0) -> Ranks:
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(environment["LOCAL_WORLD_SIZE"])))
     if not dist.is_initialized():
+        _environment_before.update({name: os.environ.get(name) for name in environment})
         os.environ.update(environment)
         _join(device, timeout_seconds)
     return Ranks(
@@ -151,9 +153,18 @@ def single_rank() -> Ranks:
 
 
 def stop_ranks() -> None:
-    """Leave the process group, so that interpreters end without a warning."""
+    """Leave the process group, so that interpreters end without a warning, and restore the environment.
+
+    What this process starts afterwards would otherwise take itself for its rank.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
+    while _environment_before:
+        name, value = _environment_before.popitem()
+        if value is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = value
 
 
 def _join(device: torch.device, timeout_seconds: float) -> None:
@@ -181,7 +192,7 @@ def _launch_environment() -> dict[str, str]:
     if "MASTER_ADDR" not in found:
         raise ConfigError(
             f"srun started {tasks} tasks but MASTER_ADDR is not set, so they cannot find each other; "
-            "export MASTER_ADDR=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -n 1) and MASTER_PORT first"
+            "export MASTER_ADDR=$(scontrol show hostnames $SLURM_JOB_NODELIST | sed -n 1p) and MASTER_PORT first"
         )
     return {
         "RANK": found["SLURM_PROCID"],

@@ -109,8 +109,9 @@ class Cluster:
         self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=killed")
 
     def mend_node(self, node: str) -> None:
+        """Its daemon starts; whoever was declared lost comes back by itself (ReturnToService) as soon as it reports."""
         self.start_node(node)
-        self.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
+        self.until(lambda: self.run("sinfo", "--noheader", "--format=%T", f"--nodes={node}").stdout.split()[0] == "idle")
 
     def stop(self) -> None:
         with contextlib.suppress(subprocess.SubprocessError, AssertionError):

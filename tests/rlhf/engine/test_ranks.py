@@ -1,9 +1,10 @@
+import os
 from pathlib import Path
 
 import pytest
 
 from rlhf.core.errors import ConfigError
-from rlhf.engine.ranks import start_ranks
+from rlhf.engine.ranks import start_ranks, stop_ranks
 
 WORKER = str(Path(__file__).parent / "workers" / "talk.py")
 
@@ -20,3 +21,14 @@ def test_srun_without_a_meeting_point_says_what_to_export(monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=r"export MASTER_ADDR=\$\(scontrol"):
         start_ranks()
+
+
+def test_a_run_in_this_process_leaves_no_rank_to_what_it_starts_afterwards(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MASTER_PORT", "1")
+    before = dict(os.environ)
+    assert start_ranks().world_size == 1
+    assert os.environ["RANK"] == "0"
+    stop_ranks()
+    assert dict(os.environ) == before
