@@ -274,6 +274,11 @@ class PpoConfig:
             raise ValueError("critic.share_trunk needs policy.lora, and then has neither critic.lora nor critic.path")
         if self.critic.share_trunk and (self.policy.gradient_checkpointing or self.critic.gradient_checkpointing):
             raise ValueError("critic.share_trunk does not go with gradient_checkpointing: adapters switch in between")
+        if self.policy.dropout or (self.policy.lora is not None and self.policy.lora.dropout):
+            raise ValueError(
+                "policy.dropout and policy.lora.dropout must be off (false and 0): PPO divides a response's "
+                "probability in training by the one it was written with, and dropout would be noise in their ratio"
+            )
         if self.reward.length_penalty and self.reward.length_free_tokens >= rollout.max_new_tokens:
             raise ValueError(
                 f"reward.length_free_tokens = {self.reward.length_free_tokens} must be below rollout.max_new_tokens = "

@@ -19,7 +19,7 @@ class LocalEngine:
 
     def __init__(self, module: nn.Module, *, ranks: Ranks, optimizer: OptimizerConfig, total_steps: int) -> None:
         self.ranks = ranks
-        self.module = module.to(ranks.device)
+        self.module = module.to(ranks.device).train()
         self._max_grad_norm = optimizer.max_grad_norm
         self._optimizer = build_optimizer(self.module, optimizer, fused=True)
         self._schedule = build_schedule(self._optimizer, optimizer, total_steps)

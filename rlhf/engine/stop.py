@@ -42,6 +42,19 @@ def noting_signals() -> Iterator[None]:
         _noted.clear()
 
 
+@contextlib.contextmanager
+def sheltering_children() -> Iterator[None]:
+    """A program that is started inside never hears SIGTERM or SIGUSR1: it lives as long as its work takes.
+
+    A blocked signal is inherited, a handler is not. For this process the signals of the meantime come afterwards.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _note(number: int, frame: FrameType | None) -> None:
     _noted.add(number)
 

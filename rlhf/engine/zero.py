@@ -62,7 +62,7 @@ class ZeroEngine:
             config=_with_own_nvme_folder(deepspeed_config),
             dist_init_required=False,
         )
-        self.module = self._engine.module
+        self.module = self._engine.module.train()
         self._has_frozen = any(not p.requires_grad for p in self.module.parameters())
         self._float16 = bool(deepspeed_config.get("fp16", {}).get("enabled", False))
         self._bad = False

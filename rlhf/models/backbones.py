@@ -81,9 +81,24 @@ def _load(
         transformers_logging.set_verbosity(chatter)
     if vocabulary > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(vocabulary)
+    if not config.dropout:
+        switch_dropout_off(model)
     if config.kernels == "liger":
         apply_liger(model)
     return model
+
+
+def switch_dropout_off(model: nn.Module) -> None:
+    """Training without dropout, in place; the configuration that is saved with the model keeps its rates.
+
+    Transformers has them as modules, or as attributes of attention layers (``attention_dropout``, ``attn_pdrop``).
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and "drop" in name:
+                setattr(module, name, 0.0)
 
 
 def apply_liger(model: PreTrainedModel) -> None:

@@ -34,6 +34,8 @@ class BackboneConfig:
     """Freeze the embeddings and this many lower layers; with LoRA, adapters go to the layers above only."""
     lora: LoraOptions | None = None
     """Train adapters instead of the weights; null trains the weights."""
+    dropout: bool = False
+    """Whether the model's own dropout acts in training. Off, policy and reference are compared without noise."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """auto takes flash_attention_2 where it is installed and the device has it, else what Transformers prefers."""
     kernels: Literal["none", "liger"] = "none"

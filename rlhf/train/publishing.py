@@ -15,6 +15,7 @@ from torch import Tensor
 from rlhf.core.errors import ModelError
 from rlhf.data.batching import ItemSource, Row, row_group
 from rlhf.engine.api import Engine
+from rlhf.engine.stop import sheltering_children
 from rlhf.train.batches import asking
 
 CASES = 12
@@ -59,9 +60,12 @@ def check_in_fresh_process(module: str, folder: Path, request: dict) -> dict[str
         path = Path(scratch) / "request.json"
         path.write_text(json.dumps(request))
         command = [sys.executable, "-m", module, str(folder), str(path)]
-        outcome = subprocess.run(command, capture_output=True, text=True, env=_plain_environment(), check=False)
-    report = outcome.stdout.strip().splitlines()[-1:] or [outcome.stderr[-2000:]]
-    if outcome.returncode != 0:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        with sheltering_children():  # who asks the run to stop signals all its processes
+            process = subprocess.Popen(command, text=True, env=_plain_environment(), **pipes)
+        said, complaint = process.communicate()
+    report = said.strip().splitlines()[-1:] or [complaint[-2000:]]
+    if process.returncode != 0:
         raise ModelError(
             f"the saved model does not reproduce the live values, so it is not published: {report[0]}; "
             "the checkpoints are intact"

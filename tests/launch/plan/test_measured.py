@@ -14,11 +14,6 @@ ROOT = Path(__file__).resolve().parents[3]
 TOLERANCE = 0.15
 SLICE = "model.layers=8"
 CHECKPOINTING = ("train.micro_batch_tokens=6000", "model.gradient_checkpointing=true")
-NOT_YET = pytest.mark.xfail(
-    strict=True,
-    reason="no engine puts its module into training mode, and Transformers checkpoints only there: remove this mark "
-    "with that fault",
-)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +46,7 @@ def benchmark():
         ("reward", (SLICE, "engine.deepspeed=zero2"), 2),
         ("reward", (SLICE, "engine.deepspeed=zero0", "train.micro_batch_tokens=6000"), 1),
         ("reward", (SLICE, "engine.deepspeed=zero3"), 2),
-        pytest.param("reward", (SLICE, "engine.deepspeed=zero2", *CHECKPOINTING), 1, marks=NOT_YET),
+        ("reward", (SLICE, "engine.deepspeed=zero2", *CHECKPOINTING), 1),
         ("sft", ("engine.deepspeed=zero2", "model.freeze_layers=20", "train.global_batch_size=8"), 1),
         ("preference", (SLICE, "engine.deepspeed=zero2", "model.lora={rank: 16}", "reference.kind=live"), 1),
     ],

@@ -111,7 +111,8 @@ class Cluster:
     def mend_node(self, node: str) -> None:
         """Its daemon starts; whoever was declared lost comes back by itself (ReturnToService) as soon as it reports."""
         self.start_node(node)
-        self.until(lambda: self.run("sinfo", "--noheader", "--format=%T", f"--nodes={node}").stdout.split()[0] == "idle")
+        sinfo = ("sinfo", "--noheader", "--format=%T", f"--nodes={node}")
+        self.until(lambda: set(self.run(*sinfo).stdout.split()) == {"idle"})
 
     def stop(self) -> None:
         with contextlib.suppress(subprocess.SubprocessError, AssertionError):

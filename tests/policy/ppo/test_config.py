@@ -32,6 +32,10 @@ def parse(*overrides, reward=REWARD):
             r"critic\.share_trunk .* neither critic\.lora nor critic\.path",
         ),
         (
+            ["policy.lora={rank: 4, dropout: 0.1}"],
+            r"policy.lora.dropout must be off",
+        ),
+        (
             ["critic.share_trunk=true", "policy.lora={rank: 4}", "policy.gradient_checkpointing=true"],
             r"share_trunk does not go with gradient_checkpointing",
         ),

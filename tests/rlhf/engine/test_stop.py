@@ -1,5 +1,6 @@
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 
 from rlhf.core.errors import STOPPED_EXIT_CODE, RunStopped
 from rlhf.engine.ranks import Ranks
-from rlhf.engine.stop import STOP_FILE, StopRequests, noting_signals, process_started
+from rlhf.engine.stop import STOP_FILE, StopRequests, noting_signals, process_started, sheltering_children
 
 WORKER = str(Path(__file__).parent / "workers" / "stop.py")
 ALONE = Ranks(rank=0, world_size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
@@ -32,6 +33,17 @@ def test_a_signal_is_noted_and_its_handler_put_back(tmp_path, inherited):
     assert signal.getsignal(signal.SIGUSR1) == inherited
     with noting_signals():
         assert StopRequests(tmp_path, ALONE, None).agreed() is None, "a note outlived its run"
+
+
+def test_a_sheltered_child_outlives_what_asks_its_parent_to_stop(tmp_path):
+    with noting_signals():
+        with sheltering_children():
+            child = subprocess.Popen(["sleep", "0.5"])
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            child.send_signal(number)
+            os.kill(os.getpid(), number)
+        assert StopRequests(tmp_path, ALONE, None).agreed() is not None, "the parent no longer hears"
+        assert child.wait() == 0
 
 
 @pytest.fixture

@@ -25,7 +25,8 @@ def model() -> nn.Module:
     torch.manual_seed(0)
     first = nn.Linear(5, 16)
     first.weight.requires_grad_(False)  # some of it frozen, as with adapters
-    return nn.Sequential(first, nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 1))
+    layers = nn.Sequential(first, nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 1))
+    return layers.eval()  # as Transformers hands models over
 
 
 def micro_batches(step: int, rank: int, ranks: int):
@@ -51,6 +52,7 @@ def new_engine(kind, ranks, folder):
 
 
 def train(engine, steps, poison=None):
+    assert engine.module.training
     reports = []
     for step in steps:
         batches = micro_batches(step, engine.ranks.rank, engine.ranks.world_size)
