@@ -43,7 +43,9 @@ def add_parser(subparsers) -> None:
     several = "a recipe of a stage; may be given again, later ones win"
     show.add_argument("--config", metavar="RECIPE", type=Path, action="append", required=True, help=several)
     show.add_argument("--stage", choices=[*STAGES], help="the stage of the recipe (default: the one that takes it)")
-    show.add_argument("--frozen", action="store_true", help="as for a model that is only asked")
+    role = show.add_mutually_exclusive_group()
+    role.add_argument("--frozen", action="store_true", help="as for a model that is only asked")
+    role.add_argument("--critic", action="store_true", help="for the critic of a PPO recipe")
     show.add_argument("--ranks", type=positive_int, help="processes in all (default: all GPUs, or 2 on a CPU)")
     show.add_argument("--nodes", type=positive_int, default=1, help="that they are spread over (default: 1)")
     shape = "config.json or well-known name, for a model that is not on this machine"
@@ -79,9 +81,14 @@ def _resolved(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     stage, config = read_stage(options.config, overrides, options.stage, program="rlhf ds show")
     if config.engine.kind != "deepspeed":
         raise ConfigError(f"engine.kind = {config.engine.kind}: such a run has no DeepSpeed JSON")
+    optimizer = config.optim
+    if options.critic:
+        if not hasattr(config, "critic"):
+            raise ConfigError(f"--critic: stage {stage.name} has no critic, only ppo has one")
+        optimizer, source = config.critic.optim, source or config.critic.deepspeed
     source = source or config.engine.deepspeed
     role = role_of(source) or ("frozen" if options.frozen else "train")
-    values = _run_values(config, role, options)
+    values = _run_values(config, role, optimizer, options)
     resolved = resolve(source, values, role=role)
     notes = [f"warning: {problem}" for problem in op_problems(resolved).values()]
     if config.engine.precision == "auto":
@@ -119,7 +126,7 @@ def _configuration_and_settings(words: list[str]) -> tuple[str | None, list[str]
     return (others[0] if others else None), settings
 
 
-def _run_values(config: Any, role: str, options: argparse.Namespace):
+def _run_values(config: Any, role: str, optimizer: Any, options: argparse.Namespace):
     from launch.launcher import default_ranks
     from launch.plan.models import Sources, model_settings
     from launch.recipe_stage import model_of
@@ -133,4 +140,4 @@ def _run_values(config: Any, role: str, options: argparse.Namespace):
     sizes = {"world_size": ranks, "local_size": ranks // options.nodes, "hidden_size": settings.hidden_size}
     if role == "frozen":
         return frozen_values(config.engine, **sizes)
-    return run_values(config.engine, config.optim, **sizes)
+    return run_values(config.engine, optimizer, **sizes)

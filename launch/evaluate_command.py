@@ -33,8 +33,9 @@ def add_parser(subparsers) -> None:
 def run(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from policy.evaluation.compare import evaluate_policies, evaluation_table, load_reward, read_prompts
+    from policy.evaluation.compare import evaluate_policies, load_reward, read_prompts
     from policy.evaluation.options import SamplingSettings
+    from policy.evaluation.results import evaluation_table
 
     found = evaluate_policies(
         dict(_named(text) for text in options.policy),

@@ -215,7 +215,7 @@ def _touch_stop(stage: PipelineStage) -> None:
 
 
 def _print_evaluation(stage: PipelineStage, console: Console) -> None:
-    from policy.evaluation.compare import evaluation_table, read_evaluations
+    from policy.evaluation.results import evaluation_table, read_evaluations
 
     console.print(evaluation_table(read_evaluations(stage.output)))
 

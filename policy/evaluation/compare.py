@@ -3,18 +3,16 @@
 import importlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import TypeAdapter
-from rich.table import Table
-from scipy import stats
 from transformers import AutoModelForCausalLM
 
 from policy.evaluation.options import SamplingSettings
+from policy.evaluation.results import PolicyEvaluation, markdown, mean_with_interval
 from policy.evaluation.sampling import Sample, sample_responses
 from policy.model import PolicyModel
 from reward.score import load_scorer, score_tokens
@@ -31,36 +29,6 @@ from rlhf.train.progress import Progress
 RewardFunction = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 ROWS_AT_ONCE = 32
 TOKENS_AT_ONCE = 8192
-
-
-@dataclass(frozen=True, kw_only=True)
-class Estimate:
-    """A mean with its 95 % interval (Student's t over prompts)."""
-
-    value: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class PolicyEvaluation:
-    """One policy."""
-
-    name: str
-    reward: Estimate
-    """Mean over prompts of the mean reward of their samples."""
-    gain: Estimate | None
-    """Reward minus that of the reference for the same prompts; ``None`` for the reference itself."""
-    kl: float
-    """KL(policy || reference) of a response in nats: mean log-ratio of the policy's own samples (k1)."""
-    kl_k3: float
-    """The same by the estimator ``exp(-l) - 1 + l`` of the log-ratio l, which is never negative."""
-    tokens: float
-    """Mean tokens of a response."""
-    ended_share: float
-    """Responses that the model ended itself."""
-    prompts: int
-    samples: int
 
 
 def evaluate_policies(
@@ -166,39 +134,6 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def evaluation_table(evaluations: Sequence[PolicyEvaluation]) -> Table:
-    """One line a policy; "gain" is over the reference, for the same prompts."""
-    table = Table(title="Fresh samples for held-out prompts (95 % intervals over prompts)", title_justify="left")
-    for column in _HEADINGS:
-        table.add_column(column, justify="left" if column == "policy" else "right")
-    for each in evaluations:
-        table.add_row(*_cells(each))
-    return table
-
-
-def read_evaluations(folder: Path) -> list[PolicyEvaluation]:
-    """What :func:`evaluate_policies` wrote into ``folder``."""
-    rows = json.loads((folder / "evaluations.json").read_text())
-    return TypeAdapter(list[PolicyEvaluation]).validate_python(rows)
-
-
-def markdown(evaluations: Sequence[PolicyEvaluation]) -> str:
-    lines = ["| " + " | ".join(_HEADINGS) + " |", "|---" * len(_HEADINGS) + "|"]
-    lines += ["| " + " | ".join(_cells(each)) + " |" for each in evaluations]
-    return "\n".join(lines) + "\n"
-
-
-_HEADINGS = ("policy", "reward", "gain", "KL", "KL (k3)", "tokens", "ended")
-
-
-def _cells(each: PolicyEvaluation) -> list[str]:
-    def shown(estimate: Estimate | None) -> str:
-        return "" if estimate is None else f"{estimate.value:.3f} ({estimate.low:.3f} to {estimate.high:.3f})"
-
-    numbers = (f"{each.kl:.2f}", f"{each.kl_k3:.2f}", f"{each.tokens:.1f}", f"{each.ended_share:.0%}")
-    return [each.name, shown(each.reward), shown(each.gain), *numbers]
-
-
 def _open(folder: Path) -> Frozen:
     try:
         hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -247,15 +182,6 @@ def _summary(
         prompts=len(by_prompt),
         samples=len(samples),
     )
-
-
-def mean_with_interval(values: NDArray[np.float64]) -> Estimate:
-    """Of ``(N,)`` independent values; the interval is the mean itself where they do not vary."""
-    mean = float(values.mean())
-    if len(values) < 2 or values.std() == 0:
-        return Estimate(value=mean, low=mean, high=mean)
-    low, high = stats.t.interval(0.95, len(values) - 1, loc=mean, scale=stats.sem(values))
-    return Estimate(value=mean, low=float(low), high=float(high))
 
 
 def _write_samples(

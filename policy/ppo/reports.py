@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from policy.evaluation.compare import Estimate, mean_with_interval
+from policy.evaluation.results import Estimate, mean_with_interval
 from policy.ppo.experience import Experience
 from policy.ppo.rollouts import Rollouts
 from policy.ppo.scoring import Scored

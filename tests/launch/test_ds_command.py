@@ -66,6 +66,17 @@ def test_the_name_of_a_frozen_configuration_says_so_itself(capsys, tiny_recipe):
     assert named["gradient_clipping"] == 0.0 and "sub_group_size" not in named["zero_optimization"]
 
 
+def test_the_critic_has_a_configuration_and_a_clipping_of_its_own(capsys, tiny_model, tiny_recipe, tmp_path):
+    recipe = ROOT / "launch" / "recipes" / "ppo_margin.yaml"
+    settings = [f"policy.path={tiny_model}", "critic.deepspeed=zero3", "critic.optim.max_grad_norm=0.25"]
+    found = shown(capsys, "--critic", "--config", recipe, *settings)
+    assert (found["zero_optimization"]["stage"], found["gradient_clipping"]) == (3, 0.25)
+    assert shown(capsys, "--config", recipe, *settings)["gradient_clipping"] != 0.25
+    assert shown(capsys, "zero1", "--critic", "--config", recipe, *settings)["zero_optimization"]["stage"] == 1
+    _, complaint = printed(capsys, "show", "--critic", *tiny_recipe, expect=2)
+    assert "--critic: stage reward has no critic" in complaint
+
+
 def test_a_model_that_is_not_here_can_be_described(capsys, tiny_recipe):
     settings = ["model.path=some/model", "--model-config", "llama-3-8b"]
     assert shown(capsys, "zero3", *tiny_recipe, *settings)["zero_optimization"]["reduce_bucket_size"] == 4096**2
