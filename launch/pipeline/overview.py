@@ -38,7 +38,7 @@ class Overview:
     console: Console
     lines: dict[str, Line] = field(default_factory=dict)
     _live: Live | None = None
-    _printed: float = 0.0
+    _printed: tuple[float, str | None] = (0.0, None)
 
     def __post_init__(self) -> None:
         self.lines = {stage.name: Line(stage.kind) for stage in self.pipeline.stages}
@@ -69,9 +69,9 @@ class Overview:
         """What the running stage has come to; in a log file a line now and then."""
         line = self.lines[name]
         line.detail, line.seconds = progress or line.detail, seconds
-        now = time.monotonic()
-        if self._live is None and progress and now - self._printed > SECONDS_BETWEEN_LINES:
-            self._printed = now
+        now, (then, before) = time.monotonic(), self._printed
+        if self._live is None and progress and progress != before and now - then > SECONDS_BETWEEN_LINES:
+            self._printed = now, progress
             self.say(f"{name}: {progress}")
         self._refresh()
 
