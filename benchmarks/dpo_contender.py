@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from memory import memory
+
 
 class Measured:
     """What one run took, and what it computed; every number is of this process alone."""
@@ -37,18 +39,6 @@ class Measured:
     def tokens(self, real: float, padded: float) -> None:
         """Tokens of the rows of all training steps, and what was computed for them."""
         self.numbers |= {"tokens": round(real), "padded_tokens": round(padded)}
-
-
-def memory(field: str) -> int:
-    """VmRSS or its peak VmHWM, in bytes.
-
-    Not ru_maxrss of getrusage: Linux carries the parent's peak over into a child that it starts.
-    """
-    for line in Path("/proc/self/status").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == field:
-            return int(value.split()[0]) * 1024
-    raise OSError(f"/proc/self/status: no {field}; this benchmark needs Linux")
 
 
 def run_ours(settings: dict[str, Any], measured: Measured) -> None:

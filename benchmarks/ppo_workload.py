@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from memory import memory
+
 SETTINGS = {
     "temperature": 1.0,
     "learning_rate": 1e-6,
@@ -224,15 +226,3 @@ class Measured:
             "peak_rss_gib": self.steps[-1]["peak_rss_bytes"] / GIB,
             "steps": self.steps,
         }
-
-
-def memory(field: str) -> int:
-    """VmRSS or its peak VmHWM, in bytes.
-
-    Not ru_maxrss of getrusage: Linux carries the parent's peak over into a child that it starts.
-    """
-    for line in Path("/proc/self/status").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == field:
-            return int(value.split()[0]) * 1024
-    raise OSError(f"/proc/self/status: no {field}; this benchmark needs Linux")

@@ -10,7 +10,7 @@ from launch.plan.activations import Trained
 from launch.plan.shapes import KNOWN, ModelShape, known_name, shape_of
 from launch.plan.states import Numbers
 from rlhf.core.errors import ModelError
-from rlhf.models.options import BackboneConfig
+from rlhf.models.options import BackboneConfig, cut_layers
 
 Kind = Literal["language model", "reward model"]
 IMPORTED = {"smollm2": "smollm2-135m"}
@@ -147,7 +147,7 @@ def _from_hub_cache(config: BackboneConfig) -> Any:
         settings = AutoConfig.from_pretrained(config.path, revision=config.revision, local_files_only=True)
     except (OSError, ValueError):
         return None
-    return _cut(settings, config)
+    return cut_layers(settings, config)
 
 
 def _named(fallback: str) -> Mapping[str, Any]:
@@ -179,17 +179,7 @@ def _from_mapping(content: Mapping[str, Any], config: BackboneConfig) -> Any:
         settings = AutoConfig.for_model(content["model_type"], **kept)
     except (KeyError, ValueError) as error:
         raise ModelError(f"model_type = {content['model_type']}: Transformers does not know it: {error}") from error
-    return _cut(settings, config)
-
-
-def _cut(settings: Any, config: BackboneConfig) -> Any:
-    if config.layers is not None:
-        if config.layers > settings.num_hidden_layers:
-            raise ModelError(f"model.layers = {config.layers}, but {config.path} has {settings.num_hidden_layers}")
-        settings.num_hidden_layers = config.layers
-        if getattr(settings, "layer_types", None):
-            settings.layer_types = settings.layer_types[: config.layers]
-    return settings
+    return cut_layers(settings, config)
 
 
 def _bare_model(settings: Any, kind: Kind) -> Any:

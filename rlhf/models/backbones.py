@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from rlhf.core.errors import ModelError
 from rlhf.core.files import digest, file_checksum
-from rlhf.models.options import BackboneConfig, LoraOptions
+from rlhf.models.options import BackboneConfig, LoraOptions, cut_layers
 
 HEAD_NAMES = ("score", "classifier")
 
@@ -158,13 +158,7 @@ def load_model_config(config: BackboneConfig) -> PretrainedConfig:
         raise ModelError(
             f"model.path = {config.path}: neither a Transformers folder nor a model of the hub: {error}"
         ) from error
-    if config.layers is not None:
-        if config.layers > settings.num_hidden_layers:
-            raise ModelError(f"model.layers = {config.layers}, but {config.path} has {settings.num_hidden_layers}")
-        settings.num_hidden_layers = config.layers
-        if getattr(settings, "layer_types", None):
-            settings.layer_types = settings.layer_types[: config.layers]
-    return settings
+    return cut_layers(settings, config)
 
 
 def attention_implementation(wanted: str, dtype: torch.dtype) -> str | None:

@@ -1,9 +1,11 @@
 """What a recipe says about the model."""
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt
+
+from rlhf.core.errors import ModelError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,3 +46,18 @@ class BackboneConfig:
     """Recompute activations in the backward pass: less memory, about a third more time."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model folder. Off unless you have read that code."""
+
+
+def cut_layers(settings: Any, config: BackboneConfig) -> Any:
+    """The same Transformers configuration with ``config.layers`` layers, if that is set.
+
+    Raises:
+        ModelError: if there are not so many.
+    """
+    if config.layers is not None:
+        if config.layers > settings.num_hidden_layers:
+            raise ModelError(f"model.layers = {config.layers}, but {config.path} has {settings.num_hidden_layers}")
+        settings.num_hidden_layers = config.layers
+        if getattr(settings, "layer_types", None):
+            settings.layer_types = settings.layer_types[: config.layers]
+    return settings

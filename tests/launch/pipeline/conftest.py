@@ -10,12 +10,30 @@ from rich.console import Console
 from launch import stages
 from launch.launcher import Machine
 from launch.pipeline import recipe as recipes
+from launch.pipeline.processes import MARK
 from launch.pipeline.recipe import load_pipeline
 from launch.pipeline.run import PipelineRun, RunOptions
 from launch.stages import Stage
 
 WORKERS = Path(__file__).parent / "workers"
 ROOT = Path(__file__).resolve().parents[3]
+
+
+def marked(folder: Path) -> list[int]:
+    """Processes that a pipeline in ``folder`` has started, straight from /proc."""
+    wanted, found = f"{MARK}={folder.resolve()}".encode(), []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if wanted in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.fixture
+def processes_of():
+    return marked
 
 
 class Toys:
@@ -37,6 +55,10 @@ class Toys:
     def run(self, *overrides: str, **options) -> int:
         settings = RunOptions(machine=Machine(ranks=1), doctor=False, **options)
         return PipelineRun(self.load(*overrides), settings, self.console).run()
+
+    def processes(self) -> list[int]:
+        """Of the pipeline, but not the one that runs it."""
+        return marked(self.folder / "out")
 
     def starts(self, name: str) -> int:
         path = self.folder / "out" / name / "starts"

@@ -12,8 +12,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch.pipeline.processes import MARK
-
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -83,17 +81,6 @@ def published(folder: Path) -> dict[str, bytes]:
     }
 
 
-def processes_of(folder: Path) -> list[int]:
-    wanted, found = f"{MARK}={folder.resolve()}".encode(), []
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if wanted in path.read_bytes().split(b"\0"):
-                found.append(int(path.parent.name))
-        except OSError:
-            continue
-    return found
-
-
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory, tiny_model, tiny_pairs):
     return write_recipe(tmp_path_factory.mktemp("pipeline"), tiny_model, tiny_pairs)
@@ -141,7 +128,7 @@ def test_one_setting_of_a_stage_redoes_that_stage_and_what_follows(finished, rec
     assert "waiting" in lines["evaluate"]
 
 
-def test_a_pipeline_killed_again_and_again_publishes_the_same_models(finished, recipe, tmp_path):
+def test_a_pipeline_killed_again_and_again_publishes_the_same_models(finished, recipe, processes_of, tmp_path):
     """Kill -9 of the pipeline alone, or of it and all that it started, at moments drawn at random."""
     folder, generator = tmp_path / "killed", random.Random(4)
     for number in range(4):
@@ -160,7 +147,7 @@ def test_a_pipeline_killed_again_and_again_publishes_the_same_models(finished, r
     assert published(folder) == published(finished[0])
 
 
-def test_a_signal_stops_the_whole_tree_and_the_next_run_goes_on(recipe, tmp_path):
+def test_a_signal_stops_the_whole_tree_and_the_next_run_goes_on(recipe, processes_of, tmp_path):
     folder = tmp_path / "stopped"
     settings = [str(recipe), "--ranks", "2", f"output={folder}", "sft.train.max_steps=2000"]
     process = start("run", *settings)

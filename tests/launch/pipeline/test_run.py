@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from launch.pipeline.processes import MARK
 from rlhf.core.errors import UserError
 
 WORKERS = Path(__file__).parent / "workers"
@@ -162,19 +161,6 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def marked(toys) -> list[int]:
-    """Processes of the pipeline, but not the one that runs it."""
-    wanted = f"{MARK}={(toys.folder / 'out').resolve()}".encode()
-    found = []
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if wanted in path.read_bytes().split(b"\0"):
-                found.append(int(path.parent.name))
-        except OSError:
-            continue
-    return found
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_lets_a_training_stage_save_and_stop(toys, number):
     process = start(toys, "train")
@@ -183,7 +169,7 @@ def test_a_signal_lets_a_training_stage_save_and_stop(toys, number):
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 75, output
     assert "stopped" in output and "the same command goes on from there" in output
-    assert marked(toys) == [] and toys.starts("b") == 0
+    assert toys.processes() == [] and toys.starts("b") == 0
 
 
 def test_a_stop_file_in_the_folder_of_the_pipeline_does_so_too(toys):
@@ -202,7 +188,7 @@ def test_a_second_signal_ends_everything_at_once(toys):
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode == 130 or process.returncode == 75
-    assert not is_running(pid) and marked(toys) == []
+    assert not is_running(pid) and toys.processes() == []
 
 
 def test_nothing_outlives_a_pipeline_that_was_killed(toys):
@@ -211,7 +197,7 @@ def test_nothing_outlives_a_pipeline_that_was_killed(toys):
     process.kill()
     process.wait()
     deadline = time.monotonic() + 30
-    while marked(toys) or is_running(pid):
+    while toys.processes() or is_running(pid):
         assert time.monotonic() < deadline
         time.sleep(0.1)
 
@@ -219,7 +205,7 @@ def test_nothing_outlives_a_pipeline_that_was_killed(toys):
 def test_the_next_pipeline_ends_what_an_earlier_one_left_and_goes_on(toys):
     process = start(toys, "train")
     pid = waiting_stage(toys)
-    guard = [other for other in marked(toys) if other != pid]
+    guard = [other for other in toys.processes() if other != pid]
     for each in (process.pid, *guard):  # the guard as well: nobody is left to end the stage
         os.kill(each, signal.SIGKILL)
     process.wait()

@@ -1,15 +1,10 @@
 """``python killed.py PLAN.json``: one rank of several runs of the stage, one after another; some kill themselves.
 
-The plan is a list of runs, each with ``arguments`` of policy.ppo, a ``port`` for its ranks to meet at, a file
-``said`` for what its main rank prints, and ``kill``: null, or a phase and a step, counted from 1. A killed run ends
-in generation, scoring, policy, critic (after their first part of the step), or saving (when the engines have
-written).
-
-Every run is a process of its own, forked from this one: importing is what takes long. Each prints the steps that it
-draws responses in; this process prints how each run ended.
+The plan is that of tests/forked.py; each run also has ``kill``: null, or a phase and a step, counted from 1. A killed
+run ends in generation, scoring, policy, critic (after their first part of the step), or saving (when the engines have
+written). Each prints the steps that it draws responses in.
 """
 
-import json
 import os
 import signal
 import sys
@@ -25,6 +20,7 @@ from policy.ppo.scoring import ModelScorer
 from policy.ppo.task import Engines, PpoTask
 from policy.ppo.update import Updater
 from rlhf.engine import zero
+from tests.forked import run_plan
 
 IMPORTED_BY_EVERY_RUN = stage, zero, compile_fx
 
@@ -69,24 +65,11 @@ def kill_in(phase: str, step: int) -> None:
     setattr(owner, name, deadly)
 
 
-def run_alone(run: dict) -> int:
-    """The exit code of a child that does the run; negative if it was killed."""
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    os.environ["MASTER_PORT"] = str(run["port"])
-    if os.environ["RANK"] == "0":
-        said = os.open(run["said"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(said, 1)
-        os.dup2(said, 2)
+def prepare(run: dict) -> None:
     count_steps()
     if run["kill"] is not None:
         kill_in(*run["kill"])
-    code = main(run["arguments"])
-    sys.stdout.flush()
-    os._exit(code)
 
 
 if __name__ == "__main__":
-    for place, each in enumerate(json.loads(Path(sys.argv[1]).read_text())):
-        print(f"run {place} ended with {run_alone(each)}", flush=True)
+    run_plan(Path(sys.argv[1]), main, prepare)
