@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.doctor.finding import GIB, Finding, Subject, gibibytes
+from rlhf.core.errors import UserError
 
 SHARED_MEMORY = Path("/dev/shm")
 CGROUPS = Path("/sys/fs/cgroup")
@@ -17,8 +18,8 @@ LEAST_SHARED = GIB // 2
 LEAST_DISK, LOW_DISK = GIB, 20 * GIB
 """Without a recipe to go by: too little for anything, and little for checkpoints of a real model."""
 LOW_MEMORY = 4 * GIB
-STATE_BYTES = 16
-"""Bytes a trained parameter in a checkpoint, at most: weights, float32 copy and two moments."""
+SOME_ROWS, SOME_TOKENS = 10_000, 500.0
+"""Data that a plan is made for where only the size of files is asked: they hardly depend on it."""
 BUSY_SHARE = 0.1
 """Of a GPU's memory: more than this in use before the run starts is somebody else's."""
 
@@ -182,14 +183,14 @@ def disk(subject: Subject) -> Iterator[Finding]:
         if path is not None:
             folders.setdefault(Path(path), [])
     for folder, configs in folders.items():
-        yield _room(folder, configs)
+        yield _room(folder, configs, subject)
 
 
-def _room(folder: Path, configs: list[Any]) -> Finding:
+def _room(folder: Path, configs: list[Any], subject: Subject) -> Finding:
     place = folder.absolute()
     while not place.exists():
         place = place.parent
-    need = sum(_disk_bytes(config) for config in configs)
+    need = sum(_disk_bytes(config, subject) for config in configs)
     usage = shutil.disk_usage(place)
     text = f"{gibibytes(usage.free)} free for {folder}"
     values = {"free_bytes": usage.free, "needed_bytes": need}
@@ -219,12 +220,19 @@ def _write_fault(place: Path) -> str | None:
     return None
 
 
-def _disk_bytes(config: Any) -> int:
-    """Checkpoints that are kept, one that is being written, and the published weights; 0 if the size is not known."""
-    parameters = _parameters(config)
-    weights = 4 * parameters
-    states = STATE_BYTES * parameters if _trains_all(config) else 0
-    return states * (config.train.keep_checkpoints + 1) + weights
+def _disk_bytes(config: Any, subject: Subject) -> int:
+    """Checkpoints, published weights and caches, as :mod:`launch.plan` counts them; 0 if the model is not known yet."""
+    from launch.plan.cluster import cluster_of
+    from launch.plan.planner import Request, disk, plan_stage
+    from launch.stages import STAGES
+
+    kind = next(name for name, stage in STAGES.items() if isinstance(config, stage.config_class()))
+    here = cluster_of(devices_per_node=subject.processes)
+    try:
+        plan = plan_stage(kind, config, here, Request(rows=SOME_ROWS, mean_tokens=SOME_TOKENS))
+    except UserError:  # where it matters, other checks say so, and the stage itself
+        return 0
+    return sum(disk(plan).values())
 
 
 def _parameters(config: Any) -> int:

@@ -97,7 +97,7 @@ class PipelineRun:
 
     def _work(self, stage: PipelineStage, decision: Decision, view: Overview, stop: StopRequest) -> None:
         if self._to_check:
-            self._check_machine(view)
+            self._check_machine(stage, view)
         folder = self._progress.log_folder(stage)
         command = stage_command(stage.stage, (*stage.arguments, "--log-folder", str(folder)), self._machine(stage))
         if decision.action is Action.REDO:
@@ -120,16 +120,19 @@ class PipelineRun:
         self.failures[stage.name] = f"exit code {code}: {logs.last_line() or 'no output'}\n  its log: {logs.main}"
         view.show(stage.name, "failed", f"exit code {code}", seconds)
 
-    def _check_machine(self, view: Overview) -> None:
-        """
+    def _check_machine(self, first: PipelineStage, view: Overview) -> None:
+        """Look at it with what the stages from ``first`` on need.
+
         Raises:
             UserError: if a run would not get far on this machine.
         """
         self._to_check = False
+        stages, only = self.pipeline.stages, self.options.only
+        ahead = [each for each in stages[stages.index(first) :] if not only or each.name in only]
         findings = run_checks(  # the nodes of a hostfile have been asked before
             ranks=self.options.machine.ranks,
             output=self.pipeline.output,
-            configs=[each.config for each in self.pipeline.stages if each.stage.trains],
+            configs=[each.config for each in ahead if each.stage.trains],
             quick=True,
         )
         for each in findings:

@@ -75,13 +75,13 @@ def parse_bytes(text: str) -> int:
 
 def cluster_of(
     *,
-    nodes: int,
-    devices_per_node: int | None,
-    device: str | None,
-    device_memory: int | None,
-    host_memory: int | None,
-    flops: float | None,
-    utilisation: float,
+    nodes: int = 1,
+    devices_per_node: int | None = None,
+    device: str | None = None,
+    device_memory: int | None = None,
+    host_memory: int | None = None,
+    flops: float | None = None,
+    utilisation: float = 1.0,
 ) -> Cluster:
     """From the options of the command; what is not given is asked of this machine.
 

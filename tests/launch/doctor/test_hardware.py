@@ -8,6 +8,8 @@ import torch
 from launch.doctor import hardware
 from launch.doctor.finding import GIB, Subject
 
+WIDTH = 32
+"""Of the tiny model, and so the numbers of its head."""
 TWO_GPUS = "echo '0, NVIDIA H100 80GB HBM3, 81559, 70000'; echo '1, NVIDIA H100 80GB HBM3, 81559, 4'"
 
 
@@ -158,7 +160,10 @@ def test_a_disk_without_room_for_the_checkpoints_is_a_failure(small_disk, config
     parameters = sum(each.numel() for each in _weights(tiny_model))
     fits = config(f"output={small_disk}/run", "train.keep_checkpoints=2")
     finding = only(hardware.disk(Subject(output=fits.output, configs=(fits,))))
-    assert finding.status == "ok" and finding.values["needed_bytes"] == (16 * 3 + 4) * parameters
+    kept = 2 + 1 + 1  # the latest, the best, and one that is being written
+    assert finding.status == "ok" and finding.values["needed_bytes"] == (16 * kept + 4) * (parameters + WIDTH)
+    frozen = config(f"output={small_disk}/run", "train.keep_checkpoints=2", "model.freeze_layers=3")
+    assert only(hardware.disk(Subject(output=fits.output, configs=(frozen,)))).values["needed_bytes"] < 16 * parameters
     many = config(f"output={small_disk}/run", "train.keep_checkpoints=200")
     finding = only(hardware.disk(Subject(output=many.output, configs=(many,))))
     assert finding.status == "failure" and "not enough" in finding.text and "keep_checkpoints" in finding.remedy
