@@ -128,11 +128,18 @@ class PolicyModel(nn.Module):
 
     @contextlib.contextmanager
     def without_adapters(self):
-        """The base model under LoRA: adapters are switched off inside."""
-        with contextlib.ExitStack() as stack:
-            for adapter in self._adapters:
-                stack.enter_context(adapter.disable_adapter())
-            yield
+        """The base model under LoRA: adapters are switched off inside. What is trained stays the same: peft would
+        switch on all of the active adapter, and off every other, when it comes back.
+        """
+        trained = [parameter.requires_grad for parameter in self.parameters()]
+        try:
+            with contextlib.ExitStack() as stack:
+                for adapter in self._adapters:
+                    stack.enter_context(adapter.disable_adapter())
+                yield
+        finally:
+            for parameter, wanted in zip(self.parameters(), trained, strict=True):
+                parameter.requires_grad_(wanted)
 
     def plain(self) -> PreTrainedModel:
         """The Transformers model with its own output projection again. Ends the use of this object."""
@@ -192,7 +199,7 @@ def build_policy(config: PolicyConfig, *, dtype: torch.dtype, vocabulary: int, s
     else:
         backbones.freeze_lower_layers(hf, config.freeze_layers)
     if config.gradient_checkpointing:
-        hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        backbones.checkpoint_activations(hf)
     model = PolicyModel(hf)
     if adapter is not None:
         object.__setattr__(model, "_adapters", (adapter,))  # a plain tuple: its weights are hf's own

@@ -186,7 +186,7 @@ def make_trainable(model: RewardModel, config: BackboneConfig) -> None:
     else:
         backbones.freeze_lower_layers(hf, config.freeze_layers)
     if config.gradient_checkpointing:
-        hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        backbones.checkpoint_activations(hf)
 
 
 MLP_MODEL_TYPE = "margin-rlhf-mlp-reward"

@@ -274,10 +274,11 @@ class PpoConfig:
             raise ValueError("critic.share_trunk needs policy.lora, and then has neither critic.lora nor critic.path")
         if self.critic.share_trunk and (self.policy.gradient_checkpointing or self.critic.gradient_checkpointing):
             raise ValueError("critic.share_trunk does not go with gradient_checkpointing: adapters switch in between")
-        if self.policy.dropout or (self.policy.lora is not None and self.policy.lora.dropout):
+        adapters = (self.policy.lora, self.critic.lora)
+        if self.policy.dropout or any(lora is not None and lora.dropout for lora in adapters):
             raise ValueError(
-                "policy.dropout and policy.lora.dropout must be off (false and 0): PPO divides a response's "
-                "probability in training by the one it was written with, and dropout would be noise in their ratio"
+                "policy.dropout, policy.lora.dropout and critic.lora.dropout must be off (false, 0, 0): PPO compares "
+                "probabilities and values in training with those of the rollout, and dropout would be noise in that"
             )
         if self.reward.length_penalty and self.reward.length_free_tokens >= rollout.max_new_tokens:
             raise ValueError(

@@ -11,6 +11,7 @@ from policy.ppo.config import CriticConfig
 from reward.model import RewardModel, RewardModelConfig, build_reward_model, load_reward_model, make_trainable
 from rlhf.core.errors import ModelError
 from rlhf.data.batching import RowGroup
+from rlhf.models.backbones import switch_dropout_off
 from rlhf.models.manifest import MANIFEST_NAME, RewardStatistics, read_manifest
 from rlhf.models.states import last_states
 
@@ -102,6 +103,7 @@ def build_critic(
     known = scorer.hf.get_input_embeddings().num_embeddings
     if known < vocabulary:
         raise ModelError(f"critic.path = {start.path} knows {known} tokens, and the policy writes {vocabulary}")
+    switch_dropout_off(scorer.hf)
     make_trainable(scorer, options)
     if start.statistics is None:
         return ValueModel(scorer)

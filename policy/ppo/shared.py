@@ -50,7 +50,6 @@ class SharedTrunkCritic(nn.Module):
         layers = [module for module in policy.hf.modules() if isinstance(module, LoraLayer)]
         parts = [part[NAME] for layer in layers for part in (layer.lora_A, layer.lora_B) if NAME in part]
         self.adapters = nn.ModuleList(parts)
-        self._trained = [parameter for parameter in self.adapters.parameters() if parameter.requires_grad]
         # Not as submodules: the base and the policy's adapters are parameters of the policy alone.
         object.__setattr__(self, "_hf", policy.hf)
         object.__setattr__(self, "_wrapped", wrapped)
@@ -69,8 +68,6 @@ class SharedTrunkCritic(nn.Module):
     def _active(self) -> Iterator[None]:
         """The second adapter in the place of the first. peft's own switch would also change what is trained."""
         before = [layer._active_adapter for layer in self._layers]
-        for parameter in self._trained:  # switching adapters off, for the reference, leaves only the active one on
-            parameter.requires_grad_(True)
         for layer in self._layers:
             layer._active_adapter = [NAME]
         try:

@@ -88,17 +88,36 @@ def _load(
     return model
 
 
-def switch_dropout_off(model: nn.Module) -> None:
-    """Training without dropout, in place; the configuration that is saved with the model keeps its rates.
+def switch_dropout_off(model: PreTrainedModel) -> None:
+    """Training without dropout and without noise in routers, in place; the saved configuration keeps its rates.
 
-    Transformers has them as modules, or as attributes of attention layers (``attention_dropout``, ``attn_pdrop``).
+    Transformers has them as modules, or as attributes of layers (``attention_dropout``, ``attn_pdrop``,
+    ``jitter_noise``).
+
+    Raises:
+        ModelError: for Phi-MoE, whose router draws experts at random in training mode, at any rate of noise.
     """
+    if model.config.model_type == "phimoe":
+        raise ModelError(
+            "Phi-MoE draws experts at random in training mode, which no rate switches off; model.dropout=true trains "
+            "it with that noise (and with its dropout)"
+        )
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
         for name, value in vars(module).items():
-            if isinstance(value, float) and "drop" in name:
+            if isinstance(value, float) and ("drop" in name or "jitter" in name):
                 setattr(module, name, 0.0)
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Recompute the activations of each layer in the backward pass, in training mode.
+
+    Transformers also makes the output of the embeddings require a gradient, which re-entrant checkpoints need. These
+    do not, and it would carry the backward pass through frozen layers.
+    """
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.disable_input_require_grads()
 
 
 def apply_liger(model: PreTrainedModel) -> None:

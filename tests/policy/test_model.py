@@ -91,3 +91,17 @@ def test_a_saved_lora_policy_opens_with_plain_transformers(tiny_model, group, tm
 def test_liger_without_cuda_is_refused_with_the_way_out(tiny_model):
     with pytest.raises(ModelError, match=r"needs a CUDA device.*model.kernels=none"):
         build(tiny_model, kernels="liger")
+
+
+def test_the_reference_leaves_what_is_trained_as_it_was(tiny_model, group):
+    """With checkpointing, a layer that is trained all of a sudden would also break the backward pass under way."""
+    lora = LoraOptions(rank=2, alpha=4.0)
+    policy = build(tiny_model, lora=lora, freeze_layers=2, gradient_checkpointing=True).train()
+    trained = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    assert trained and all("layers.2." in name for name in trained)
+    (logprobs,) = policy((group,)).logprobs
+    with torch.no_grad(), policy.without_adapters():
+        policy((group,))
+    assert {name for name, parameter in policy.named_parameters() if parameter.requires_grad} == trained
+    logprobs.sum().backward()
+    assert {name for name, parameter in policy.named_parameters() if parameter.grad is not None} == trained

@@ -33,7 +33,7 @@ def parse(*overrides, reward=REWARD):
         ),
         (
             ["policy.lora={rank: 4, dropout: 0.1}"],
-            r"policy.lora.dropout must be off",
+            r"policy.lora.dropout and critic.lora.dropout must be off",
         ),
         (
             ["critic.share_trunk=true", "policy.lora={rank: 4}", "policy.gradient_checkpointing=true"],
