@@ -26,15 +26,27 @@ def all_reduce(subject: Subject) -> Iterator[Finding]:
         text = "not tried: the nodes of the hostfile cannot be used"
         yield Finding("all-reduce", "warning", text, "see the check of the hostfile")
         return
-    with tempfile.TemporaryDirectory(prefix="rlhf-doctor-") as folder:
-        log = Path(folder) / "ranks.log"
-        machine = find_machine(subject.ranks, subject.hostfile, Path(folder))
-        outcome = _run(stage_command(MODULE, [], machine), log, subject.seconds)
-        measured = _measured(log)
-        if measured is None:
-            yield Finding("all-reduce", "failure", f"{outcome}; the ranks said: {_tail(log)}", _remedy())
-            return
-    yield _judged(measured, machine)
+    # Beside the run, for all nodes must see the hostfile that is made of an allocation.
+    output = subject.output.absolute()
+    place = next(path for path in (output, *output.parents) if path.exists())
+    try:
+        made = tempfile.TemporaryDirectory(prefix=".doctor-", dir=place, ignore_cleanup_errors=True)
+    except OSError as error:
+        text = f"not tried: {place} cannot be written to: {error.strerror}"
+        yield Finding("all-reduce", "warning", text, "see the check of the disk")
+        return
+    with made as folder:
+        yield _tried(subject, Path(folder))
+
+
+def _tried(subject: Subject, folder: Path) -> Finding:
+    log = folder / "ranks.log"
+    machine = find_machine(subject.ranks, subject.hostfile, folder)
+    outcome = _run(stage_command(MODULE, [], machine), log, subject.seconds)
+    measured = _measured(log)
+    if measured is None:
+        return Finding("all-reduce", "failure", f"{outcome}; the ranks said: {_tail(log)}", _remedy())
+    return _judged(measured, machine)
 
 
 def _is_usable(hostfile: Path) -> bool:
