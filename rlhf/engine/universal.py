@@ -47,7 +47,12 @@ def load_on_other_ranks(engine: DeepSpeedEngine, folder: Path, tag: str, ranks: 
         print(f"converting {folder}: {ranks_written_on(folder / tag)} ranks then, {ranks.world_size} now", flush=True)
     ranks.on_main(lambda: _convert(folder / tag, target / tag))
     _load(engine, target, tag)
-    ranks.on_main(lambda: shutil.rmtree(target, ignore_errors=True))
+    remove_converted(folder, ranks)
+
+
+def remove_converted(folder: Path, ranks: Ranks) -> None:
+    """Take away what was converted in ``folder``, also by a run that was killed. Every rank must call it."""
+    ranks.on_main(lambda: shutil.rmtree(folder / CONVERTED, ignore_errors=True))
 
 
 def _convert(source: Path, target: Path) -> None:
@@ -65,11 +70,15 @@ def _convert(source: Path, target: Path) -> None:
         target.mkdir(parents=True)
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
             ds_to_universal.main(options)
-    except OSError as error:
+    except Exception as error:
+        left = shutil.disk_usage(source).free / 2**20
         shutil.rmtree(target.parent, ignore_errors=True)
+        if not isinstance(error, OSError | RuntimeError):  # a full disk is the one to Python, the other to torch
+            raise
+        reason = str(error).partition("\n")[0]
         raise CheckpointError(
-            f"{source.parent} cannot be converted for another number of ranks: {error}. The checkpoint is as it was; "
-            "converting takes about twice its size on the same disk for a while"
+            f"{source.parent} cannot be converted for another number of ranks: {reason} ({left:.1f} MiB left). The "
+            "checkpoint is as it was; converting takes about twice its size on the same disk for a while"
         ) from error
 
 
