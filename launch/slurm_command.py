@@ -3,7 +3,7 @@
 import argparse
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 PIPELINE = "pipeline"
 _RENDER = """\
-Print the sbatch script of a stage, or of a pipeline, for the cluster that the profile describes. Needs no SLURM.
+Print the sbatch script of a stage, or of a pipeline, for the cluster that the profile describes; with --write, put it
+where "submit" would, and print the command that submits it. Needs no SLURM.
 """
 _SUBMIT = """\
 Write the sbatch script into the run folder (slurm/job.sh there, logs beside it) and submit it. A job that reaches its
@@ -36,6 +37,9 @@ def add_parser(subparsers) -> None:
             allow_abbrev=False,
         )
         _add_arguments(parser)
+        if action is render_jobs:
+            writing = "write into the run folder, where submit would, instead of printing"
+            parser.add_argument("--write", action="store_true", help=writing)
         parser.set_defaults(run=action)
 
 
@@ -52,17 +56,43 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def render_jobs(options: argparse.Namespace) -> int:
-    from launch.slurm.script import render
+    from launch.slurm.script import render, write_script
 
     profile, jobs = _read(options)
-    print("\n\n".join(render(job, profile) for job, _ in jobs), end="")
+    if options.write:
+        for job, _ in jobs:
+            write_script(job, profile)
+            print(f"written: {job.script}")
+        print("submit with:", *_by_hand(jobs), sep="\n  ")
+        return 0
+    for number, (job, _) in enumerate(jobs, start=1):
+        if len(jobs) > 1:
+            place = job.script.absolute()
+            print(f"# {'=' * 20} {place} ({number} of {len(jobs)}; --write writes all of them)")
+        print(render(job, profile), end="" if number == len(jobs) else "\n\n")
     return 0
 
 
+def _by_hand(jobs: Sequence[tuple["Job", list[str]]]) -> Iterator[str]:
+    """Lines of shell that do what :func:`submit_jobs` does."""
+    from launch.slurm.submit import waiting
+
+    if len(jobs) == 1:
+        yield shlex.join(["sbatch", str(jobs[0][0].script)])
+        return
+    numbers: dict[str, str] = {}
+    for count, (job, needs) in enumerate(jobs, start=1):
+        waits = waiting([numbers[need] for need in needs], list(numbers.values())[-1:])
+        yield f"job{count}=$({' '.join(['sbatch --parsable', *waits, shlex.quote(str(job.script))])})"
+        numbers[job.label] = f"$job{count}"
+
+
 def submit_jobs(options: argparse.Namespace) -> int:
-    from launch.slurm.submit import submit
+    from launch.slurm.submit import check_cluster, check_no_other, submit
 
     profile, jobs = _read(options)
+    check_cluster(profile)
+    check_no_other(jobs[0][0])  # all have one folder
     numbers: dict[str, str] = {}
     for job, needs in jobs:
         # One at a time, whatever they need: only one pipeline may work in a folder.

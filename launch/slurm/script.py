@@ -10,6 +10,7 @@ from pathlib import Path
 from launch.slurm.profile import ClusterProfile
 from launch.slurm.step import SRUN_VARIABLE, srun_words, step_command, step_script
 from rlhf.core.errors import STOPPED_EXIT_CODE, ConfigError
+from rlhf.core.files import write_text
 
 _WIDTH = 110
 
@@ -71,6 +72,7 @@ def render(job: Job, profile: ClusterProfile) -> str:
         title=job.title,
         written_by=job.written_by or "rlhf slurm",
         script=job.script.absolute(),
+        logs=job.log.parent.absolute(),
         directives=list(_directives(job, profile)),
         profile=profile,
         output=job.output.absolute(),
@@ -84,6 +86,18 @@ def render(job: Job, profile: ClusterProfile) -> str:
         command=_command(job, profile),
         stopped=STOPPED_EXIT_CODE,
     )
+
+
+def write_script(job: Job, profile: ClusterProfile) -> None:
+    """Put the script of ``job`` into its run folder, and make room for its log.
+
+    Raises:
+        ConfigError: as :func:`render`.
+    """
+    text = render(job, profile)
+    job.log.parent.mkdir(parents=True, exist_ok=True)
+    write_text(job.script, text)
+    job.script.chmod(0o755)
 
 
 def _directives(job: Job, profile: ClusterProfile) -> Iterator[str]:

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.slurm.profile import ClusterProfile, seconds_of
-from launch.slurm.script import Job, render
+from launch.slurm.script import Job, write_script
 from rlhf.core.errors import ConfigError, UserError
 from rlhf.core.files import write_text
 
 _SECONDS = 60.0
 """How long SLURM may take to answer."""
+_NUMBER = ".id"
+"""Ends the names of files that hold the number of a job."""
 
 
 class SlurmError(UserError):
@@ -37,6 +39,8 @@ class Partition:
 def submit(job: Job, profile: ClusterProfile, after: Sequence[str] = (), behind: Sequence[str] = ()) -> str:
     """Write the script of ``job`` into its run folder and submit it; the job's number.
 
+    :func:`check_cluster` and :func:`check_no_other` come first, for all jobs that belong together.
+
     Args:
         job: what to run.
         profile: on what.
@@ -44,22 +48,21 @@ def submit(job: Job, profile: ClusterProfile, after: Sequence[str] = (), behind:
         behind: numbers of jobs that must have ended before, in whatever way.
     Raises:
         SlurmError: if there is no SLURM here, or it refuses.
-        ConfigError: if the cluster cannot have such a job, or a job for this run folder is there already.
+        ConfigError: if the profile cannot run such a job.
     """
-    check_cluster(profile)
-    _check_no_other(job)
-    text = render(job, profile)
-    job.log.parent.mkdir(parents=True, exist_ok=True)
-    write_text(job.script, text)
-    job.script.chmod(0o755)
-    conditions = [":".join([kind, *jobs]) for kind, jobs in (("afterok", after), ("afterany", behind)) if jobs]
-    waits = [f"--dependency={','.join(conditions)}", "--kill-on-invalid-dep=yes"] if conditions else []
-    answer = _ask(["sbatch", "--parsable", *waits, str(job.script)])
+    write_script(job, profile)
+    answer = _ask(["sbatch", "--parsable", *waiting(after, behind), str(job.script)])
     if answer.returncode != 0:
         raise SlurmError(f"sbatch {job.script}: {_refusal(answer.stderr, profile)}")
     number = answer.stdout.strip().partition(";")[0]
     write_text(_number_file(job), f"{number}\n")
     return number
+
+
+def waiting(after: Sequence[str], behind: Sequence[str]) -> list[str]:
+    """Options of sbatch for a job that waits for others; see :func:`submit`."""
+    conditions = [":".join([kind, *jobs]) for kind, jobs in (("afterok", after), ("afterany", behind)) if jobs]
+    return [f"--dependency={','.join(conditions)}", "--kill-on-invalid-dep=yes"] if conditions else []
 
 
 def partitions() -> dict[str, Partition]:
@@ -83,7 +86,8 @@ def check_cluster(profile: ClusterProfile) -> None:
 
     Raises:
         SlurmError: if there is no SLURM here, or its controller does not answer.
-        ConfigError: if it has no such partition, too few nodes, or not so much time.
+        ConfigError: if it has no such partition, too few nodes, or not so much time. Of several partitions
+            (``gpu,gpu_long``) one must do.
     """
     there = partitions()
     if profile.partition is None:
@@ -91,13 +95,25 @@ def check_cluster(profile: ClusterProfile) -> None:
         if profile.nodes > most:
             raise ConfigError(f"profile.nodes = {profile.nodes}: the largest partition has {most} nodes")
         return
-    if profile.partition not in there:
-        raise ConfigError(f"profile.partition = {profile.partition}: this cluster has {', '.join(sorted(there))}")
-    partition = there[profile.partition]
+    names = profile.partition.split(",")
+    unknown = [name for name in names if name not in there]
+    if unknown:
+        which = f", not {', '.join(unknown)}" if len(names) > 1 else ""
+        raise ConfigError(
+            f"profile.partition = {profile.partition}: this cluster has {', '.join(sorted(there))}{which}"
+        )
+    obstacles = [_obstacle(profile, name, there[name]) for name in names]
+    if all(obstacles):
+        raise ConfigError("; ".join(obstacles))
+
+
+def _obstacle(profile: ClusterProfile, name: str, partition: Partition) -> str:
+    """Why a partition cannot have the job; empty if it can."""
     if profile.nodes > partition.nodes:
-        raise ConfigError(f"profile.nodes = {profile.nodes}: partition {profile.partition} has {partition.nodes} nodes")
+        return f"profile.nodes = {profile.nodes}: partition {name} has {partition.nodes} nodes"
     if partition.time_seconds is not None and profile.time_seconds > partition.time_seconds:
-        raise ConfigError(f"profile.time = {profile.time}: partition {profile.partition} allows {partition.time}")
+        return f"profile.time = {profile.time}: partition {name} allows {partition.time}"
+    return ""
 
 
 def state_of(number: str) -> str | None:
@@ -106,22 +122,24 @@ def state_of(number: str) -> str | None:
     return answer.stdout.strip().partition("\n")[0] or None
 
 
-def _check_no_other(job: Job) -> None:
-    """Two jobs in one run folder would write over each other's checkpoints."""
-    try:
-        number = _number_file(job).read_text().strip()
-    except FileNotFoundError:
-        return
-    state = state_of(number)
-    if state is not None:
-        raise ConfigError(
-            f"{job.output}: job {number} for this run folder is {state}; it goes on by itself. To start another: "
-            f"scancel {number} first, or choose another output"
-        )
+def check_no_other(job: Job) -> None:
+    """Two jobs in one run folder would write over each other's checkpoints.
+
+    Raises:
+        ConfigError: if one is there already, of whatever stage.
+    """
+    for path in sorted(job.folder.glob(f"*{_NUMBER}")):
+        number = path.read_text().strip()
+        state = state_of(number)
+        if state is not None:
+            raise ConfigError(
+                f"{job.output}: job {number} for this run folder is {state}; it goes on by itself. To start another: "
+                f"scancel {number} first, or choose another output"
+            )
 
 
 def _number_file(job: Job) -> Path:
-    return job.folder / f"{job.label}.id"
+    return job.folder / f"{job.label}{_NUMBER}"
 
 
 def _ask(command: Sequence[str]) -> subprocess.CompletedProcess[str]:

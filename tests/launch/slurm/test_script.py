@@ -209,6 +209,46 @@ def test_render_prints_a_script_for_a_shipped_recipe_with_changes_to_recipe_and_
     assert capsys.readouterr().out == text, "the command in a script's header writes that script"
 
 
+def test_render_writes_the_script_where_submit_would_and_says_how_to_submit_it(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    words = ["slurm", "render", "reward", "--config", "launch/recipes/reward_llama3_8b.yaml", "--profile", str(EXAMPLE)]
+    words.append(f"output={tmp_path}/run")
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+    assert main([*words, "--write"]) == 0
+    path = tmp_path / "run" / "slurm" / "job.sh"
+    assert path.read_text() == printed and path.stat().st_mode & 0o111
+    assert (path.parent / "logs").is_dir()
+    assert capsys.readouterr().out == f"written: {path}\nsubmit with:\n  sbatch {path}\n"
+
+
+def test_several_printed_scripts_are_told_apart_by_their_paths(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    words = ["slurm", "render", "pipeline", "--config", "launch/recipes/pipeline.yaml", "--profile", str(EXAMPLE)]
+    assert main([*words, "--jobs", "dependent", f"output={tmp_path}/run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    heads = [number for number, line in enumerate(lines) if line.startswith("# =====")]
+    assert [lines[number + 1] for number in heads] == ["#!/bin/bash"] * len(heads)
+    assert f"{tmp_path}/run/slurm/sft.sh (1 of {len(heads)}; --write writes all of them)" in lines[heads[0]]
+    assert f"{tmp_path}/run/slurm/reward.sh (2 of {len(heads)}" in lines[heads[1]]
+
+
+def test_a_script_that_was_submitted_from_elsewhere_makes_its_folder_and_a_copy_of_itself_in_it(tmp_path):
+    for name, text in {"scontrol": "echo NodeAddr=n1", "srun": "exit 1"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    script = tmp_path / "mine.sh"
+    script.write_text(render(job(output=tmp_path / "my run"), ClusterProfile(requeue=False)))
+    job_variables = {"SLURM_JOB_ID": "12", "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_NUM_NODES": "1"}
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"} | job_variables
+    done = subprocess.run(["bash", script], env=environment, capture_output=True, text=True)
+    assert "not started: a node is not fit" in done.stdout and done.stderr == ""
+    here = tmp_path / "my run" / "slurm"
+    assert (here / "hostfile-12").read_text() == "NodeAddr=n1 slots=8\n"
+    assert (here / "job.sh").read_text() == script.read_text()
+
+
 def test_bad_recipes_are_refused_before_they_wait_in_a_queue(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     words = ["slurm", "render", "reward", "--config", "launch/recipes/reward_llama3_8b.yaml", "--profile", str(EXAMPLE)]

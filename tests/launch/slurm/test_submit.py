@@ -1,0 +1,124 @@
+"""What is checked before a job is submitted, and how jobs wait for each other. SLURM's commands are stand-ins."""
+
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from launch.cli import main
+from launch.slurm.profile import ClusterProfile
+from launch.slurm.submit import check_cluster
+from rlhf.core.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[3]
+PIPELINE = ["pipeline", "--config", "launch/recipes/pipeline.yaml", "--profile", "launch/clusters/example.yaml"]
+SINFO = "gpu 6 1-00:00:00\ngpu 2 1-00:00:00\ngpu_long 2 infinite\nsmall 1 10:00\n"
+SBATCH = """#!/bin/sh
+echo "$@" >> {folder}/submitted
+echo $((100 + $(wc -l < {folder}/submitted)))
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch) -> Path:
+    """A folder in front of PATH with the commands of a SLURM; what sbatch was given is in the file ``submitted``."""
+    folder = tmp_path / "slurm"
+    folder.mkdir()
+    (folder / "answer").write_text(SINFO)
+    (folder / "submitted").touch()
+    (folder / "sinfo").write_text(f"#!/bin/sh\ncat {folder}/answer\n")
+    (folder / "squeue").write_text('#!/bin/sh\ncase "$*" in *"--jobs 7") echo PENDING;; *) exit 1;; esac\n')
+    (folder / "sbatch").write_text(SBATCH.format(folder=folder))
+    for command in ("sinfo", "squeue", "sbatch"):
+        (folder / command).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    monkeypatch.chdir(ROOT)
+    return folder
+
+
+def submitted(slurm: Path) -> list[str]:
+    return (slurm / "submitted").read_text().splitlines()
+
+
+# ---- partitions
+
+
+@pytest.mark.parametrize(
+    ("partition", "nodes", "time"),
+    [("gpu", 8, "24:00:00"), ("gpu,gpu_long", 4, "20:00:00"), ("gpu,gpu_long", 2, "48:00:00"), (None, 8, "48:00:00")],
+)
+def test_a_job_that_fits_into_one_of_its_partitions_is_taken(slurm, partition, nodes, time):
+    check_cluster(ClusterProfile(partition=partition, nodes=nodes, time=time))
+
+
+@pytest.mark.parametrize(
+    ("partition", "nodes", "time", "message"),
+    [
+        ("cpu", 1, "60", "profile.partition = cpu: this cluster has gpu, gpu_long, small"),
+        ("gpu,gpu_lng", 1, "60", "profile.partition = gpu,gpu_lng: this cluster has gpu, gpu_long, small, not gpu_lng"),
+        ("gpu", 9, "60", "profile.nodes = 9: partition gpu has 8 nodes"),
+        (
+            "gpu,gpu_long",
+            4,
+            "48:00:00",
+            "profile.time = 48:00:00: partition gpu allows 1-00:00:00; "
+            "profile.nodes = 4: partition gpu_long has 2 nodes",
+        ),
+    ],
+)
+def test_a_job_that_fits_into_none_of_its_partitions_is_refused_with_every_reason(
+    slurm, partition, nodes, time, message
+):
+    with pytest.raises(ConfigError) as caught:
+        check_cluster(ClusterProfile(partition=partition, nodes=nodes, time=time))
+    assert str(caught.value) == message
+
+
+# ---- jobs of a pipeline
+
+
+def test_nothing_is_submitted_while_a_job_of_any_stage_is_queued(slurm, tmp_path, capsys):
+    """Of the last stage alone, or of the whole pipeline as one job."""
+    for label in ("ppo", "job"):
+        numbers = tmp_path / label / "slurm"
+        numbers.mkdir(parents=True)
+        (numbers / "sft.id").write_text("6\n")
+        (numbers / f"{label}.id").write_text("7\n")
+        words = [*PIPELINE, "--jobs", "dependent", f"output={tmp_path}/{label}", "profile.time='60'"]
+        assert main(["slurm", "submit", *words]) == 2
+        assert f"{tmp_path}/{label}: job 7 for this run folder is PENDING" in capsys.readouterr().err
+        assert submitted(slurm) == []
+
+
+def test_stages_wait_for_those_that_they_need_and_for_the_one_before(slurm, tmp_path):
+    words = [*PIPELINE, "--jobs", "dependent", f"output={tmp_path}/run"]
+    assert main(["slurm", "submit", *words]) == 0
+    first, second, *_ = submitted(slurm)
+    assert first == f"--parsable {tmp_path}/run/slurm/sft.sh"
+    waits = "--dependency=afterok:101,afterany:101 --kill-on-invalid-dep=yes"
+    assert second == f"--parsable {waits} {tmp_path}/run/slurm/reward.sh"
+
+
+def test_written_scripts_come_with_commands_that_submit_them_as_submit_does(slurm, tmp_path, capsys):
+    words = [*PIPELINE, "--jobs", "dependent", f"output={tmp_path}/my run"]
+    assert main(["slurm", "submit", *words]) == 0
+    expected = submitted(slurm)
+    (slurm / "submitted").write_text("")
+    capsys.readouterr()
+    assert main(["slurm", "render", *words, "--write"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    commands = "\n".join(lines[lines.index("submit with:") + 1 :])
+    subprocess.run(["bash", "-euc", commands], check=True)
+    assert len(expected) == 5 and submitted(slurm) == expected
+
+
+def test_the_command_in_the_header_of_a_script_makes_room_for_its_log(slurm, tmp_path, capsys):
+    recipe = ["reward", "--config", "launch/recipes/reward_llama3_8b.yaml", "--profile", "launch/clusters/example.yaml"]
+    assert main(["slurm", "render", *recipe, f"output={tmp_path}/my run"]) == 0
+    text = capsys.readouterr().out
+    (command,) = [line for line in text.splitlines() if line.startswith("# Submit with: ")]
+    subprocess.run(["bash", "-euc", command.removeprefix("# Submit with: ")], check=True)
+    assert submitted(slurm) == [f"{tmp_path}/my run/slurm/job.sh"]
+    (log,) = [line for line in text.splitlines() if line.startswith("#SBATCH --output=")]
+    assert Path(shlex.split(log)[-1].removeprefix("--output=")).parent.is_dir()
