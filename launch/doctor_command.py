@@ -13,7 +13,7 @@ from launch.arguments import positive_int
 from launch.stages import STAGES
 
 if TYPE_CHECKING:
-    from launch.doctor import Finding
+    from launch.doctor import Finding, Subject
 
 _DESCRIPTION = """\
 Check the machine before a run: versions, build tools, DeepSpeed's compiled ops, devices, host and shared memory, disk,
@@ -51,14 +51,9 @@ def run(options: argparse.Namespace) -> int:
 
     console, working = Console(highlight=False, markup=False), Console(stderr=True, markup=False)
     with contextlib.redirect_stdout(sys.stderr), working.status("starting") as status:  # DeepSpeed talks on stdout
-        output, configs = _recipes(options)
+        subject = _subject(options)
         findings = run_checks(
-            ranks=options.ranks,
-            hostfile=options.hostfile,
-            output=output,
-            configs=configs,
-            quick=options.quick,
-            notice=lambda name: status.update(f"looking at: {name}"),
+            subject, quick=options.quick, notice=lambda name: status.update(f"looking at: {name}")
         )
     if options.json:
         print(json.dumps([dataclasses.asdict(each) for each in findings], indent=2))
@@ -101,16 +96,32 @@ def _print_table(findings: Sequence["Finding"], console: Any) -> None:
     console.print(verdict(findings))
 
 
-def _recipes(options: argparse.Namespace) -> tuple[Path | None, list[Any]]:
-    """Output folder and the configs of the stages that train."""
+def _subject(options: argparse.Namespace) -> "Subject":
+    """The run of the recipes; any run, if there is none."""
+    from launch.doctor import PlannedStage, Subject, pipeline_subject
     from launch.recipe_stage import read_stage
 
+    machine = {"ranks": options.ranks, "hostfile": options.hostfile, "hosts": _hosts(options.hostfile)}
     if not options.config:
-        return None, []
+        return Subject(**machine)
     if len(options.config) == 1 and _is_pipeline(options.config[0]):
-        return _pipeline(options.config[0], options.set)
-    _, config = read_stage(options.config, options.set, options.stage, program="rlhf doctor")
-    return config.output, [config]
+        from launch.pipeline.recipe import load_pipeline
+
+        return pipeline_subject(load_pipeline(options.config[0], options.set), **machine)
+    stage, config = read_stage(options.config, options.set, options.stage, program="rlhf doctor")
+    return Subject(output=config.output, stages=(PlannedStage(kind=stage.name, config=config),), **machine)
+
+
+def _hosts(hostfile: Path | None) -> dict[str, int]:
+    from launch.hostfile import read_hostfile
+    from rlhf.core.errors import ConfigError
+
+    if hostfile is None:
+        return {}
+    try:
+        return read_hostfile(hostfile)
+    except ConfigError:
+        return {}  # the check of the hostfile says so
 
 
 def _is_pipeline(path: Path) -> bool:
@@ -122,17 +133,3 @@ def _is_pipeline(path: Path) -> bool:
         return "stages" in read_recipe(path)
     except (OSError, ValueError, yaml.YAMLError):
         return False  # the stage's parser says what is wrong with it
-
-
-def _pipeline(path: Path, settings: Sequence[str]) -> tuple[Path, list[Any]]:
-    from launch.pipeline.recipe import load_pipeline
-    from rlhf.config import parse_command_line
-
-    pipeline = load_pipeline(path, settings)
-    configs = []
-    for stage in pipeline.stages:
-        if stage.kind in STAGES:
-            config_class = STAGES[stage.kind].config_class()
-            invocation = parse_command_line(config_class, stage.arguments, program="rlhf doctor", description="")
-            configs.append(invocation.config)
-    return pipeline.output, configs

@@ -1,6 +1,7 @@
 """Is this machine ready for a run? See :func:`launch.doctor.checks.run_checks`."""
 
 from launch.doctor.checks import run_checks
-from launch.doctor.finding import Finding
+from launch.doctor.finding import Finding, PlannedStage, Subject
+from launch.doctor.pipelines import pipeline_subject
 
-__all__ = ["Finding", "run_checks"]
+__all__ = ["Finding", "PlannedStage", "Subject", "pipeline_subject", "run_checks"]

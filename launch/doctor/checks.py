@@ -1,9 +1,7 @@
 """All checks, in the order in which a run would meet their subjects."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from launch.doctor import collectives, hardware, network, software
 from launch.doctor.finding import Finding, Subject
@@ -11,7 +9,7 @@ from launch.doctor.finding import Finding, Subject
 
 @dataclass(frozen=True)
 class Check:
-    """One check; ``quick`` ones together take a few seconds and look at what can fail a run at any time."""
+    """One check; ``quick`` ones together take a few seconds and look at what fails a run, if only in its last stage."""
 
     name: str
     look: Callable[[Subject], Iterable[Finding]]
@@ -19,9 +17,9 @@ class Check:
 
 
 CHECKS = (
-    Check("versions", software.versions),
+    Check("versions", software.versions, quick=True),
     Check("build tools", software.tools),
-    Check("DeepSpeed ops", software.ops),
+    Check("DeepSpeed ops", software.ops, quick=True),
     Check("devices", hardware.devices, quick=True),
     Check("host memory", hardware.host_memory, quick=True),
     Check("shared memory", hardware.shared_memory, quick=True),
@@ -34,27 +32,15 @@ CHECKS = (
 
 
 def run_checks(
-    *,
-    ranks: int | None = None,
-    hostfile: Path | None = None,
-    output: Path | None = None,
-    configs: Sequence[Any] = (),
-    quick: bool = False,
-    notice: Callable[[str], None] = lambda name: None,
+    subject: Subject, *, quick: bool = False, notice: Callable[[str], None] = lambda name: None
 ) -> list[Finding]:
-    """Look at this machine, and at those of ``hostfile``.
+    """Look at this machine, and at those of a hostfile.
 
     Args:
-        ranks: processes on this machine; ``None`` for as many as the launcher would start.
-        hostfile: machines that the run uses over ssh.
-        output: where the run writes; ``None`` for the output of the first of ``configs``, else ``runs``.
-        configs: validated recipes of the run's stages: sizes of models, offload, hub names.
+        subject: the run that it is to be ready for.
         quick: only what takes a few seconds in all.
         notice: told the name of each check before it is made.
     """
-    if output is None:
-        output = configs[0].output if configs else Path("runs")
-    subject = Subject(ranks=ranks, hostfile=hostfile, output=output, configs=tuple(configs))
     findings: list[Finding] = []
     for check in CHECKS:
         if quick and not check.quick:

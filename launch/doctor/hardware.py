@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from launch.doctor.finding import GIB, Finding, Subject, gibibytes
-from rlhf.core.errors import UserError
+from launch.doctor.finding import GIB, Finding, PlannedStage, Subject, gibibytes
+from launch.doctor.placements import placements, resolved
+from rlhf.core.errors import ConfigError, UserError
 
 SHARED_MEMORY = Path("/dev/shm")
 CGROUPS = Path("/sys/fs/cgroup")
@@ -101,7 +102,7 @@ def host_memory(subject: Subject) -> Iterator[Finding]:
     free = memory.available if limit is None else min(memory.available, limit)
     where = "of this host" if free == memory.available else "up to the limit of this container or job"
     text = f"{gibibytes(free)} free, {where} ({gibibytes(memory.total)} in all)"
-    needs = [_host_bytes(config, subject) for config in subject.configs]
+    needs = [_host_bytes(stage, subject) for stage in subject.trained]
     need, reason = max(needs, default=(0, ""))
     values = {"free_bytes": free, "needed_bytes": need}
     if need > free:
@@ -115,17 +116,16 @@ def host_memory(subject: Subject) -> Iterator[Finding]:
         yield Finding("host memory", "ok", text + (f"; {reason} take {gibibytes(need)}" if need else ""), values=values)
 
 
-def _host_bytes(config: Any, subject: Subject) -> tuple[int, str]:
+def _host_bytes(stage: PlannedStage, subject: Subject) -> tuple[int, str]:
     """Bytes on this host that the ranks need to load the model, or to hold what is offloaded; and which."""
-    from launch.doctor.software import resolved_settings
-    from rlhf.core.errors import ConfigError
     from rlhf.engine.build import DTYPES, precision_of
 
+    config, (_, ranks) = stage.config, subject.world(stage)
     size = DTYPES[precision_of(config.engine)].itemsize
-    parameters = _parameters(config)
-    loading = parameters * size * subject.processes
+    parameters = _parameters(stage, subject)
+    loading = parameters * size * ranks
     try:
-        zero = resolved_settings(config).get("zero_optimization", {})
+        zero = resolved(next(placements(stage)), stage, subject).get("zero_optimization", {})
     except ConfigError:
         zero = {}  # the check of the ops says so
     per_parameter = 0
@@ -134,7 +134,7 @@ def _host_bytes(config: Any, subject: Subject) -> tuple[int, str]:
     if (zero.get("offload_param") or {}).get("device") in ("cpu", "nvme"):
         per_parameter += size
     offloaded = parameters * per_parameter
-    return max((loading, f"{subject.processes} rank(s) that load the model"), (offloaded, "offloaded states"))
+    return max((loading, f"{ranks} rank(s) that load the model"), (offloaded, "offloaded states"))
 
 
 def _container_headroom() -> int | None:
@@ -177,20 +177,20 @@ def shared_memory(subject: Subject) -> Iterator[Finding]:
 
 def disk(subject: Subject) -> Iterator[Finding]:
     """Room and rights where the run writes."""
-    folders = {subject.output: [*subject.configs]}
-    for config in subject.configs:
-        path = getattr(config.engine, "nvme_path", None)
+    folders = {subject.output: [*subject.trained]}
+    for stage in subject.trained:
+        path = stage.config.engine.nvme_path
         if path is not None:
             folders.setdefault(Path(path), [])
-    for folder, configs in folders.items():
-        yield _room(folder, configs, subject)
+    for folder, stages in folders.items():
+        yield _room(folder, stages, subject)
 
 
-def _room(folder: Path, configs: list[Any], subject: Subject) -> Finding:
+def _room(folder: Path, stages: list[PlannedStage], subject: Subject) -> Finding:
     place = folder.absolute()
     while not place.exists():
         place = place.parent
-    need = sum(_disk_bytes(config, subject) for config in configs)
+    need = sum(_disk_bytes(stage, subject) for stage in stages)
     usage = shutil.disk_usage(place)
     text = f"{gibibytes(usage.free)} free for {folder}"
     values = {"free_bytes": usage.free, "needed_bytes": need}
@@ -220,29 +220,28 @@ def _write_fault(place: Path) -> str | None:
     return None
 
 
-def _disk_bytes(config: Any, subject: Subject) -> int:
+def _disk_bytes(stage: PlannedStage, subject: Subject) -> int:
     """Checkpoints, published weights and caches, as :mod:`launch.plan` counts them; 0 if the model is not known yet."""
     from launch.plan.cluster import cluster_of
     from launch.plan.planner import Request, disk, plan_stage
-    from launch.stages import STAGES
 
-    kind = next(name for name, stage in STAGES.items() if isinstance(config, stage.config_class()))
-    here = cluster_of(devices_per_node=subject.processes)
+    _, ranks = subject.world(stage)
+    here = cluster_of(nodes=max(len(subject.hosts), 1), devices_per_node=ranks)
     try:
-        plan = plan_stage(kind, config, here, Request(rows=SOME_ROWS, mean_tokens=SOME_TOKENS))
+        plan = plan_stage(stage.kind, stage.config, here, Request(rows=SOME_ROWS, mean_tokens=SOME_TOKENS))
     except UserError:  # where it matters, other checks say so, and the stage itself
         return 0
     return sum(disk(plan).values())
 
 
-def _parameters(config: Any) -> int:
+def _parameters(stage: PlannedStage, subject: Subject) -> int:
     """Of the model on disk that a stage starts from; 0 if it is not there yet, or on the hub."""
     import torch
 
     from launch.recipe_stage import model_of
     from rlhf.models.backbones import checkpoint_bytes
 
-    section, _ = model_of(config)
+    section, _ = model_of(stage.config)
     folder = Path(section.path).expanduser()
     return (checkpoint_bytes(folder, torch.uint8) or 0) if folder.is_dir() else 0
 

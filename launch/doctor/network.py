@@ -52,7 +52,7 @@ def _http_fault(address: str) -> str | None:
 def _model_paths(subject: Subject) -> list[str]:
     from launch.recipe_stage import model_of
 
-    return [model_of(config)[0].path for config in subject.configs]
+    return [model_of(stage.config)[0].path for stage in subject.trained]
 
 
 def slurm(subject: Subject) -> Iterator[Finding]:

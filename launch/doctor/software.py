@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from launch.doctor.finding import Finding, Subject
+from launch.doctor.placements import placements, resolved
 from rlhf.core.errors import ConfigError
 
 DISTRIBUTION = "margin-rlhf"
@@ -60,42 +61,62 @@ def tools(subject: Subject) -> Iterator[Finding]:
 
 
 def ops(subject: Subject) -> Iterator[Finding]:
-    """The ops that offload needs."""
-    from rlhf.engine.deepspeed_ops import ASYNC_IO, PIN_MEMORY, PURPOSES, find_op, needed_ops
+    """The DeepSpeed configurations of all stages, and the ops that offload needs."""
+    from rlhf.engine.deepspeed_ops import ASYNC_IO, PIN_MEMORY, PURPOSES, find_op
 
-    try:
-        needed = {name for config in subject.configs for name in needed_ops(resolved_settings(config))}
-    except ConfigError as error:
-        refused, *problems = (line.strip() for line in str(error).splitlines())
-        yield Finding("DeepSpeed ops", "failure", f"{refused}: {'; '.join(problems)}", "rlhf ds show --config RECIPE")
-        return
+    needed, refused = _configurations(subject)
+    for fault, settings in refused.items():
+        way_out = "rlhf ds show --config RECIPE (--critic, --frozen) resolves them; rlhf ds lint looks at a file"
+        yield Finding("DeepSpeed ops", "failure", f"{', '.join(settings)}: {fault}", way_out)
     for lock in [lock for name in (*PURPOSES, PIN_MEMORY) for lock in find_op(name).locks]:
         text = f"{lock} is there: a build runs, or was killed, and runs would wait for it without an end"
         yield Finding("DeepSpeed ops", "warning", text, f"if no build runs: rm {lock}")
     for name, purpose in PURPOSES.items():
-        op = find_op(name)
+        if refused and name not in needed:
+            continue  # what is refused does not say what it needs
+        op, settings = find_op(name), ", ".join(needed.get(name, ()))
         if op.usable:
             state = "is compiled" if op.built else "can be compiled at its first use"
             yield Finding("DeepSpeed ops", "ok", f"{name} ({purpose}) {state}")
             continue
         text = f"{name} ({purpose}) cannot be compiled: missing {' and '.join(op.missing)}"
-        if subject.configs and name not in needed:
+        if subject.stages and not settings:
             yield Finding("DeepSpeed ops", "ok", f"{text}; not needed by this recipe")
             continue
-        status = "failure" if name == ASYNC_IO and name in needed else "warning"
+        status = "failure" if name == ASYNC_IO and settings else "warning"
         without = "take zero3_offload" if name == ASYNC_IO else "go on with torch's AdamW, which is slower"
+        text += f"; {settings} needs it" if settings else ""
         yield Finding("DeepSpeed ops", status, text, f"install what is missing, or {without}")
 
 
-def resolved_settings(config: Any) -> dict[str, Any]:
-    """The DeepSpeed JSON of a recipe but for the sizes that follow the model; empty for the local engine."""
-    from rlhf.engine.build import run_values
-    from rlhf.engine.deepspeed_config import resolve
+def _configurations(subject: Subject) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """By op, the settings that need it; by fault, the settings that are refused for it."""
+    from rlhf.engine.deepspeed_ops import needed_ops
 
-    if config.engine.kind != "deepspeed":
-        return {}
-    values = run_values(config.engine, config.optim, world_size=1, local_size=1, hidden_size=1024)
-    return resolve(config.engine.deepspeed, values)
+    needed: dict[str, list[str]] = {}
+    refused: dict[str, list[str]] = {}
+    for stage in subject.trained:
+        for placement in placements(stage):
+            setting = stage.setting(placement.setting)
+            try:
+                names = needed_ops(resolved(placement, stage, subject))
+            except ConfigError as error:
+                _note(refused, _in_one_line(error), setting)
+                continue
+            for name in names:
+                _note(needed, name, setting)
+    return needed, refused
+
+
+def _note(found: dict[str, list[str]], key: str, setting: str) -> None:
+    settings = found.setdefault(key, [])
+    if setting not in settings:
+        settings.append(setting)
+
+
+def _in_one_line(error: Exception) -> str:
+    head, *problems = (line.strip() for line in str(error).splitlines())
+    return ": ".join(filter(None, [head, "; ".join(problems)]))
 
 
 def _requirements() -> list[Any]:

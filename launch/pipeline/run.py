@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from launch import joblog
-from launch.doctor import run_checks
+from launch.doctor import pipeline_subject, run_checks
 from launch.launcher import Job, Machine, stage_command
 from launch.pipeline.overview import Overview, outcome
 from launch.pipeline.processes import StopRequest, alone, mark
@@ -129,11 +129,9 @@ class PipelineRun:
         self._to_check = False
         stages, only = self.pipeline.stages, self.options.only
         ahead = [each for each in stages[stages.index(first) :] if not only or each.name in only]
-        findings = run_checks(  # the nodes of a hostfile have been asked before
-            ranks=self.options.machine.ranks,
-            output=self.pipeline.output,
-            configs=[each.config for each in ahead if each.stage.trains],
-            quick=True,
+        machine = self.options.machine  # the nodes of a hostfile have been asked before
+        findings = run_checks(
+            pipeline_subject(self.pipeline, ahead, ranks=machine.ranks, hosts=machine.hosts), quick=True
         )
         for each in findings:
             if each.status == "warning":

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.doctor import PlannedStage
 from reward.config import RewardConfig
 from rlhf.config import load_config
 
@@ -49,10 +50,11 @@ def small_disk(tmp_path):
 
 
 @pytest.fixture
-def config(tiny_recipe):
-    """``config(key=value, ...)``: the validated recipe of a tiny reward run."""
+def stage(tiny_recipe):
+    """``stage(key=value, ...)``: a tiny reward run with its validated recipe."""
 
-    def load(*overrides: str) -> RewardConfig:
-        return load_config(RewardConfig, [Path(tiny_recipe[1])], overrides, program="test")
+    def load(*overrides: str) -> PlannedStage:
+        config = load_config(RewardConfig, [Path(tiny_recipe[1])], overrides, program="test")
+        return PlannedStage(kind="reward", config=config)
 
     return load

@@ -87,24 +87,24 @@ def free_memory(monkeypatch, tmp_path):
     return free
 
 
-def test_a_model_that_the_host_cannot_load_is_a_failure(free_memory, config, tiny_model):
+def test_a_model_that_the_host_cannot_load_is_a_failure(free_memory, stage, tiny_model):
     size = sum(each.numel() for each in _weights(tiny_model)) * 4
     free_memory(2 * size - 1)
-    finding = only(hardware.host_memory(Subject(ranks=2, configs=(config("engine.precision=float32"),))))
+    finding = only(hardware.host_memory(Subject(ranks=2, stages=(stage("engine.precision=float32"),))))
     assert finding.status == "failure" and finding.values["needed_bytes"] == 2 * size
     assert "2 rank(s) that load the model" in finding.text and "exit code -9" in finding.text
     assert "fewer ranks" in finding.remedy
     free_memory(2 * size)
-    assert only(hardware.host_memory(Subject(ranks=2, configs=(config("engine.precision=float32"),)))).status == "ok"
+    assert only(hardware.host_memory(Subject(ranks=2, stages=(stage("engine.precision=float32"),)))).status == "ok"
 
 
-def test_offloaded_states_count(free_memory, config, tiny_model):
+def test_offloaded_states_count(free_memory, stage, tiny_model):
     parameters = sum(each.numel() for each in _weights(tiny_model))
     free_memory(64 * GIB)
 
     def needed(name: str) -> int:
         settings = (f"engine.deepspeed={name}", "engine.precision=bfloat16")
-        return only(hardware.host_memory(Subject(ranks=1, configs=(config(*settings),)))).values["needed_bytes"]
+        return only(hardware.host_memory(Subject(ranks=1, stages=(stage(*settings),)))).values["needed_bytes"]
 
     assert needed("zero2") == 2 * parameters
     assert needed("zero2_offload") == 12 * parameters
@@ -156,16 +156,17 @@ def test_a_full_disk_is_a_failure(small_disk):
     assert [each.name for each in small_disk.iterdir()] == ["filler"]
 
 
-def test_a_disk_without_room_for_the_checkpoints_is_a_failure(small_disk, config, tiny_model):
+def test_a_disk_without_room_for_the_checkpoints_is_a_failure(small_disk, stage, tiny_model):
     parameters = sum(each.numel() for each in _weights(tiny_model))
-    fits = config(f"output={small_disk}/run", "train.keep_checkpoints=2")
-    finding = only(hardware.disk(Subject(output=fits.output, configs=(fits,))))
+    fits = stage(f"output={small_disk}/run", "train.keep_checkpoints=2")
+    finding = only(hardware.disk(Subject(output=fits.config.output, stages=(fits,))))
     kept = 2 + 1 + 1  # the latest, the best, and one that is being written
     assert finding.status == "ok" and finding.values["needed_bytes"] == (16 * kept + 4) * (parameters + WIDTH)
-    frozen = config(f"output={small_disk}/run", "train.keep_checkpoints=2", "model.freeze_layers=3")
-    assert only(hardware.disk(Subject(output=fits.output, configs=(frozen,)))).values["needed_bytes"] < 16 * parameters
-    many = config(f"output={small_disk}/run", "train.keep_checkpoints=200")
-    finding = only(hardware.disk(Subject(output=many.output, configs=(many,))))
+    frozen = stage(f"output={small_disk}/run", "train.keep_checkpoints=2", "model.freeze_layers=3")
+    finding = only(hardware.disk(Subject(output=fits.config.output, stages=(frozen,))))
+    assert finding.values["needed_bytes"] < 16 * parameters
+    many = stage(f"output={small_disk}/run", "train.keep_checkpoints=200")
+    finding = only(hardware.disk(Subject(output=many.config.output, stages=(many,))))
     assert finding.status == "failure" and "not enough" in finding.text and "keep_checkpoints" in finding.remedy
 
 
@@ -183,9 +184,9 @@ def test_a_file_where_the_run_folder_should_be_is_a_failure(tmp_path):
     assert finding.status == "failure" and "Not a directory" in finding.text
 
 
-def test_the_folder_of_offloaded_states_is_looked_at_too(small_disk, config):
+def test_the_folder_of_offloaded_states_is_looked_at_too(small_disk, stage):
     with pytest.raises(OSError, match="No space left"):
         (small_disk / "filler").write_bytes(bytes(8 * 2**20))
-    run = config(f"engine.nvme_path={small_disk}", "engine.deepspeed=zero3_nvme")
-    _, nvme = hardware.disk(Subject(output=run.output, configs=(run,)))
+    run = stage(f"engine.nvme_path={small_disk}", "engine.deepspeed=zero3_nvme")
+    _, nvme = hardware.disk(Subject(output=run.config.output, stages=(run,)))
     assert nvme.status == "failure" and nvme.text.startswith(f"{small_disk}: cannot be written to")

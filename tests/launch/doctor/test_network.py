@@ -48,18 +48,18 @@ def test_a_hub_that_answers_anything_is_reached(endpoint):
     assert finding.status == "ok" and finding.text.endswith(" answers")
 
 
-def test_a_hub_that_does_not_answer_is_a_warning_and_a_failure_where_a_model_comes_from_it(endpoint, config):
+def test_a_hub_that_does_not_answer_is_a_warning_and_a_failure_where_a_model_comes_from_it(endpoint, stage):
     endpoint()
-    finding = only(network.hub(Subject(configs=(config(),))))
+    finding = only(network.hub(Subject(stages=(stage(),))))
     assert finding.status == "warning" and "Connection refused" in finding.text and "HF_HUB_OFFLINE=1" in finding.remedy
-    finding = only(network.hub(Subject(configs=(config("model.path=some/model"),))))
+    finding = only(network.hub(Subject(stages=(stage("model.path=some/model"),))))
     assert finding.status == "failure" and "some/model are not folders here" in finding.text
 
 
-def test_without_a_hub_only_names_are_a_warning(monkeypatch, config):
+def test_without_a_hub_only_names_are_a_warning(monkeypatch, stage):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert only(network.hub(Subject(configs=(config(),)))).status == "ok"
-    finding = only(network.hub(Subject(configs=(config("model.path=some/model"),))))
+    assert only(network.hub(Subject(stages=(stage(),)))).status == "ok"
+    finding = only(network.hub(Subject(stages=(stage("model.path=some/model"),))))
     assert finding.status == "warning" and "hf download NAME" in finding.remedy
 
 

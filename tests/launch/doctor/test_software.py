@@ -63,9 +63,9 @@ def test_missing_build_tools_are_warnings_with_how_to_get_them(no_programs):
     assert ninja.remedy.startswith("pip install ninja")
 
 
-def test_an_op_that_cannot_be_compiled_fails_only_the_recipe_that_needs_it(no_programs, config):
+def test_an_op_that_cannot_be_compiled_fails_only_the_recipe_that_needs_it(no_programs, stage):
     def async_io(*overrides: str):
-        return next(each for each in software.ops(Subject(configs=(config(*overrides),))) if "async_io" in each.text)
+        return next(each for each in software.ops(Subject(stages=(stage(*overrides),))) if "async_io" in each.text)
 
     needed = async_io("engine.deepspeed=zero3_nvme", f"engine.nvme_path={no_programs}")
     assert needed.status == "failure" and "missing a C++ compiler" in needed.text
@@ -77,8 +77,8 @@ def test_without_a_recipe_ops_that_cannot_be_compiled_are_warnings(no_programs):
     assert [each.status for each in software.ops(Subject())] == ["warning", "warning"]
 
 
-def test_a_configuration_that_is_refused_is_a_failure(config):
-    (finding,) = software.ops(Subject(configs=(config("engine.deepspeed=zero9"),)))
+def test_a_configuration_that_is_refused_is_a_failure(stage):
+    (finding,) = software.ops(Subject(stages=(stage("engine.deepspeed=zero9"),)))
     assert finding.status == "failure" and "zero9: no such DeepSpeed configuration" in finding.text
 
 

@@ -1,0 +1,127 @@
+"""What a pipeline is told before its first stage starts."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.console import Console
+
+from launch.cli import main
+from launch.launcher import Machine
+from launch.pipeline import run as running
+from launch.pipeline.recipe import load_pipeline
+from rlhf.core.errors import UserError
+
+
+@pytest.fixture
+def pipeline(tmp_path, tiny_model, tiny_pairs):
+    """``pipeline({stage: {key: value}})``: sft, a reward model, and PPO from both; with changes."""
+
+    def write(changes: dict[str, dict] | None = None, output: str | None = None) -> Path:
+        engine = {"engine.deepspeed": "zero2"}
+        rollout = {"rollout.prompts": 4, "rollout.max_new_tokens": 8, "train.global_batch_size": 4}
+        stages = {
+            "sft": {"model.path": str(tiny_model), "data.train": str(tiny_pairs), "data.columns.completion": "chosen"},
+            "reward": {"model.path": "${stages.sft.final}", "data.train": str(tiny_pairs)},
+            "ppo": {
+                "policy.path": "${stages.sft.final}",
+                "reward.path": "${stages.reward.final}",
+                "data.train": str(tiny_pairs),
+                **rollout,
+            },
+        }
+        settings = {name: engine | own | (changes or {}).get(name, {}) for name, own in stages.items()}
+        more = {name: own for name, own in (changes or {}).items() if name not in stages}
+        tree = {"output": output or f"{tmp_path}/out", "stages": {}}
+        for name, own in {**settings, **more}.items():
+            kind = own.pop("kind", name)
+            tree["stages"][name] = {"kind": kind, "set": _nested(own)}
+        path = tmp_path / "pipeline.yaml"
+        path.write_text(yaml.safe_dump(tree, sort_keys=False))
+        return path
+
+    return write
+
+
+def _nested(flat: dict) -> dict:
+    tree: dict = {}
+    for key, value in flat.items():
+        *parents, last = key.split(".")
+        node = tree
+        for each in parents:
+            node = node.setdefault(each, {})
+        node[last] = value
+    return tree
+
+
+@pytest.fixture
+def found(capsys):
+    """``found(path)``: the findings of ``rlhf doctor --quick`` by check."""
+
+    def ask(path: Path, *arguments: str) -> dict[str, list[dict]]:
+        main(["doctor", "--quick", "--json", "--config", str(path), *arguments])
+        rows: dict[str, list[dict]] = {}
+        for row in json.loads(capsys.readouterr().out):
+            rows.setdefault(row["check"], []).append(row)
+        return rows
+
+    return ask
+
+
+def failures(rows: dict[str, list[dict]], check: str) -> list[str]:
+    return [row["text"] for row in rows.get(check, []) if row["status"] == "failure"]
+
+
+def test_a_pipeline_of_sound_stages_has_no_failure(pipeline, found):
+    rows = found(pipeline())
+    assert [row for each in rows.values() for row in each if row["status"] == "failure"] == []
+
+
+# ---- DeepSpeed configurations
+
+
+@pytest.mark.parametrize(
+    ("changes", "setting", "fault"),
+    [
+        ({"engine.deepspeed": "zero9"}, "ppo.engine.deepspeed", "zero9: no such DeepSpeed configuration"),
+        ({"critic.deepspeed": "zero8"}, "ppo.critic.deepspeed", "zero8: no such DeepSpeed configuration"),
+        ({"reference.placement": "zero7"}, "ppo.reference.placement", "zero7: no such DeepSpeed configuration"),
+        ({"reward.placement": "{folder}/half.json"}, "ppo.reward.placement", "half.json: invalid JSON at line 1"),
+        ({"reward.placement": "{folder}/two.json"}, "ppo.reward.placement", "sharded by ZeRO-3, and this is stage 2"),
+    ],
+)
+def test_a_configuration_that_only_the_last_stage_uses_is_a_failure(
+    pipeline, found, tmp_path, changes, setting, fault
+):
+    (tmp_path / "half.json").write_text('{"zero_optimization": {')
+    (tmp_path / "two.json").write_text('{"zero_optimization": {"stage": 2}}')
+    rows = found(pipeline({"ppo": {key: text.format(folder=tmp_path) for key, text in changes.items()}}))
+    (text,) = failures(rows, "DeepSpeed ops")
+    assert setting in text and fault in text
+
+
+def test_nvme_without_its_op_is_a_failure_of_the_stage_that_needs_it(pipeline, found, no_programs):
+    rows = found(pipeline({"ppo": {"engine.deepspeed": "zero3_nvme", "engine.nvme_path": str(no_programs)}}))
+    (text,) = failures(rows, "DeepSpeed ops")
+    assert "async_io" in text and "missing a C++ compiler" in text and "ppo.engine.deepspeed" in text
+
+
+def test_no_stage_starts_where_a_later_one_would_be_refused(pipeline, monkeypatch):
+    def started(*arguments, **more):
+        raise AssertionError("a stage was started")
+
+    monkeypatch.setattr(running, "Job", started)
+    recipe = load_pipeline(pipeline({"ppo": {"critic.deepspeed": "zero8"}}))
+    run = running.PipelineRun(recipe, running.RunOptions(machine=Machine(ranks=1)), Console(record=True))
+    with pytest.raises(UserError, match=r"not ready(.|\n)*ppo\.critic\.deepspeed: zero8: no such DeepSpeed"):
+        run.run()
+
+
+def test_a_batch_is_held_against_the_ranks_of_the_stage(pipeline, found, tmp_path):
+    """DeepSpeed counts one row a rank; the JSON is that of a run on two."""
+    (tmp_path / "two_ranks.json").write_text('{"train_batch_size": 2, "zero_optimization": {"stage": 2}}')
+    path = pipeline({"ppo": {"engine.deepspeed": f"{tmp_path}/two_ranks.json"}})
+    assert failures(found(path, "--ranks", "2"), "DeepSpeed ops") == []
+    (text,) = failures(found(path, "--ranks", "1"), "DeepSpeed ops")
+    assert "train_batch_size = 2" in text
