@@ -7,6 +7,8 @@ TAIL_BYTES = 8192
 _PROGRESS = re.compile(r"^(\w+(?:: \w+)? \d+/\d+  ETA \S+.*)", flags=re.MULTILINE)
 _CHATTER = re.compile(r"\[\d{4}-\d\d-\d\d |\[rank\d+\]:\[W|\[W\d+ ")
 """How lines of the launcher and of torch's process groups begin."""
+_GONE = re.compile(r"RemoteError|[Cc]onnection (was )?(closed|reset|refused)|Broken pipe|closed by peer")
+"""What a rank says when another one has ended."""
 
 
 def size(log: Path) -> int:
@@ -30,6 +32,19 @@ def last_line(log: Path, start: int = 0) -> str:
         if not message[0].startswith("  "):
             break
     return "\n".join(message)
+
+
+def broke(log: Path, start: int = 0) -> bool:
+    """Whether the rank of this log ended by an exception of its own, not because another was gone."""
+    tail = _tail(log, start)
+    return "Traceback (most recent call last)" in tail and not _GONE.search(last_line(log, start))
+
+
+def meaning(code: int) -> str:
+    """An exit code in words. The deepspeed command gives a signal's number as 256 less it, a shell as 128 more."""
+    if code in (-9, 137, 247):
+        return f"exit code {code}, killed by SIGKILL (if nobody did it: the kernel, out of host memory; see dmesg)"
+    return f"exit code {code}"
 
 
 def _tail(log: Path, start: int) -> str:

@@ -1,12 +1,15 @@
 """``rlhf pipeline``: all stages of a recipe, one after the other, each started, continued or skipped as it must be."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.arguments import SettingsParser, positive_int
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from launch.pipeline.recipe import Pipeline
 
 _DESCRIPTION = """\
@@ -64,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
         grace_seconds=options.grace,
         doctor=not options.no_doctor,
     )
-    return PipelineRun(pipeline, settings, _console()).run()
+    return PipelineRun(pipeline, settings, console()).run()
 
 
 def show_status(options: argparse.Namespace) -> int:
@@ -76,14 +79,16 @@ def show_status(options: argparse.Namespace) -> int:
 def _show(pipeline: "Pipeline", any_code: bool) -> int:
     from launch.pipeline.status import status_table
 
-    _console().print(status_table(pipeline, any_code=any_code))
+    console().print(status_table(pipeline, any_code=any_code))
     return 0
 
 
-def _console():
+def console() -> "Console":
     from rich.console import Console
 
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = max(console.width, 120)  # of the table in a log file
-    return console
+    from launch.pipeline.overview import OutputThatMayEnd
+
+    found = Console(highlight=False, file=OutputThatMayEnd(sys.stdout))
+    if not found.is_terminal:
+        found.width = max(found.width, 120)  # of the table in a log file
+    return found

@@ -1,14 +1,19 @@
 """What the result of a stage depends on: its settings, the files it reads, and the code that makes it."""
 
+import contextlib
 import functools
+import glob
+import importlib.util
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import os
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import launch
-from launch.pipeline.recipe import Pipeline, PipelineStage, flat
+from launch.pipeline.recipe import Pipeline, PipelineStage, flat, is_in, texts
 from rlhf.core.files import digest, file_checksum, write_json
 from rlhf.train.completion import MARKER
 
@@ -25,6 +30,8 @@ NO_RESULT = (
 CODE = {"import": ("rlhf",), "reward": ("rlhf", "reward", "ds_configs")}
 ALL_CODE = ("rlhf", "reward", "policy", "ds_configs")
 CHANGES_SHOWN = 4
+_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+"""module:function, as rewards are given."""
 
 Parts = dict[str, dict[str, Any]]
 """settings, inputs and code, each a flat mapping."""
@@ -71,8 +78,8 @@ def parts_of(stage: PipelineStage, pipeline: Pipeline, inputs: Inputs, results: 
     made = [each.output for each in pipeline.stages]
     outside = {
         str(path): inputs.checksum(path)
-        for path in _paths(settings.values())
-        if not any(path == folder or folder in path.parents for folder in made)
+        for path in _paths(settings)
+        if not any(is_in(path, folder) for folder in made)
     }
     packages = CODE.get(stage.kind, ALL_CODE)
     return {"settings": settings, "inputs": upstream | outside, "code": {name: code_digest(name) for name in packages}}
@@ -116,15 +123,33 @@ def code_digest(package: str) -> str:
     return digest(*(part for file in files for part in (str(file.relative_to(root)), file.read_bytes())))
 
 
-def _paths(values: Sequence[Any]) -> Iterator[Path]:
-    """Values that name a file or folder that is there; a bare word does not count, it could be anything."""
-    for value in values:
-        items = value if isinstance(value, list) else [value]
-        for item in items:
-            if isinstance(item, str) and ("/" in item or "." in item) and "\n" not in item and len(item) < 4096:
-                path = Path(item)
-                if path.is_file() or (path.is_dir() and item not in (".", "..", "/")):
-                    yield path
+def _paths(settings: Mapping[str, Any]) -> Iterator[Path]:
+    """Files and folders that settings name, at any depth: by path, by a pattern, or as the module of a function.
+
+    A bare word counts only as a file: as a folder it could be anything.
+    """
+    for text in texts(settings):
+        if _FUNCTION.fullmatch(text):
+            yield from _module_file(text.partition(":")[0])
+            continue
+        path = os.path.expanduser(text)
+        is_folder = "/" in text and os.path.isdir(path) and os.path.realpath(path) not in (os.getcwd(), "/")
+        if is_folder or os.path.isfile(path):
+            yield Path(path)
+        elif glob.has_magic(path):
+            yield from (Path(each) for each in sorted(glob.glob(path, recursive=True)) if os.path.isfile(each))
+
+
+def _module_file(module: str) -> Iterator[Path]:
+    """The source of a module; one of the working folder is found as the stage finds it."""
+    here = Path(*module.split(".")).with_suffix(".py")
+    if here.is_file():
+        yield here
+        return
+    with contextlib.suppress(ImportError, ValueError):
+        found = importlib.util.find_spec(module)
+        if found is not None and found.origin and Path(found.origin).is_file():
+            yield Path(found.origin)
 
 
 def files_in(folder: Path) -> list[Path]:

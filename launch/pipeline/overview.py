@@ -1,10 +1,13 @@
 """What a pipeline shows: a live table in a terminal, lines elsewhere, and a report at the end."""
 
 import json
+import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import Any, TextIO
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -18,6 +21,32 @@ SECONDS_BETWEEN_LINES = 30.0
 KEY_METRICS = {"sft": "perplexity", "reward": "accuracy", "preference": "accuracy", "ppo": "reward"}
 """The held-out metric that tells most about a stage."""
 STYLES = {"finished": "green", "running": "bold cyan", "failed": "bold red", "stopped": "yellow"}
+
+
+class OutputThatMayEnd:
+    """A stream whose reader may be gone, as when Ctrl-C ends ``| tee`` as well, or a terminal is closed.
+
+    What nobody can read is left out; the work goes on.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())  # also for what Python flushes at its end
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 @dataclass

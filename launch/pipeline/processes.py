@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,14 +16,18 @@ from rlhf.core.errors import STOP_FILE, UserError
 
 MARK = "RLHF_PIPELINE"
 """Environment variable that the processes of a pipeline carry: its folder."""
+ONE_REQUEST_SECONDS = 1.0
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 class StopRequest:
-    """Counts requests to stop: signals to this process, and a file STOP in the pipeline's folder."""
+    """Requests to stop: signals to this process, and a file STOP in the pipeline's folder."""
 
     def __init__(self, folder: Path) -> None:
-        self._file, self.signals, self._reason = folder / STOP_FILE, 0, ""
+        self._file, self._reason = folder / STOP_FILE, ""
+        self._first_signal: float | None = None
+        self.at_once = False
+        """Somebody asked again: signals of one moment are one request (a closing terminal sends two)."""
         self._before: dict[int, object] = {}
 
     @property
@@ -45,7 +50,9 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: object) -> None:
-        self.signals += 1
+        now = time.monotonic()
+        self._first_signal = self._first_signal or now
+        self.at_once |= now - self._first_signal > ONE_REQUEST_SECONDS
         self._reason = self._reason or signal.Signals(number).name
 
 

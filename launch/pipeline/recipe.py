@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import graphlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -116,16 +117,18 @@ def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> Pipeline:
     spec = _resolved(tree, path)
     needs = {name: _needs(name, tree, spec) for name in spec.stages}
     order = _order(needs, path)
-    stages, problems = [], []
+    stages, problems = {}, []
     for name in order:
         try:
-            stages.append(_stage(name, spec.stages[name], needs[name]))
+            stages[name] = _stage(name, spec.stages[name], needs[name])
         except ConfigError as error:
             problems.append(str(error).replace("\n", "\n  "))
-    problems += _doubled_folders(stages)
+    problems += _doubled_folders([*stages.values()])
     if problems:
         raise ConfigError("\n  ".join([f"{PROGRAM}: {path}: nothing was started", *problems]))
-    return Pipeline(name=path.stem, output=spec.output, stages=tuple(stages))
+    stages = {name: _with_needs(stage, [*stages.values()], [*spec.stages]) for name, stage in stages.items()}
+    order = _order({name: stages[name].needs for name in spec.stages}, path)
+    return Pipeline(name=path.stem, output=spec.output, stages=tuple(stages[name] for name in order))
 
 
 def _read(path: Path) -> DictConfig:
@@ -218,6 +221,17 @@ def _needs(name: str, tree: DictConfig, spec: PipelineSpec) -> tuple[str, ...]:
     return tuple(other for other in spec.stages if other in wanted)
 
 
+def _with_needs(stage: PipelineStage, others: Sequence[PipelineStage], names: Sequence[str]) -> PipelineStage:
+    """With the stages whose files its settings name, however the path came there: by a variable, or in the recipe."""
+    values = [Path(os.path.expanduser(text)) for text in texts(_without_output(stage.config))]
+    read = {each.name for each in others if each is not stage and any(is_in(path, each.output) for path in values)}
+    return dataclasses.replace(stage, needs=tuple(name for name in names if name in {*stage.needs, *read}))
+
+
+def _without_output(config: Any) -> dict[str, Any]:
+    return {key: value for key, value in flat(config).items() if key != "output"}
+
+
 def _order(needs: Mapping[str, Sequence[str]], path: Path) -> list[str]:
     """Every stage after those that it needs, else as in the recipe."""
     try:
@@ -292,3 +306,22 @@ def flat(config: Any) -> dict[str, Any]:
 
     walk(to_dict(config) if dataclasses.is_dataclass(config) else config, "")
     return found
+
+
+def texts(node: Any) -> Iterator[str]:
+    """Strings of one line in settings, at any depth of dicts and lists."""
+    if isinstance(node, str):
+        if node and "\n" not in node and len(node) < 4096:
+            yield node
+    elif isinstance(node, Mapping):
+        for value in node.values():
+            yield from texts(value)
+    elif isinstance(node, (list, tuple)):
+        for value in node:
+            yield from texts(value)
+
+
+def is_in(path: Path, folder: Path) -> bool:
+    """Whether ``path`` is ``folder`` or below it, by name: nothing needs to be there."""
+    path, folder = (Path(os.path.abspath(each)) for each in (path, folder))
+    return path == folder or folder in path.parents

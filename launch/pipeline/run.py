@@ -15,7 +15,7 @@ from launch.pipeline.processes import StopRequest, alone, mark
 from launch.pipeline.recipe import Pipeline, PipelineStage
 from launch.pipeline.state import Action, Decision, Progress
 from rlhf.core.clock import clock
-from rlhf.core.errors import STOP_FILE, STOPPED_EXIT_CODE, UserError
+from rlhf.core.errors import STOP_FILE, STOPPED, STOPPED_EXIT_CODE, UserError
 from rlhf.core.files import naming_full_disk
 from rlhf.train.completion import MARKER
 
@@ -113,12 +113,13 @@ class PipelineRun:
             view.show(stage.name, "finished", outcome(stage), (self._progress.read(stage) or {})["seconds"])
             return
         self._progress.interrupt(stage, seconds)
-        if code == STOPPED_EXIT_CODE or stop.reason:
+        if code in (STOPPED_EXIT_CODE, None) or STOPPED in logs.last_line():
             self.stopped = stop.reason or "the stage was asked to stop"
             view.show(stage.name, "stopped", logs.last_line(), seconds)
             return
-        self.failures[stage.name] = f"exit code {code}: {logs.last_line() or 'no output'}\n  its log: {logs.main}"
-        view.show(stage.name, "failed", f"exit code {code}", seconds)
+        log, cause = logs.cause()
+        self.failures[stage.name] = f"{joblog.meaning(code)}: {cause or 'no output'}\n  its log: {log}"
+        view.show(stage.name, "failed", joblog.meaning(code), seconds)
 
     def _check_machine(self, first: PipelineStage, view: Overview) -> None:
         """Look at it with what the stages from ``first`` on need.
@@ -154,14 +155,15 @@ class PipelineRun:
                     continue
                 if asked is None:
                     asked = time.monotonic()
-                    view.say(f"{stop.reason}: {stage.name} saves at its next step and stops (again: ends it at once)")
+                    end = "saves at its next step and stops (again: ends it at once)" if stage.stage.trains else "ends"
+                    view.say(f"{stop.reason}: {stage.name} {end}")
                 if stage.stage.trains and time.monotonic() >= again:
                     _touch_stop(stage)
                     again = time.monotonic() + SECONDS_BETWEEN_REQUESTS
                 late = time.monotonic() - asked > self.options.grace_seconds
-                if stop.signals > 1 or late or not stage.stage.trains:
+                if stop.at_once or late or not stage.stage.trains:
                     view.say(f"{stage.name}: ended at once")
-                    self.killed = stop.signals > 1
+                    self.killed = stop.at_once
                     return None
             return code
 
@@ -187,14 +189,17 @@ class PipelineRun:
 
 @dataclass(frozen=True)
 class _Logs:
-    """The log files of a stage, and how long that of its main rank was when it started."""
+    """The log files of a stage, and how long each was when it started."""
 
     folder: Path
-    start: int = field(init=False)
+    starts: dict[Path, int] = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "start", joblog.size(self.main))
-        object.__setattr__(self, "launcher_start", joblog.size(self.launcher))
+        object.__setattr__(self, "starts", {path: joblog.size(path) for path in self.folder.glob("*.log")})
+
+    @property
+    def start(self) -> int:
+        return self.starts.get(self.main, 0)
 
     @property
     def main(self) -> Path:
@@ -206,7 +211,16 @@ class _Logs:
 
     def last_line(self) -> str:
         """Of the main rank; of the launcher where no rank came to speak."""
-        return joblog.last_line(self.main, self.start) or joblog.last_line(self.launcher, self.launcher_start)
+        return joblog.last_line(self.main, self.start) or joblog.last_line(
+            self.launcher, self.starts.get(self.launcher, 0)
+        )
+
+    def cause(self) -> tuple[Path, str]:
+        """The log that tells why the stage failed, and its last words: of a rank that broke, else of the main rank."""
+        for path in sorted(self.folder.glob("rank*.log")):
+            if joblog.broke(path, self.starts.get(path, 0)):
+                return path, joblog.last_line(path, self.starts.get(path, 0))
+        return self.main, self.last_line()
 
 
 def _touch_stop(stage: PipelineStage) -> None:

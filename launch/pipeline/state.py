@@ -14,6 +14,8 @@ from rlhf.core.files import digest, write_json
 from rlhf.train.completion import MARKER
 
 STARTED, FINISHED = "started", "finished"
+KEPT = ".marker.json"
+"""In a folder that was put aside: its marker."""
 
 
 class Action(Enum):
@@ -59,9 +61,7 @@ class Progress:
             return Decision(action=action, reason=f"for {', '.join(waiting)}" if waiting else "", parts=parts)
         if waiting:
             return Decision(action=Action.WAIT, reason=f"for {', '.join(waiting)}", parts=parts)
-        before = marker["parts"]
-        if self._any_code:
-            before = before | {"code": parts["code"]}
+        before = self._that_counts(marker, parts)
         if fingerprint(before) != fingerprint(parts):
             return Decision(action=Action.REDO, reason=changes(before, parts), parts=parts)
         if marker["state"] == FINISHED:
@@ -72,15 +72,19 @@ class Progress:
         return Decision(action=Action.CONTINUE, parts=parts)
 
     def settle(self, stage: PipelineStage) -> None:
-        """Note that a stage has finished whose pipeline was killed before it could write that down."""
+        """Note that a stage has finished whose pipeline was killed before it could write that down.
+
+        And if a run that was put aside is what is wanted again, it comes back.
+        """
         marker = self.read(stage)
         if marker is not None and marker["state"] == STARTED and (stage.output / MARKER).is_file():
             self.finish(stage, 0.0)
+        self._bring_back(stage)
 
     def start(self, stage: PipelineStage, decision: Decision) -> None:
         """Note that ``stage`` is begun. An earlier result that no longer counts is put aside first."""
         if decision.action is Action.REDO:
-            _put_aside(stage)
+            self._put_aside(stage)
         for leftover in (MARKER, STOP_FILE):
             (stage.output / leftover).unlink(missing_ok=True)
         earlier = self.read(stage) if decision.action is Action.CONTINUE else None
@@ -101,11 +105,7 @@ class Progress:
         self._write(stage, marker | {"state": FINISHED, "result": result, "files": stats, "seconds": total})
 
     def read(self, stage: PipelineStage) -> dict[str, Any] | None:
-        try:
-            marker = json.loads(self._path(stage).read_text())
-        except (OSError, ValueError):
-            return None
-        return marker if isinstance(marker, dict) and "parts" in marker else None
+        return _read(self._path(stage))
 
     def log_folder(self, stage: PipelineStage) -> Path:
         return self._pipeline.output / "logs" / stage.name
@@ -113,6 +113,49 @@ class Progress:
     def _results(self) -> dict[str, str]:
         markers = {stage.name: self.read(stage) for stage in self._pipeline.stages}
         return {name: marker["result"] for name, marker in markers.items() if marker and marker["state"] == FINISHED}
+
+    def _that_counts(self, marker: dict[str, Any], parts: Parts) -> Parts:
+        return marker["parts"] | {"code": parts["code"]} if self._any_code else marker["parts"]
+
+    def _put_aside(self, stage: PipelineStage) -> None:
+        """Keep the run that no longer counts as ``<folder>.before``, with its marker; one that was there makes room.
+
+        A finished run does not make room for a half-done one: that goes.
+        """
+        if not stage.stage.trains or not stage.output.exists():
+            return
+        aside, marker = _aside(stage), self.read(stage) or {}
+        kept = _read(aside / KEPT) or {}
+        if kept.get("state") == FINISHED and marker.get("state") != FINISHED:
+            shutil.rmtree(stage.output)
+            return
+        shutil.rmtree(aside, ignore_errors=True)
+        write_json(stage.output / KEPT, marker)
+        stage.output.rename(aside)
+
+    def _bring_back(self, stage: PipelineStage) -> None:
+        """The run that was put aside changes places with the present one, if it alone is of the present settings.
+
+        Each step can be the last of a pipeline that is killed: the next one goes on there.
+        """
+        swap = _aside(stage).with_suffix(".swap")
+        if _read(stage.output / KEPT) is None:
+            if not swap.exists():
+                if not self._is_wanted_again(stage):
+                    return
+                _aside(stage).rename(swap)
+            self._put_aside(stage)
+            swap.rename(stage.output)
+        self._write(stage, _read(stage.output / KEPT))
+        (stage.output / KEPT).unlink()
+
+    def _is_wanted_again(self, stage: PipelineStage) -> bool:
+        marker, kept = self.read(stage), _read(_aside(stage) / KEPT)
+        if marker is None or kept is None:
+            return False
+        parts = parts_of(stage, self._pipeline, self._inputs, self._results())
+        of_kept, of_present = (fingerprint(self._that_counts(each, parts)) for each in (kept, marker))
+        return of_kept == fingerprint(parts) != of_present
 
     def _is_finished(self, stage: PipelineStage) -> bool:
         return self.decide(stage).action is Action.SKIP
@@ -131,13 +174,17 @@ class Progress:
         write_json(self._path(stage), marker)
 
 
-def _put_aside(stage: PipelineStage) -> None:
-    """Keep the run that no longer counts as ``<folder>.before``; one that was there makes room."""
-    if not stage.stage.trains or not stage.output.exists():
-        return
-    aside = stage.output.with_name(f"{stage.output.name}.before")
-    shutil.rmtree(aside, ignore_errors=True)
-    stage.output.rename(aside)
+def _aside(stage: PipelineStage) -> Path:
+    return stage.output.with_name(f"{stage.output.name}.before")
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A marker; ``None`` if there is none, or none that can be read."""
+    try:
+        marker = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return marker if isinstance(marker, dict) and "parts" in marker else None
 
 
 def _fault(stage: PipelineStage, marker: dict[str, Any]) -> str | None:

@@ -7,6 +7,8 @@ REFUSED_EXIT_CODE = 2
 STOPPED_EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h: what the run has done is saved, and the same command goes on from there."""
 
+STOPPED = "the same command goes on from there"
+"""How the last words of a run end that was asked to stop."""
 STOP_FILE = "STOP"
 """In a run folder it asks the run to save and stop."""
 
@@ -48,5 +50,5 @@ class RunStopped(UserError):
 
     def __init__(self, reason: str, place: str, step: int = 0) -> None:
         """``place``: where it stopped, in words; ``step``: of its newest checkpoint, 0 where there is none yet."""
-        super().__init__(f"stopped {place} by {reason}; the same command goes on from there")
+        super().__init__(f"stopped {place} by {reason}; {STOPPED}")
         self.reason, self.step = reason, step

@@ -1,6 +1,7 @@
 """Pipelines of stages that take no time."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from rich.console import Console
 from launch import stages
 from launch.launcher import Machine
 from launch.pipeline import recipe as recipes
+from launch.pipeline import run
 from launch.pipeline.processes import MARK
 from launch.pipeline.recipe import load_pipeline
 from launch.pipeline.run import PipelineRun, RunOptions
@@ -81,3 +83,12 @@ def toys(tmp_path, monkeypatch):
     assert recipes.KINDS is stages.KINDS
     yield Toys(tmp_path)
     sys.modules.pop("toy_stage", None)
+
+
+@pytest.fixture
+def training_toys(toys, monkeypatch):
+    """They count as stages that train, but are started without a launcher."""
+    monkeypatch.setitem(stages.KINDS, "toy", replace(stages.KINDS["toy"], trains=True))
+    command = lambda stage, arguments, machine: [sys.executable, "-m", stage.module, *arguments]  # noqa: E731
+    monkeypatch.setattr(run, "stage_command", command)
+    return toys

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from launch.joblog import meaning
+from launch.pipeline.run import _Logs
 from rlhf.core.errors import UserError
 
 WORKERS = Path(__file__).parent / "workers"
@@ -129,12 +131,86 @@ def test_a_second_pipeline_in_the_same_folder_is_refused(toys):
     assert toys.run() == 0
 
 
+# References that are not written as such
+
+
+@pytest.mark.parametrize("way", ["a variable", "a path"])
+def test_a_result_that_is_named_by_its_path_is_waited_for_and_looked_at(toys, way):
+    source = "${vars.number}" if way == "a variable" else f"{toys.folder}/out/a/final"
+    stages = {"b": {"set": {"number": 10, "source": source}}, "a": {"set": {"number": 1}}}
+    toys.write(stages, vars={"number": "${stages.a.final}"})
+    assert toys.load().named("b").needs == ("a",)
+    assert toys.run() == 0 and toys.number("b") == 11
+    assert toys.run("a.number=2") == 0 and toys.number("b") == 12
+    assert "b: done again: a changed" in toys.said
+
+
+# Results that no longer count
+
+
+def test_a_finished_run_comes_back_when_its_settings_do(training_toys):
+    toys = training_toys
+    toys.write({"a": {"set": {"number": 1}}, "b": {"set": {"source": "${stages.a.final}"}}})
+    assert toys.run() == 0
+    assert toys.run("a.number=2") == 0 and toys.number("b") == 2
+    assert toys.run() == 0
+    assert (toys.number("a"), toys.starts("a"), toys.number("b"), toys.starts("b")) == (1, 1, 1, 1)
+    assert toys.run("a.number=2") == 0
+    assert (toys.number("a"), toys.starts("a")) == (2, 1), "the two changed places"
+
+
+def test_a_half_done_run_does_not_take_the_place_of_a_finished_one(training_toys):
+    toys = training_toys
+    toys.write({"a": {"set": {"number": 1}}})
+    assert toys.run() == 0
+    assert toys.run("a.number=2", "a.behave=refuse") == 1
+    assert toys.run("a.number=3", "a.behave=refuse") == 1
+    assert toys.run() == 0
+    assert (toys.number("a"), toys.starts("a")) == (1, 1)
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_a_pipeline_killed_while_runs_change_places_loses_none(training_toys, monkeypatch, renames):
+    toys, done, rename = training_toys, [], Path.rename
+    toys.write({"a": {"set": {"number": 1}}})
+    assert toys.run() == 0 and toys.run("a.number=2") == 0
+
+    def killed(self, target):
+        if len(done) == renames:
+            raise KeyboardInterrupt
+        done.append(target)
+        return rename(self, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            toys.run()
+    assert toys.run() == 0 and (toys.number("a"), toys.starts("a")) == (1, 1)
+    assert toys.run("a.number=2") == 0 and (toys.number("a"), toys.starts("a")) == (2, 1)
+
+
+# Why a stage failed
+
+
+def test_the_rank_that_broke_is_quoted_not_the_one_that_waited_for_it(tmp_path):
+    logs = _Logs(tmp_path)
+    gone = "Traceback (most recent call last):\nRuntimeError: [gloo] Connection closed by peer [127.0.0.1]\n"
+    (tmp_path / "rank0.log").write_text(f"step 3/9  ETA 0:00:08  loss 0.5\n{gone}")
+    broken = "Traceback (most recent call last):\n  File x\ntorch.OutOfMemoryError: CUDA out of memory\n"
+    (tmp_path / "rank1.log").write_text(broken)
+    assert logs.cause() == (tmp_path / "rank1.log", "torch.OutOfMemoryError: CUDA out of memory")
+
+
+def test_a_killed_rank_is_no_riddle():
+    assert "out of host memory" in meaning(247) and meaning(2) == "exit code 2"
+
+
 # Signals, and processes that are left
 
 
-def start(toys, *words: str) -> subprocess.Popen:
+def start(toys, *words: str, behave: str = "wait") -> subprocess.Popen:
     """The pipeline in a process of its own, whose stage a waits."""
-    toys.write({"a": {"set": {"behave": "wait"}}, "b": {"set": {"source": "${stages.a.final}"}}})
+    toys.write({"a": {"set": {"behave": behave}}, "b": {"set": {"source": "${stages.a.final}"}}})
     return subprocess.Popen(
         [sys.executable, str(WORKERS / "run_toys.py"), str(toys.path), *words],
         stdout=subprocess.PIPE,
@@ -181,14 +257,64 @@ def test_a_stop_file_in_the_folder_of_the_pipeline_does_so_too(toys):
     assert process.returncode == 75 and not stop.exists()
 
 
-def test_a_second_signal_ends_everything_at_once(toys):
-    process = start(toys)  # a stage that does not train is ended by the first
+def test_a_stage_that_does_not_train_is_ended_by_the_first_signal(toys):
+    process = start(toys)
     pid = waiting_stage(toys)
     process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert not is_running(pid) and toys.processes() == []
+
+
+def test_signals_of_one_moment_are_one_request(toys):
+    process = start(toys, "train")
+    waiting_stage(toys)
+    for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM):
+        process.send_signal(number)
+        time.sleep(0.1)
+    process.communicate(timeout=60)
+    assert process.returncode == 75
+
+
+def test_a_second_signal_ends_a_stage_that_takes_too_long_to_stop(toys):
+    process = start(toys, "train", behave="deaf")
+    pid = waiting_stage(toys)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(2)
+    assert process.poll() is None and is_running(pid)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
-    assert process.returncode == 130 or process.returncode == 75
+    assert process.returncode == 130
     assert not is_running(pid) and toys.processes() == []
+
+
+def test_grace_has_an_end(toys):
+    process = start(toys, "train", "hasty", behave="deaf")
+    pid = waiting_stage(toys)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert not is_running(pid) and toys.processes() == []
+
+
+def test_a_crash_on_the_way_to_a_stop_is_a_failure(toys):
+    process = start(toys, "train", behave="wait and crash")
+    waiting_stage(toys)
+    process.send_signal(signal.SIGUSR1)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 1
+    assert "a failed: exit code 1: RuntimeError: cannot save" in output
+
+
+def test_a_stage_still_saves_when_nobody_reads_any_more(toys):
+    """Ctrl-C on ``rlhf pipeline run ... | tee log`` ends tee as well."""
+    process = start(toys, "train")
+    waiting_stage(toys)
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 75
+    log = (toys.folder / "out" / "logs" / "a" / "rank0.log").read_text()
+    assert "stopped at step 1 of 9 by the file STOP" in log
 
 
 def test_nothing_outlives_a_pipeline_that_was_killed(toys):

@@ -1,16 +1,17 @@
-"""run_toys.py RECIPE [train]: a pipeline of toy stages; with train they count as stages that save when told to stop."""
+"""run_toys.py RECIPE [train [hasty]]: a pipeline of toy stages; with train they count as stages that save when told to
+stop, and get a second for it with hasty."""
 
 import sys
 from pathlib import Path
-
-from rich.console import Console
 
 import launch.pipeline.run as running
 from launch import stages
 from launch.launcher import Machine
 from launch.pipeline.recipe import load_pipeline
+from launch.pipeline_command import console
 
 stages.KINDS["toy"] = stages.Stage("toy", "toy_stage", ("toy_stage", "ToyConfig"), trains="train" in sys.argv)
 running.stage_command = lambda stage, arguments, machine: [sys.executable, "-m", stage.module, *arguments]
-options = running.RunOptions(machine=Machine(ranks=1), doctor=False)
-sys.exit(running.PipelineRun(load_pipeline(Path(sys.argv[1])), options, Console()).run())
+grace = 1.0 if "hasty" in sys.argv else 600.0
+options = running.RunOptions(machine=Machine(ranks=1), doctor=False, grace_seconds=grace)
+sys.exit(running.PipelineRun(load_pipeline(Path(sys.argv[1])), options, console()).run())

@@ -34,17 +34,20 @@ def run(config: ToyConfig) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if config.behave == "lie":
         sys.exit(0)
-    if config.behave == "wait":
-        wait(config.output)
+    if config.behave in ("wait", "wait and crash", "deaf"):
+        wait(config.output, config.behave)
     (config.output / "final" / "number").write_text(str(before + config.number))
 
 
-def wait(output: Path) -> None:
+def wait(output: Path, behave: str) -> None:
+    """Until asked to stop; a deaf stage does not care."""
     (output / "pid").write_text(str(os.getpid()))
     print("step 1/9  ETA 0:00:08  loss 0.5", flush=True)
-    while not (output / "STOP").exists():
+    while not (output / "STOP").exists() or behave == "deaf":
         time.sleep(0.05)
     (output / "STOP").unlink()
+    if behave == "wait and crash":
+        raise RuntimeError("cannot save")
     raise RunStopped("the file STOP", "at step 1 of 9", 1)
 
 
