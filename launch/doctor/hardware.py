@@ -227,23 +227,31 @@ def _disk_bytes(stage: PlannedStage, subject: Subject) -> int:
 
     _, ranks = subject.world(stage)
     here = cluster_of(nodes=max(len(subject.hosts), 1), devices_per_node=ranks)
+    request = Request(sources=subject.sources, rows=SOME_ROWS, mean_tokens=SOME_TOKENS)
     try:
-        plan = plan_stage(stage.kind, stage.config, here, Request(rows=SOME_ROWS, mean_tokens=SOME_TOKENS))
+        plan = plan_stage(stage.kind, stage.config, here, request)
     except UserError:  # where it matters, other checks say so, and the stage itself
         return 0
     return sum(disk(plan).values())
 
 
 def _parameters(stage: PlannedStage, subject: Subject) -> int:
-    """Of the model on disk that a stage starts from; 0 if it is not there yet, or on the hub."""
+    """Of the model that a stage starts from, also if another stage has yet to make it; 0 if nobody knows its shape."""
     import torch
 
+    from launch.plan.models import empty_model
     from launch.recipe_stage import model_of
     from rlhf.models.backbones import checkpoint_bytes
 
-    section, _ = model_of(stage.config)
+    section, name = model_of(stage.config)
     folder = Path(section.path).expanduser()
-    return (checkpoint_bytes(folder, torch.uint8) or 0) if folder.is_dir() else 0
+    if folder.is_dir():
+        return checkpoint_bytes(folder, torch.uint8) or 0
+    kind = "reward model" if stage.kind == "reward" else "language model"
+    try:
+        return empty_model(section, kind, sources=subject.sources, setting=f"{name}.path").total
+    except UserError:
+        return 0
 
 
 def _trains_all(config: Any) -> bool:

@@ -50,9 +50,11 @@ def _http_fault(address: str) -> str | None:
 
 
 def _model_paths(subject: Subject) -> list[str]:
+    """Of the models that no stage of the run makes, each once."""
     from launch.recipe_stage import model_of
 
-    return [model_of(stage.config)[0].path for stage in subject.trained]
+    paths = dict.fromkeys(model_of(stage.config)[0].path for stage in subject.trained)
+    return [path for path in paths if not subject.will_make(path)]
 
 
 def slurm(subject: Subject) -> Iterator[Finding]:

@@ -8,10 +8,14 @@ import yaml
 from rich.console import Console
 
 from launch.cli import main
+from launch.doctor import network, pipeline_subject
 from launch.launcher import Machine
 from launch.pipeline import run as running
 from launch.pipeline.recipe import load_pipeline
 from rlhf.core.errors import UserError
+
+WIDTH = 32
+"""Of the tiny model, and so the numbers of a reward head."""
 
 
 @pytest.fixture
@@ -125,3 +129,47 @@ def test_a_batch_is_held_against_the_ranks_of_the_stage(pipeline, found, tmp_pat
     assert failures(found(path, "--ranks", "2"), "DeepSpeed ops") == []
     (text,) = failures(found(path, "--ranks", "1"), "DeepSpeed ops")
     assert "train_batch_size = 2" in text
+
+
+# ---- models that a stage is still to make
+
+
+def test_stages_that_start_from_another_one_need_the_same_room(pipeline, found, tiny_model):
+    """Nothing is on disk but the first model; against the same stages that all start from it."""
+    offload = {"reward": {"engine.deepspeed": "zero2_offload"}}
+    rows = found(pipeline(offload), "--ranks", "1")
+    (disk,), (host,) = rows["disk"], rows["host memory"]
+    direct = {"reward": {"model.path": str(tiny_model)}, "ppo": {"policy.path": str(tiny_model)}}
+    (expected,) = found(pipeline({"reward": direct["reward"] | offload["reward"], "ppo": direct["ppo"]}))["disk"]
+    assert disk["values"]["needed_bytes"] == expected["values"]["needed_bytes"]
+    (alone,) = found(pipeline(direct), "--ranks", "1")["host memory"]  # float32
+    parameters = alone["values"]["needed_bytes"] // 4
+    assert host["values"]["needed_bytes"] == 12 * (parameters + WIDTH)
+
+
+def test_a_pipeline_that_names_its_folder_with_a_dot_is_no_exception(pipeline, found, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (disk,) = found(pipeline(output="./out"))["disk"]
+    (expected,) = found(pipeline(output="out"))["disk"]
+    (partial,) = found(pipeline(), "--set", "reward.model.path=no/such", "ppo.policy.path=no/such")["disk"]
+    assert disk["values"]["needed_bytes"] == expected["values"]["needed_bytes"] > partial["values"]["needed_bytes"] > 0
+
+
+@pytest.mark.parametrize("output", ["out", "./out", "{folder}/out"])
+def test_what_a_stage_is_to_make_is_no_hub_name(pipeline, tmp_path, monkeypatch, output):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    subject = pipeline_subject(load_pipeline(pipeline(output=output.format(folder=tmp_path))))
+    (finding,) = network.hub(subject)
+    assert finding.status == "ok", finding
+    other = pipeline_subject(load_pipeline(pipeline(), ["reward.model.path=some/model"]))
+    (finding,) = network.hub(other)
+    assert finding.status == "warning" and "(some/model are not folders here)" in finding.text
+
+
+def test_a_stage_that_is_done_still_counts_as_what_others_start_from(pipeline):
+    """A pipeline that goes on asks for what is ahead; the folder of an earlier stage may have been moved."""
+    recipe = load_pipeline(pipeline())
+    ahead = pipeline_subject(recipe, [recipe.named("ppo")])
+    assert [stage.name for stage in ahead.stages] == ["ppo"]
+    assert ahead.made[str(recipe.named("sft").final)].path == recipe.named("sft").config.model.path
