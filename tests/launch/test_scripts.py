@@ -18,28 +18,39 @@ from rlhf.config import parse_command_line
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted((ROOT / "launch" / "scripts").glob("*.sh"))
 PROGRAMS = ("deepspeed", "torchrun", "srun", "ssh")
-SCONTROL = """#!/bin/sh
-case "$*" in *hostnames*) echo node1; echo node2;; *) echo "NodeName=node1 NodeAddr=10.0.0.1 X=y";; esac
+SCONTROL = """\
+case "$*" in
+    *hostnames*) echo node1; echo node2;;
+    requeue*) echo "$*";;
+    *) echo "NodeName=node1 NodeAddr=10.0.0.1 X=y";;
+esac
 """
 
 
 @pytest.fixture
-def caught(tmp_path):
-    """``caught(script, *arguments)`` runs a script; the words of every launcher that it started, by its name."""
+def start(tmp_path):
+    """``start(script, *arguments, name=shell, ...)`` runs a script where programs of these names do as told in shell."""
 
-    def act(script: Path, *arguments: str) -> dict[str, list[str]]:
-        for program in PROGRAMS:
-            stand_in = tmp_path / program
-            catch = "exit 0" if program == "ssh" else f'printf "%s\\0" "$@" > {tmp_path}/{program}.words'
-            stand_in.write_text(f"#!/bin/sh\n{catch}\n")
-            stand_in.chmod(0o755)
-        (tmp_path / "scontrol").write_text(SCONTROL)
-        (tmp_path / "scontrol").chmod(0o755)
+    def act(script: Path, *arguments: str, **programs: str) -> subprocess.CompletedProcess[str]:
+        for program, text in programs.items():
+            (tmp_path / program).write_text(f"#!/bin/sh\n{text}\n")
+            (tmp_path / program).chmod(0o755)
         (tmp_path / "hosts").write_text("# mine\nnode1 slots=2\nnode2 slots=2\n")
         slurm = {"SLURM_JOB_ID": "12", "SLURM_JOB_NODELIST": "node[1-2]"}
         environment = os.environ | slurm | {"HOSTFILE": str(tmp_path / "hosts")}
         environment |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
-        done = subprocess.run([script, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True)
+        return subprocess.run([script, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True)
+
+    return act
+
+
+@pytest.fixture
+def caught(start, tmp_path):
+    """``caught(script, *arguments)`` runs a script; the words of every launcher that it started, by its name."""
+
+    def act(script: Path, *arguments: str) -> dict[str, list[str]]:
+        catching = {program: f'printf "%s\\0" "$@" > {tmp_path}/{program}.words' for program in PROGRAMS}
+        done = start(script, *arguments, **catching | {"ssh": "exit 0", "scontrol": SCONTROL})
         assert done.returncode == 0, done.stderr
         return {path.stem: path.read_text().split("\0")[:-1] for path in tmp_path.glob("*.words")}
 
@@ -70,6 +81,29 @@ def test_a_script_starts_the_quickstart_reward_run_and_passes_settings_on(script
     invocation = parse_command_line(RewardConfig, stage_arguments(*found), program="reward", description="")
     assert invocation.recipes == (Path("launch/recipes/quickstart_reward.yaml"),)
     assert (invocation.config.train.epochs, invocation.config.data.max_tokens) == (2, 64)
+
+
+@pytest.mark.parametrize(
+    ("signal", "code", "ends_with", "said"),
+    [
+        (False, 75, 75, ""),  # a STOP file, or train.max_minutes
+        (True, 75, 0, "to the ranks: --signal=USR1 12\nrequeue 12\n"),
+        (True, 1, 1, "to the ranks: --signal=USR1 12\n"),
+        (True, 0, 0, "to the ranks: --signal=USR1 12\n"),
+        (False, 0, 0, ""),
+    ],
+)
+def test_a_batch_job_goes_back_into_the_queue_only_if_slurm_has_asked_it_to_stop(start, signal, code, ends_with, said):
+    """SLURM signals the batch shell, the parent of srun."""
+    ask = "kill -USR1 $PPID; sleep 0.5;" if signal else ""
+    programs = {"srun": f"{ask} exit {code}", "scancel": 'echo "to the ranks: $*"', "scontrol": SCONTROL}
+    done = start(ROOT / "launch" / "scripts" / "sbatch.sh", **programs)
+    assert (done.returncode, done.stdout) == (ends_with, said), done.stderr
+
+
+def test_slurm_signals_the_shell_of_the_batch_job_that_listens():
+    text = (ROOT / "launch" / "scripts" / "sbatch.sh").read_text()
+    assert "\n#SBATCH --signal=B:USR1@" in text and re.search(r"^trap '.*' USR1$", text, flags=re.MULTILINE)
 
 
 def test_every_launcher_of_the_toolkit_has_a_script():
