@@ -29,7 +29,7 @@ esac
 
 @pytest.fixture
 def start(tmp_path):
-    """``start(script, *arguments, name=shell, ...)`` runs a script where programs of these names do as told in shell."""
+    """``start(script, *arguments, name=shell, ...)`` runs a script; programs of these names do as told in shell."""
 
     def act(script: Path, *arguments: str, **programs: str) -> subprocess.CompletedProcess[str]:
         for program, text in programs.items():
