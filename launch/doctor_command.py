@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 _DESCRIPTION = """\
 Check the machine before a run: versions, build tools, DeepSpeed's compiled ops, devices, host and shared memory, disk,
 hub access, SLURM, the nodes of a hostfile, and an all-reduce over ranks that are really started. With a recipe, of a
-stage or a pipeline, it is checked for that run: room for checkpoints, memory for the model, ops to offload with.
+stage or a pipeline, it is checked for that run: its DeepSpeed configurations and the ops to offload with, the files
+that it reads, room for checkpoints, memory for the models.
 
 Exit status: 0 without failures (warnings do not count); 1 with; 2 if the recipe is refused.
 """

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from launch.doctor import collectives, hardware, network, software
+from launch.doctor import collectives, hardware, inputs, network, software
 from launch.doctor.finding import Finding, Subject
 
 
@@ -20,6 +20,7 @@ CHECKS = (
     Check("versions", software.versions, quick=True),
     Check("build tools", software.tools),
     Check("DeepSpeed ops", software.ops, quick=True),
+    Check("input files", inputs.inputs, quick=True),
     Check("devices", hardware.devices, quick=True),
     Check("host memory", hardware.host_memory, quick=True),
     Check("shared memory", hardware.shared_memory, quick=True),

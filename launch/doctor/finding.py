@@ -1,6 +1,5 @@
 """What a check looks at, and what it has to say."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -98,8 +97,9 @@ class Subject:
 
     def will_make(self, path: str | Path) -> bool:
         """Whether a stage of the run writes there: what is not there yet is not missing."""
-        place = Path(os.path.abspath(path))
-        return any(place.is_relative_to(os.path.abspath(folder)) for folder in self.published)
+        from launch.pipeline.recipe import is_in
+
+        return any(is_in(Path(path), folder) for folder in self.published)
 
 
 def gibibytes(count: float) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from launch.doctor.finding import Finding, Subject
+from launch.doctor.inputs import can_be_hub_model
 from launch.hostfile import read_hostfile, unreachable_hosts
 from rlhf.core.errors import ConfigError
 
@@ -50,11 +51,11 @@ def _http_fault(address: str) -> str | None:
 
 
 def _model_paths(subject: Subject) -> list[str]:
-    """Of the models that no stage of the run makes, each once."""
+    """Of the models that no stage of the run makes and the hub could have, each once."""
     from launch.recipe_stage import model_of
 
     paths = dict.fromkeys(model_of(stage.config)[0].path for stage in subject.trained)
-    return [path for path in paths if not subject.will_make(path)]
+    return [path for path in paths if can_be_hub_model(path) and not subject.will_make(path)]
 
 
 def slurm(subject: Subject) -> Iterator[Finding]:

@@ -1,9 +1,9 @@
 """From a pipeline to what the checks look at."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from launch.doctor.finding import PlannedStage, Subject
 
@@ -43,16 +43,10 @@ def pipeline_subject(
 
 def _made(pipeline: "Pipeline") -> "dict[str, BackboneConfig]":
     """By folder, as other stages spell it: what a stage's model starts from."""
+    from launch.pipeline.recipe import flat, texts
     from launch.plan.models import made_by
 
     starts = {os.path.normpath(each.final): made_by(each.kind, each.config) for each in pipeline.stages}
-    spelt = {text: os.path.normpath(text) for each in pipeline.stages for text in _texts(each.config)}
+    spelt = {text: os.path.normpath(text) for each in pipeline.stages for text in texts(flat(each.config))}
     found = {path: starts.get(folder) for path, folder in (spelt | {path: path for path in starts}).items()}
     return {path: start for path, start in found.items() if start is not None}
-
-
-def _texts(config: Any) -> Iterator[str]:
-    from launch.pipeline.recipe import flat
-
-    for value in flat(config).values():
-        yield from (each for each in (value if isinstance(value, list) else [value]) if isinstance(each, str) and each)

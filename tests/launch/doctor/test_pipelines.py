@@ -8,7 +8,7 @@ import yaml
 from rich.console import Console
 
 from launch.cli import main
-from launch.doctor import network, pipeline_subject
+from launch.doctor import Subject, inputs, network, pipeline_subject
 from launch.launcher import Machine
 from launch.pipeline import run as running
 from launch.pipeline.recipe import load_pipeline
@@ -129,6 +129,13 @@ def test_a_batch_is_held_against_the_ranks_of_the_stage(pipeline, found, tmp_pat
     assert failures(found(path, "--ranks", "2"), "DeepSpeed ops") == []
     (text,) = failures(found(path, "--ranks", "1"), "DeepSpeed ops")
     assert "train_batch_size = 2" in text
+    nodes = tmp_path / "hosts"
+    nodes.write_text("one slots=1\ntwo slots=1\n")
+    assert failures(found(path, "--hostfile", str(nodes)), "DeepSpeed ops") == []
+    tree = yaml.safe_load(path.read_text())
+    tree["stages"]["ppo"]["ranks"] = 2
+    path.write_text(yaml.safe_dump(tree, sort_keys=False))
+    assert failures(found(path, "--ranks", "1"), "DeepSpeed ops") == []
 
 
 # ---- models that a stage is still to make
@@ -173,3 +180,100 @@ def test_a_stage_that_is_done_still_counts_as_what_others_start_from(pipeline):
     ahead = pipeline_subject(recipe, [recipe.named("ppo")])
     assert [stage.name for stage in ahead.stages] == ["ppo"]
     assert ahead.made[str(recipe.named("sft").final)].path == recipe.named("sft").config.model.path
+
+
+# ---- what stages read
+
+
+@pytest.fixture
+def missing(pipeline, found):
+    """``missing(changes)``: the failures of the check of input files of a pipeline with ``changes``."""
+    return lambda changes: failures(found(pipeline(changes)), "input files")
+
+
+def test_data_that_only_the_last_stages_read_is_looked_for(missing, tmp_path):
+    (tmp_path / "prompts.jsonl").touch()
+    (text,) = missing({"ppo": {"data.train": f"{tmp_path}/promts.jsonl"}})
+    wanted = f"ppo.data.train: {tmp_path}/promts.jsonl: no such file or folder; did you mean {tmp_path}/prompts.jsonl?"
+    assert text == wanted
+
+
+def test_a_file_that_several_stages_miss_is_one_failure_that_names_their_settings(missing):
+    own = {"data.train": "no/such/file.jsonl"}
+    (text,) = missing({"sft": own, "reward": own, "ppo": own})
+    assert text.startswith("sft.data.train, reward.data.train, ppo.data.train: no/such/file.jsonl: no such file")
+
+
+@pytest.mark.parametrize(
+    ("settings", "setting"),
+    [
+        ({"data.train": ["{pairs}", {"path": "{folder}/none.csv", "weight": 2}]}, "data.train"),
+        ({"data.eval": ["{pairs}", "{folder}/none.parquet"]}, "data.eval"),
+        ({"data.train": "{folder}/none-*.jsonl"}, "data.train"),
+        ({"data.train": "{folder}"}, "data.train"),
+        ({"data.train": "pairs.of.nobody.jsonl.gz"}, "data.train"),
+        ({"pretraining.data.train": "{folder}/none.jsonl"}, "pretraining.data.train"),
+        ({"reward.path": ["{folder}/none/final"]}, "reward.path"),
+        ({"critic.path": "{folder}/none"}, "critic.path"),
+        ({"reference.path": "runs/of/nobody"}, "reference.path"),
+    ],
+)
+def test_every_form_of_a_source_is_looked_for(missing, tmp_path, tiny_pairs, settings, setting):
+    folder = tmp_path / "empty"
+    folder.mkdir()
+
+    def filled(node):
+        if isinstance(node, str):
+            return node.format(folder=folder, pairs=tiny_pairs)
+        if isinstance(node, list):
+            return [filled(each) for each in node]
+        return {key: filled(value) for key, value in node.items()} if isinstance(node, dict) else node
+
+    (text,) = missing({"ppo": filled(settings)})
+    assert text.startswith(f"ppo.{setting}: ")
+
+
+def test_the_files_of_an_evaluation_and_of_an_import_are_looked_for(missing, tmp_path, tiny_model):
+    texts = missing(
+        {
+            "base": {"kind": "import", "source": f"{tmp_path}/none.gguf"},
+            "judge": {
+                "kind": "evaluate",
+                "reference": str(tiny_model),
+                "policies": {"ours": "${stages.ppo.final}", "theirs": f"{tmp_path}/theirs"},
+                "prompts": f"{tmp_path}/none.jsonl",
+                "reward": f"{tmp_path}/reward",
+            },
+        }
+    )
+    named = [text.partition(": ")[0] for text in texts]
+    assert named == ["base.source", "judge.prompts", "judge.policies.theirs", "judge.reward"]
+
+
+def test_what_may_be_on_the_hub_or_is_still_to_be_made_is_not_missing(missing, tiny_model):
+    judge = {
+        "kind": "evaluate",
+        "reference": str(tiny_model),
+        "prompts": "${stages.ppo.output}/rollouts.jsonl",
+        "reward": "launch.quickstart.gold:gold_reward",
+    }
+    hub = {"data.train": "owner/pairs", "data.eval": ["squad"]}
+    made = {"data.train": "${stages.sft.output}/more/*.jsonl", "critic.path": "owner/model"}
+    assert missing({"reward": hub, "ppo": made, "judge": judge}) == []
+
+
+def test_a_recipe_that_stands_alone_is_looked_at_too(capsys, tiny_recipe):
+    assert main(["doctor", "--quick", *tiny_recipe, "--set", "data.eval=none.jsonl"]) == 1
+    assert "failure  input files: data.eval: none.jsonl: no such file or folder" in capsys.readouterr().out
+    assert main(["doctor", "--quick", *tiny_recipe]) == 0
+    assert "ok       input files: 2 path(s)" in capsys.readouterr().out
+
+
+def test_a_model_that_can_be_no_hub_name_is_missing_and_not_asked_of_the_hub(stage, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    subject = Subject(stages=(stage("model.path=runs/of/nobody"),))
+    (finding,) = inputs.inputs(subject)
+    assert finding.status == "failure" and finding.text == "model.path: runs/of/nobody: no such folder"
+    assert finding.remedy
+    (finding,) = network.hub(subject)
+    assert finding.status == "ok"
