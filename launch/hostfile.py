@@ -10,7 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -93,15 +93,31 @@ def unreachable_hosts(
     Raises:
         ConfigError: if there is no ssh.
     """
+    reasons = _on_all(hosts, "true", timeout_seconds, ssh_options)
+    return {host: reason for host, reason in reasons.items() if reason is not None}
+
+
+def end_on_hosts(hosts: Iterable[str], words: str) -> None:
+    """Kill the processes of all hosts whose command line has ``words`` in it. A host that is silent is left out."""
+    literal = re.sub(r"([][.^$*+?(){}|\\])", r"\\\1", words[1:])
+    pattern = f"[{words[0]}]{literal}"  # which is not what the command line of pkill itself says
+    _on_all(hosts, f"pkill -KILL -f {shlex.quote(pattern)}", CONNECT_SECONDS, None)
+
+
+def _on_all(
+    hosts: Iterable[str], command: str, timeout_seconds: float, ssh_options: tuple[str, ...] | None
+) -> dict[str, str | None]:
+    """Run ``command`` on all hosts at once: what went wrong on each, ``None`` for nothing."""
     if ssh_options is None:
         ssh_options = tuple(shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", "")))
-    command = ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={max(1, round(timeout_seconds))}", *ssh_options]
+    ssh = ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={max(1, round(timeout_seconds))}", *ssh_options]
+    hosts = list(hosts)
     with ThreadPoolExecutor(max_workers=_AT_ONCE) as pool:
-        reasons = pool.map(lambda host: _why_unreachable([*command, host, "true"], 2 * timeout_seconds), hosts)
-    return {host: reason for host, reason in zip(hosts, reasons, strict=True) if reason is not None}
+        reasons = pool.map(lambda host: _why_failed([*ssh, host, command], 2 * timeout_seconds), hosts)
+    return dict(zip(hosts, reasons, strict=True))
 
 
-def _why_unreachable(command: list[str], timeout_seconds: float) -> str | None:
+def _why_failed(command: list[str], timeout_seconds: float) -> str | None:
     """``None`` if ``command`` ends well in time, else what it said last."""
     try:
         done = subprocess.run(

@@ -9,10 +9,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import launch.guard
-from launch.hostfile import read_hostfile, unreachable_hosts, write_hostfile
+from launch.hostfile import check_hosts, write_hostfile
 from launch.slurm.step import HOSTFILE_VARIABLE, allocated_hosts, srun_command
 from launch.stages import Stage
-from rlhf.core.errors import ConfigError
 
 
 def default_ranks() -> int:
@@ -48,6 +47,11 @@ class Machine:
     allocated: bool = False
     """They are those of the SLURM allocation around this process, else reached over ssh."""
 
+    @property
+    def over_ssh(self) -> bool:
+        """Whether what a stage starts on other nodes is out of reach of this machine's processes."""
+        return bool(self.hosts) and not self.allocated
+
     def with_ranks(self, ranks: int | None) -> "Machine":
         return self if ranks is None else replace(self, ranks=ranks)
 
@@ -62,12 +66,7 @@ def find_machine(ranks: int | None, hostfile: Path | None, folder: Path) -> Mach
             this machine alone.
     """
     if hostfile is not None:
-        hosts = read_hostfile(hostfile)
-        lost = unreachable_hosts(hosts)
-        if lost:
-            reasons = "; ".join(f"{host} ({reason})" for host, reason in lost.items())
-            raise ConfigError(f"hostfile {hostfile}: {len(lost)} of {len(hosts)} nodes cannot be reached: {reasons}")
-        return Machine(hosts=hosts, hostfile=hostfile)
+        return Machine(hosts=check_hosts(hostfile), hostfile=hostfile)
     hosts = allocated_hosts() or {}
     if not hosts or (len(hosts) == 1 and HOSTFILE_VARIABLE not in os.environ):
         return Machine(ranks=ranks)
@@ -87,6 +86,8 @@ def stage_command(stage: Stage, arguments: Sequence[str], machine: Machine) -> l
         )
     if machine.hosts:
         head = [deepspeed_program(), "--hostfile", str(machine.hostfile), "--master_port", str(_master_port())]
+        if "MASTER_ADDR" in os.environ:  # else deepspeed asks the first host for its addresses
+            head += ["--master_addr", os.environ["MASTER_ADDR"]]
         return [*head, "--module", stage.module, *arguments]
     return [*launcher(machine.ranks or default_ranks()), "--module", stage.module, *arguments]
 

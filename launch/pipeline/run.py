@@ -9,6 +9,7 @@ from rich.console import Console
 
 from launch import joblog
 from launch.doctor import pipeline_subject, run_checks
+from launch.hostfile import end_on_hosts
 from launch.launcher import Job, Machine, stage_command
 from launch.pipeline.overview import Overview, outcome
 from launch.pipeline.processes import StopRequest, alone, mark
@@ -99,6 +100,9 @@ class PipelineRun:
         if self._to_check:
             self._check_machine(stage, view)
         folder = self._progress.log_folder(stage)
+        if self.options.machine.over_ssh:
+            folder = folder.absolute()  # by which the ranks of other hosts are known
+            self._end_on_hosts()
         command = stage_command(stage.stage, (*stage.arguments, "--log-folder", str(folder)), self._machine(stage))
         if decision.action is Action.REDO:
             view.say(f"{stage.name}: done again: {decision.reason}")
@@ -107,6 +111,8 @@ class PipelineRun:
         self._progress.start(stage, decision)
         began, logs = time.monotonic(), _Logs(folder)
         code = self._watch(stage, command, logs, view, stop)
+        if code is None and self.options.machine.over_ssh:
+            self._end_on_hosts()
         seconds = time.monotonic() - began
         if (stage.output / MARKER).is_file():  # the exit code proves nothing: deepspeed's can be 0 after a kill
             self._progress.finish(stage, seconds)
@@ -166,6 +172,10 @@ class PipelineRun:
                     self.killed = stop.at_once
                     return None
             return code
+
+    def _end_on_hosts(self) -> None:
+        """End what is left of this pipeline on the hosts of a hostfile: it is no child of anything here."""
+        end_on_hosts(self.options.machine.hosts, f"--log-folder {self._progress.logs.absolute()}/")
 
     def _machine(self, stage: PipelineStage) -> Machine:
         return self.options.machine.with_ranks(stage.ranks)

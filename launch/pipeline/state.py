@@ -108,7 +108,11 @@ class Progress:
         return _read(self._path(stage))
 
     def log_folder(self, stage: PipelineStage) -> Path:
-        return self._pipeline.output / "logs" / stage.name
+        return self.logs / stage.name
+
+    @property
+    def logs(self) -> Path:
+        return self._pipeline.output / "logs"
 
     def _results(self) -> dict[str, str]:
         markers = {stage.name: self.read(stage) for stage in self._pipeline.stages}

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from launch import hostfile
@@ -179,21 +180,25 @@ def _wait_for_ports(ports: list[int]) -> None:
             time.sleep(0.1)
 
 
-def train_over_ssh(hosts, name: str, text: str, *arguments: str) -> subprocess.CompletedProcess:
-    """launch/scripts/deepspeed_hostfile.sh with a hostfile of this text."""
+def over_ssh(hosts, name: str, text: str) -> dict[str, str]:
+    """The environment of a run with a hostfile of this text, which is in HOSTFILE."""
     path = hosts.folder / name
     path.write_text(text)
-    environment = hosts.environment | {
+    (hosts.folder / "deepspeed_env").write_text("GLOO_SOCKET_IFNAME=lo\nOMP_NUM_THREADS=1\nHF_HUB_OFFLINE=1\n")
+    return hosts.environment | {
         "HOSTFILE": str(path),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()),
         "DS_ENV_FILE": str(hosts.folder / "deepspeed_env"),
     }
-    (hosts.folder / "deepspeed_env").write_text("GLOO_SOCKET_IFNAME=lo\nOMP_NUM_THREADS=1\nHF_HUB_OFFLINE=1\n")
+
+
+def train_over_ssh(hosts, name: str, text: str, *arguments: str) -> subprocess.CompletedProcess:
+    """launch/scripts/deepspeed_hostfile.sh with a hostfile of this text."""
     script = ROOT / "launch" / "scripts" / "deepspeed_hostfile.sh"
     return subprocess.run(
         [str(script), *arguments],
-        env=environment,
+        env=over_ssh(hosts, name, text),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -217,6 +222,47 @@ def test_two_hosts_over_ssh_train_as_two_ranks_on_one(two_hosts, tiny_recipe, ru
     assert "node2: " in done.stdout + done.stderr, "pdsh names the host of a line: node2 took part"
     assert (there / "done.json").is_file()
     runs.assert_close(runs.rows(there), runs.rows(here), 1e-5)
+
+
+def ranks_of(folder: Path) -> list[psutil.Process]:
+    """Whose command line names the logs of a pipeline in ``folder``."""
+    words = f"--log-folder {folder}/logs/"
+    return [each for each in psutil.process_iter(["cmdline"]) if words in " ".join(each.info["cmdline"] or [])]
+
+
+@pytest.mark.dist
+def test_a_pipeline_over_ssh_goes_on_when_it_was_killed_and_its_ranks_were_not(
+    two_hosts, tiny_recipe, run_ranks, runs, tmp_path
+):
+    """Ranks behind an sshd are no children of the pipeline: those of the killed one must not meet those of the next."""
+    longer = "train.epochs=10"
+    run_ranks(["-m", "reward", *tiny_recipe, longer, f"output={tmp_path}/here"])
+    recipe = tmp_path / "over_ssh.yaml"
+    recipe.write_text(f"output: {tmp_path}/out\nstages: {{reward: {{recipe: {tiny_recipe[1]}}}}}\n")
+    environment = over_ssh(two_hosts, "pair", "node1 slots=1\nnode2 slots=1\n")
+    command = [sys.executable, "-m", "launch.cli", "pipeline", "run", str(recipe), "--no-doctor"]
+    command += ["--hostfile", environment["HOSTFILE"], f"reward.{longer}", "reward.train.checkpoint_every=10"]
+    options = {"env": environment, "cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, **options)
+    folder = tmp_path / "out" / "reward"
+
+    def caught() -> bool:
+        """In the middle, and the guard is gone that would end what it can reach."""
+        if not runs.step_is_saved(folder, 10):
+            return False
+        for guard in ranks_of(tmp_path / "out"):
+            if any("guard.py" in word for word in guard.info["cmdline"]):
+                guard.kill()
+        return True
+
+    runs.kill_when([process], caught)
+    assert any("reward" in each.info["cmdline"] for each in ranks_of(tmp_path / "out")), "the ranks still train"
+    done = subprocess.run(command, **options, timeout=500)
+    assert done.returncode == 0, done.stdout
+    log = (tmp_path / "out" / "logs" / "reward" / "rank0.log").read_text()
+    assert log.count("resuming from") == 1
+    runs.assert_close(runs.rows(folder), runs.rows(tmp_path / "here"), 1e-5)
+    assert ranks_of(tmp_path / "out") == []
 
 
 def test_an_unreachable_host_or_a_missing_hostfile_is_refused_before_anything_starts(two_hosts, tiny_recipe, tmp_path):
