@@ -72,7 +72,7 @@ def main() -> int:
     return 0 if all(agrees(found) for found in differences.values()) else 1
 
 
-def parse_options() -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("models/SmolLM2-135M-Instruct"))
     parser.add_argument("--data", type=Path, help="conversational preference pairs, jsonl or jsonl.gz")
@@ -88,6 +88,11 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--contenders", nargs="+", **names, help=f"default: all but {'; '.join(EXTRA)}")
     parser.add_argument("--work", type=Path, help="scratch folder, about 1.5 GB (default: the system's)")
     parser.add_argument("--output", type=Path, help="write everything measured here, as JSON")
+    return parser
+
+
+def parse_options() -> argparse.Namespace:
+    parser = build_parser()
     options = parser.parse_args()
     if not (options.model / "config.json").is_file():
         parser.error(

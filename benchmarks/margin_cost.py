@@ -93,7 +93,7 @@ def margin_alone(width: int) -> float:
     return statistics.median(seconds)
 
 
-def main() -> None:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True, help="preference pairs")
@@ -102,7 +102,11 @@ def main() -> None:
     parser.add_argument("--micro-batch-tokens", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=3, help="the first is warm-up (default %(default)s)")
     parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    options = build_parser().parse_args()
     torch.set_num_threads(options.threads)
     table = Table("what", "seconds", "share of a step", title="OT margin at a global batch of 64 pairs")
     step, margin = measure_step(options, "micro_step")

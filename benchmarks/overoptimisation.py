@@ -19,11 +19,15 @@ from matplotlib import pyplot
 PANELS = (("score", "proxy reward (standardised)"), ("second", "gold reward"))
 
 
-def main() -> None:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("groups", nargs="+", metavar="NAME=RUN,RUN", help="runs of one reward model, one for each seed")
     parser.add_argument("--output", type=Path, required=True, help="the picture")
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    options = build_parser().parse_args()
     groups = {name: [read(Path(run)) for run in runs.split(",")] for name, runs in map(split, options.groups)}
     draw(groups, options.output)
     print("\n".join(table(groups)))

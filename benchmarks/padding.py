@@ -11,11 +11,15 @@ from rlhf.data.preferences import load_preferences
 from rlhf.models.tokenizer import load_tokenizer
 
 
-def main() -> None:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True, help="preference pairs")
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    options = build_parser().parse_args()
     config = DataConfig(train=options.data, eval_share=0.0)
     lengths = load_preferences(config, load_tokenizer(options.model)).train.lengths.astype(int)
     ours = fixed = real = 0

@@ -132,12 +132,16 @@ def check(case: Case, model: Path) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=ROOT / "models" / "SmolLM2-135M-Instruct")
     parser.add_argument("--only", type=int, nargs="*", help="numbers of cases, from 1")
     parser.add_argument("--output", type=Path, help="write all figures as JSON")
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    options = build_parser().parse_args()
     chosen = [case for number, case in enumerate(CASES, start=1) if not options.only or number in options.only]
     rows = []
     for case in chosen:

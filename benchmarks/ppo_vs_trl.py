@@ -69,7 +69,7 @@ def main() -> int:
     return 0 if alike else 1
 
 
-def parse_options() -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_workload_options(parser)
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="NAME")
@@ -77,6 +77,11 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=1, help="runs of each contender (default %(default)s)")
     parser.add_argument("--work", type=Path, help="scratch folder, about 1 GB (default: the system's)")
     parser.add_argument("--output", type=Path, help="write everything measured here, as JSON")
+    return parser
+
+
+def parse_options() -> argparse.Namespace:
+    parser = build_parser()
     options = parser.parse_args()
     if not (options.model / "config.json").is_file():
         parser.error(

@@ -52,7 +52,7 @@ def pooled_features(model, rows: list[list[int]], layers: list[int], token_budge
     return features
 
 
-def main() -> None:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="Transformers folder of the backbone")
     parser.add_argument("--data", required=True, type=pathlib.Path, help="folder of alpaca_eval_pairs_*.jsonl.gz")
@@ -63,7 +63,11 @@ def main() -> None:
     parser.add_argument("--train-stride", type=int, default=2, help="take every n-th training pair (time)")
     parser.add_argument("--max-tokens", type=int, default=1024)
     parser.add_argument("--token-budget", type=int, default=4096)
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    options = build_parser().parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModel.from_pretrained(

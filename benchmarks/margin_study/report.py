@@ -253,11 +253,15 @@ def write_report(result: dict, output: pathlib.Path) -> None:
     plot(result, output / "margin_study.png")
 
 
-def main() -> None:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", required=True, type=pathlib.Path, help="study.json of study.py")
     parser.add_argument("--output", required=True, type=pathlib.Path, help="folder for tables.md and margin_study.png")
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    options = build_parser().parse_args()
     write_report(json.loads(options.study.read_text(encoding="utf-8")), options.output)
 
 

@@ -157,13 +157,18 @@ def study(corpus: Corpus, ledger: Ledger, seeds: int) -> dict:
     }
 
 
-def main() -> None:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--features", required=True, type=pathlib.Path, help="folder written by features.py")
     parser.add_argument("--data", required=True, type=pathlib.Path, help="folder of alpaca_eval_pairs_*.jsonl.gz")
     parser.add_argument("--output", required=True, type=pathlib.Path, help="folder for runs, tables and plot")
     parser.add_argument("--seeds", type=int, default=20, help="runs for each method and share of flipped labels")
     parser.add_argument("--workers", type=int, default=2, help="runs made at the same time, one core each")
+    return parser
+
+
+def main() -> None:
+    parser = build_parser()
     options = parser.parse_args()
     if options.seeds < 2:
         parser.error(f"--seeds {options.seeds}: an interval needs at least 2")
