@@ -10,7 +10,7 @@ from typing import Any
 
 from launch.doctor.finding import GIB, Finding, PlannedStage, Subject, gibibytes
 from launch.doctor.placements import placements, resolved
-from rlhf.core.errors import ConfigError, UserError
+from rlhf.core.errors import ConfigError
 
 SHARED_MEMORY = Path("/dev/shm")
 CGROUPS = Path("/sys/fs/cgroup")
@@ -19,6 +19,8 @@ LEAST_SHARED = GIB // 2
 LEAST_DISK, LOW_DISK = GIB, 20 * GIB
 """Without a recipe to go by: too little for anything, and little for checkpoints of a real model."""
 LOW_MEMORY = 4 * GIB
+STATE_BYTES = 16
+"""Bytes a trained parameter in a checkpoint, at most: weights, float32 copy and two moments."""
 SOME_ROWS, SOME_TOKENS = 10_000, 500.0
 """Data that a plan is made for where only the size of files is asked: they hardly depend on it."""
 BUSY_SHARE = 0.1
@@ -221,7 +223,10 @@ def _write_fault(place: Path) -> str | None:
 
 
 def _disk_bytes(stage: PlannedStage, subject: Subject) -> int:
-    """Checkpoints, published weights and caches, as :mod:`launch.plan` counts them; 0 if the model is not known yet."""
+    """Checkpoints, published weights and caches, as :mod:`launch.plan` counts them, less what is there already.
+
+    A shape that no plan knows (or code of the model's own) is counted from its files; 0 if there are none.
+    """
     from launch.plan.cluster import cluster_of
     from launch.plan.planner import Request, disk, plan_stage
 
@@ -229,10 +234,12 @@ def _disk_bytes(stage: PlannedStage, subject: Subject) -> int:
     here = cluster_of(nodes=max(len(subject.hosts), 1), devices_per_node=ranks)
     request = Request(sources=subject.sources, rows=SOME_ROWS, mean_tokens=SOME_TOKENS)
     try:
-        plan = plan_stage(stage.kind, stage.config, here, request)
-    except UserError:  # where it matters, other checks say so, and the stage itself
-        return 0
-    return sum(disk(plan).values())
+        need = sum(disk(plan_stage(stage.kind, stage.config, here, request)).values())
+    except Exception:
+        parameters, copies = _parameters(stage, subject), stage.config.train.keep_checkpoints + 1
+        need = parameters * (4 + (STATE_BYTES * copies if _trains_all(stage.config) else 0))
+    present = sum(path.stat().st_size for path in stage.config.output.rglob("*") if path.is_file())
+    return max(0, need - present)
 
 
 def _parameters(stage: PlannedStage, subject: Subject) -> int:
@@ -250,7 +257,7 @@ def _parameters(stage: PlannedStage, subject: Subject) -> int:
     kind = "reward model" if stage.kind == "reward" else "language model"
     try:
         return empty_model(section, kind, sources=subject.sources, setting=f"{name}.path").total
-    except UserError:
+    except Exception:
         return 0
 
 

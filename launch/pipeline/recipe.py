@@ -169,6 +169,11 @@ def _override(tree: DictConfig, override: str, names: Sequence[str]) -> None:
             f"{PROGRAM}: {override}: expected STAGE.key=value with STAGE one of {', '.join(names)}{hint}, "
             "vars.key=value or output=FOLDER"
         )
+    known = [str(name) for name in tree.get("vars") or {}]
+    if head == "vars" and rest.partition(".")[0] not in known:
+        near = difflib.get_close_matches(rest, known, 1)
+        hint = f" (did you mean vars.{near[0]}?)" if near else ""
+        raise ConfigError(f"{PROGRAM}: {override}: expected one of vars: {', '.join(known) or 'there are none'}{hint}")
     try:
         tree.merge_with_dotlist([f"stages.{head}.set.{override.partition('.')[2]}" if head in names else override])
     except (OmegaConfBaseException, ValueError) as error:

@@ -101,7 +101,7 @@ def _built(config: BackboneConfig, kind: Kind, sources: Sources, setting: str) -
 
     settings, origin = model_settings(config, sources, setting)
     with init_empty_weights(include_buffers=True):
-        model = _bare_model(settings, kind)
+        model = _bare_model(settings, config, kind)
         _freeze_and_adapt(model, config)
     return _counted(model, config, kind, origin, shape_of(settings))
 
@@ -182,13 +182,13 @@ def _from_mapping(content: Mapping[str, Any], config: BackboneConfig) -> Any:
     return cut_layers(settings, config)
 
 
-def _bare_model(settings: Any, kind: Kind) -> Any:
+def _bare_model(settings: Any, config: BackboneConfig, kind: Kind) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     if kind == "language model":
-        return AutoModelForCausalLM.from_config(settings)
+        return AutoModelForCausalLM.from_config(settings, trust_remote_code=config.trust_remote_code)
     settings.num_labels = 1
-    return AutoModelForSequenceClassification.from_config(settings)
+    return AutoModelForSequenceClassification.from_config(settings, trust_remote_code=config.trust_remote_code)
 
 
 def _freeze_and_adapt(model: Any, config: BackboneConfig) -> None:

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from launch.doctor import hardware
 from launch.doctor.finding import GIB, Subject
@@ -165,9 +166,22 @@ def test_a_disk_without_room_for_the_checkpoints_is_a_failure(small_disk, stage,
     frozen = stage(f"output={small_disk}/run", "train.keep_checkpoints=2", "model.freeze_layers=3")
     finding = only(hardware.disk(Subject(output=fits.config.output, stages=(frozen,))))
     assert finding.values["needed_bytes"] < 16 * parameters
+    (small_disk / "run" / "checkpoints").mkdir(parents=True)
+    (small_disk / "run" / "checkpoints" / "state.pt").write_bytes(bytes(100_000))
+    finding = only(hardware.disk(Subject(output=fits.config.output, stages=(fits,))))
+    assert finding.values["needed_bytes"] == (16 * kept + 4) * (parameters + WIDTH) - 100_000, "what is there is there"
     many = stage(f"output={small_disk}/run", "train.keep_checkpoints=200")
     finding = only(hardware.disk(Subject(output=many.config.output, stages=(many,))))
     assert finding.status == "failure" and "not enough" in finding.text and "keep_checkpoints" in finding.remedy
+
+
+def test_a_shape_that_no_plan_knows_is_counted_from_its_files(stage, tmp_path):
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=16))
+    model.save_pretrained(tmp_path / "gpt2")
+    run = stage(f"output={tmp_path}/run", f"model.path={tmp_path}/gpt2", "train.keep_checkpoints=1")
+    (finding,) = hardware.disk(Subject(output=run.config.output, stages=(run,)))
+    parameters = sum(each.numel() for each in model.parameters())
+    assert finding.values["needed_bytes"] == pytest.approx((16 * 2 + 4) * parameters, rel=0.05)
 
 
 def test_little_room_without_a_recipe_is_a_failure_and_some_a_warning(tmp_path, monkeypatch):

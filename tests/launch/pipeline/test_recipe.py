@@ -52,6 +52,12 @@ def test_settings_on_the_command_line_win(toys):
     assert [stage.config.number for stage in pipeline.stages] == [5, 4]
 
 
+def test_a_variable_that_nobody_knows_is_refused(toys):
+    toys.write({"a": {"set": {"number": "${vars.count}"}}}, vars={"count": 3})
+    with pytest.raises(ConfigError, match=r"vars.cuont=4: expected one of vars: count \(did you mean vars.count\?\)"):
+        toys.load("vars.cuont=4")
+
+
 def test_a_stage_may_be_left_empty(toys):
     toys.path.write_text(f"output: {toys.folder}/out\nstages:\n  toy:\n")
     assert toys.load().named("toy").kind == "toy"
