@@ -25,6 +25,7 @@ NO_RESULT = (
     "train.tensorboard",
     "train.wandb_project",
     "engine.timeout_minutes",
+    "engine.nvme_path",
 )
 """Settings that change nothing in what is published."""
 CODE = {"import": ("rlhf",), "reward": ("rlhf", "reward", "ds_configs")}
