@@ -7,15 +7,15 @@ differs.
 """
 
 import argparse
-import os
 import random
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from launch.pipeline.processes import MARK
+import psutil
+
+from launch.pipeline.processes import kill_all, processes_of
 from rlhf.core.files import file_checksum
 
 
@@ -30,29 +30,13 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def processes_of(folder: Path) -> list[int]:
-    wanted, found = f"{MARK}={folder.resolve()}".encode(), []
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if wanted in path.read_bytes().split(b"\0"):
-                found.append(int(path.parent.name))
-        except OSError:
-            continue
-    return found
-
-
 def kill_once(command: list[str], output: Path, seconds: float, *, all_of_it: bool) -> None:
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
         process.wait(timeout=seconds)
     except subprocess.TimeoutExpired:
-        victims = [process.pid, *(processes_of(output) if all_of_it else [])]
-        for victim in victims:
-            try:
-                os.kill(victim, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-        process.wait()
+        victims = [psutil.Process(process.pid), *(processes_of(output) if all_of_it else [])]
+        kill_all(victims)
         print(f"killed {len(victims)} process(es) after {seconds:.0f} s", flush=True)
 
 

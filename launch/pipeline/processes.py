@@ -5,7 +5,7 @@ import fcntl
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -77,7 +77,7 @@ def alone(pipeline: Pipeline) -> Iterator[None]:
         handle.truncate(0)
         handle.write(f"process {os.getpid()} on {os.uname().nodename}\n")
         handle.flush()
-        _end_leftovers(pipeline.output)
+        kill_all(processes_of(pipeline.output))  # its pipeline is gone, and it would write where this one does
         yield
 
 
@@ -99,13 +99,20 @@ def mark(folder: Path) -> dict[str, str]:
     return {MARK: str(folder.resolve())}
 
 
-def _end_leftovers(folder: Path) -> None:
-    """Kill what carries the mark of ``folder``: its pipeline is gone, and it would write where the next one does."""
+def processes_of(folder: Path) -> list[psutil.Process]:
+    """What carries the mark of ``folder``, but for this process and those above it."""
     wanted, family = str(folder.resolve()), {os.getpid(), *(each.pid for each in psutil.Process().parents())}
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             if process.pid not in family and process.environ().get(MARK) == wanted:
-                process.kill()
                 found.append(process)
-    psutil.wait_procs(found, timeout=10)
+    return found
+
+
+def kill_all(processes: Sequence[psutil.Process]) -> None:
+    """And wait until they are gone."""
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(processes, timeout=10)
