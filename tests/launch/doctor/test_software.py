@@ -11,6 +11,12 @@ from launch.doctor.finding import Subject
 ROOT = Path(__file__).resolve().parents[3]
 
 
+@pytest.fixture(autouse=True)
+def no_other_builds(monkeypatch, tmp_path):
+    """What other programs of this machine build just now is no finding of a test."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+
+
 def installed_as(monkeypatch, *requirements: str) -> None:
     monkeypatch.setattr(software, "_requirements", lambda: [Requirement(each) for each in requirements])
 
