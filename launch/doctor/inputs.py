@@ -110,7 +110,7 @@ def _data_fault(source: Any) -> str | None:
     from rlhf.data import sources
 
     path = Path(source.path).expanduser()
-    is_here = path.exists() or glob.has_magic(source.path) or sources._looks_like_file(source.path)
+    is_here = path.exists() or glob.has_magic(source.path) or sources.looks_like_file(source.path)
     if not is_here or any((path / name).is_file() for name in _SAVED):
         return None
     try:

@@ -62,23 +62,18 @@ def resolved(placement: Placement, stage: PlannedStage, subject: Subject) -> dic
     Raises:
         ConfigError: if the stage would refuse it.
     """
-    from rlhf.engine.build import frozen_values, run_values
+    from rlhf.engine.build import frozen_settings, run_values
     from rlhf.engine.deepspeed_config import resolve
 
     config, source = stage.config, placement.source
-    if config.engine.kind == "local":
-        if placement.role == "frozen":
-            raise ConfigError(f"{source}: a frozen model placed so needs engine.kind=deepspeed, not local")
-        return {}
     ranks, local = subject.world(stage)
     sizes = {"world_size": ranks, "local_size": local, "hidden_size": SOME_WIDTH}
-    if placement.role == "train":
-        found = resolve(source, run_values(config.engine, placement.optimizer, **sizes))
-    else:
-        found = resolve(source, frozen_values(config.engine, **sizes), role="frozen")
+    if placement.role == "frozen":
+        return frozen_settings(config.engine, source, **sizes)
+    if config.engine.kind == "local":
+        return {}
+    found = resolve(source, run_values(config.engine, placement.optimizer, **sizes))
     zero_stage = found.get("zero_optimization", {}).get("stage", 0)
-    if placement.role == "frozen" and zero_stage != 3:
-        raise ConfigError(f"{source}: a frozen model is sharded by ZeRO-3, and this is stage {zero_stage}")
     if zero_stage == 3 and source == config.engine.deepspeed and _shares_trunk(stage):
         raise ConfigError(f"{source}: critic.share_trunk does not go with ZeRO-3; take engine.deepspeed=zero2")
     return found

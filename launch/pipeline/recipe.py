@@ -163,21 +163,24 @@ def _with_overrides(tree: DictConfig, path: Path, overrides: Sequence[str]) -> D
 def _override(tree: DictConfig, override: str, names: Sequence[str]) -> None:
     head, _, rest = override.partition("=")[0].partition(".")
     if "=" not in override or (not rest and head != "output") or head not in (*names, "vars", "output"):
-        near = difflib.get_close_matches(head, names, 1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
+        hint = _hint(head, names)
         raise ConfigError(
             f"{PROGRAM}: {override}: expected STAGE.key=value with STAGE one of {', '.join(names)}{hint}, "
             "vars.key=value or output=FOLDER"
         )
     known = [str(name) for name in tree.get("vars") or {}]
     if head == "vars" and rest.partition(".")[0] not in known:
-        near = difflib.get_close_matches(rest, known, 1)
-        hint = f" (did you mean vars.{near[0]}?)" if near else ""
+        hint = _hint(override.partition("=")[0], [f"vars.{name}" for name in known])
         raise ConfigError(f"{PROGRAM}: {override}: expected one of vars: {', '.join(known) or 'there are none'}{hint}")
     try:
         tree.merge_with_dotlist([f"stages.{head}.set.{override.partition('.')[2]}" if head in names else override])
     except (OmegaConfBaseException, ValueError) as error:
         raise ConfigError(f"{PROGRAM}: {override}: {str(error).partition(chr(10))[0]}") from None
+
+
+def _hint(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, known, 1)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def _published(name: str, node: DictConfig) -> str:
@@ -191,8 +194,7 @@ def _resolved(tree: DictConfig, path: Path) -> PipelineSpec:
     for name in names:
         for target in sorted(_wanted(tree, name)):
             if target not in names:
-                near = difflib.get_close_matches(target, names, 1)
-                hint = f" (did you mean {near[0]}?)" if near else ""
+                hint = _hint(target, names)
                 raise ConfigError(f"{PROGRAM}: {path}: stages.{name} refers to stages.{target}: no such stage{hint}")
     try:
         plain = OmegaConf.to_container(tree, resolve=True)

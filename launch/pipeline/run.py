@@ -221,16 +221,17 @@ class _Logs:
 
     def last_line(self) -> str:
         """Of the main rank; of the launcher where no rank came to speak."""
-        return joblog.last_line(self.main, self.start) or joblog.last_line(
-            self.launcher, self.starts.get(self.launcher, 0)
-        )
+        return self._last_line_of(self.main) or self._last_line_of(self.launcher)
 
     def cause(self) -> tuple[Path, str]:
         """The log that tells why the stage failed, and its last words: of a rank that broke, else of the main rank."""
         for path in sorted(self.folder.glob("rank*.log")):
             if joblog.broke(path, self.starts.get(path, 0)):
-                return path, joblog.last_line(path, self.starts.get(path, 0))
+                return path, self._last_line_of(path)
         return self.main, self.last_line()
+
+    def _last_line_of(self, path: Path) -> str:
+        return joblog.last_line(path, self.starts.get(path, 0))
 
 
 def _touch_stop(stage: PipelineStage) -> None:

@@ -102,7 +102,7 @@ def open_source(config: SourceConfig) -> Source:
         if not matches:
             raise DataError(f"{config.path}: no file matches this pattern")
         return Source(config.path, [_known(Path(match)) for match in matches])
-    if _looks_like_file(config.path):
+    if looks_like_file(config.path):
         raise DataError(_missing(path))
     return _open_hub(config)
 
@@ -132,7 +132,7 @@ def _known(path: Path) -> str:
     return str(path)
 
 
-def _looks_like_file(path: str) -> bool:
+def looks_like_file(path: str) -> bool:
     return bool(_suffix(Path(path))) or path.startswith((".", "/", "~")) or path.count("/") > 1
 
 

@@ -1,5 +1,7 @@
 """From the recipe's engine section to an engine."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -45,6 +47,24 @@ def frozen_values(config: EngineConfig, *, world_size: int, local_size: int, hid
         hidden_size=hidden_size,
         nvme_path=config.nvme_path,
     )
+
+
+def frozen_settings(
+    config: EngineConfig, placement: str, *, world_size: int, local_size: int, hidden_size: int | None
+) -> dict[str, Any]:
+    """The resolved DeepSpeed JSON of a model that is only asked, and sharded by ``placement``.
+
+    Raises:
+        ConfigError: if the configuration is not one for ZeRO-3, or the local engine is asked to shard.
+    """
+    if config.kind == "local":
+        raise ConfigError(f"a frozen model placed by {placement} needs engine.kind=deepspeed, not local")
+    values = frozen_values(config, world_size=world_size, local_size=local_size, hidden_size=hidden_size)
+    resolved = resolve(placement, values, role="frozen")
+    stage = resolved.get("zero_optimization", {}).get("stage", 0)
+    if stage != 3:
+        raise ConfigError(f"{placement}: a frozen model is sharded by ZeRO-3, and this is stage {stage}")
+    return resolved
 
 
 def build_engine(

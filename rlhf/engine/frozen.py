@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.core.errors import ConfigError
-from rlhf.engine.build import frozen_values
+from rlhf.engine.build import frozen_settings
 from rlhf.engine.options import EngineConfig
 from rlhf.engine.ranks import Ranks
 
@@ -80,11 +80,9 @@ def freeze(module: nn.Module, *, ranks: Ranks, config: EngineConfig, placement: 
     """
     if placement == "replicated":
         return ReplicatedModel(module, ranks)
-    if config.kind == "local":
-        raise ConfigError(f"a frozen model placed by {placement} needs engine.kind=deepspeed, not local")
+    resolved = frozen_settings(
+        config, placement, world_size=ranks.world_size, local_size=ranks.local_size, hidden_size=hidden_size
+    )
     from rlhf.engine.zero import ShardedModel
 
-    values = frozen_values(
-        config, world_size=ranks.world_size, local_size=ranks.local_size, hidden_size=hidden_size
-    )
-    return ShardedModel(module, ranks=ranks, source=placement, values=values)
+    return ShardedModel(module, ranks=ranks, deepspeed_config=resolved)

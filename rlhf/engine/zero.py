@@ -16,9 +16,8 @@ from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 from torch import Tensor, nn
 
-from rlhf.core.errors import CheckpointError, ConfigError
+from rlhf.core.errors import CheckpointError
 from rlhf.engine.api import StepInfo
-from rlhf.engine.deepspeed_config import RunValues, resolve
 from rlhf.engine.deepspeed_ops import optimizer_is_on_nvme, require_ops
 from rlhf.engine.optimizers import build_optimizer, build_schedule
 from rlhf.engine.options import OptimizerConfig
@@ -141,17 +140,13 @@ class ZeroEngine:
 class ShardedModel:
     """See :class:`rlhf.engine.frozen.Frozen`; ZeRO-3 holds a share of the weights on each rank, or on the hosts."""
 
-    def __init__(self, module: nn.Module, *, ranks: Ranks, source: str, values: RunValues) -> None:
+    def __init__(self, module: nn.Module, *, ranks: Ranks, deepspeed_config: dict[str, Any]) -> None:
         _quieten()
-        resolved = resolve(source, values, role="frozen")
-        stage = resolved.get("zero_optimization", {}).get("stage", 0)
-        if stage != 3:
-            raise ConfigError(f"{source}: a frozen model is sharded by ZeRO-3, and this is stage {stage}")
         self.ranks = ranks
         module.requires_grad_(False).eval()
-        require_ops(resolved)
+        require_ops(deepspeed_config)
         self._engine, *_ = deepspeed.initialize(
-            model=module, config=_with_own_nvme_folder(resolved), dist_init_required=False
+            model=module, config=_with_own_nvme_folder(deepspeed_config), dist_init_required=False
         )
         self.module = self._engine.module
 

@@ -192,7 +192,6 @@ def test_rlhf_commands_and_their_settings_are_taken(command):
 
 @pytest.mark.parametrize("command", [line for line in RLHF if " vars." in line])
 def test_variables_on_command_lines_are_those_of_the_pipeline(command):
-    """Which itself takes any."""
     words = shlex.split(command)
     (recipe,) = [path for path in PIPELINES if str(path.relative_to(ROOT)) in words]
     variables = {word.removeprefix("vars.").partition("=")[0] for word in words if word.startswith("vars.")}
