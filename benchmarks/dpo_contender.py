@@ -1,6 +1,6 @@
 """One contender of dpo_vs_trl.py, in a process of its own: trains once and writes what it measured.
 
-The clock runs from the loaded model and the tokenised data to the end of the last step: reference pass and
+The clock runs from the loaded model and the tokenized data to the end of the last step: reference pass and
 training, batching included. Each side imports its own libraries only, so that neither pays for the other's memory.
 
     python benchmarks/dpo_contender.py SETTINGS.json MEASURED.json

@@ -1,4 +1,4 @@
-"""Share of computed tokens that is padding: row groups under a token budget against a fixed batch of 8 pairs.
+"""Share of computed tokens that is padding: length buckets under a token budget against a fixed batch of 8 pairs.
 
     python benchmarks/padding.py --model models/SmolLM2-135M-Instruct --data PAIRS.jsonl
 """
@@ -25,7 +25,7 @@ def main() -> None:
     ours = fixed = real = 0
     for step in range(len(lengths) // 64):
         batch = lengths[global_batch(step, items=len(lengths), batch_size=64, seed=0)]
-        plan = plan_micro_batches(batch, token_budget=4096, ranks=2, row_groups=4)
+        plan = plan_micro_batches(batch, token_budget=4096, ranks=2, length_buckets=4)
         ours += sum(part.padded_tokens for micro_step in plan for part in micro_step)
         fixed += sum(16 * batch[start : start + 8].max() for start in range(0, 64, 8))
         real += batch.sum()

@@ -105,7 +105,7 @@ def predicted(case: Case, settings: list[str]) -> Any:
         device_memory=memory,
         host_memory=memory,
         flops=None,
-        utilisation=1.0,
+        utilization=1.0,
         on_cpu=True,
     )
     return plan_stage(case.stage, config, cluster, Request())
@@ -113,7 +113,7 @@ def predicted(case: Case, settings: list[str]) -> Any:
 
 def check(case: Case, model: Path) -> dict[str, Any]:
     """Predict, run, compare: the largest peak of any rank counts."""
-    from launch.plan.measure import measure
+    from benchmarks.measure import measure
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -126,7 +126,7 @@ def check(case: Case, model: Path) -> dict[str, Any]:
         "predicted": plan.host_peak.host_bytes,
         "measured": peak,
         "ratio": plan.host_peak.host_bytes / peak,
-        "moment": plan.host_peak.name,
+        "phase": plan.host_peak.name,
         "items": dict(plan.host_peak.host),
         "ranks_measured": found,
     }
@@ -161,7 +161,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
     found = Table("stage", "settings", "ranks", "predicted MiB", "measured MiB", "predicted / measured", "peak")
     for row in rows:
         numbers = f"{row['predicted'] / MIB:.0f}", f"{row['measured'] / MIB:.0f}", f"{row['ratio']:.2f}"
-        found.add_row(row["stage"], " ".join(row["settings"]), str(row["ranks"]), *numbers, row["moment"])
+        found.add_row(row["stage"], " ".join(row["settings"]), str(row["ranks"]), *numbers, row["phase"])
     return found
 
 

@@ -85,7 +85,7 @@ def recipe(settings: dict[str, Any]) -> PpoConfig:
     return PpoConfig(
         output=folder / "run",
         policy=PolicyConfig(path=settings["policy"]),
-        reward=RewardSourceConfig(path=str(with_manifest(settings, folder / "reward")), standardise=False, clip=None),
+        reward=RewardSourceConfig(path=str(with_manifest(settings, folder / "reward")), standardize=False, clip=None),
         data=PromptDataConfig(train=settings["prompts"], eval_share=0, cache_dir=folder / "cache"),
         critic=CriticConfig(optim=optimizer, value_clip=settings["value_clip"]),
         rollout=RolloutConfig(

@@ -5,32 +5,10 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from launch import (
-    data_command,
-    doctor_command,
-    ds_command,
-    evaluate_command,
-    import_gguf_command,
-    pipeline_command,
-    plan_command,
-    score_command,
-    slurm_command,
-    sweep_command,
-)
+from launch.commands import data, doctor, ds, evaluate, import_gguf, pipeline, plan, score, slurm, sweep
 from rlhf.core.errors import UserError
 
-COMMANDS = (
-    pipeline_command,
-    plan_command,
-    data_command,
-    doctor_command,
-    ds_command,
-    evaluate_command,
-    import_gguf_command,
-    score_command,
-    slurm_command,
-    sweep_command,
-)
+COMMANDS = (pipeline, plan, data, doctor, ds, evaluate, import_gguf, score, slurm, sweep)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from launch.import_gguf_command import EMBEDDED
+from launch.commands.import_gguf import EMBEDDED
 from rlhf.train.single import single_main
 
 DESCRIPTION = "Turn a GGUF file into a Transformers folder."

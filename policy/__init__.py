@@ -1,1 +1,1 @@
-"""The policy stages (preference optimisation, PPO). They build on the reward stage and on rlhf."""
+"""The policy stages (preference optimization, PPO). They build on the reward stage and on rlhf."""

@@ -13,10 +13,10 @@ from transformers import Cache, PreTrainedModel
 
 from rlhf.core.errors import ModelError
 from rlhf.core.logprobs import TokenLogprobs, head_logits, token_logprobs
-from rlhf.data.batching import RowGroup
+from rlhf.data.batching import LengthBucket
 from rlhf.models import backbones
+from rlhf.models.hidden_states import last_states
 from rlhf.models.options import BackboneConfig
-from rlhf.models.states import last_states
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class PolicyConfig(BackboneConfig):
 
 @dataclass(frozen=True)
 class PolicyOutput:
-    """What the policy says of R rows, in the order of the row groups."""
+    """What the policy says of R rows, in the order of the length buckets."""
 
     logprobs: tuple[Tensor, ...]
     """Of each group ``(R_g, T_g - 1)`` float32: place t is token t + 1; 0 outside the response."""
@@ -71,7 +71,7 @@ class PolicyModel(nn.Module):
 
     def forward(
         self,
-        groups: Sequence[RowGroup] = (),
+        groups: Sequence[LengthBucket] = (),
         *,
         decode: DecodeStep | None = None,
         with_square_sums: bool = False,
@@ -79,7 +79,7 @@ class PolicyModel(nn.Module):
         with_embeddings: bool = False,
         temperature: float = 1.0,
     ) -> PolicyOutput | Tensor:
-        """Ask about right-padded row groups, one after the other; or with ``decode`` for ``(B, V)`` float32 logits.
+        """Ask about right-padded length buckets, one after the other; or with ``decode`` for ``(B, V)`` float32 logits.
 
         ``temperature`` divides the logits, as sampling does.
         """
@@ -98,7 +98,7 @@ class PolicyModel(nn.Module):
         )
 
     def _next_logprobs(
-        self, blocks: Sequence[Tensor], groups: Sequence[RowGroup], options: dict[str, Any]
+        self, blocks: Sequence[Tensor], groups: Sequence[LengthBucket], options: dict[str, Any]
     ) -> TokenLogprobs:
         """Of all places of all groups in one row; one call, as each has a gradient of the size of the projection."""
         states = torch.cat([states[:, :-1].flatten(0, 1) for states in blocks])

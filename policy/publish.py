@@ -12,7 +12,7 @@ from policy.model import PolicyConfig, PolicyModel, PolicyOutput, build_policy
 from rlhf.core.errors import ModelError
 from rlhf.core.files import staged_directory
 from rlhf.core.tokenizers import tokenizer_digest
-from rlhf.data.batching import ItemSource, Row, row_group
+from rlhf.data.batching import ItemSource, Row, length_bucket
 from rlhf.data.portable import portable_tokenizer
 from rlhf.data.templates import ChatFormat
 from rlhf.engine.api import Engine
@@ -171,7 +171,7 @@ def _generation_config(model: PolicyModel, tokenizer: Any) -> GenerationConfig:
 def _float32_values(model: PolicyModel, rows: list[Row]) -> Tensor:
     """Computed by this process."""
     with torch.no_grad():
-        return torch.stack([_per_token(model((row_group([row]),)), row) for row in rows])
+        return torch.stack([_per_token(model((length_bucket([row]),)), row) for row in rows])
 
 
 def _per_token(output: PolicyOutput, row: Row) -> Tensor:

@@ -31,12 +31,12 @@ class MarginConfig:
     semantic_weight: Annotated[float, Ge(0)] = 0.1
     """Weight of the cosine of the embeddings in the cost."""
     epsilon: Annotated[float, Gt(0)] = 0.1
-    """Entropic regularisation of the transport plan, in units of the cost."""
-    max_sweeps: Annotated[int, Gt(0)] = 50
+    """Entropic regularization of the transport plan, in units of the cost."""
+    max_iterations: Annotated[int, Gt(0)] = 50
     """Sinkhorn sweeps at most."""
     reward_cost: Literal["abs", "signed"] = "abs"
     """abs: hard is what has a small reward gap. signed: hard is what is ranked wrongly, too."""
-    centre_rewards: bool = True
+    center_rewards: bool = True
     """Take the mean reward of each pair out before comparing across pairs."""
     reading: Literal["row", "row_sum", "pair", "max"] = "row"
     """How a row of the plan becomes a margin: its mean cost, its raw sum, the pair's own cost without a plan, or the

@@ -167,10 +167,10 @@ def wilson_interval(successes: float, trials: int, *, confidence: float = 0.95) 
         raise ValueError(f"need 0 <= successes <= trials and trials >= 1; got {successes} of {trials}")
     z_squared = NormalDist().inv_cdf((1 + confidence) / 2) ** 2
     share = successes / trials
-    centre = share + z_squared / (2 * trials)
+    center = share + z_squared / (2 * trials)
     half_width = (z_squared * (share * (1 - share) / trials + z_squared / (4 * trials**2))) ** 0.5
     scale = 1 + z_squared / trials
-    return max(0.0, (centre - half_width) / scale), min(1.0, (centre + half_width) / scale)
+    return max(0.0, (center - half_width) / scale), min(1.0, (center + half_width) / scale)
 
 
 def expected_calibration_error(gap: ArrayLike, *, bins: int = CALIBRATION_BINS) -> float:

@@ -134,10 +134,10 @@ def pos_reg_loss(
     return bradley_terry_loss(chosen, rejected, margins) - weight * reward
 
 
-def centring_loss(
+def centering_loss(
     chosen: Tensor, rejected: Tensor, margins: Tensor | None = None, *, coefficient: float = 0.01
 ) -> Tensor:
-    r"""Bradley-Terry that also keeps the two rewards of a pair centred on 0.
+    r"""Bradley-Terry that also keeps the two rewards of a pair centered on 0.
 
         loss_i = -log sigmoid(chosen_i - rejected_i - margins_i) + coefficient (chosen_i + rejected_i)^2
 
@@ -198,7 +198,7 @@ def bsr_loss(
     pairs: Tensor | float | None = None,
     coefficient: float = 0.001,
 ) -> Tensor:
-    r"""Bradley-Terry with batch-wise sum-to-zero regularisation: all rewards of a batch should cancel out.
+    r"""Bradley-Terry with batch-wise sum-to-zero regularization: all rewards of a batch should cancel out.
 
         batch loss = mean_i(-log sigmoid(chosen_i - rejected_i - margins_i))
                      + coefficient B (mean reward)^2
@@ -231,7 +231,7 @@ def grm_sft_loss(
     weight: float = 0.01,
     beta: float = 0.1,
 ) -> Tensor:
-    r"""Bradley-Terry regularised by language modelling of the chosen responses (GRM, "sft").
+    r"""Bradley-Terry regularized by language modeling of the chosen responses (GRM, "sft").
 
         loss_i = -(1 - weight) log sigmoid(chosen_i - rejected_i - margins_i)
                  - weight log sigmoid(beta chosen_logprobs_i)
@@ -249,7 +249,7 @@ def grm_sft_loss(
         Yang et al. (NeurIPS 2024), arXiv:2406.10216; the log-sigmoid form is that of their code's default.
     """
     check_same_shape(chosen=chosen, chosen_logprobs=chosen_logprobs)
-    return _regularised(bradley_terry_loss(chosen, rejected, margins), chosen_logprobs, weight, beta)
+    return _regularized(bradley_terry_loss(chosen, rejected, margins), chosen_logprobs, weight, beta)
 
 
 def grm_dpo_loss(
@@ -264,7 +264,7 @@ def grm_dpo_loss(
     weight: float = 0.01,
     beta: float = 0.1,
 ) -> Tensor:
-    r"""Bradley-Terry regularised by DPO through the language-model head (GRM, "dpo").
+    r"""Bradley-Terry regularized by DPO through the language-model head (GRM, "dpo").
 
         loss_i = -(1 - weight) log sigmoid(chosen_i - rejected_i - margins_i) - weight log sigmoid(beta l_i)
         l      = chosen_logprobs - rejected_logprobs, less the same difference under the reference
@@ -295,7 +295,7 @@ def grm_dpo_loss(
     lead = chosen_logprobs - rejected_logprobs
     if reference_chosen_logprobs is not None and reference_rejected_logprobs is not None:
         lead = lead - (reference_chosen_logprobs - reference_rejected_logprobs)
-    return _regularised(bradley_terry_loss(chosen, rejected, margins), lead, weight, beta)
+    return _regularized(bradley_terry_loss(chosen, rejected, margins), lead, weight, beta)
 
 
 def moving_average(previous: float | None, value: float, *, decay: float = 0.9) -> float:
@@ -328,7 +328,7 @@ def _constant_mean(values: Tensor, mean: Tensor | float | None) -> Tensor:
     return mean.detach()
 
 
-def _regularised(loss: Tensor, logprobs: Tensor, weight: float, beta: float) -> Tensor:
+def _regularized(loss: Tensor, logprobs: Tensor, weight: float, beta: float) -> Tensor:
     check_range(0, 1, weight=weight)
     check_positive(beta=beta)
     return (1 - weight) * loss - weight * F.logsigmoid(beta * logprobs)
@@ -391,7 +391,7 @@ LOSSES: Mapping[str, Loss] = {
     "hinge": Loss(hinge_loss),
     "focal": Loss(focal_loss),
     "pos_reg": Loss(pos_reg_loss),
-    "centring": Loss(centring_loss),
+    "centering": Loss(centering_loss),
     "norm_bt": Loss(norm_bt_loss),
     "bsr": Loss(bsr_loss),
     "grm_sft": Loss(grm_sft_loss),

@@ -98,9 +98,9 @@ class MarginMaker:
             reward_weight=config.reward_weight,
             semantic_weight=config.semantic_weight,
             epsilon=config.epsilon,
-            max_sweeps=config.max_sweeps,
+            max_iterations=config.max_iterations,
             reward_cost=config.reward_cost,
-            centre_rewards=config.centre_rewards,
+            center_rewards=config.center_rewards,
             reading=config.reading,
         )
         self._transport.append((len(pairs), _plan_metrics(result, pairs)))
@@ -108,7 +108,7 @@ class MarginMaker:
         return result.margins
 
     def _push(self, embeddings: Tensor, rewards: Tensor) -> None:
-        """First in, first out; rewards as they entered the cost, so that centring is not done twice."""
+        """First in, first out; rewards as they entered the cost, so that centering is not done twice."""
         limit = self._config.queue_pairs
         if not limit:
             return

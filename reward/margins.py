@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reward.transport import normalised_weights, sinkhorn_plan
+from reward.transport import normalized_weights, sinkhorn_plan
 from rlhf.core.checks import check_finite, check_same_shape
 
 RewardCost = Literal["abs", "signed"]
@@ -39,7 +39,7 @@ class OptimalTransportMargins:
     transport_cost: Tensor
     """Scalar, the cost summed over the cells as weighted by ``plan``."""
     rejected_rewards: Tensor
-    """``(N,)`` rewards of the columns as they entered the cost (centred, if asked for). A queue that brings
+    """``(N,)`` rewards of the columns as they entered the cost (centered, if asked for). A queue that brings
     columns back later keeps the first B of these, with their embeddings."""
 
 
@@ -53,9 +53,9 @@ def optimal_transport_margins(
     reward_weight: float = 0.9,
     semantic_weight: float = 0.1,
     epsilon: float = 0.1,
-    max_sweeps: int = 50,
+    max_iterations: int = 50,
     reward_cost: RewardCost = "abs",
-    centre_rewards: bool = True,
+    center_rewards: bool = True,
     reading: Reading = "row",
     chosen_weights: Tensor | None = None,
     rejected_weights: Tensor | None = None,
@@ -74,15 +74,15 @@ def optimal_transport_margins(
         chosen_embeddings: ``(B, D)``, from where the reward is read. A zero vector has cosine 0 to all.
         rejected_embeddings: ``(N, D)`` with ``N >= B``.
         chosen_rewards: ``(B,)`` in logits.
-        rejected_rewards: ``(N,)`` in logits; under ``centre_rewards`` the rows past B must be centred already
+        rejected_rewards: ``(N,)`` in logits; under ``center_rewards`` the rows past B must be centered already
             (keep :attr:`OptimalTransportMargins.rejected_rewards` in the queue, and they are).
         reward_weight: weight of the reward term.
         semantic_weight: weight of the semantic term.
         epsilon: entropy of the plan, in units of the cost (see :func:`reward.transport.sinkhorn_plan`).
-        max_sweeps: Sinkhorn sweeps at most.
+        max_iterations: Sinkhorn sweeps at most.
         reward_cost: "abs" gives a badly misranked pair as little margin as a well ranked one (robust to wrong
             labels), "signed" gives it the most.
-        centre_rewards: subtract from both rewards of a pair their mean, before any are compared across pairs.
+        center_rewards: subtract from both rewards of a pair their mean, before any are compared across pairs.
             Bradley-Terry leaves that mean, an offset per prompt, undetermined.
         reading: "row": the formula above. "row_sum": without its denominator, so shrinking as 1/B. "pair":
             m_i = C_ii, no plan. "max": all mass on the hardest opponent, m_i = max_j C_ij.
@@ -97,33 +97,33 @@ def optimal_transport_margins(
     References:
         APLOT, Li et al. (EMNLP 2025), arXiv:2510.10963. Cost, epsilon, sweeps and the row-wise reading follow
         a third-party replication (Lin et al., "From Soft Targets to Reward Signals", App. A.3), which is
-        ``centre_rewards=False``. Row normalisation, centring, "signed" and the other readings are ours: see
+        ``center_rewards=False``. Row normalization, centering, "signed" and the other readings are ours: see
         docs/papers.md.
     """
     _check_shapes(chosen_embeddings, rejected_embeddings, chosen_rewards, rejected_rewards)
     dtype = _working_dtype(chosen_embeddings, rejected_embeddings, chosen_rewards, rejected_rewards)
     chosen_embeddings, rejected_embeddings = chosen_embeddings.to(dtype), rejected_embeddings.to(dtype)
     chosen, rejected = chosen_rewards.to(dtype), rejected_rewards.to(dtype)
-    rows = normalised_weights("chosen_weights", chosen_weights, len(chosen), like=chosen)
-    columns = normalised_weights("rejected_weights", rejected_weights, len(rejected), like=chosen)
+    rows = normalized_weights("chosen_weights", chosen_weights, len(chosen), like=chosen)
+    columns = normalized_weights("rejected_weights", rejected_weights, len(rejected), like=chosen)
     check_finite(
         chosen_embeddings=chosen_embeddings[rows > 0],
         rejected_embeddings=rejected_embeddings[columns > 0],
         chosen_rewards=chosen[rows > 0],
         rejected_rewards=rejected[columns > 0],
     )
-    if centre_rewards:
-        chosen, rejected = _centre_pairs(chosen, rejected)
+    if center_rewards:
+        chosen, rejected = _center_pairs(chosen, rejected)
         # A partner of weight 0 was not looked at above, but has entered its pair's mean.
-        check_finite(centred_chosen_rewards=chosen[rows > 0], centred_rejected_rewards=rejected[columns > 0])
+        check_finite(centered_chosen_rewards=chosen[rows > 0], centered_rejected_rewards=rejected[columns > 0])
     unused = ~torch.outer(rows > 0, columns > 0)
     difficulty = _reward_difficulty(chosen[:, None] - rejected[None, :], reward_cost)
     reward_part = (reward_weight * difficulty).masked_fill(unused, 0)
     cosines = _cosines(chosen_embeddings, rejected_embeddings)
     semantic_part = (semantic_weight * cosines).masked_fill(unused, 0)
     cost = reward_part + semantic_part
-    plan, residual, converged = _coupling(reading, cost, rows, columns, epsilon, max_sweeps)
-    shares = plan if reading == "row_sum" else _row_normalised(plan)
+    plan, residual, converged = _coupling(reading, cost, rows, columns, epsilon, max_iterations)
+    shares = plan if reading == "row_sum" else _row_normalized(plan)
     reward_terms, semantic_terms = (shares * reward_part).sum(1), (shares * semantic_part).sum(1)
     return OptimalTransportMargins(
         margins=reward_terms + semantic_terms,
@@ -203,7 +203,7 @@ def _working_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
-def _centre_pairs(chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:
+def _center_pairs(chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:
     pairs = len(chosen)
     half_gap = (chosen - rejected[:pairs]) / 2
     return half_gap, torch.cat([-half_gap, rejected[pairs:]])
@@ -225,12 +225,12 @@ def _cosines(chosen: Tensor, rejected: Tensor) -> Tensor:
 
 
 def _coupling(
-    reading: Reading, cost: Tensor, rows: Tensor, columns: Tensor, epsilon: float, max_sweeps: int
+    reading: Reading, cost: Tensor, rows: Tensor, columns: Tensor, epsilon: float, max_iterations: int
 ) -> tuple[Tensor, float, bool]:
     """The mass that ``reading`` puts on each cell, with row sums ``rows``; then residual and convergence."""
     if reading in ("row", "row_sum"):
         found = sinkhorn_plan(
-            cost, epsilon=epsilon, max_sweeps=max_sweeps, row_weights=rows, column_weights=columns
+            cost, epsilon=epsilon, max_iterations=max_iterations, row_weights=rows, column_weights=columns
         )
         return found.plan, found.residual, found.converged
     if reading == "pair":
@@ -242,6 +242,6 @@ def _coupling(
     return torch.zeros_like(cost).scatter(1, opponents[:, None], rows[:, None]), 0.0, True
 
 
-def _row_normalised(plan: Tensor) -> Tensor:
+def _row_normalized(plan: Tensor) -> Tensor:
     mass = plan.sum(dim=1, keepdim=True)
     return torch.where(mass > 0, plan / mass, 0)

@@ -24,10 +24,10 @@ from rlhf.core.errors import ModelError
 from rlhf.core.files import write_json
 from rlhf.core.logprobs import response_logprobs
 from rlhf.core.masking import last_token_index
-from rlhf.data.batching import RowGroup
+from rlhf.data.batching import LengthBucket
 from rlhf.models import backbones
+from rlhf.models.hidden_states import last_states
 from rlhf.models.options import BackboneConfig
-from rlhf.models.states import last_states
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class RewardModel(nn.Module):
 
     Args:
         hf: a Transformers sequence classifier with one label.
-        lm_head: frozen language-model head for the GRM regularisers, or ``None``.
+        lm_head: frozen language-model head for the GRM regularizers, or ``None``.
     """
 
     def __init__(self, hf: PreTrainedModel, lm_head: "LanguageModelHead | None" = None) -> None:
@@ -74,8 +74,8 @@ class RewardModel(nn.Module):
             final = _linear_layers(_find_head(hf))[-1]
             final.register_forward_pre_hook(lambda _, inputs: self._head_input.append(inputs[0]))
 
-    def forward(self, groups: Sequence[RowGroup]) -> Scores:
-        """Score right-padded row groups, one after the other; rows come back in the order of the groups."""
+    def forward(self, groups: Sequence[LengthBucket]) -> Scores:
+        """Score right-padded length buckets, one after the other; rows come back in the order of the groups."""
         if self.is_decoder:
             blocks = last_states(self.hf.base_model, [group.tokens for group in groups])
             parts = [self._score_states(states, group) for states, group in zip(blocks, groups, strict=True)]
@@ -87,7 +87,7 @@ class RewardModel(nn.Module):
             logprobs=None if self.lm_head is None else torch.cat([part.logprobs for part in parts]),
         )
 
-    def _score_states(self, states: Tensor, group: RowGroup) -> Scores:
+    def _score_states(self, states: Tensor, group: LengthBucket) -> Scores:
         scores = self._pool(states, group.token_mask)
         if self.lm_head is None:
             return scores

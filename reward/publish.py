@@ -10,7 +10,7 @@ from torch import Tensor
 from reward.config import RewardConfig
 from reward.model import RewardModel, build_reward_model, save_reward_model
 from rlhf.core.files import staged_directory
-from rlhf.data.batching import Row, row_group
+from rlhf.data.batching import Row, length_bucket
 from rlhf.data.preferences import PreferenceDataset
 from rlhf.engine.api import Engine
 from rlhf.models.manifest import Manifest, write_manifest
@@ -85,4 +85,4 @@ def _float32_scores(model: RewardModel, rows: list[Row]) -> Tensor:
     """Scores of the weights as saved, computed in float32 by this process."""
     model = model.float()
     with torch.no_grad():
-        return torch.cat([model((row_group([row]),)).rewards for row in rows])
+        return torch.cat([model((length_bucket([row]),)).rewards for row in rows])

@@ -22,7 +22,7 @@ def margin_telemetry(
     transport: OptimalTransportMargins | None = None,
     weights: Tensor | None = None,
 ) -> dict[str, float]:
-    """Summarise the margins of B pairs; every value is finite, and what is undefined is left out.
+    """Summarize the margins of B pairs; every value is finite, and what is undefined is left out.
 
     Always there: ``margin/mean``, ``margin/p10``, ``margin/p50``, ``margin/p90`` and
     ``margin/misranked_share`` (pairs with ``chosen < rejected``; ties do not count). Where they are defined,

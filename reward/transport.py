@@ -32,7 +32,7 @@ def sinkhorn_plan(
     cost: Tensor,
     *,
     epsilon: float,
-    max_sweeps: int,
+    max_iterations: int,
     row_weights: Tensor | None = None,
     column_weights: Tensor | None = None,
 ) -> TransportPlan:
@@ -46,32 +46,32 @@ def sinkhorn_plan(
     Args:
         cost: ``(N, M)``; need not be square or non-negative. Solved in its own type if float64, else float32.
         epsilon: strength of the entropy, in units of ``cost``; 0.1 is smooth for costs of range 1.
-        max_sweeps: most row and column updates to run; small ``epsilon`` needs more.
+        max_iterations: most row and column updates to run; small ``epsilon`` needs more.
         row_weights: ``(N,)`` non-negative, scaled to sum to 1; ``None`` for equal weights.
         column_weights: ``(M,)``, likewise.
     Returns:
         The plan without gradient, on the device of ``cost``.
     Raises:
         ValueError: if ``cost`` is empty, not a matrix or not finite where it counts, ``epsilon`` or
-            ``max_sweeps`` is not positive, or weights are negative, not finite, all 0 or too many or few.
+            ``max_iterations`` is not positive, or weights are negative, not finite, all 0 or too many or few.
     References:
         Cuturi (2013), arXiv:1306.0895; the solver is ``ot.bregman.sinkhorn_log`` of POT.
     """
     if cost.dim() != 2 or cost.numel() == 0:
         raise ValueError(f"'cost' must be a matrix with at least one entry, not of shape {tuple(cost.shape)}")
-    check_positive(epsilon=epsilon, max_sweeps=max_sweeps)
+    check_positive(epsilon=epsilon, max_iterations=max_iterations)
     cost = cost.to(torch.float64 if cost.dtype == torch.float64 else torch.float32)
-    rows = normalised_weights("row_weights", row_weights, cost.shape[0], like=cost)
-    columns = normalised_weights("column_weights", column_weights, cost.shape[1], like=cost)
+    rows = normalized_weights("row_weights", row_weights, cost.shape[0], like=cost)
+    columns = normalized_weights("column_weights", column_weights, cost.shape[1], like=cost)
     kept = torch.outer(rows > 0, columns > 0)
     dense = cost[kept].view(int((rows > 0).sum()), -1)
-    solution, sweeps = _solve(dense, epsilon, max_sweeps, rows[rows > 0], columns[columns > 0])
+    solution, sweeps = _solve(dense, epsilon, max_iterations, rows[rows > 0], columns[columns > 0])
     plan = torch.zeros_like(cost).masked_scatter(kept, solution)
     residual = max(float((plan.sum(1) - rows).abs().sum()), float((plan.sum(0) - columns).abs().sum()))
     return TransportPlan(plan, residual, residual <= CONVERGED_RESIDUAL, sweeps)
 
 
-def normalised_weights(name: str, weights: Tensor | None, count: int, *, like: Tensor) -> Tensor:
+def normalized_weights(name: str, weights: Tensor | None, count: int, *, like: Tensor) -> Tensor:
     """Non-negative ``weights`` scaled to sum to 1, or equal ones, ``(count,)`` in the dtype of ``like``.
 
     Raises:

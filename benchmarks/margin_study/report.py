@@ -19,14 +19,14 @@ from matplotlib import pyplot
 BASELINE = "Bradley-Terry"
 SPLITS = ("id_test", "ood_test")
 RESAMPLES = 10_000
-COLOURS = {
+COLORS = {
     "Bradley-Terry": "black",
     "constant margin": "#E69F00",
     "column margin": "#56B4E9",
     "label smoothing": "#009E73",
     "OT abs, raw": "#D55E00",
-    "OT abs, centred": "#CC79A7",
-    "OT signed, centred": "#0072B2",
+    "OT abs, centered": "#CC79A7",
+    "OT signed, centered": "#0072B2",
 }
 
 Runs = dict[tuple[float, str], list[dict]]
@@ -210,7 +210,7 @@ def _plot_curves(axis, groups: Runs, flipped: float) -> None:
             continue
         steps, curve = mean_curve(records, "ood_test")
         width = 2.2 if name == BASELINE else 1.2
-        axis.plot(steps, 100 * curve, color=COLOURS[name], lw=width, label=name)
+        axis.plot(steps, 100 * curve, color=COLORS[name], lw=width, label=name)
     axis.set_title(f"{flipped:.0%} of training labels flipped")
     axis.set_xlabel("step (64 pairs each)")
     axis.grid(alpha=0.3)
@@ -223,8 +223,8 @@ def _plot_differences(axis, groups: Runs, flipped: float) -> None:
             ours = over_seeds(groups[flipped, name], final_accuracy, split)
             theirs = over_seeds(groups[flipped, BASELINE], final_accuracy, split)
             mean, half = mean_and_half_width(100 * (ours - theirs))
-            filled = COLOURS[name] if split == "ood_test" else "white"
-            axis.errorbar(mean, place + shift, xerr=half, fmt=marker, color=COLOURS[name], mfc=filled, capsize=3)
+            filled = COLORS[name] if split == "ood_test" else "white"
+            axis.errorbar(mean, place + shift, xerr=half, fmt=marker, color=COLORS[name], mfc=filled, capsize=3)
         axis.errorbar(
             [],
             [],

@@ -31,9 +31,9 @@ SPLITS = ("train", "id_test", "ood_test")
 class Pairs:
     """N pairs of answers as frozen features."""
 
-    chosen: Tensor  # (N, D) standardised
-    rejected: Tensor  # (N, D) standardised
-    score_gap: Tensor  # (N,) how clearly the annotator prefers the answer labelled chosen
+    chosen: Tensor  # (N, D) standardized
+    rejected: Tensor  # (N, D) standardized
+    score_gap: Tensor  # (N,) how clearly the annotator prefers the answer labeled chosen
 
     def __getitem__(self, rows: Tensor) -> "Pairs":
         return Pairs(chosen=self.chosen[rows], rejected=self.rejected[rows], score_gap=self.score_gap[rows])
@@ -70,10 +70,10 @@ def _label_smoothing(pairs: Pairs, chosen: Tensor, rejected: Tensor, setting: fl
 
 
 def _transport_margin(
-    pairs: Pairs, chosen: Tensor, rejected: Tensor, setting: float, *, reward_cost: str, centre_rewards: bool
+    pairs: Pairs, chosen: Tensor, rejected: Tensor, setting: float, *, reward_cost: str, center_rewards: bool
 ) -> Tensor:
     found = optimal_transport_margins(
-        pairs.chosen, pairs.rejected, chosen, rejected, reward_cost=reward_cost, centre_rewards=centre_rewards
+        pairs.chosen, pairs.rejected, chosen, rejected, reward_cost=reward_cost, center_rewards=center_rewards
     )
     return LOSSES["bradley_terry"](chosen, rejected, setting * found.margins)
 
@@ -84,15 +84,15 @@ METHODS = {
     "column margin": Method(losses=_column_margin, candidates=(0.5, 1.0, 2.0, 4.0)),
     "label smoothing": Method(losses=_label_smoothing, candidates=(0.05, 0.1, 0.2, 0.3)),
     "OT abs, raw": Method(
-        losses=partial(_transport_margin, reward_cost="abs", centre_rewards=False),
+        losses=partial(_transport_margin, reward_cost="abs", center_rewards=False),
         candidates=(0.5, 1.0, 2.0, 4.0),
     ),
-    "OT abs, centred": Method(
-        losses=partial(_transport_margin, reward_cost="abs", centre_rewards=True),
+    "OT abs, centered": Method(
+        losses=partial(_transport_margin, reward_cost="abs", center_rewards=True),
         candidates=(0.5, 1.0, 2.0, 4.0),
     ),
-    "OT signed, centred": Method(
-        losses=partial(_transport_margin, reward_cost="signed", centre_rewards=True),
+    "OT signed, centered": Method(
+        losses=partial(_transport_margin, reward_cost="signed", center_rewards=True),
         candidates=(0.5, 1.0, 2.0, 4.0),
     ),
 }
@@ -124,10 +124,10 @@ class Corpus:
     prompts: dict[str, np.ndarray]  # (N,) number of the prompt, in order of first appearance
     fingerprint: str
 
-    def pairs(self, split: str, layer: int, rows: np.ndarray, centre: np.ndarray, spread: np.ndarray) -> Pairs:
+    def pairs(self, split: str, layer: int, rows: np.ndarray, center: np.ndarray, spread: np.ndarray) -> Pairs:
         arrays = self.splits[split]
         place = list(arrays["layers"]).index(layer)
-        sides = [torch.from_numpy((arrays[side][rows, place] - centre) / spread) for side in ("chosen", "rejected")]
+        sides = [torch.from_numpy((arrays[side][rows, place] - center) / spread) for side in ("chosen", "rejected")]
         gap = arrays["chosen_score"][rows] - arrays["rejected_score"][rows]
         return Pairs(chosen=sides[0], rejected=sides[1], score_gap=torch.from_numpy(gap))
 

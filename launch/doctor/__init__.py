@@ -2,6 +2,6 @@
 
 from launch.doctor.checks import run_checks
 from launch.doctor.finding import Finding, PlannedStage, Subject
-from launch.doctor.pipelines import pipeline_subject
+from launch.pipeline.subject import pipeline_subject
 
 __all__ = ["Finding", "PlannedStage", "Subject", "pipeline_subject", "run_checks"]

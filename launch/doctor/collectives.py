@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from launch.doctor.finding import Finding, Subject
-from launch.hostfile import read_hostfile, unreachable_hosts
-from launch.launcher import Job, Machine, find_machine, stage_command
+from launch.jobs.hostfile import read_hostfile, unreachable_hosts
+from launch.jobs.launcher import Job, Machine, find_machine, stage_command
 from launch.stages import Stage
 from rlhf.core.errors import ConfigError
 

@@ -72,7 +72,7 @@ class Subject:
 
     @property
     def processes(self) -> int:
-        from launch.launcher import default_ranks
+        from launch.jobs.launcher import default_ranks
 
         return self.ranks or default_ranks()
 

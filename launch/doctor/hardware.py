@@ -247,7 +247,7 @@ def _parameters(stage: PlannedStage, subject: Subject) -> int:
     import torch
 
     from launch.plan.models import empty_model
-    from launch.recipe_stage import model_of
+    from launch.stages import model_of
     from rlhf.models.backbones import checkpoint_bytes
 
     section, name = model_of(stage.config)
@@ -262,6 +262,6 @@ def _parameters(stage: PlannedStage, subject: Subject) -> int:
 
 
 def _trains_all(config: Any) -> bool:
-    from launch.recipe_stage import model_of
+    from launch.stages import model_of
 
     return model_of(config)[0].lora is None

@@ -68,7 +68,7 @@ def _row_sections(node: Any, above: str = "") -> Iterator[tuple[str, Any]]:
 
 def _files(stage: PlannedStage) -> Iterator[tuple[str, str]]:
     """Single files, by setting."""
-    from launch.import_gguf_command import EMBEDDED
+    from launch.commands.import_gguf import EMBEDDED
 
     if stage.kind == "import" and stage.config.source != EMBEDDED:
         yield "source", stage.config.source
@@ -92,7 +92,7 @@ def _published_models(stage: PlannedStage) -> Iterator[tuple[str, str]]:
 
 def _own_models(stage: PlannedStage) -> Iterator[tuple[str, str]]:
     """What a stage starts from and compares with, by setting, where the hub could have no such name."""
-    from launch.recipe_stage import model_of
+    from launch.stages import model_of
 
     if not stage.trains:
         return

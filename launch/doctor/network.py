@@ -10,7 +10,7 @@ from pathlib import Path
 
 from launch.doctor.finding import Finding, Subject
 from launch.doctor.inputs import can_be_hub_model
-from launch.hostfile import read_hostfile, unreachable_hosts
+from launch.jobs.hostfile import read_hostfile, unreachable_hosts
 from rlhf.core.errors import ConfigError
 
 HUB = "https://huggingface.co"
@@ -52,7 +52,7 @@ def _http_fault(address: str) -> str | None:
 
 def _model_paths(subject: Subject) -> list[str]:
     """Of the models that no stage of the run makes and the hub could have, each once."""
-    from launch.recipe_stage import model_of
+    from launch.stages import model_of
 
     paths = dict.fromkeys(model_of(stage.config)[0].path for stage in subject.trained)
     return [path for path in paths if can_be_hub_model(path) and not subject.will_make(path)]

@@ -15,7 +15,7 @@ from typing import Any
 import launch
 from launch.pipeline.recipe import Pipeline, PipelineStage, flat, is_in, texts
 from rlhf.core.files import digest, file_checksum, write_json
-from rlhf.train.completion import MARKER
+from rlhf.train.done import MARKER
 
 NO_RESULT = (
     "output",

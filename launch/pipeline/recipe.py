@@ -189,7 +189,7 @@ def _published(name: str, node: DictConfig) -> str:
 
 
 def _resolved(tree: DictConfig, path: Path) -> PipelineSpec:
-    # References among stages are checked first: omegaconf would call a misspelt one a missing key of the tree.
+    # References among stages are checked first: omegaconf would call a misspelled one a missing key of the tree.
     names = [str(name) for name in tree.stages]
     for name in names:
         for target in sorted(_wanted(tree, name)):

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from launch import joblog
 from launch.doctor import pipeline_subject, run_checks
-from launch.hostfile import end_on_hosts
-from launch.launcher import Job, Machine, stage_command
+from launch.jobs import log
+from launch.jobs.hostfile import end_on_hosts
+from launch.jobs.launcher import Job, Machine, stage_command
 from launch.pipeline.overview import Overview, outcome
 from launch.pipeline.processes import StopRequest, alone, mark
 from launch.pipeline.recipe import Pipeline, PipelineStage
@@ -18,7 +18,7 @@ from launch.pipeline.state import Action, Decision, Progress
 from rlhf.core.clock import clock
 from rlhf.core.errors import STOP_FILE, STOPPED, STOPPED_EXIT_CODE, UserError
 from rlhf.core.files import naming_full_disk
-from rlhf.train.completion import MARKER
+from rlhf.train.done import MARKER
 
 FAILED_EXIT_CODE = 1
 KILLED_EXIT_CODE = 130
@@ -124,8 +124,8 @@ class PipelineRun:
             view.show(stage.name, "stopped", logs.last_line(), seconds)
             return
         log, cause = logs.cause()
-        self.failures[stage.name] = f"{joblog.meaning(code)}: {cause or 'no output'}\n  its log: {log}"
-        view.show(stage.name, "failed", joblog.meaning(code), seconds)
+        self.failures[stage.name] = f"{log.meaning(code)}: {cause or 'no output'}\n  its log: {log}"
+        view.show(stage.name, "failed", log.meaning(code), seconds)
 
     def _check_machine(self, first: PipelineStage, view: Overview) -> None:
         """Look at it with what the stages from ``first`` on need.
@@ -156,7 +156,7 @@ class PipelineRun:
         began, asked, again = time.monotonic(), None, 0.0
         with Job(command, logs.launcher, COLUMNS="120", **mark(self.pipeline.output)) as job:
             while (code := job.wait(0.5)) is None:
-                view.tick(stage.name, joblog.progress_line(logs.main, logs.start), time.monotonic() - began)
+                view.tick(stage.name, log.progress_line(logs.main, logs.start), time.monotonic() - began)
                 if not stop.reason:
                     continue
                 if asked is None:
@@ -205,7 +205,7 @@ class _Logs:
     starts: dict[Path, int] = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "starts", {path: joblog.size(path) for path in self.folder.glob("*.log")})
+        object.__setattr__(self, "starts", {path: log.size(path) for path in self.folder.glob("*.log")})
 
     @property
     def start(self) -> int:
@@ -226,12 +226,12 @@ class _Logs:
     def cause(self) -> tuple[Path, str]:
         """The log that tells why the stage failed, and its last words: of a rank that broke, else of the main rank."""
         for path in sorted(self.folder.glob("rank*.log")):
-            if joblog.broke(path, self.starts.get(path, 0)):
+            if log.broke(path, self.starts.get(path, 0)):
                 return path, self._last_line_of(path)
         return self.main, self.last_line()
 
     def _last_line_of(self, path: Path) -> str:
-        return joblog.last_line(path, self.starts.get(path, 0))
+        return log.last_line(path, self.starts.get(path, 0))
 
 
 def _touch_stop(stage: PipelineStage) -> None:

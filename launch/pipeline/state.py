@@ -11,7 +11,7 @@ from launch.pipeline.fingerprint import Inputs, Parts, changes, files_in, finger
 from launch.pipeline.recipe import Pipeline, PipelineStage
 from rlhf.core.errors import STOP_FILE, UserError
 from rlhf.core.files import digest, write_json
-from rlhf.train.completion import MARKER
+from rlhf.train.done import MARKER
 
 STARTED, FINISHED = "started", "finished"
 KEPT = ".marker.json"

@@ -3,7 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
-from launch import joblog
+from launch.jobs import log
 from launch.pipeline.overview import Overview, outcome
 from launch.pipeline.processes import is_running
 from launch.pipeline.recipe import Pipeline, PipelineStage
@@ -27,6 +27,6 @@ def _standing(stage: PipelineStage, progress: Progress, at_work: bool) -> tuple[
     if decision.action is Action.SKIP:
         return Action.SKIP.value, outcome(stage)
     if decision.action is Action.CONTINUE:
-        where = joblog.progress_line(progress.log_folder(stage) / "rank0.log") or ""
+        where = log.progress_line(progress.log_folder(stage) / "rank0.log") or ""
         return ("running" if at_work else decision.action.value), where
     return decision.action.value, decision.reason

@@ -4,7 +4,7 @@ The formulas count the tensors that autograd saves in Transformers' Llama-like l
 grouped attention, gated MLP), term by term; tests compare them with what saved_tensors_hooks of torch sees.
 With D, F, A, G = hidden, intermediate, query and key width, s bytes a number and n tokens:
 
-    norm        s = 4: D (input) + D (normalised)           s = 2: 2 D (input in float32) + D (normalised)
+    norm        s = 4: D (input) + D (normalized)           s = 2: 2 D (input in float32) + D (normalized)
     its output  D, read by the projections behind it
     attention   A (query) + 2 G (keys, values) + A (output) + one float32 per head (log-sum-exp)
     MLP         4 F (gate, its activation, up, their product)
@@ -32,13 +32,13 @@ class Load:
     """The tokens that one rank computes at once."""
 
     tokens: int
-    """Padded, of all row groups of a micro-batch."""
+    """Padded, of all length buckets of a micro-batch."""
     group_tokens: int
-    """Of the largest row group: what one layer computes at once."""
+    """Of the largest length bucket: what one layer computes at once."""
     squares: int
     """Sum over rows of their padded length squared; for eager attention."""
     group_squares: int = 0
-    """The same of the largest row group."""
+    """The same of the largest length bucket."""
 
 
 def layer_bytes(
@@ -89,7 +89,7 @@ def adapter_holes_bytes(shape: ModelShape, tokens: int, *, size: int) -> int:
 
 
 def norm_bytes(width: int, *, size: int, trained: bool) -> int:
-    """Bytes per token that an RMSNorm keeps: input and root in float32, and the normalised values for its weight."""
+    """Bytes per token that an RMSNorm keeps: input and root in float32, and the normalized values for its weight."""
     return width * FLOAT32 + FLOAT32 + (width * size if trained else 0)
 
 

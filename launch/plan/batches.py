@@ -101,16 +101,16 @@ def load_of(lengths: np.ndarray, plan: MicroBatchPlan) -> Load:
 
 def _planned(lengths: np.ndarray, train: TrainConfig, ranks: int) -> list[list[MicroBatchPlan]]:
     values = np.ascontiguousarray(lengths, np.int64)
-    return _planned_once(values.tobytes(), values.shape[1], train.micro_batch_tokens, ranks, train.row_groups)
+    return _planned_once(values.tobytes(), values.shape[1], train.micro_batch_tokens, ranks, train.length_buckets)
 
 
 @functools.lru_cache(maxsize=256)
 def _planned_once(
-    content: bytes, rows_per_item: int, token_budget: int, ranks: int, row_groups: int
+    content: bytes, rows_per_item: int, token_budget: int, ranks: int, length_buckets: int
 ) -> list[list[MicroBatchPlan]]:
     """Advice plans the same batches again and again; planning them is most of the work."""
     lengths = np.frombuffer(content, np.int64).reshape(-1, rows_per_item)
-    return plan_micro_batches(lengths, token_budget=token_budget, ranks=ranks, row_groups=row_groups)
+    return plan_micro_batches(lengths, token_budget=token_budget, ranks=ranks, length_buckets=length_buckets)
 
 
 def _largest(loads: list[Load]) -> Load:

@@ -46,7 +46,7 @@ class Cluster:
     """Bytes of a node; ``None`` if nobody said."""
     flops: float | None
     """Peak rate of one device, or ``None``: no times are given."""
-    utilisation: float
+    utilization: float
     """Share of the peak that training reaches."""
     bandwidth: float | None = None
     on_cpu: bool = False
@@ -58,7 +58,7 @@ class Cluster:
     @property
     def rate(self) -> float | None:
         """Operations a second of one device."""
-        return None if self.flops is None else self.flops * self.utilisation
+        return None if self.flops is None else self.flops * self.utilization
 
 
 def parse_bytes(text: str) -> int:
@@ -81,7 +81,7 @@ def cluster_of(
     device_memory: int | None = None,
     host_memory: int | None = None,
     flops: float | None = None,
-    utilisation: float = 1.0,
+    utilization: float = 1.0,
 ) -> Cluster:
     """From the options of the command; what is not given is asked of this machine.
 
@@ -99,7 +99,7 @@ def cluster_of(
             device_memory=device_memory or known.memory,
             host_memory=host_memory,
             flops=flops or known.flops,
-            utilisation=utilisation,
+            utilization=utilization,
             bandwidth=known.bandwidth,
         )
     if device_memory is not None and device is None:
@@ -110,7 +110,7 @@ def cluster_of(
             device_memory=device_memory,
             host_memory=host_memory,
             flops=flops,
-            utilisation=utilisation,
+            utilization=utilization,
         )
     here = None if device == "cpu" else _device_here()
     if here is not None:
@@ -123,7 +123,7 @@ def cluster_of(
             device_memory=memory,
             host_memory=host_memory or host_bytes(),
             flops=flops or (known and known.flops),
-            utilisation=utilisation,
+            utilization=utilization,
             bandwidth=known and known.bandwidth,
         )
     memory = host_memory or device_memory or host_bytes()
@@ -136,7 +136,7 @@ def cluster_of(
         device_memory=memory,
         host_memory=memory,
         flops=flops,
-        utilisation=utilisation,
+        utilization=utilization,
         on_cpu=True,
     )
 

@@ -1,4 +1,4 @@
-"""The plan of one stage: its moments, batches, times and disk, and whether it fits."""
+"""The plan of one stage: its phases, batches, times and disk, and whether it fits."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,16 +10,16 @@ from launch.plan.batches import BatchPlan, batch_plan
 from launch.plan.cluster import Cluster
 from launch.plan.data import Lengths, lengths_of
 from launch.plan.models import Sources
-from launch.plan.moments import (
+from launch.plan.phases import (
     HOST_BASE_CPU,
     HOST_BASE_CUDA,
-    Moment,
+    Phase,
     Work,
     beside,
-    forward_moment,
+    forward_phase,
     on_this_machine,
     resting,
-    training_moments,
+    training_phases,
     work_of,
 )
 from launch.plan.recipes import SIZES, Role, Roles, precision_of_plan, roles_of
@@ -48,8 +48,8 @@ class StagePlan:
     precision: str
     roles: Roles
     states: dict[str, States]
-    moments: tuple[Moment, ...]
-    publishing: Moment | None
+    phases: tuple[Phase, ...]
+    publishing: Phase | None
     """Of the main rank's host."""
     batches: BatchPlan
     lengths: Lengths
@@ -60,13 +60,13 @@ class StagePlan:
         return SIZES[self.precision]
 
     @property
-    def device_peak(self) -> Moment:
-        return max(self.moments, key=lambda moment: moment.device_bytes)
+    def device_peak(self) -> Phase:
+        return max(self.phases, key=lambda phase: phase.device_bytes)
 
     @property
-    def host_peak(self) -> Moment:
+    def host_peak(self) -> Phase:
         """Of one rank; publishing counts on the main rank only."""
-        return max(self.moments, key=lambda moment: moment.host_bytes)
+        return max(self.phases, key=lambda phase: phase.host_bytes)
 
     @property
     def node_host_bytes(self) -> int:
@@ -75,7 +75,7 @@ class StagePlan:
         together = ranks * self.host_peak.host_bytes
         if self.publishing is None:
             return together
-        rest = self.moments[-1].host_bytes
+        rest = self.phases[-1].host_bytes
         return max(together, (ranks - 1) * rest + self.publishing.host_bytes)
 
     @property
@@ -95,7 +95,7 @@ class StagePlan:
         return self.device_free >= 0 and (self.host_free is None or self.host_free >= 0)
 
     @property
-    def peak(self) -> Moment:
+    def peak(self) -> Phase:
         """Of a rank, where it matters: the device's, or the host's on a CPU."""
         return self.host_peak if self.cluster.on_cpu else self.device_peak
 
@@ -129,7 +129,7 @@ class _Planner:
         batches = self._batches(lengths)
         states = {role.name: self._states(role, batches) for role in self._roles.all}
         works = {role.name: self._work(role, batches.load) for role in self._roles.all}
-        moments = [*self._loading(states), *self._steps(states, works, lengths)]
+        phases = [*self._loading(states), *self._steps(states, works, lengths)]
         return StagePlan(
             stage=self._stage,
             config=self._config,
@@ -137,7 +137,7 @@ class _Planner:
             precision=self._precision,
             roles=self._roles,
             states=states,
-            moments=tuple(on_this_machine(moment, on_cpu=self._cluster.on_cpu) for moment in moments),
+            phases=tuple(on_this_machine(phase, on_cpu=self._cluster.on_cpu) for phase in phases),
             publishing=self._publishing(states),
             batches=batches,
             lengths=lengths,
@@ -207,20 +207,20 @@ class _Planner:
             chunk_tokens=CHUNK_TOKENS,
         )
 
-    def _loading(self, states: dict[str, States]) -> list[Moment]:
+    def _loading(self, states: dict[str, States]) -> list[Phase]:
         """Models are loaded one after the other, whole and on the CPU of each rank; DeepSpeed first puts all of one
         on its device, whatever the stage, and then shares it out."""
-        moments, there = [], []
+        phases, there = [], []
         for role in self._loading_order():
             whole = self._size * role.model.total
             host = {f"{role.name}: weights as loaded": whole}
-            on_host = Moment(name=f"{role.name}: loading", device={}, host=host)
-            on_device = Moment(name=f"{role.name}: placing", device={f"{role.name}: weights whole": whole}, host={})
+            on_host = Phase(name=f"{role.name}: loading", device={}, host=host)
+            on_device = Phase(name=f"{role.name}: placing", device={f"{role.name}: weights whole": whole}, host={})
             new = [on_host] if self._cluster.on_cpu else [on_host, on_device]
-            moments += beside(new, there)
+            phases += beside(new, there)
             first = states[role.name]
             there.append(resting(role.name, replace(first, moments={})))
-        return moments
+        return phases
 
     def _loading_order(self) -> list[Role]:
         """PPO loads its scorers first."""
@@ -230,29 +230,29 @@ class _Planner:
         scorers = [role for role in loaded if not role.is_trained and role.name != "reference"]
         return [*scorers, *(role for role in loaded if role not in scorers)]
 
-    def _steps(self, states: dict[str, States], works: dict[str, Work], lengths: Lengths) -> list[Moment]:
+    def _steps(self, states: dict[str, States], works: dict[str, Work], lengths: Lengths) -> list[Phase]:
         roles = self._roles
-        moments = []
+        phases = []
         for role in roles.asked:
             trained = role.asked  # a cache is filled before the first step, beside states without moments
             there = [self._rest(each, states, trained) for each in roles.trained]
             there += [self._rest(each, states, True) for each in roles.asked if each is not role and each.asked]
-            moments += beside([forward_moment(role.name, states[role.name], works[role.name], trained=False)], there)
+            phases += beside([forward_phase(role.name, states[role.name], works[role.name], trained=False)], there)
         if self._stage == "ppo":
-            moments += self._rollout(states, lengths)
+            phases += self._rollout(states, lengths)
         for role in roles.trained:
             there = [self._rest(each, states, True) for each in roles.all if each is not role and each.asked]
             if self._stage == "ppo":
                 there.append(self._rollout_copy())
-            own = training_moments(role.name, states[role.name], works[role.name], on_cpu=self._cluster.on_cpu)
-            moments += beside(own, there)
-        return moments
+            own = training_phases(role.name, states[role.name], works[role.name], on_cpu=self._cluster.on_cpu)
+            phases += beside(own, there)
+        return phases
 
-    def _rest(self, role: Role, states: dict[str, States], trained: bool) -> Moment:
+    def _rest(self, role: Role, states: dict[str, States], trained: bool) -> Phase:
         found = states[role.name]
         return resting(role.name, found if trained else replace(found, moments={}))
 
-    def _rollout(self, states: dict[str, States], lengths: Lengths) -> list[Moment]:
+    def _rollout(self, states: dict[str, States], lengths: Lengths) -> list[Phase]:
         """Responses are written beside all resting models."""
         config, roles = self._config, self._roles
         policy = roles.main
@@ -266,23 +266,23 @@ class _Planner:
             "policy: gathered weights": 0 if copied else states[policy.name].gathered,
         }
         there = [self._rest(role, states, True) for role in roles.all if role.asked]
-        return beside([Moment(name="rollout", device=items)], [*there, self._rollout_copy()])
+        return beside([Phase(name="rollout", device=items)], [*there, self._rollout_copy()])
 
     def _gathers_once(self, policy: Role) -> bool:
         return policy.zero is not None and policy.zero.stage == 3 and self._config.rollout.gather != "never"
 
-    def _rollout_copy(self) -> Moment:
+    def _rollout_copy(self) -> Phase:
         """Under ZeRO-3 a whole copy of the policy to sample from; auto is taken to find the memory for it."""
         policy = self._roles.main
         if not self._gathers_once(policy):
-            return Moment(name="copy", device={})
+            return Phase(name="copy", device={})
         if self._config.rollout.gather == "auto":
             whole = self._size * policy.model.total
             if whole > COPY_SHARE * self._cluster.device_memory:
-                return Moment(name="copy", device={})
-        return Moment(name="copy", device={"rollout: copy of the policy": self._size * policy.model.total})
+                return Phase(name="copy", device={})
+        return Phase(name="copy", device={"rollout: copy of the policy": self._size * policy.model.total})
 
-    def _publishing(self, states: dict[str, States]) -> Moment | None:
+    def _publishing(self, states: dict[str, States]) -> Phase | None:
         """The main rank collects all weights, rebuilds the model with them, and a fresh process reads it again."""
         if self._config.train.publish == "none":
             return None
@@ -295,8 +295,8 @@ class _Planner:
             "fresh process that reads it again": base + 2 * whole if self._size == 2 else base + whole,
         }
         there = [self._rest(role, states, True) for role in self._roles.all if role.asked]
-        (moment,) = beside([Moment(name="publishing", device={}, host=items)], there)
-        return on_this_machine(moment, on_cpu=self._cluster.on_cpu)
+        (phase,) = beside([Phase(name="publishing", device={}, host=items)], there)
+        return on_this_machine(phase, on_cpu=self._cluster.on_cpu)
 
 
 def checkpoint_bytes(plan: StagePlan) -> int:

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from launch.plan.advice import fewest_nodes, next_knob, smallest_config
-from launch.plan.moments import Moment
+from launch.plan.phases import Phase
 from launch.plan.planner import Request, StagePlan, disk
 from launch.plan.times import reference_seconds, run_seconds, step_seconds
 
@@ -27,17 +27,17 @@ def as_json(plan: StagePlan, request: Request) -> dict[str, Any]:
             "device_memory": cluster.device_memory,
             "host_memory": cluster.host_memory,
             "flops": cluster.flops,
-            "utilisation": cluster.utilisation,
+            "utilization": cluster.utilization,
         },
         "precision": plan.precision,
         "models": [_model_json(plan, role) for role in plan.roles.all],
-        "device_peak": None if cluster.on_cpu else _moment_json(plan.device_peak.name, plan.device_peak.device),
+        "device_peak": None if cluster.on_cpu else _phase_json(plan.device_peak.name, plan.device_peak.device),
         "device_free": plan.device_free,
-        "host_peak_per_rank": _moment_json(plan.host_peak.name, plan.host_peak.host),
+        "host_peak_per_rank": _phase_json(plan.host_peak.name, plan.host_peak.host),
         "host_peak_per_node": plan.node_host_bytes,
         "host_free": plan.host_free,
-        "publishing": None if plan.publishing is None else _moment_json("publishing", plan.publishing.host),
-        "moments": [
+        "publishing": None if plan.publishing is None else _phase_json("publishing", plan.publishing.host),
+        "phases": [
             {"name": each.name, "device": each.device_bytes, "host": each.host_bytes} for each in _peaks(plan)
         ],
         "batches": {
@@ -80,8 +80,8 @@ def _model_json(plan: StagePlan, role: Any) -> dict[str, Any]:
     }
 
 
-def _moment_json(name: str, items: Any) -> dict[str, Any]:
-    return {"moment": name, "bytes": sum(items.values()), "items": dict(items)}
+def _phase_json(name: str, items: Any) -> dict[str, Any]:
+    return {"phase": name, "bytes": sum(items.values()), "items": dict(items)}
 
 
 def _estimates(plan: StagePlan) -> dict[str, Any]:
@@ -107,14 +107,14 @@ def _estimates(plan: StagePlan) -> dict[str, Any]:
     return found
 
 
-def _peaks(plan: StagePlan) -> list[Moment]:
-    """The largest moment of each name, in the order of the run."""
-    by_name: dict[str, Moment] = {}
-    for moment in plan.moments:
-        best = by_name.get(moment.name)
-        size = moment.host_bytes if plan.cluster.on_cpu else moment.device_bytes
+def _peaks(plan: StagePlan) -> list[Phase]:
+    """The largest phase of each name, in the order of the run."""
+    by_name: dict[str, Phase] = {}
+    for phase in plan.phases:
+        best = by_name.get(phase.name)
+        size = phase.host_bytes if plan.cluster.on_cpu else phase.device_bytes
         if best is None or size > (best.host_bytes if plan.cluster.on_cpu else best.device_bytes):
-            by_name[moment.name] = moment
+            by_name[phase.name] = phase
     return list(by_name.values())
 
 
@@ -136,7 +136,7 @@ def print_plan(console: "Console", found: dict[str, Any]) -> None:
     )
     console.print(_models_table(found))
     console.print(_memory_table(found))
-    console.print(_moments_table(found))
+    console.print(_phases_table(found))
     console.print(_batches_table(found))
     for line in [*_time_lines(found), *_disk_lines(found), *_estimate_lines(found)]:
         say(line)
@@ -207,8 +207,8 @@ def _models_table(found: dict[str, Any]) -> "Table":
 def _memory_table(found: dict[str, Any]) -> "Table":
     """What is there at the peak, device beside host."""
     peak, host = found["device_peak"], found["host_peak_per_rank"]
-    where = f"device: {peak['moment']}" if peak else ""
-    table = _table("Peak of one rank", "item", where or f"memory: {host['moment']}", *(["host"] if peak else []))
+    where = f"device: {peak['phase']}" if peak else ""
+    table = _table("Peak of one rank", "item", where or f"memory: {host['phase']}", *(["host"] if peak else []))
     items = peak["items"] if peak else host["items"]
     for name, size in items.items():
         table.add_row(name, gib(size), *([""] if peak else []))
@@ -221,10 +221,10 @@ def _memory_table(found: dict[str, Any]) -> "Table":
     return table
 
 
-def _moments_table(found: dict[str, Any]) -> "Table":
-    table = _table("Moments of one rank", "moment", "device", "host")
-    for moment in found["moments"]:
-        table.add_row(moment["name"], gib(moment["device"]) if moment["device"] else "-", gib(moment["host"]))
+def _phases_table(found: dict[str, Any]) -> "Table":
+    table = _table("Phases of one rank", "phase", "device", "host")
+    for phase in found["phases"]:
+        table.add_row(phase["name"], gib(phase["device"]) if phase["device"] else "-", gib(phase["host"]))
     if found["publishing"]:
         table.add_row("publishing, on the main rank", "-", gib(found["publishing"]["bytes"]))
     return table
@@ -253,7 +253,7 @@ def _time_lines(found: dict[str, Any]) -> list[str]:
     parts, cluster = found["seconds_per_step"], found["cluster"]
     if not parts:
         return ["time: give --flops, the peak rate of a device"]
-    rate = f"{cluster['flops'] / 1e12:g} TFLOP/s x {cluster['utilisation']:g}"
+    rate = f"{cluster['flops'] / 1e12:g} TFLOP/s x {cluster['utilization']:g}"
     words = ", ".join(f"{name} {clock(seconds)}" for name, seconds in parts.items())
     lines = [f"time of a step at {rate} a device: {clock(sum(parts.values()))} ({words})"]
     if found["seconds_of_reference_cache"] is not None:

@@ -14,7 +14,7 @@ HOSTFILE=${HOSTFILE:-hostfile}
 MASTER_PORT=${MASTER_PORT:-29500}
 
 # deepspeed takes a missing hostfile for "this machine alone", and waits for machines that do not answer.
-python -m launch.hostfile "$HOSTFILE"
+python -m launch.jobs.hostfile "$HOSTFILE"
 
 # Where the first host is to be reached by the others: its name, unless MASTER_ADDR says something else.
 MASTER_ADDR=${MASTER_ADDR:-$(awk '!/^#/ && NF { print $1; exit }' "$HOSTFILE")}

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
+from launch.jobs.srun import SRUN_VARIABLE, srun_words, step_command, step_script
 from launch.slurm.profile import ClusterProfile
-from launch.slurm.step import SRUN_VARIABLE, srun_words, step_command, step_script
 from rlhf.core.errors import STOPPED_EXIT_CODE, ConfigError
 from rlhf.core.files import write_text
 

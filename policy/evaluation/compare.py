@@ -18,7 +18,7 @@ from policy.model import PolicyModel
 from reward.score import load_scorer, score_tokens
 from rlhf.core.errors import ConfigError, DataError, ModelError
 from rlhf.core.files import write_json, write_text
-from rlhf.data.batching import row_group
+from rlhf.data.batching import length_bucket
 from rlhf.data.templates import chat_format
 from rlhf.engine.frozen import Frozen, ReplicatedModel
 from rlhf.engine.ranks import single_rank
@@ -158,7 +158,7 @@ def _logprobs(model: Frozen, samples: Sequence[Sample]) -> NDArray[np.float64]:
     found = np.zeros(len(samples))
     for start in range(0, len(order), ROWS_AT_ONCE):
         places = order[start : start + ROWS_AT_ONCE]
-        group = row_group([samples[place].row for place in places]).to(model.ranks.device)
+        group = length_bucket([samples[place].row for place in places]).to(model.ranks.device)
         (values,) = model.forward((group,)).logprobs
         found[places] = values.sum(dim=1).double().cpu().numpy()
     return found

@@ -117,7 +117,7 @@ def token_rewards(scores: Tensor, kl: Tensor | None, mask: Tensor, coefficient: 
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    r"""Generalised advantage estimation.
+    r"""Generalized advantage estimation.
 
         A_t = sum_l (gamma lam)^l delta_(t + l),   delta_t = r_t + gamma V_(t + 1) - V_t
 
@@ -245,7 +245,7 @@ def rloo(scores: Tensor, groups: Tensor) -> Tensor:
 
 
 def grpo(scores: Tensor, groups: Tensor, *, scale: bool) -> Tensor:
-    r"""Scores standardised among the responses to one prompt.
+    r"""Scores standardized among the responses to one prompt.
 
         A_i = (s_i - mean) / (sd + 1e-6);   without ``scale``: s_i - mean
 
@@ -263,10 +263,10 @@ def grpo(scores: Tensor, groups: Tensor, *, scale: bool) -> Tensor:
     """
     by_group = _Groups(scores, groups)
     whole = scores.double()
-    centred = whole - by_group.mean(whole)
+    centered = whole - by_group.mean(whole)
     if scale:
-        centred = centred / ((by_group.sum(centred**2) / (by_group.sizes - 1)).sqrt() + MIN_DEVIATION)
-    return centred.to(scores.dtype)
+        centered = centered / ((by_group.sum(centered**2) / (by_group.sizes - 1)).sqrt() + MIN_DEVIATION)
+    return centered.to(scores.dtype)
 
 
 class _Groups:

@@ -27,7 +27,7 @@ class RewardSourceConfig:
     """What an ensemble says: its mean, its most doubtful member, or the mean minus `deviations` standard deviations."""
     deviations: Annotated[float, Ge(0)] = 1.0
     """How many standard deviations of the ensemble mean_minus_sd takes off."""
-    standardise: bool = True
+    standardize: bool = True
     """Bring the scores of a model to mean 0 and deviation 1 by the statistics of its manifest."""
     retokenize: bool = False
     """Decode, apply the reward model's own template and encode again: for a reward model of another family. Off, a
@@ -134,7 +134,7 @@ class KlConfig:
     """The pull towards the reference."""
 
     coefficient: Annotated[float, Ge(0)] = 0.05
-    """Nats of KL against one unit of standardised reward; at 0 the KL is only measured."""
+    """Nats of KL against one unit of standardized reward; at 0 the KL is only measured."""
     place: Literal["reward", "loss"] = "reward"
     """reward: taken off the reward of each token. loss: a term of the policy's loss."""
     estimator: Literal["k1", "k2", "k3"] | None = None
@@ -171,7 +171,7 @@ class SurrogateConfig:
     """Bound on the loss of bad tokens, in units of their advantage (3 is usual)."""
     ratio: Literal["token", "sequence"] = "token"
     """Of single tokens, or one for a whole response (GSPO; clip_low about 3e-4)."""
-    normalise: Literal["token", "sequence", "constant"] = "token"
+    normalize: Literal["token", "sequence", "constant"] = "token"
     """Mean over all tokens of a minibatch; over responses of their token means; or sum over responses, each divided
     by rollout.max_new_tokens (Dr. GRPO)."""
     entropy: Annotated[float, Ge(0)] = 0.0
@@ -186,10 +186,10 @@ class SurrogateConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainingConfig:
-    """A language-modelling term beside the policy's loss (PPO-ptx), against forgetting."""
+    """A language-modeling term beside the policy's loss (PPO-ptx), against forgetting."""
 
     data: ExampleDataConfig
-    """Conversations; their assistant turns are learnt."""
+    """Conversations; their assistant turns are learned."""
     weight: Annotated[float, Gt(0)] = 0.1
     """Of the mean loss per response token."""
     batch_size: Annotated[int, Gt(0)] = 16
@@ -293,7 +293,7 @@ class PpoConfig:
 
     @property
     def pretraining_train(self) -> TrainConfig:
-        """How the conversations of the language-modelling term are batched."""
+        """How the conversations of the language-modeling term are batched."""
         return replace(self.train, global_batch_size=self.pretraining.batch_size)
 
     @property

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from policy.ppo.config import CriticConfig
 from reward.model import RewardModel, RewardModelConfig, build_reward_model, load_reward_model, make_trainable
 from rlhf.core.errors import ModelError
-from rlhf.data.batching import RowGroup
+from rlhf.data.batching import LengthBucket
 from rlhf.models.backbones import switch_dropout_off
+from rlhf.models.hidden_states import last_states
 from rlhf.models.manifest import MANIFEST_NAME, RewardStatistics, read_manifest
-from rlhf.models.states import last_states
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,12 +42,12 @@ class ValueModel(nn.Module):
         self.scorer = scorer
         self._mean, self._deviation = mean, deviation
 
-    def forward(self, groups: Sequence[RowGroup]) -> tuple[Tensor, ...]:
+    def forward(self, groups: Sequence[LengthBucket]) -> tuple[Tensor, ...]:
         """Of each group ``(R, T - 1)`` float32: place t is the value before token t + 1; 0 outside the response."""
         blocks = last_states(self.scorer.hf.base_model, [group.tokens for group in groups])
         return tuple(self._values(states, group) for states, group in zip(blocks, groups, strict=True))
 
-    def _values(self, states: Tensor, group: RowGroup) -> Tensor:
+    def _values(self, states: Tensor, group: LengthBucket) -> Tensor:
         values = response_values(states, group.response_mask, self.scorer.hf.score)
         return torch.where(group.response_mask[:, 1:], (values - self._mean) / self._deviation, 0.0)
 
@@ -62,20 +62,20 @@ def response_values(states: Tensor, response_mask: Tensor, head: nn.Module) -> T
     return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, values)
 
 
-def critic_start(config: CriticConfig, reward_path: str | None, policy_path: str, *, standardised: bool) -> CriticStart:
+def critic_start(config: CriticConfig, reward_path: str | None, policy_path: str, *, standardized: bool) -> CriticStart:
     """Where the critic begins: ``config.path``, else the reward model, else the policy's backbone with a new head.
 
     Args:
         config: the recipe's section.
         reward_path: a reward model that reads the policy's tokens, or ``None``.
         policy_path: what the policy starts from.
-        standardised: whether rewards are brought to mean 0 and deviation 1.
+        standardized: whether rewards are brought to mean 0 and deviation 1.
     """
     path = config.path or reward_path or policy_path
     published = (Path(path) / MANIFEST_NAME).is_file()
     manifest = read_manifest(Path(path)) if published else None
     is_reward_model = manifest is not None and manifest.stage == "reward"
-    statistics = manifest.rewards if is_reward_model and standardised else None
+    statistics = manifest.rewards if is_reward_model and standardized else None
     return CriticStart(path=path, is_reward_model=is_reward_model, statistics=statistics)
 
 

@@ -18,7 +18,7 @@ MAX_LOG_RATIO = 20.0
 """Log-ratios are cut off here before they are exponentiated: exp(20) is 5e8, and exp(89) infinite in float32, which
 turns into NaN where it meets an advantage of 0. Beyond it nothing has a gradient."""
 
-NORMALISATIONS = ("token", "sequence", "constant")
+NORMALIZATIONS = ("token", "sequence", "constant")
 
 
 def _k3(logratios: Tensor) -> Tensor:
@@ -85,8 +85,8 @@ def sequence_ratios(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Ten
 
         ratio_bt = exp(mean_u (logprobs_bu - old_logprobs_bu)) where mask_bt, else 0
 
-    The gradient goes through the mean. With an advantage for the whole response and ``normalise="sequence"`` this is
-    GSPO's objective; other normalisations weight responses by their length.
+    The gradient goes through the mean. With an advantage for the whole response and ``normalize="sequence"`` this is
+    GSPO's objective; other normalizations weight responses by their length.
 
     Args:
         logprobs: ``(B, T)`` of the policy, in nats. Gradients flow.
@@ -188,7 +188,7 @@ def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, c
 
 
 def reduce_tokens(
-    losses: Tensor, mask: Tensor, *, normalise: str, tokens: int, sequences: int, max_tokens: int
+    losses: Tensor, mask: Tensor, *, normalize: str, tokens: int, sequences: int, max_tokens: int
 ) -> Tensor:
     r"""This micro-batch's share of the loss of a whole minibatch: summed over its micro-batches, it is that loss.
 
@@ -199,14 +199,14 @@ def reduce_tokens(
     Args:
         losses: ``(B, T)``.
         mask: ``(B, T)`` bool, True on the tokens that count.
-        normalise: one of :data:`NORMALISATIONS`.
+        normalize: one of :data:`NORMALIZATIONS`.
         tokens: that count, in the whole minibatch over all ranks.
         sequences: of it that have such tokens.
         max_tokens: that a response may have.
     Returns:
         A scalar; 0 without tokens. A row without tokens adds nothing.
     Raises:
-        ValueError: if the shapes differ, the mask is not bool, ``normalise`` is unknown, or a count is not positive.
+        ValueError: if the shapes differ, the mask is not bool, ``normalize`` is unknown, or a count is not positive.
     References:
         token: Yu et al., arXiv:2503.14476, eq. 12; sequence: Shao et al., arXiv:2402.03300, eq. 3; constant: Liu et
         al., arXiv:2503.20783 (Dr. GRPO).
@@ -215,13 +215,13 @@ def reduce_tokens(
     check_same_shape(losses=losses, mask=mask)
     check_positive(tokens=tokens, sequences=sequences, max_tokens=max_tokens)
     sums = losses.masked_fill(~mask, 0).sum(dim=1)
-    if normalise == "token":
+    if normalize == "token":
         return sums.sum() / tokens
-    if normalise == "sequence":
+    if normalize == "sequence":
         return (sums / _row_counts(mask).squeeze(1)).sum() / sequences
-    if normalise == "constant":
+    if normalize == "constant":
         return sums.sum() / (sequences * max_tokens)
-    raise ValueError(f"normalise must be one of {', '.join(NORMALISATIONS)}, not {normalise!r}")
+    raise ValueError(f"normalize must be one of {', '.join(NORMALIZATIONS)}, not {normalize!r}")
 
 
 def _ratios(logratios: Tensor) -> Tensor:

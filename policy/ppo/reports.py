@@ -32,7 +32,7 @@ class HeldOut:
     reward: Estimate
     """As the reward model gives it."""
     score: Estimate
-    """Standardised and combined."""
+    """Standardized and combined."""
     second: Estimate | None
     """Of the second scorer."""
     kl: float

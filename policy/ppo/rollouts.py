@@ -86,7 +86,7 @@ class Rollouts:
 
 
 class Reencoded:
-    """Rollouts as text, shown and tokenised as ``chat`` does it; each ends with an end token. An ItemSource.
+    """Rollouts as text, shown and tokenized as ``chat`` does it; each ends with an end token. An ItemSource.
 
     Raises:
         ModelError: if the template cannot show one of them.
@@ -99,7 +99,7 @@ class Reencoded:
             rendered = [chat.render(prompt.messages, answer) for prompt, answer in pairs]
         except TemplateFault as error:
             raise ModelError(f"the chat template ({chat.origin}) cannot show a response: {error}") from error
-        self._rows = [Row(tokens, np.arange(len(tokens)) >= start) for tokens, start in chat.tokenise(rendered)]
+        self._rows = [Row(tokens, np.arange(len(tokens)) >= start) for tokens, start in chat.tokenize(rendered)]
         self._names = rollouts.row_ids
         self.lengths = np.array([[len(row.tokens)] for row in self._rows])
         self.fingerprint = rollouts.fingerprint
@@ -165,7 +165,7 @@ def ask(
     """``(N, width)`` float32 on the CPU, the same on every rank: what ``model`` says of all rows, without gradient.
 
     Args:
-        model: asked with the row groups of each batch.
+        model: asked with the length buckets of each batch.
         maker: plans the batches.
         data: the rows.
         read: turns the model's output for a batch into ``(B, w)`` with w up to ``width``.

@@ -34,7 +34,7 @@ class Scored(NamedTuple):
     raw: Tensor
     """As the model or function gives them; of an ensemble, their mean."""
     scores: Tensor
-    """Standardised and combined: what the policy is trained on, before clipping and penalties."""
+    """Standardized and combined: what the policy is trained on, before clipping and penalties."""
 
 
 class Scorer(Protocol):
@@ -104,7 +104,7 @@ class FunctionScorer:
 
 
 class ModelScorer:
-    """One reward model, asked in micro-batches; standardised by its manifest."""
+    """One reward model, asked in micro-batches; standardized by its manifest."""
 
     def __init__(self, path: str, config: RewardSourceConfig, parts: ScorerParts) -> None:
         """Every rank must call it.
@@ -115,7 +115,7 @@ class ModelScorer:
         folder = Path(path)
         ranks = parts.ranks
         manifest = ranks.together(lambda: read_manifest(folder))
-        self._maker, self._standardise = parts.maker, config.standardise
+        self._maker, self._standardize = parts.maker, config.standardize
         self._statistics = manifest.rewards
         self._chat: ChatFormat | None = None
         ranks.together(lambda: self._check(folder, manifest))
@@ -138,19 +138,19 @@ class ModelScorer:
     def score(self, rollouts: Rollouts) -> Scored:
         rows = rollouts if self._chat is None else Reencoded(rollouts, self._chat)
         raw = ask(self._model, self._maker, rows, _rewards, 1).squeeze(1)
-        if not self._standardise:
+        if not self._standardize:
             return Scored(raw, raw)
         return Scored(raw, (raw - self._statistics.mean) / self._statistics.standard_deviation)
 
     def _check(self, folder: Path, manifest: Manifest) -> None:
         if manifest.stage != "reward":
             raise ModelError(f"reward.path = {folder}: the {manifest.stage} stage published it, it is no reward model")
-        if not self._standardise:
+        if not self._standardize:
             return
         if manifest.rewards is None or not manifest.rewards.standard_deviation > 0:
             raise ModelError(
-                f"reward.path = {folder}: its manifest has no deviation of held-out rewards to standardise by; "
-                "train it with data.eval_share, or set reward.standardise=false"
+                f"reward.path = {folder}: its manifest has no deviation of held-out rewards to standardize by; "
+                "train it with data.eval_share, or set reward.standardize=false"
             )
 
 
@@ -172,7 +172,7 @@ def combine(scores: Tensor, how: str, deviations: float) -> Tensor:
     """``(N,)`` from ``(M, N)`` scores of M models: their mean, their minimum, or mean minus so many deviations.
 
     References:
-        Coste et al. (2023), arXiv:2310.02743, section 3.1: worst-case and uncertainty-weighted optimisation.
+        Coste et al. (2023), arXiv:2310.02743, section 3.1: worst-case and uncertainty-weighted optimization.
     """
     if how == "min":
         return scores.min(dim=0).values

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from policy.generation.opening import TrainingSampler
+from policy.generation.training import TrainingSampler
 from policy.model import PolicyConfig, PolicyModel, build_policy
 from policy.ppo.config import PpoConfig
 from policy.ppo.critic import build_critic, critic_start
@@ -16,7 +16,7 @@ from policy.ppo.replay import Replay
 from policy.ppo.reports import HeldOut, print_held_out
 from policy.ppo.rollouts import Reencoded
 from policy.ppo.scoring import ScorerParts, build_scorer
-from policy.ppo.shared import SharedTrunkCritic
+from policy.ppo.shared_trunk import SharedTrunkCritic
 from policy.ppo.task import Engines, PpoTask, Roles
 from policy.publish import publish_run
 from rlhf.config import to_dict
@@ -115,7 +115,7 @@ class _Builder:
         )
 
     def pretraining(self):
-        """Conversations of the language-modelling term."""
+        """Conversations of the language-modeling term."""
         section = self._config.pretraining
         if section is None:
             return None
@@ -192,7 +192,7 @@ class _Builder:
             section,
             config.reward.paths[0] if readable else None,
             config.policy.path,
-            standardised=config.reward.standardise,
+            standardized=config.reward.standardize,
         )
         critic = build_critic(
             section,

@@ -13,7 +13,7 @@ def rollout_metrics(raw: Tensor, scores: Tensor, lengths: Tensor, ended: Tensor,
 
     Args:
         raw: ``(N,)`` rewards as the model gives them.
-        scores: ``(N,)`` standardised and combined.
+        scores: ``(N,)`` standardized and combined.
         lengths: ``(N,)`` tokens.
         ended: ``(N,)`` bool.
         tokens: N arrays of token ids.

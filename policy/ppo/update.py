@@ -67,7 +67,7 @@ class Updater:
     def __init__(
         self, policy: Engine, critic: Engine | None, config: PpoConfig, pretraining: ItemSource | None = None
     ) -> None:
-        """``pretraining``: conversations for the language-modelling term."""
+        """``pretraining``: conversations for the language-modeling term."""
         self._policy, self._critic, self._config = policy, critic, config
         self._ranks = policy.ranks
         self._maker = BatchMaker(policy.ranks, config.train)
@@ -139,7 +139,7 @@ class Updater:
         clipped, _ = clipped_share(ratios.detach(), advantages, mask, **bounds)
         gap = (kl_estimates(old, logprobs.detach(), "k3") * mask).sum()
         loss = reduce_tokens(
-            losses, mask, normalise=config.normalise, max_tokens=self._config.rollout.max_new_tokens, **counts
+            losses, mask, normalize=config.normalize, max_tokens=self._config.rollout.max_new_tokens, **counts
         )
         return loss + _alive(output.logprobs), {"clipped": clipped, "approximate_kl": gap}
 
@@ -166,7 +166,7 @@ class Updater:
             losses = clipped_value_loss(
                 values, rows["old_values"], rows["returns"], clip=self._config.critic.value_clip
             )
-            loss = reduce_tokens(losses, rows["mask"], normalise="token", max_tokens=1, **counts) + _alive(outputs)
+            loss = reduce_tokens(losses, rows["mask"], normalize="token", max_tokens=1, **counts) + _alive(outputs)
             engine.backward(loss, last=place == len(batches) - 1)
             _accumulate(seen, {"value_loss": loss.detach()})
         self._close("critic", engine, batches, experience, report)

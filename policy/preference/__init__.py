@@ -1,1 +1,1 @@
-"""Preference optimisation: objectives on log-probabilities of pairs, without a reward model."""
+"""Preference optimization: objectives on log-probabilities of pairs, without a reward model."""

@@ -204,7 +204,7 @@ def alpha_dpo_loss(
     Raises:
         ValueError: if the shapes differ or ``beta`` is not positive.
     References:
-        Wu et al., arXiv:2410.10148, normalised as in their code, which has beta 10 with gamma_ratio .4 and alpha .05
+        Wu et al., arXiv:2410.10148, normalized as in their code, which has beta 10 with gamma_ratio .4 and alpha .05
         to .2. Ours: the deviation divides by B, theirs by B - 1.
     """
     check_positive(beta=beta)
@@ -260,7 +260,7 @@ def kto_loss(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> Tensor:
-    r"""KTO: single responses, labelled good or bad, valued against a reference point as prospect theory has it.
+    r"""KTO: single responses, labeled good or bad, valued against a reference point as prospect theory has it.
 
         loss_i = desirable_weight (1 - s(beta (d_i - z)))      where labels_i
                  undesirable_weight (1 - s(beta (z - d_i)))    elsewhere;   z = max(0, kl)
@@ -304,7 +304,7 @@ def matched(values: Tensor, others: Tensor) -> Tensor:
 
 
 def gamma_targets(gaps: Tensor, *, gamma: float, tau: float, steps: int = 20) -> Tensor:
-    r"""gammaPO's target margins: gamma N p, with p a distribution over the pairs that minimises
+    r"""gammaPO's target margins: gamma N p, with p a distribution over the pairs that minimizes
 
         mean_i softplus(gamma N p_i - gaps_i) + tau KL(p || uniform)
 

@@ -27,7 +27,7 @@ def ipo_loss(
     Args:
         chosen_logratios, rejected_logratios: see :func:`sigmoid_loss`.
         chosen_lengths, rejected_lengths: ``(B,)`` response tokens, at least 1.
-        beta: strength of the regularisation, tau in the paper.
+        beta: strength of the regularization, tau in the paper.
     Returns:
         ``(B,)`` losses in nats per token, squared.
     Raises:
@@ -50,7 +50,7 @@ def sigmoid_norm_loss(
     *,
     beta: float = 5.0,
 ) -> Tensor:
-    r"""Length-normalised DPO.
+    r"""Length-normalized DPO.
 
         loss_i = -log s(beta (d_w / n_w - d_l / n_l))
 

@@ -17,7 +17,7 @@ class SftConfig:
     """Run folder: config, logs, checkpoints, and final/ when done."""
     model: PolicyConfig
     data: ExampleDataConfig
-    """Conversations; the assistant turns in them are learnt."""
+    """Conversations; the assistant turns in them are learned."""
     optim: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=2e-5))
     train: TrainConfig = field(default_factory=lambda: TrainConfig(best_metric="-eval/loss"))
     engine: EngineConfig = field(default_factory=EngineConfig)

@@ -51,7 +51,7 @@ def evaluate_responses(nll: ArrayLike, tokens: ArrayLike) -> SftEvaluation:
     Raises:
         DataError: if no conversation has one.
     References:
-        Cochran (1977), Sampling Techniques, section 6.3: the variance of a ratio, linearised.
+        Cochran (1977), Sampling Techniques, section 6.3: the variance of a ratio, linearized.
     """
     nll, tokens = np.asarray(nll, np.float64), np.asarray(tokens, np.float64)
     nll, tokens = nll[tokens > 0], tokens[tokens > 0]

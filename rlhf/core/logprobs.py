@@ -148,26 +148,26 @@ class _ChunkedLogprobs(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, shape: _LogitShape
     ) -> tuple[Tensor, Tensor, Tensor]:
         precision = torch.promote_types(hidden.dtype, torch.float32)
-        normalisers = torch.empty(len(hidden), dtype=precision, device=hidden.device)
-        chosen, squares, entropies = (torch.zeros_like(normalisers) for _ in range(3))
+        normalizers = torch.empty(len(hidden), dtype=precision, device=hidden.device)
+        chosen, squares, entropies = (torch.zeros_like(normalizers) for _ in range(3))
         only_hidden = ctx.needs_input_grad[:3] == (True, False, False)
         kept = [torch.empty_like(hidden) for _ in range(1 + shape.with_entropies)] if only_hidden else []
         for part in _chunks(len(hidden), shape.chunk_tokens):
             logits = _logits(hidden[part], weight, bias, shape)
             chosen[part] = logits.gather(1, targets[part, None]).squeeze(1)
-            normalisers[part] = logits.logsumexp(dim=-1)
+            normalizers[part] = logits.logsumexp(dim=-1)
             if shape.with_square_sums:
-                squares[part] = (2 * logits).logsumexp(dim=-1) - 2 * normalisers[part]
+                squares[part] = (2 * logits).logsumexp(dim=-1) - 2 * normalizers[part]
             if shape.with_entropies:
-                entropies[part] = _entropies(logits, normalisers[part])
+                entropies[part] = _entropies(logits, normalizers[part])
             if kept:
-                slopes = _logit_slopes(logits, targets[part], normalisers[part], entropies[part], shape)
+                slopes = _logit_slopes(logits, targets[part], normalizers[part], entropies[part], shape)
                 for to_hidden, slope in zip(kept, slopes, strict=True):
                     to_hidden[part] = slope.to(weight.dtype) @ weight
-        ctx.save_for_backward(*(kept if only_hidden else (hidden, weight, bias, targets, normalisers, entropies)))
+        ctx.save_for_backward(*(kept if only_hidden else (hidden, weight, bias, targets, normalizers, entropies)))
         ctx.shape, ctx.only_hidden = shape, only_hidden
         ctx.mark_non_differentiable(squares, *(() if shape.with_entropies else (entropies,)))
-        return chosen - normalisers, squares, entropies
+        return chosen - normalizers, squares, entropies
 
     @staticmethod
     @once_differentiable
@@ -178,14 +178,14 @@ class _ChunkedLogprobs(torch.autograd.Function):
             if ctx.shape.with_entropies:
                 to_hidden += upstream_entropies[:, None] * slopes[1]
             return to_hidden.to(slopes[0].dtype), None, None, None, None
-        hidden, weight, bias, targets, normalisers, entropies = ctx.saved_tensors
+        hidden, weight, bias, targets, normalizers, entropies = ctx.saved_tensors
         to_hidden, to_weight, to_bias = (
-            torch.zeros_like(values, dtype=normalisers.dtype) if needed and values is not None else None
+            torch.zeros_like(values, dtype=normalizers.dtype) if needed and values is not None else None
             for values, needed in zip((hidden, weight, bias), ctx.needs_input_grad[:3], strict=True)
         )
         for part in _chunks(len(hidden), ctx.shape.chunk_tokens):
             logits = _logits(hidden[part], weight, bias, ctx.shape)
-            slopes = _logit_slopes(logits, targets[part], normalisers[part], entropies[part], ctx.shape)
+            slopes = _logit_slopes(logits, targets[part], normalizers[part], entropies[part], ctx.shape)
             slope = slopes[0].mul_(upstream[part, None])
             if ctx.shape.with_entropies:
                 slope += slopes[1].mul_(upstream_entropies[part, None])
@@ -200,14 +200,14 @@ class _ChunkedLogprobs(torch.autograd.Function):
         return (*(g if g is None else g.to(values.dtype) for g, values in gradients), None, None)
 
 
-def _entropies(logits: Tensor, normalisers: Tensor) -> Tensor:
+def _entropies(logits: Tensor, normalizers: Tensor) -> Tensor:
     """``(n,)`` in nats."""
-    logprobs = logits - normalisers[:, None]
+    logprobs = logits - normalizers[:, None]
     return -logprobs.exp().mul_(logprobs).sum(dim=-1)
 
 
 def _logit_slopes(
-    logits: Tensor, targets: Tensor, normalisers: Tensor, entropies: Tensor, shape: _LogitShape
+    logits: Tensor, targets: Tensor, normalizers: Tensor, entropies: Tensor, shape: _LogitShape
 ) -> tuple[Tensor, ...]:
     """``(n, V)`` gradient of each row's log-probability, with respect to the bare product of states and weight.
 
@@ -215,7 +215,7 @@ def _logit_slopes(
     ``-p_v (log p_v + H)``. Overwrites ``logits``.
     """
     flatness = None if shape.softcap is None else 1 - (logits * (shape.temperature / shape.softcap)) ** 2
-    logprobs = logits.sub_(normalisers[:, None])
+    logprobs = logits.sub_(normalizers[:, None])
     of_entropy = ()
     if shape.with_entropies:
         of_entropy = (logprobs.exp().neg_().mul_(logprobs + entropies[:, None]),)

@@ -12,7 +12,7 @@ _PROBE = "Hello world,\n\n1. naïve 12345  tokens\tfür 日本語 🙂 don't\n"
 def tokenizer_digest(tokenizer: Any) -> str:
     """A name for what the tokenizer does to text: equal after save and load and in every process.
 
-    Covers the vocabulary, merges, normaliser, pre-tokeniser, added and special tokens, and the ids of a
+    Covers the vocabulary, merges, normalizer, pre-tokenizer, added and special tokens, and the ids of a
     probe text with its automatic special tokens. Leaves out what callers set per call: padding, truncation.
     """
     named = {name: getattr(tokenizer, name, None) for name in _NAMED_TOKENS}

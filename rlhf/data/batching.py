@@ -1,7 +1,7 @@
 """Global batches of an exact number of items, packed into micro-batches under a token budget.
 
 A step is one global batch of items: pairs of rows, or single rows. They are sorted by length and cut into
-micro-batches whose padded tokens stay under the budget; each micro-batch is computed as a few row groups,
+micro-batches whose padded tokens stay under the budget; each micro-batch is computed as a few length buckets,
 each padded to its own longest row, so that the short answer of a pair does not pay for the long one. Every
 rank makes the same plan from the same lengths, so no communication is needed and all ranks run the same
 number of forwards.
@@ -19,7 +19,7 @@ from torch import Tensor
 from rlhf.core.masking import length_mask
 
 SPARED_GROUP = 1.04
-"""Padded tokens that fewer row groups may take, of those of the best split."""
+"""Padded tokens that fewer length buckets may take, of those of the best split."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class ItemSource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class MicroBatchPlan:
-    """Which items a rank computes together, and in which row groups.
+    """Which items a rank computes together, and in which length buckets.
 
     ``items`` are B positions in the global batch. Row ``k`` of ``groups`` is row ``k // B`` of item
     ``items[k % B]``: of pairs, first all chosen rows, then all rejected ones. A plan without items is
@@ -67,15 +67,15 @@ class MicroBatchPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RowGroup:
+class LengthBucket:
     """Rows of one padded block."""
 
     tokens: Tensor  # (R, T) int64, right-padded
     token_mask: Tensor  # (R, T) bool, True on real tokens
     response_mask: Tensor  # (R, T) bool, True on response tokens, the end token included
 
-    def to(self, device: torch.device) -> "RowGroup":
-        return RowGroup(
+    def to(self, device: torch.device) -> "LengthBucket":
+        return LengthBucket(
             tokens=self.tokens.to(device),
             token_mask=self.token_mask.to(device),
             response_mask=self.response_mask.to(device),
@@ -84,14 +84,14 @@ class RowGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """B items of S rows each, spread over row groups.
+    """B items of S rows each, spread over length buckets.
 
     ``order`` puts the rows back: indexing the concatenated outputs of all groups by it gives the first
     rows of all items, then their second rows: B chosen rows, then the B rejected rows of the same
     prompts. Filler has ``B = 0``.
     """
 
-    groups: tuple[RowGroup, ...]
+    groups: tuple[LengthBucket, ...]
     rows_per_item: int  # S
     order: Tensor  # (S * B,) int64
     positions: Tensor  # (B,) int64, places of the items in the global batch
@@ -134,7 +134,7 @@ def steps_per_epoch(items: int, batch_size: int) -> int:
 
 
 def plan_micro_batches(
-    lengths: np.ndarray, *, token_budget: int, ranks: int, row_groups: int
+    lengths: np.ndarray, *, token_budget: int, ranks: int, length_buckets: int
 ) -> list[list[MicroBatchPlan]]:
     """Pack one global batch: ``plan[k][r]`` is what rank ``r`` computes in micro-step ``k``.
 
@@ -142,24 +142,24 @@ def plan_micro_batches(
         lengths: ``(P, S)`` tokens of the rows of each item of the global batch.
         token_budget: padded tokens of one micro-batch; an item longer than that stands alone.
         ranks: number of data-parallel ranks.
-        row_groups: padded blocks per micro-batch, at most.
+        length_buckets: padded blocks per micro-batch, at most.
     """
     by_length = np.argsort(-lengths.sum(axis=1), kind="stable")
-    bins = _pack(lengths, by_length, token_budget, row_groups)
+    bins = _pack(lengths, by_length, token_budget, length_buckets)
     count = -(-len(bins) // ranks) * ranks
-    bins = _balance(lengths, by_length, token_budget, row_groups, bins, count)
-    plans = [_plan(lengths, items, token_budget, row_groups) for items in bins]
+    bins = _balance(lengths, by_length, token_budget, length_buckets, bins, count)
+    plans = [_plan(lengths, items, token_budget, length_buckets) for items in bins]
     plans += [MicroBatchPlan((), (), 0)] * (count - len(plans))
     return [plans[start : start + ranks] for start in range(0, count, ranks)]
 
 
-def _pack(lengths: np.ndarray, order: np.ndarray, cap: int, row_groups: int) -> list[list[int]]:
+def _pack(lengths: np.ndarray, order: np.ndarray, cap: int, length_buckets: int) -> list[list[int]]:
     """Next-fit over items in falling length: cut where the padded tokens would pass ``cap``."""
     bins: list[list[int]] = []
     rows: list[int] = []
     for item in order.tolist():
         longer = [*rows, *lengths[item].tolist()]
-        if bins and _split_rows(np.array(longer), row_groups)[0] <= cap:
+        if bins and _split_rows(np.array(longer), length_buckets)[0] <= cap:
             bins[-1].append(item)
             rows = longer
         else:
@@ -169,13 +169,13 @@ def _pack(lengths: np.ndarray, order: np.ndarray, cap: int, row_groups: int) -> 
 
 
 def _balance(
-    lengths: np.ndarray, order: np.ndarray, budget: int, row_groups: int, bins: list[list[int]], count: int
+    lengths: np.ndarray, order: np.ndarray, budget: int, length_buckets: int, bins: list[list[int]], count: int
 ) -> list[list[int]]:
     """The packing into at most ``count`` bins with the smallest cap (to 2 %): even work for all ranks."""
     low, high = int(lengths.sum()) // max(count, 1), budget
     while high - low > max(high // 50, 1):
         middle = (low + high) // 2
-        trial = _pack(lengths, order, middle, row_groups)
+        trial = _pack(lengths, order, middle, length_buckets)
         if len(trial) <= count:
             bins, high = trial, middle
         else:
@@ -183,20 +183,20 @@ def _balance(
     return bins
 
 
-def _plan(lengths: np.ndarray, items: list[int], budget: int, row_groups: int) -> MicroBatchPlan:
-    """With as few row groups as come near the least padding: every group is a forward of its own."""
+def _plan(lengths: np.ndarray, items: list[int], budget: int, length_buckets: int) -> MicroBatchPlan:
+    """With as few length buckets as come near the least padding: every group is a forward of its own."""
     rows = lengths[items].T.reshape(-1)
-    least, _ = _split_rows(rows, row_groups)
+    least, _ = _split_rows(rows, length_buckets)
     bound = max(least, min(SPARED_GROUP * least, budget))
-    tries = (_split_rows(rows, count) for count in range(1, row_groups + 1))
+    tries = (_split_rows(rows, count) for count in range(1, length_buckets + 1))
     cost, groups = next((cost, groups) for cost, groups in tries if cost <= bound)
     return MicroBatchPlan(tuple(items), groups, cost)
 
 
-def _split_rows(rows: np.ndarray, row_groups: int) -> tuple[int, tuple[tuple[int, ...], ...]]:
-    """Cut rows, sorted by length, into at most ``row_groups`` blocks with the fewest padded tokens.
+def _split_rows(rows: np.ndarray, length_buckets: int) -> tuple[int, tuple[tuple[int, ...], ...]]:
+    """Cut rows, sorted by length, into at most ``length_buckets`` blocks with the fewest padded tokens.
 
-    Dynamic programme over cut positions: ``best[j]`` is the least cost of the ``j`` longest rows.
+    Dynamic program over cut positions: ``best[j]`` is the least cost of the ``j`` longest rows.
     """
     order = np.argsort(-rows, kind="stable")
     sizes = rows[order]
@@ -205,7 +205,7 @@ def _split_rows(rows: np.ndarray, row_groups: int) -> tuple[int, tuple[tuple[int
     block = np.where(width > 0, sizes[:, None] * width, np.iinfo(np.int64).max // 4)  # rows i..j-1 padded to row i
     best = np.concatenate([[0], block[0, 1:]])
     starts = [np.zeros(count + 1, dtype=np.int64)]
-    for _ in range(min(row_groups, count) - 1):
+    for _ in range(min(length_buckets, count) - 1):
         total = best[:-1, None] + block
         starts.append(total.argmin(axis=0))
         best = np.concatenate([[0], total[:, 1:].min(axis=0)])
@@ -225,13 +225,13 @@ def collate(source: ItemSource, indices: np.ndarray, plan: MicroBatchPlan, group
         source: the items.
         indices: dataset indices of the global batch that ``plan`` was made for.
         plan: what to collate.
-        group_count: row groups that every rank runs in this micro-step.
+        group_count: length buckets that every rank runs in this micro-step.
     """
     chosen = np.asarray(indices)[list(plan.items)].astype(np.int64)
     items = [source.item(int(index)) for index in chosen]
     rows = [row for side in zip(*(item.rows for item in items), strict=True) for row in side]
-    groups = [row_group([rows[row] for row in group]) for group in plan.groups]
-    groups += [row_group([FILLER])] * (group_count - len(groups))
+    groups = [length_bucket([rows[row] for row in group]) for group in plan.groups]
+    groups += [length_bucket([FILLER])] * (group_count - len(groups))
     flat = np.array([row for group in plan.groups for row in group], dtype=np.int64)
     return Batch(
         groups=tuple(groups),
@@ -251,7 +251,7 @@ def groups_per_micro_step(plans: Sequence[MicroBatchPlan]) -> int:
     return max(1, *(len(plan.groups) for plan in plans))
 
 
-def row_group(rows: Sequence[Row]) -> RowGroup:
+def length_bucket(rows: Sequence[Row]) -> LengthBucket:
     """Rows padded on the right to the longest of them."""
     lengths = torch.tensor([len(row.tokens) for row in rows])
     width = int(lengths.max())
@@ -260,7 +260,7 @@ def row_group(rows: Sequence[Row]) -> RowGroup:
     for place, row in enumerate(rows):
         padded[place, : len(row.tokens)] = row.tokens
         response[place, : len(row.tokens)] = row.response
-    return RowGroup(
+    return LengthBucket(
         tokens=torch.from_numpy(padded),
         token_mask=length_mask(lengths, width),
         response_mask=torch.from_numpy(response),

@@ -14,7 +14,7 @@ from rlhf.data.records import BadRow, PreferenceRecord, prompt_key, to_record
 from rlhf.data.report import LeftOut
 from rlhf.data.sources import Source, open_source, row_names
 from rlhf.data.templates import ChatFormat, TemplateFault
-from rlhf.data.tokenising import parsed
+from rlhf.data.tokenizing import parsed
 
 CONTRADICTORY_LIMIT = 0.01
 """Share of contradictory pairs from which the data is called unfit."""
@@ -47,7 +47,7 @@ class Ruler:
                 measured.append(fault)
             else:
                 measured.append((0, 0, 0))
-        sizes = iter([(start, len(ids) - start) for ids, start in self.chat.tokenise(texts)])
+        sizes = iter([(start, len(ids) - start) for ids, start in self.chat.tokenize(texts)])
         for place, entry in enumerate(measured):
             if not isinstance(entry, TemplateFault):
                 (prompt, chosen), (_, rejected) = next(sizes), next(sizes)
@@ -160,9 +160,9 @@ def wilson_interval(hits: int, total: int, z: float = 1.96) -> tuple[float, floa
     if total == 0:
         return 0.0, 1.0
     share = hits / total
-    centre = (share + z * z / (2 * total)) / (1 + z * z / total)
+    center = (share + z * z / (2 * total)) / (1 + z * z / total)
     spread = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    return centre - spread, centre + spread
+    return center - spread, center + spread
 
 
 def reasons(bad: Sequence[LeftOut]) -> dict[str, list[LeftOut]]:

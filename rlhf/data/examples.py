@@ -14,7 +14,7 @@ from rlhf.data.options import ExampleDataConfig
 from rlhf.data.report import DataReport
 from rlhf.data.splitting import Draw, StoredRows, seeded_hash, split
 from rlhf.data.templates import Turns
-from rlhf.data.tokenising import cut_left
+from rlhf.data.tokenizing import cut_left
 
 
 class MismatchedRows:
@@ -48,7 +48,7 @@ class MismatchedRows:
 
 
 class ExampleDataset:
-    """N tokenised examples in a fixed order; the tokens stay on disk.
+    """N tokenized examples in a fixed order; the tokens stay on disk.
 
     An item is one row; an answer with a label brings a mismatched row along.
 
@@ -107,14 +107,14 @@ def load_examples(
     kind: Literal["conversation", "unpaired"],
     run_folder: Path | None = None,
 ) -> LoadedExamples:
-    """Read, check, tokenise (or take from the cache), split and mix the sources of ``config``.
+    """Read, check, tokenize (or take from the cache), split and mix the sources of ``config``.
 
     Every process that calls this with the same arguments gets the same data; the first one fills the cache.
 
     Args:
         config: the data section of a recipe.
         tokenizer: of the model that is to read the rows.
-        kind: what the rows are: conversations whose assistant turns are learnt, or answers with a label.
+        kind: what the rows are: conversations whose assistant turns are learned, or answers with a label.
         run_folder: where ``quarantine.jsonl`` goes; ``None`` writes none.
     Raises:
         DataError: if a source cannot be read, too many of its rows are bad, or too few are left.
@@ -122,7 +122,7 @@ def load_examples(
     """
     unpaired = kind == "unpaired"
     sources = load_sources(
-        config, Examples(labelled=unpaired), lambda source: config.columns, tokenizer, run_folder=run_folder
+        config, Examples(labeled=unpaired), lambda source: config.columns, tokenizer, run_folder=run_folder
     )
     parts = split(config, sources, max_train=config.max_train_rows, max_eval=config.max_eval_rows)
     if unpaired:

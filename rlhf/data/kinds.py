@@ -1,4 +1,4 @@
-"""The kinds of rows that can be tokenised: preference pairs, conversations, answers with a label, and prompts."""
+"""The kinds of rows that can be tokenized: preference pairs, conversations, answers with a label, and prompts."""
 
 import json
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from rlhf.data.options import ColumnConfig, ExampleColumns, PromptColumns
 from rlhf.data.records import ExampleRecord, PreferenceRecord, PromptRecord, to_example, to_prompt, to_record
 from rlhf.data.store import EXAMPLE, PAIR, PROMPT, Fields, text_as_numbers
 from rlhf.data.templates import Span, Turns
-from rlhf.data.tokenising import Tokenising
+from rlhf.data.tokenizing import Tokenizing
 
 
 class Pairs:
@@ -22,7 +22,7 @@ class Pairs:
     def read(self, value: Any, columns: ColumnConfig, *, row_id: str, source: str) -> tuple[PreferenceRecord, str]:
         return to_record(value, columns, row_id=row_id, source=source)
 
-    def render(self, entry: PreferenceRecord, settings: Tokenising) -> list[tuple[str, list[Span]]]:
+    def render(self, entry: PreferenceRecord, settings: Tokenizing) -> list[tuple[str, list[Span]]]:
         prompt = settings.with_system_prompt(entry.prompt)
         return [_to_the_end(*settings.format.render(prompt, side)) for side in (entry.chosen, entry.rejected)]
 
@@ -35,23 +35,23 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Examples:
-    """One conversation, in which only assistant turns behind the prompt are the model's; or, where ``labelled``,
+    """One conversation, in which only assistant turns behind the prompt are the model's; or, where ``labeled``,
     one answer, which is all that follows the prompt, as in a pair."""
 
-    labelled: bool
+    labeled: bool
     unit = "examples"
     record = EXAMPLE
 
     @property
     def name(self) -> str:
-        return "labelled answers" if self.labelled else "conversations"
+        return "labeled answers" if self.labeled else "conversations"
 
     def read(self, value: Any, columns: ExampleColumns, *, row_id: str, source: str) -> tuple[ExampleRecord, str]:
-        return to_example(value, columns, labelled=self.labelled, row_id=row_id, source=source)
+        return to_example(value, columns, labeled=self.labeled, row_id=row_id, source=source)
 
-    def render(self, entry: ExampleRecord, settings: Tokenising) -> list[tuple[str, list[Span]]]:
+    def render(self, entry: ExampleRecord, settings: Tokenizing) -> list[tuple[str, list[Span]]]:
         prompt = settings.with_system_prompt(entry.prompt)
-        if self.labelled:
+        if self.labeled:
             return [_to_the_end(*settings.format.render(prompt, entry.completion))]
         return [settings.format.render_turns([*prompt, *entry.completion], first=len(prompt))]
 
@@ -69,7 +69,7 @@ class Prompts:
     def read(self, value: Any, columns: PromptColumns, *, row_id: str, source: str) -> tuple[PromptRecord, str]:
         return to_prompt(value, columns, row_id=row_id, source=source)
 
-    def render(self, entry: PromptRecord, settings: Tokenising) -> list[tuple[str, list[Span]]]:
+    def render(self, entry: PromptRecord, settings: Tokenizing) -> list[tuple[str, list[Span]]]:
         text = settings.format.render_prompt(settings.with_system_prompt(entry.prompt))
         return [(text, [(len(text), len(text))])]  # an empty response, so that all of the prompt may be cut
 

@@ -1,4 +1,4 @@
-"""The sources of a recipe: found, tokenised, reported on, and refused where too much of them is bad."""
+"""The sources of a recipe: found, tokenized, reported on, and refused where too much of them is bad."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -18,15 +18,15 @@ from rlhf.data.report import (
 )
 from rlhf.data.sources import Source, open_source, row_names
 from rlhf.data.templates import ChatFormat, chat_format
-from rlhf.data.tokenising import RowKind, TokenisedSource, Tokenising, tokenise_source
+from rlhf.data.tokenizing import RowKind, TokenizedSource, Tokenizing, tokenize_source
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedSources:
     """All sources as tokens."""
 
-    train: Sequence[TokenisedSource]
-    evals: Sequence[TokenisedSource]
+    train: Sequence[TokenizedSource]
+    evals: Sequence[TokenizedSource]
     names: Mapping[str, str]
     """Short names of the files."""
     report: DataReport
@@ -41,7 +41,7 @@ def load_sources(
     run_folder: Path | None,
     cache_dir: Path | None = None,
 ) -> LoadedSources:
-    """Read, check and tokenise (or take from the cache) the sources of ``config``.
+    """Read, check and tokenize (or take from the cache) the sources of ``config``.
 
     Args:
         config: the data section of a recipe.
@@ -58,10 +58,10 @@ def load_sources(
     folder = (config.cache_dir or cache_dir or default_cache_dir()).expanduser()
     opened = _open_all(config)
     names = row_names([file for _, _, source in opened for file in source.files])
-    parts: list[TokenisedSource] = []
+    parts: list[TokenizedSource] = []
     reports: list[SourceReport] = []
     for role, entry, source in opened:
-        parts.append(tokenise_source(source, Tokenising.of(config, kind, columns_of(entry), chat), folder))
+        parts.append(tokenize_source(source, Tokenizing.of(config, kind, columns_of(entry), chat), folder))
         reports.append(_source_report(role, entry, parts[-1], kind.unit, names))
     quarantine = run_folder / QUARANTINE if run_folder else None
     if quarantine:
@@ -97,7 +97,7 @@ def _open_all(config: RowsConfig) -> list[tuple[Literal["train", "eval"], RowSou
 
 
 def _source_report(
-    role: Literal["train", "eval"], entry: RowSource, part: TokenisedSource, unit: str, names: Mapping[str, str]
+    role: Literal["train", "eval"], entry: RowSource, part: TokenizedSource, unit: str, names: Mapping[str, str]
 ) -> SourceReport:
     left_out = []
     for row in part.store.bad:

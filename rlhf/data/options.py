@@ -32,13 +32,13 @@ class ExampleColumns:
     """Names of the columns. Unset: the usual name, where rows have it. Empty: ignore such a column."""
 
     messages: str | None = None
-    """A whole conversation; every assistant message in it is learnt (usual names: messages, conversations). Rows
+    """A whole conversation; every assistant message in it is learned (usual names: messages, conversations). Rows
     without it have a completion. Not for rows with labels."""
     prompt: str | None = None
     """Text or messages before the completion (usual name: prompt). Rows without it hold whole conversations."""
     completion: str | None = None
     """The answer, or the whole conversation that ends with it (usual names: completion, response). Assistant
-    messages of the prompt are not learnt."""
+    messages of the prompt are not learned."""
     label: str | None = None
     """Whether the completion is a desirable one: true or false, 1 or 0 (usual name: label)."""
 
@@ -105,7 +105,7 @@ class RowsConfig:
     max_tokens: Annotated[int, Gt(1)] = 1024
     """Longest prompt plus response, in tokens."""
     over_length: Literal["truncate_prompt_left", "drop", "error"] = "truncate_prompt_left"
-    """For longer rows: cut their start (an answer that loses its beginning is not learnt; a last one that alone is
+    """For longer rows: cut their start (an answer that loses its beginning is not learned; a last one that alone is
     too long makes a bad row); or leave the row out; or stop. Each is counted in the report."""
     eval_share: Annotated[float, Ge(0), Lt(1)] = 0.05
     """Share of the training rows held out when data.eval is empty, by whole prompts. 0: no evaluation."""
@@ -115,7 +115,7 @@ class RowsConfig:
     seed: Annotated[int, Ge(0)] = 0
     """Decides what is drawn at random: what is held out and sampled, and how it is changed or put together."""
     cache_dir: Path | None = None
-    """Where tokenised data is kept. Unset: margin-rlhf in the user's cache folder."""
+    """Where tokenized data is kept. Unset: margin-rlhf in the user's cache folder."""
 
     def __post_init__(self) -> None:
         if not self.train_sources:

@@ -1,4 +1,4 @@
-"""Preference pairs, from the sources of a recipe to tokens: checked, tokenised, split by prompt, mixed."""
+"""Preference pairs, from the sources of a recipe to tokens: checked, tokenized, split by prompt, mixed."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ class TokenizedPair:
 
 
 class PreferenceDataset:
-    """N tokenised pairs in a fixed order; the tokens stay on disk.
+    """N tokenized pairs in a fixed order; the tokens stay on disk.
 
     Attributes:
         lengths: ``(N, 2)`` int32, tokens of the chosen and of the rejected row.
@@ -101,7 +101,7 @@ class LoadedPreferences:
 def load_preferences(
     config: DataConfig, tokenizer: Any, *, run_folder: Path | None = None, cache_dir: Path | None = None
 ) -> LoadedPreferences:
-    """Read, check, tokenise (or take from the cache), split and mix the sources of ``config``.
+    """Read, check, tokenize (or take from the cache), split and mix the sources of ``config``.
 
     Every process that calls this with the same arguments gets the same data; the first one fills the cache.
 

@@ -1,4 +1,4 @@
-"""Prompts, from the sources of a recipe to tokens: checked, tokenised, freed of repeats, split, mixed."""
+"""Prompts, from the sources of a recipe to tokens: checked, tokenized, freed of repeats, split, mixed."""
 
 import json
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from rlhf.data.report import DataReport, SourceReport
 from rlhf.data.splitting import StoredRows, split
 from rlhf.data.store import text_of_numbers
 from rlhf.data.templates import chat_format
-from rlhf.data.tokenising import TokenisedSource, Tokenising
+from rlhf.data.tokenizing import TokenizedSource, Tokenizing
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +47,8 @@ class PromptDataset:
         fingerprint: a name for the tokens, the messages, their order, and the tokenizer and template.
     """
 
-    def __init__(self, rows: StoredRows, settings: Tokenising) -> None:
-        """``settings`` are those that the rows were tokenised with."""
+    def __init__(self, rows: StoredRows, settings: Tokenizing) -> None:
+        """``settings`` are those that the rows were tokenized with."""
         self._rows, self._settings = rows, settings
         self.source_index, self.source_names = rows.source_index, rows.source_names
         self.prompt_keys = rows.records["prompt_key"]
@@ -82,7 +82,7 @@ class PromptData:
 
 
 def load_prompts(config: PromptDataConfig, tokenizer: Any, *, run_folder: Path | None = None) -> PromptData:
-    """Read, check, tokenise (or take from the cache), split and mix the sources of ``config``.
+    """Read, check, tokenize (or take from the cache), split and mix the sources of ``config``.
 
     Every process that calls this with the same arguments gets the same data; the first one fills the cache.
 
@@ -102,13 +102,13 @@ def load_prompts(config: PromptDataConfig, tokenizer: Any, *, run_folder: Path |
         train = _without_repeats(sources.train, train_reports)
         sources = replace(sources, train=train, evals=_without_repeats(sources.evals, eval_reports))
     parts = split(config, sources, max_train=config.max_train_prompts, max_eval=config.max_eval_prompts)
-    settings = Tokenising.of(config, kind, config.columns, chat_format(tokenizer, config.template))
+    settings = Tokenizing.of(config, kind, config.columns, chat_format(tokenizer, config.template))
     train, evals = (PromptDataset(rows, settings) for rows in parts)
     sources.report.describe(train.prompt_keys, evals.prompt_keys, train.lengths)
     return PromptData(train, evals, sources.report)
 
 
-def _without_repeats(parts: Sequence[TokenisedSource], reports: Sequence[SourceReport]) -> list[TokenisedSource]:
+def _without_repeats(parts: Sequence[TokenizedSource], reports: Sequence[SourceReport]) -> list[TokenizedSource]:
     """The sources with the first row of every prompt; how many others there were goes into the reports."""
     if not parts:
         return []

@@ -120,7 +120,7 @@ def to_record(value: Any, columns: ColumnConfig, *, row_id: str, source: str) ->
 
 
 def to_example(
-    value: Any, columns: ExampleColumns, *, labelled: bool, row_id: str, source: str
+    value: Any, columns: ExampleColumns, *, labeled: bool, row_id: str, source: str
 ) -> tuple[ExampleRecord, str]:
     """The conversation in one row, or its answer with a label, and the shape it had.
 
@@ -128,10 +128,10 @@ def to_example(
         BadRow: if the row is not usable as what is wanted.
     """
     _refuse_other_than_columns(value)
-    messages = None if labelled else _cell(value, columns, "messages")
+    messages = None if labeled else _cell(value, columns, "messages")
     if messages is not None:
         prompt, completion, shape = *_split_at_first_answer(messages), CONVERSATIONS
-    elif not labelled and _cell(value, columns, "completion") is None:
+    elif not labeled and _cell(value, columns, "completion") is None:
         raise BadRow("missing column", f"neither messages nor completion is there; the row has: {_names(value)}")
     else:
         prompt, completion, shape = _prompt_and_answer(value, columns, "completion")
@@ -140,7 +140,7 @@ def to_example(
     if completion[0]["role"] != "assistant":
         raise BadRow("no assistant answer", f"completion begins with a message from {completion[0]['role']!r}")
     _refuse_other_end("completion", completion)
-    label = _truth(value, columns, "label") if labelled else None
+    label = _truth(value, columns, "label") if labeled else None
     record = ExampleRecord(row_id=row_id, source=source, prompt=prompt, completion=completion, label=label)
     return record, shape
 

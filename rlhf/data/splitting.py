@@ -12,7 +12,7 @@ from rlhf.core.errors import DataError
 from rlhf.core.files import digest
 from rlhf.data.loading import LoadedSources
 from rlhf.data.options import RowsConfig, RowSource
-from rlhf.data.tokenising import TokenisedSource
+from rlhf.data.tokenizing import TokenizedSource
 
 
 class Draw(IntEnum):
@@ -26,7 +26,7 @@ class Draw(IntEnum):
 
 
 class StoredRows:
-    """N tokenised rows of several sources in a fixed order; the tokens stay on disk.
+    """N tokenized rows of several sources in a fixed order; the tokens stay on disk.
 
     Attributes:
         entries: ``(N, 2)``: which source, and which of its rows.
@@ -34,7 +34,7 @@ class StoredRows:
         source_index: ``(N,)`` int32, into ``source_names``.
     """
 
-    def __init__(self, parts: Sequence[TokenisedSource], entries: np.ndarray, names: Mapping[str, str]) -> None:
+    def __init__(self, parts: Sequence[TokenizedSource], entries: np.ndarray, names: Mapping[str, str]) -> None:
         """``names``: short names of files."""
         self.entries = entries
         self.records = np.empty(len(entries), parts[0].store.rows.dtype)
@@ -106,20 +106,20 @@ def split(
 
 
 def seeded_hash(keys: np.ndarray, seed: int) -> np.ndarray:
-    """A seeded hash of 64-bit keys (the finaliser of splitmix64)."""
+    """A seeded hash of 64-bit keys (the finalizer of splitmix64)."""
     z = keys + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 % 2**64)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
 
 
-def _all_entries(parts: Sequence[TokenisedSource]) -> np.ndarray:
+def _all_entries(parts: Sequence[TokenizedSource]) -> np.ndarray:
     counts = [len(part.store.rows) for part in parts]
     blocks = [np.stack([np.full(count, part), np.arange(count)], axis=1) for part, count in enumerate(counts)]
     return np.concatenate(blocks)
 
 
-def _prompt_keys(parts: Sequence[TokenisedSource], entries: np.ndarray) -> np.ndarray:
+def _prompt_keys(parts: Sequence[TokenizedSource], entries: np.ndarray) -> np.ndarray:
     keys = np.empty(len(entries), np.uint64)
     for number, part in enumerate(parts):
         here = entries[:, 0] == number

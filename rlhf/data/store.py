@@ -1,4 +1,4 @@
-"""Tokenised rows of one source, in a folder of flat memory-mapped arrays: the cache of tokenisation.
+"""Tokenized rows of one source, in a folder of flat memory-mapped arrays: the cache of tokenization.
 
 A folder holds ``tokens.bin`` (int32, two arrays of every row, one behind the other) and ``rows.npy`` (a record of
 each row: :data:`PAIR`, :data:`EXAMPLE` or :data:`PROMPT`); ``bad.jsonl`` lists the rows that were left out,

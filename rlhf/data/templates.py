@@ -1,6 +1,6 @@
 """From messages to tokens, in the form that a rollout of the same model would have.
 
-The whole conversation is rendered by the chat template and tokenised once; where the response begins is
+The whole conversation is rendered by the chat template and tokenized once; where the response begins is
 found by character offset, so no token boundary is forced between prompt and response. The text begins with
 the tokenizer's BOS where the tokenizer adds one by itself and the template does not, and it ends with an
 end token: white space that a template puts behind its end-of-turn token is cut, and EOS is appended where
@@ -114,14 +114,14 @@ class ChatFormat:
 
     def encode(self, prompt: Sequence[Message], response: Sequence[Message]) -> tuple[np.ndarray, int]:
         """Token ids ``(T,)`` int32 and the index of the first response token. Raises like :meth:`render`."""
-        return self.tokenise([self.render(prompt, response)])[0]
+        return self.tokenize([self.render(prompt, response)])[0]
 
-    def tokenise(self, rendered: Sequence[tuple[str, str]]) -> list[tuple[np.ndarray, int]]:
+    def tokenize(self, rendered: Sequence[tuple[str, str]]) -> list[tuple[np.ndarray, int]]:
         """Like :meth:`encode`, for many results of :meth:`render` in one call of the tokenizer."""
-        turns = self.tokenise_turns([(whole, [(len(before), len(whole))]) for before, whole in rendered])
+        turns = self.tokenize_turns([(whole, [(len(before), len(whole))]) for before, whole in rendered])
         return [(ids, int(spans[0, 0])) for ids, spans in turns]
 
-    def tokenise_turns(self, rendered: Sequence[tuple[str, Sequence[Span]]]) -> list[Turns]:
+    def tokenize_turns(self, rendered: Sequence[tuple[str, Sequence[Span]]]) -> list[Turns]:
         """The tokens of many results of :meth:`render_turns`, in one call of the tokenizer.
 
         A token that reaches beyond its turn, on either side, belongs to the turn.
@@ -129,7 +129,7 @@ class ChatFormat:
         if not rendered:
             return []
         if not getattr(self.tokenizer, "is_fast", False):
-            return [self._tokenise_in_parts(*turns) for turns in rendered]
+            return [self._tokenize_in_parts(*turns) for turns in rendered]
         texts = [text for text, _ in rendered]
         batch = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
         encoded = []
@@ -185,7 +185,7 @@ class ChatFormat:
         _refuse_dropped(text[slice(*span)], [messages[place]], "response")
         return span
 
-    def _tokenise_in_parts(self, text: str, spans: Sequence[Span]) -> Turns:
+    def _tokenize_in_parts(self, text: str, spans: Sequence[Span]) -> Turns:
         """For tokenizers without offsets: a token boundary is forced where a turn begins and where it ends."""
         bounds = [0, *(place for span in spans for place in span), len(text)]
         parts = [

@@ -7,7 +7,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from rlhf.core.errors import ConfigError
 from rlhf.engine.build import frozen_settings
 from rlhf.engine.options import EngineConfig
 from rlhf.engine.ranks import Ranks

@@ -1,4 +1,4 @@
-"""Requests to stop a run: noted at any moment, honoured by all ranks together at the next boundary of steps.
+"""Requests to stop a run: noted at any moment, honored by all ranks together at the next boundary of steps.
 
 A signal handler only takes a note: saving takes all ranks, and when the signal comes they are in the middle of a
 step. A note on one rank is enough, since DeepSpeed's launcher tells one rank at a time and waits for it to end.
@@ -78,7 +78,7 @@ class StopRequests:
     def agreed(self) -> str | None:
         """What asks the run to stop, by a rank's word that all then share; ``None`` to go on.
 
-        Every rank must call it. One small reduction; a ``STOP`` that is honoured is removed.
+        Every rank must call it. One small reduction; a ``STOP`` that is honored is removed.
         """
         mine = self._mine()
         flags = torch.tensor([float(flag) for flag in mine.values()], device=self._ranks.device)

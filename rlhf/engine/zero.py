@@ -46,7 +46,7 @@ class ZeroEngine:
         total_steps: int,
         deepspeed_config: dict[str, Any],
     ) -> None:
-        _quieten()
+        _quiet()
         require_ops(deepspeed_config)
         self.ranks = ranks
         self.settings = deepspeed_config
@@ -141,7 +141,7 @@ class ShardedModel:
     """See :class:`rlhf.engine.frozen.Frozen`; ZeRO-3 holds a share of the weights on each rank, or on the hosts."""
 
     def __init__(self, module: nn.Module, *, ranks: Ranks, deepspeed_config: dict[str, Any]) -> None:
-        _quieten()
+        _quiet()
         self.ranks = ranks
         module.requires_grad_(False).eval()
         require_ops(deepspeed_config)
@@ -175,7 +175,7 @@ def _with_own_nvme_folder(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _quieten() -> None:
+def _quiet() -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # On a CPU DeepSpeed would compile, for minutes, a shared-memory all-reduce; gloo does without.
     deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False

@@ -56,7 +56,7 @@ class BatchMaker:
             lengths,
             token_budget=self._config.micro_batch_tokens,
             ranks=self.ranks.world_size,
-            row_groups=self._config.row_groups,
+            length_buckets=self._config.length_buckets,
         )
         for micro_step in plan:
             mine = micro_step[self.ranks.rank]
@@ -67,7 +67,7 @@ class BatchMaker:
 
 
 def without_gradient(model: Frozen, batches: Iterable[Batch], **options: Any) -> Iterator[tuple[Batch, Any]]:
-    """Each batch with what the model says about its row groups, dropout off. All ranks must call it alike."""
+    """Each batch with what the model says about its length buckets, dropout off. All ranks must call it alike."""
     with asking(model):
         for batch in batches:
             yield batch, model.forward(batch.groups, **options)

@@ -19,7 +19,7 @@ from rlhf.engine.api import Engine
 from rlhf.engine.checkpoint import CheckpointStore
 from rlhf.engine.ranks import Ranks
 from rlhf.engine.stop import StopRequests
-from rlhf.train.completion import remove_completion
+from rlhf.train.done import remove_completion
 from rlhf.train.metrics import MetricLog, SkipLog
 from rlhf.train.options import TrainConfig
 from rlhf.train.progress import Progress

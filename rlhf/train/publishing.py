@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from rlhf.core.errors import ModelError
-from rlhf.data.batching import ItemSource, Row, row_group
+from rlhf.data.batching import ItemSource, Row, length_bucket
 from rlhf.engine.api import Engine
 from rlhf.engine.stop import sheltering_children
 from rlhf.train.batches import asking
@@ -31,7 +31,7 @@ def sample_rows(data: ItemSource) -> list[Row]:
 def live_outputs(engine: Engine, rows: Sequence[Row]) -> list[Any]:
     """What the model under training says about each row alone. Every rank must call it."""
     with asking(engine):
-        return [engine.forward((row_group([row]).to(engine.ranks.device),)) for row in rows]
+        return [engine.forward((length_bucket([row]).to(engine.ranks.device),)) for row in rows]
 
 
 def readable_cases(rows: Sequence[Row], values: Tensor, tokenizer: Any) -> list[dict]:

@@ -11,7 +11,7 @@ from rlhf.config import parse_command_line, to_yaml
 from rlhf.core.clock import process_started
 from rlhf.core.errors import UserError
 from rlhf.core.files import naming_full_disk
-from rlhf.train.completion import Completion, config_digest, remove_completion, write_completion
+from rlhf.train.done import Completion, config_digest, remove_completion, write_completion
 from rlhf.train.output import print_to
 
 

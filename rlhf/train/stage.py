@@ -30,7 +30,7 @@ from rlhf.engine.stop import StopRequests, noting_signals
 from rlhf.models.backbones import hide_loading_bars
 from rlhf.models.options import BackboneConfig
 from rlhf.models.tokenizer import load_tokenizer
-from rlhf.train.completion import Completion, config_digest, read_completion, write_completion
+from rlhf.train.done import Completion, config_digest, read_completion, write_completion
 from rlhf.train.loop import LoopState, Run, Stateful, Task, Watched, fit, load_checkpoint
 from rlhf.train.options import TrainConfig
 from rlhf.train.output import print_to, this_rank

@@ -16,14 +16,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch import ds_command, hostfile, slurm_command
+from benchmarks import make_corpus
 from launch.cli import build_parser
+from launch.commands import ds, slurm
+from launch.jobs import hostfile
 from launch.pipeline.recipe import load_pipeline
-from launch.quickstart import make_corpus
-from launch.recipe_stage import read_stage
-from launch.stages import KINDS
+from launch.pipeline.sweep import plan_sweep
+from launch.stages import KINDS, read_stage
 from launch.stages import STAGES as TRAINING
-from launch.sweep_plan import plan_sweep
 from rlhf.config import load_config, parse_command_line
 from rlhf.core.errors import UserError
 from rlhf.engine import deepspeed_config
@@ -102,7 +102,7 @@ SHOWN = sorted({line for line in shown() if stage_and_arguments(line) or (progra
 RLHF = [line for line in SHOWN if program(line) == "rlhf"]
 STAGE = [line for line in SHOWN if stage_and_arguments(line)]
 BENCHMARK = [line for line in SHOWN if re.match(r"python benchmarks/", line)]
-MODULE = [line for line in SHOWN if re.match(r"python -m launch\.", line)]
+MODULE = [line for line in SHOWN if re.match(r"python -m (launch|benchmarks)\.", line)]
 
 
 # ---- what is the reader's own
@@ -152,7 +152,7 @@ def check_plan(options: argparse.Namespace) -> None:
 def check_ds(options: argparse.Namespace) -> None:
     words = options.overrides
     if options.action == "show":
-        name, settings = ds_command._configuration_and_settings(words)
+        name, settings = ds._configuration_and_settings(words)
         read_stage(options.config, settings, options.stage, program="ds show")
         words = [name] if name else []
     for word in words:
@@ -170,7 +170,7 @@ def check_doctor(options: argparse.Namespace) -> None:
 CHECKS = {
     "plan": check_plan,
     "ds": check_ds,
-    "slurm": slurm_command._read,
+    "slurm": slurm._read,
     "doctor": check_doctor,
     "pipeline": lambda options: load_pipeline(options.recipe, options.overrides),
     "sweep": lambda options: plan_sweep(options.config, options.overrides, Path("runs/sweep")),
@@ -250,9 +250,9 @@ def parse_hostfile(words: list[str]) -> None:
 
 
 MODULES = {
-    "launch.hostfile": parse_hostfile,
-    "launch.plan.measure": parse_measure,
-    "launch.quickstart.make_corpus": lambda words: make_corpus._parser().parse_args(words),
+    "launch.jobs.hostfile": parse_hostfile,
+    "benchmarks.measure": parse_measure,
+    "benchmarks.make_corpus": lambda words: make_corpus._parser().parse_args(words),
 }
 
 
@@ -288,7 +288,7 @@ def test_every_kind_of_command_is_shown_and_parsed():
         "rlhf plan reward --config launch/recipes/no_such.yaml",
     ],
 )
-def test_a_misspelt_setting_would_be_found(command):
+def test_a_misspelled_setting_would_be_found(command):
     options = rlhf_options(command)
     with pytest.raises(UserError):
         CHECKS[options.command](options)

@@ -1,6 +1,6 @@
 """launch/scripts: the commands that they start, caught by stand-ins, are parsed by the parsers that would run them.
 
-Runs of these scripts: tests/launch/test_hostfile.py (deepspeed over ssh), tests/launch/slurm/ (srun, sbatch).
+Runs of these scripts: tests/launch/jobs/test_hostfile.py (deepspeed over ssh), tests/launch/slurm/ (srun, sbatch).
 """
 
 import importlib

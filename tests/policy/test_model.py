@@ -3,7 +3,7 @@ import torch
 
 from policy.model import PolicyConfig, build_policy
 from rlhf.core.errors import ModelError
-from rlhf.data.batching import Row, row_group
+from rlhf.data.batching import Row, length_bucket
 from rlhf.models.options import LoraOptions
 
 
@@ -15,7 +15,7 @@ def build(path, **options):
 def group():
     generator = torch.Generator().manual_seed(0)
     tokens = [torch.randint(3, 300, (length,), generator=generator).numpy() for length in (7, 12)]
-    return row_group([Row(ids, ids >= 0) for ids in tokens])
+    return length_bucket([Row(ids, ids >= 0) for ids in tokens])
 
 
 @pytest.mark.parametrize("setting", [{"final_logit_softcapping": 2.0}, {"logit_scale": 0.3}, {"logits_scaling": 4.0}])

@@ -10,7 +10,7 @@ from reward.losses import (
     STATISTICS,
     bradley_terry_loss,
     bsr_loss,
-    centring_loss,
+    centering_loss,
     focal_loss,
     grm_dpo_loss,
     grm_sft_loss,
@@ -79,8 +79,8 @@ def test_pos_reg_by_hand():
     assert value(pos_reg_loss, 1.0, 0.0, mean_chosen=-1.0) == pytest.approx(0.31326169 + 0.1 * 1.31326169)
 
 
-def test_centring_by_hand():
-    assert value(centring_loss, 2.0, 1.0) == pytest.approx(0.31326169 + 0.01 * 9)
+def test_centering_by_hand():
+    assert value(centering_loss, 2.0, 1.0) == pytest.approx(0.31326169 + 0.01 * 9)
 
 
 def test_norm_bt_by_hand():
@@ -308,7 +308,7 @@ def test_grm_refuses_half_a_reference():
         ("hinge", {"width": -1.0}, "width must be in"),
         ("focal", {"gamma": -1.0}, "gamma must be in"),
         ("pos_reg", {"weight": -0.1}, "weight must be in"),
-        ("centring", {"coefficient": math.nan}, "coefficient must be in"),
+        ("centering", {"coefficient": math.nan}, "coefficient must be in"),
         ("bsr", {"coefficient": -1.0}, "coefficient must be in"),
         ("norm_bt", {"max_weight": 0.0}, "max_weight must be greater than 0"),
         ("grm_sft", {"weight": 1.0}, r"weight must be in \[0, 1\), not 1.0"),
@@ -347,7 +347,7 @@ def test_the_table_tells_what_each_loss_takes():
         "hinge": {"width": 1.0},
         "focal": {"gamma": 2.0},
         "pos_reg": {"weight": 0.1},
-        "centring": {"coefficient": 0.01},
+        "centering": {"coefficient": 0.01},
         "norm_bt": {"max_weight": 10.0},
         "bsr": {"coefficient": 0.001},
         "grm_sft": {"weight": 0.01, "beta": 0.1},

@@ -34,7 +34,7 @@ def worked_pairs():
 
 
 @pytest.mark.parametrize(
-    ("reward_cost", "centre_rewards", "margins", "mean_loss"),
+    ("reward_cost", "center_rewards", "margins", "mean_loss"),
     [
         ("abs", False, [0.22515003, 0.11961279, 0.16242418], 1.02786457),
         ("abs", True, [0.18955329, 0.11684529, 0.19468349], 1.03122425),
@@ -42,10 +42,10 @@ def worked_pairs():
         ("signed", True, [0.37533448, 0.20130703, 0.62539609], 1.19822470),
     ],
 )
-def test_margins_and_losses_are_those_worked_out_beforehand(reward_cost, centre_rewards, margins, mean_loss):
+def test_margins_and_losses_are_those_worked_out_beforehand(reward_cost, center_rewards, margins, mean_loss):
     *embeddings, chosen, rejected = worked_pairs()
     found = optimal_transport_margins(
-        *embeddings, chosen, rejected, reward_cost=reward_cost, centre_rewards=centre_rewards
+        *embeddings, chosen, rejected, reward_cost=reward_cost, center_rewards=center_rewards
     )
     expected = torch.tensor(margins, dtype=torch.float64)
     torch.testing.assert_close(found.margins, expected, rtol=0, atol=1e-7)
@@ -56,7 +56,7 @@ def test_margins_and_losses_are_those_worked_out_beforehand(reward_cost, centre_
 def test_the_plain_loss_and_the_costs_of_the_pairs_are_those_worked_out_beforehand():
     *_, chosen, rejected = worked_pairs()
     assert float(bradley_terry_loss(chosen, rejected).mean()) == pytest.approx(0.93997067, abs=1e-7)
-    cost = optimal_transport_margins(*worked_pairs(), centre_rewards=False).cost
+    cost = optimal_transport_margins(*worked_pairs(), center_rewards=False).cost
     expected = torch.tensor([0.52702245, 0.04268329, 0.10728263], dtype=torch.float64)
     torch.testing.assert_close(cost.diag(), expected, rtol=0, atol=1e-8)
 
@@ -81,9 +81,9 @@ def test_margins_are_those_of_loops_and_the_plain_sinkhorn_solver(pairs, columns
         reward_weight=0.7,
         semantic_weight=0.3,
         epsilon=0.2,
-        max_sweeps=500,
+        max_iterations=500,
         reward_cost=reward_cost,
-        centre_rewards=False,
+        center_rewards=False,
         chosen_weights=a,
         rejected_weights=b,
     )
@@ -98,7 +98,7 @@ def test_margins_are_those_of_loops_and_the_plain_sinkhorn_solver(pairs, columns
 def test_margins_tend_to_the_cost_of_the_exact_assignment_as_epsilon_vanishes():
     errors = []
     for epsilon in (0.1, 0.01, 0.003):
-        found = optimal_transport_margins(*make_pairs(6, seed=7), epsilon=epsilon, max_sweeps=2000)
+        found = optimal_transport_margins(*make_pairs(6, seed=7), epsilon=epsilon, max_iterations=2000)
         uniform = np.full(6, 1 / 6)
         exact = 6 * torch.from_numpy(ot.emd(uniform, uniform, found.cost.numpy()))
         errors.append(float((found.margins - (exact * found.cost).sum(1)).abs().max()))
@@ -135,11 +135,11 @@ def test_a_large_gap_keeps_its_digits():
 
 
 @pytest.mark.parametrize("reward_cost", ["abs", "signed"])
-@pytest.mark.parametrize("centre_rewards", [True, False])
-def test_reward_and_similarity_margins_add_up_to_the_pair_reading(reward_cost, centre_rewards):
+@pytest.mark.parametrize("center_rewards", [True, False])
+def test_reward_and_similarity_margins_add_up_to_the_pair_reading(reward_cost, center_rewards):
     inputs = make_pairs(4, 7)
     found = optimal_transport_margins(
-        *inputs, reading="pair", reward_cost=reward_cost, centre_rewards=centre_rewards
+        *inputs, reading="pair", reward_cost=reward_cost, center_rewards=center_rewards
     )
     similarity = similarity_margins(inputs[0], inputs[1][:4])
     reward = reward_margins(inputs[2], inputs[3][:4], reward_cost=reward_cost)
@@ -199,30 +199,30 @@ def test_a_batch_repeated_has_its_margins_repeated():
     torch.testing.assert_close(repeated, torch.cat([margins, margins]), rtol=0, atol=1e-12)
 
 
-def test_an_offset_per_prompt_moves_margins_only_without_centring():
+def test_an_offset_per_prompt_moves_margins_only_without_centering():
     chosen_embeddings, rejected_embeddings, chosen, rejected = make_pairs(5)
     offsets = torch.tensor([3.0, -2, 0, 7, 1], dtype=torch.float64)
 
-    def change(centre_rewards):
+    def change(center_rewards):
         plain, moved = (
             optimal_transport_margins(
                 chosen_embeddings,
                 rejected_embeddings,
                 chosen + by,
                 rejected + by,
-                centre_rewards=centre_rewards,
+                center_rewards=center_rewards,
             ).margins
             for by in (0 * offsets, offsets)
         )
         return float((plain - moved).abs().max())
 
-    assert change(centre_rewards=True) < 1e-12
-    assert change(centre_rewards=False) > 0.05
+    assert change(center_rewards=True) < 1e-12
+    assert change(center_rewards=False) > 0.05
 
 
 @pytest.mark.parametrize("reading", READINGS)
-@pytest.mark.parametrize("centre_rewards", [True, False])
-def test_padding_pairs_may_hold_anything_and_change_nothing(reading, centre_rewards):
+@pytest.mark.parametrize("center_rewards", [True, False])
+def test_padding_pairs_may_hold_anything_and_change_nothing(reading, center_rewards):
     inputs = make_pairs(4)
     places = torch.tensor([0, 2, 3, 5])
     padded = [tensor.new_full((6, *tensor.shape[1:]), math.nan) for tensor in inputs]
@@ -230,7 +230,7 @@ def test_padding_pairs_may_hold_anything_and_change_nothing(reading, centre_rewa
         wide[places] = tensor
     weights = torch.zeros(6)
     weights[places] = 1
-    options = {"reading": reading, "centre_rewards": centre_rewards}
+    options = {"reading": reading, "center_rewards": center_rewards}
     found = optimal_transport_margins(*padded, **options, chosen_weights=weights, rejected_weights=weights)
     expected = optimal_transport_margins(*inputs, **options)
     torch.testing.assert_close(found.margins[places], expected.margins, rtol=0, atol=1e-12)
@@ -252,21 +252,21 @@ def test_queued_columns_enter_as_the_call_before_returned_them():
     found = optimal_transport_margins(
         now[0], torch.cat([now[1], earlier[1]]), now[2], torch.cat([now[3], queued])
     )
-    centred = [rewards - (pair[2] + pair[3]) / 2 for pair in (earlier, now) for rewards in pair[2:]]
+    centered = [rewards - (pair[2] + pair[3]) / 2 for pair in (earlier, now) for rewards in pair[2:]]
     expected = optimal_transport_margins(
         now[0],
         torch.cat([now[1], earlier[1]]),
-        centred[2],
-        torch.cat([centred[3], centred[1]]),
-        centre_rewards=False,
+        centered[2],
+        torch.cat([centered[3], centered[1]]),
+        center_rewards=False,
     )
     torch.testing.assert_close(found.margins, expected.margins, rtol=0, atol=1e-14)
     assert found.plan.shape == (4, 7)
 
 
-def test_without_centring_rewards_are_queued_as_they_are():
+def test_without_centering_rewards_are_queued_as_they_are():
     inputs = make_pairs(3)
-    assert optimal_transport_margins(*inputs, centre_rewards=False).rejected_rewards.equal(inputs[3])
+    assert optimal_transport_margins(*inputs, center_rewards=False).rejected_rewards.equal(inputs[3])
 
 
 @pytest.mark.parametrize("reading", READINGS)
@@ -306,8 +306,8 @@ def test_extreme_rewards_give_finite_margins(reward_cost):
     assert float(found.margins.max()) <= 1.0 + 1e-6
 
 
-def test_an_unfinished_plan_is_reported_and_still_normalised_by_its_rows():
-    found = optimal_transport_margins(*make_pairs(8), epsilon=0.001, max_sweeps=3)
+def test_an_unfinished_plan_is_reported_and_still_normalized_by_its_rows():
+    found = optimal_transport_margins(*make_pairs(8), epsilon=0.001, max_iterations=3)
     assert not found.converged
     assert found.residual > 0.01
     assert bool((found.margins <= found.cost.amax(1) + 1e-12).all())
@@ -347,13 +347,13 @@ def test_options_without_meaning_are_refused(options, message):
         optimal_transport_margins(*make_pairs(4), **options)
 
 
-def test_a_partner_that_is_not_finite_is_refused_where_its_pair_is_centred():
+def test_a_partner_that_is_not_finite_is_refused_where_its_pair_is_centerd():
     inputs = make_pairs(3)
     inputs[3][1] = math.nan
     weights = torch.tensor([1, 0, 1])
-    with pytest.raises(ValueError, match="'centred_chosen_rewards' has 1 of 3"):
+    with pytest.raises(ValueError, match="'centered_chosen_rewards' has 1 of 3"):
         optimal_transport_margins(*inputs, rejected_weights=weights)
-    margins = optimal_transport_margins(*inputs, rejected_weights=weights, centre_rewards=False).margins
+    margins = optimal_transport_margins(*inputs, rejected_weights=weights, center_rewards=False).margins
     assert bool(torch.isfinite(margins).all())
 
 

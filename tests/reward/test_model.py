@@ -5,7 +5,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertMod
 from reward.model import RewardModelConfig, build_reward_model, load_reward_model, save_reward_model
 from rlhf.core.errors import ModelError
 from rlhf.core.masking import length_mask
-from rlhf.data.batching import RowGroup
+from rlhf.data.batching import LengthBucket
 from rlhf.models.options import LoraOptions
 
 LENGTHS = [3, 11, 7]
@@ -32,7 +32,7 @@ def padded(side):
 
 
 def group(tokens, mask):
-    return RowGroup(tokens=tokens, token_mask=mask, response_mask=mask)
+    return LengthBucket(tokens=tokens, token_mask=mask, response_mask=mask)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_padding_side_and_batching_give_one_score(family, request):
 
 
 @torch.no_grad()
-def test_row_groups_give_the_scores_of_one_block(tiny_model):
+def test_length_buckets_give_the_scores_of_one_block(tiny_model):
     model = build(tiny_model)
     whole = model((group(*padded("right")),))
     split = model(tuple(group(row[None], length_mask(torch.tensor([len(row)]), len(row))) for row in rows()))

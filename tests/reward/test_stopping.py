@@ -19,7 +19,7 @@ from reward.task import RewardTask
 from rlhf.core.errors import STOPPED_EXIT_CODE, ModelError
 from rlhf.engine import stop
 from rlhf.engine.ranks import free_port
-from rlhf.train.completion import read_completion
+from rlhf.train.done import read_completion
 
 pytestmark = pytest.mark.dist
 

@@ -60,7 +60,7 @@ def test_the_two_terms_add_up_to_the_unscaled_margin():
 
 def test_the_plan_is_reported_with_its_residual():
     given = pairs(12)
-    transport = optimal_transport_margins(**given, max_sweeps=1, epsilon=0.01)
+    transport = optimal_transport_margins(**given, max_iterations=1, epsilon=0.01)
     measured = margin_telemetry(transport.margins, **given, transport=transport)
     assert measured["margin/residual"] == transport.residual > 0
     assert measured["margin/converged"] == 0.0

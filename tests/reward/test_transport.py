@@ -23,7 +23,7 @@ def random_weights(count, seed):
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (5, 5), (3, 8), (9, 2)])
 def test_the_plan_is_the_one_of_the_plain_sinkhorn_solver(rows, columns):
     cost, a, b = random_cost(rows, columns), random_weights(rows, 1), random_weights(columns, 2)
-    found = sinkhorn_plan(cost, epsilon=0.1, max_sweeps=500, row_weights=a, column_weights=b)
+    found = sinkhorn_plan(cost, epsilon=0.1, max_iterations=500, row_weights=a, column_weights=b)
     expected = ot.sinkhorn(
         (a / a.sum()).numpy(),
         (b / b.sum()).numpy(),
@@ -45,7 +45,7 @@ def test_unconverged_sweeps_are_those_of_a_loop_in_the_plain_domain(sweeps):
     for _ in range(sweeps):
         right = (1 / 6) / (kernel.T @ left)
         left = (1 / 4) / (kernel @ right)
-    found = sinkhorn_plan(cost, epsilon=0.05, max_sweeps=sweeps)
+    found = sinkhorn_plan(cost, epsilon=0.05, max_iterations=sweeps)
     expected = torch.from_numpy(left[:, None] * kernel * right)
     torch.testing.assert_close(found.plan, expected, rtol=0, atol=1e-14)
     assert found.sweeps == sweeps
@@ -57,7 +57,7 @@ def test_the_plan_tends_to_the_exact_one_as_epsilon_vanishes():
     uniform = np.full(6, 1 / 6)
     exact = torch.from_numpy(ot.emd(uniform, uniform, cost.numpy()))
     errors = [
-        float((sinkhorn_plan(cost, epsilon=epsilon, max_sweeps=2000).plan - exact).abs().sum())
+        float((sinkhorn_plan(cost, epsilon=epsilon, max_iterations=2000).plan - exact).abs().sum())
         for epsilon in (0.1, 0.03, 0.01)
     ]
     assert errors[0] > errors[1] > errors[2]
@@ -78,7 +78,7 @@ def test_marginals_are_met_and_zero_weights_take_no_mass(cost, data):
         for n in cost.shape
     )
     found = sinkhorn_plan(
-        torch.from_numpy(cost), epsilon=0.5, max_sweeps=2000, row_weights=a, column_weights=b
+        torch.from_numpy(cost), epsilon=0.5, max_iterations=2000, row_weights=a, column_weights=b
     )
     torch.testing.assert_close(found.plan.sum(1), a / a.sum(), rtol=0, atol=1e-9)
     torch.testing.assert_close(found.plan.sum(0), b / b.sum(), rtol=0, atol=1e-9)
@@ -95,8 +95,8 @@ def test_rows_and_columns_of_weight_zero_may_hold_anything_and_change_nothing():
     padded[rows[:, None], columns] = cost
     a, b = torch.zeros(5), torch.zeros(6)
     a[rows], b[columns] = 1, 1
-    found = sinkhorn_plan(padded, epsilon=0.1, max_sweeps=50, row_weights=a, column_weights=b)
-    expected = sinkhorn_plan(cost, epsilon=0.1, max_sweeps=50)
+    found = sinkhorn_plan(padded, epsilon=0.1, max_iterations=50, row_weights=a, column_weights=b)
+    expected = sinkhorn_plan(cost, epsilon=0.1, max_iterations=50)
     torch.testing.assert_close(found.plan[rows[:, None], columns], expected.plan, rtol=0, atol=1e-15)
     assert float(found.plan.sum()) == pytest.approx(1)
 
@@ -104,7 +104,7 @@ def test_rows_and_columns_of_weight_zero_may_hold_anything_and_change_nothing():
 def test_a_plan_that_misses_its_marginals_says_so_without_a_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = sinkhorn_plan(random_cost(8, 8), epsilon=0.002, max_sweeps=10)
+        found = sinkhorn_plan(random_cost(8, 8), epsilon=0.002, max_iterations=10)
     missed = float((found.plan.sum(0) - 1 / 8).abs().sum())
     assert not found.converged
     assert found.residual == pytest.approx(missed)
@@ -112,7 +112,7 @@ def test_a_plan_that_misses_its_marginals_says_so_without_a_warning():
 
 
 def test_sweeps_end_early_only_when_the_marginals_are_met_to_rounding():
-    found = sinkhorn_plan(random_cost(8, 8), epsilon=1.0, max_sweeps=1000)
+    found = sinkhorn_plan(random_cost(8, 8), epsilon=1.0, max_iterations=1000)
     assert found.sweeps < 1000
     assert found.residual < 1e-14
 
@@ -133,22 +133,22 @@ def test_the_solution_stays_in_torch(monkeypatch, given_type, solved_type):
     monkeypatch.setattr(torch.Tensor, "numpy", refuse)
     monkeypatch.setattr(torch.Tensor, "__array__", refuse)
     cost = (4 * random_cost(3, 5)).to(given_type)
-    found = sinkhorn_plan(cost, epsilon=0.5, max_sweeps=100, column_weights=torch.tensor([1.0, 2, 0, 1, 1]))
+    found = sinkhorn_plan(cost, epsilon=0.5, max_iterations=100, column_weights=torch.tensor([1.0, 2, 0, 1, 1]))
     assert found.plan.dtype == solved_type
     assert found.residual < 1e-6
 
 
 def test_no_gradient_reaches_the_cost():
     cost = random_cost(3, 3).requires_grad_()
-    assert not sinkhorn_plan(cost, epsilon=0.1, max_sweeps=5).plan.requires_grad
+    assert not sinkhorn_plan(cost, epsilon=0.1, max_iterations=5).plan.requires_grad
 
 
 def test_permuted_rows_and_columns_permute_the_plan():
     cost, a, b = random_cost(5, 7), random_weights(5, 1), random_weights(7, 2)
     rows, columns = torch.tensor([3, 0, 4, 1, 2]), torch.tensor([6, 2, 0, 5, 1, 4, 3])
-    plan = sinkhorn_plan(cost, epsilon=0.1, max_sweeps=200, row_weights=a, column_weights=b).plan
+    plan = sinkhorn_plan(cost, epsilon=0.1, max_iterations=200, row_weights=a, column_weights=b).plan
     permuted = sinkhorn_plan(
-        cost[rows][:, columns], epsilon=0.1, max_sweeps=200, row_weights=a[rows], column_weights=b[columns]
+        cost[rows][:, columns], epsilon=0.1, max_iterations=200, row_weights=a[rows], column_weights=b[columns]
     ).plan
     torch.testing.assert_close(permuted, plan[rows][:, columns], rtol=0, atol=1e-14)
 
@@ -156,14 +156,14 @@ def test_permuted_rows_and_columns_permute_the_plan():
 def test_offsets_of_whole_rows_and_columns_leave_the_plan_alone():
     cost = random_cost(5, 7)
     shifted = cost + random_weights(5, 3)[:, None] - 2 * random_weights(7, 4)
-    plan = sinkhorn_plan(cost, epsilon=0.1, max_sweeps=500).plan
+    plan = sinkhorn_plan(cost, epsilon=0.1, max_iterations=500).plan
     torch.testing.assert_close(
-        sinkhorn_plan(shifted, epsilon=0.1, max_sweeps=500).plan, plan, rtol=0, atol=1e-12
+        sinkhorn_plan(shifted, epsilon=0.1, max_iterations=500).plan, plan, rtol=0, atol=1e-12
     )
 
 
 def test_costs_far_beyond_the_range_of_exp_are_solved():
-    found = sinkhorn_plan(torch.tensor([[0.0, 1e4], [1e4, 0.0]]), epsilon=0.1, max_sweeps=50)
+    found = sinkhorn_plan(torch.tensor([[0.0, 1e4], [1e4, 0.0]]), epsilon=0.1, max_iterations=50)
     torch.testing.assert_close(found.plan, torch.eye(2) / 2, rtol=0, atol=1e-6)
 
 
@@ -176,7 +176,7 @@ def test_costs_far_beyond_the_range_of_exp_are_solved():
         ({"cost": torch.tensor([[0.0, 1e38]]), "epsilon": 1e-3}, "'cost_over_epsilon' has 1 of 2 entries"),
         ({"epsilon": 0.0}, "epsilon must be greater than 0, not 0.0"),
         ({"epsilon": math.nan}, "epsilon must be greater than 0, not nan"),
-        ({"max_sweeps": 0}, "max_sweeps must be greater than 0, not 0"),
+        ({"max_iterations": 0}, "max_iterations must be greater than 0, not 0"),
         ({"row_weights": torch.ones(3)}, r"'row_weights' must have shape \(2,\), not \(3,\)"),
         ({"column_weights": torch.tensor([1.0, -1, 1])}, "'column_weights' has 1 negative entries"),
         ({"column_weights": torch.zeros(3)}, "'column_weights' are all 0"),
@@ -184,6 +184,6 @@ def test_costs_far_beyond_the_range_of_exp_are_solved():
     ],
 )
 def test_what_has_no_plan_is_refused(change, message):
-    arguments = {"cost": torch.zeros(2, 3), "epsilon": 0.1, "max_sweeps": 10}
+    arguments = {"cost": torch.zeros(2, 3), "epsilon": 0.1, "max_iterations": 10}
     with pytest.raises(ValueError, match=message):
         sinkhorn_plan(**(arguments | change))

@@ -9,7 +9,7 @@ import yaml
 from rich.console import Console
 
 from launch import stages
-from launch.launcher import Machine
+from launch.jobs.launcher import Machine
 from launch.pipeline import recipe as recipes
 from launch.pipeline import run
 from launch.pipeline.processes import MARK

@@ -11,7 +11,7 @@ from rlhf.core.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[3]
 CIRCLE = {"a": {"set": {"source": "${stages.b.final}"}}, "b": {"set": {"source": "${stages.a.final}"}}}
-MISSPELT = {"alpha": {}, "b": {"set": {"source": "${stages.alhpa.final}"}}}
+MISSPELLED = {"alpha": {}, "b": {"set": {"source": "${stages.alhpa.final}"}}}
 SAME_FOLDER = {"a": {"set": {"output": "x"}}, "b": {"set": {"output": "x"}}}
 CHAIN = {"c": {"set": {"source": "${stages.b.final}"}}, "a": {}, "b": {"set": {"source": "${stages.a.final}"}}}
 
@@ -69,7 +69,7 @@ def test_a_stage_may_be_left_empty(toys):
         (CIRCLE, "circle: (a -> b -> a|b -> a -> b)"),
         ({"a": {"set": {"source": "${stages.a.final}"}}}, "circle: a -> a"),
         ({"a": {"after": ["b"]}, "b": {"after": ["a"]}}, "circle"),
-        (MISSPELT, r"stages.alhpa: no such stage \(did you mean alpha\?\)"),
+        (MISSPELLED, r"stages.alhpa: no such stage \(did you mean alpha\?\)"),
         ({"a": {}, "b": {"set": {"source": "${stages.a.finale}"}}}, "finale"),
         ({"a": {"kind": "rewrad"}}, "stages.a.kind = rewrad: expected one of import, sft, reward"),
         ({"a": {"set": {"numbr": 3}}}, r"numbr = 3: unknown key \(did you mean number\?\)"),

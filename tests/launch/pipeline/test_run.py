@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.joblog import meaning
+from launch.jobs.log import meaning
 from launch.pipeline.run import _Logs
 from rlhf.core.errors import UserError
 

@@ -26,7 +26,7 @@ def h100(nodes=1, devices=8, **changes) -> Cluster:
         device_memory=None,
         host_memory=None,
         flops=None,
-        utilisation=0.4,
+        utilization=0.4,
     )
     return replace(found, **changes)
 
@@ -89,10 +89,10 @@ def test_a_live_reference_stays_and_a_cached_one_goes():
     extra = 2 * live.roles.main.model.total
 
     def training(plan):
-        return max(each.device_bytes for each in plan.moments if "backward" in each.name)
+        return max(each.device_bytes for each in plan.phases if "backward" in each.name)
 
     assert training(live) - training(cached) == pytest.approx(extra * 1.05, rel=1e-3)
-    assert "reference: forward pass" in [each.name for each in cached.moments]
+    assert "reference: forward pass" in [each.name for each in cached.phases]
     assert [role.name for role in planned("preference").roles.all] == ["policy"]
     adapters = planned("preference", "reference.kind=live", "model.lora={rank: 4}")
     assert adapters.states["reference"].device == {}
@@ -101,7 +101,7 @@ def test_a_live_reference_stays_and_a_cached_one_goes():
 def test_ppo_has_all_its_models_at_once():
     plan = planned("ppo", "engine.deepspeed=zero3", "rollout.samples=2")
     assert [role.name for role in plan.roles.all] == ["policy", "critic", "reference", "reward model"]
-    update = next(each for each in plan.moments if each.name == "policy: optimizer step")
+    update = next(each for each in plan.phases if each.name == "policy: optimizer step")
     whole = 2 * plan.roles.main.model.total
     assert update.device["reference: weights"] == update.device["rollout: copy of the policy"] == whole
     shared = planned("ppo", "policy.lora={rank: 8}", "critic.share_trunk=true")
@@ -114,7 +114,7 @@ def test_ppo_has_all_its_models_at_once():
 def test_more_rows_at_once_need_a_larger_cache():
     def cache(rows):
         plan = planned("ppo", f"rollout.batch_rows={rows}", "rollout.prompts=1024")
-        return next(each for each in plan.moments if each.name == "rollout").device["rollout: KV cache"]
+        return next(each for each in plan.phases if each.name == "rollout").device["rollout: KV cache"]
 
     assert cache(64) == 8 * cache(8)
 
@@ -152,7 +152,7 @@ def test_twice_the_rate_is_half_the_time_and_checkpointing_costs_some():
 
 
 def test_six_flops_a_parameter_and_token():
-    plan = planned("reward", cluster=h100(flops=1e15, utilisation=1.0), mean_tokens=100.0)
+    plan = planned("reward", cluster=h100(flops=1e15, utilization=1.0), mean_tokens=100.0)
     seconds = step_seconds(plan)["training"] * 8
     model = plan.roles.main.model
     rule = 6 * model.matrix_parameters * plan.batches.padded_per_step / 1e15
@@ -177,7 +177,7 @@ def test_every_shipped_recipe_plans_without_weights(recipe, monkeypatch):
     request = Request(sources=sources, rows=500, mean_tokens=60.0)
     plan = plan_stage(stage, config, h100(nodes=2), request)
     assert plan.batches.total_steps
-    assert all(value >= 0 for each in plan.moments for value in (*each.device.values(), *each.host.values()))
+    assert all(value >= 0 for each in plan.phases for value in (*each.device.values(), *each.host.values()))
     if "llama" in recipe.name:
         assert plan.roles.main.model.total > 7e9
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from launch.hostfile import read_hostfile
+from launch.jobs.hostfile import read_hostfile
 
 ROOT = Path(__file__).resolve().parents[3]
 LONG = ("train.epochs=10",)  # 60 steps: long enough to be disturbed several times

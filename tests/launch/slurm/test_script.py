@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from launch.cli import main
+from launch.jobs.srun import srun_command, step_script
 from launch.slurm.profile import ClusterProfile, load_profile
 from launch.slurm.script import Job, render
-from launch.slurm.step import srun_command, step_script
 from rlhf.core.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[3]

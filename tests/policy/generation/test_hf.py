@@ -17,7 +17,7 @@ from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, T
 from policy.generation.api import row_seed, row_uniforms
 from policy.model import PolicyModel
 from rlhf.core.errors import ConfigError, ModelError
-from rlhf.data.batching import Row, row_group
+from rlhf.data.batching import Row, length_bucket
 
 GREEDY = {"top_k": 1}
 VOCABULARY = 321  # of the tiny model
@@ -148,7 +148,7 @@ def test_logprobs_are_what_the_policy_says_of_the_finished_row(make_sampler, tin
     found = make_sampler(policy, range(0, VOCABULARY, 20), max_new_tokens=15, **sampling).generate(prompts, seeds)
     for prompt, response in zip(prompts, found, strict=True):
         whole = np.concatenate([prompt, response.tokens])
-        group = row_group([Row(whole, np.arange(len(whole)) >= len(prompt))])
+        group = length_bucket([Row(whole, np.arange(len(whole)) >= len(prompt))])
         with torch.no_grad():
             (logprobs,) = policy((group,), temperature=sampling.get("temperature", 1.0)).logprobs
         expected = logprobs[0, len(prompt) - 1 :].numpy()
@@ -229,7 +229,7 @@ def test_sampling_leaves_the_model_as_it_was(tiny_policy, make_sampler, prompts,
     sampler.generate(prompts, seeds)
     assert policy.training and policy.hf.model.layers[0].training
     assert policy.hf.config._attn_implementation == "sdpa"
-    group = row_group([Row(prompts[0], prompts[0] >= 0)])
+    group = length_bucket([Row(prompts[0], prompts[0] >= 0)])
     policy((group,)).logprobs[0].sum().backward()
     assert policy.hf.model.embed_tokens.weight.grad.abs().sum() > 0
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from policy.generation.opening import TrainingSampler
+from policy.generation.training import TrainingSampler
 from policy.model import PolicyConfig, build_policy
 from policy.ppo.config import (
     AdvantageConfig,
@@ -197,7 +197,7 @@ def make_task(tiny_config):
         critic = None
         if config.advantage.needs_values:
             start = critic_start(
-                config.critic, reward_path, config.policy.path, standardised=config.reward.standardise
+                config.critic, reward_path, config.policy.path, standardized=config.reward.standardize
             )
             module = build_critic(
                 config.critic,

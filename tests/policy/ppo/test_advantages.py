@@ -42,7 +42,7 @@ def test_scores_are_cut_off_on_both_sides():
     assert clip_scores(torch.tensor([-7.0, -1.0, 7.0]), 5.0).tolist() == [-5, -1, 5]
 
 
-def test_only_a_response_without_an_end_is_penalised():
+def test_only_a_response_without_an_end_is_penalized():
     found = missing_end_penalty(torch.tensor([1.0, 2.0]), torch.tensor([True, False]), 5.0)
     assert found.tolist() == [1, -3]
 
@@ -229,11 +229,11 @@ def test_rloo_of_two_is_the_difference_either_way():
     torch.testing.assert_close(rloo(torch.tensor([5.0, 3.0]), torch.tensor([0, 0])), torch.tensor([2.0, -2.0]))
 
 
-def test_rloo_is_the_centred_score_times_n_over_n_less_one():
+def test_rloo_is_the_centerd_score_times_n_over_n_less_one():
     for group, size in ((70, 3), (3, 2)):
         rows = group == GROUPS
-        centred = grpo(SCORES, GROUPS, scale=False)[rows]
-        torch.testing.assert_close(rloo(SCORES, GROUPS)[rows], centred * size / (size - 1))
+        centered = grpo(SCORES, GROUPS, scale=False)[rows]
+        torch.testing.assert_close(rloo(SCORES, GROUPS)[rows], centered * size / (size - 1))
 
 
 @pytest.mark.parametrize("name", ["rloo", "grpo", "unscaled"])

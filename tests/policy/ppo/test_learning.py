@@ -29,7 +29,7 @@ def learn(tiny_config, alone):
             critic=replace(tiny_config.critic, optim=replace(optimizer, learning_rate=1e-2)),
             optim=optimizer,
             train=replace(
-                tiny_config.train, global_batch_size=64, micro_batch_tokens=8192, row_groups=1, epochs=100,
+                tiny_config.train, global_batch_size=64, micro_batch_tokens=8192, length_buckets=1, epochs=100,
                 max_steps=steps,
             ),
         )  # fmt: skip

@@ -6,7 +6,7 @@ import torch
 from policy.ppo.losses import (
     KL_KINDS,
     MAX_LOG_RATIO,
-    NORMALISATIONS,
+    NORMALIZATIONS,
     clipped_share,
     clipped_surrogate,
     clipped_value_loss,
@@ -199,14 +199,14 @@ def test_reductions_by_hand():
     losses = torch.tensor([[1.0, 2.0, 3.0], [4.0, 99.0, 99.0], [99.0, 99.0, 99.0]])
     mask = length_mask(torch.tensor([3, 1, 0]), 3)
     counts = {"tokens": 4, "sequences": 2, "max_tokens": 5}
-    found = {kind: reduce_tokens(losses, mask, normalise=kind, **counts).item() for kind in NORMALISATIONS}
+    found = {kind: reduce_tokens(losses, mask, normalize=kind, **counts).item() for kind in NORMALIZATIONS}
     assert found == {"token": 10 / 4, "sequence": (2 + 4) / 2, "constant": 1.0}
 
 
-@pytest.mark.parametrize("normalise", NORMALISATIONS)
-def test_micro_batches_sum_to_the_whole_in_value_and_gradient(normalise):
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+def test_micro_batches_sum_to_the_whole_in_value_and_gradient(normalize):
     losses = randn(4, 5).requires_grad_()
-    counts = {"normalise": normalise, "tokens": sum(LENGTHS), "sequences": 3, "max_tokens": 5}
+    counts = {"normalize": normalize, "tokens": sum(LENGTHS), "sequences": 3, "max_tokens": 5}
     whole = reduce_tokens(losses, MASK, **counts)
     (expected,) = torch.autograd.grad(whole, losses)
     parts = [reduce_tokens(losses[rows], MASK[rows], **counts) for rows in ([3], [0, 2], [1])]
@@ -216,16 +216,16 @@ def test_micro_batches_sum_to_the_whole_in_value_and_gradient(normalise):
     assert expected[~MASK].abs().max() == 0
 
 
-@pytest.mark.parametrize("normalise", NORMALISATIONS)
-def test_a_loss_of_one_everywhere_is_one_if_every_response_is_as_long_as_can_be(normalise):
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+def test_a_loss_of_one_everywhere_is_one_if_every_response_is_as_long_as_can_be(normalize):
     mask = torch.ones(4, 5, dtype=torch.bool)
-    found = reduce_tokens(torch.ones(4, 5), mask, normalise=normalise, tokens=20, sequences=4, max_tokens=5)
+    found = reduce_tokens(torch.ones(4, 5), mask, normalize=normalize, tokens=20, sequences=4, max_tokens=5)
     assert found.item() == pytest.approx(1)
 
 
-@pytest.mark.parametrize("normalise", NORMALISATIONS)
-def test_garbage_outside_the_response_and_batches_without_tokens_add_nothing(normalise):
-    losses, counts = randn(4, 5), {"normalise": normalise, "tokens": 9, "sequences": 3, "max_tokens": 5}
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+def test_garbage_outside_the_response_and_batches_without_tokens_add_nothing(normalize):
+    losses, counts = randn(4, 5), {"normalize": normalize, "tokens": 9, "sequences": 3, "max_tokens": 5}
     garbage = torch.where(MASK, losses, 1e30)
     torch.testing.assert_close(reduce_tokens(garbage, MASK, **counts), reduce_tokens(losses, MASK, **counts))
     assert reduce_tokens(losses.requires_grad_(), torch.zeros_like(MASK), **counts).item() == 0
@@ -237,7 +237,7 @@ def test_gspo_is_the_clipped_ratio_of_responses_times_their_advantage():
     losses = clipped_surrogate(
         sequence_ratios(new, old, MASK), scores[:, None].expand(4, 5), clip_low=0.05, clip_high=0.1
     )
-    found = reduce_tokens(losses, MASK, normalise="sequence", tokens=9, sequences=3, max_tokens=5)
+    found = reduce_tokens(losses, MASK, normalize="sequence", tokens=9, sequences=3, max_tokens=5)
     expected = 0
     for row in (0, 1, 3):
         ratio = (new[row] - old[row])[: LENGTHS[row]].mean().exp()
@@ -260,7 +260,7 @@ WIDE, FLAT = torch.zeros(4, 5), torch.zeros(4, 1)
         lambda: clipped_share(WIDE, FLAT, MASK, clip_low=0.2, clip_high=0.2),
         lambda: clipped_value_loss(WIDE, WIDE, FLAT, clip=None),
         lambda: clipped_value_loss(WIDE, FLAT, WIDE, clip=0.2),
-        lambda: reduce_tokens(FLAT, MASK, normalise="token", tokens=1, sequences=1, max_tokens=1),
+        lambda: reduce_tokens(FLAT, MASK, normalize="token", tokens=1, sequences=1, max_tokens=1),
     ],
 )
 def test_shapes_that_differ_are_refused_not_broadcast(call):
@@ -279,11 +279,11 @@ def test_shapes_that_differ_are_refused_not_broadcast(call):
         (lambda: clipped_share(WIDE, WIDE, MASK, clip_low=0.1, clip_high=-1), "clip_high must be in"),
         (lambda: clipped_value_loss(WIDE, WIDE, WIDE, clip=0.0), "clip must be greater than 0"),
         (
-            lambda: reduce_tokens(WIDE, MASK, normalise="mean", tokens=1, sequences=1, max_tokens=1),
-            "normalise must be one of token, sequence, constant, not 'mean'",
+            lambda: reduce_tokens(WIDE, MASK, normalize="mean", tokens=1, sequences=1, max_tokens=1),
+            "normalize must be one of token, sequence, constant, not 'mean'",
         ),
         (
-            lambda: reduce_tokens(WIDE, MASK, normalise="token", tokens=0, sequences=1, max_tokens=1),
+            lambda: reduce_tokens(WIDE, MASK, normalize="token", tokens=0, sequences=1, max_tokens=1),
             "tokens must be greater than 0",
         ),
     ],

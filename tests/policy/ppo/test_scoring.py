@@ -19,7 +19,7 @@ from policy.ppo.stage import policy_template
 from reward.model import load_reward_model
 from reward.score import load_scorer, score_tokens
 from rlhf.core.errors import ConfigError, DataError, ModelError
-from rlhf.data.batching import row_group
+from rlhf.data.batching import length_bucket
 from rlhf.data.portable import portable_tokenizer
 from rlhf.data.templates import chat_format
 from rlhf.models.manifest import MANIFEST_NAME, read_manifest, write_manifest
@@ -76,7 +76,7 @@ def test_scores_do_not_depend_on_the_token_budget(scorer_for, reward_folder, rol
 
 
 def test_raw_scores_are_left_alone_if_so_asked(scorer_for, reward_folder, rollouts):
-    scored = scorer_for(path=str(reward_folder), standardise=False).score(rollouts)
+    scored = scorer_for(path=str(reward_folder), standardize=False).score(rollouts)
     assert torch.equal(scored.raw, scored.scores)
 
 
@@ -86,13 +86,13 @@ def test_a_model_without_statistics_is_refused_unless_they_are_not_needed(
     shutil.copytree(reward_folder, tmp_path / "final")
     manifest = json.loads((tmp_path / "final" / MANIFEST_NAME).read_text()) | {"rewards": None}
     (tmp_path / "final" / MANIFEST_NAME).write_text(json.dumps(manifest))
-    with pytest.raises(ModelError, match=r"no deviation of held-out rewards.*reward\.standardise=false"):
+    with pytest.raises(ModelError, match=r"no deviation of held-out rewards.*reward\.standardize=false"):
         scorer_for(path=str(tmp_path / "final"))
-    scorer_for(path=str(tmp_path / "final"), standardise=False).score(rollouts)
+    scorer_for(path=str(tmp_path / "final"), standardize=False).score(rollouts)
 
 
 @pytest.mark.parametrize("how", ["mean", "min", "mean_minus_sd"])
-def test_an_ensemble_combines_standardised_scores(scorer_for, reward_folder, other_reward_folder, rollouts, how):
+def test_an_ensemble_combines_standardized_scores(scorer_for, reward_folder, other_reward_folder, rollouts, how):
     paths = (str(reward_folder), str(other_reward_folder))
     members = [scorer_for(path=path).score(rollouts) for path in paths]
     table = np.stack([member.scores.double().numpy() for member in members])
@@ -125,7 +125,7 @@ def test_another_template_alone_is_refused_with_the_way_out(scorer_for, reward_f
     assert "its tokenizer" not in str(refusal.value)
 
 
-def test_retokenised_texts_are_scored_as_rlhf_score_would(scorer_for, foreign_reward_folder, rollouts):
+def test_retokenized_texts_are_scored_as_rlhf_score_would(scorer_for, foreign_reward_folder, rollouts):
     scored = scorer_for(path=str(foreign_reward_folder), retokenize=True).score(rollouts)
     model, chat = load_scorer(foreign_reward_folder)
     rows = [
@@ -139,7 +139,7 @@ def test_retokenised_texts_are_scored_as_rlhf_score_would(scorer_for, foreign_re
     assert float(expected.std()) > 0.01
 
 
-def test_retokenising_for_a_reward_model_of_the_same_family_changes_nothing(
+def test_retokenizing_for_a_reward_model_of_the_same_family_changes_nothing(
     scorer_for, reward_folder, rollouts, tiny_config
 ):
     """For responses that end with an end token and survive decoding and encoding."""
@@ -273,12 +273,12 @@ def test_a_function_that_is_not_there_is_refused_at_once(scorer_for, tmp_path, m
 
 @pytest.fixture
 def new_critic(tiny_config):
-    """``new_critic(reward_path=None, standardised=True, **critic section)``."""
+    """``new_critic(reward_path=None, standardized=True, **critic section)``."""
 
-    def build(reward_path=None, standardised=True, vocabulary=None, **section) -> ValueModel:
+    def build(reward_path=None, standardized=True, vocabulary=None, **section) -> ValueModel:
         tokenizer = load_tokenizer(tiny_config.policy.path)
         config = CriticConfig(**section)
-        start = critic_start(config, reward_path, tiny_config.policy.path, standardised=standardised)
+        start = critic_start(config, reward_path, tiny_config.policy.path, standardized=standardized)
         return build_critic(
             config,
             start,
@@ -291,16 +291,16 @@ def new_critic(tiny_config):
     return build
 
 
-@pytest.mark.parametrize("standardised", [True, False])
-def test_the_critic_begins_as_the_reward_of_what_is_written_so_far(new_critic, reward_folder, rollouts, standardised):
-    critic, model = new_critic(str(reward_folder), standardised), load_reward_model(reward_folder).eval()
+@pytest.mark.parametrize("standardized", [True, False])
+def test_the_critic_begins_as_the_reward_of_what_is_written_so_far(new_critic, reward_folder, rollouts, standardized):
+    critic, model = new_critic(str(reward_folder), standardized), load_reward_model(reward_folder).eval()
     statistics = read_manifest(reward_folder).rewards
-    mean, deviation = (statistics.mean, statistics.standard_deviation) if standardised else (0, 1)
+    mean, deviation = (statistics.mean, statistics.standard_deviation) if standardized else (0, 1)
     for index in range(4):
         (row,) = rollouts.item(index).rows
         start = len(rollouts.prompts[index].tokens)
         with torch.no_grad():
-            (values,) = critic((row_group([row]),))
+            (values,) = critic((length_bucket([row]),))
             before = [row.tokens[:end] for end in range(start, len(row.tokens))]
             expected = (torch.tensor(score_tokens(model, before, batch_tokens=500)) - mean) / deviation
         torch.testing.assert_close(values[0, start - 1 :], expected, rtol=1e-4, atol=1e-5)

@@ -17,7 +17,7 @@ from policy.ppo.config import WatchConfig
 from policy.ppo.stage import run
 from rlhf.engine.ranks import free_port
 from rlhf.models.manifest import MANIFEST_NAME, read_manifest
-from rlhf.train.completion import read_completion
+from rlhf.train.done import read_completion
 
 pytestmark = pytest.mark.dist
 

@@ -139,9 +139,9 @@ def experience_of(shop, step=0):
 
 LOSSES = {
     "mean over tokens": {},
-    "mean over responses": {"normalise": "sequence"},
-    "constant": {"normalise": "constant"},
-    "GSPO": {"ratio": "sequence", "normalise": "sequence", "clip_low": 0.02, "clip_high": 0.03},
+    "mean over responses": {"normalize": "sequence"},
+    "constant": {"normalize": "constant"},
+    "GSPO": {"ratio": "sequence", "normalize": "sequence", "clip_low": 0.02, "clip_high": 0.03},
     "clip-higher": {"clip_high": 0.4},
     "dual clip": {"dual_clip": 1.2},
     "entropy bonus": {"entropy": 0.3},
@@ -175,12 +175,12 @@ def surrogate_by_hand(config, hf, experience, rows):
             entropy = -(distribution[place].exp() * distribution[place]).sum()
             losses.append(loss - config.loss.entropy * entropy)
         part = torch.stack(losses).sum()
-        if config.loss.normalise == "sequence":
+        if config.loss.normalize == "sequence":
             part = part / count / len(rows)
-        if config.loss.normalise == "constant":
+        if config.loss.normalize == "constant":
             part = part / config.rollout.max_new_tokens / len(rows)
         total, tokens = total + part, tokens + count
-    return total / tokens if config.loss.normalise == "token" else total
+    return total / tokens if config.loss.normalize == "token" else total
 
 
 def with_other_old_logprobs(experience):

@@ -39,7 +39,7 @@ def test_sums_split_where_the_shorter_response_ends(batch, tiny_policy, tiny_dat
     assert (sums.tail.abs() > 1e-3).any(dim=0).sum() >= 2, "responses of one length prove little"
 
 
-def test_padding_and_neighbours_do_not_change_a_row(batch, tiny_policy, tiny_data):
+def test_padding_and_neighbors_do_not_change_a_row(batch, tiny_policy, tiny_data):
     model = tiny_policy()
     alone = collate(tiny_data.train, np.array([7]), MicroBatchPlan((0,), ((0,), (1,)), 0), 2)
     together, single = row_sums(model(batch.groups), batch), row_sums(model(alone.groups), alone)

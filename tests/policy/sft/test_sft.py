@@ -45,7 +45,7 @@ def write_rows(path, rows):
 
 @pytest.fixture(scope="session")
 def chats(tmp_path_factory):
-    """40 conversations of one to three exchanges; in every fifth only the last answer is to be learnt."""
+    """40 conversations of one to three exchanges; in every fifth only the last answer is to be learned."""
     generator = np.random.default_rng(0)
 
     def text():
@@ -107,8 +107,8 @@ def assert_same_gradients(found, expected):
         assert float((found[name] - value).abs().max()) < 1e-5 * largest, name
 
 
-def labelled(tokenizer, row):
-    """Tokens of a ChatML row and, where it is to be learnt, the token again (elsewhere -100): from its characters."""
+def labeled(tokenizer, row):
+    """Tokens of a ChatML row and, where it is to be learned, the token again (elsewhere -100): from its characters."""
     messages = row.get("messages") or [*row["prompt"], assistant(row["completion"])]
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     spans = [found.span(1) for found in re.finditer(r"<\|im_start\|>assistant\n(.*?<\|im_end\|>)", text)]
@@ -129,7 +129,7 @@ def test_loss_and_gradient_are_cross_entropy_of_assistant_turns_on_whole_logits(
     plain = AutoModelForCausalLM.from_pretrained(tiny_model)
     nll, count = torch.zeros(()), 0
     for row in drawn:
-        tokens, labels = labelled(tiny_tokenizer, row)
+        tokens, labels = labeled(tiny_tokenizer, row)
         nll = nll + F.cross_entropy(plain(tokens[None]).logits[0, :-1], labels[1:], reduction="sum")
         count += int((labels[1:] != -100).sum())
     (nll / count).backward()

@@ -34,16 +34,16 @@ lengths_of_pairs = st.lists(st.tuples(st.integers(2, 90), st.integers(2, 90)), m
 
 @settings(max_examples=60, deadline=None)
 @given(lengths_of_pairs, st.integers(50, 600), st.integers(1, 4), st.integers(1, 4))
-def test_every_pair_is_planned_once_and_the_budget_holds(lengths, budget, ranks, row_groups):
+def test_every_pair_is_planned_once_and_the_budget_holds(lengths, budget, ranks, length_buckets):
     lengths = np.array(lengths)
-    plan = plan_micro_batches(lengths, token_budget=budget, ranks=ranks, row_groups=row_groups)
+    plan = plan_micro_batches(lengths, token_budget=budget, ranks=ranks, length_buckets=length_buckets)
     parts = [part for micro_step in plan for part in micro_step]
     assert sorted(pair for part in parts for pair in part.items) == list(range(len(lengths)))
     assert all(len(micro_step) == ranks for micro_step in plan)
     for part in parts:
         rows = [row for group in part.groups for row in group]
         assert sorted(rows) == list(range(2 * len(part.items)))
-        assert len(part.groups) <= row_groups
+        assert len(part.groups) <= length_buckets
         assert part.padded_tokens <= budget or len(part.items) == 1
 
 
@@ -58,14 +58,14 @@ def cheapest_split(rows, groups):
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=4), st.integers(1, 4))
-def test_row_groups_are_the_fewest_that_come_near_the_cheapest_there_are(lengths, row_groups):
-    plan = plan_micro_batches(np.array(lengths), token_budget=10**6, ranks=1, row_groups=row_groups)
+def test_length_buckets_are_the_fewest_that_come_near_the_cheapest_there_are(lengths, length_buckets):
+    plan = plan_micro_batches(np.array(lengths), token_budget=10**6, ranks=1, length_buckets=length_buckets)
     assert len(plan) == 1
     part = plan[0][0]
     by_row = [chosen for chosen, _ in lengths], [rejected for _, rejected in lengths]
     rows = [by_row[0][pair] for pair in part.items] + [by_row[1][pair] for pair in part.items]
-    enough = 1.04 * cheapest_split(rows, row_groups)
-    fewest = next(count for count in range(1, row_groups + 1) if cheapest_split(rows, count) <= enough)
+    enough = 1.04 * cheapest_split(rows, length_buckets)
+    fewest = next(count for count in range(1, length_buckets + 1) if cheapest_split(rows, count) <= enough)
     assert part.padded_tokens == cheapest_split(rows, fewest)
     assert len(part.groups) <= fewest
     assert part.padded_tokens == sum(max(rows[row] for row in group) * len(group) for group in part.groups)
@@ -73,7 +73,7 @@ def test_row_groups_are_the_fewest_that_come_near_the_cheapest_there_are(lengths
 
 def test_ranks_get_nearly_equal_work():
     lengths = np.random.default_rng(0).integers(20, 400, size=(64, 2))
-    plan = plan_micro_batches(lengths, token_budget=4096, ranks=2, row_groups=4)
+    plan = plan_micro_batches(lengths, token_budget=4096, ranks=2, length_buckets=4)
     waited = sum(2 * max(part.padded_tokens for part in micro_step) for micro_step in plan)
     assert waited < 1.15 * sum(part.padded_tokens for micro_step in plan for part in micro_step)
 
@@ -84,7 +84,7 @@ def test_padding_is_under_ten_percent_on_lengths_of_real_answers():
     computed = real = 0
     for step in range(10):
         batch = lengths[global_batch(step, items=640, batch_size=64, seed=0)]
-        for micro_step in plan_micro_batches(batch, token_budget=4096, ranks=2, row_groups=4):
+        for micro_step in plan_micro_batches(batch, token_budget=4096, ranks=2, length_buckets=4):
             computed += sum(part.padded_tokens for part in micro_step)
         real += batch.sum()
     assert 1 - real / computed < 0.10
@@ -93,7 +93,7 @@ def test_padding_is_under_ten_percent_on_lengths_of_real_answers():
 
 
 def test_a_lone_pair_leaves_the_second_rank_with_filler():
-    plan = plan_micro_batches(np.array([[5, 7]]), token_budget=100, ranks=2, row_groups=2)
+    plan = plan_micro_batches(np.array([[5, 7]]), token_budget=100, ranks=2, length_buckets=2)
     assert plan == [[MicroBatchPlan((0,), ((1,), (0,)), 12), MicroBatchPlan((), (), 0)]]
 
 
@@ -114,7 +114,7 @@ def test_epochs_and_seeds_have_orders_of_their_own():
 def test_order_puts_rows_back_to_chosen_then_rejected():
     source = Source([[3, 9], [8, 2], [5, 5]])
     indices = np.array([2, 0, 1])
-    (parts,) = plan_micro_batches(source.lengths[indices], token_budget=1000, ranks=1, row_groups=3)
+    (parts,) = plan_micro_batches(source.lengths[indices], token_budget=1000, ranks=1, length_buckets=3)
     batch = collate(source, indices, parts[0], groups_per_micro_step(parts))
     first_tokens = torch.cat([group.tokens[:, 0] for group in batch.groups])[batch.order]
     dataset = indices[batch.positions.numpy()]
@@ -139,7 +139,7 @@ def test_filler_has_the_groups_of_the_others_and_no_pair():
 
 def test_single_rows_are_items_too():
     source = Source([[4], [9], [2]])
-    (parts,) = plan_micro_batches(source.lengths, token_budget=100, ranks=1, row_groups=2)
+    (parts,) = plan_micro_batches(source.lengths, token_budget=100, ranks=1, length_buckets=2)
     batch = collate(source, np.array([0, 1, 2]), parts[0], 2)
     (firsts,) = batch.sides(torch.cat([group.tokens[:, 0] for group in batch.groups]))
     assert firsts.tolist() == [10 * index for index in batch.indices.tolist()]

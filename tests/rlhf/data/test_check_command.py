@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from launch import data_command
+from launch.commands import data
 from rlhf.core.errors import DataError, ModelError
 
 
@@ -11,7 +11,7 @@ from rlhf.core.errors import DataError, ModelError
 def check():
     """Run ``rlhf data check`` with these arguments and give its exit status."""
     parser = argparse.ArgumentParser()
-    data_command.add_parser(parser.add_subparsers())
+    data.add_parser(parser.add_subparsers())
 
     def run(*arguments):
         options = parser.parse_args(["data", "check", *map(str, arguments)])

@@ -39,12 +39,12 @@ def load(tokenizer, tmp_path):
 
 
 @pytest.fixture
-def count_tokenised(monkeypatch):
+def count_tokenized(monkeypatch):
     """A list that collects the number of texts of each call of the tokenizer."""
     calls = []
-    genuine = ChatFormat.tokenise_turns
+    genuine = ChatFormat.tokenize_turns
     monkeypatch.setattr(
-        ChatFormat, "tokenise_turns", lambda self, rendered: calls.append(len(rendered)) or genuine(self, rendered)
+        ChatFormat, "tokenize_turns", lambda self, rendered: calls.append(len(rendered)) or genuine(self, rendered)
     )
     return calls
 
@@ -65,7 +65,7 @@ def row_ids(dataset):
     return [dataset.row_id(index) for index in range(len(dataset))]
 
 
-def learnt(tokenizer, row):
+def learned(tokenizer, row):
     """The stretches of text that a row's mask selects."""
     edges = np.flatnonzero(np.diff(np.r_[False, row.response, False]))
     return [tokenizer.decode(row.tokens[begin:end]) for begin, end in edges.reshape(-1, 2)]
@@ -74,7 +74,7 @@ def learnt(tokenizer, row):
 # --------------------------------------------------------------------------------------------- conversations
 
 
-def test_every_assistant_turn_is_learnt_with_its_end_token_and_nothing_else(load, write_rows, tokenizer):
+def test_every_assistant_turn_is_learned_with_its_end_token_and_nothing_else(load, write_rows, tokenizer):
     messages = [user("tea?"), assistant("hot"), user("why?"), assistant("cold rain")]
     data = load(write_rows("chats.jsonl", [{"messages": messages}]), template="chatml").train
     pieces = [
@@ -113,11 +113,11 @@ def test_one_assistant_turn_at_the_end_of_messages_is_a_prompt_with_a_completion
     assert data.prompt_keys[0] == data.prompt_keys[1]
 
 
-def test_assistant_turns_of_a_prompt_are_not_learnt(load, write_rows, tokenizer):
+def test_assistant_turns_of_a_prompt_are_not_learned(load, write_rows, tokenizer):
     prompt = [user("tea?"), assistant("hot"), user("why?")]
     completion = [assistant("cold"), user("so?"), assistant("rain")]
     data = load(write_rows("x.jsonl", [{"prompt": prompt, "completion": completion}])).train
-    assert learnt(tokenizer, data.item(0).rows[0]) == ["cold<|im_end|>", "rain<|im_end|>"]
+    assert learned(tokenizer, data.item(0).rows[0]) == ["cold<|im_end|>", "rain<|im_end|>"]
 
 
 def test_what_stands_behind_the_last_assistant_turn_is_left_out(load, write_rows, tokenizer):
@@ -131,7 +131,7 @@ def test_a_system_prompt_goes_first_and_moves_no_turn(load, write_rows, tokenize
     row = {"prompt": [user("tea?"), assistant("hot"), user("why?")], "completion": "cold"}
     [got] = load(write_rows("x.jsonl", [row]), system_prompt="be brief").train.item(0).rows
     assert tokenizer.decode(got.tokens).startswith("<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\ntea?")
-    assert learnt(tokenizer, got) == ["cold<|im_end|>"]
+    assert learned(tokenizer, got) == ["cold<|im_end|>"]
 
 
 def test_a_template_that_rewrites_or_drops_earlier_turns_puts_rows_in_quarantine(load, write_rows, tmp_path):
@@ -185,7 +185,7 @@ def test_a_bad_conversation_is_left_out_with_its_reason(load, write_rows, row, r
         ({"messages": [user("p"), assistant("a")], "label": True}, "missing column", "completion is null or absent"),
     ],
 )
-def test_a_bad_labelled_row_is_left_out_with_its_reason(load, write_rows, row, reason, detail):
+def test_a_bad_labeled_row_is_left_out_with_its_reason(load, write_rows, row, reason, detail):
     path = write_rows("x.jsonl", [*answers(2), row])
     report = load(path, kind="unpaired", quarantine_max_share=0.5).report
     [left_out] = report.sources[0].left_out
@@ -204,7 +204,7 @@ def test_too_many_bad_rows_stop_the_run_and_are_still_listed(load, write_rows, t
 # ---------------------------------------------------------------------------------------------- over length
 
 
-def test_a_long_conversation_is_cut_on_the_left_and_a_turn_without_its_beginning_is_not_learnt(
+def test_a_long_conversation_is_cut_on_the_left_and_a_turn_without_its_beginning_is_not_learned(
     load, write_rows, tokenizer
 ):
     messages = [user("tea?"), assistant(LONG), user("so?"), assistant("hot"), user("why?"), assistant("cold")]
@@ -213,7 +213,7 @@ def test_a_long_conversation_is_cut_on_the_left_and_a_turn_without_its_beginning
     loaded = load(path, max_tokens=60)
     [row] = loaded.train.item(0).rows
     np.testing.assert_array_equal(row.tokens, whole.tokens[-60:])
-    assert learnt(tokenizer, row) == ["hot<|im_end|>", "cold<|im_end|>"]
+    assert learned(tokenizer, row) == ["hot<|im_end|>", "cold<|im_end|>"]
     assert loaded.report.sources[0].truncated == 1
     assert loaded.train.lengths.tolist() == [[60]]
 
@@ -222,7 +222,7 @@ def test_a_cut_conversation_keeps_its_leading_bos(load, write_rows, base_tokeniz
     path = write_rows("x.jsonl", [{"messages": [user(LONG), assistant("hot"), user("why?"), assistant("cold")]}])
     [row] = load(path, max_tokens=50, reader=base_tokenizer).train.item(0).rows
     assert (len(row.tokens), row.tokens[0]) == (50, base_tokenizer.bos_token_id)
-    assert learnt(base_tokenizer, row) == ["hot<|endoftext|>", "cold<|endoftext|>"]
+    assert learned(base_tokenizer, row) == ["hot<|endoftext|>", "cold<|endoftext|>"]
 
 
 def test_a_last_response_that_alone_is_too_long_is_a_bad_row(load, write_rows):
@@ -242,7 +242,7 @@ def test_long_rows_can_be_dropped_or_stop_the_run(load, write_rows):
 # ------------------------------------------------------------------------------------------------- unpaired
 
 
-def test_a_labelled_row_has_the_tokens_of_a_pair_and_its_label(load, write_rows, tokenizer):
+def test_a_labeled_row_has_the_tokens_of_a_pair_and_its_label(load, write_rows, tokenizer):
     rows = answers(3)
     data = load(write_rows("x.jsonl", rows), kind="unpaired").train
     assert data.labels.tolist() == [True, False, True]
@@ -275,7 +275,7 @@ def test_a_mismatched_row_is_the_own_prompt_with_a_response_to_another_prompt(lo
     brought = []
     for index, row in enumerate(rows):
         own, mismatched = data.item(index).rows
-        prompt, [response] = mismatched.tokens[~mismatched.response], learnt(tokenizer, mismatched)
+        prompt, [response] = mismatched.tokens[~mismatched.response], learned(tokenizer, mismatched)
         np.testing.assert_array_equal(prompt, own.tokens[~own.response])
         others = [other["completion"] for other in rows if other["prompt"] != row["prompt"]]
         brought.append(response.removesuffix("<|im_end|>"))
@@ -314,11 +314,11 @@ def test_a_mismatched_row_that_is_too_long_loses_the_start_of_its_prompt(load, w
     assert len(before.tokens) > size == len(after.tokens) == cut.lengths[0, 1]
     assert after.tokens[0] == base_tokenizer.bos_token_id
     np.testing.assert_array_equal(after.tokens[1:], before.tokens[len(before.tokens) - size + 1 :])
-    assert learnt(base_tokenizer, after) == learnt(base_tokenizer, before)
+    assert learned(base_tokenizer, after) == learned(base_tokenizer, before)
     assert cut.fingerprint != whole.fingerprint
 
 
-def test_a_lone_labelled_row_is_refused(load, write_rows):
+def test_a_lone_labeled_row_is_refused(load, write_rows):
     with pytest.raises(DataError, match="one training row is left"):
         load(write_rows("x.jsonl", answers(1)), kind="unpaired")
     with pytest.raises(DataError, match=r"one evaluation row is left.*change data\.eval_share"):
@@ -334,7 +334,7 @@ def test_answers_to_one_prompt_are_mismatched_with_each_other_and_counted(load, 
 def test_items_make_a_batch_of_rows_and_mismatched_rows_with_labels(load, write_rows):
     data = load(write_rows("x.jsonl", answers(4)), kind="unpaired").train
     indices = np.array([3, 0, 2])
-    [[plan]] = plan_micro_batches(data.lengths[indices], token_budget=4000, ranks=1, row_groups=2)
+    [[plan]] = plan_micro_batches(data.lengths[indices], token_budget=4000, ranks=1, length_buckets=2)
     batch = collate(data, indices, plan, 2)
     assert batch.rows_per_item == 2
     assert batch.labels.tolist() == data.labels[batch.indices.numpy()].tolist()
@@ -344,12 +344,12 @@ def test_items_make_a_batch_of_rows_and_mismatched_rows_with_labels(load, write_
 
 
 def test_a_second_load_takes_the_tokens_from_the_cache_and_the_kinds_do_not_share_them(
-    load, write_rows, count_tokenised
+    load, write_rows, count_tokenized
 ):
     path = write_rows("x.jsonl", [*answers(9), {"prompt": "p"}])
     first = load(path, quarantine_max_share=0.1)
     again = load(path, quarantine_max_share=0.1, seed=3, max_train_rows=5)
-    assert count_tokenised == [9]
+    assert count_tokenized == [9]
     assert again.report.sources[0].cached
     assert again.report.sources[0].bad == first.report.sources[0].bad == {"missing column": 1}
     assert not load(path, kind="unpaired", quarantine_max_share=0.1).report.sources[0].cached
@@ -359,11 +359,11 @@ def test_a_second_load_takes_the_tokens_from_the_cache_and_the_kinds_do_not_shar
     "change",
     [{"max_tokens": 300}, {"template": "chatml"}, {"system_prompt": "x"}, {"columns": ExampleColumns(label="")}],
 )
-def test_whatever_decides_on_tokens_makes_another_cache_entry(load, write_rows, count_tokenised, change):
+def test_whatever_decides_on_tokens_makes_another_cache_entry(load, write_rows, count_tokenized, change):
     path = write_rows("x.jsonl", answers(3))
     load(path)
     load(path, **change)
-    assert count_tokenised == [3, 3]
+    assert count_tokenized == [3, 3]
 
 
 @pytest.mark.parametrize("name", ["tokens.bin", "rows.npy", "bad.jsonl", "meta.json"])

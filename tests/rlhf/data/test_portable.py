@@ -25,7 +25,7 @@ def test_plain_users_get_the_tokens_of_training(pair):
     assert begun == expected[:start].tolist()
 
 
-def test_the_published_tokenizer_is_recognised_and_keeps_its_padding(pair):
+def test_the_published_tokenizer_is_recognized_and_keeps_its_padding(pair):
     chat, published = pair
     assert published.pad_token == chat.tokenizer.pad_token != published.eos_token
     assert tokenizer_digest(published) == tokenizer_digest(chat.tokenizer)

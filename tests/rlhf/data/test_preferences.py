@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rlhf.core.errors import DataError
-from rlhf.data import tokenising
+from rlhf.data import tokenizing
 from rlhf.data.options import ColumnConfig, DataConfig, SourceConfig
 from rlhf.data.preferences import load_preferences
 from rlhf.data.templates import ChatFormat, chat_format
@@ -23,16 +23,16 @@ def load(tokenizer, tmp_path):
 
 
 @pytest.fixture
-def count_tokenised(monkeypatch):
+def count_tokenized(monkeypatch):
     """A list that collects the number of texts of each call of the tokenizer."""
     calls = []
-    genuine = ChatFormat.tokenise_turns
+    genuine = ChatFormat.tokenize_turns
 
     def counted(self, rendered):
         calls.append(len(rendered))
         return genuine(self, rendered)
 
-    monkeypatch.setattr(ChatFormat, "tokenise_turns", counted)
+    monkeypatch.setattr(ChatFormat, "tokenize_turns", counted)
     return calls
 
 
@@ -248,14 +248,14 @@ def test_all_missing_files_are_reported_at_once_and_earlier_output_stays(
 # ---------------------------------------------------------------------------------------------------- cache
 
 
-def test_a_second_load_does_not_tokenise_again(load, write_rows, make_rows, count_tokenised, tmp_path):
+def test_a_second_load_does_not_tokenize_again(load, write_rows, make_rows, count_tokenized, tmp_path):
     path = write_rows("pairs.jsonl", [*make_rows(20), *BAD_ROWS[:1]])
     first = load([path], quarantine_max_share=0.1)
-    assert sum(count_tokenised) == 40
-    count_tokenised.clear()
+    assert sum(count_tokenized) == 40
+    count_tokenized.clear()
     renamed = path.rename(tmp_path / "renamed.jsonl")
     again = load([renamed], quarantine_max_share=0.1, seed=3, flip_labels=0.5)
-    assert count_tokenised == []
+    assert count_tokenized == []
     assert [part.cached for part in again.report.sources] == [True]
     assert again.report.sources[0].bad == first.report.sources[0].bad
     assert again.train.row_id(0) == "renamed.jsonl:1"
@@ -273,23 +273,23 @@ def test_a_second_load_does_not_tokenise_again(load, write_rows, make_rows, coun
     ],
 )
 def test_whatever_decides_on_tokens_makes_another_cache_entry(
-    load, write_rows, make_rows, count_tokenised, change
+    load, write_rows, make_rows, count_tokenized, change
 ):
     path = write_rows("pairs.jsonl", make_rows(3))
     load([path])
     load([path], **change)
-    assert count_tokenised == [6, 6]
+    assert count_tokenized == [6, 6]
 
 
 def test_another_tokenizer_or_content_makes_another_cache_entry(
-    load, write_rows, make_rows, count_tokenised, base_tokenizer
+    load, write_rows, make_rows, count_tokenized, base_tokenizer
 ):
     path = write_rows("pairs.jsonl", make_rows(3))
     load([path], template="plain")
     load([path], template="plain", reader=base_tokenizer)
     write_rows("pairs.jsonl", make_rows(4))
     load([path], template="plain")
-    assert count_tokenised == [6, 6, 8]
+    assert count_tokenized == [6, 6, 8]
 
 
 @pytest.mark.parametrize("name", ["tokens.bin", "rows.npy", "bad.jsonl", "meta.json"])
@@ -311,7 +311,7 @@ def test_a_damaged_cache_entry_is_made_again_with_a_message(
     assert after.train.fingerprint == before.train.fingerprint
 
 
-def test_a_killed_tokenisation_leaves_nothing_that_looks_finished(
+def test_a_killed_tokenization_leaves_nothing_that_looks_finished(
     load, write_rows, make_rows, monkeypatch, tmp_path
 ):
     path = write_rows("pairs.jsonl", make_rows(3))
@@ -320,7 +320,7 @@ def test_a_killed_tokenisation_leaves_nothing_that_looks_finished(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(tokenising, "_add_chunk", killed)
+        patch.setattr(tokenizing, "_add_chunk", killed)
         with pytest.raises(KeyboardInterrupt):
             load([path])
     assert len(load([path]).train) == 3

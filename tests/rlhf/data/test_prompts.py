@@ -412,7 +412,7 @@ def test_other_rows_left_after_repeats_have_another_fingerprint(load, write_rows
 def test_a_second_load_takes_tokens_and_messages_from_the_cache(load, write_rows, monkeypatch):
     path = write_rows("x.jsonl", [*questions(5), *questions(2)])
     first = load(path)
-    monkeypatch.setattr(ChatFormat, "tokenise_turns", lambda *_: pytest.fail("tokenised again"))
+    monkeypatch.setattr(ChatFormat, "tokenize_turns", lambda *_: pytest.fail("tokenized again"))
     again = load(path)
     assert [part.cached for part in again.report.sources] == [True]
     for one, other in zip(prompts(first.train), prompts(again.train), strict=True):

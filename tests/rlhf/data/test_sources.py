@@ -94,7 +94,7 @@ def test_a_glob_takes_what_matches(write_rows):
         read(folder / "c*.jsonl")
 
 
-def test_a_missing_file_is_named_with_its_nearest_neighbour(write_rows):
+def test_a_missing_file_is_named_with_its_nearest_neighbor(write_rows):
     path = write_rows("pairs_train.jsonl", ROWS)
     with pytest.raises(
         DataError, match=r"pair_train\.jsonl: no such file or folder; did you mean .*pairs_train"

@@ -83,13 +83,13 @@ def test_many_rows_in_one_call_equal_one_by_one(tokenizer):
     responses = [
         [{"role": "assistant", "content": text}] for text in ("a", "näïve – 茶 ☕", "  spaces  ", "\nline")
     ]
-    many = chat.tokenise([chat.render(PROMPT, response) for response in responses])
+    many = chat.tokenize([chat.render(PROMPT, response) for response in responses])
     for response, (ids, start) in zip(responses, many, strict=True):
         one, one_start = chat.encode(PROMPT, response)
         np.testing.assert_array_equal(ids, one)
         assert start == one_start
         assert tokenizer.decode(ids[start:]) == response[0]["content"] + "<|im_end|>"
-    assert chat.tokenise([]) == []
+    assert chat.tokenize([]) == []
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ class Letters(PreTrainedTokenizer):
         return {number: token for token, number in self._ids.items()}[index]
 
 
-def test_a_tokenizer_without_offsets_is_tokenised_in_two_parts():
+def test_a_tokenizer_without_offsets_is_tokenized_in_two_parts():
     letters = Letters()
     assert not letters.is_fast
     ids, start = chat_format(letters, None).encode(PROMPT, RESPONSE)
@@ -181,7 +181,7 @@ def test_a_token_across_the_boundary_belongs_to_the_response(base_tokenizer):
     before, whole = chat.render(
         [{"role": "user", "content": "this"}], [{"role": "assistant", "content": "question"}]
     )
-    ids, start = chat.tokenise([(before, whole)])[0]
+    ids, start = chat.tokenize([(before, whole)])[0]
     assert before == "<s>this "
     assert base_tokenizer.decode(ids[start:]) == " question<|endoftext|>"
 
@@ -211,7 +211,7 @@ def test_a_token_across_either_end_of_a_turn_belongs_to_the_turn(base_tokenizer)
     contents = ["this", " quest", "ion a", "nswer"]
     messages = [{"role": ("user", "assistant")[n % 2], "content": content} for n, content in enumerate(contents)]
     chat = chat_format(base_tokenizer, "{% for m in messages %}{{ m['content'] }}{% endfor %}")
-    [(ids, spans)] = chat.tokenise_turns([chat.render_turns(messages)])
+    [(ids, spans)] = chat.tokenize_turns([chat.render_turns(messages)])
     assert base_tokenizer.decode(ids) == "<s>this question answer<|endoftext|>"
     assert [base_tokenizer.decode(ids[begin:end]) for begin, end in spans] == [" question", " answer<|endoftext|>"]
 
@@ -219,7 +219,7 @@ def test_a_token_across_either_end_of_a_turn_belongs_to_the_turn(base_tokenizer)
 def test_turns_of_a_tokenizer_without_offsets_begin_and_end_where_the_text_says():
     chat = chat_format(Letters(), None)
     text, characters = chat.render_turns(TURNS)
-    [(ids, tokens)] = chat.tokenise_turns([(text, characters)])
+    [(ids, tokens)] = chat.tokenize_turns([(text, characters)])
     turns = [text[begin:end].removesuffix("</s>") for begin, end in characters]
     assert turns == ["Because 12 + 30 = 42.", "yes"]
     assert ["".join(map(chr, ids[begin : end - 1])) for begin, end in tokens] == turns

@@ -60,7 +60,7 @@ def test_control_c_still_interrupts(tmp_path, interruptible):
         time.sleep(1)
 
 
-def test_a_stop_file_is_honoured_once_and_removed(tmp_path):
+def test_a_stop_file_is_honored_once_and_removed(tmp_path):
     requests = StopRequests(tmp_path, ALONE, None)
     (tmp_path / STOP_FILE).touch()
     with pytest.raises(RunStopped, match=f"stopped at step 3 of 9 by the file {tmp_path}/STOP; the same comm") as info:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from launch import import_gguf_command
+from launch.commands import import_gguf as import_gguf_command
 from rlhf.core.errors import ModelError
 from rlhf.models.gguf import MAGIC, RECORD_NAME, embedded_model, import_gguf
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rlhf.models.states import last_states
+from rlhf.models.hidden_states import last_states
 
 SHAPES = ((3, 7), (2, 12), (1, 4))
 BLOCKS = [torch.randint(5, 300, shape, generator=torch.Generator().manual_seed(0)) for shape in SHAPES]

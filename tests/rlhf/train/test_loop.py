@@ -11,7 +11,7 @@ from rlhf.engine.local import LocalEngine
 from rlhf.engine.options import OptimizerConfig
 from rlhf.engine.ranks import Ranks
 from rlhf.engine.stop import STOP_FILE, StopRequests
-from rlhf.train.completion import Completion, read_completion, write_completion
+from rlhf.train.done import Completion, read_completion, write_completion
 from rlhf.train.loop import Run, fit
 from rlhf.train.options import TrainConfig
 

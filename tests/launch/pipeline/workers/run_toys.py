@@ -6,9 +6,9 @@ from pathlib import Path
 
 import launch.pipeline.run as running
 from launch import stages
-from launch.launcher import Machine
+from launch.commands.pipeline import console
+from launch.jobs.launcher import Machine
 from launch.pipeline.recipe import load_pipeline
-from launch.pipeline_command import console
 
 stages.KINDS["toy"] = stages.Stage("toy", "toy_stage", ("toy_stage", "ToyConfig"), trains="train" in sys.argv)
 running.stage_command = lambda stage, arguments, machine: [sys.executable, "-m", stage.module, *arguments]

@@ -13,7 +13,7 @@ from pathlib import Path
 from torch._inductor import compile_fx
 
 from policy.generation.hf import HfSampler
-from policy.generation.opening import TrainingSampler
+from policy.generation.training import TrainingSampler
 from policy.ppo import stage
 from policy.ppo.__main__ import main
 from policy.ppo.scoring import ModelScorer

@@ -1,0 +1,204 @@
+"""Make the quickstart's preference corpus: sample completions, label them, pair them, split by topic."""
+
+import argparse
+import json
+import random
+import re
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from launch.quickstart.gold import gold_reward
+from rlhf.core.errors import UserError
+from rlhf.core.files import write_text
+
+HERE = Path(__file__).resolve().parent.parent / "launch" / "quickstart"
+PHRASINGS = (
+    "Write one sentence about {}.",
+    "In one sentence, what comes to mind about {}?",
+    "Tell me something about {} in one sentence.",
+    "Write the first sentence of a story about {}.",
+)
+HELD_OUT_SHARE = 0.2
+PAIRS_PER_PROMPT = 3
+SMALLEST_GAP = 0.1
+UNWANTED = re.compile(
+    r"https?:|www\.|shit|bitch|slut|asshole"
+    r"|\b(?:nude|sex|negro\w*|slaves?|jew(?:s|ish)?|muslims?|islam\w*|isis|iraq|world war)\b",
+    re.IGNORECASE,
+)
+"""Links, strong language and made-up statements about peoples, religions and wars, as met in the samples."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompt:
+    """One writing prompt and the topic group it belongs to."""
+
+    text: str
+    topic: str
+
+
+def read_topics() -> dict[str, list[str]]:
+    """Topic group -> subjects, as shipped beside this file."""
+    return json.loads((HERE / "topics.json").read_text(encoding="utf-8"))
+
+
+def make_prompts(topics: dict[str, list[str]], seed: int) -> list[Prompt]:
+    """One prompt per subject in shuffled order; the phrasings take turns."""
+    subjects = [(topic, subject) for topic in sorted(topics) for subject in topics[topic]]
+    random.Random(seed).shuffle(subjects)
+    return [
+        Prompt(text=PHRASINGS[index % len(PHRASINGS)].format(subject), topic=topic)
+        for index, (topic, subject) in enumerate(subjects)
+    ]
+
+
+def held_out_topics(topics: Iterable[str], seed: int) -> set[str]:
+    """The topic groups whose prompts nothing is trained on: about a fifth."""
+    names = sorted(topics)
+    return set(random.Random(seed).sample(names, round(HELD_OUT_SHARE * len(names))))
+
+
+def usable(texts: Sequence[str]) -> list[str]:
+    """Texts in their order without empty ones, repetitions, cut characters and what is ``UNWANTED``."""
+    return [
+        text for text in dict.fromkeys(texts) if text and "\ufffd" not in text and not UNWANTED.search(text)
+    ]
+
+
+def make_pairs(prompt: Prompt, texts: Sequence[str], scores: Sequence[float]) -> list[dict[str, Any]]:
+    """At most ``PAIRS_PER_PROMPT`` pairs without a common text, each with a gap of ``SMALLEST_GAP`` or more.
+
+    The better half of the texts meets the worse half in order: best against the best of the worse half. On a
+    line this leaves the fewest pairs with too small a gap, and it avoids pairing the best with the worst.
+    """
+    ranked = sorted(zip(scores, texts, strict=True), reverse=True)
+    half = len(ranked) // 2
+    pairs = []
+    for (high, chosen), (low, rejected) in zip(ranked[:half], ranked[-half:] if half else [], strict=True):
+        if high - low >= SMALLEST_GAP:
+            pairs.append(
+                {
+                    "prompt": prompt.text,
+                    "chosen": chosen,
+                    "rejected": rejected,
+                    "chosen_score": high,
+                    "rejected_score": low,
+                    "topic": prompt.topic,
+                }
+            )
+    return pairs[:PAIRS_PER_PROMPT]
+
+
+def write_corpus(
+    output: Path, prompts: Sequence[Prompt], rows: Sequence[dict[str, Any]], held_out: set[str]
+) -> None:
+    """Four jsonl files in ``output``: pairs and prompts, for training and held out."""
+    for name, wanted in (("train", False), ("heldout", True)):
+        pairs = [row for row in rows if (row["topic"] in held_out) == wanted]
+        kept = [prompt for prompt in prompts if (prompt.topic in held_out) == wanted]
+        _write_rows(output / f"sentiment_pairs_{name}.jsonl", pairs)
+        _write_rows(output / f"prompts_{name}.jsonl", [{"prompt": p.text, "topic": p.topic} for p in kept])
+
+
+def describe(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """What a reader wants to know of some pairs: counts, gold scores, gaps and length bias."""
+    if len(rows) < 2:
+        return {"pairs": str(len(rows))}
+    scores = [row[key] for row in rows for key in ("chosen_score", "rejected_score")]
+    gaps = [row["chosen_score"] - row["rejected_score"] for row in rows]
+    longer = [len(row["chosen"]) > len(row["rejected"]) for row in rows]
+    sizes = [len(row[key]) for row in rows for key in ("chosen", "rejected")]
+    return {
+        "pairs": str(len(rows)),
+        "prompts with a pair": str(len({row["prompt"] for row in rows})),
+        "topics": str(len({row["topic"] for row in rows})),
+        "mean gold score": f"{statistics.fmean(scores):.3f}",
+        "sd of the gold score": f"{statistics.stdev(scores):.3f}",
+        "median gap": f"{statistics.median(gaps):.3f}",
+        "longer one wins": f"{100 * statistics.fmean(longer):.1f} %",
+        "characters per text": f"{statistics.fmean(sizes):.0f}",
+    }
+
+
+def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _table(columns: dict[str, Sequence[dict[str, Any]]]) -> Table:
+    described = {name: describe(rows) for name, rows in columns.items()}
+    table = Table("", *described)
+    for key in dict.fromkeys(key for values in described.values() for key in values):
+        table.add_row(key, *(values.get(key, "") for values in described.values()))
+    return table
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.make_corpus", description=__doc__, allow_abbrev=False
+    )
+    parser.add_argument("--model", type=Path, required=True, help="Transformers folder of the sampled model")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder of the four files; samples.jsonl is kept there too"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the samples and of the split (default 0)")
+    parser.add_argument("--prompts", type=int, help="stop after this many prompts, for a trial (default all)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    return parser
+
+
+def run(options: argparse.Namespace) -> None:
+    """Sample (or resume), label, pair, split, write, and print what came out."""
+    import torch
+
+    from benchmarks.sampling import SamplingSettings, sample_all
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    topics = read_topics()
+    prompts = make_prompts(topics, options.seed)[: options.prompts]
+    template = (HERE / "chat.jinja").read_text(encoding="utf-8")
+    settings = SamplingSettings(seed=options.seed)
+    samples = sample_all(
+        options.model, template, [p.text for p in prompts], settings, options.output / "samples.jsonl"
+    )
+    rows: list[dict[str, Any]] = []
+    for prompt, texts in zip(prompts, map(usable, samples), strict=True):
+        rows.extend(make_pairs(prompt, texts, gold_reward([prompt.text] * len(texts), texts)))
+    held_out = held_out_topics(topics, options.seed)
+    write_corpus(options.output, prompts, rows, held_out)
+    console = Console()
+    every = [text for texts in samples for text in texts]
+    scores = gold_reward([""] * len(every), every)
+    console.print(
+        f"{len(every)} samples, {sum(len(usable(texts)) for texts in samples)} usable; "
+        f"gold score {statistics.fmean(scores):.3f}, sd {statistics.stdev(scores):.3f}"
+    )
+    console.print(
+        _table(
+            {
+                "train": [row for row in rows if row["topic"] not in held_out],
+                "held out": [row for row in rows if row["topic"] in held_out],
+            }
+        )
+    )
+
+
+def main() -> int:
+    """Command line; a fault of input is one line on standard error and status 2."""
+    try:
+        run(_parser().parse_args())
+    except UserError as error:
+        print(f"make_corpus: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

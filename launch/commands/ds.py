@@ -1,0 +1,143 @@
+"""``rlhf ds``: the DeepSpeed JSON that a run would use, and what is wrong with one of your own."""
+
+import argparse
+import contextlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from launch.commands.arguments import SettingsParser, positive_int
+from launch.stages import STAGES
+from rlhf.core.errors import ConfigError
+
+_SHOW = """\
+Print the DeepSpeed JSON of a run of RECIPE, with every "auto" resolved, exactly as the run would save it. CONFIG is a
+shipped configuration by its name (zero2, frozen_zero3; see ds_configs/README.md) or the path of a JSON; without it, the
+recipe's engine.deepspeed. Only the model's config.json is read, no weights.
+
+Exit status: 0; 2 if recipe or configuration are refused, with every problem.
+"""
+_LINT = """\
+List everything that is wrong with DeepSpeed JSONs, with the way out: unknown keys, wrong types, keys that the run
+decides, batch arithmetic, precision, offload, ops that cannot be built on this machine. Files that pass are shown with
+what a recipe must say to go with them.
+
+Exit status: 0 if no file has a problem; 1 if one has; 2 if one cannot be read.
+"""
+
+
+def add_parser(subparsers) -> None:
+    parser = subparsers.add_parser("ds", help="DeepSpeed configurations: show as resolved, or check")
+    actions = parser.add_subparsers(title="actions", dest="action", required=True, parser_class=SettingsParser)
+    show = actions.add_parser(
+        "show",
+        help="print the JSON that a run would use",
+        description=_SHOW,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    show.add_argument(
+        "overrides", nargs="*", metavar="CONFIG | key=value", help="the configuration, and settings of the recipe"
+    )
+    several = "a recipe of a stage; may be given again, later ones win"
+    show.add_argument("--config", metavar="RECIPE", type=Path, action="append", required=True, help=several)
+    show.add_argument("--stage", choices=[*STAGES], help="the stage of the recipe (default: the one that takes it)")
+    role = show.add_mutually_exclusive_group()
+    role.add_argument("--frozen", action="store_true", help="as for a model that is only asked")
+    role.add_argument("--critic", action="store_true", help="for the critic of a PPO recipe")
+    show.add_argument("--ranks", type=positive_int, help="processes in all (default: all GPUs, or 2 on a CPU)")
+    show.add_argument("--nodes", type=positive_int, default=1, help="that they are spread over (default: 1)")
+    shape = "config.json or well-known name, for a model that is not on this machine"
+    show.add_argument("--model-config", metavar="SHAPE", help=shape)
+    show.set_defaults(run=run_show)
+    lint = actions.add_parser(
+        "lint",
+        help="list what is wrong with configurations",
+        description=_LINT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    lint.add_argument("overrides", nargs="+", metavar="CONFIG", help="path of a JSON, or name of a shipped one")
+    lint.add_argument("--frozen", action="store_true", help="short names mean configurations for models that are asked")
+    lint.set_defaults(run=run_lint)
+
+
+def run_show(options: argparse.Namespace) -> int:
+    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed talks when it is imported, and this is a JSON
+        resolved, notes = _resolved(options)
+    print(json.dumps(resolved, indent=2))
+    print(*notes, sep="\n", end="\n" if notes else "", file=sys.stderr)
+    return 0
+
+
+def _resolved(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+    """The JSON, and what is to be said about it."""
+    from launch.stages import read_stage
+    from rlhf.engine.deepspeed_config import resolve, role_of
+    from rlhf.engine.deepspeed_ops import op_problems
+
+    source, overrides = _configuration_and_settings(options.overrides)
+    stage, config = read_stage(options.config, overrides, options.stage, program="rlhf ds show")
+    if config.engine.kind != "deepspeed":
+        raise ConfigError(f"engine.kind = {config.engine.kind}: such a run has no DeepSpeed JSON")
+    optimizer = config.optim
+    if options.critic:
+        if not hasattr(config, "critic"):
+            raise ConfigError(f"--critic: stage {stage.name} has no critic, only ppo has one")
+        optimizer, source = config.critic.optim, source or config.critic.deepspeed
+    source = source or config.engine.deepspeed
+    role = role_of(source) or ("frozen" if options.frozen else "train")
+    values = _run_values(config, role, optimizer, options)
+    resolved = resolve(source, values, role=role)
+    notes = [f"warning: {problem}" for problem in op_problems(resolved).values()]
+    if config.engine.precision == "auto":
+        notes.append(f"note: engine.precision=auto is {values.precision} on this machine (stage {stage.name})")
+    return resolved, notes
+
+
+def run_lint(options: argparse.Namespace) -> int:
+    with contextlib.redirect_stdout(sys.stderr):
+        reports = _lint_reports(options.overrides, "frozen" if options.frozen else "train")
+    for heading, problems in reports:
+        print("\n  ".join([heading, *problems]))
+    return 1 if any(problems for _, problems in reports) else 0
+
+
+def _lint_reports(sources: list[str], role: Any) -> list[tuple[str, list[str]]]:
+    """By file: a heading, and the problems."""
+    from rlhf.engine.deepspeed_config import lint
+    from rlhf.engine.deepspeed_ops import op_problems
+
+    reports = []
+    for found in [lint(source, role) for source in sources]:
+        problems = [*found.problems, *op_problems(found.config).values()]
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        fits = f"fits runs with {', '.join(found.conditions)}" if found.conditions else "fits any run"
+        reports.append((f"{found.name}: {count if problems else fits}", problems))
+    return reports
+
+
+def _configuration_and_settings(words: list[str]) -> tuple[str | None, list[str]]:
+    settings = [word for word in words if "=" in word]
+    others = [word for word in words if "=" not in word]
+    if len(others) > 1:
+        raise ConfigError(f"rlhf ds show: {' '.join(others)}: expected one configuration, and settings as key=value")
+    return (others[0] if others else None), settings
+
+
+def _run_values(config: Any, role: str, optimizer: Any, options: argparse.Namespace):
+    from launch.jobs.launcher import default_ranks
+    from launch.plan.models import Sources, model_settings
+    from launch.stages import model_of
+    from rlhf.engine.build import frozen_values, run_values
+
+    ranks = options.ranks or default_ranks() * options.nodes
+    if ranks % options.nodes:
+        raise ConfigError(f"--ranks {ranks} --nodes {options.nodes}: expected as many ranks on every node")
+    section, name = model_of(config)
+    settings, _ = model_settings(section, Sources(fallback=options.model_config), f"{name}.path")
+    sizes = {"world_size": ranks, "local_size": ranks // options.nodes, "hidden_size": settings.hidden_size}
+    if role == "frozen":
+        return frozen_values(config.engine, **sizes)
+    return run_values(config.engine, optimizer, **sizes)

@@ -1,0 +1,94 @@
+"""``rlhf pipeline``: all stages of a recipe, one after the other, each started, continued or skipped as it must be."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launch.commands.arguments import SettingsParser, positive_int
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from launch.pipeline.recipe import Pipeline
+
+_DESCRIPTION = """\
+Run the stages of a pipeline recipe in their order, each as a job of its own under the deepspeed launcher. A stage
+that is finished with the same settings, inputs and code is skipped; one that was begun goes on from its checkpoint;
+one whose settings, inputs or code have changed is done again, and its earlier folder is kept as NAME.before.
+
+Ctrl-C, SIGTERM, SIGUSR1 or a file STOP in the pipeline's folder let the running stage save at its next step and end the
+pipeline with exit status 75: the same command goes on from there. A second signal ends it at once.
+
+Exit status: 0 done; 1 a stage failed; 2 something is refused; 75 stopped, to be continued; 130 ended at once.
+"""
+
+
+def add_parser(subparsers) -> None:
+    parser = subparsers.add_parser("pipeline", help="run the stages of a pipeline recipe, or see where they stand")
+    actions = parser.add_subparsers(title="actions", dest="action", required=True, parser_class=SettingsParser)
+    running = actions.add_parser(
+        "run",
+        help="run all stages that are not finished",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    running.add_argument("--ranks", type=positive_int, help="processes (default: all GPUs, or 2 on a CPU)")
+    running.add_argument("--hostfile", type=Path, help="machines to use over ssh, one 'HOST slots=N' a line")
+    only = "run this stage alone; may be given again"
+    running.add_argument("--only", action="append", default=[], metavar="STAGE", help=only)
+    running.add_argument("--no-doctor", action="store_true", help="do not check the machine first")
+    running.add_argument("--dry-run", action="store_true", help="show what would be done, and exit")
+    grace = "seconds that a stage which is asked to stop gets until it is ended (default %(default)s)"
+    running.add_argument("--grace", type=positive_int, default=600, metavar="SECONDS", help=grace)
+    running.set_defaults(run=run)
+    status = actions.add_parser("status", help="where every stage stands, and what a run would do", allow_abbrev=False)
+    status.set_defaults(run=show_status)
+    for each in (running, status):
+        each.add_argument("recipe", type=Path, metavar="RECIPE", help="the pipeline's YAML")
+        each.add_argument("overrides", nargs="*", metavar="STAGE.key=value", help="settings; also vars.key=value")
+        each.add_argument("--any-code", action="store_true", help="results of another version of the code count, too")
+
+
+def run(options: argparse.Namespace) -> int:
+    from launch.jobs.launcher import find_machine
+    from launch.pipeline.recipe import load_pipeline
+    from launch.pipeline.run import PipelineRun, RunOptions
+
+    pipeline = load_pipeline(options.recipe, options.overrides)
+    if options.dry_run:
+        return _show(pipeline, options.any_code)
+    machine = find_machine(options.ranks, options.hostfile, pipeline.output / ".pipeline")
+    settings = RunOptions(
+        machine=machine,
+        only=tuple(options.only),
+        any_code=options.any_code,
+        grace_seconds=options.grace,
+        doctor=not options.no_doctor,
+    )
+    return PipelineRun(pipeline, settings, console()).run()
+
+
+def show_status(options: argparse.Namespace) -> int:
+    from launch.pipeline.recipe import load_pipeline
+
+    return _show(load_pipeline(options.recipe, options.overrides), options.any_code)
+
+
+def _show(pipeline: "Pipeline", any_code: bool) -> int:
+    from launch.pipeline.status import status_table
+
+    console().print(status_table(pipeline, any_code=any_code))
+    return 0
+
+
+def console() -> "Console":
+    from rich.console import Console
+
+    from launch.pipeline.overview import OutputThatMayEnd
+
+    found = Console(highlight=False, file=OutputThatMayEnd(sys.stdout))
+    if not found.is_terminal:
+        found.width = max(found.width, 120)  # of the table in a log file
+    return found

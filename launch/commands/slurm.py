@@ -1,0 +1,201 @@
+"""``rlhf slurm``: a readable sbatch script from a recipe and a cluster profile, printed or submitted."""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launch.commands.arguments import SettingsParser
+from launch.stages import STAGES
+
+if TYPE_CHECKING:
+    from launch.slurm.profile import ClusterProfile
+    from launch.slurm.script import Job
+
+PIPELINE = "pipeline"
+_RENDER = """\
+Print the sbatch script of a stage, or of a pipeline, for the cluster that the profile describes; with --write, put it
+where "submit" would, and print the command that submits it. Needs no SLURM.
+"""
+_SUBMIT = """\
+Write the sbatch script into the run folder (slurm/job.sh there, logs beside it) and submit it. A job that reaches its
+time limit, or is sent SIGUSR1, saves, goes back into the queue and goes on from there; so does one that lost a node.
+"""
+
+
+def add_parser(subparsers) -> None:
+    slurm = subparsers.add_parser("slurm", help="run a stage or a pipeline on a SLURM cluster")
+    actions = slurm.add_subparsers(title="actions", dest="action", required=True, parser_class=SettingsParser)
+    for name, description, action in (("render", _RENDER, render_jobs), ("submit", _SUBMIT, submit_jobs)):
+        parser = actions.add_parser(
+            name,
+            help=description.partition("\n")[0].rstrip(".").lower(),
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        _add_arguments(parser)
+        if action is render_jobs:
+            writing = "write into the run folder, where submit would, instead of printing"
+            parser.add_argument("--write", action="store_true", help=writing)
+        parser.set_defaults(run=action)
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    recipe = "its recipe; may be given again for a stage, later ones win"
+    profile = "the cluster (launch/clusters/example.yaml shows one); may be given again, later ones win"
+    jobs = "of a pipeline: one job for all stages (default), or one a stage, each after those that it needs"
+    settings = "settings as the stage or pipeline takes them; profile.key=value changes the profile"
+    parser.add_argument("stage", choices=[*STAGES, PIPELINE], help="what to run")
+    parser.add_argument("--config", metavar="RECIPE", type=Path, action="append", required=True, help=recipe)
+    parser.add_argument("--profile", metavar="CLUSTER", type=Path, action="append", required=True, help=profile)
+    parser.add_argument("--jobs", choices=["one", "dependent"], default="one", help=jobs)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=settings)
+
+
+def render_jobs(options: argparse.Namespace) -> int:
+    from launch.slurm.script import render, write_script
+
+    profile, jobs = _read(options)
+    if options.write:
+        for job, _ in jobs:
+            write_script(job, profile)
+            print(f"written: {job.script}")
+        print("submit with:", *_by_hand(jobs), sep="\n  ")
+        return 0
+    for number, (job, _) in enumerate(jobs, start=1):
+        if len(jobs) > 1:
+            place = job.script.absolute()
+            print(f"# {'=' * 20} {place} ({number} of {len(jobs)}; --write writes all of them)")
+        print(render(job, profile), end="" if number == len(jobs) else "\n\n")
+    return 0
+
+
+def _by_hand(jobs: Sequence[tuple["Job", list[str]]]) -> Iterator[str]:
+    """Lines of shell that do what :func:`submit_jobs` does."""
+    from launch.slurm.submit import waiting
+
+    if len(jobs) == 1:
+        yield shlex.join(["sbatch", str(jobs[0][0].script)])
+        return
+    numbers: dict[str, str] = {}
+    for count, (job, needs) in enumerate(jobs, start=1):
+        waits = waiting([numbers[need] for need in needs], list(numbers.values())[-1:])
+        yield f"job{count}=$({' '.join(['sbatch --parsable', *waits, shlex.quote(str(job.script))])})"
+        numbers[job.label] = f"$job{count}"
+
+
+def submit_jobs(options: argparse.Namespace) -> int:
+    from launch.slurm.submit import check_cluster, check_no_other, submit
+
+    profile, jobs = _read(options)
+    check_cluster(profile)
+    check_no_other(jobs[0][0])  # all have one folder
+    numbers: dict[str, str] = {}
+    for job, needs in jobs:
+        # One at a time, whatever they need: only one pipeline may work in a folder.
+        behind = list(numbers.values())[-1:]
+        numbers[job.label] = submit(job, profile, after=[numbers[need] for need in needs], behind=behind)
+        waits = f", after {behind[0]}" if behind else ""
+        print(f"submitted job {numbers[job.label]}{waits}: {job.title}")
+    print(_what_now(jobs[0][0], list(numbers.values())))
+    return 0
+
+
+def _what_now(job: "Job", numbers: list[str]) -> str:
+    """How to watch, stop and continue."""
+    again = shlex.join(["rlhf", *sys.argv[1:]]) if sys.argv[1:2] == ["slurm"] else "the same command"
+    return (
+        f"  script    {job.script}\n"
+        f"  watch     squeue --jobs {','.join(numbers)}; tail -F {str(job.log).replace('%j', numbers[0])}\n"
+        f"  pause     scancel --signal=USR1 {numbers[0]}  (saves, goes back into the queue, and on from there)\n"
+        f"  stop      touch {job.output}/STOP  (saves, and ends the job)\n"
+        f"  continue  {again}"
+    )
+
+
+def _read(options: argparse.Namespace) -> tuple["ClusterProfile", list[tuple["Job", list[str]]]]:
+    """The profile, and jobs with the labels of those that they wait for.
+
+    Raises:
+        ConfigError: if profile or recipes do not describe a valid run.
+    """
+    from launch.slurm.profile import PREFIX, load_profile
+    from rlhf.core.errors import ConfigError
+
+    mine = [text for text in options.overrides if text.startswith(PREFIX)]
+    options.written_by = _written_by(options)
+    options.overrides = [text for text in options.overrides if text not in mine]
+    profile = load_profile(options.profile, [text.removeprefix(PREFIX) for text in mine])
+    if options.stage == PIPELINE:
+        return profile, list(_pipeline_jobs(options, profile))
+    if options.jobs != "one":
+        raise ConfigError(f"--jobs {options.jobs}: {options.stage} is one stage, hence one job; leave --jobs out")
+    return profile, [(_stage_job(options, profile), [])]
+
+
+def _stage_job(options: argparse.Namespace, profile: "ClusterProfile") -> "Job":
+    from launch.slurm.script import Job
+    from rlhf.config import load_config
+
+    stage = STAGES[options.stage]
+    config = load_config(stage.config_class(), options.config, options.overrides, program=stage.name)
+    return Job(
+        name=f"{config.output.name}-{stage.name}" if config.output.name != stage.name else stage.name,
+        title=f"{stage.name} in {config.output}, on {_shape(profile)}",
+        output=config.output,
+        arguments=(stage.module, *_recipe_words(options)),
+        written_by=options.written_by,
+    )
+
+
+def _pipeline_jobs(options: argparse.Namespace, profile: "ClusterProfile") -> Iterator[tuple["Job", list[str]]]:
+    from launch.pipeline.recipe import load_pipeline
+    from launch.slurm.script import Job
+    from rlhf.core.errors import ConfigError
+
+    if len(options.config) > 1:
+        raise ConfigError("--config: a pipeline has one recipe")
+    (recipe,) = options.config
+    pipeline = load_pipeline(recipe, options.overrides)
+    command = ("rlhf", "pipeline", "run", str(recipe))
+    common = {"output": pipeline.output, "pipeline": True, "written_by": options.written_by}
+    if options.jobs == "one":
+        title = f"pipeline {pipeline.name} ({', '.join(each.name for each in pipeline.stages)})"
+        yield (
+            Job(
+                name=pipeline.name,
+                title=f"{title} in {pipeline.output}, on {_shape(profile)}",
+                arguments=(*command, *options.overrides),
+                **common,
+            ),
+            [],
+        )
+        return
+    for stage in pipeline.stages:
+        job = Job(
+            name=f"{pipeline.name}-{stage.name}",
+            title=f"stage {stage.name} of pipeline {pipeline.name} in {pipeline.output}, on {_shape(profile)}",
+            arguments=(*command, *options.overrides, "--only", stage.name),
+            label=stage.name,
+            **common,
+        )
+        yield job, list(stage.needs)
+
+
+def _recipe_words(options: argparse.Namespace) -> list[str]:
+    return [*(word for path in options.config for word in ("--config", str(path))), *options.overrides]
+
+
+def _shape(profile: "ClusterProfile") -> str:
+    kind = {"gpu": "GPU", "cpu": "CPU rank"}[profile.device_kind]
+    nodes = f"{profile.nodes} node" + ("s" if profile.nodes > 1 else "")
+    return f"{nodes} x {profile.devices} {kind}" + ("s" if profile.devices > 1 else "")
+
+
+def _written_by(options: argparse.Namespace) -> str:
+    profiles = [word for path in options.profile for word in ("--profile", str(path))]
+    words = ["rlhf", "slurm", "render", options.stage, *_recipe_words(options), *profiles]
+    return shlex.join([*words, *(["--jobs", options.jobs] if options.jobs != "one" else [])])

@@ -1,0 +1,236 @@
+"""The rows of one source as tokens: converted, rendered, tokenized, fitted to the length limit, and cached.
+
+The cache is keyed by the content of the files, not their names, and by everything else that decides on the
+tokens.
+"""
+
+import errno
+import inspect
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress, TextColumn, TimeElapsedColumn
+
+from rlhf.core.errors import DataError
+from rlhf.core.files import digest, staged_directory
+from rlhf.data import records, sources, store, templates
+from rlhf.data.options import ColumnConfig, ExampleColumns, RowsConfig
+from rlhf.data.records import BadRow, Message, prompt_key
+from rlhf.data.report import OVER_LENGTH, TOO_LONG
+from rlhf.data.sources import RawRow, Source
+from rlhf.data.store import BadEntry, DamagedStore, Fields, RowStore, RowWriter
+from rlhf.data.templates import ChatFormat, Span, TemplateFault, Turns
+
+_CHUNK_ROWS = 256
+_BAR_FROM_ROWS = 5000
+
+
+class RowKind(Protocol):
+    """What sets one kind of rows apart; ``rlhf.data.kinds`` has them.
+
+    Attributes:
+        name: tells kinds apart in the cache.
+        unit: what a row makes, in the plural: pairs, or examples.
+        record: of a row in the store.
+    """
+
+    name: str
+    unit: str
+    record: np.dtype
+
+    def read(self, value: Any, columns: Any, *, row_id: str, source: str) -> tuple[Any, str]:
+        """What a row of a file says, with its ``prompt``; and the shape of the row. Raises BadRow."""
+
+    def render(self, entry: Any, settings: "Tokenizing") -> list[tuple[str, list[Span]]]:
+        """The texts to tokenize, each with the characters that a model is to write. Raises TemplateFault."""
+
+    def fields(self, entry: Any, sides: list[Turns]) -> Fields:
+        """What to store of the tokens of these texts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizedSource:
+    """A source and the tokens of its rows."""
+
+    source: Source
+    store: RowStore
+    cached: bool
+    note: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokenizing:
+    """What decides on the tokens of a row."""
+
+    kind: RowKind
+    format: ChatFormat
+    columns: ColumnConfig | ExampleColumns
+    system_prompt: str | None
+    max_tokens: int
+    over_length: str
+
+    @classmethod
+    def of(
+        cls, config: RowsConfig, kind: RowKind, columns: ColumnConfig | ExampleColumns, chat: ChatFormat
+    ) -> "Tokenizing":
+        return cls(
+            kind=kind,
+            format=chat,
+            columns=columns,
+            system_prompt=config.system_prompt,
+            max_tokens=config.max_tokens,
+            over_length=config.over_length,
+        )
+
+    def digest(self) -> str:
+        settings = [self.kind.name, self.system_prompt, self.max_tokens, self.over_length, asdict(self.columns)]
+        code = _code_digest(self.kind)
+        return digest(self.format.tokenizer_digest, self.format.digest, json.dumps(settings), code)
+
+    def with_system_prompt(self, prompt: Sequence[Message]) -> list[Message]:
+        if self.system_prompt is None or prompt[0]["role"] == "system":
+            return list(prompt)
+        return [{"role": "system", "content": self.system_prompt}, *prompt]
+
+    def excess(self, row_id: str, sides: Sequence[Turns]) -> int:
+        """How many tokens to cut from the left of every side.
+
+        Raises:
+            BadRow: if the row is to be left out.
+            DataError: if the run is to stop.
+        """
+        longest = max(len(ids) for ids, _ in sides)
+        if longest <= self.max_tokens:
+            return 0
+        found = f"{longest} tokens, the limit is {self.max_tokens}"
+        if self.over_length == "error":
+            hint = "raise data.max_tokens, or set data.over_length to truncate_prompt_left or drop"
+            raise DataError(f"{row_id}: {found}; {hint}")
+        if self.over_length == "drop":
+            raise BadRow(OVER_LENGTH, found)
+        response = max(len(ids) - spans[-1, 0] for ids, spans in sides)
+        if response > self.max_tokens:
+            raise BadRow(TOO_LONG, f"a response of {response} tokens, the limit is {self.max_tokens}")
+        return longest - self.max_tokens
+
+
+def tokenize_source(source: Source, settings: Tokenizing, cache_dir: Path) -> TokenizedSource:
+    """The tokens of ``source``, from the cache if they are there and whole, else made and cached.
+
+    Raises:
+        DataError: if a file is damaged, the cache cannot be written, or a row is too long under ``error``.
+    """
+    folder = cache_dir / digest(source.digest(), settings.digest())
+    note = None
+    if folder.exists():
+        try:
+            return TokenizedSource(source=source, store=RowStore(folder), cached=True)
+        except DamagedStore as error:
+            note = f"the cached tokens of {source.name} were damaged and have been made again ({error})"
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with staged_directory(folder) as staged, RowWriter(staged, settings.kind.record) as writer:
+            _fill(writer, source, settings)
+    except OSError as error:
+        # Another process may just have published the same.
+        if error.errno != errno.ENOTEMPTY:
+            raise DataError(
+                f"{cache_dir}: tokens cannot be kept here ({error}); set data.cache_dir"
+            ) from error
+    return TokenizedSource(source=source, store=RowStore(folder), cached=False, note=note)
+
+
+def parsed(row: RawRow) -> Any:
+    """What stands in the row. Raises BadRow."""
+    if row.fault is not None:
+        raise BadRow("unreadable row", row.fault)
+    return row.value
+
+
+def cut_left(turns: Turns, excess: int, bos: int | None) -> Turns:
+    """The row without its first ``excess`` tokens, but with all of its last turn.
+
+    A turn that loses its beginning is not learned any more. A leading BOS stays where there is room for it.
+    """
+    ids, spans = turns
+    excess = min(excess, int(spans[-1, 0]))
+    spans = spans[spans[:, 0] >= excess] - excess
+    if spans[0, 0] > 1 and ids[0] == bos:
+        return np.concatenate([ids[:1], ids[excess + 1 :]]), spans
+    return ids[excess:], spans
+
+
+def _fill(writer: RowWriter, source: Source, settings: Tokenizing) -> None:
+    rows = _with_progress(source.rows(), f"tokenizing {source.name}")
+    while chunk := list(islice(rows, _CHUNK_ROWS)):
+        writer.counts.rows += len(chunk)
+        _add_chunk(writer, source, settings, chunk)
+
+
+def _add_chunk(writer: RowWriter, source: Source, settings: Tokenizing, chunk: Sequence[RawRow]) -> None:
+    kept: list[tuple[RawRow, Any, int]] = []  # with the number of texts
+    texts: list[tuple[str, list[Span]]] = []
+    for row in chunk:
+        try:
+            entry, shape = settings.kind.read(
+                parsed(row), settings.columns, row_id=_row_id(source, row), source=source.name
+            )
+            rendered = settings.kind.render(entry, settings)
+        except BadRow as fault:
+            _leave_out(writer, row, fault)
+        except TemplateFault as fault:
+            _leave_out(writer, row, BadRow("template fault", str(fault)))
+        else:
+            writer.counts.shapes[shape] = writer.counts.shapes.get(shape, 0) + 1
+            kept.append((row, entry, len(rendered)))
+            texts += rendered
+    encoded = iter(settings.format.tokenize_turns(texts))
+    for row, entry, count in kept:
+        sides = list(islice(encoded, count))
+        try:
+            excess = settings.excess(_row_id(source, row), sides)
+        except BadRow as fault:
+            _leave_out(writer, row, fault)
+            continue
+        if excess:
+            writer.counts.truncated += 1
+            sides = [cut_left(side, excess, settings.format.tokenizer.bos_token_id) for side in sides]
+        writer.add((row.file, row.line), prompt_key(entry.prompt), settings.kind.fields(entry, sides))
+
+
+def _row_id(source: Source, row: RawRow) -> str:
+    return f"{source.files[row.file]}:{row.line}"
+
+
+def _leave_out(writer: RowWriter, row: RawRow, fault: BadRow) -> None:
+    writer.add_bad(BadEntry(file=row.file, line=row.line, reason=fault.reason, detail=fault.detail))
+
+
+def _with_progress(rows: Iterable[RawRow], title: str) -> Iterator[RawRow]:
+    """``rows``, counted on the screen once they prove to be many."""
+    columns = TextColumn("{task.description}"), TextColumn("{task.completed} rows"), TimeElapsedColumn()
+    bar = Progress(*columns, console=Console(stderr=True))
+    task = bar.add_task(title, total=None)
+    try:
+        for number, row in enumerate(rows, start=1):
+            if number == _BAR_FROM_ROWS:
+                bar.start()
+            if number % _CHUNK_ROWS == 0:
+                bar.update(task, completed=number)
+            yield row
+    finally:
+        if bar.live.is_started:
+            bar.stop()
+
+
+def _code_digest(kind: RowKind) -> str:
+    """Of the code that turns rows into tokens: a new version of it makes its own cache entries."""
+    modules = (records, sources, store, templates)
+    files = [__file__, inspect.getfile(type(kind)), *(module.__file__ for module in modules)]
+    return digest(*(Path(file).read_bytes() for file in files))

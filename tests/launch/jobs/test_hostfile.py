@@ -1,0 +1,275 @@
+"""Hostfiles, hosts that do not answer, and a run over ssh between two sshd on this machine."""
+
+import getpass
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+
+from launch.jobs import hostfile
+from launch.jobs.hostfile import check_hosts, read_hostfile, unreachable_hosts, write_hostfile
+from rlhf.core.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[3]
+SYSTEM = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+def test_a_hostfile_keeps_the_order_of_its_lines(tmp_path):
+    path = tmp_path / "hostfile"
+    path.write_text("# two of the rack\n\nb7  slots=8 max_slots=8\na3\tslots=4\n")
+    assert list(read_hostfile(path).items()) == [("b7", 8), ("a3", 4)]
+
+
+def test_what_is_written_is_read_back_and_deepspeed_reads_the_same(tmp_path):
+    from deepspeed.launcher.runner import fetch_hostfile  # noqa: TID251
+
+    hosts = {"node-b": 2, "10.0.0.7": 1}
+    write_hostfile(tmp_path / "hostfile", hosts)
+    assert read_hostfile(tmp_path / "hostfile") == hosts
+    assert list(fetch_hostfile(str(tmp_path / "hostfile")).items()) == list(hosts.items())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "names no host"),
+        ("# nobody\n", "names no host"),
+        ("a slots=2\nb\n", "line 2: 'b'"),
+        ("a slots=0\n", "line 1: 'a slots=0'"),
+        ("a slots=two\n", "line 1"),
+        ("a slots=1\n\na slots=2\n", "line 3: host a is there twice"),
+    ],
+)
+def test_a_hostfile_that_says_something_else_is_refused(tmp_path, text, message):
+    path = tmp_path / "hostfile"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="hostfile") as caught:
+        read_hostfile(path)
+    assert message in str(caught.value)
+
+
+def test_a_host_that_would_make_a_bad_line_is_not_written(tmp_path):
+    with pytest.raises(ConfigError, match="node 1"):
+        write_hostfile(tmp_path / "hostfile", {"node 1": 2})
+    assert not (tmp_path / "hostfile").exists()
+
+
+def fake_ssh(folder: Path, monkeypatch, body: str) -> None:
+    """An ssh whose host is its last argument but one."""
+    path = folder / "bin" / "ssh"
+    path.parent.mkdir()
+    path.write_text(f"#!/bin/sh\nshift $(($# - 2)); host=$1\n{body}\n")
+    path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{path.parent}:{SYSTEM}")
+
+
+def test_every_silent_host_is_named_with_its_reason_and_all_are_asked_at_once(tmp_path, monkeypatch):
+    body = (
+        'case $host in far*) exec sleep 30;; shut) echo "Warning: odd" >&2; echo "ssh: refused" >&2; exit 255;; '
+        "mute) exit 255;; esac"
+    )
+    fake_ssh(tmp_path, monkeypatch, body)
+    began = time.monotonic()
+    found = unreachable_hosts(dict.fromkeys(["far1", "here", "far2", "shut", "mute"], 1), timeout_seconds=0.5)
+    assert time.monotonic() - began < 5
+    assert found == {
+        "far1": "no answer within 1 s",
+        "far2": "no answer within 1 s",
+        "shut": "ssh: refused",
+        "mute": "ssh ended with exit code 255",
+    }
+
+
+def test_without_ssh_the_message_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match="ssh: no such command"):
+        unreachable_hosts({"a": 1})
+
+
+def test_the_check_takes_the_options_that_pdsh_would_pass_on(tmp_path, monkeypatch):
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "ssh").write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {tmp_path}/words\n')
+    (folder / "ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{SYSTEM}")
+    monkeypatch.setenv("PDSH_SSH_ARGS_APPEND", "-p 2222 -o 'User me'")
+    assert unreachable_hosts({"a": 1}) == {}
+    assert (tmp_path / "words").read_text().splitlines()[-6:] == ["-p", "2222", "-o", "User me", "a", "true"]
+
+
+def test_a_missing_hostfile_is_one_message_and_exit_code_2(tmp_path, capsys):
+    assert hostfile.main([str(tmp_path / "hosts")]) == 2
+    text = capsys.readouterr().err
+    assert "no such file" in text and "slots=" in text
+    assert "Traceback" not in text
+
+
+# ---- over ssh, for real
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _keygen(path: Path) -> None:
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(path)], check=True)
+
+
+def _start_sshd(folder: Path, port: int, authorized: Path) -> subprocess.Popen:
+    settings = folder / f"sshd-{port}"
+    settings.write_text(
+        f"Port {port}\nListenAddress 127.0.0.1\nHostKey {folder}/host\nAuthorizedKeysFile {authorized}\n"
+        f"PidFile {folder}/sshd-{port}.pid\nStrictModes no\nUsePAM no\nPasswordAuthentication no\nPrintMotd no\n"
+    )
+    program = shutil.which("sshd", path=SYSTEM)  # which insists on its full path
+    return subprocess.Popen([program, "-D", "-e", "-f", str(settings)], stderr=subprocess.DEVNULL)
+
+
+@pytest.fixture(scope="module")
+def two_hosts(tmp_path_factory):
+    """The hosts node1 and node2: two sshd on this machine. Its ssh knows them, and node3, where nobody listens."""
+    needed = ("sshd", "ssh", "ssh-keygen", "pdsh")
+    missing = [program for program in needed if shutil.which(program, path=SYSTEM) is None]
+    if missing:
+        pytest.skip(f"no {', '.join(missing)}: apt-get install openssh-server pdsh (.ci/run does)")
+    if os.getuid() == 0:
+        Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # sshd wants it, and only its init script makes it
+    folder = tmp_path_factory.mktemp("ssh")
+    for name in ("host", "user"):
+        _keygen(folder / name)
+    ports = {f"node{number}": _free_port() for number in (1, 2, 3)}
+    lines = [f"Host {host}\n  HostName 127.0.0.1\n  Port {port}" for host, port in ports.items()]
+    common = (
+        f"Host *\n  User {getpass.getuser()}\n  IdentityFile {folder}/user\n  IdentitiesOnly yes\n"
+        "  StrictHostKeyChecking no\n  UserKnownHostsFile /dev/null\n  LogLevel ERROR"
+    )
+    (folder / "config").write_text("\n".join([*lines, common, ""]))
+    program = folder / "bin" / "ssh"  # what a user has in ~/.ssh/config, for the check, deepspeed and pdsh alike
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nexec /usr/bin/ssh -F {folder}/config "$@"\n')
+    program.chmod(0o755)
+    daemons = [_start_sshd(folder, ports[host], folder / "user.pub") for host in ("node1", "node2")]
+    environment = os.environ | {
+        "PATH": f"{program.parent}:{Path(sys.executable).parent}:{SYSTEM}",
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_OFFLINE": "1",
+    }
+    try:
+        _wait_for_ports([ports["node1"], ports["node2"]])
+        yield SimpleNamespace(environment=environment, folder=folder)
+    finally:
+        for daemon in daemons:
+            daemon.terminate()
+            daemon.wait(timeout=10)
+
+
+def _wait_for_ports(ports: list[int]) -> None:
+    deadline = time.monotonic() + 20
+    for port in ports:
+        while socket.socket().connect_ex(("127.0.0.1", port)):
+            assert time.monotonic() < deadline, f"no sshd on port {port}"
+            time.sleep(0.1)
+
+
+def over_ssh(hosts, name: str, text: str) -> dict[str, str]:
+    """The environment of a run with a hostfile of this text, which is in HOSTFILE."""
+    path = hosts.folder / name
+    path.write_text(text)
+    (hosts.folder / "deepspeed_env").write_text("GLOO_SOCKET_IFNAME=lo\nOMP_NUM_THREADS=1\nHF_HUB_OFFLINE=1\n")
+    return hosts.environment | {
+        "HOSTFILE": str(path),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        "DS_ENV_FILE": str(hosts.folder / "deepspeed_env"),
+    }
+
+
+def train_over_ssh(hosts, name: str, text: str, *arguments: str) -> subprocess.CompletedProcess:
+    """launch/scripts/deepspeed_hostfile.sh with a hostfile of this text."""
+    script = ROOT / "launch" / "scripts" / "deepspeed_hostfile.sh"
+    return subprocess.run(
+        [str(script), *arguments],
+        env=over_ssh(hosts, name, text),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+
+
+def test_real_hosts_answer_and_one_where_nobody_listens_does_not(two_hosts, monkeypatch):
+    monkeypatch.setenv("PATH", two_hosts.environment["PATH"])
+    found = unreachable_hosts({"node1": 1, "node3": 1, "node2": 1})
+    assert list(found) == ["node3"]
+    assert "refused" in found["node3"].lower()
+
+
+@pytest.mark.dist
+def test_two_hosts_over_ssh_train_as_two_ranks_on_one(two_hosts, tiny_recipe, run_ranks, runs, tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    run_ranks(["-m", "reward", *tiny_recipe, f"output={here}"])
+    done = train_over_ssh(two_hosts, "hosts", "node1 slots=1\nnode2 slots=1\n", *tiny_recipe, f"output={there}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "node2: " in done.stdout + done.stderr, "pdsh names the host of a line: node2 took part"
+    assert (there / "done.json").is_file()
+    runs.assert_close(runs.rows(there), runs.rows(here), 1e-5)
+
+
+def ranks_of(folder: Path) -> list[psutil.Process]:
+    """Whose command line names the logs of a pipeline in ``folder``."""
+    words = f"--log-folder {folder}/logs/"
+    return [each for each in psutil.process_iter(["cmdline"]) if words in " ".join(each.info["cmdline"] or [])]
+
+
+@pytest.mark.dist
+def test_a_pipeline_over_ssh_goes_on_when_it_was_killed_and_its_ranks_were_not(
+    two_hosts, tiny_recipe, run_ranks, runs, tmp_path
+):
+    """Ranks behind an sshd are no children of the pipeline: those of the killed one must not meet those of the next."""
+    longer = "train.epochs=10"
+    run_ranks(["-m", "reward", *tiny_recipe, longer, f"output={tmp_path}/here"])
+    recipe = tmp_path / "over_ssh.yaml"
+    recipe.write_text(f"output: {tmp_path}/out\nstages: {{reward: {{recipe: {tiny_recipe[1]}}}}}\n")
+    environment = over_ssh(two_hosts, "pair", "node1 slots=1\nnode2 slots=1\n")
+    command = [sys.executable, "-m", "launch.cli", "pipeline", "run", str(recipe), "--no-doctor"]
+    command += ["--hostfile", environment["HOSTFILE"], f"reward.{longer}", "reward.train.checkpoint_every=10"]
+    options = {"env": environment, "cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, **options)
+    folder = tmp_path / "out" / "reward"
+
+    def caught() -> bool:
+        """In the middle, and the guard is gone that would end what it can reach."""
+        if not runs.step_is_saved(folder, 10):
+            return False
+        for guard in ranks_of(tmp_path / "out"):
+            if any("guard.py" in word for word in guard.info["cmdline"]):
+                guard.kill()
+        return True
+
+    runs.kill_when([process], caught)
+    assert any("reward" in each.info["cmdline"] for each in ranks_of(tmp_path / "out")), "the ranks still train"
+    done = subprocess.run(command, **options, timeout=500)
+    assert done.returncode == 0, done.stdout
+    log = (tmp_path / "out" / "logs" / "reward" / "rank0.log").read_text()
+    assert log.count("resuming from") == 1
+    runs.assert_close(runs.rows(folder), runs.rows(tmp_path / "here"), 1e-5)
+    assert ranks_of(tmp_path / "out") == []
+
+
+def test_an_unreachable_host_or_a_missing_hostfile_is_refused_before_anything_starts(two_hosts, tiny_recipe, tmp_path):
+    output = tmp_path / "run"
+    done = train_over_ssh(two_hosts, "hosts", "node1 slots=1\nnode3 slots=1\n", *tiny_recipe, f"output={output}")
+    assert done.returncode == 2
+    assert "node3: " in done.stderr and "nothing was started" in done.stderr and "Traceback" not in done.stderr
+    assert not output.exists()
+    with pytest.raises(ConfigError, match="no such file"):
+        check_hosts(tmp_path / "missing")

@@ -1,0 +1,36 @@
+"""What is read from the log of a stage."""
+
+
+LOG = """\
+[2026-01-01 00:00:00,000] [INFO] [launch.py:152:main] WORLD INFO DICT
+step 3/9  ETA 0:00:08  loss 0.5  accuracy 0.75
+evaluating at step 3
+reference: sample 5/9  ETA 0:00:02
+reward: recipe.yaml: 2 problems
+  margin.epsilon = 0: Input should be greater than 0
+  learning_rte = 1.0: unknown key
+[rank0]:[W101 00:00:00.0 ProcessGroup.cpp:1] Warning
+[2026-01-01 00:00:01,000] [ERROR] [launch.py:360:sigkill_handler] exits with return code = 2
+"""
+
+
+def test_the_last_message_is_whole_and_none_of_the_launcher(tmp_path):
+    log = tmp_path / "rank0.log"
+    log.write_text(LOG)
+    said = log.last_line(log)
+    assert said.startswith("reward: recipe.yaml: 2 problems") and said.endswith("learning_rte = 1.0: unknown key")
+
+
+def test_progress_is_the_line_written_last(tmp_path):
+    log = tmp_path / "rank0.log"
+    log.write_text(LOG)
+    assert log.progress_line(log) == "reference: sample 5/9  ETA 0:00:02"
+    assert log.progress_line(log, start=log.stat().st_size) is None
+
+
+def test_what_an_earlier_start_wrote_does_not_count(tmp_path):
+    log = tmp_path / "rank0.log"
+    log.write_text("old fault\n")
+    start = log.size(log)
+    assert log.last_line(log, start) == ""
+    assert log.last_line(tmp_path / "none.log") == "" and log.size(tmp_path / "none.log") == 0
