@@ -17,20 +17,20 @@ reward: recipe.yaml: 2 problems
 def test_the_last_message_is_whole_and_none_of_the_launcher(tmp_path):
     log = tmp_path / "rank0.log"
     log.write_text(LOG)
-    said = log.last_line(log)
+    said = joblog.last_line(log)
     assert said.startswith("reward: recipe.yaml: 2 problems") and said.endswith("learning_rte = 1.0: unknown key")
 
 
 def test_progress_is_the_line_written_last(tmp_path):
     log = tmp_path / "rank0.log"
     log.write_text(LOG)
-    assert log.progress_line(log) == "reference: sample 5/9  ETA 0:00:02"
-    assert log.progress_line(log, start=log.stat().st_size) is None
+    assert joblog.progress_line(log) == "reference: sample 5/9  ETA 0:00:02"
+    assert joblog.progress_line(log, start=log.stat().st_size) is None
 
 
 def test_what_an_earlier_start_wrote_does_not_count(tmp_path):
     log = tmp_path / "rank0.log"
     log.write_text("old fault\n")
-    start = log.size(log)
-    assert log.last_line(log, start) == ""
-    assert log.last_line(tmp_path / "none.log") == "" and log.size(tmp_path / "none.log") == 0
+    start = joblog.size(log)
+    assert joblog.last_line(log, start) == ""
+    assert joblog.last_line(tmp_path / "none.log") == "" and joblog.size(tmp_path / "none.log") == 0
