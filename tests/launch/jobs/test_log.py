@@ -1,5 +1,6 @@
 """What is read from the log of a stage."""
 
+from launch.jobs import log as joblog
 
 LOG = """\
 [2026-01-01 00:00:00,000] [INFO] [launch.py:152:main] WORLD INFO DICT
