@@ -5,30 +5,18 @@ Plain arrays in, a frozen record out: no ranks, no files. Rewards are plain rewa
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from rich.table import Table
 
+from rlhf.core.intervals import Accuracy, preference_accuracy
+
 CALIBRATION_BINS = 10
 QUARTILES = 4
 
 Array = NDArray[np.float64]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Accuracy:
-    """Share of pairs decided for the chosen answer; a tie counts as half a pair."""
-
-    value: float
-    low: float
-    """Lower end of the 95 % Wilson interval."""
-    high: float
-    """Upper end of the 95 % Wilson interval."""
-    pairs: int
-    ties: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,33 +132,6 @@ def evaluate_held_out(
         chosen_scores=scores[:, 0] if known else None,
         rejected_scores=scores[:, 1] if known else None,
     )
-
-
-def preference_accuracy(gap: ArrayLike) -> Accuracy:
-    """Accuracy of the sign of ``gap`` ``(N,)``: positive is right, zero is a tie and counts half."""
-    gap = np.asarray(gap)
-    ties = int((gap == 0).sum())
-    right = float((gap > 0).sum()) + ties / 2
-    low, high = wilson_interval(right, len(gap))
-    return Accuracy(value=right / len(gap), low=low, high=high, pairs=len(gap), ties=ties)
-
-
-def wilson_interval(successes: float, trials: int, *, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson score interval of a proportion, without continuity correction.
-
-    Written out, not taken from ``scipy.stats.binomtest``, because ties make ``successes`` a half-integer.
-
-    References:
-        Wilson (1927), Probable inference, the law of succession, and statistical inference.
-    """
-    if trials < 1 or not 0 <= successes <= trials:
-        raise ValueError(f"need 0 <= successes <= trials and trials >= 1; got {successes} of {trials}")
-    z_squared = NormalDist().inv_cdf((1 + confidence) / 2) ** 2
-    share = successes / trials
-    center = share + z_squared / (2 * trials)
-    half_width = (z_squared * (share * (1 - share) / trials + z_squared / (4 * trials**2))) ** 0.5
-    scale = 1 + z_squared / trials
-    return max(0.0, (center - half_width) / scale), min(1.0, (center + half_width) / scale)
 
 
 def expected_calibration_error(gap: ArrayLike, *, bins: int = CALIBRATION_BINS) -> float:

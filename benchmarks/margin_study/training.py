@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from reward.evaluate import preference_accuracy
 from reward.losses import LOSSES
 from reward.margins import optimal_transport_margins
+from rlhf.core.intervals import preference_accuracy
 
 BATCH_PAIRS = 64
 EPOCHS = 4

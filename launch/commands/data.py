@@ -183,7 +183,7 @@ def _checks_table(groups: "dict[str, Examination]", options: argparse.Namespace)
 
 
 def _checks(found: "Examination", options: argparse.Namespace) -> dict[str, str]:
-    from rlhf.data.doctor import wilson_interval
+    from rlhf.core.intervals import wilson_interval
 
     wins, differing = found.longer_wins()
     low, high = wilson_interval(wins, differing)

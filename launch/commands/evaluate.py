@@ -33,9 +33,10 @@ def add_parser(subparsers) -> None:
 def run(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from policy.evaluation.compare import evaluate_policies, load_reward, read_prompts
+    from policy.evaluation.compare import evaluate_policies, read_prompts
     from policy.evaluation.options import SamplingSettings
     from policy.evaluation.results import evaluation_table
+    from reward.function import load_reward
 
     found = evaluate_policies(
         dict(_named(text) for text in options.policy),

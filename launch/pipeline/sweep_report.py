@@ -10,9 +10,9 @@ from typing import Any
 from rich.table import Table
 
 from launch.pipeline.sweep import SweepRun
-from reward.evaluate import Accuracy
 from rlhf.config import to_dict
 from rlhf.core.files import write_json, write_text
+from rlhf.core.intervals import Accuracy
 
 SIDES = ("chosen", "rejected")
 COLUMNS = ("run", "accuracy", "95 % interval", "loss", "gap", *(f"{side} drift" for side in SIDES))

@@ -11,8 +11,9 @@ DESCRIPTION = "Compare policies by a reward function on fresh samples for held-o
 def run(config: EvaluationConfig) -> None:
     from rich.console import Console
 
-    from policy.evaluation.compare import evaluate_policies, load_reward, read_prompts
+    from policy.evaluation.compare import evaluate_policies, read_prompts
     from policy.evaluation.results import evaluation_table
+    from reward.function import load_reward
 
     found = evaluate_policies(
         config.policies,

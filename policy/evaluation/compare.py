@@ -1,8 +1,7 @@
 """What policies are worth: reward of fresh samples for held-out prompts, and how far they are from a reference."""
 
-import importlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,12 +11,13 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
 from policy.evaluation.options import SamplingSettings
-from policy.evaluation.results import PolicyEvaluation, markdown, mean_with_interval
+from policy.evaluation.results import PolicyEvaluation, markdown
 from policy.evaluation.sampling import Sample, sample_responses
 from policy.model import PolicyModel
-from reward.score import load_scorer, score_tokens
-from rlhf.core.errors import ConfigError, DataError, ModelError
+from reward.function import RewardFunction
+from rlhf.core.errors import DataError, ModelError
 from rlhf.core.files import write_json, write_text
+from rlhf.core.intervals import mean_with_interval
 from rlhf.data.batching import length_bucket
 from rlhf.data.templates import chat_format
 from rlhf.engine.frozen import Frozen, ReplicatedModel
@@ -26,9 +26,7 @@ from rlhf.models.backbones import hide_loading_bars
 from rlhf.models.tokenizer import load_tokenizer
 from rlhf.train.progress import Progress
 
-RewardFunction = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 ROWS_AT_ONCE = 32
-TOKENS_AT_ONCE = 8192
 
 
 def evaluate_policies(
@@ -78,41 +76,6 @@ def evaluate_policies(
     write_json(output / "evaluations.json", [asdict(each) for each in found])
     write_text(output / "evaluations.md", markdown(found))
     return found
-
-
-def load_reward(spec: str) -> RewardFunction:
-    """The function behind ``module:function``, or the reward model in a folder.
-
-    Raises:
-        ConfigError: if there is no such function.
-        ModelError: if the folder holds no reward model.
-    """
-    if Path(spec).is_dir():
-        return _reward_of(Path(spec))
-    module, _, name = spec.partition(":")
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except Exception as error:  # importing runs the user's code
-        raise ConfigError(
-            f"reward {spec}: expected module:function, such as launch.quickstart.gold:gold_reward, or the folder of a "
-            f"reward model ({type(error).__name__}: {error})"
-        ) from error
-    if not callable(function):
-        raise ConfigError(f"reward {spec}: expected a function, found a {type(function).__name__}")
-    return function
-
-
-def _reward_of(folder: Path) -> RewardFunction:
-    model, chat = load_scorer(folder)
-
-    def reward(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-        rows = [
-            chat.encode([{"role": "user", "content": prompt}], [{"role": "assistant", "content": response}])[0]
-            for prompt, response in zip(prompts, responses, strict=True)
-        ]
-        return score_tokens(model, rows, batch_tokens=TOKENS_AT_ONCE)
-
-    return reward
 
 
 def read_prompts(path: Path) -> list[str]:

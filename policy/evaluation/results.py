@@ -5,22 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import TypeAdapter
 from rich.table import Table
-from scipy import stats
+
+from rlhf.core.intervals import Estimate
 
 _HEADINGS = ("policy", "reward", "gain", "KL", "KL (k3)", "tokens", "ended")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Estimate:
-    """A mean with its 95 % interval (Student's t over prompts)."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,15 +32,6 @@ class PolicyEvaluation:
     """Responses that the model ended itself."""
     prompts: int
     samples: int
-
-
-def mean_with_interval(values: NDArray[np.float64]) -> Estimate:
-    """Of ``(N,)`` independent values; the interval is the mean itself where they do not vary."""
-    mean = float(values.mean())
-    if len(values) < 2 or values.std() == 0:
-        return Estimate(value=mean, low=mean, high=mean)
-    low, high = stats.t.interval(0.95, len(values) - 1, loc=mean, scale=stats.sem(values))
-    return Estimate(value=mean, low=float(low), high=float(high))
 
 
 def evaluation_table(evaluations: Sequence[PolicyEvaluation]) -> Table:

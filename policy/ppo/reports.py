@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from policy.evaluation.results import Estimate, mean_with_interval
 from policy.ppo.experience import Experience
 from policy.ppo.rollouts import Rollouts
 from policy.ppo.scoring import Scored
+from rlhf.core.intervals import Estimate, mean_with_interval
 from rlhf.engine.ranks import Ranks
 from rlhf.train.metrics import drop_rows_after
 

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from policy.evaluation.compare import RewardFunction, load_reward
 from policy.ppo.config import RewardSourceConfig
 from policy.ppo.rollouts import Reencoded, Rollouts, ask
+from reward.function import RewardFunction, load_reward
 from reward.model import Scores, load_reward_model
 from rlhf.core.errors import DataError, ModelError, UserError
 from rlhf.core.files import digest

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from policy.preference.columns import SIDES, View, gathered_columns, implicit_rewards
 from policy.preference.config import LossConfig
-from reward.evaluate import Accuracy, Evaluation, evaluate_held_out, evaluation_table, preference_accuracy
+from reward.evaluate import Evaluation, evaluate_held_out, evaluation_table
 from rlhf.core.errors import TrainingStopped
+from rlhf.core.intervals import Accuracy, preference_accuracy
 from rlhf.data.batching import Batch, ItemSource
 from rlhf.engine.ranks import Ranks
 

@@ -1,6 +1,5 @@
 """What preference data looks like, and what is wrong with it, without a model in memory."""
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -153,16 +152,6 @@ def serious_faults(train: Examination, evals: Examination | None, max_bad_share:
             f"{prompts} eval prompts ({pairs} of {evals.usable} eval pairs) are also in the training data"
         )
     return faults
-
-
-def wilson_interval(hits: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % score interval of a proportion (Wilson 1927)."""
-    if total == 0:
-        return 0.0, 1.0
-    share = hits / total
-    center = (share + z * z / (2 * total)) / (1 + z * z / total)
-    spread = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    return center - spread, center + spread
 
 
 def reasons(bad: Sequence[LeftOut]) -> dict[str, list[LeftOut]]:

@@ -9,8 +9,9 @@ from scipy import stats
 from transformers import AutoModelForCausalLM
 
 from launch.cli import build_parser
-from policy.evaluation.compare import evaluate_policies, load_reward, read_prompts
+from policy.evaluation.compare import evaluate_policies, read_prompts
 from policy.evaluation.options import SamplingSettings
+from reward.function import load_reward
 from rlhf.core.errors import ConfigError, DataError, ModelError
 
 PROMPTS = [f"write about {word}" for word in ("sun", "rain", "tax", "a good day")]

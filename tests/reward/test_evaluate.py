@@ -6,16 +6,12 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from rich.console import Console
-from scipy.stats import binomtest
 
 from reward.evaluate import (
     evaluate_pairs,
     evaluation_table,
     expected_calibration_error,
-    wilson_interval,
 )
 
 
@@ -39,36 +35,6 @@ def random_evaluation(pairs: int = 553):
 def test_accuracy_counts_a_tie_as_half_a_pair_and_reports_it():
     measured = evaluate([2.0, 0.5, 0.0, -1.0]).accuracy
     assert (measured.value, measured.pairs, measured.ties) == (2.5 / 4, 4, 1)
-
-
-@pytest.mark.parametrize(("successes", "trials"), [(0, 7), (7, 7), (5, 8), (404, 553), (1, 1)])
-def test_wilson_interval_is_that_of_scipy(successes, trials):
-    expected = binomtest(successes, trials).proportion_ci(method="wilson")
-    np.testing.assert_allclose(wilson_interval(successes, trials), (expected.low, expected.high), atol=1e-12)
-
-
-def test_rounding_never_pushes_an_extreme_interval_out_of_0_and_1():
-    assert min(wilson_interval(0, trials)[0] for trials in range(1, 2000)) >= 0
-    assert max(wilson_interval(trials, trials)[1] for trials in range(1, 2000)) <= 1
-
-
-@given(trials=st.integers(1, 500), share=st.floats(0, 1))
-def test_the_interval_holds_the_value_and_stays_inside_0_and_1(trials, share):
-    halves = round(share * 2 * trials) / 2
-    low, high = wilson_interval(halves, trials)
-    assert 0 <= low <= halves / trials + 1e-12
-    assert halves / trials - 1e-12 <= high <= 1
-
-
-def test_half_a_success_widens_the_interval_smoothly():
-    low, half, high = (wilson_interval(count, 10) for count in (4, 4.5, 5))
-    assert low[0] < half[0] < high[0]
-    assert low[1] < half[1] < high[1]
-
-
-def test_impossible_counts_are_refused():
-    with pytest.raises(ValueError, match="11 of 10"):
-        wilson_interval(11, 10)
 
 
 def test_mean_loss_is_log_2_for_ties_and_does_not_overflow_on_huge_gaps():

@@ -14,9 +14,9 @@ from launch.commands import sweep as sweep_command
 from launch.pipeline.sweep import paired_objectives, plan_sweep, run_names, split_values
 from launch.pipeline.sweep_report import results_of
 from policy.preference.config import PreferenceConfig
-from reward.evaluate import wilson_interval
 from rlhf.config import load_config
 from rlhf.core.errors import ConfigError
+from rlhf.core.intervals import wilson_interval
 
 ROOT = Path(__file__).resolve().parents[3]
 

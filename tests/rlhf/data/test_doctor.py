@@ -1,6 +1,7 @@
 import pytest
 
-from rlhf.data.doctor import Ruler, examine, reasons, serious_faults, shared_prompts, wilson_interval
+from rlhf.core.intervals import wilson_interval
+from rlhf.data.doctor import Ruler, examine, reasons, serious_faults, shared_prompts
 from rlhf.data.options import ColumnConfig, SourceConfig
 from rlhf.data.templates import chat_format
 
@@ -100,13 +101,6 @@ def test_data_is_unfit_for_each_of_the_documented_reasons(write_rows, make_rows)
     assert serious_faults(good, leak, 0.01) == [
         "2 eval prompts (4 of 14 eval pairs) are also in the training data"
     ]
-
-
-def test_the_wilson_interval_has_its_published_values():
-    # Newcombe (1998), table I: 81 of 263, and 0 of 20.
-    assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
-    assert wilson_interval(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
-    assert wilson_interval(0, 0) == (0.0, 1.0)
 
 
 def test_the_alpaca_pairs_are_balanced_in_length(real_data):
