@@ -12,6 +12,7 @@ import textwrap
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import GenericAlias
 from typing import Any, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter
@@ -52,11 +53,15 @@ class Option:
     """Name of the dataclass behind a section."""
 
 
-@functools.cache
 def adapter(config_class: type[ConfigT]) -> TypeAdapter[tuple[ConfigT]]:
     """A validator of one config in a tuple: pydantic takes no settings beside a bare dataclass."""
+    return _adapter(GenericAlias(tuple, (config_class,)))
+
+
+@functools.cache
+def _adapter(shape: Any) -> TypeAdapter[Any]:
     settings = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
-    return TypeAdapter(tuple[config_class], config=settings)  # type: ignore[valid-type]
+    return TypeAdapter(shape, config=settings)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -216,7 +216,7 @@ def _logit_slopes(
     """
     flatness = None if shape.softcap is None else 1 - (logits * (shape.temperature / shape.softcap)) ** 2
     logprobs = logits.sub_(normalizers[:, None])
-    of_entropy = ()
+    of_entropy: tuple[Tensor, ...] = ()
     if shape.with_entropies:
         of_entropy = (logprobs.exp().neg_().mul_(logprobs + entropies[:, None]),)
     slope = logprobs.exp_().neg_()

@@ -10,7 +10,7 @@ number of forwards.
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -44,8 +44,13 @@ class Item:
 class ItemSource(Protocol):
     """Where items come from: a ``PreferenceDataset``, or an ``ExampleDataset``."""
 
-    lengths: np.ndarray  # (N, S) tokens of the S rows of every item
-    fingerprint: str
+    @property
+    def lengths(self) -> np.ndarray:
+        """``(N, S)`` tokens of the S rows of every item."""
+
+    @property
+    def fingerprint(self) -> str:
+        """A name for the contents: equal items in equal order have equal names."""
 
     def __len__(self) -> int: ...
 
@@ -109,7 +114,7 @@ class Batch:
         return values[self.order].view(self.rows_per_item, len(self), *values.shape[1:]).unbind()
 
     def to(self, device: torch.device) -> "Batch":
-        moved = {
+        moved: dict[str, Any] = {
             field.name: value.to(device)
             for field in fields(self)
             if isinstance(value := getattr(self, field.name), Tensor)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf.core.errors import DataError
-from rlhf.data.options import ColumnConfig, ExampleColumns, RowsConfig, RowSource
+from rlhf.data.options import Columns, RowsConfig, RowSource
 from rlhf.data.report import (
     QUARANTINE,
     DataReport,
@@ -19,6 +19,8 @@ from rlhf.data.report import (
 from rlhf.data.sources import Source, open_source, row_names
 from rlhf.data.templates import ChatFormat, chat_format
 from rlhf.data.tokenizing import RowKind, TokenizedSource, Tokenizing, tokenize_source
+
+Role = Literal["train", "eval"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +37,7 @@ class LoadedSources:
 def load_sources(
     config: RowsConfig,
     kind: RowKind,
-    columns_of: Callable[[Any], ColumnConfig | ExampleColumns],
+    columns_of: Callable[[Any], Columns],
     tokenizer: Any,
     *,
     run_folder: Path | None,
@@ -83,21 +85,23 @@ def default_cache_dir() -> Path:
     return Path(base).expanduser() / "margin-rlhf" / "tokens"
 
 
-def _open_all(config: RowsConfig) -> list[tuple[Literal["train", "eval"], RowSource, Source]]:
-    opened, faults = [], []
-    for role, entries in (("train", config.train_sources), ("eval", config.eval_sources)):
-        for entry in entries:
-            try:
-                opened.append((role, entry, open_source(entry)))
-            except DataError as error:
-                faults.append(f"data.{role}: {error}")
+def _open_all(config: RowsConfig) -> list[tuple[Role, RowSource, Source]]:
+    entries: list[tuple[Role, RowSource]] = [("train", entry) for entry in config.train_sources]
+    entries += [("eval", entry) for entry in config.eval_sources]
+    opened: list[tuple[Role, RowSource, Source]] = []
+    faults: list[str] = []
+    for role, entry in entries:
+        try:
+            opened.append((role, entry, open_source(entry)))
+        except DataError as error:
+            faults.append(f"data.{role}: {error}")
     if faults:
         raise DataError("\n".join(faults))
     return opened
 
 
 def _source_report(
-    role: Literal["train", "eval"], entry: RowSource, part: TokenizedSource, unit: str, names: Mapping[str, str]
+    role: Role, entry: RowSource, part: TokenizedSource, unit: str, names: Mapping[str, str]
 ) -> SourceReport:
     left_out = []
     for row in part.store.bad:

@@ -60,6 +60,9 @@ class PromptColumns:
     """The other whole conversation; without one, chosen is read like messages (usual name: rejected)."""
 
 
+Columns = ColumnConfig | ExampleColumns | PromptColumns
+
+
 @dataclass(frozen=True, kw_only=True)
 class RowSource:
     """One source of rows."""

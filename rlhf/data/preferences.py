@@ -67,7 +67,9 @@ class PreferenceDataset:
     def item(self, index: int) -> Item:
         pair = self.pair(index)
         sides = ((pair.chosen, pair.chosen_response_start), (pair.rejected, pair.rejected_response_start))
-        gap = None if pair.chosen_score is None else pair.chosen_score - pair.rejected_score
+        gap = None
+        if pair.chosen_score is not None and pair.rejected_score is not None:
+            gap = pair.chosen_score - pair.rejected_score
         rows = tuple(Row(tokens, np.arange(len(tokens)) >= start) for tokens, start in sides)
         return Item(pair.row_id, rows, margin=pair.margin, score_gap=gap)
 
@@ -122,12 +124,13 @@ def load_preferences(
         run_folder=run_folder,
         cache_dir=cache_dir,
     )
+    least = config.min_score_gap
     train_rows, eval_rows = split(
         config,
         sources,
         max_train=config.max_train_pairs,
         max_eval=config.max_eval_pairs,
-        trainable=None if config.min_score_gap is None else lambda rows: _far_apart(rows, config.min_score_gap),
+        trainable=None if least is None else lambda rows: _far_apart(rows, least),
     )
     train = PreferenceDataset(train_rows, _flips(train_rows.entries, config))
     evals = PreferenceDataset(eval_rows, np.zeros(len(eval_rows), bool))

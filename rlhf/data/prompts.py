@@ -99,11 +99,14 @@ def load_prompts(config: PromptDataConfig, tokenizer: Any, *, run_folder: Path |
     if config.deduplicate:
         reports = sources.report.sources
         train_reports, eval_reports = reports[: len(sources.train)], reports[len(sources.train) :]
-        train = _without_repeats(sources.train, train_reports)
-        sources = replace(sources, train=train, evals=_without_repeats(sources.evals, eval_reports))
+        sources = replace(
+            sources,
+            train=_without_repeats(sources.train, train_reports),
+            evals=_without_repeats(sources.evals, eval_reports),
+        )
     parts = split(config, sources, max_train=config.max_train_prompts, max_eval=config.max_eval_prompts)
     settings = Tokenizing.of(config, kind, config.columns, chat_format(tokenizer, config.template))
-    train, evals = (PromptDataset(rows, settings) for rows in parts)
+    train, evals = PromptDataset(parts[0], settings), PromptDataset(parts[1], settings)
     sources.report.describe(train.prompt_keys, evals.prompt_keys, train.lengths)
     return PromptData(train, evals, sources.report)
 

@@ -361,11 +361,13 @@ def _messages(name: str, entries: Sequence[Any]) -> _Messages:
     for place, entry in enumerate(entries):
         if not isinstance(entry, Mapping):
             raise BadRow("wrong type", f"{name}[{place}] is {_kind(entry)}, expected role and content")
-        role, content = entry.get("role"), entry.get("content")
-        for key, part in (("role", role), ("content", content)):
+        message: dict[str, str] = {}
+        for key in ("role", "content"):
+            part = entry.get(key)
             if not isinstance(part, str):
                 raise BadRow("wrong type", f"{name}[{place}].{key} is {_kind(part)}, expected text")
-        messages.append({"role": role, "content": content})
+            message[key] = part
+        messages.append(message)
     return tuple(messages)
 
 

@@ -18,11 +18,11 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 from rlhf.core.errors import DataError
 from rlhf.core.files import digest
-from rlhf.data.options import SourceConfig
+from rlhf.data.options import RowSource
 
 LINE_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv")
 SUFFIXES = (*LINE_SUFFIXES, *(f"{suffix}.gz" for suffix in LINE_SUFFIXES), ".parquet", ".arrow")
@@ -84,7 +84,7 @@ class TableSource(Source):
         return digest(*files, self._table._fingerprint)
 
 
-def open_source(config: SourceConfig) -> Source:
+def open_source(config: RowSource) -> Source:
     """Find what ``config.path`` names: first on this machine, then on the hub.
 
     Raises:
@@ -146,7 +146,7 @@ def _missing(path: Path) -> str:
     return f"{path}: no such file or folder{hint}"
 
 
-def _open_folder(folder: Path, config: SourceConfig) -> Source:
+def _open_folder(folder: Path, config: RowSource) -> Source:
     if (folder / "dataset_dict.json").is_file():
         splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
         return _saved_table(folder / _choose_split(str(folder), splits, config.split), config)
@@ -183,7 +183,7 @@ def _choose_split(name: str, splits: Sequence[str], wanted: str) -> str:
     return wanted
 
 
-def _saved_table(folder: Path, config: SourceConfig) -> Source:
+def _saved_table(folder: Path, config: RowSource) -> Source:
     import datasets  # slow to import, and needed only here
 
     try:
@@ -193,7 +193,7 @@ def _saved_table(folder: Path, config: SourceConfig) -> Source:
     return TableSource(str(folder), table)
 
 
-def _open_hub(config: SourceConfig) -> Source:
+def _open_hub(config: RowSource) -> Source:
     import datasets
 
     try:
@@ -224,7 +224,7 @@ def _file_digest(path: Path) -> str:
 _Entry = tuple[int, Any, str | None]
 
 
-def _open_binary(path: Path) -> IO[bytes]:
+def _open_binary(path: Path) -> BinaryIO | gzip.GzipFile:
     return gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb")
 
 

@@ -20,7 +20,7 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rlhf.core.errors import DataError
 from rlhf.core.files import digest, staged_directory
 from rlhf.data import records, sources, store, templates
-from rlhf.data.options import ColumnConfig, ExampleColumns, RowsConfig
+from rlhf.data.options import Columns, RowsConfig
 from rlhf.data.records import BadRow, Message, prompt_key
 from rlhf.data.report import OVER_LENGTH, TOO_LONG
 from rlhf.data.sources import RawRow, Source
@@ -35,13 +35,17 @@ class RowKind(Protocol):
     """What sets one kind of rows apart; ``rlhf.data.kinds`` has them.
 
     Attributes:
-        name: tells kinds apart in the cache.
-        unit: what a row makes, in the plural: pairs, or examples.
         record: of a row in the store.
     """
 
-    name: str
-    unit: str
+    @property
+    def name(self) -> str:
+        """Tells kinds apart in the cache."""
+
+    @property
+    def unit(self) -> str:
+        """What a row makes, in the plural: pairs, or examples."""
+
     record: np.dtype
 
     def read(self, value: Any, columns: Any, *, row_id: str, source: str) -> tuple[Any, str]:
@@ -70,14 +74,14 @@ class Tokenizing:
 
     kind: RowKind
     format: ChatFormat
-    columns: ColumnConfig | ExampleColumns
+    columns: Columns
     system_prompt: str | None
     max_tokens: int
     over_length: str
 
     @classmethod
     def of(
-        cls, config: RowsConfig, kind: RowKind, columns: ColumnConfig | ExampleColumns, chat: ChatFormat
+        cls, config: RowsConfig, kind: RowKind, columns: Columns, chat: ChatFormat
     ) -> "Tokenizing":
         return cls(
             kind=kind,
@@ -232,5 +236,5 @@ def _with_progress(rows: Iterable[RawRow], title: str) -> Iterator[RawRow]:
 def _code_digest(kind: RowKind) -> str:
     """Of the code that turns rows into tokens: a new version of it makes its own cache entries."""
     modules = (records, sources, store, templates)
-    files = [__file__, inspect.getfile(type(kind)), *(module.__file__ for module in modules)]
+    files = [__file__, inspect.getfile(type(kind)), *(inspect.getfile(module) for module in modules)]
     return digest(*(Path(file).read_bytes() for file in files))

@@ -7,7 +7,7 @@ from torch import nn
 
 from rlhf.core.errors import ConfigError
 from rlhf.engine.api import Engine
-from rlhf.engine.deepspeed_config import RunValues, resolve
+from rlhf.engine.deepspeed_config import Precision, RunValues, resolve
 from rlhf.engine.local import LocalEngine
 from rlhf.engine.options import EngineConfig, OptimizerConfig
 from rlhf.engine.ranks import Ranks
@@ -15,7 +15,7 @@ from rlhf.engine.ranks import Ranks
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def precision_of(config: EngineConfig) -> str:
+def precision_of(config: EngineConfig) -> Precision:
     """The precision of the run; "auto" is bfloat16 on a GPU that has it, else float32."""
     if config.precision != "auto":
         return config.precision

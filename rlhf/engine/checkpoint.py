@@ -122,6 +122,7 @@ def _read_listing(path: Path) -> dict | str:
 
 def _save_random_state(folder: Path, rank: int) -> None:
     version, key, place, *rest = np.random.get_state(legacy=True)
+    assert isinstance(key, np.ndarray)
     state = {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,

@@ -10,7 +10,7 @@ import functools
 import inspect
 import typing
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
 from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from deepspeed.runtime.config_utils import DeepSpeedConfigModel
@@ -146,17 +146,17 @@ def _wanted_instead(value: Any, default: Any) -> str | None:
 def wrong_batch(config: dict[str, Any], world_size: int | None) -> Iterator[str]:
     """DeepSpeed's own arithmetic: batch = micro-batch x accumulation steps x ranks (any number if ``None``)."""
     total, micro, steps = (config.get(key) for key in BATCH_KEYS)
-    if not (_count(total) and _count(micro)):
+    if not (_is_count(total) and _is_count(micro)):
         return
-    per_rank = micro * steps if _count(steps) else micro
-    product = f"{BATCH_KEYS[1]} {micro}" + (f" x {BATCH_KEYS[2]} {steps}" if _count(steps) else "")
+    per_rank = micro * steps if _is_count(steps) else micro
+    product = f"{BATCH_KEYS[1]} {micro}" + (f" x {BATCH_KEYS[2]} {steps}" if _is_count(steps) else "")
     if total % per_rank:
         yield f"{BATCH_KEYS[0]} = {total}: no multiple of {product}; DeepSpeed would refuse it on any number of ranks"
-    elif _count(steps) and world_size is not None and total != per_rank * world_size:
+    elif _is_count(steps) and world_size is not None and total != per_rank * world_size:
         yield f"{BATCH_KEYS[0]} = {total}: {product} x {world_size} ranks is {per_rank * world_size}"
 
 
-def _count(value: Any) -> bool:
+def _is_count(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
@@ -171,7 +171,7 @@ def wrong_partitioning(zero: dict[str, Any], world_size: int, role: Role) -> Ite
     for key, devices in (("offload_optimizer", {"cpu": (1, 2, 3), "nvme": (3,)}), ("offload_param", {})):
         yield from _wrong_offload(zero, key, devices or {"cpu": (3,), "nvme": (3,)})
     size = zero.get("zero_hpz_partition_size", 1)
-    if not _count(size) or size == 1:
+    if not _is_count(size) or size == 1:
         return
     setting = f"zero_optimization.zero_hpz_partition_size = {size}"
     stage = zero.get("stage", 0)
@@ -185,7 +185,9 @@ def wrong_partitioning(zero: dict[str, Any], world_size: int, role: Role) -> Ite
 
 def _wrong_offload(zero: dict[str, Any], key: str, devices: dict[str, tuple[int, ...]]) -> Iterator[str]:
     section, stage = zero.get(key), zero.get("stage", 0)
-    device = section.get("device", "none") if isinstance(section, dict) else "none"
+    if not isinstance(section, dict):
+        return
+    device = section.get("device", "none")
     if device not in devices:
         return
     setting = f"zero_optimization.{key}.device = {shown(device)}"

@@ -14,7 +14,7 @@ from rlhf.engine import deepspeed_checks as checks
 from rlhf.engine.deepspeed_checks import AUTO, BATCH_KEYS
 from rlhf.engine.deepspeed_files import Role, Source, read, role_of, shipped_names, shown
 
-__all__ = ["Lint", "Role", "RunValues", "lint", "resolve", "role_of", "shipped_names"]
+__all__ = ["Lint", "Precision", "Role", "RunValues", "lint", "resolve", "role_of", "shipped_names"]
 
 Precision = Literal["float32", "bfloat16", "float16"]
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "float16")

@@ -36,7 +36,7 @@ class LocalEngine:
         loss.backward()
 
     def step(self) -> StepInfo:
-        rate = self._schedule.get_last_lr()[0]
+        rate = float(self._schedule.get_last_lr()[0])
         bad, self._bad = self._bad, False
         if self.ranks.world_size > 1:
             for parameter in self._trainable:

@@ -1,6 +1,7 @@
 """AdamW, its parameter groups and its learning-rate schedule."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +16,8 @@ AdamFactory = Callable[..., Optimizer]
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
     """Trainable parameters in two groups: matrices decay; vectors (norms, biases) and the reward head do not."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -28,7 +30,7 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def build_optimizer(
-    module: nn.Module, config: OptimizerConfig, factory: AdamFactory = torch.optim.AdamW, **options
+    module: nn.Module, config: OptimizerConfig, factory: AdamFactory = torch.optim.AdamW, **options: Any
 ) -> Optimizer:
     return factory(
         parameter_groups(module, config.weight_decay),

@@ -80,16 +80,15 @@ class Ranks:
         return values
 
     def broadcast_object(self, value: T | None) -> T:
-        """The main rank's value, on every rank."""
-        if self.world_size == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0, device=self.device)
+        """The main rank's ``value``, on every rank; what the others pass is not looked at."""
+        box: list[Any] = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
     def together(self, action: Callable[[], T]) -> T:
         """Run ``action`` on every rank; if it fails on one, all raise, the others naming the first that did."""
-        result, fault = None, None
+        fault: Exception | None = None
         try:
             result = action()
         except Exception as error:

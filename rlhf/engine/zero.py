@@ -15,6 +15,7 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from rlhf.core.errors import CheckpointError
 from rlhf.engine.api import StepInfo
@@ -185,7 +186,9 @@ def _offloads(zero: dict[str, Any]) -> bool:
     return (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
 
 
-def _build_adam(module: nn.Module, config: OptimizerConfig, *, offload: bool, on_cpu: bool):
+def _build_adam(
+    module: nn.Module, config: OptimizerConfig, *, offload: bool, on_cpu: bool
+) -> tuple[Optimizer, str]:
     """The AdamW that fits, with its name: DeepSpeed's CPU op for offloaded states where it builds, else torch's."""
     if offload:
         try:

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -42,8 +43,8 @@ def load_classifier(
     """
     settings = load_model_config(config)
     settings.num_labels = 1
-    kind = AutoModelForSequenceClassification, "a sequence classifier"
-    model = _load(*kind, config, settings, dtype=dtype, vocabulary=vocabulary)
+    what = "a sequence classifier"
+    model = _load(AutoModelForSequenceClassification, what, config, settings, dtype=dtype, vocabulary=vocabulary)
     model.config.pad_token_id = pad_token_id
     return model
 
@@ -61,7 +62,13 @@ def load_causal_lm(config: BackboneConfig, *, dtype: torch.dtype, vocabulary: in
 
 
 def _load(
-    loader: type, what: str, config: BackboneConfig, settings: PretrainedConfig, *, dtype: torch.dtype, vocabulary: int
+    loader: type[AutoModelForCausalLM] | type[AutoModelForSequenceClassification],
+    what: str,
+    config: BackboneConfig,
+    settings: PretrainedConfig,
+    *,
+    dtype: torch.dtype,
+    vocabulary: int,
 ) -> PreTrainedModel:
     check_host_memory(config, dtype)
     chatter = transformers_logging.get_verbosity()
@@ -79,7 +86,8 @@ def _load(
         raise ModelError(f"model.path = {config.path}: cannot be loaded as {what}: {error}") from error
     finally:
         transformers_logging.set_verbosity(chatter)
-    if vocabulary > model.get_input_embeddings().num_embeddings:
+    table: Any = model.get_input_embeddings()  # an nn.Embedding, or what the model has in its place
+    if vocabulary > table.num_embeddings:
         model.resize_token_embeddings(vocabulary)
     if not config.dropout:
         switch_dropout_off(model)
@@ -211,7 +219,7 @@ def add_lora(model: PreTrainedModel, options: LoraOptions, *, freeze_layers: int
     heads = [name for name in HEAD_NAMES if hasattr(model, name)]
     settings = LoraConfig(
         r=options.rank,
-        lora_alpha=options.alpha,
+        lora_alpha=options.alpha,  # type: ignore[arg-type]  # peft says int, and divides by the rank: any number
         lora_dropout=options.dropout,
         target_modules=options.targets,
         exclude_modules=heads if heads and options.targets == "all-linear" else None,

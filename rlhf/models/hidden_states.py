@@ -26,4 +26,4 @@ def last_states(backbone: PreTrainedModel, blocks: Sequence[Tensor]) -> Iterator
 def _trains_plain_embedding(backbone: PreTrainedModel) -> bool:
     """Some models (Gemma 3n) look tokens up in every layer, and need them there."""
     trained = torch.is_grad_enabled() and backbone.get_input_embeddings().weight.requires_grad
-    return trained and not getattr(backbone.config, "hidden_size_per_layer_input", 0)
+    return bool(trained) and not getattr(backbone.config, "hidden_size_per_layer_input", 0)

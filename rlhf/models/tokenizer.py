@@ -65,9 +65,9 @@ def choose_pad_token(tokenizer: PreTrainedTokenizerBase) -> PadPolicy:
     """
     for token, reason in _existing_candidates(tokenizer):
         if token is not None and not _may_end_a_text(tokenizer, token):
-            return PadPolicy(
-                pad_token=token, pad_token_id=tokenizer.convert_tokens_to_ids(token), reason=reason
-            )
+            token_id = tokenizer.convert_tokens_to_ids(token)
+            assert isinstance(token_id, int)
+            return PadPolicy(pad_token=token, pad_token_id=token_id, reason=reason)
     return PadPolicy(
         pad_token=NEW_PAD_TOKEN,
         pad_token_id=required_embedding_rows(tokenizer),
