@@ -28,8 +28,9 @@ from rlhf.train.progress import Progress
 class Watched(Protocol):
     """What the loop asks of any stage. Metrics must be equal on all ranks."""
 
-    evaluation: Any
-    """The latest held-out evaluation; ``None`` before the first, and without held-out data."""
+    @property
+    def evaluation(self) -> Any:
+        """The latest held-out evaluation; ``None`` before the first, and without held-out data."""
 
     def evaluate(self) -> dict[str, float]:
         """Held-out metrics, their names starting with ``eval/``; empty without held-out data."""
@@ -59,7 +60,8 @@ class Task(Watched, Protocol):
 class Stateful(Protocol):
     """One engine, or several that are saved and loaded together."""
 
-    ranks: Ranks
+    @property
+    def ranks(self) -> Ranks: ...
 
     def save(self, folder: Path) -> None: ...
 

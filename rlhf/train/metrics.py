@@ -6,11 +6,15 @@ import logging
 import math
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rlhf.core.errors import ConfigError
 from rlhf.core.files import write_text
 from rlhf.engine.ranks import Ranks
 from rlhf.train.options import TrainConfig
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +26,9 @@ class MetricLog:
         self._folder, self._config, self._step = folder, config, resume_step
         self._active = ranks.is_main
         self._open = contextlib.ExitStack()
-        self._file = self._board = self._wandb = None
+        self._file: TextIO | None = None
+        self._board: SummaryWriter | None = None
+        self._wandb: Any = None
 
     def __enter__(self) -> "MetricLog":
         if not self._active:
@@ -44,7 +50,7 @@ class MetricLog:
         self._open.close()
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        if not self._active:
+        if self._file is None:
             return
         # JSON knows no NaN: a value that is not finite is written as null.
         row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
@@ -93,7 +99,7 @@ def drop_rows_after(path: Path, step: int) -> None:
     write_text(path, "".join(line + "\n" for line in kept))
 
 
-def _start_wandb(project: str, folder: Path):
+def _start_wandb(project: str, folder: Path) -> Any:
     try:
         import wandb
     except ImportError as error:

@@ -1,5 +1,6 @@
 """Where a process prints."""
 
+import io
 import os
 import sys
 from pathlib import Path
@@ -23,5 +24,6 @@ def print_to(folder: Path | None) -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
         os.dup2(log, stream.fileno())
+        assert isinstance(stream, io.TextIOWrapper)
         stream.reconfigure(line_buffering=True)
     os.close(log)

@@ -60,9 +60,10 @@ def check_in_fresh_process(module: str, folder: Path, request: dict) -> dict[str
         path = Path(scratch) / "request.json"
         path.write_text(json.dumps(request))
         command = [sys.executable, "-m", module, str(folder), str(path)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         with sheltering_children():  # who asks the run to stop signals all its processes
-            process = subprocess.Popen(command, text=True, env=_plain_environment(), **pipes)
+            process = subprocess.Popen(
+                command, text=True, env=_plain_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            )
         said, complaint = process.communicate()
     report = said.strip().splitlines()[-1:] or [complaint[-2000:]]
     if process.returncode != 0:

@@ -18,7 +18,8 @@ from rlhf.train.output import print_to
 class WithOutput(Protocol):
     """What the recipe of any stage has."""
 
-    output: Path
+    @property
+    def output(self) -> Path: ...
 
 
 ConfigT = TypeVar("ConfigT", bound=WithOutput)

@@ -39,19 +39,33 @@ from rlhf.train.output import print_to, this_rank
 class StageConfig(Protocol):
     """Sections that the recipe of every stage has."""
 
-    output: Path
-    model: BackboneConfig
-    optim: OptimizerConfig
-    train: TrainConfig
-    engine: EngineConfig
+    @property
+    def output(self) -> Path: ...
+
+    @property
+    def model(self) -> BackboneConfig: ...
+
+    @property
+    def optim(self) -> OptimizerConfig: ...
+
+    @property
+    def train(self) -> TrainConfig: ...
+
+    @property
+    def engine(self) -> EngineConfig: ...
 
 
 class LoadedData(Protocol):
     """Training and held-out items with the story of how they came about."""
 
-    train: ItemSource
-    evals: ItemSource
-    report: DataReport
+    @property
+    def train(self) -> ItemSource: ...
+
+    @property
+    def evals(self) -> ItemSource: ...
+
+    @property
+    def report(self) -> DataReport: ...
 
 
 def sample_of(data: LoadedData) -> ItemSource:
