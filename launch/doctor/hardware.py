@@ -11,9 +11,9 @@ from typing import Any
 from launch.doctor.finding import GIB, Finding, PlannedStage, Subject, gibibytes
 from launch.doctor.placements import placements, resolved
 from rlhf.core.errors import ConfigError
+from rlhf.core.memory import host_memory as read_memory
 
 SHARED_MEMORY = Path("/dev/shm")
-CGROUPS = Path("/sys/fs/cgroup")
 LEAST_SHARED = GIB // 2
 """Below this NCCL and data loaders run out of it (Docker's default is 64 MiB)."""
 LEAST_DISK, LOW_DISK = GIB, 20 * GIB
@@ -97,12 +97,12 @@ def _visible(present: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def host_memory(subject: Subject) -> Iterator[Finding]:
     """Memory that is free on this host or in its container, against what loading and offload take."""
-    import psutil
-
-    memory = psutil.virtual_memory()
-    limit = _container_headroom()
-    free = memory.available if limit is None else min(memory.available, limit)
-    where = "of this host" if free == memory.available else "up to the limit of this container or job"
+    memory = read_memory()
+    if memory is None:
+        yield Finding("host memory", "warning", "not known: no /proc/meminfo", "a Linux host tells how much is free")
+        return
+    free = memory.free
+    where = "up to the limit of this container or job" if memory.limited else "of this host"
     text = f"{gibibytes(free)} free, {where} ({gibibytes(memory.total)} in all)"
     needs = [_host_bytes(stage, subject) for stage in subject.trained]
     need, reason = max(needs, default=(0, ""))
@@ -137,25 +137,6 @@ def _host_bytes(stage: PlannedStage, subject: Subject) -> tuple[int, str]:
         per_parameter += size
     offloaded = parameters * per_parameter
     return max((loading, f"{ranks} rank(s) that load the model"), (offloaded, "offloaded states"))
-
-
-def _container_headroom() -> int | None:
-    """Bytes until the tightest memory limit of this process's cgroup (v2) or one above it; ``None`` without a limit."""
-    try:
-        own = next(line for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
-    except (OSError, StopIteration):
-        return None
-    folder = CGROUPS / own.removeprefix("0::").lstrip("/")
-    rooms = []
-    for each in (folder, *folder.parents):
-        if not each.is_relative_to(CGROUPS):
-            break
-        try:
-            limit, used = (each / name for name in ("memory.max", "memory.current"))
-            rooms.append(int(limit.read_text()) - int(used.read_text()))
-        except (OSError, ValueError):  # no such file, or "max"
-            continue
-    return max(0, min(rooms)) if rooms else None
 
 
 # ---- shared memory and disk

@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 
 from rlhf.core.errors import ConfigError
+from rlhf.core.memory import host_memory
 
 GIB = 2**30
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
@@ -142,11 +143,9 @@ def cluster_of(
 
 
 def host_bytes() -> int | None:
-    """Memory of this machine, or of the control group that it lends."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (OSError, ValueError):
-        return None
+    """All memory that this machine, or the control group around this process, has to give."""
+    found = host_memory()
+    return None if found is None else found.total
 
 
 def _device_here() -> tuple[str, int, int] | None:

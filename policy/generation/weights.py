@@ -6,8 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from rlhf.core.memory import free_memory
 from rlhf.engine.frozen import Frozen, ReplicatedModel
-from rlhf.models.backbones import available_memory
 from rlhf.train.stage import say
 
 GIB = 2**30
@@ -82,5 +82,5 @@ def _free_bytes(device: torch.device, ranks_here: int) -> int | None:
     """Memory that this rank can take; ``None`` if the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    available = available_memory()
+    available = free_memory()
     return None if available is None else available // ranks_here

@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from rlhf.core.errors import ModelError
 from rlhf.core.files import digest, file_checksum
+from rlhf.core.memory import free_memory
 from rlhf.models.options import BackboneConfig, LoraOptions, cut_layers
 
 HEAD_NAMES = ("score", "classifier")
@@ -252,7 +253,7 @@ def check_host_memory(config: BackboneConfig, dtype: torch.dtype) -> None:
     """Refuse to load what this host cannot hold: a killed process (exit code -9) would not say why."""
     bytes_here = checkpoint_bytes(Path(config.path), dtype)
     processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-    available = available_memory()
+    available = free_memory()
     if bytes_here is None or available is None or bytes_here * processes < available:
         return
     raise ModelError(
@@ -275,13 +276,3 @@ def checkpoint_bytes(folder: Path, dtype: torch.dtype) -> int | None:
             if name != "__metadata__":
                 elements += torch.Size(entry["shape"]).numel()
     return elements * dtype.itemsize
-
-
-def available_memory() -> int | None:
-    """Bytes that new processes can take, as Linux estimates them."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    fields = dict(line.split(":", 1) for line in lines)
-    return int(fields["MemAvailable"].split()[0]) * 1024

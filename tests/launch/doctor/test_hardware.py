@@ -1,13 +1,13 @@
 import os
 from types import SimpleNamespace
 
-import psutil
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from launch.doctor import hardware
 from launch.doctor.finding import GIB, Subject
+from rlhf.core.memory import HostMemory
 
 WIDTH = 32
 """Of the tiny model, and so the numbers of its head."""
@@ -78,12 +78,10 @@ def test_a_gpu_that_somebody_uses_is_a_warning_unless_the_run_does_not_see_it(se
 
 
 @pytest.fixture
-def free_memory(monkeypatch, tmp_path):
-    """``free_memory(bytes)``; a container's limit is set by files in ``tmp_path``."""
-    monkeypatch.setattr(hardware, "CGROUPS", tmp_path)
-
-    def free(count: float) -> None:
-        monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=count, total=64 * GIB))
+def free_memory(monkeypatch):
+    def free(count: int) -> None:
+        found = HostMemory(total=64 * GIB, free=count, limited=False)
+        monkeypatch.setattr(hardware, "read_memory", lambda: found)
 
     return free
 
@@ -124,14 +122,11 @@ def test_little_memory_is_a_warning_where_no_recipe_says_how_much_is_needed(free
     assert finding.status == "warning" and "1.0 GiB free, of this host" in finding.text and finding.remedy
 
 
-def test_the_limit_of_a_container_counts_before_the_memory_of_its_host(free_memory, tmp_path):
-    free_memory(32 * GIB)
-    (tmp_path / "memory.max").write_text(f"{3 * GIB}\n")
-    (tmp_path / "memory.current").write_text(f"{GIB}\n")
+def test_the_limit_of_a_container_counts_before_the_memory_of_its_host(monkeypatch):
+    found = HostMemory(total=3 * GIB, free=2 * GIB, limited=True)
+    monkeypatch.setattr(hardware, "read_memory", lambda: found)
     finding = only(hardware.host_memory(Subject()))
     assert finding.status == "warning" and "2.0 GiB free, up to the limit of this container" in finding.text
-    (tmp_path / "memory.max").write_text("max\n")
-    assert only(hardware.host_memory(Subject())).status == "ok"
 
 
 # ---- shared memory and disk

@@ -45,7 +45,7 @@ def cut_up(tiny_policy, alone):
 def test_a_copy_is_held_if_it_takes_at_most_half_of_the_free_memory(cut_up, monkeypatch, capsys, free_share, copied):
     engine, build = cut_up()
     size = sum(4 * parameter.numel() for parameter in engine.module.parameters())
-    monkeypatch.setattr(weights, "available_memory", lambda: int(free_share * size))
+    monkeypatch.setattr(weights, "free_memory", lambda: int(free_share * size))
     found = RolloutWeights(engine, build, "auto")
     assert (found.model is not engine) == copied and found.synced != copied
     assert ("once per rollout" in capsys.readouterr().out) == copied
@@ -53,9 +53,9 @@ def test_a_copy_is_held_if_it_takes_at_most_half_of_the_free_memory(cut_up, monk
 
 def test_choices_are_obeyed_whatever_the_memory(cut_up, monkeypatch):
     engine, build = cut_up()
-    monkeypatch.setattr(weights, "available_memory", lambda: 0)
+    monkeypatch.setattr(weights, "free_memory", lambda: 0)
     assert RolloutWeights(engine, build, "once").model is not engine
-    monkeypatch.setattr(weights, "available_memory", lambda: None)
+    monkeypatch.setattr(weights, "free_memory", lambda: None)
     assert RolloutWeights(engine, build, "never").model is engine
 
 
