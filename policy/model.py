@@ -1,7 +1,7 @@
 """The policy: a causal language model that says how likely the responses of its rows are."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +14,7 @@ from transformers import Cache, PreTrainedModel
 from rlhf.core.errors import ModelError
 from rlhf.core.logprobs import TokenLogprobs, head_logits, token_logprobs
 from rlhf.data.batching import LengthBucket
+from rlhf.engine.frozen import Frozen
 from rlhf.models import backbones
 from rlhf.models.hidden_states import last_states
 from rlhf.models.options import BackboneConfig
@@ -87,13 +88,13 @@ class PolicyModel(nn.Module):
             return self._next_logits(decode)
         asked = {"with_square_sums": with_square_sums, "with_entropies": with_entropies}
         options = {**self._logits, **asked, "temperature": temperature}
-        blocks = list(last_states(self.hf.base_model, [group.tokens for group in groups]))
+        blocks = list(last_states(self.hf, [group.tokens for group in groups]))
         found = self._next_logprobs(blocks, groups, options)
         masks = [group.response_mask for group in groups]
         return PolicyOutput(
             logprobs=_by_group(found.logprobs, masks),
-            square_sums=_by_group(found.square_sums, masks) if with_square_sums else None,
-            entropies=_by_group(found.entropies, masks) if with_entropies else None,
+            square_sums=None if found.square_sums is None else _by_group(found.square_sums, masks),
+            entropies=None if found.entropies is None else _by_group(found.entropies, masks),
             embeddings=_response_means(blocks, masks) if with_embeddings else None,
         )
 
@@ -127,7 +128,7 @@ class PolicyModel(nn.Module):
         return bool(self._adapters)
 
     @contextlib.contextmanager
-    def without_adapters(self):
+    def without_adapters(self) -> Iterator[None]:
         """The base model under LoRA: adapters are switched off inside. What is trained stays the same: peft would
         switch on all of the active adapter, and off every other, when it comes back.
         """
@@ -157,7 +158,7 @@ class PolicyModel(nn.Module):
         """Write a folder that plain ``AutoModelForCausalLM`` opens. Ends the use of this object."""
         if self.has_adapters and lora == "adapter":
             self.plain()
-            self._adapters[0].save_pretrained(folder, save_embedding_layers=False)
+            self._adapters[0].save_pretrained(str(folder), save_embedding_layers=False)
         else:
             self.merged().save_pretrained(folder)
 
@@ -168,16 +169,22 @@ class LogprobHead(nn.Linear):
     A module of its own, so that ZeRO-3 gathers its weight for the forward and for the backward pass.
     """
 
-    def forward(
+    def forward(  # type: ignore[override]  # it takes a Linear's place, and PolicyModel alone calls it
         self, states: Tensor, tokens: Tensor | None, response_mask: Tensor | None, options: dict[str, Any]
     ) -> TokenLogprobs | Tensor:
         """Of ``(B, T, D)`` states the ``(B, T)`` log-probabilities of the tokens that follow.
 
         Without tokens: of ``(R, D)`` states the ``(R, V)`` logits.
         """
-        if tokens is None:
+        if tokens is None or response_mask is None:
             return head_logits(states, self.weight, head_bias=self.bias, **options)
         return token_logprobs(states, self.weight, tokens, response_mask, head_bias=self.bias, **options)
+
+
+def policy_of(model: Frozen) -> PolicyModel:
+    """The policy that an engine trains or a frozen placement holds."""
+    assert isinstance(model.module, PolicyModel)
+    return model.module
 
 
 def build_policy(config: PolicyConfig, *, dtype: torch.dtype, vocabulary: int, seed: int) -> PolicyModel:

@@ -29,7 +29,8 @@ LOW_PRECISION_TOLERANCE = 0.1
 class PolicyStageConfig(StageConfig, Protocol):
     """The recipe of a stage that trains a policy."""
 
-    model: PolicyConfig
+    @property
+    def model(self) -> PolicyConfig: ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -77,14 +77,15 @@ class RewardModel(nn.Module):
     def forward(self, groups: Sequence[LengthBucket]) -> Scores:
         """Score right-padded length buckets, one after the other; rows come back in the order of the groups."""
         if self.is_decoder:
-            blocks = last_states(self.hf.base_model, [group.tokens for group in groups])
+            blocks = last_states(self.hf, [group.tokens for group in groups])
             parts = [self._score_states(states, group) for states, group in zip(blocks, groups, strict=True)]
         else:
             parts = [self._score_encoder(group.tokens, group.token_mask) for group in groups]
+        logprobs = [part.logprobs for part in parts if part.logprobs is not None]
         return Scores(
             rewards=torch.cat([part.rewards for part in parts]),
             embeddings=torch.cat([part.embeddings for part in parts]),
-            logprobs=None if self.lm_head is None else torch.cat([part.logprobs for part in parts]),
+            logprobs=torch.cat(logprobs) if logprobs else None,
         )
 
     def _score_states(self, states: Tensor, group: LengthBucket) -> Scores:
@@ -107,7 +108,7 @@ class RewardModel(nn.Module):
     def _pool(self, states: Tensor, token_mask: Tensor) -> Scores:
         rows = torch.arange(len(states), device=states.device)
         pooled = states[rows, last_token_index(token_mask)]
-        return Scores(self.hf.score(pooled).squeeze(-1), pooled)
+        return Scores(self.hf.get_submodule("score")(pooled).squeeze(-1), pooled)
 
     def _score_encoder(self, tokens: Tensor, token_mask: Tensor) -> Scores:
         """Encoders pool by a part of their own (the first token); the embedding is what their last layer reads."""
@@ -202,12 +203,15 @@ def save_reward_model(model: RewardModel, folder: Path) -> None:
     for layer in _linear_layers(_find_head(hf)):
         layer.__class__ = nn.Linear
     hf.save_pretrained(folder)
-    if isinstance(getattr(hf, "score", None), nn.Sequential):
+    head = getattr(hf, "score", None)
+    if isinstance(head, nn.Sequential):
+        first = head[0]
+        assert isinstance(first, nn.Linear)
         settings = json.loads((folder / "config.json").read_text())
         settings |= {
             "model_type": MLP_MODEL_TYPE,
             "backbone_model_type": settings["model_type"],
-            "head_hidden": hf.score[0].out_features,
+            "head_hidden": first.out_features,
         }
         write_json(folder / "config.json", settings)
 

@@ -7,12 +7,15 @@ Every case has the text, its tokens and its score as "value". Prints one JSON ob
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 TOLERANCE = 1e-4
+Scorer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Scores ``(R,)`` of tokens, mask and positions, each ``(R, T)``."""
 
 
 def check(folder: Path, cases: list[dict], *, plain: bool) -> dict:
@@ -30,7 +33,7 @@ def check(folder: Path, cases: list[dict], *, plain: bool) -> dict:
     return {name: float((scores - expected).abs().max()) for name, scores in found.items()}
 
 
-def plain_scorer(folder: Path):
+def plain_scorer(folder: Path) -> Scorer:
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
 
     @torch.inference_mode()
@@ -42,7 +45,7 @@ def plain_scorer(folder: Path):
     return score
 
 
-def own_scorer(folder: Path):
+def own_scorer(folder: Path) -> Scorer:
     from reward.model import load_reward_model
 
     model = load_reward_model(folder, dtype=torch.float32).eval()

@@ -143,7 +143,8 @@ class RewardTask:
 
 
 def _pairs(scores: Scores, batch: Batch) -> Pairs:
-    return detached_pairs(batch, *batch.sides(scores.rewards), scores.embeddings)
+    chosen, rejected = batch.sides(scores.rewards)
+    return detached_pairs(batch, chosen, rejected, scores.embeddings)
 
 
 def _evaluation_metrics(evaluation: Evaluation) -> dict[str, float]:

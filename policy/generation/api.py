@@ -42,7 +42,7 @@ class Sampler(Protocol):
         """
 
 
-def row_seed(*parts: int) -> int:
+def row_seed(*parts: int | str) -> int:
     """A seed for one response from what tells it apart (run seed, step, prompt, sample ...): 0 <= seed < 2^64."""
     text = ",".join(map(str, parts))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")

@@ -1,6 +1,7 @@
 """Keys and values of the rows being decoded, in buffers with room for the tokens to come."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,24 +24,23 @@ class RoomyLayer(DynamicLayer):
         self._room = room
         self._buffers: tuple[Tensor, Tensor] | None = None
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.dtype, self.device = key_states.dtype, key_states.device
             self.keys, self.values, self.is_initialized = key_states, value_states, True
             return key_states, value_states
-        assert self._buffers is not None, "expand() comes between the prompts and the first token"
-        rows, begin = len(self.keys), self.get_seq_length()
+        rows, begin = key_states.shape[0], self.get_seq_length()
         end = begin + key_states.shape[-2]
-        for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
+        for buffer, new in zip(self._room_for_all(), (key_states, value_states), strict=True):
             buffer[:rows, :, begin:end] = new
-        self._show(rows, end)
-        return self.keys, self.values
+        return self._show(rows, end)
 
     def expand(self, source: Tensor) -> None:
         """Row k becomes a copy of row ``source[k]``."""
         length = self.get_seq_length()
         buffers = []
         for held in (self.keys, self.values):
+            assert held is not None, "expand() comes after the prompts"
             buffer = held.new_empty((len(source), held.shape[1], length + self._room, held.shape[3]))
             buffer[:, :, :length] = held.index_select(0, source)
             buffers.append(buffer)
@@ -51,12 +51,18 @@ class RoomyLayer(DynamicLayer):
         """Keep the first ``rows`` rows, after rows ``moves[1]`` have taken the places ``moves[0]``."""
         length = self.get_seq_length()
         to, origin = moves
-        for buffer in self._buffers:
+        for buffer in self._room_for_all():
             buffer[to, :, :length] = buffer[origin, :, :length]
         self._show(rows, length)
 
-    def _show(self, rows: int, length: int) -> None:
-        self.keys, self.values = (buffer[:rows, :, :length] for buffer in self._buffers)
+    def _show(self, rows: int, length: int) -> tuple[Tensor, Tensor]:
+        keys, values = (buffer[:rows, :, :length] for buffer in self._room_for_all())
+        self.keys, self.values = keys, values
+        return keys, values
+
+    def _room_for_all(self) -> tuple[Tensor, Tensor]:
+        assert self._buffers is not None, "expand() comes between the prompts and the first token"
+        return self._buffers
 
 
 def new_cache(config: PretrainedConfig, room: int) -> Cache:
@@ -75,7 +81,7 @@ def new_cache(config: PretrainedConfig, room: int) -> Cache:
 def expand(cache: Cache, source: Tensor) -> None:
     """Row k of the cache becomes a copy of row ``source[k]``."""
     for layer in cache.layers:
-        layer.expand(source) if isinstance(layer, RoomyLayer) else layer.reorder_cache(source)
+        layer.expand(source) if isinstance(layer, RoomyLayer) else _reorder(layer, source)
 
 
 def shrink(cache: Cache, source: Sequence[int], device: torch.device) -> None:
@@ -88,4 +94,9 @@ def shrink(cache: Cache, source: Sequence[int], device: torch.device) -> None:
     moves = to.to(device), origin.to(device)
     everything = torch.tensor(source, device=device)
     for layer in cache.layers:
-        layer.shrink(len(source), moves) if isinstance(layer, RoomyLayer) else layer.reorder_cache(everything)
+        layer.shrink(len(source), moves) if isinstance(layer, RoomyLayer) else _reorder(layer, everything)
+
+
+def _reorder(layer: Any, source: Tensor) -> None:
+    """Transformers' own way, for any of its kinds of layers."""
+    layer.reorder_cache(source)

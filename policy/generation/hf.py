@@ -16,7 +16,7 @@ from policy.generation.cache import expand, new_cache, shrink
 from policy.generation.draw import draw_tokens
 from policy.generation.options import SamplingConfig
 from policy.generation.stopping import StopRule
-from policy.model import DecodeStep
+from policy.model import DecodeStep, policy_of
 from rlhf.core.errors import ModelError
 from rlhf.engine.frozen import Frozen
 from rlhf.train.batches import asking
@@ -86,7 +86,7 @@ class HfSampler:
     def _decode(self, prompts: list[NDArray[np.int64]], seeds: list[int]) -> list[Response]:
         """One batch."""
         config = self._config
-        cache = new_cache(self._model.module.hf.config, room=config.max_new_tokens)
+        cache = new_cache(policy_of(self._model).hf.config, room=config.max_new_tokens)
         rows, logits = self._read_prompts(prompts, seeds, cache)
         for step in range(config.max_new_tokens):
             drawn = draw_tokens(
@@ -147,7 +147,7 @@ class HfSampler:
         """Forwards that give the others their weights, until nobody needs one."""
         while self._model.ranks.any(False):
             one = torch.zeros((1, 1), dtype=torch.long, device=self._device)
-            cache = new_cache(self._model.module.hf.config, room=0)
+            cache = new_cache(policy_of(self._model).hf.config, room=0)
             self._model.forward(decode=DecodeStep(tokens=one, attention_mask=None, position_ids=one, cache=cache))
 
 

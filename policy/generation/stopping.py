@@ -22,7 +22,7 @@ class StopRule:
         ConfigError: for an empty stop string.
     """
 
-    def __init__(self, eos_token_ids: Sequence[int], stop: Sequence[str], tokenizer: Any | None) -> None:
+    def __init__(self, eos_token_ids: Sequence[int], stop: Sequence[str], tokenizer: Any) -> None:
         if "" in stop:
             raise ConfigError("stop: every text contains an empty stop string; leave it out")
         if stop and tokenizer is None:

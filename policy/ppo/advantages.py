@@ -342,7 +342,8 @@ class Estimator:
         return self.function(rewards, values, mask, groups, gamma, lam)
 
 
-def _gae(rewards: Tensor, values: Tensor, mask: Tensor, groups: Optional, gamma: float, lam: float) -> Advantages:
+def _gae(rewards: Tensor, values: Optional, mask: Tensor, groups: Optional, gamma: float, lam: float) -> Advantages:
+    assert values is not None
     return Advantages(*gae(rewards, values, mask, gamma=gamma, lam=lam))
 
 
@@ -352,8 +353,9 @@ def _to_go(rewards: Tensor, values: Optional, mask: Tensor, groups: Optional, ga
 
 def _of_responses(compare: Callable[[Tensor, Tensor], Tensor]) -> Function:
     def estimate(
-        rewards: Tensor, values: Optional, mask: Tensor, groups: Tensor, gamma: float, lam: float
+        rewards: Tensor, values: Optional, mask: Tensor, groups: Optional, gamma: float, lam: float
     ) -> Advantages:
+        assert groups is not None
         scores = rewards.masked_fill(~mask, 0).sum(dim=1)
         return Advantages(spread(compare(scores, groups), mask), None)
 

@@ -294,6 +294,7 @@ class PpoConfig:
     @property
     def pretraining_train(self) -> TrainConfig:
         """How the conversations of the language-modeling term are batched."""
+        assert self.pretraining is not None
         return replace(self.train, global_batch_size=self.pretraining.batch_size)
 
     @property

@@ -11,7 +11,7 @@ from policy.ppo.config import CriticConfig
 from reward.model import RewardModel, RewardModelConfig, build_reward_model, load_reward_model, make_trainable
 from rlhf.core.errors import ModelError
 from rlhf.data.batching import LengthBucket
-from rlhf.models.backbones import switch_dropout_off
+from rlhf.models.backbones import embedding_rows, switch_dropout_off
 from rlhf.models.hidden_states import last_states
 from rlhf.models.manifest import MANIFEST_NAME, RewardStatistics, read_manifest
 
@@ -44,11 +44,11 @@ class ValueModel(nn.Module):
 
     def forward(self, groups: Sequence[LengthBucket]) -> tuple[Tensor, ...]:
         """Of each group ``(R, T - 1)`` float32: place t is the value before token t + 1; 0 outside the response."""
-        blocks = last_states(self.scorer.hf.base_model, [group.tokens for group in groups])
+        blocks = last_states(self.scorer.hf, [group.tokens for group in groups])
         return tuple(self._values(states, group) for states, group in zip(blocks, groups, strict=True))
 
     def _values(self, states: Tensor, group: LengthBucket) -> Tensor:
-        values = response_values(states, group.response_mask, self.scorer.hf.score)
+        values = response_values(states, group.response_mask, self.scorer.hf.get_submodule("score"))
         return torch.where(group.response_mask[:, 1:], (values - self._mean) / self._deviation, 0.0)
 
 
@@ -74,9 +74,9 @@ def critic_start(config: CriticConfig, reward_path: str | None, policy_path: str
     path = config.path or reward_path or policy_path
     published = (Path(path) / MANIFEST_NAME).is_file()
     manifest = read_manifest(Path(path)) if published else None
-    is_reward_model = manifest is not None and manifest.stage == "reward"
-    statistics = manifest.rewards if is_reward_model and standardized else None
-    return CriticStart(path=path, is_reward_model=is_reward_model, statistics=statistics)
+    if manifest is None or manifest.stage != "reward":
+        return CriticStart(path=path, is_reward_model=False, statistics=None)
+    return CriticStart(path=path, is_reward_model=True, statistics=manifest.rewards if standardized else None)
 
 
 def build_critic(
@@ -100,7 +100,7 @@ def build_critic(
         return ValueModel(scorer)
     torch.manual_seed(seed)
     scorer = load_reward_model(Path(start.path), dtype=dtype)
-    known = scorer.hf.get_input_embeddings().num_embeddings
+    known = embedding_rows(scorer.hf)
     if known < vocabulary:
         raise ModelError(f"critic.path = {start.path} knows {known} tokens, and the policy writes {vocabulary}")
     switch_dropout_off(scorer.hf)

@@ -135,7 +135,7 @@ def experience_metrics(experience: Experience) -> dict[str, float]:
         "advantage_deviation": float(experience.advantages[mask].std(correction=0)),
         "rewarded": float(experience.rewards.mean()),
     }
-    if measured.values is not None:
+    if measured.values is not None and experience.returns is not None:
         metrics["explained_variance"] = explained_variance(measured.values, experience.returns, mask)
         metrics["value"] = float(measured.values[mask].mean())
         metrics["value_correlation"] = correlation(measured.values[mask], experience.returns[mask])

@@ -4,6 +4,7 @@ import contextlib
 
 from torch import Tensor
 
+from policy.model import policy_of
 from policy.ppo.rollouts import Rollouts, ask, by_response
 from rlhf.engine.frozen import Frozen
 from rlhf.train.batches import BatchMaker
@@ -17,8 +18,7 @@ class ReferenceModel:
 
     def logprobs(self, maker: BatchMaker, rollouts: Rollouts, *, temperature: float) -> Tensor:
         """``(N, W)`` on the CPU, the same on every rank. Every rank must call it."""
-        module = self._model.module
-        off = module.without_adapters() if self._adapters_off else contextlib.nullcontext()
+        off = policy_of(self._model).without_adapters() if self._adapters_off else contextlib.nullcontext()
         with off:
             return ask(
                 self._model,

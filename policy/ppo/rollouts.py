@@ -131,14 +131,14 @@ def roll_out(
     drawn = sampler.generate(
         [prompts[rows[row][0]].tokens for row in own], [row_seed(*seed, *rows[row]) for row in own], advance
     )
-    found: list[Response | None] = [None] * len(rows)
+    found: dict[int, Response] = {}
     for part in ranks.gather_objects(list(zip(own, drawn, strict=True))):
-        for row, response in part:
-            found[row] = response
-    texts = tokenizer.batch_decode([response.tokens for response in found], skip_special_tokens=True)
+        found.update(part)
+    responses = [found[row] for row in range(len(rows))]
+    texts = tokenizer.batch_decode([response.tokens for response in responses], skip_special_tokens=True)
     return Rollouts(
         [prompts[place] for place, _ in rows],
-        found,
+        responses,
         [text.strip() for text in texts],
         torch.tensor([place for place, _ in rows]),
     )

@@ -116,7 +116,7 @@ class ModelScorer:
         ranks = parts.ranks
         manifest = ranks.together(lambda: read_manifest(folder))
         self._maker, self._standardize = parts.maker, config.standardize
-        self._statistics = manifest.rewards
+        self._statistics = manifest.rewards if config.standardize else None
         self._chat: ChatFormat | None = None
         ranks.together(lambda: self._check(folder, manifest))
         if config.retokenize:
@@ -138,7 +138,7 @@ class ModelScorer:
     def score(self, rollouts: Rollouts) -> Scored:
         rows = rollouts if self._chat is None else Reencoded(rollouts, self._chat)
         raw = ask(self._model, self._maker, rows, _rewards, 1).squeeze(1)
-        if not self._standardize:
+        if self._statistics is None:
             return Scored(raw, raw)
         return Scored(raw, (raw - self._statistics.mean) / self._statistics.standard_deviation)
 
@@ -182,8 +182,9 @@ def combine(scores: Tensor, how: str, deviations: float) -> Tensor:
 
 def build_scorer(config: RewardSourceConfig, parts: ScorerParts) -> Scorer:
     """What the recipe's section asks for. Every rank must call it."""
-    if config.function is not None:
-        return parts.ranks.together(lambda: FunctionScorer(config.function, parts.ranks))
+    function = config.function
+    if function is not None:
+        return parts.ranks.together(lambda: FunctionScorer(function, parts.ranks))
     members = [ModelScorer(path, config, parts) for path in config.paths]
     return members[0] if len(members) == 1 else Ensemble(members, config)
 

@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from policy.model import PolicyModel
 from policy.ppo.critic import response_values
@@ -29,6 +30,10 @@ class SharedTrunkCritic(nn.Module):
         freeze_layers: layers that have no adapter to train, as in the policy.
         seed: of the new weights.
     """
+
+    _hf: PreTrainedModel
+    _wrapped: PeftModel
+    _layers: list[LoraLayer]
 
     def __init__(self, policy: PolicyModel, *, freeze_layers: int, seed: int) -> None:
         super().__init__()
@@ -58,7 +63,7 @@ class SharedTrunkCritic(nn.Module):
     def forward(self, groups: Sequence[LengthBucket]) -> tuple[Tensor, ...]:
         """See :meth:`policy.ppo.critic.ValueModel.forward`."""
         with self._active():
-            blocks = list(last_states(self._hf.base_model, [group.tokens for group in groups]))
+            blocks = list(last_states(self._hf, [group.tokens for group in groups]))
         return tuple(
             response_values(states, group.response_mask, self.score)
             for states, group in zip(blocks, groups, strict=True)

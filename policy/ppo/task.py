@@ -172,6 +172,7 @@ class PpoTask:
         options = {"temperature": self._config.rollout.temperature}
 
         def both(output: PolicyOutput, batch: Any) -> torch.Tensor:
+            assert output.entropies is not None
             parts = by_response(output.logprobs, batch), by_response(output.entropies, batch)
             return torch.cat([functional.pad(part, (0, width - part.shape[1])) for part in parts], dim=1)
 

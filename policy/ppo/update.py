@@ -84,12 +84,13 @@ class Updater:
         for number in range(step * count, (step + 1) * count):
             batches = self._maker.step(experience.rollouts, number)
             report.add({"minibatches": 1.0})
+            gap = None
             if not warming_up:
                 gap = self._update_policy(number, batches, experience, kl_coefficient, report)
             if self._critic is not None:
-                self._update_critic(batches, experience, report)
+                self._update_critic(self._critic, batches, experience, report)
             limit = config.loss.stop_epoch_kl
-            if not warming_up and limit is not None and gap > limit:
+            if gap is not None and limit is not None and gap > limit:
                 report.stopped_early = True
                 break
         return report
@@ -102,15 +103,16 @@ class Updater:
         """Optimizer step ``number``; how far the policy was from the one at rollout, in nats per token (k3)."""
         engine = self._policy
         extra, extra_tokens = self._pretraining_batches(number)
+        extra_weight = 0.0 if self._config.pretraining is None else self._config.pretraining.weight
         counts = self._counts(experience)
         seen: dict[str, Tensor] = {}
         for place, batch in enumerate(batches):
-            loss, sums = self._policy_loss(batch, experience, counts, kl_coefficient)
+            loss, parts = self._policy_loss(batch, experience, counts, kl_coefficient)
             engine.backward(loss, last=not extra and place == len(batches) - 1)
-            _accumulate(seen, sums | {"policy_loss": loss.detach()})
+            _accumulate(seen, parts | {"policy_loss": loss.detach()})
         for place, batch in enumerate(extra):
             loss = self._pretraining_loss(batch) / extra_tokens
-            engine.backward(loss * self._config.pretraining.weight, last=place == len(extra) - 1)
+            engine.backward(loss * extra_weight, last=place == len(extra) - 1)
             _accumulate(seen, {"pretraining_loss": loss.detach()})
         self._close("policy", engine, batches, experience, report)
         sums = self._over_ranks(seen)
@@ -134,7 +136,7 @@ class Updater:
         losses = clipped_surrogate(ratios, advantages, **bounds, dual_clip=config.dual_clip)
         if self._config.kl.place == "loss":
             losses = losses + kl_coefficient * kl_estimates(logprobs, rows["reference"], self._config.kl.kind)
-        if config.entropy:
+        if output.entropies is not None:
             losses = losses - config.entropy * by_response(output.entropies, batch)
         clipped, _ = clipped_share(ratios.detach(), advantages, mask, **bounds)
         gap = (kl_estimates(old, logprobs.detach(), "k3") * mask).sum()
@@ -145,7 +147,7 @@ class Updater:
 
     def _pretraining_batches(self, number: int) -> tuple[list[Batch], int]:
         """This rank's conversations beside a minibatch, and the response tokens of those of all ranks."""
-        if self._config.pretraining is None:
+        if self._pretraining is None:
             return [], 0
         batches = self._pretraining_maker.step(self._pretraining, number)
         mine = sum(int(group.response_mask[:, 1:].sum()) for batch in batches for group in batch.groups)
@@ -153,12 +155,16 @@ class Updater:
 
     def _pretraining_loss(self, batch: Batch) -> Tensor:
         """Summed negative log-likelihood of the response tokens of this micro-batch."""
-        return -sum(part.sum() for part in self._policy.forward(batch.groups).logprobs)
+        output: PolicyOutput = self._policy.forward(batch.groups)
+        return -_sum(output.logprobs)
 
     # The critic
 
-    def _update_critic(self, batches: list[Batch], experience: Experience, report: UpdateReport) -> None:
-        engine, counts, seen = self._critic, self._counts(experience), {}
+    def _update_critic(
+        self, engine: Engine, batches: list[Batch], experience: Experience, report: UpdateReport
+    ) -> None:
+        counts = self._counts(experience)
+        seen: dict[str, Tensor] = {}
         for place, batch in enumerate(batches):
             outputs = engine.forward(batch.groups)
             values = by_response(outputs, batch)
@@ -197,9 +203,14 @@ class Updater:
 
 def _alive(outputs: Sequence[Tensor]) -> Tensor:
     """Zero, with the graph of a forward: ranks that hold only fillers must run the backward pass, too."""
-    return 0.0 * sum(part.sum() for part in outputs)
+    return 0.0 * _sum(outputs)
+
+
+def _sum(parts: Sequence[Tensor]) -> Tensor:
+    """A scalar: the sum of all entries, part by part."""
+    return sum((part.sum() for part in parts), start=parts[0].new_zeros(()))
 
 
 def _accumulate(total: dict[str, Tensor], values: dict[str, Tensor]) -> None:
     for name, value in values.items():
-        total[name] = total.get(name, 0.0) + value
+        total[name] = total[name] + value if name in total else value

@@ -9,6 +9,7 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from policy.model import policy_of
 from policy.preference.columns import RowSums, row_sums
 from rlhf.core.errors import CheckpointError, ConfigError
 from rlhf.core.files import digest, write_array, write_json
@@ -66,12 +68,11 @@ class LiveReference:
         return frozen_weights(self.model) if self.moves else None
 
     def load_state_dict(self, state: list[Tensor] | None) -> None:
-        if self.moves:
+        if state is not None:
             set_frozen_weights(self.model, state)
 
     def of(self, batch: Batch) -> RowSums:
-        module = self.model.module
-        off = module.without_adapters() if self.adapters_off else contextlib.nullcontext()
+        off = policy_of(self.model).without_adapters() if self.adapters_off else contextlib.nullcontext()
         with off:
             ((_, output),) = without_gradient(self.model, [batch])
         return row_sums(output, batch).detach()
@@ -116,12 +117,13 @@ def open_cache(folder: Path, job: CacheJob, ask: Callable[[], Frozen]) -> Cached
     missing = ranks.on_main(lambda: shards.missing(values))
     sample = np.unique(np.linspace(0, len(job.data) - 1, job.verify_items).astype(int))
     sample = np.array([index for index in sample if index // shard_items not in missing], dtype=int)
-    model = ask() if missing or len(sample) else None
-    if len(sample):
-        _verify(folder, sample, values, job, model)
-    if missing:
-        _fill(shards, missing, job, model)
-        values = ranks.together(shards.read)
+    if missing or len(sample):
+        model = ask()
+        if len(sample):
+            _verify(folder, sample, values, job, model)
+        if missing:
+            _fill(shards, missing, job, model)
+            values = ranks.together(shards.read)
     ranks.together(lambda: _check_complete(folder, values))
     return CachedReference(values)
 
@@ -203,7 +205,7 @@ def _fill(shards: _Shards, missing: list[int], job: CacheJob, model: Frozen) -> 
                 job.stop.check(f"after {done} of {total} reference log-probabilities")
             begin, end = shards.span(number)
             values = _compute(np.arange(begin, end), job, model)
-            ranks.on_main(lambda number=number, values=values: shards.write(number, values))
+            ranks.on_main(partial(shards.write, number, values))
             done += end - begin
             progress.advance(done, {})
 

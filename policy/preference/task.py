@@ -63,6 +63,7 @@ class PreferenceTask:
         self._step = step
         every = self._config.reference.sync_every
         if every and step and step % every == 0:
+            assert isinstance(self._reference, LiveReference)
             self._reference.follow(self._engine, self._config.reference.sync_share)
         batches = self._batches.step(self._train, step)
         self._rows.clear()
@@ -165,9 +166,11 @@ class PreferenceTask:
     def _reward_pairs(self, batch: Batch, view: View, output: PolicyOutput) -> Pairs:
         """Implicit rewards and mean response states in the place of rewards and pooled embeddings."""
         chosen, rejected = (implicit_rewards(view.columns, self._config.loss, side) for side in SIDES)
+        assert output.embeddings is not None
         return detached_pairs(batch, chosen, rejected, output.embeddings)
 
     def _wpo_weights(self, columns: dict[str, Tensor], output: PolicyOutput, batch: Batch) -> Tensor:
+        assert output.square_sums is not None
         squares = batch.sides(torch.cat([part.sum(dim=1) for part in output.square_sums]))
         inputs = {f"{side}_square_sums": values for side, values in zip(SIDES, squares, strict=True)}
         names = ("chosen_logprobs", "chosen_lengths", "rejected_logprobs", "rejected_lengths")

@@ -17,6 +17,7 @@ from reward.evaluate import Evaluation, evaluate_held_out, evaluation_table
 from rlhf.core.errors import TrainingStopped
 from rlhf.core.intervals import Accuracy, preference_accuracy
 from rlhf.data.batching import Batch, ItemSource
+from rlhf.data.preferences import PreferenceDataset
 from rlhf.engine.ranks import Ranks
 
 Columns = Mapping[str, Tensor]
@@ -150,12 +151,13 @@ def held_out_evaluation(seen: Columns, data: ItemSource, loss: LossConfig) -> tu
                 "has broken down. Lower optim.learning_rate, or publish an earlier checkpoint"
             )
     if "labels" in seen:
-        record = _evaluate_unpaired(seen, loss)
-        return record, {
-            "eval/accuracy": record.accuracy.value,
-            "eval/auc": 0.5 if record.auc is None else record.auc,
-            "eval/kl": record.kl,
+        unpaired = _evaluate_unpaired(seen, loss)
+        return unpaired, {
+            "eval/accuracy": unpaired.accuracy.value,
+            "eval/auc": 0.5 if unpaired.auc is None else unpaired.auc,
+            "eval/kl": unpaired.kl,
         }
+    assert isinstance(data, PreferenceDataset)
     rewards = {side: implicit_rewards(seen, loss, side).cpu().numpy() for side in SIDES}
     record = evaluate_held_out(rewards["chosen"], rewards["rejected"], lengths=data.lengths, scores=data.scores)
     metrics = {"eval/accuracy": record.accuracy.value, "eval/loss": record.mean_loss, "eval/gap": record.mean_gap}

@@ -77,9 +77,9 @@ def print_evaluation(evaluation: SftEvaluation) -> None:
     for name in ("measure", "value", "95 % interval"):
         table.add_column(name)
     low, high = evaluation.loss_low, evaluation.loss_high
-    known = low is not None and high is not None
-    spread = f"{low:.4f} to {high:.4f}" if known else "-"
-    table.add_row("loss, nats per response token", f"{evaluation.loss:.4f}", spread)
-    spread = f"{np.exp(low):.3f} to {np.exp(high):.3f}" if known else "-"
-    table.add_row("perplexity", f"{evaluation.perplexity:.3f}", spread)
+    spreads = "-", "-"
+    if low is not None and high is not None:
+        spreads = f"{low:.4f} to {high:.4f}", f"{np.exp(low):.3f} to {np.exp(high):.3f}"
+    table.add_row("loss, nats per response token", f"{evaluation.loss:.4f}", spreads[0])
+    table.add_row("perplexity", f"{evaluation.perplexity:.3f}", spreads[1])
     Console().print(table)

@@ -87,14 +87,19 @@ def _load(
         raise ModelError(f"model.path = {config.path}: cannot be loaded as {what}: {error}") from error
     finally:
         transformers_logging.set_verbosity(chatter)
-    table: Any = model.get_input_embeddings()  # an nn.Embedding, or what the model has in its place
-    if vocabulary > table.num_embeddings:
+    if vocabulary > embedding_rows(model):
         model.resize_token_embeddings(vocabulary)
     if not config.dropout:
         switch_dropout_off(model)
     if config.kernels == "liger":
         apply_liger(model)
     return model
+
+
+def embedding_rows(model: PreTrainedModel) -> int:
+    """Tokens that the input embedding has a row for."""
+    table: Any = model.get_input_embeddings()  # an nn.Embedding, or what the model has in its place
+    return table.num_embeddings
 
 
 def switch_dropout_off(model: PreTrainedModel) -> None:

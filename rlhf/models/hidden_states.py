@@ -1,18 +1,20 @@
 """Last hidden states of a causal model for several blocks of rows at once."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 
-def last_states(backbone: PreTrainedModel, blocks: Sequence[Tensor]) -> Iterator[Tensor]:
+def last_states(model: PreTrainedModel, blocks: Sequence[Tensor]) -> Iterator[Tensor]:
     """``(R, T, D)`` states of the last layer for each ``(R, T)`` block of right-padded token rows.
 
     A causal model never looks right, so right padding needs no mask: attention kernels are faster without. In training
     all blocks share one call of the embedding: the gradient of each call is as large as the whole table.
     """
+    backbone: Any = model.base_model
     if len(blocks) < 2 or not _trains_plain_embedding(backbone):
         for tokens in blocks:
             yield backbone(input_ids=tokens, use_cache=False).last_hidden_state
@@ -23,7 +25,7 @@ def last_states(backbone: PreTrainedModel, blocks: Sequence[Tensor]) -> Iterator
         yield backbone(inputs_embeds=part.view(*tokens.shape, -1), use_cache=False).last_hidden_state
 
 
-def _trains_plain_embedding(backbone: PreTrainedModel) -> bool:
+def _trains_plain_embedding(backbone: Any) -> bool:
     """Some models (Gemma 3n) look tokens up in every layer, and need them there."""
     trained = torch.is_grad_enabled() and backbone.get_input_embeddings().weight.requires_grad
     return bool(trained) and not getattr(backbone.config, "hidden_size_per_layer_input", 0)
