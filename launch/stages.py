@@ -1,52 +1,105 @@
-"""The stages, as the commands around them know them."""
+"""The one table of stages: all that the commands around them know of each."""
 
 import importlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rlhf.core.errors import ConfigError
 
+FILE, FOLDER = "file", "folder"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One stage: its name in recipes and on command lines, and the module that a launcher starts."""
+    """One stage. What is written ``module:name`` is imported on demand: it may bring torch along."""
 
     name: str
+    """In recipes and on command lines."""
     module: str
-    _config: tuple[str, str]
+    """What a launcher starts."""
+    config: str
+    """The dataclass of its recipe, as ``module:name``."""
     trains: bool = True
     """Trains under a launcher, on all ranks; else a single process does its work."""
     published: str = "final"
     """What later stages use, below the run folder; empty for the folder itself."""
+    metric: str = ""
+    """The metric that tells most about a result: of this name, or all below it (``NAME/...``)."""
+    reads: Mapping[str, str] = field(default_factory=dict)
+    """What a stage that does not train reads: ``file`` or ``folder`` by setting (a mapping: each of its values)."""
+    code: tuple[str, ...] = ("rlhf", "reward", "policy", "ds_configs")
+    """Packages whose source decides on its result."""
+    report: str = ""
+    """``module:name`` of a function of the run folder: what a pipeline shows of it at its end."""
 
     def config_class(self) -> type:
-        """The dataclass of its recipe. Imported on demand: it brings torch along."""
-        module, name = self._config
-        return getattr(importlib.import_module(module), name)
+        return load(self.config)
+
+    def key_metrics(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Those of ``metrics`` that tell most, by their names without the part that all share."""
+        if self.metric in metrics:
+            return {self.metric.rpartition("/")[2]: metrics[self.metric]}
+        below = f"{self.metric}/"
+        return {name.removeprefix(below): value for name, value in metrics.items() if name.startswith(below)}
 
 
 STAGES = {
     stage.name: stage
     for stage in (
-        Stage("sft", "policy.sft", ("policy.sft.config", "SftConfig")),
-        Stage("reward", "reward", ("reward.config", "RewardConfig")),
-        Stage("preference", "policy.preference", ("policy.preference.config", "PreferenceConfig")),
-        Stage("ppo", "policy.ppo", ("policy.ppo.config", "PpoConfig")),
+        Stage(
+            name="import",
+            module="launch.importing",
+            config="launch.importing:ImportConfig",
+            trains=False,
+            published="",
+            reads={"source": FILE},
+            code=("rlhf",),
+        ),
+        Stage(name="sft", module="policy.sft", config="policy.sft.config:SftConfig", metric="eval/perplexity"),
+        Stage(
+            name="reward",
+            module="reward",
+            config="reward.config:RewardConfig",
+            metric="eval/accuracy",
+            code=("rlhf", "reward", "ds_configs"),
+        ),
+        Stage(
+            name="preference",
+            module="policy.preference",
+            config="policy.preference.config:PreferenceConfig",
+            metric="eval/accuracy",
+        ),
+        Stage(
+            name="ppo",
+            module="policy.ppo",
+            config="policy.ppo.config:PpoConfig",
+            metric="eval/reward",
+        ),
+        Stage(
+            name="evaluate",
+            module="policy.evaluation",
+            config="policy.evaluation.config:EvaluationConfig",
+            trains=False,
+            published="",
+            metric="reward",
+            reads={"prompts": FILE, "reference": FOLDER, "policies": FOLDER, "reward": FOLDER},
+            report="policy.evaluation.results:report_of",
+        ),
     )
 }
-"""Those that train."""
 
-KINDS = {
-    "import": Stage("import", "launch.importing", ("launch.importing", "ImportConfig"), trains=False, published=""),
-    **STAGES,
-    "evaluate": Stage(
-        "evaluate", "policy.evaluation", ("policy.evaluation.config", "EvaluationConfig"), trains=False, published=""
-    ),
-}
-"""All that a pipeline can run."""
 
+def training() -> dict[str, Stage]:
+    """The stages that train, by name."""
+    return {name: stage for name, stage in STAGES.items() if stage.trains}
+
+
+def load(reference: str) -> Any:
+    """The object behind ``module:name``."""
+    module, _, name = reference.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def read_stage(
@@ -57,7 +110,7 @@ def read_stage(
     Args:
         recipes: as for :func:`rlhf.config.load_config`.
         overrides: ``key=value``.
-        name: of a stage, or ``None`` to find it out.
+        name: of a stage that trains, or ``None`` to find it out.
         program: start of messages.
     Raises:
         ConfigError: if the recipe is faulty, or no stage or several take it.
@@ -65,7 +118,7 @@ def read_stage(
     from rlhf.config import load_config
 
     fitting, faults = [], {}
-    for stage in [STAGES[name]] if name is not None else STAGES.values():
+    for stage in [STAGES[name]] if name is not None else training().values():
         try:
             fitting.append((stage, load_config(stage.config_class(), recipes, overrides, program=program)))
         except ConfigError as error:

@@ -8,6 +8,7 @@ from annotated_types import Ge, Gt, Lt
 
 from reward.losses import LOSSES
 from reward.model import RewardModelConfig
+from rlhf.core.annotations import NoResult
 from rlhf.data.options import DataConfig
 from rlhf.engine.options import EngineConfig, OptimizerConfig
 from rlhf.train.options import TrainConfig
@@ -77,7 +78,7 @@ class LossConfig:
 class RewardConfig:
     """A run of the reward stage."""
 
-    output: Path
+    output: Annotated[Path, NoResult()]
     """Run folder: config, logs, checkpoints, and final/ when done."""
     model: RewardModelConfig
     data: DataConfig

@@ -22,7 +22,17 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from rlhf.config_options import UNSET, adapter, default_values, nearest, option_help, options, shown, to_dict
+from rlhf.config_options import (
+    UNSET,
+    adapter,
+    default_values,
+    nearest,
+    option_help,
+    options,
+    result_values,
+    shown,
+    to_dict,
+)
 from rlhf.core.errors import ConfigError
 
 __all__ = [
@@ -32,6 +42,7 @@ __all__ = [
     "option_help",
     "parse_command_line",
     "read_recipe",
+    "result_values",
     "to_dict",
     "to_yaml",
     "validate",

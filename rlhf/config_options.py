@@ -20,6 +20,8 @@ from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import to_jsonable_python
 from pydantic_core.core_schema import DataclassSchema, WithDefaultSchema
 
+from rlhf.core.annotations import NoResult
+
 ConfigT = TypeVar("ConfigT")
 Schema = dict[str, Any]
 
@@ -67,6 +69,27 @@ def _adapter(shape: Any) -> TypeAdapter[Any]:
 def to_dict(config: Any) -> dict[str, Any]:
     """``config`` as JSON-like values: a path becomes a string, a tuple a list."""
     return to_jsonable_python(config)
+
+
+def result_values(config: Any) -> Any:
+    """As :func:`to_dict`, without the fields that change nothing in what a run publishes (``NoResult``)."""
+    if dataclasses.is_dataclass(config):
+        marked = without_result(type(config))
+        names = [field.name for field in dataclasses.fields(config) if field.name not in marked]
+        return {name: result_values(getattr(config, name)) for name in names}
+    if isinstance(config, (list, tuple)):
+        return [result_values(item) for item in config]
+    if isinstance(config, dict):
+        return {key: result_values(value) for key, value in config.items()}
+    return to_dict(config)
+
+
+@functools.cache
+def without_result(config_class: type) -> frozenset[str]:
+    """The names of the fields that are marked ``NoResult``."""
+    hints = typing.get_type_hints(config_class, include_extras=True)
+    marks = {name: getattr(hint, "__metadata__", ()) for name, hint in hints.items()}
+    return frozenset(name for name, found in marks.items() if any(isinstance(mark, NoResult) for mark in found))
 
 
 def default_values(config_class: type) -> dict[str, Any]:

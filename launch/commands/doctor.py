@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.commands.arguments import positive_int
-from launch.stages import STAGES
+from launch.stages import training
 
 if TYPE_CHECKING:
     from launch.doctor import Finding, Subject
@@ -36,7 +36,8 @@ def add_parser(subparsers) -> None:
     )
     several = "a recipe of a stage (may be given again, later ones win) or of a pipeline"
     parser.add_argument("--config", metavar="RECIPE", type=Path, action="append", default=[], help=several)
-    parser.add_argument("--stage", choices=[*STAGES], help="the stage of the recipe (default: the one that takes it)")
+    which = "the stage of the recipe (default: the one that takes it)"
+    parser.add_argument("--stage", choices=[*training()], help=which)
     parser.add_argument("--set", metavar="key=value", nargs="+", default=[], help="settings of the recipe")
     parser.add_argument("--hostfile", type=Path, help="machines to use over ssh, one 'HOST slots=N' a line")
     parser.add_argument("--ranks", type=positive_int, help="processes here (default: all GPUs, or 2 on a CPU)")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.commands.arguments import SettingsParser, positive_int
-from launch.stages import STAGES
+from launch.stages import training
 from rlhf.core.errors import ConfigError
 
 _SHOW = """\
@@ -42,7 +42,7 @@ def add_parser(subparsers) -> None:
     )
     several = "a recipe of a stage; may be given again, later ones win"
     show.add_argument("--config", metavar="RECIPE", type=Path, action="append", required=True, help=several)
-    show.add_argument("--stage", choices=[*STAGES], help="the stage of the recipe (default: the one that takes it)")
+    show.add_argument("--stage", choices=[*training()], help="the stage of the recipe (default: the one that takes it)")
     role = show.add_mutually_exclusive_group()
     role.add_argument("--frozen", action="store_true", help="as for a model that is only asked")
     role.add_argument("--critic", action="store_true", help="for the critic of a PPO recipe")

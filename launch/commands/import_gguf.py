@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-EMBEDDED = "smollm2"
+from rlhf.models.gguf import EMBEDDED
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.commands.arguments import SettingsParser, positive_int
+from launch.stages import STAGES, training
 
 if TYPE_CHECKING:
     from launch.plan.cluster import Cluster
     from launch.plan.planner import Request
 
-STAGES = ("sft", "reward", "preference", "ppo")
 _DESCRIPTION = """\
 Read a recipe as the stage would, and say what it needs on a cluster of a given shape: parameters, ZeRO states,
 activations, caches, host memory, disk, batches and time; whether it fits, and what to change if not. No weights are
@@ -24,7 +24,7 @@ Exit status: 0 if it fits; 1 if not; 2 if the settings are refused.
 def add_parser(subparsers) -> None:
     parser = subparsers.add_parser("plan", help="what a run needs of memory, disk and time, without a GPU")
     stages = parser.add_subparsers(title="stages", dest="stage", required=True, parser_class=SettingsParser)
-    for name in STAGES:
+    for name in training():
         stage = stages.add_parser(
             name,
             help=f"the {name} stage",
@@ -99,10 +99,9 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _config(options: argparse.Namespace) -> Any:
-    from launch.stages import STAGES as KNOWN
     from rlhf.config import load_config
 
-    return load_config(KNOWN[options.stage].config_class(), options.config, options.overrides, program="rlhf plan")
+    return load_config(STAGES[options.stage].config_class(), options.config, options.overrides, program="rlhf plan")
 
 
 def _pipeline(options: argparse.Namespace, request: "Request") -> "tuple[dict[str, tuple[str, Any]], Request]":
@@ -120,7 +119,7 @@ def _pipeline(options: argparse.Namespace, request: "Request") -> "tuple[dict[st
     sources = Sources(
         fallback=request.sources.fallback, made={path: start for path, start in made.items() if start is not None}
     )
-    stages = {each.name: (each.kind, each.config) for each in pipeline.stages if each.kind in STAGES}
+    stages = {each.name: (each.kind, each.config) for each in pipeline.stages if each.stage.trains}
     return stages, dataclasses.replace(request, sources=sources)
 
 

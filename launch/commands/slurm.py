@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.commands.arguments import SettingsParser
-from launch.stages import STAGES
+from launch.stages import STAGES, training
 
 if TYPE_CHECKING:
     from launch.slurm.profile import ClusterProfile
@@ -48,7 +48,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     profile = "the cluster (launch/clusters/example.yaml shows one); may be given again, later ones win"
     jobs = "of a pipeline: one job for all stages (default), or one a stage, each after those that it needs"
     settings = "settings as the stage or pipeline takes them; profile.key=value changes the profile"
-    parser.add_argument("stage", choices=[*STAGES, PIPELINE], help="what to run")
+    parser.add_argument("stage", choices=[*training(), PIPELINE], help="what to run")
     parser.add_argument("--config", metavar="RECIPE", type=Path, action="append", required=True, help=recipe)
     parser.add_argument("--profile", metavar="CLUSTER", type=Path, action="append", required=True, help=profile)
     parser.add_argument("--jobs", choices=["one", "dependent"], default="one", help=jobs)

@@ -12,7 +12,7 @@ from launch.jobs.launcher import Job, Machine, find_machine, stage_command
 from launch.stages import Stage
 from rlhf.core.errors import ConfigError
 
-MODULE = Stage("all-reduce", "rlhf.engine.bandwidth", ("rlhf.engine.bandwidth", "Bandwidth"))
+MODULE = Stage(name="all-reduce", module="rlhf.engine.bandwidth", config="rlhf.engine.bandwidth:Bandwidth")
 _REMEDY = {
     "nccl": "NCCL_DEBUG=INFO says more; between nodes name the network: NCCL_SOCKET_IFNAME=eth0 (ip addr lists them)",
     "gloo": "name the network interface: GLOO_SOCKET_IFNAME=eth0 (ip addr lists them); see that no firewall is between",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from launch.stages import STAGES
+from rlhf.core.files import is_in
 
 if TYPE_CHECKING:
     from launch.plan.models import Sources
@@ -33,7 +34,7 @@ class PlannedStage:
     """A stage that the machine is to be ready for."""
 
     kind: str
-    """import, sft, reward, preference, ppo or evaluate."""
+    """The name of a stage."""
     config: Any
     """Its recipe."""
     name: str = ""
@@ -43,7 +44,7 @@ class PlannedStage:
 
     @property
     def trains(self) -> bool:
-        return self.kind in STAGES
+        return STAGES[self.kind].trains
 
     def setting(self, key: str) -> str:
         """``key`` as a command line has it: ``NAME.key`` in a pipeline."""
@@ -97,8 +98,6 @@ class Subject:
 
     def will_make(self, path: str | Path) -> bool:
         """Whether a stage of the run writes there: what is not there yet is not missing."""
-        from launch.pipeline.recipe import is_in
-
         return any(is_in(Path(path), folder) for folder in self.published)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.doctor.finding import Finding, PlannedStage, Subject
+from launch.stages import FILE, FOLDER, STAGES
 from rlhf.core.errors import DataError
 
 CHECK = "input files"
@@ -48,10 +49,9 @@ def _reads(stage: PlannedStage) -> Iterator[Read]:
         for role, sources in (("train", rows.train_sources), ("eval", rows.eval_sources)):
             for source in sources:
                 yield f"{section}.{role}", source.path, partial(_data_fault, source)
-    for key, path in _files(stage):
-        yield key, path, partial(_fault, Path(path), Path.is_file, "no such file")
-    for key, path in (*_published_models(stage), *_own_models(stage)):
-        yield key, path, partial(_fault, Path(path).expanduser(), Path.is_dir, "no such folder")
+    for key, path, kind in (*_listed(stage), *_published_models(stage), *_own_models(stage)):
+        is_there = Path.is_file if kind == FILE else Path.is_dir
+        yield key, path, partial(_fault, Path(path).expanduser(), is_there, f"no such {kind}")
 
 
 def _row_sections(node: Any, above: str = "") -> Iterator[tuple[str, Any]]:
@@ -66,31 +66,28 @@ def _row_sections(node: Any, above: str = "") -> Iterator[tuple[str, Any]]:
             yield from _row_sections(value, f"{key}.")
 
 
-def _files(stage: PlannedStage) -> Iterator[tuple[str, str]]:
-    """Single files, by setting."""
-    from launch.commands.import_gguf import EMBEDDED
+def _listed(stage: PlannedStage) -> Iterator[tuple[str, str, str]]:
+    """What the table of stages says that a stage reads, but for functions and for what is in a package."""
+    from rlhf.models.gguf import EMBEDDED
 
-    if stage.kind == "import" and stage.config.source != EMBEDDED:
-        yield "source", stage.config.source
-    elif stage.kind == "evaluate":
-        yield "prompts", str(stage.config.prompts)
+    for key, kind in STAGES[stage.kind].reads.items():
+        value = getattr(stage.config, key)
+        named = {f"{key}.{name}": path for name, path in value.items()} if isinstance(value, dict) else {key: value}
+        for setting, path in named.items():
+            if str(path) != EMBEDDED and ":" not in str(path):
+                yield setting, str(path), kind
 
 
-def _published_models(stage: PlannedStage) -> Iterator[tuple[str, str]]:
+def _published_models(stage: PlannedStage) -> Iterator[tuple[str, str, str]]:
     """Folders that a stage of some run has published, by setting; the hub is not asked for these."""
     config = stage.config
-    if stage.kind == "evaluate":
-        yield "reference", str(config.reference)
-        yield from ((f"policies.{name}", str(path)) for name, path in config.policies.items())
-        if ":" not in config.reward:  # else a function
-            yield "reward", config.reward
-    elif stage.kind == "ppo":
-        yield from (("reward.path", path) for path in config.reward.paths)
+    if stage.kind == "ppo":
+        yield from (("reward.path", path, FOLDER) for path in config.reward.paths)
         if config.watch.second is not None:
-            yield from (("watch.second.path", path) for path in config.watch.second.paths)
+            yield from (("watch.second.path", path, FOLDER) for path in config.watch.second.paths)
 
 
-def _own_models(stage: PlannedStage) -> Iterator[tuple[str, str]]:
+def _own_models(stage: PlannedStage) -> Iterator[tuple[str, str, str]]:
     """What a stage starts from and compares with, by setting, where the hub could have no such name."""
     from launch.stages import model_of
 
@@ -102,7 +99,7 @@ def _own_models(stage: PlannedStage) -> Iterator[tuple[str, str]]:
         paths["reference.path"] = config.reference.path
     if hasattr(config, "critic") and config.advantage.needs_values:
         paths["critic.path"] = config.critic.path
-    yield from ((key, path) for key, path in paths.items() if path is not None and not can_be_hub_model(path))
+    yield from ((key, path, FOLDER) for key, path in paths.items() if path is not None and not can_be_hub_model(path))
 
 
 def _data_fault(source: Any) -> str | None:

@@ -13,23 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import launch
-from launch.pipeline.recipe import Pipeline, PipelineStage, flat, is_in, texts
-from rlhf.core.files import digest, file_checksum, write_json
+from launch.pipeline.recipe import Pipeline, PipelineStage, flat, texts
+from rlhf.config import result_values
+from rlhf.core.files import digest, file_checksum, is_in, write_json
 from rlhf.train.done import MARKER
 
-NO_RESULT = (
-    "output",
-    "train.resume",
-    "train.max_minutes",
-    "train.log_every",
-    "train.tensorboard",
-    "train.wandb_project",
-    "engine.timeout_minutes",
-    "engine.nvme_path",
-)
-"""Settings that change nothing in what is published."""
-CODE = {"import": ("rlhf",), "reward": ("rlhf", "reward", "ds_configs")}
-ALL_CODE = ("rlhf", "reward", "policy", "ds_configs")
 CHANGES_SHOWN = 4
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 """module:function, as rewards are given."""
@@ -74,7 +62,7 @@ def parts_of(stage: PipelineStage, pipeline: Pipeline, inputs: Inputs, results: 
     Args:
         results: names for what the finished stages published.
     """
-    settings = {key: value for key, value in flat(stage.config).items() if not _without_effect(key)}
+    settings = flat(result_values(stage.config))
     upstream = {name: results.get(name, "not finished") for name in stage.needs}
     made = [each.output for each in pipeline.stages]
     outside = {
@@ -82,12 +70,8 @@ def parts_of(stage: PipelineStage, pipeline: Pipeline, inputs: Inputs, results: 
         for path in _paths(settings)
         if not any(is_in(path, folder) for folder in made)
     }
-    packages = CODE.get(stage.kind, ALL_CODE)
-    return {"settings": settings, "inputs": upstream | outside, "code": {name: code_digest(name) for name in packages}}
-
-
-def _without_effect(key: str) -> bool:
-    return key.startswith(NO_RESULT) or "cache" in key.rpartition(".")[2]
+    code = {name: code_digest(name) for name in stage.stage.code}
+    return {"settings": settings, "inputs": upstream | outside, "code": code}
 
 
 def fingerprint(parts: Parts) -> str:

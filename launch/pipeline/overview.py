@@ -5,7 +5,6 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -18,8 +17,6 @@ from launch.pipeline.recipe import Pipeline, PipelineStage
 from rlhf.core.clock import clock
 
 SECONDS_BETWEEN_LINES = 30.0
-KEY_METRICS = {"sft": "perplexity", "reward": "accuracy", "preference": "accuracy", "ppo": "reward"}
-"""The held-out metric that tells most about a stage."""
 STYLES = {"finished": "green", "running": "bold cyan", "failed": "bold red", "stopped": "yellow"}
 
 
@@ -123,23 +120,9 @@ class Overview:
 
 
 def outcome(stage: PipelineStage) -> str:
-    """The key metric of a finished stage."""
-    if stage.kind == "evaluate":
-        return _evaluated(stage.output / "evaluations.json")
-    name = KEY_METRICS.get(stage.kind)
-    value = _last_metric(stage.output / "metrics.jsonl", f"eval/{name}")
-    return f"held-out {name} {value:.4f}" if value is not None else ""
-
-
-def _last_metric(path: Path, name: str) -> float | None:
-    if not path.is_file():
-        return None
-    rows = [json.loads(line) for line in path.read_text().splitlines() if f'"{name}"' in line]
-    return rows[-1][name] if rows else None
-
-
-def _evaluated(path: Path) -> str:
-    if not path.is_file():
-        return ""
-    found = json.loads(path.read_text())
-    return ", ".join(f"{each['name']} {each['reward']['value']:.3f}" for each in found)
+    """The key metrics of a finished stage."""
+    latest: dict[str, float] = {}
+    path = stage.output / "metrics.jsonl"
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        latest |= json.loads(line)
+    return ", ".join(f"{name} {value:.4f}" for name, value in stage.stage.key_metrics(latest).items())

@@ -14,9 +14,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from launch.stages import KINDS, Stage
+from launch.stages import STAGES, Stage
 from rlhf.config import escaped, load_config, read_recipe, to_dict, validate
 from rlhf.core.errors import ConfigError
+from rlhf.core.files import is_in
 
 PROGRAM = "pipeline"
 _REFERENCE = re.compile(r"\$\{stages\.([^.}\s]+)")
@@ -27,7 +28,7 @@ class StageSpec:
     """One entry under ``stages``."""
 
     kind: str = ""
-    """import, sft, reward, preference, ppo or evaluate; the name of the entry if left out."""
+    """Of launch.stages.STAGES; the name of the entry if left out."""
     recipe: tuple[Path, ...] = ()
     """Ordinary recipes of such a stage; later ones win."""
     set: dict[str, Any] = field(default_factory=dict)
@@ -184,7 +185,7 @@ def _hint(word: str, known: Sequence[str]) -> str:
 
 
 def _published(name: str, node: DictConfig) -> str:
-    kind = KINDS.get(str(node.get("kind") or name))
+    kind = STAGES.get(str(node.get("kind") or name))
     return kind.published if kind else ""
 
 
@@ -254,9 +255,9 @@ def _order(needs: Mapping[str, Sequence[str]], path: Path) -> list[str]:
 
 def _stage(name: str, spec: StageSpec, needs: tuple[str, ...]) -> PipelineStage:
     kind = spec.kind or name
-    if kind not in KINDS:
-        raise ConfigError(f"stages.{name}.kind = {kind}: expected one of {', '.join(KINDS)}")
-    stage = KINDS[kind]
+    if kind not in STAGES:
+        raise ConfigError(f"stages.{name}.kind = {kind}: expected one of {', '.join(STAGES)}")
+    stage = STAGES[kind]
     settings = (f"output={_text(spec.output)}", *_settings({k: v for k, v in spec.set.items() if k != "output"}))
     config = load_config(stage.config_class(), spec.recipe, settings, program=f"stages.{name}")
     return PipelineStage(
@@ -326,9 +327,3 @@ def texts(node: Any) -> Iterator[str]:
     elif isinstance(node, (list, tuple)):
         for value in node:
             yield from texts(value)
-
-
-def is_in(path: Path, folder: Path) -> bool:
-    """Whether ``path`` is ``folder`` or below it, by name: nothing needs to be there."""
-    path, folder = (Path(os.path.abspath(each)) for each in (path, folder))
-    return path == folder or folder in path.parents

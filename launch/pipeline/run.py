@@ -15,6 +15,7 @@ from launch.pipeline.overview import Overview, outcome
 from launch.pipeline.processes import StopRequest, alone, mark
 from launch.pipeline.recipe import Pipeline, PipelineStage
 from launch.pipeline.state import Action, Decision, Progress
+from launch.stages import load
 from rlhf.core.clock import clock
 from rlhf.core.errors import STOP_FILE, STOPPED, STOPPED_EXIT_CODE, UserError
 from rlhf.core.files import naming_full_disk
@@ -123,8 +124,8 @@ class PipelineRun:
             self.stopped = stop.reason or "the stage was asked to stop"
             view.show(stage.name, "stopped", logs.last_line(), seconds)
             return
-        log, cause = logs.cause()
-        self.failures[stage.name] = f"{log.meaning(code)}: {cause or 'no output'}\n  its log: {log}"
+        path, cause = logs.cause()
+        self.failures[stage.name] = f"{log.meaning(code)}: {cause or 'no output'}\n  its log: {path}"
         view.show(stage.name, "failed", log.meaning(code), seconds)
 
     def _check_machine(self, first: PipelineStage, view: Overview) -> None:
@@ -184,8 +185,8 @@ class PipelineRun:
         console = self.console
         console.print(view.table())
         for stage in self.pipeline.stages:
-            if stage.kind == "evaluate" and view.lines[stage.name].state == "finished":
-                _print_evaluation(stage, console)
+            if stage.stage.report and view.lines[stage.name].state == "finished":
+                console.print(load(stage.stage.report)(stage.output))
         for name, reason in self.failures.items():
             console.print(f"{name} failed: {reason}", soft_wrap=True, markup=False, highlight=False)
         if self.failures:
@@ -238,12 +239,6 @@ def _touch_stop(stage: PipelineStage) -> None:
     """Ask for a checkpoint. Ranks that are still starting drop a file that is older than they are: ask again later."""
     stage.output.mkdir(parents=True, exist_ok=True)
     (stage.output / STOP_FILE).touch()
-
-
-def _print_evaluation(stage: PipelineStage, console: Console) -> None:
-    from policy.evaluation.results import evaluation_table, read_evaluations
-
-    console.print(evaluation_table(read_evaluations(stage.output)))
 
 
 def _shown(part: str) -> str:

@@ -14,8 +14,6 @@ from rlhf.core.files import digest, write_json
 from rlhf.train.done import MARKER
 
 STARTED, FINISHED = "started", "finished"
-KEPT = ".marker.json"
-"""In a folder that was put aside: its marker."""
 
 
 class Action(Enum):
@@ -45,23 +43,32 @@ class Progress:
         self._pipeline, self._any_code = pipeline, any_code
         self._folder = pipeline.output / ".pipeline"
         self._inputs = Inputs(self._folder / "inputs.json")
+        self._decided: dict[str, Decision] = {}
 
     def decide(self, stage: PipelineStage) -> Decision:
-        """What is to be done with ``stage`` now.
+        """What is to be done with ``stage``, as things stood when a stage last began or ended.
+
+        Each stage is looked at once in between, however many build on it.
 
         Raises:
             UserError: if its folder holds something that no pipeline put there.
         """
+        if stage.name not in self._decided:
+            self._decided[stage.name] = self._decision(stage)
+        return self._decided[stage.name]
+
+    def _decision(self, stage: PipelineStage) -> Decision:
         marker = self.read(stage)
-        parts = parts_of(stage, self._pipeline, self._inputs, self._results())
-        waiting = [each.name for each in self._pipeline.upstream(stage) if not self._is_finished(each)]
+        parts = parts_of(stage, self._pipeline, self._inputs, self._results(stage))
+        upstream = self._pipeline.upstream(stage)
+        waiting = [each.name for each in upstream if self.decide(each).action is not Action.SKIP]
         if marker is None:
             self._check_free(stage)
             action = Action.WAIT if waiting else Action.START
             return Decision(action=action, reason=f"for {', '.join(waiting)}" if waiting else "", parts=parts)
         if waiting:
             return Decision(action=Action.WAIT, reason=f"for {', '.join(waiting)}", parts=parts)
-        before = self._that_counts(marker, parts)
+        before = marker["parts"] | {"code": parts["code"]} if self._any_code else marker["parts"]
         if fingerprint(before) != fingerprint(parts):
             return Decision(action=Action.REDO, reason=changes(before, parts), parts=parts)
         if marker["state"] == FINISHED:
@@ -72,14 +79,10 @@ class Progress:
         return Decision(action=Action.CONTINUE, parts=parts)
 
     def settle(self, stage: PipelineStage) -> None:
-        """Note that a stage has finished whose pipeline was killed before it could write that down.
-
-        And if a run that was put aside is what is wanted again, it comes back.
-        """
+        """Note that a stage has finished whose pipeline was killed before it could write that down."""
         marker = self.read(stage)
         if marker is not None and marker["state"] == STARTED and (stage.output / MARKER).is_file():
             self.finish(stage, 0.0)
-        self._bring_back(stage)
 
     def start(self, stage: PipelineStage, decision: Decision) -> None:
         """Note that ``stage`` is begun. An earlier result that no longer counts is put aside first."""
@@ -114,55 +117,24 @@ class Progress:
     def logs(self) -> Path:
         return self._pipeline.output / "logs"
 
-    def _results(self) -> dict[str, str]:
-        markers = {stage.name: self.read(stage) for stage in self._pipeline.stages}
+    def _results(self, stage: PipelineStage) -> dict[str, str]:
+        """Names for what the finished ones of those that ``stage`` needs have published."""
+        markers = {each.name: self.read(each) for each in self._pipeline.upstream(stage)}
         return {name: marker["result"] for name, marker in markers.items() if marker and marker["state"] == FINISHED}
 
-    def _that_counts(self, marker: dict[str, Any], parts: Parts) -> Parts:
-        return marker["parts"] | {"code": parts["code"]} if self._any_code else marker["parts"]
-
     def _put_aside(self, stage: PipelineStage) -> None:
-        """Keep the run that no longer counts as ``<folder>.before``, with its marker; one that was there makes room.
+        """Keep the run that no longer counts as ``<folder>.before``; one that was there makes room.
 
         A finished run does not make room for a half-done one: that goes.
         """
         if not stage.stage.trains or not stage.output.exists():
             return
-        aside, marker = _aside(stage), self.read(stage) or {}
-        kept = _read(aside / KEPT) or {}
-        if kept.get("state") == FINISHED and marker.get("state") != FINISHED:
+        aside = stage.output.with_name(f"{stage.output.name}.before")
+        if (aside / MARKER).is_file() and not (stage.output / MARKER).is_file():
             shutil.rmtree(stage.output)
             return
         shutil.rmtree(aside, ignore_errors=True)
-        write_json(stage.output / KEPT, marker)
         stage.output.rename(aside)
-
-    def _bring_back(self, stage: PipelineStage) -> None:
-        """The run that was put aside changes places with the present one, if it alone is of the present settings.
-
-        Each step can be the last of a pipeline that is killed: the next one goes on there.
-        """
-        swap = _aside(stage).with_suffix(".swap")
-        if _read(stage.output / KEPT) is None:
-            if not swap.exists():
-                if not self._is_wanted_again(stage):
-                    return
-                _aside(stage).rename(swap)
-            self._put_aside(stage)
-            swap.rename(stage.output)
-        self._write(stage, _read(stage.output / KEPT))
-        (stage.output / KEPT).unlink()
-
-    def _is_wanted_again(self, stage: PipelineStage) -> bool:
-        marker, kept = self.read(stage), _read(_aside(stage) / KEPT)
-        if marker is None or kept is None:
-            return False
-        parts = parts_of(stage, self._pipeline, self._inputs, self._results())
-        of_kept, of_present = (fingerprint(self._that_counts(each, parts)) for each in (kept, marker))
-        return of_kept == fingerprint(parts) != of_present
-
-    def _is_finished(self, stage: PipelineStage) -> bool:
-        return self.decide(stage).action is Action.SKIP
 
     def _check_free(self, stage: PipelineStage) -> None:
         if stage.stage.trains and stage.output.is_dir() and files_in(stage.output):
@@ -176,10 +148,7 @@ class Progress:
 
     def _write(self, stage: PipelineStage, marker: dict[str, Any]) -> None:
         write_json(self._path(stage), marker)
-
-
-def _aside(stage: PipelineStage) -> Path:
-    return stage.output.with_name(f"{stage.output.name}.before")
+        self._decided.clear()
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -2,15 +2,17 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 from policy.evaluation.options import SamplingSettings
+from rlhf.core.annotations import NoResult
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """Policies, prompts and the reward that they are compared by."""
 
-    output: Path
+    output: Annotated[Path, NoResult()]
     """Folder for samples and tables."""
     reference: Path
     """Folder of the model that KL and gains are counted from."""

@@ -50,6 +50,11 @@ def read_evaluations(folder: Path) -> list[PolicyEvaluation]:
     return TypeAdapter(list[PolicyEvaluation]).validate_python(rows)
 
 
+def report_of(folder: Path) -> Table:
+    """The table of an evaluation that is finished, from its run folder."""
+    return evaluation_table(read_evaluations(folder))
+
+
 def markdown(evaluations: Sequence[PolicyEvaluation]) -> str:
     lines = ["| " + " | ".join(_HEADINGS) + " |", "|---" * len(_HEADINGS) + "|"]
     lines += ["| " + " | ".join(_cells(each)) + " |" for each in evaluations]

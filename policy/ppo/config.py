@@ -9,6 +9,7 @@ from annotated_types import Ge, Gt, Le
 from policy.generation.options import SamplingConfig
 from policy.model import PolicyConfig
 from policy.ppo.advantages import ESTIMATORS
+from rlhf.core.annotations import NoResult
 from rlhf.data.options import ExampleDataConfig, PromptDataConfig
 from rlhf.engine.options import EngineConfig, OptimizerConfig
 from rlhf.models.options import LoraOptions
@@ -99,7 +100,7 @@ class RolloutConfig(SamplingConfig):
     """Responses to each; rloo, grpo and reinforce_pp_baseline compare them and need at least 2."""
     gather: Literal["auto", "once", "never"] = "auto"
     """Under ZeRO-3: gather all weights once per rollout (auto: if they fit), or layer by layer in every token."""
-    written: Annotated[int, Ge(0)] = 8
+    written: Annotated[int, Ge(0), NoResult()] = 8
     """Rollouts of each step that go to rollouts.jsonl, for reading."""
 
 
@@ -227,7 +228,7 @@ class WatchConfig:
 class PpoConfig:
     """A PPO run."""
 
-    output: Path
+    output: Annotated[Path, NoResult()]
     """Run folder: config, logs, rollouts, checkpoints, and final/ when done."""
     policy: PolicyConfig
     reward: RewardSourceConfig

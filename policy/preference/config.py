@@ -11,6 +11,7 @@ from policy.model import PolicyConfig
 from policy.preference.losses import LOSSES, Objective
 from policy.preference.modifiers import DIVERGENCE_LOSSES
 from reward.config import MarginConfig
+from rlhf.core.annotations import NoResult
 from rlhf.data.options import DataConfig, ExampleDataConfig
 from rlhf.engine.options import EngineConfig, OptimizerConfig
 from rlhf.train.options import TrainConfig
@@ -123,11 +124,11 @@ class ReferenceConfig:
     auto: cache, or none where the objective needs none."""
     path: str | None = None
     """Another model than the one training starts from; it must share its tokenizer."""
-    cache: Path | None = None
+    cache: Annotated[Path | None, NoResult()] = None
     """A cache folder to use, refused if it belongs to other data or another model; null finds its place by content."""
-    shard_pairs: Annotated[int, Gt(0)] = 256
+    shard_pairs: Annotated[int, Gt(0), NoResult()] = 256
     """Pairs per file of a new cache: what a kill can cost."""
-    verify_pairs: Annotated[int, Ge(0)] = 4
+    verify_pairs: Annotated[int, Ge(0), NoResult()] = 4
     """Pairs of the cache that are computed again at the start and compared; 0 trusts it."""
     placement: str = "replicated"
     """Where a second model lives: replicated (whole on every rank), zero3, zero3_offload, or a DeepSpeed JSON."""
@@ -159,7 +160,7 @@ class WatchConfig:
 class PreferenceConfig:
     """A run of the preference stage."""
 
-    output: Path
+    output: Annotated[Path, NoResult()]
     """Run folder: config, logs, checkpoints, and final/ when done."""
     model: PolicyConfig
     data: DataConfig | None = None

@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 from policy.model import PolicyConfig
+from rlhf.core.annotations import NoResult
 from rlhf.data.options import ExampleDataConfig
 from rlhf.engine.options import EngineConfig, OptimizerConfig
 from rlhf.train.options import TrainConfig
@@ -13,7 +15,7 @@ from rlhf.train.options import TrainConfig
 class SftConfig:
     """A run of supervised fine-tuning."""
 
-    output: Path
+    output: Annotated[Path, NoResult()]
     """Run folder: config, logs, checkpoints, and final/ when done."""
     model: PolicyConfig
     data: ExampleDataConfig

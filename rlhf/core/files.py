@@ -103,6 +103,12 @@ def naming_full_disk(folder: Path) -> Iterator[None]:
         raise fault from error
 
 
+def is_in(path: Path, folder: Path) -> bool:
+    """Whether ``path`` is ``folder`` or below it, by name: nothing needs to be there."""
+    path, folder = (Path(os.path.abspath(each)) for each in (path, folder))
+    return path == folder or folder in path.parents
+
+
 def digest(*parts: bytes | str) -> str:
     """A short stable name for contents: 16 hex digits of SHA-256 over the length-prefixed parts."""
     state = hashlib.sha256()

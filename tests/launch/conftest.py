@@ -1,8 +1,13 @@
-"""A tiny reward run for launchers."""
+"""A tiny reward run for launchers, and machines that lack something."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+from launch.doctor import PlannedStage
+from reward.config import RewardConfig
+from rlhf.config import load_config
 
 
 @pytest.fixture(scope="session")
@@ -20,3 +25,39 @@ def tiny_recipe(tmp_path_factory, tiny_model, tiny_pairs) -> tuple[str, ...]:
         "engine: {deepspeed: zero2}\n"
     )
     return "--config", str(path)
+
+
+@pytest.fixture
+def program(tmp_path, monkeypatch):
+    """``program(name, script)`` puts a shell script of that name first in PATH."""
+    folder = tmp_path / "bin"
+
+    def make(name: str, script: str) -> None:
+        folder.mkdir(exist_ok=True)
+        (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+        (folder / name).chmod(0o755)
+        if not os.environ["PATH"].startswith(f"{folder}:"):
+            monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+    return make
+
+
+@pytest.fixture
+def no_programs(tmp_path, monkeypatch) -> Path:
+    """A machine without a single program in PATH, and without compiled ops."""
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(folder))
+    return folder
+
+
+@pytest.fixture
+def stage(tiny_recipe):
+    """``stage(key=value, ...)``: a tiny reward run with its validated recipe."""
+
+    def load(*overrides: str) -> PlannedStage:
+        config = load_config(RewardConfig, [Path(tiny_recipe[1])], overrides, program="test")
+        return PlannedStage(kind="reward", config=config)
+
+    return load

@@ -22,8 +22,7 @@ from launch.commands import ds, slurm
 from launch.jobs import hostfile
 from launch.pipeline.recipe import load_pipeline
 from launch.pipeline.sweep import plan_sweep
-from launch.stages import KINDS, read_stage
-from launch.stages import STAGES as TRAINING
+from launch.stages import STAGES, read_stage, training
 from rlhf.config import load_config, parse_command_line
 from rlhf.core.errors import UserError
 from rlhf.engine import deepspeed_config
@@ -36,7 +35,7 @@ ALL_RECIPES = sorted((ROOT / "launch" / "recipes").glob("*.yaml"))
 CLUSTERS = sorted((ROOT / "launch" / "clusters").glob("*.yaml"))
 PIPELINES = [path for path in ALL_RECIPES if "stages" in yaml.safe_load(path.read_text())]
 RECIPES = [path for path in ALL_RECIPES if path not in PIPELINES]
-STAGES = {stage.module: stage for stage in KINDS.values()}
+BY_MODULE = {stage.module: stage for stage in STAGES.values()}
 EXAMPLES = {"STAGE": "reward", "key=value": "output=runs/example"}
 """For words that stand for the reader's own, where any other word will not do."""
 COMMAND = re.compile(r"(\S*/)?(rlhf|deepspeed|python3?)\s")
@@ -89,7 +88,7 @@ def shown() -> Iterator[str]:
 
 def stage_and_arguments(command: str) -> tuple[str, list[str]] | None:
     """The module that a command line starts, if it is a stage, and what it is given."""
-    start = re.search(rf"(?:^|\s)(?:--module|-m)\s+({'|'.join(map(re.escape, STAGES))})(?=\s|$)", command)
+    start = re.search(rf"(?:^|\s)(?:--module|-m)\s+({'|'.join(map(re.escape, BY_MODULE))})(?=\s|$)", command)
     return start and (start[1], shlex.split(command[start.end() :]))
 
 
@@ -131,7 +130,7 @@ def kind_of(words: list[str]) -> str:
     """The stage of an ``rlhf`` command."""
     if "--critic" in words:
         return "ppo"
-    return next((word for word in words if word in {*TRAINING, "pipeline"}), "reward")
+    return next((word for word in words if word in {*training(), "pipeline"}), "reward")
 
 
 def rlhf_options(command: str) -> argparse.Namespace:
@@ -146,7 +145,7 @@ def check_plan(options: argparse.Namespace) -> None:
     if options.stage == "pipeline":
         load_pipeline(*options.config, options.overrides)
     elif options.config or options.overrides:
-        load_config(KINDS[options.stage].config_class(), options.config, options.overrides, program="plan")
+        load_config(STAGES[options.stage].config_class(), options.config, options.overrides, program="plan")
 
 
 def check_ds(options: argparse.Namespace) -> None:
@@ -201,7 +200,7 @@ def test_variables_on_command_lines_are_those_of_the_pipeline(command):
 @pytest.mark.parametrize("command", STAGE)
 def test_stage_commands_and_their_settings_are_taken(command):
     module, arguments = stage_and_arguments(command)
-    stage = STAGES[module]
+    stage = BY_MODULE[module]
     if "--help" not in arguments:
         words = with_shipped(arguments, stage.name)
         parse_command_line(stage.config_class(), words, program=module, description="")
@@ -239,7 +238,7 @@ def test_benchmarks_take_their_commands(command, benchmark_parser):
 
 def parse_measure(words: list[str]) -> None:
     stage, _, *settings = with_shipped(words, "reward")
-    parse_command_line(KINDS[stage].config_class(), settings, program="measure", description="")
+    parse_command_line(STAGES[stage].config_class(), settings, program="measure", description="")
 
 
 def parse_hostfile(words: list[str]) -> None:
@@ -267,7 +266,7 @@ def test_modules_take_their_commands(command):
 
 def test_every_kind_of_command_is_shown_and_parsed():
     assert [line for line in SHOWN if line not in {*RLHF, *STAGE, *BENCHMARK, *MODULE}] == []
-    assert {stage_and_arguments(line)[0] for line in STAGE} >= {stage.module for stage in TRAINING.values()}
+    assert {stage_and_arguments(line)[0] for line in STAGE} >= {stage.module for stage in training().values()}
     assert {rlhf_options(line).command for line in RLHF} >= {*CHECKS}
     assert {shlex.split(line)[2] for line in MODULE} == {*MODULES}
     assert {ROOT / shlex.split(line)[1] for line in BENCHMARK} == {*BENCHMARKS}
@@ -307,6 +306,6 @@ def test_a_recipe_shows_its_command_and_is_one_of_that_stage(recipe):
     modules = {each[0] for each in found if each and path in each[1]}
     assert len(modules) == 1, f"a comment of {path} should show the one command that it is for"
     (module,) = modules
-    config_class = STAGES[module].config_class()
+    config_class = BY_MODULE[module].config_class()
     invocation = parse_command_line(config_class, ["--config", str(recipe)], program=module, description="")
     assert invocation.config.output.parts[0] == "runs"

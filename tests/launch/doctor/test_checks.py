@@ -40,7 +40,7 @@ def test_ranks_that_do_not_meet_in_time_are_a_failure():
 
 @pytest.mark.dist
 def test_ranks_that_crash_are_a_failure_with_their_last_words(monkeypatch):
-    monkeypatch.setattr(collectives, "MODULE", Stage("all-reduce", "rlhf.no_such_module", ("", "")))
+    monkeypatch.setattr(collectives, "MODULE", Stage(name="all-reduce", module="rlhf.no_such_module", config=""))
     finding = only(collectives.all_reduce(Subject(ranks=2)))
     assert finding.status == "failure" and "no_such_module" in finding.text
 

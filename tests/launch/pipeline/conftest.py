@@ -78,9 +78,9 @@ class Toys:
 def toys(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{WORKERS}")
     monkeypatch.syspath_prepend(str(WORKERS))
-    toy = Stage("toy", "toy_stage", ("toy_stage", "ToyConfig"), trains=False)
-    monkeypatch.setitem(stages.KINDS, "toy", toy)
-    assert recipes.KINDS is stages.KINDS
+    toy = Stage(name="toy", module="toy_stage", config="toy_stage:ToyConfig", trains=False)
+    monkeypatch.setitem(stages.STAGES, "toy", toy)
+    assert recipes.STAGES is stages.STAGES
     yield Toys(tmp_path)
     sys.modules.pop("toy_stage", None)
 
@@ -88,7 +88,7 @@ def toys(tmp_path, monkeypatch):
 @pytest.fixture
 def training_toys(toys, monkeypatch):
     """They count as stages that train, but are started without a launcher."""
-    monkeypatch.setitem(stages.KINDS, "toy", replace(stages.KINDS["toy"], trains=True))
+    monkeypatch.setitem(stages.STAGES, "toy", replace(stages.STAGES["toy"], trains=True))
     command = lambda stage, arguments, machine: [sys.executable, "-m", stage.module, *arguments]  # noqa: E731
     monkeypatch.setattr(run, "stage_command", command)
     return toys

@@ -11,9 +11,12 @@ import pytest
 
 from launch.jobs.log import meaning
 from launch.pipeline.run import _Logs
+from launch.pipeline.state import Progress
+from launch.pipeline.status import status_table
 from rlhf.core.errors import UserError
 
 WORKERS = Path(__file__).parent / "workers"
+NO_PARTS = {"settings": {}, "inputs": {}, "code": {}}
 CHAIN = {
     "a": {"set": {"number": 1}},
     "b": {"set": {"number": 10, "source": "${stages.a.final}"}},
@@ -148,45 +151,67 @@ def test_a_result_that_is_named_by_its_path_is_waited_for_and_looked_at(toys, wa
 # Results that no longer count
 
 
-def test_a_finished_run_comes_back_when_its_settings_do(training_toys):
-    toys = training_toys
-    toys.write({"a": {"set": {"number": 1}}, "b": {"set": {"source": "${stages.a.final}"}}})
-    assert toys.run() == 0
-    assert toys.run("a.number=2") == 0 and toys.number("b") == 2
-    assert toys.run() == 0
-    assert (toys.number("a"), toys.starts("a"), toys.number("b"), toys.starts("b")) == (1, 1, 1, 1)
+def test_an_earlier_finished_run_is_kept_beside_the_new_one(training_toys):
+    toys, aside = training_toys, training_toys.folder / "out" / "a.before"
+    toys.write({"a": {"set": {"number": 1}}})
+    assert toys.run() == 0 and not aside.exists()
     assert toys.run("a.number=2") == 0
-    assert (toys.number("a"), toys.starts("a")) == (2, 1), "the two changed places"
+    assert toys.number("a") == 2 and (aside / "final" / "number").read_text() == "1"
+    assert toys.run() == 0
+    assert toys.number("a") == 1 and (aside / "final" / "number").read_text() == "2"
 
 
-def test_a_half_done_run_does_not_take_the_place_of_a_finished_one(training_toys):
-    toys = training_toys
+@pytest.mark.parametrize("behave", ["refuse", "crash"])
+def test_a_half_done_run_does_not_take_the_place_of_a_finished_one(training_toys, behave):
+    toys, aside = training_toys, training_toys.folder / "out" / "a.before"
     toys.write({"a": {"set": {"number": 1}}})
     assert toys.run() == 0
-    assert toys.run("a.number=2", "a.behave=refuse") == 1
-    assert toys.run("a.number=3", "a.behave=refuse") == 1
-    assert toys.run() == 0
-    assert (toys.number("a"), toys.starts("a")) == (1, 1)
+    assert toys.run("a.number=2", f"a.behave={behave}") == 1
+    assert toys.run("a.number=3", f"a.behave={behave}") == 1
+    assert (aside / "final" / "number").read_text() == "1"
 
 
-@pytest.mark.parametrize("renames", [0, 1, 2])
-def test_a_pipeline_killed_while_runs_change_places_loses_none(training_toys, monkeypatch, renames):
-    toys, done, rename = training_toys, [], Path.rename
+@pytest.mark.parametrize("calls", [0, 1])
+def test_a_pipeline_killed_while_it_puts_a_run_aside_loses_none(training_toys, monkeypatch, calls):
+    toys, done = training_toys, []
     toys.write({"a": {"set": {"number": 1}}})
-    assert toys.run() == 0 and toys.run("a.number=2") == 0
+    assert toys.run() == 0
 
-    def killed(self, target):
-        if len(done) == renames:
+    def killed(*arguments, **options):
+        if len(done) == calls:
             raise KeyboardInterrupt
-        done.append(target)
-        return rename(self, target)
+        done.append(arguments)
 
     with monkeypatch.context() as patched:
+        patched.setattr("shutil.rmtree", killed)
         patched.setattr(Path, "rename", killed)
         with pytest.raises(KeyboardInterrupt):
-            toys.run()
-    assert toys.run() == 0 and (toys.number("a"), toys.starts("a")) == (1, 1)
-    assert toys.run("a.number=2") == 0 and (toys.number("a"), toys.starts("a")) == (2, 1)
+            toys.run("a.number=2")
+    assert toys.number("a") == 1
+    assert toys.run("a.number=2") == 0 and toys.number("a") == 2
+    assert (toys.folder / "out" / "a.before" / "final" / "number").read_text() == "1"
+
+
+# How much work deciding is
+
+
+@pytest.mark.parametrize("count", [12, 16])
+def test_each_stage_is_looked_at_once_however_many_build_on_it(toys, monkeypatch, count):
+    names = [f"s{number}" for number in range(count)]
+    toys.write({name: {"after": names[:place]} for place, name in enumerate(names)})
+    pipeline, looked = toys.load(), []
+    monkeypatch.setattr("launch.pipeline.state.parts_of", lambda stage, *_: looked.append(stage.name) or NO_PARTS)
+    progress = Progress(pipeline)
+    for stage in pipeline.stages:
+        progress.start(stage, progress.decide(stage))
+        (stage.output).mkdir(parents=True)
+        progress.finish(stage, 1.0)
+    looked.clear()
+    status_table(pipeline)
+    assert looked == names
+    looked.clear()
+    assert toys.run() == 0
+    assert looked == names
 
 
 # Why a stage failed

@@ -10,7 +10,7 @@ from launch.plan.cluster import Cluster, cluster_of, parse_bytes
 from launch.plan.models import Sources
 from launch.plan.planner import Request, checkpoint_bytes, plan_stage
 from launch.plan.times import run_seconds, step_seconds
-from launch.stages import STAGES
+from launch.stages import STAGES, training
 from rlhf.config import load_config
 from rlhf.core.errors import ConfigError
 
@@ -51,13 +51,13 @@ def peak(*arguments, **options) -> int:
     return planned(*arguments, **options).device_peak.device_bytes
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", training())
 def test_more_ranks_never_need_more_on_each_under_zero3(stage):
     peaks = [peak(stage, "engine.deepspeed=zero3", cluster=h100(nodes)) for nodes in (1, 4)]
     assert peaks == sorted(peaks, reverse=True)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", training())
 def test_offloading_moves_bytes_from_the_device_to_the_host(stage):
     here, away = (planned(stage, f"engine.deepspeed={name}") for name in ("zero2", "zero2_offload"))
     assert away.device_peak.device_bytes < here.device_peak.device_bytes
@@ -169,7 +169,7 @@ def test_checkpoints_hold_what_is_trained():
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.name)
 def test_every_shipped_recipe_plans_without_weights(recipe, monkeypatch):
     monkeypatch.chdir(ROOT)
-    stage = next((name for name in STAGES if recipe.name.removeprefix("quickstart_").startswith(name)), None)
+    stage = next((name for name in training() if recipe.name.removeprefix("quickstart_").startswith(name)), None)
     if stage is None:
         pytest.skip("not the recipe of one stage")
     config = load_config(STAGES[stage].config_class(), [recipe], [], program="test")

@@ -10,7 +10,9 @@ from launch.commands.pipeline import console
 from launch.jobs.launcher import Machine
 from launch.pipeline.recipe import load_pipeline
 
-stages.KINDS["toy"] = stages.Stage("toy", "toy_stage", ("toy_stage", "ToyConfig"), trains="train" in sys.argv)
+stages.STAGES["toy"] = stages.Stage(
+    name="toy", module="toy_stage", config="toy_stage:ToyConfig", trains="train" in sys.argv
+)
 running.stage_command = lambda stage, arguments, machine: [sys.executable, "-m", stage.module, *arguments]
 grace = 1.0 if "hasty" in sys.argv else 600.0
 options = running.RunOptions(machine=Machine(ranks=1), doctor=False, grace_seconds=grace)

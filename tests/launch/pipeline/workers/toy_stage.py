@@ -6,19 +6,21 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+from rlhf.core.annotations import NoResult
 from rlhf.core.errors import ConfigError, RunStopped
 from rlhf.train.single import single_main
 
 
 @dataclass(frozen=True, kw_only=True)
 class ToyConfig:
-    output: Path
+    output: Annotated[Path, NoResult()]
     number: int = 0
     source: str = ""
     behave: str = "finish"
     data: str = ""
-    cache_dir: str = ""
+    cache_dir: Annotated[str, NoResult()] = ""
 
 
 def run(config: ToyConfig) -> None:
