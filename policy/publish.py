@@ -11,7 +11,6 @@ from transformers import GenerationConfig
 from policy.model import PolicyConfig, PolicyModel, PolicyOutput, build_policy
 from rlhf.core.errors import ModelError
 from rlhf.core.files import staged_directory
-from rlhf.core.tokenizers import tokenizer_digest
 from rlhf.data.batching import ItemSource, Row, length_bucket
 from rlhf.data.portable import portable_tokenizer
 from rlhf.data.templates import ChatFormat
@@ -53,7 +52,7 @@ class Publication:
             stage=self.stage,
             base_model=self.model.path,
             template_digest=self.chat.digest,
-            tokenizer_digest=tokenizer_digest(tokenizer),
+            tokenizer_digest=self.chat.tokenizer_digest,
             pad_policy=pad_policy(tokenizer),
             vocabulary_size=len(tokenizer),
             head_kind="language model",
@@ -123,7 +122,7 @@ def _write(
     tokenizer = portable_tokenizer(publication.chat)
     model = _rebuild(publication, weights)
     with staged_directory(target) as staged:
-        model.hf.generation_config = _generation_config(model, tokenizer)
+        model.hf.generation_config = _generation_config(model, publication.chat)
         model.save(staged, publication.model.publish_lora)
         tokenizer.save_pretrained(staged)
         write_manifest(staged, publication.manifest())
@@ -159,13 +158,11 @@ def _as_saved(publication: Publication, saved: PolicyModel, weights: dict[str, T
     return model.eval()
 
 
-def _generation_config(model: PolicyModel, tokenizer: Any) -> GenerationConfig:
-    """The base model's settings, ending at the end token that responses were trained with."""
+def _generation_config(model: PolicyModel, chat: ChatFormat) -> GenerationConfig:
+    """The base model's settings, ending where responses ended in training, and nowhere else."""
     settings = model.hf.generation_config or GenerationConfig()
-    ends = settings.eos_token_id
-    ends = [] if ends is None else list(ends) if isinstance(ends, list) else [ends]
-    settings.eos_token_id = list(dict.fromkeys([*ends, tokenizer.eos_token_id]))
-    settings.pad_token_id = tokenizer.pad_token_id
+    settings.eos_token_id = list(chat.end_token_ids)
+    settings.pad_token_id = chat.tokenizer.pad_token_id
     return settings
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from reward.config import RewardConfig
 from reward.evaluate import Evaluation
-from rlhf.core.tokenizers import tokenizer_digest
 from rlhf.data.preferences import LoadedPreferences
 from rlhf.data.templates import ChatFormat
 from rlhf.models.manifest import Manifest, RewardStatistics
@@ -27,7 +26,7 @@ def reward_manifest(
         stage="reward",
         base_model=config.model.path,
         template_digest=chat.digest,
-        tokenizer_digest=tokenizer_digest(chat.tokenizer),
+        tokenizer_digest=chat.tokenizer_digest,
         pad_policy=pad_policy(chat.tokenizer),
         vocabulary_size=len(chat.tokenizer),
         head_kind=config.model.head,

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from rlhf.data.templates import chat_format
 from rlhf.engine.frozen import Frozen, ReplicatedModel
 from rlhf.engine.ranks import single_rank
 from rlhf.models.backbones import hide_loading_bars
+from rlhf.models.stops import model_stop_tokens
 from rlhf.models.tokenizer import load_tokenizer
 from rlhf.train.progress import Progress
 
@@ -57,14 +58,16 @@ def evaluate_policies(
     for folder in (reference, *policies.values()):  # before anything takes time
         if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
             raise ModelError(f"{folder}: not a model folder (no config.json); give the final/ folder of a run")
-    chat = chat_format(load_tokenizer(str(reference)), template)
+    tokenizer = load_tokenizer(str(reference))
+    chat = chat_format(tokenizer, template)
     base = _open(reference)
     found: list[PolicyEvaluation] = []
     base_rewards: NDArray[np.float64] | None = None
     for name, folder in {"reference": reference, **policies}.items():
         model = base if folder == reference else _open(folder)
         with Progress(single_rank(), len(prompts) * settings.samples, 0, f"{name}: sample") as progress:
-            samples = sample_responses(model, chat, prompts, settings, progress)
+            own = replace(chat, stop_token_ids=model_stop_tokens(folder, tokenizer))
+            samples = sample_responses(model, own, prompts, settings, progress)
         rewards = _rewards(reward, prompts, samples)
         ratios = np.zeros(len(samples))
         if model is not base:

@@ -98,6 +98,9 @@ class RolloutConfig(SamplingConfig):
     """Prompts of a step, over all ranks."""
     samples: Annotated[int, Gt(0)] = 1
     """Responses to each; rloo, grpo and reinforce_pp_baseline compare them and need at least 2."""
+    stop_token_ids: tuple[Annotated[int, Ge(0)], ...] = ()
+    """Tokens that end a response besides the tokenizer's EOS, the token behind an answer in the chat template and those
+    of the model's generation config. The published model stops at all of them."""
     gather: Literal["auto", "once", "never"] = "auto"
     """Under ZeRO-3: gather all weights once per rollout (auto: if they fit), or layer by layer in every token."""
     written: Annotated[int, Ge(0), NoResult()] = 8

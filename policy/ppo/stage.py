@@ -46,7 +46,7 @@ def run(config: PpoConfig, ranks: Ranks) -> HeldOut | None:
     Returns:
         The held-out evaluation of the weights that were taken; ``None`` without held-out prompts.
     """
-    chat = open_chat(config, config.data.template, ranks)
+    chat = open_chat(config, config.data.template, ranks, config.rollout.stop_token_ids)
     data = load_data(lambda folder: load_prompts(config.data, chat.tokenizer, run_folder=folder), config, ranks)
     steps = total_steps(replace(config.train, global_batch_size=config.rollout.prompts), len(data.train))
     builder = _Builder(config, ranks, chat, steps)
@@ -234,7 +234,7 @@ def check_same_tokens(setting: str, path: str | None, config: PpoConfig, chat: C
     if path is None:
         return
     other = load_tokenizer(path, trust_remote_code=config.policy.trust_remote_code)
-    if tokenizer_digest(other) != chat.tokenizer_digest:
+    if tokenizer_digest(other, eos_token=chat.ending.token) != chat.tokenizer_digest:
         raise ModelError(
             f"{setting} = {path} has another tokenizer than policy.path = {config.policy.path}: it would read the "
             "policy's tokens as another text. Choose a model of the same family"

@@ -132,7 +132,7 @@ class _References:
         if path is None:
             return
         other = load_tokenizer(path, trust_remote_code=self._config.model.trust_remote_code)
-        if tokenizer_digest(other) != self._chat.tokenizer_digest:
+        if tokenizer_digest(other, eos_token=self._chat.ending.token) != self._chat.tokenizer_digest:
             raise ModelError(
                 f"reference.path = {path} has another tokenizer than model.path = {self._config.model.path}: "
                 "log-probabilities of different tokens cannot be compared. Choose a reference of the same family"

@@ -9,13 +9,19 @@ _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token"
 _PROBE = "Hello world,\n\n1. naïve 12345  tokens\tfür 日本語 🙂 don't\n"
 
 
-def tokenizer_digest(tokenizer: Any) -> str:
+def tokenizer_digest(tokenizer: Any, *, eos_token: str | None = None) -> str:
     """A name for what the tokenizer does to text: equal after save and load and in every process.
 
     Covers the vocabulary, merges, normalizer, pre-tokenizer, added and special tokens, and the ids of a
     probe text with its automatic special tokens. Leaves out what callers set per call: padding, truncation.
+
+    Args:
+        tokenizer: of Transformers.
+        eos_token: the name as if this were its end token.
     """
     named = {name: getattr(tokenizer, name, None) for name in _NAMED_TOKENS}
+    if eos_token is not None:
+        named["eos_token"] = eos_token
     return digest(
         *_model_parts(tokenizer),
         json.dumps(named, sort_keys=True),

@@ -3,7 +3,7 @@
 The whole conversation is rendered by the chat template and tokenized once; where the response begins is
 found by character offset, so no token boundary is forced between prompt and response. The text begins with
 the tokenizer's BOS where the tokenizer adds one by itself and the template does not, and it ends with an
-end token: white space that a template puts behind its end-of-turn token is cut, and EOS is appended where
+end token: all that a template puts behind its end-of-turn token is cut, and EOS is appended where
 the template has no such token. In a conversation every assistant turn is found in the same way.
 """
 
@@ -21,6 +21,7 @@ import numpy as np
 from rlhf.core.errors import DataError, ModelError
 from rlhf.core.files import digest
 from rlhf.core.tokenizers import tokenizer_digest
+from rlhf.data.ending import Ending, find_ending
 from rlhf.data.records import Message
 
 PLAIN_TEMPLATE = """\
@@ -68,6 +69,9 @@ class ChatFormat:
     """What to put before a rendered text that does not begin with it; empty if the tokenizer adds nothing."""
     end_tokens: tuple[str, ...]
     """Special tokens that may end a response."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end a response besides EOS and what the template writes: the model's own stop tokens and those of
+    the recipe."""
 
     def render(self, prompt: Sequence[Message], response: Sequence[Message]) -> tuple[str, str]:
         """The prompt, up to where a model would begin to write, and the whole text that begins with it.
@@ -144,18 +148,38 @@ class ChatFormat:
         origin = portable_origin(self.template)
         if origin is not None:
             return origin
-        special = [self.bos, *_special_texts(self.tokenizer), *self.end_tokens]
-        return digest("format 1", self.template, *special)
+        named = {**_special_texts(self.tokenizer), "eos": self.ending.token}
+        cut = [self.ending.surplus] if self.ending.surplus else []
+        return digest("format 1", self.template, self.bos, *named.values(), *self.end_tokens, *cut)
 
     @functools.cached_property
     def tokenizer_digest(self) -> str:
-        return tokenizer_digest(self.tokenizer)
+        """A name for what the tokenizer does to text; whether EOS or another token ends an answer does not matter."""
+        return tokenizer_digest(self.tokenizer, eos_token=self.ending.token)
+
+    @functools.cached_property
+    def ending(self) -> Ending:
+        """How the template ends an answer; as EOS for one that cannot show a question and an answer."""
+        eos = self.tokenizer.eos_token
+        try:
+            ending = find_ending(lambda messages, open: self._apply(messages, generate=open), self.end_tokens, eos)
+        except TemplateFault:
+            return Ending(eos, "")
+        if ending.token == self.tokenizer.pad_token:
+            raise ModelError(
+                f"the template ({self.origin}) ends answers with {ending.token}, the padding token of the tokenizer, "
+                "so that plain Transformers would not see the end; give the tokenizer another pad_token"
+            )
+        return ending
 
     @functools.cached_property
     def end_token_ids(self) -> tuple[int, ...]:
-        """Tokens with which a model ends a response: EOS, and what the template puts behind an answer."""
-        ids, _ = self.encode([{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}])
-        return tuple(dict.fromkeys([int(self.tokenizer.eos_token_id), int(ids[-1])]))
+        """All that ends a response, wherever one is written, read, counted or published.
+
+        EOS, the token behind a rendered answer, and :attr:`stop_token_ids`.
+        """
+        ids = [self.tokenizer.eos_token_id, self.tokenizer.convert_tokens_to_ids(self.ending.token)]
+        return tuple(dict.fromkeys(map(int, [*ids, *self.stop_token_ids])))
 
     def _apply(self, messages: Sequence[Message], *, generate: bool) -> str:
         try:
@@ -169,13 +193,16 @@ class ChatFormat:
         return text if text.startswith(self.bos) else self.bos + text
 
     def _ended(self, text: str) -> str:
-        stripped = text.rstrip()
-        return stripped if stripped.endswith(self.end_tokens) else stripped + self.tokenizer.eos_token
+        cut = self._without_surplus(text)
+        return cut if cut.endswith(self.end_tokens) else cut + self.tokenizer.eos_token
+
+    def _without_surplus(self, text: str) -> str:
+        return text.rstrip().removesuffix(self.ending.surplus).rstrip()
 
     def _turn(self, messages: Sequence[Message], place: int, text: str) -> Span:
         """The characters in ``text`` of the assistant message at ``place``."""
         before = self._apply(messages[:place], generate=True)
-        after = self._apply(messages[: place + 1], generate=False).rstrip()
+        after = self._without_surplus(self._apply(messages[: place + 1], generate=False))
         if not (text.startswith(before) and text.startswith(after)):
             raise TemplateFault(
                 f"the template shows message {place + 1} (assistant), or what stands before it, in another way once "
@@ -207,9 +234,13 @@ def portable_origin(template: str) -> str | None:
     return found[1] if found and digest(template[found.end() :]) == found[2] else None
 
 
-def chat_format(tokenizer: Any, template: str | None) -> ChatFormat:
+def chat_format(tokenizer: Any, template: str | None, stop_token_ids: Sequence[int] = ()) -> ChatFormat:
     """The format for ``data.template``: Jinja text, a file, a built-in name; ``None``: the tokenizer's own.
 
+    Args:
+        tokenizer: of the model.
+        template: the setting.
+        stop_token_ids: see :class:`ChatFormat`.
     Raises:
         DataError: if there is no such template. (Jinja that is not valid is reported at the first rendering.)
         ModelError: if the tokenizer lacks tokens that the template or the end of a response needs.
@@ -221,7 +252,7 @@ def chat_format(tokenizer: Any, template: str | None) -> ChatFormat:
     special = (special | set(tokenizer.all_special_tokens)) - {tokenizer.bos_token} | {tokenizer.eos_token}
     if text == CHATML_TEMPLATE and "<|im_end|>" not in special:
         raise ModelError("data.template=chatml: the tokenizer has no token <|im_end|>")
-    return ChatFormat(tokenizer, text, origin, _wanted_bos(tokenizer), tuple(sorted(special)))
+    return ChatFormat(tokenizer, text, origin, _wanted_bos(tokenizer), tuple(sorted(special)), tuple(stop_token_ids))
 
 
 def template_digest(tokenizer: Any, template: str | None) -> str:
@@ -254,8 +285,8 @@ def _wanted_bos(tokenizer: Any) -> str:
     return tokenizer.bos_token if bos is not None and tokenizer("a")["input_ids"][0] == bos else ""
 
 
-def _special_texts(tokenizer: Any) -> list[str]:
-    return [str(getattr(tokenizer, f"{name}_token")) for name in ("bos", "eos", "pad", "unk")]
+def _special_texts(tokenizer: Any) -> dict[str, str]:
+    return {name: str(getattr(tokenizer, f"{name}_token")) for name in ("bos", "eos", "pad", "unk")}
 
 
 def _refuse_dropped(text: str, messages: Sequence[Message], part: str) -> None:

@@ -29,6 +29,7 @@ from rlhf.engine.ranks import Ranks, start_ranks, stop_ranks
 from rlhf.engine.stop import StopRequests, noting_signals
 from rlhf.models.backbones import hide_loading_bars
 from rlhf.models.options import BackboneConfig
+from rlhf.models.stops import model_stop_tokens
 from rlhf.models.tokenizer import load_tokenizer
 from rlhf.train.done import Completion, config_digest, read_completion, write_completion
 from rlhf.train.loop import LoopState, Run, Stateful, Task, Watched, fit, load_checkpoint
@@ -141,14 +142,32 @@ def _mark_finished(config: StageConfig, program: str) -> None:
         write_completion(config.output, completion)
 
 
-def open_chat(config: StageConfig, template: str | None, ranks: Ranks) -> ChatFormat:
-    """Make the run folder; the tokenizer of the run's model with the template of its data."""
+def open_chat(
+    config: StageConfig, template: str | None, ranks: Ranks, stop_token_ids: Sequence[int] = ()
+) -> ChatFormat:
+    """Make the run folder; the tokenizer of the run's model with the template of its data.
+
+    Responses end where the template and the model's generation config say, and at ``stop_token_ids``.
+    """
     hide_loading_bars()
     ranks.on_main(lambda: config.output.mkdir(parents=True, exist_ok=True))
-    tokenizer = ranks.main_first(
-        lambda: load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
-    )
-    return ranks.together(lambda: chat_format(tokenizer, template))
+
+    def load() -> ChatFormat:
+        model = config.model
+        tokenizer = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
+        given = model_stop_tokens(
+            model.path, tokenizer, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+        return chat_format(tokenizer, template, (*given, *_in_vocabulary(stop_token_ids, tokenizer)))
+
+    return ranks.main_first(load)
+
+
+def _in_vocabulary(stop_token_ids: Sequence[int], tokenizer: Any) -> Sequence[int]:
+    absent = [token for token in stop_token_ids if token >= len(tokenizer)]
+    if absent:
+        raise ConfigError(f"rollout.stop_token_ids = {absent}: the tokenizer has tokens 0 to {len(tokenizer) - 1}")
+    return stop_token_ids
 
 
 def load_data(load: Callable[[Path | None], DataT], config: StageConfig, ranks: Ranks) -> DataT:

@@ -1,0 +1,55 @@
+"""The tokens at which plain Transformers stops a model."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, GenerationConfig
+from transformers.utils import logging as transformers_logging
+
+log = logging.getLogger(__name__)
+
+
+def model_stop_tokens(
+    path: str | Path, tokenizer: Any, *, revision: str | None = None, trust_remote_code: bool = False
+) -> tuple[int, ...]:
+    """End tokens of ``generation_config.json``, or where a model has none, of its ``config.json``.
+
+    Instruction models name tokens there that neither the tokenizer nor the chat template gives away: ``<|user|>`` of
+    GLM-4, ``<|eom_id|>`` of Llama 3.1. Ordinary pieces of text are left out: a configuration that was never adapted
+    to its tokenizer names them by accident.
+
+    Args:
+        path: Transformers folder or hub name.
+        tokenizer: of that model.
+        revision: branch, tag or commit on the hub.
+        trust_remote_code: whether Python code that comes with the model may run.
+    """
+    found = _named(path, revision, trust_remote_code)
+    added = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+    ordinary = [token for token in found if token not in added and token < len(tokenizer)]
+    if ordinary:
+        pieces = ", ".join(f"{token} ({tokenizer.convert_ids_to_tokens(token)!r})" for token in ordinary)
+        log.warning(
+            "%s: generation_config.json or config.json names ordinary tokens as ends, which are not taken: %s; if they "
+            "end a response, list them in rollout.stop_token_ids",
+            path,
+            pieces,
+        )
+    return tuple(token for token in found if token in added)
+
+
+def _named(path: str | Path, revision: str | None, trust_remote_code: bool) -> list[int]:
+    chatter = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # of settings that contradict each other, none of which is used here
+    try:
+        settings = GenerationConfig.from_pretrained(str(path), revision=revision)
+    except OSError:
+        try:
+            settings = AutoConfig.from_pretrained(str(path), revision=revision, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError):
+            return []
+    finally:
+        transformers_logging.set_verbosity(chatter)
+    ends = getattr(settings, "eos_token_id", None)
+    return [] if ends is None else [int(token) for token in (ends if isinstance(ends, (list, tuple)) else [ends])]
