@@ -43,7 +43,7 @@ def _named(path: str | Path, revision: str | None, trust_remote_code: bool) -> l
     chatter = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # of settings that contradict each other, none of which is used here
     try:
-        settings = GenerationConfig.from_pretrained(str(path), revision=revision)
+        settings = GenerationConfig.from_pretrained(str(path), revision=revision or "main")
     except OSError:
         try:
             settings = AutoConfig.from_pretrained(str(path), revision=revision, trust_remote_code=trust_remote_code)
