@@ -25,7 +25,7 @@ class PolicyConfig(BackboneConfig):
     """The language model to train."""
 
     publish_lora: Literal["merged", "adapter"] = "merged"
-    """With LoRA, final/ holds merged weights, or the adapter alone (it then needs the base model beside it)."""
+    """Weights in final/ under LoRA: merged, or the adapter alone (it then needs the base model beside it)."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class PolicyOutput:
     """What the policy says of R rows, in the order of the length buckets."""
 
     logprobs: tuple[Tensor, ...]
-    """Of each group ``(R_g, T_g - 1)`` float32: place t is token t + 1; 0 outside the response."""
+    """``(R_b, T_b - 1)`` float32 log-probabilities of each bucket: place t is token t + 1; 0 outside the response."""
     square_sums: tuple[Tensor, ...] | None
-    """Like ``logprobs``: log of the sum of squared probabilities; if asked for."""
+    """Logs of the sum of squared probabilities, shaped like ``logprobs``; if asked for."""
     entropies: tuple[Tensor, ...] | None
-    """Like ``logprobs``: entropy of what may follow each token, in nats, with gradient; if asked for."""
+    """Entropies of what may follow, in nats, with gradient, shaped like ``logprobs``; if asked for."""
     embeddings: Tensor | None
     """``(R, D)`` mean state of the last layer over the response tokens, without gradient; if asked for."""
 
@@ -54,7 +54,7 @@ class DecodeStep:
 
 
 class PolicyModel(nn.Module):
-    """Log-probabilities of rows.
+    """A causal language model that gives log-probabilities of rows.
 
     Args:
         hf: a Transformers causal language model; its output projection becomes a :class:`LogprobHead`.
@@ -101,7 +101,7 @@ class PolicyModel(nn.Module):
     def _next_logprobs(
         self, blocks: Sequence[Tensor], groups: Sequence[LengthBucket], options: dict[str, Any]
     ) -> TokenLogprobs:
-        """Of all places of all groups in one row; one call, as each has a gradient of the size of the projection."""
+        """Log-probabilities of all buckets in one row: each call has a gradient of the size of the projection."""
         states = torch.cat([states[:, :-1].flatten(0, 1) for states in blocks])
         tokens = torch.cat([group.tokens[:, 1:].flatten() for group in groups])
         mask = torch.cat([group.response_mask[:, 1:].flatten() for group in groups])
@@ -148,7 +148,7 @@ class PolicyModel(nn.Module):
         return self.hf
 
     def merged(self) -> PreTrainedModel:
-        """Like :meth:`plain`, with adapters merged into the weights."""
+        """The model of :meth:`plain`, with adapters merged into the weights."""
         hf = self.plain()
         for adapter in self._adapters:
             adapter.merge_and_unload()
@@ -172,9 +172,9 @@ class LogprobHead(nn.Linear):
     def forward(  # type: ignore[override]  # it takes a Linear's place, and PolicyModel alone calls it
         self, states: Tensor, tokens: Tensor | None, response_mask: Tensor | None, options: dict[str, Any]
     ) -> TokenLogprobs | Tensor:
-        """Of ``(B, T, D)`` states the ``(B, T)`` log-probabilities of the tokens that follow.
+        """``(B, T)`` log-probabilities of the tokens that follow ``(B, T, D)`` states.
 
-        Without tokens: of ``(R, D)`` states the ``(R, V)`` logits.
+        Without tokens: the ``(R, V)`` logits after ``(R, D)`` states.
         """
         if tokens is None or response_mask is None:
             return head_logits(states, self.weight, head_bias=self.bias, **options)

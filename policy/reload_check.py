@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from reward.reload_check import padded
 
 TOLERANCE = 1e-4
-"""Nats per token, in float32."""
+"""Largest difference in nats per token, in float32."""
 
 
 @torch.inference_mode()

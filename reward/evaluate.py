@@ -42,7 +42,7 @@ class Evaluation:
     calibration_error: float
     """Expected calibration error of ``sigmoid(chosen - rejected)``, in [0, 1]."""
     reward_mean: float
-    """Over both answers of all pairs, in logits."""
+    """Mean reward over both answers of all pairs, in logits."""
     reward_sd: float
     """Population standard deviation over both answers of all pairs, in logits."""
     mean_gap: float

@@ -48,11 +48,11 @@ class Scores:
     """What the model says about R rows."""
 
     rewards: Tensor
-    """(R,) float32."""
+    """``(R,)`` float32 rewards in logits."""
     embeddings: Tensor
-    """(R, D) input of the head: the last layer's state at the last real token."""
+    """``(R, D)`` input of the head: the last layer's state at the last real token."""
     logprobs: Tensor | None = None
-    """(R,) summed log-probabilities of the response tokens under the language-model head."""
+    """``(R,)`` summed log-probabilities of the response tokens under the language-model head."""
 
 
 class RewardModel(nn.Module):

@@ -14,17 +14,17 @@ class Pairs:
     """B pairs, detached. The fields that a loss or margin has no use for may be ``None``."""
 
     positions: Tensor
-    """(B,) int64 place in the global batch."""
+    """``(B,)`` int64 place in the global batch."""
     chosen_rewards: Tensor
-    """(B,) float32."""
+    """``(B,)`` float32 rewards of the preferred responses, in logits."""
     rejected_rewards: Tensor
-    """(B,) float32."""
+    """``(B,)`` float32 rewards of the other responses, in logits."""
     chosen_embeddings: Tensor
-    """(B, D) float32."""
+    """``(B, D)`` float32 embeddings of the preferred responses."""
     rejected_embeddings: Tensor
-    """(B, D) float32."""
+    """``(B, D)`` float32 embeddings of the other responses."""
     data_margins: Tensor
-    """(B,) float32 margin that came with the data; not a number where there is none."""
+    """``(B,)`` float32 margin that came with the data; not a number where there is none."""
 
     def __len__(self) -> int:
         return len(self.positions)

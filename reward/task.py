@@ -21,7 +21,7 @@ from rlhf.train.batches import BatchMaker, without_gradient
 
 
 class RewardTask:
-    """See :class:`rlhf.train.loop.Task`.
+    """The reward stage's task; see :class:`rlhf.train.loop.Task`.
 
     A micro-step runs: score the rows; gather rewards and embeddings of all ranks, detached; make margins and
     batch statistics from all of them; take the loss of this rank's own pairs. With margin.scope =

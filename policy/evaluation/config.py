@@ -24,5 +24,5 @@ class EvaluationConfig:
     """module:function(prompts, responses) -> rewards, or the folder of a reward model: one that no policy was trained
     against, if it is to judge them."""
     template: str | None = None
-    """As data.template of the stages."""
+    """Chat template of all models; see data.template of the stages."""
     sampling: SamplingSettings = field(default_factory=SamplingSettings)

@@ -15,7 +15,7 @@ _HEADINGS = ("policy", "reward", "gain", "KL", "KL (k3)", "tokens", "ended")
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyEvaluation:
-    """One policy."""
+    """Measurements of one policy on fresh samples."""
 
     name: str
     reward: Estimate
@@ -25,7 +25,7 @@ class PolicyEvaluation:
     kl: float
     """KL(policy || reference) of a response in nats: mean log-ratio of the policy's own samples (k1)."""
     kl_k3: float
-    """The same by the estimator ``exp(-l) - 1 + l`` of the log-ratio l, which is never negative."""
+    """KL by the estimator ``exp(-l) - 1 + l`` of the log-ratio l, which is never negative (k3)."""
     tokens: float
     """Mean tokens of a response."""
     ended_share: float

@@ -18,7 +18,7 @@ from rlhf.train.progress import Progress
 
 @dataclass(frozen=True)
 class Sample:
-    """One response."""
+    """One sampled response."""
 
     prompt: int
     """Place of its prompt in the list."""

@@ -18,7 +18,7 @@ class Response:
     logprobs: NDArray[np.float32]
     """``(T,)`` in nats, of the drawn tokens under log softmax(logits / temperature), before top_k and top_p."""
     ended: bool
-    """By an end token or a stop string, not by the limit."""
+    """Whether an end token or a stop string ended the response, not the limit."""
 
 
 class Sampler(Protocol):

@@ -45,7 +45,7 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 @contextlib.contextmanager
 def grouped_attention(model: nn.Module) -> Iterator[None]:
-    """Inside, the parts of ``model`` that attend by "sdpa" do it by :func:`grouped_sdpa`."""
+    """Let the parts of ``model`` that attend by "sdpa" do it by :func:`grouped_sdpa` inside the block."""
     settings: dict[int, Any] = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
     changed = [each for each in settings.values() if getattr(each, "_attn_implementation", None) == "sdpa"]
     try:

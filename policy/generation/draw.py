@@ -11,12 +11,12 @@ FIRST_NUCLEUS = 256
 
 
 class Drawn(NamedTuple):
-    """B tokens."""
+    """One token for each of B rows."""
 
     tokens: Tensor
-    """``(B,)`` int64."""
+    """``(B,)`` int64 token ids."""
     logprobs: Tensor
-    """``(B,)`` float32 in nats under the tempered distribution, before top_k and top_p."""
+    """``(B,)`` float32 log-probabilities in nats under the tempered distribution, before top_k and top_p."""
 
 
 def draw_tokens(logits: Tensor, uniforms: Tensor, *, temperature: float, top_k: int, top_p: float) -> Drawn:

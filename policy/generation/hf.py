@@ -23,7 +23,7 @@ from rlhf.train.batches import asking
 
 
 class HfSampler:
-    """See :class:`policy.generation.api.Sampler`.
+    """A sampler on top of Transformers; see :class:`policy.generation.api.Sampler`.
 
     Prompts are batched by length. A batch computes each different prompt once, then one token a row at a time;
     rows that have ended cost nothing any more.
@@ -60,7 +60,7 @@ class HfSampler:
         seeds: Sequence[int],
         advance: Callable[[int], None] | None = None,
     ) -> list[Response]:
-        """See :meth:`policy.generation.api.Sampler.generate`.
+        """One response to each prompt; see :meth:`policy.generation.api.Sampler.generate`.
 
         Raises:
             ValueError: if there are not as many seeds as prompts, or a prompt is empty.
@@ -84,7 +84,7 @@ class HfSampler:
         return [found[place] for place in range(len(rows))]
 
     def _decode(self, prompts: list[NDArray[np.int64]], seeds: list[int]) -> list[Response]:
-        """One batch."""
+        """Responses to the prompts of one batch."""
         config = self._config
         cache = new_cache(policy_of(self._model).hf.config, room=config.max_new_tokens)
         rows, logits = self._read_prompts(prompts, seeds, cache)
@@ -197,7 +197,7 @@ class _Rows:
         self.mask = None if self.mask is None else self.mask[index]
 
     def responses(self) -> list[Response]:
-        """In the order of the batch."""
+        """Responses in the order of the batch."""
         logprobs = self._logprobs.cpu().numpy()
         return [
             Response(self._tokens[row, :count].copy(), logprobs[row, :count].copy(), bool(self._ended[row]))

@@ -15,7 +15,7 @@ from rlhf.engine.api import Engine
 
 
 class TrainingSampler:
-    """See :class:`policy.generation.api.Sampler`; samples from the weights as they are at each call."""
+    """A sampler of the weights as they are at each call; see :class:`policy.generation.api.Sampler`."""
 
     def __init__(
         self,
@@ -39,6 +39,6 @@ class TrainingSampler:
     def generate(
         self, prompts: Sequence[np.ndarray], seeds: Sequence[int], advance: Callable[[int], None] | None = None
     ) -> list[Response]:
-        """See :meth:`policy.generation.api.Sampler.generate`. Every rank must call it."""
+        """One response to each prompt; see :meth:`policy.generation.api.Sampler.generate`. Every rank must call it."""
         self._weights.refresh()
         return self._sampler.generate(prompts, seeds, advance)

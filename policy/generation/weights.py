@@ -12,7 +12,7 @@ from rlhf.train.stage import say
 
 GIB = 2**30
 FREE_SHARE = 0.5
-"""Of the free memory, what a copy may take: caches, activations and optimizer states come on top."""
+"""Share of the free memory that a copy may take: caches, activations and optimizer states come on top."""
 
 
 class RolloutWeights:

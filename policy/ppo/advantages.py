@@ -295,7 +295,7 @@ class _Groups:
 
 Optional = Tensor | None
 Function = Callable[[Tensor, Optional, Tensor, Optional, float, float], Advantages]
-"""Of rewards, values, mask, groups, gamma and lam, read or not."""
+"""An estimator's function: it is given rewards, values, mask, groups, gamma and lam, and need not read all."""
 
 
 @dataclass(frozen=True)
@@ -321,7 +321,7 @@ class Estimator:
         gamma: float = 1.0,
         lam: float = 1.0,
     ) -> Advantages:
-        """Estimate; without gradient.
+        """Advantages and returns, without gradient.
 
         Args:
             rewards: ``(B, T)`` of :func:`token_rewards`, score and KL in them.

@@ -64,7 +64,7 @@ class CriticConfig:
     """Where it starts: a reward model, or any backbone (with a new head). Null: the first reward model if it reads the
     policy's tokens, else the policy."""
     share_trunk: bool = False
-    """With policy.lora: the critic is a second adapter and a head on the policy's own frozen base."""
+    """Make the critic a second adapter and a head on the policy's own frozen base; needs policy.lora."""
     freeze_layers: Annotated[int, Ge(0)] = 0
     """Freeze the embeddings and this many lower layers."""
     lora: LoraOptions | None = None
@@ -87,7 +87,7 @@ class ReferenceModelConfig:
     path: str | None = None
     """Null: the policy as the run starts from it."""
     placement: str = "replicated"
-    """As reward.placement."""
+    """Placement of a model that is only asked; see reward.placement."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,7 @@ class RolloutConfig(SamplingConfig):
     """Tokens that end a response besides the tokenizer's EOS, the token behind an answer in the chat template and those
     of the model's generation config. The published model stops at all of them."""
     gather: Literal["auto", "once", "never"] = "auto"
-    """Under ZeRO-3: gather all weights once per rollout (auto: if they fit), or layer by layer in every token."""
+    """Gathering of weights under ZeRO-3: once per rollout (auto: if they fit), or layer by layer in every token."""
     written: Annotated[int, Ge(0), NoResult()] = 8
     """Rollouts of each step that go to rollouts.jsonl, for reading."""
 
@@ -142,7 +142,7 @@ class KlConfig:
     place: Literal["reward", "loss"] = "reward"
     """reward: taken off the reward of each token. loss: a term of the policy's loss."""
     estimator: Literal["k1", "k2", "k3"] | None = None
-    """Of the KL per token; null: k1 in the reward, k3 in the loss."""
+    """Estimator of the KL per token; null: k1 in the reward, k3 in the loss."""
     controller: Literal["fixed", "adaptive"] = "fixed"
     """adaptive: steers the coefficient so that the KL of a response stays near `target`."""
     target: Annotated[float, Gt(0)] = 6.0
@@ -168,13 +168,13 @@ class SurrogateConfig:
     epochs: Annotated[int, Gt(0)] = 2
     """Passes over the rollouts of a step, in minibatches of train.global_batch_size rollouts."""
     clip_low: Annotated[float, Gt(0)] = 0.2
-    """The ratio to the old policy counts down to 1 - clip_low."""
+    """Lower bound of the ratio to the old policy: 1 - clip_low."""
     clip_high: Annotated[float, Gt(0)] | None = None
-    """And up to 1 + clip_high (clip-higher); null: as clip_low."""
+    """Upper bound of the ratio: 1 + clip_high (clip-higher); null: as clip_low."""
     dual_clip: Annotated[float, Gt(1)] | None = None
     """Bound on the loss of bad tokens, in units of their advantage (3 is usual)."""
     ratio: Literal["token", "sequence"] = "token"
-    """Of single tokens, or one for a whole response (GSPO; clip_low about 3e-4)."""
+    """Ratio of single tokens, or one for a whole response (GSPO; clip_low about 3e-4)."""
     normalize: Literal["token", "sequence", "constant"] = "token"
     """Mean over all tokens of a minibatch; over responses of their token means; or sum over responses, each divided
     by rollout.max_new_tokens (Dr. GRPO)."""
@@ -195,7 +195,7 @@ class PretrainingConfig:
     data: ExampleDataConfig
     """Conversations; their assistant turns are learned."""
     weight: Annotated[float, Gt(0)] = 0.1
-    """Of the mean loss per response token."""
+    """Weight of the mean loss per response token."""
     batch_size: Annotated[int, Gt(0)] = 16
     """Conversations beside each minibatch, over all ranks."""
 
@@ -248,7 +248,7 @@ class PpoConfig:
     """Decay per step of a moving average of the policy's weights, which is then what is published; 0 for none."""
     watch: WatchConfig = field(default_factory=WatchConfig)
     optim: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=1e-6, schedule="constant"))
-    """Of the policy; a schedule runs over all optimizer steps."""
+    """Optimizer of the policy; a schedule runs over all optimizer steps."""
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
             global_batch_size=32,

@@ -27,7 +27,7 @@ class CriticStart:
 
 
 class ValueModel(nn.Module):
-    """Values of rows.
+    """The critic: a value for every response place of rows.
 
     Args:
         scorer: backbone and head; the head reads every response place instead of the last one.
@@ -43,7 +43,7 @@ class ValueModel(nn.Module):
         self._mean, self._deviation = mean, deviation
 
     def forward(self, groups: Sequence[LengthBucket]) -> tuple[Tensor, ...]:
-        """Of each group ``(R, T - 1)`` float32: place t is the value before token t + 1; 0 outside the response."""
+        """``(R, T - 1)`` float32 values of each bucket: place t is the value before token t + 1; 0 off the response."""
         blocks = last_states(self.scorer.hf, [group.tokens for group in groups])
         return tuple(self._values(states, group) for states, group in zip(blocks, groups, strict=True))
 

@@ -26,13 +26,13 @@ class Measured:
     """What the models say of the tokens of the rollouts."""
 
     logprobs: Tensor
-    """``(N, W)`` of the policy that wrote them, by the training engine."""
+    """``(N, W)`` log-probabilities under the policy that wrote them, by the training engine."""
     entropies: Tensor
-    """``(N, W)`` nats, of the same."""
+    """``(N, W)`` entropies in nats of the same policy."""
     reference: Tensor
-    """``(N, W)`` log-probabilities."""
+    """``(N, W)`` log-probabilities under the reference."""
     values: Tensor | None
-    """``(N, W)`` of the critic; ``None`` without one."""
+    """``(N, W)`` values of the critic; ``None`` without one."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Experience:
     rewards: Tensor
     """``(N,)`` scores after clipping and penalties."""
     advantages: Tensor
-    """``(N, W)``; 0 behind a response."""
+    """``(N, W)`` advantages; 0 behind a response."""
     returns: Tensor | None
     """``(N, W)`` targets of the critic; ``None`` without one."""
 
@@ -68,7 +68,7 @@ class Experience:
 def make_experience(
     rollouts: Rollouts, scored: Scored, measured: Measured, config: PpoConfig, kl_coefficient: float
 ) -> Experience:
-    """From scores and log-probabilities to advantages and returns."""
+    """Make advantages and returns of scores and log-probabilities."""
     mask = rollouts.mask
     rewards = shaped_scores(scored.scores, rollouts, config.reward, config.rollout.max_new_tokens)
     kl = None
@@ -121,7 +121,7 @@ def not_finite(rollouts: Rollouts, scored: Scored, measured: Measured) -> dict[s
 
 
 def experience_metrics(experience: Experience) -> dict[str, float]:
-    """Over the rollouts of all ranks."""
+    """Metrics over the rollouts of all ranks."""
     rollouts, measured = experience.rollouts, experience.measured
     mask, ratio = rollouts.mask, measured.logprobs - measured.reference
     tokens = [response.tokens for response in rollouts.responses]

@@ -6,7 +6,7 @@ from rlhf.core.checks import check_positive, check_range
 
 
 class FixedKl:
-    """The same coefficient all along.
+    """A coefficient that stays the same.
 
     Args:
         coefficient: reward per nat, at least 0.
@@ -17,13 +17,14 @@ class FixedKl:
         self.coefficient = coefficient
 
     def update(self, kl: float, sequences: int) -> None:
-        """See :meth:`AdaptiveKl.update`; changes nothing."""
+        """Change nothing; see :meth:`AdaptiveKl.update`."""
 
     def state_dict(self) -> dict[str, float]:
         return {}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """
+        """Check that ``state`` is that of a fixed coefficient.
+
         Raises:
             ValueError: if the state is an adaptive controller's.
         """
@@ -71,7 +72,8 @@ class AdaptiveKl:
         return {"coefficient": self.coefficient}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """
+        """Go on with the coefficient in ``state``.
+
         Raises:
             ValueError: if the state is a fixed coefficient's.
         """

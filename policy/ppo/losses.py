@@ -141,7 +141,7 @@ def clipped_surrogate(
 def clipped_share(
     ratios: Tensor, advantages: Tensor, mask: Tensor, *, clip_low: float, clip_high: float
 ) -> tuple[Tensor, Tensor]:
-    """Of how many tokens :func:`clipped_surrogate` (without dual clip) takes the gradient away.
+    """Number of tokens that :func:`clipped_surrogate` (without dual clip) takes the gradient away from.
 
     Args:
         ratios, advantages, clip_low, clip_high: see :func:`clipped_surrogate`.

@@ -30,13 +30,13 @@ class HeldOut:
     """Fresh responses to held-out prompts."""
 
     reward: Estimate
-    """As the reward model gives it."""
+    """Mean reward as the model gives it, in logits."""
     score: Estimate
-    """Standardized and combined."""
+    """Mean reward, standardized and combined: what the policy is trained on."""
     second: Estimate | None
-    """Of the second scorer."""
+    """Mean score by the second scorer; ``None`` without one."""
     kl: float
-    """Nats per response from the reference (k1)."""
+    """KL from the reference in nats per response (k1)."""
     kl_k3: float
     tokens: float
     """Mean tokens of a response."""

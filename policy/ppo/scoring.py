@@ -32,9 +32,9 @@ class Scored(NamedTuple):
     """``(N,)`` float32 each, the same on every rank."""
 
     raw: Tensor
-    """As the model or function gives them; of an ensemble, their mean."""
+    """Rewards as the model or function gives them; of an ensemble, their mean."""
     scores: Tensor
-    """Standardized and combined: what the policy is trained on, before clipping and penalties."""
+    """Scores, standardized and combined: what the policy is trained on, before clipping and penalties."""
 
 
 class Scorer(Protocol):
@@ -53,7 +53,7 @@ class ScorerParts:
     ranks: Ranks
     engine: EngineConfig
     chat: ChatFormat
-    """Of the policy."""
+    """The policy's tokenizer and chat template."""
     template_digest: str
     """Name of the form of text that the policy is shown."""
     maker: BatchMaker

@@ -61,7 +61,7 @@ class SharedTrunkCritic(nn.Module):
         object.__setattr__(self, "_layers", layers)
 
     def forward(self, groups: Sequence[LengthBucket]) -> tuple[Tensor, ...]:
-        """See :meth:`policy.ppo.critic.ValueModel.forward`."""
+        """Values of each bucket; see :meth:`policy.ppo.critic.ValueModel.forward`."""
         with self._active():
             blocks = list(last_states(self._hf, [group.tokens for group in groups]))
         return tuple(

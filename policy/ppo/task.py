@@ -72,7 +72,7 @@ class Roles:
     reference: ReferenceModel
     scorer: Scorer
     second: Scorer | None
-    """Of the tripwires."""
+    """The scorer that only the tripwires look at; ``None`` without one."""
 
 
 class PpoTask:
@@ -279,7 +279,8 @@ def _kl_controller(config: PpoConfig) -> FixedKl | AdaptiveKl:
 
 
 def _check_held_out(rollouts: Rollouts, scored: Scored | None) -> None:
-    """
+    """Refuse held-out scores that are not finite.
+
     Raises:
         TrainingStopped: if a score is not finite: it would be the best there is for ever.
     """

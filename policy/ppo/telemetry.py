@@ -9,7 +9,7 @@ NGRAM = 4
 
 
 def rollout_metrics(raw: Tensor, scores: Tensor, lengths: Tensor, ended: Tensor, tokens: Sequence) -> dict[str, float]:
-    """Of N responses.
+    """Rewards, lengths and repetition of N responses.
 
     Args:
         raw: ``(N,)`` rewards as the model gives them.

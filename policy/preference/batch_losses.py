@@ -17,7 +17,7 @@ from policy.preference.pair_losses import implicit_pair, logistic_link, reward_g
 from rlhf.core.checks import check_positive, check_range, check_same_shape
 
 MAX_EXPONENT = 10.0
-"""Of AMaPO's margin: at exp(10) a per-token gap is so far below it that a larger one changes no gradient."""
+"""Largest exponent in AMaPO's margin: a per-token gap is so far below exp(10) that more changes no gradient."""
 
 
 def bco_pair_loss(
@@ -289,7 +289,7 @@ def kto_loss(
 
 
 def matched(values: Tensor, others: Tensor) -> Tensor:
-    """For each of ``values``, the one of ``others`` that has the same rank; of equal ones the first ranks first.
+    """``others`` rearranged to have the ranks of ``values``, place by place; of equal ones the first ranks first.
 
     Args:
         values, others: ``(N,)``.

@@ -1,4 +1,4 @@
-"""From the policy's and the reference's log-probabilities to the per-pair numbers that objectives read."""
+"""Columns of a batch: the per-pair numbers that objectives read, from log-probabilities of policy and reference."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -117,7 +117,7 @@ def _by_side(name: str, values: Tensor) -> dict[str, Tensor]:
 
 
 def _shared_lengths(masks: list[Tensor], batch: Batch) -> list[Tensor]:
-    """For each group the ``(R_g,)`` length of the shortest response of the item that a row belongs to."""
+    """``(R_b,)`` for each bucket: the length of the shortest response of the item that a row belongs to."""
     lengths = torch.cat([mask.sum(dim=1) for mask in masks])
     shortest = torch.stack(batch.sides(lengths)).amin(dim=0)
     lengths[batch.order] = shortest.repeat(batch.rows_per_item)

@@ -26,7 +26,7 @@ class TermConfig:
     parameters: dict[str, float] = field(default_factory=dict)
     """Hyper-parameters of that objective."""
     weight: Annotated[float, Ge(0)] = 1.0
-    """Its weight in the sum."""
+    """Weight of the objective in the sum."""
 
     def __post_init__(self) -> None:
         check_objective(self.kind, self.parameters)
@@ -42,9 +42,9 @@ class DeltaConfig:
     warmup_share: Annotated[float, Gt(0), Le(1)] = 0.3
     """Share of the run over which warmup rises."""
     quantile: Annotated[float, Gt(0), Lt(1)] = 0.2
-    """About this share of the pairs falls below delta, and so rests."""
+    """Share of the pairs, about, that falls below delta and so rests."""
     decay: Annotated[float, Ge(0), Lt(1)] = 0.9
-    """Of the moving average, by step."""
+    """Decay of the moving average per step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ class LossConfig:
     delta: DeltaConfig = field(default_factory=DeltaConfig)
     """Schedule of margin_sigmoid's delta."""
     scope: Literal["micro_step", "global_batch"] = "micro_step"
-    """Over which pairs batch statistics are taken (amapo, alpha_dpo, aot, gamma_po, bco_pair, kto, ot_margin):
+    """Pairs that batch statistics are taken over (amapo, alpha_dpo, aot, gamma_po, bco_pair, kto, ot_margin):
     micro_step: those that all ranks hold at once. global_batch: exactly all pairs of the step, for one more
     forward pass; results then do not depend on ranks or micro-batches."""
 
@@ -135,7 +135,7 @@ class ReferenceConfig:
     sync_every: Annotated[int, Ge(0)] = 0
     """Steps between moves of a live reference towards the policy (TR-DPO); 0 never moves it."""
     sync_share: Annotated[float, Gt(0), Le(1)] = 0.6
-    """How far it moves: 1 copies the policy."""
+    """Share of the way that a move goes: 1 copies the policy."""
 
     def __post_init__(self) -> None:
         if self.sync_every and self.kind != "live":

@@ -12,8 +12,8 @@ from rlhf.core.checks import check_same_shape
 Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
 
 MAX_EXPONENT = 40.0
-"""Of a ratio. Beyond 44 the square that "ipo" takes is infinite in float32; beyond 88 the score itself is, and the
-difference of two such scores is NaN."""
+"""Largest exponent of a ratio. Beyond 44 the square that "ipo" takes is infinite in float32; beyond 88 the score itself
+is, and the difference of two such scores is NaN."""
 
 DIVERGENCE_LOSSES = frozenset(
     {

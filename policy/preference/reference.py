@@ -36,7 +36,7 @@ class Reference(Protocol):
     """Where the reference's log-probabilities of a batch come from."""
 
     def of(self, batch: Batch) -> RowSums:
-        """Without gradient. All ranks must call it alike."""
+        """Log-probabilities of the rows of ``batch``, without gradient. All ranks must call it alike."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 from policy.preference.config import DeltaConfig
 
 BELOW_LOG_2 = 0.999 * math.log(2)
-"""At log 2 and above, no pair has a gradient at the start."""
+"""Upper bound of delta: at log 2 and above, no pair has a gradient at the start."""
 
 
 class DeltaSchedule:

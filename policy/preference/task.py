@@ -25,7 +25,7 @@ from rlhf.train.batches import BatchMaker, without_gradient
 
 
 class PreferenceTask:
-    """See :class:`rlhf.train.loop.Task`.
+    """The preference stage's task; see :class:`rlhf.train.loop.Task`.
 
     A micro-step runs: ask policy and reference about the rows; gather what the objectives want of the whole batch,
     detached; take the loss of this rank's own pairs. With statistics over the global batch the gathering

@@ -63,7 +63,7 @@ def _has_gradient(losses: Tensor, logprobs: Tensor) -> Tensor:
 
 
 def step_metrics(seen: Columns, loss: LossConfig, start: dict[str, float] | None) -> dict[str, float]:
-    """Of ``(N,)`` columns as :meth:`StepRows.gathered` gives them.
+    """Metrics of a step, from the ``(N,)`` columns that :meth:`StepRows.gathered` gives.
 
     Args:
         seen: all items of the step.
@@ -123,7 +123,7 @@ class UnpairedEvaluation:
     """How well implicit rewards tell desirable responses from others."""
 
     accuracy: Accuracy
-    """Of "the reward is above that of the KL estimate"."""
+    """Accuracy of the rule that a reward above that of the KL estimate means desirable."""
     auc: float | None
     """Share of (desirable, undesirable) couples in the right order; ``None`` if all have one label."""
     kl: float

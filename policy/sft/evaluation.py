@@ -22,14 +22,14 @@ class SftEvaluation:
     """What :func:`evaluate_responses` measured."""
 
     loss: float
-    """Nats per response token, over all of them alike."""
+    """Mean loss in nats per response token, over all of them alike."""
     loss_low: float | None
     """Lower end of the 95 % interval; ``None`` with a single conversation."""
     loss_high: float | None
-    """Upper end of it."""
+    """Upper end of the 95 % interval."""
     response_tokens: int
     conversations: int
-    """Those with a response token to predict."""
+    """Number of conversations with a response token to predict."""
 
     @property
     def perplexity(self) -> float:

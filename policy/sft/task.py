@@ -15,7 +15,7 @@ from rlhf.train.batches import BatchMaker, without_gradient
 
 
 class SftTask:
-    """See :class:`rlhf.train.loop.Task`.
+    """The SFT stage's task; see :class:`rlhf.train.loop.Task`.
 
     The loss of a step is the mean over the response tokens of its global batch: a long response weighs more than a
     short one, and how rows are spread over ranks and micro-batches does not matter.

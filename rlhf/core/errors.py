@@ -10,7 +10,7 @@ STOPPED_EXIT_CODE = 75
 STOPPED = "the same command goes on from there"
 """How the last words of a run end that was asked to stop."""
 STOP_FILE = "STOP"
-"""In a run folder it asks the run to save and stop."""
+"""Name of the file that, put into a run folder, asks the run to save and stop."""
 
 
 class UserError(Exception):

@@ -25,19 +25,19 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_array(path: Path, values: np.ndarray) -> None:
-    """Like :func:`write_text`, as a NumPy file."""
+    """Replace ``path`` by a NumPy file of ``values``, as :func:`write_text` does."""
     buffer = io.BytesIO()
     np.save(buffer, values)
     write_bytes(path, buffer.getbuffer())
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Like :func:`write_text`, as indented JSON with sorted keys. Not-a-number values are refused."""
+    """Replace ``path`` by indented JSON with sorted keys, as :func:`write_text` does; NaN and infinity are refused."""
     write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def write_bytes(path: Path, content: bytes | memoryview) -> None:
-    """Like :func:`write_text`."""
+    """Replace ``path`` by ``content`` in one step, as :func:`write_text` does."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
@@ -90,7 +90,8 @@ def _full_disk(error: Exception, folder: Path) -> DiskFull | None:
 
 @contextlib.contextmanager
 def naming_full_disk(folder: Path) -> Iterator[None]:
-    """
+    """Name a full disk as the cause of what fails inside the block.
+
     Raises:
         DiskFull: for whatever fails inside because the disk under ``folder`` is full.
     """

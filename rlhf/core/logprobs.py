@@ -17,7 +17,7 @@ class TokenLogprobs(NamedTuple):
     """What :func:`token_logprobs` says of B rows of T places; 0 at places outside the response."""
 
     logprobs: Tensor
-    """``(B, T)`` in nats."""
+    """``(B, T)`` log-probabilities in nats."""
     square_sums: Tensor | None
     """``(B, T)`` log of the sum over the vocabulary of squared probabilities, without gradient; if asked for."""
     entropies: Tensor | None
@@ -201,7 +201,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
 
 
 def _entropies(logits: Tensor, normalizers: Tensor) -> Tensor:
-    """``(n,)`` in nats."""
+    """``(n,)`` entropies of the distributions of ``(n, V)`` logits, in nats."""
     logprobs = logits - normalizers[:, None]
     return -logprobs.exp().mul_(logprobs).sum(dim=-1)
 

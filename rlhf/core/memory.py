@@ -13,7 +13,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, kw_only=True)
 class HostMemory:
-    """Memory in bytes."""
+    """Memory of this host, in bytes."""
 
     total: int
     """All that the processes here may ever take together."""
@@ -76,7 +76,7 @@ def _rooms(root: Path) -> Iterator[tuple[int, int]]:
 
 
 def _up_from(path: str, top: Path, names: _Files) -> Iterator[tuple[int, int]]:
-    """Of the group at ``path`` and those above it.
+    """Limit and use, in bytes, of the group at ``path`` and of those above it.
 
     A container may be told the path that its group has on the host, and see the group itself as the top: groups that
     are not there are passed over.

@@ -1,1 +1,1 @@
-"""From files of preferences to token batches."""
+"""Data loading: files of preferences, conversations and prompts become token batches."""

@@ -189,7 +189,7 @@ def _balance(
 
 
 def _plan(lengths: np.ndarray, items: list[int], budget: int, length_buckets: int) -> MicroBatchPlan:
-    """With as few length buckets as come near the least padding: every group is a forward of its own."""
+    """One micro-batch in as few length buckets as come near the least padding: every bucket is a forward of its own."""
     rows = lengths[items].T.reshape(-1)
     least, _ = _split_rows(rows, length_buckets)
     bound = max(least, min(SPARED_GROUP * least, budget))
@@ -201,19 +201,31 @@ def _plan(lengths: np.ndarray, items: list[int], budget: int, length_buckets: in
 def _split_rows(rows: np.ndarray, length_buckets: int) -> tuple[int, tuple[tuple[int, ...], ...]]:
     """Cut rows, sorted by length, into at most ``length_buckets`` blocks with the fewest padded tokens.
 
-    Dynamic program over cut positions: ``best[j]`` is the least cost of the ``j`` longest rows.
+    The best blocks are contiguous in sorted order, so a dynamic program over cut positions is exact; it takes
+    O(length_buckets R^2), as array operations.
+
+    Args:
+        rows: ``(R,)`` tokens of the rows.
+        length_buckets: blocks, at most.
+    Returns:
+        The padded tokens of all blocks, and the rows of each block, longest first.
     """
     order = np.argsort(-rows, kind="stable")
     sizes = rows[order]
     count = len(rows)
+    # block[i, j] is the cost of rows i..j-1 in one block, padded to its longest, row i. Impossible blocks (j <= i) cost
+    # a quarter of the largest integer: more than any batch has tokens, and sums of two of them do not overflow.
     width = np.arange(count + 1)[None, :] - np.arange(count)[:, None]
-    block = np.where(width > 0, sizes[:, None] * width, np.iinfo(np.int64).max // 4)  # rows i..j-1 padded to row i
+    block = np.where(width > 0, sizes[:, None] * width, np.iinfo(np.int64).max // 4)
+    # best[j] is the least cost of the j longest rows in as many blocks as rounds so far; starts[k][j], where the last
+    # of those blocks begins. The first round knows one block, so it begins at row 0.
     best = np.concatenate([[0], block[0, 1:]])
     starts = [np.zeros(count + 1, dtype=np.int64)]
     for _ in range(min(length_buckets, count) - 1):
         total = best[:-1, None] + block
         starts.append(total.argmin(axis=0))
         best = np.concatenate([[0], total[:, 1:].min(axis=0)])
+    # Backwards from the last cut. An optimum may need fewer blocks than allowed: then cuts repeat, and are dropped.
     cuts = [count]
     for start in reversed(starts):
         if cuts[-1] > 0:

@@ -18,7 +18,7 @@ from rlhf.data.tokenizing import cut_left
 
 
 class MismatchedRows:
-    """For every row, its prompt and the response of another row, mostly one to another prompt.
+    """Mismatched rows: every prompt with the response of another row, mostly one to another prompt.
 
     KTO estimates by them how far the policy has moved from the reference (arXiv:2402.01306).
 
@@ -62,7 +62,7 @@ class ExampleDataset:
     """
 
     def __init__(self, rows: StoredRows, mismatched: MismatchedRows | None = None) -> None:
-        """With ``mismatched``, the labels of the rows count."""
+        """Read ``rows``; their labels count only where ``mismatched`` rows are given."""
         self._rows = rows
         self.mismatched = mismatched
         self.source_index, self.source_names = rows.source_index, rows.source_names

@@ -20,7 +20,7 @@ class ColumnConfig:
     rejected: str | None = None
     """The other answer, or the whole conversation that ends with it (usual name: rejected)."""
     response: str | None = None
-    """For scoring rows that are no pairs: the one answer, or the whole conversation (usual name: response)."""
+    """The one answer of rows that are no pairs, for scoring, or the whole conversation (usual name: response)."""
     margin: str | None = None
     """How much better chosen is, a number (usual name: margin)."""
     chosen_score: str | None = None
@@ -110,8 +110,8 @@ class RowsConfig:
     max_tokens: Annotated[int, Gt(1)] = 1024
     """Longest prompt plus response, in tokens."""
     over_length: Literal["truncate_prompt_left", "drop", "error"] = "truncate_prompt_left"
-    """For longer rows: cut their start (an answer that loses its beginning is not learned; a last one that alone is
-    too long makes a bad row); or leave the row out; or stop. Each is counted in the report."""
+    """Treatment of longer rows: cut their start (an answer that loses its beginning is not learned; a last one that
+    alone is too long makes a bad row); or leave the row out; or stop. Each is counted in the report."""
     eval_share: Annotated[float, Ge(0), Lt(1)] = 0.05
     """Share of the training rows held out when data.eval is empty, by whole prompts. 0: no evaluation."""
     quarantine_max_share: Annotated[float, Ge(0), Lt(1)] = 0.01
@@ -149,8 +149,8 @@ class DataConfig(RowsConfig):
     columns: ColumnConfig = field(default_factory=ColumnConfig)
     """Column names of all sources that do not set their own."""
     over_length: Literal["truncate_prompt_left", "drop", "error"] = "truncate_prompt_left"
-    """For longer pairs: cut the start of the prompt, by as much on both sides (a response is never cut: one
-    that alone is too long is a bad row); or leave the pair out; or stop. Each is counted in the report."""
+    """Treatment of longer pairs: cut the start of the prompt, by as much on both sides (a response is never cut:
+    one that alone is too long is a bad row); or leave the pair out; or stop. Each is counted in the report."""
     min_score_gap: Annotated[float, Gt(0)] | None = None
     """Train only on pairs whose scores lie at least this far apart: clear cases first."""
     max_train_pairs: Annotated[int, Gt(0)] | None = None
@@ -191,8 +191,8 @@ class PromptDataConfig(RowsConfig):
     max_tokens: Annotated[int, Gt(1)] = 512
     """Longest prompt in tokens, with the chat template around it; responses come on top."""
     over_length: Literal["truncate_prompt_left", "drop", "error"] = "drop"
-    """For longer prompts: cut the start of their tokens (rewards still see all of the text); or leave the prompt
-    out; or stop. Each is counted in the report."""
+    """Treatment of longer prompts: cut the start of their tokens (rewards still see all of the text); or leave the
+    prompt out; or stop. Each is counted in the report."""
     deduplicate: bool = True
     """Keep the first of equal prompts, over all training sources and over all eval sources. Prompts are equal if
     their messages are, up to white space. Weights then repeat what is left."""

@@ -29,7 +29,7 @@ class Prompt:
     """``(T,)`` int64: the messages in the chat template, up to where the model begins to write. Over length, the
     start is cut here and nowhere else."""
     messages: tuple[Message, ...]
-    """As in the file, after the system prompt of the recipe where they have none; the last one is the user's."""
+    """The messages of the file, behind the recipe's system prompt where they have none; the last one is the user's."""
 
     @property
     def text(self) -> str:

@@ -121,7 +121,7 @@ class RowWriter:
         self._written = 0
 
     def add(self, place: tuple[int, int], prompt_key: int, fields: Fields) -> None:
-        """One row; ``place`` is file and line, ``prompt_key`` has 64 bits."""
+        """Append one row; ``place`` is file and line, ``prompt_key`` has 64 bits."""
         for array in fields.arrays:
             self._tokens.write(array.astype("<i4").tobytes())
         lengths = tuple(array.size for array in fields.arrays)

@@ -1,4 +1,4 @@
-"""From messages to tokens, in the form that a rollout of the same model would have.
+"""Chat templates: messages become tokens in the form that a rollout of the same model would have.
 
 The whole conversation is rendered by the chat template and tokenized once; where the response begins is
 found by character offset, so no token boundary is forced between prompt and response. The text begins with
@@ -33,7 +33,7 @@ PLAIN_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt %}{{ 'Assistant:\\n' }}{% endif -%}
 """
-"""For base models, whose tokenizer brings no template: headings on their own lines, EOS after answers."""
+"""Template for base models, whose tokenizer brings none: headings on their own lines, EOS after answers."""
 
 CHATML_TEMPLATE = """\
 {%- for message in messages -%}
@@ -46,7 +46,7 @@ BUILT_IN_TEMPLATES = {"plain": PLAIN_TEMPLATE, "chatml": CHATML_TEMPLATE}
 
 
 Span = tuple[int, int]
-"""From the first character or token to the one after the last."""
+"""Half-open interval of characters or tokens: the first one, and the one after the last."""
 
 Turns = tuple[np.ndarray, np.ndarray]
 """Token ids ``(T,)`` int32, and ``(n, 2)`` int32: the spans of tokens that a model is to write."""
@@ -121,7 +121,7 @@ class ChatFormat:
         return self.tokenize([self.render(prompt, response)])[0]
 
     def tokenize(self, rendered: Sequence[tuple[str, str]]) -> list[tuple[np.ndarray, int]]:
-        """Like :meth:`encode`, for many results of :meth:`render` in one call of the tokenizer."""
+        """Encode many results of :meth:`render` in one call of the tokenizer; each as :meth:`encode` does."""
         turns = self.tokenize_turns([(whole, [(len(before), len(whole))]) for before, whole in rendered])
         return [(ids, int(spans[0, 0])) for ids, spans in turns]
 
@@ -213,7 +213,7 @@ class ChatFormat:
         return span
 
     def _tokenize_in_parts(self, text: str, spans: Sequence[Span]) -> Turns:
-        """For tokenizers without offsets: a token boundary is forced where a turn begins and where it ends."""
+        """Tokenize without offsets: a token boundary is forced where a turn begins and where it ends."""
         bounds = [0, *(place for span in spans for place in span), len(text)]
         parts = [
             self.tokenizer(text[begin:end], add_special_tokens=False, verbose=False)["input_ids"]

@@ -234,7 +234,7 @@ def _with_progress(rows: Iterable[RawRow], title: str) -> Iterator[RawRow]:
 
 
 def _code_digest(kind: RowKind) -> str:
-    """Of the code that turns rows into tokens: a new version of it makes its own cache entries."""
+    """Digest of the code that turns rows into tokens: a new version of it makes its own cache entries."""
     modules = (records, sources, store, templates)
     files = [__file__, inspect.getfile(type(kind)), *(inspect.getfile(module) for module in modules)]
     return digest(*(Path(file).read_bytes() for file in files))

@@ -29,7 +29,7 @@ class Engine(Protocol):
 
     ranks: Ranks
     module: nn.Module
-    """In training mode: without it, Transformers would do no gradient checkpointing."""
+    """The model, in training mode: without it, Transformers would do no gradient checkpointing."""
     description: str
     """One line that names optimizer, ZeRO stage and precision."""
     settings: dict[str, Any]

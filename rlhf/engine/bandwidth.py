@@ -27,14 +27,14 @@ class Bandwidth:
     nodes: int
     backend: str
     bytes: int
-    """Of the tensor on each rank."""
+    """Size of the tensor on each rank."""
     seconds: float
     """Median of the repeats, on the slowest rank."""
     bus_gb_per_second: float
     """``bytes / seconds * 2 (n - 1) / n``, in 1e9 bytes: what crosses each rank's link, comparable between numbers of
     ranks (nccl-tests' busbw)."""
     latency_seconds: float
-    """The same for a single number."""
+    """Median time of the all-reduce of a single number, on the slowest rank."""
     correct: bool
     """Whether every rank holds the right sum."""
 

@@ -1,4 +1,4 @@
-"""From the recipe's engine section to an engine."""
+"""Builds the engine that a recipe's engine section asks for."""
 
 from typing import Any
 
@@ -38,7 +38,7 @@ def run_values(
 
 
 def frozen_values(config: EngineConfig, *, world_size: int, local_size: int, hidden_size: int | None) -> RunValues:
-    """The same for a model that is only asked."""
+    """What DeepSpeed has to be told of a model that is only asked, without gradient; see :func:`run_values`."""
     return RunValues(
         precision=precision_of(config),
         gradient_clipping=0.0,

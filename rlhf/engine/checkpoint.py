@@ -67,7 +67,7 @@ class CheckpointStore:
         return None
 
     def restore_random_state(self, path: Path) -> None:
-        """This rank's; a rank that was not there when ``path`` was written gets one of its own, the same each time."""
+        """Set this rank's random state as of ``path``; a rank that is new since then gets a fixed one of its own."""
         _load_random_state(path, self.ranks.rank)
 
     def _fault(self, path: Path) -> str | None:

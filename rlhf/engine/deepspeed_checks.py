@@ -82,7 +82,7 @@ def known_keys() -> typing.KeysView[str]:
 
 @functools.cache
 def looked_up() -> dict[str, dict[str, Any]]:
-    """By section ("" for the top level): the keys that DeepSpeed looks up, with the default it has for each.
+    """The keys that DeepSpeed looks up, with its default for each, by section ("" for the top level).
 
     It publishes no list of them, so its parser is watched.
     """
@@ -133,7 +133,7 @@ def wrong_scalars(config: dict[str, Any], owned: Iterable[str]) -> Iterator[str]
 
 
 def _wanted_instead(value: Any, default: Any) -> str | None:
-    """In words, what ``default`` is and ``value`` is not; ``None`` if they are of a kind, or nothing is known."""
+    """The type, in words, that ``default`` has and ``value`` has not; ``None`` if they agree, or nothing is known."""
     if isinstance(default, bool):
         return None if isinstance(value, bool) else "true or false"
     if isinstance(default, int | float):
@@ -161,7 +161,7 @@ def _is_count(value: Any) -> TypeGuard[int]:
 
 
 def wrong_precision(config: dict[str, Any]) -> Iterator[str]:
-    """Both half precisions at once."""
+    """Two half precisions that are switched on at once."""
     if all(config.get(key, {}).get("enabled") is True for key in ("bf16", "fp16")):
         yield 'bf16.enabled and fp16.enabled are both true: one precision at a time; set both to "auto"'
 

@@ -50,7 +50,7 @@ class Lint:
     conditions: tuple[str, ...]
     """What a recipe has to say to go with the fixed values."""
     config: dict[str, Any]
-    """As resolved for some run that fits."""
+    """The configuration, resolved for some run that fits."""
 
 
 def resolve(source: Source, run: RunValues, role: Role = "train") -> dict[str, Any]:

@@ -94,7 +94,7 @@ def optimizer_is_on_nvme(config: Mapping[str, Any]) -> bool:
 
 
 def op_problems(config: Mapping[str, Any]) -> dict[str, str]:
-    """By op: why a resolved configuration will not get it on this machine, and the way out."""
+    """Ops that a resolved configuration will not get on this machine: by name, the reason and the way out."""
     problems = {}
     for name in needed_ops(config):
         op = find_op(name)

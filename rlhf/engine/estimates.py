@@ -4,12 +4,12 @@ from typing import NamedTuple
 
 
 class Estimate(NamedTuple):
-    """Bytes."""
+    """Bytes of model states."""
 
     device: int
-    """On each device."""
+    """Bytes on each device."""
     host: int
-    """On each node, DeepSpeed's safety factor of 1.5 included."""
+    """Bytes on each node, DeepSpeed's safety factor of 1.5 included."""
 
 
 def estimated_states(

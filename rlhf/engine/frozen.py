@@ -22,11 +22,11 @@ class Frozen(Protocol):
         """Call the module; when sharded, all ranks must make the same calls."""
 
     def whole(self, tensors: Sequence[Tensor], *, modify: bool = False) -> contextlib.AbstractContextManager:
-        """See :meth:`rlhf.engine.api.Engine.whole`."""
+        """Parameters whole on every rank inside; see :meth:`rlhf.engine.api.Engine.whole`."""
 
 
 class ReplicatedModel:
-    """See :class:`Frozen`; every rank holds all weights."""
+    """A frozen model on every rank, whole; see :class:`Frozen`."""
 
     def __init__(self, module: nn.Module, ranks: Ranks) -> None:
         self.ranks = ranks

@@ -15,7 +15,7 @@ from rlhf.engine.ranks import Ranks
 
 
 class LocalEngine:
-    """See :class:`rlhf.engine.api.Engine`."""
+    """The engine in plain torch; see :class:`rlhf.engine.api.Engine`."""
 
     def __init__(self, module: nn.Module, *, ranks: Ranks, optimizer: OptimizerConfig, total_steps: int) -> None:
         self.ranks = ranks

@@ -27,7 +27,7 @@ _noted: set[int] = set()  # a process has one set of handlers, so it has one set
 
 @contextlib.contextmanager
 def noting_signals() -> Iterator[None]:
-    """Inside, SIGTERM and SIGUSR1 are noted and end nothing, even where a parent had them ignored.
+    """Note SIGTERM and SIGUSR1 inside the block: they end nothing there, even where a parent had them ignored.
 
     Another one changes nothing: a job manager that signals every process of a run and a launcher that passes the
     signal on make two of one request. SIGINT is not touched, and SIGKILL is for those in a hurry.

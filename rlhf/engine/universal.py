@@ -105,7 +105,7 @@ def _universal(engine: DeepSpeedEngine) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Of tensor parallelism, which is not there."""
+    """Silence DeepSpeed's warnings of tensor parallelism, which is not there."""
     logger = logging.getLogger("DeepSpeed")
     level = logger.level
     logger.setLevel(logging.ERROR)

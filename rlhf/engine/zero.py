@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 class ZeroEngine:
-    """See :class:`rlhf.engine.api.Engine`.
+    """The engine in DeepSpeed; see :class:`rlhf.engine.api.Engine`.
 
     DeepSpeed averages gradients over ranks and knows a fixed number of micro-batches; a global batch here
     has as many as its tokens need. So the loss is scaled by the ranks, and the boundary is set by hand.
@@ -139,7 +139,10 @@ class ZeroEngine:
 
 
 class ShardedModel:
-    """See :class:`rlhf.engine.frozen.Frozen`; ZeRO-3 holds a share of the weights on each rank, or on the hosts."""
+    """A frozen model in shards: ZeRO-3 holds a share of the weights on each rank, or on the hosts.
+
+    See :class:`rlhf.engine.frozen.Frozen`.
+    """
 
     def __init__(self, module: nn.Module, *, ranks: Ranks, deepspeed_config: dict[str, Any]) -> None:
         _quiet()

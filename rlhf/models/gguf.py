@@ -1,4 +1,4 @@
-"""From a GGUF file to a Transformers folder: dense weights, tokenizer, chat template, generation config."""
+"""Import of a GGUF file as a Transformers folder: dense weights, tokenizer, chat template, generation config."""
 
 import hashlib
 import importlib.util

@@ -37,7 +37,7 @@ class RewardStatistics:
     mean: float
     standard_deviation: float
     count: int
-    """Number of texts."""
+    """Number of texts that mean and deviation are taken over."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class Manifest:
     template_digest: str
     tokenizer_digest: str
     pad_policy: dict[str, Any]
-    """As ``rlhf.models.tokenizer.pad_policy`` gives it."""
+    """Padding and end tokens, as ``rlhf.models.tokenizer.pad_policy`` gives them."""
     vocabulary_size: int
     """Tokens that the tokenizer knows, added ones included."""
     head_kind: str
@@ -120,7 +120,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def compare_manifests(a: Manifest, b: Manifest) -> list[str]:
-    """In plain words, what keeps two models from reading the same text alike; empty if nothing does."""
+    """Differences that keep two models from reading the same text alike, in plain words; empty if there are none."""
     checks = (
         ("chat template", a.template_digest, b.template_digest),
         ("tokenizer", a.tokenizer_digest, b.tokenizer_digest),

@@ -49,7 +49,7 @@ class BackboneConfig:
 
 
 def cut_layers(settings: Any, config: BackboneConfig) -> Any:
-    """The same Transformers configuration with ``config.layers`` layers, if that is set.
+    """Cut a Transformers configuration, in place, to ``config.layers`` layers, if that is set.
 
     Raises:
         ModelError: if there are not so many.

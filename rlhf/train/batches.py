@@ -44,7 +44,7 @@ class BatchMaker:
             yield start, list(self._batches(data, indices[start : start + EVALUATION_CHUNK], count=False))
 
     def metrics(self) -> dict[str, float]:
-        """Over all ranks since :meth:`step`; every rank must call it."""
+        """Tokens and share of padding over all ranks since :meth:`step`; every rank must call it."""
         local = torch.tensor([self.tokens, self.padded_tokens], dtype=torch.float64, device=self.ranks.device)
         tokens, padded = self.ranks.sum(local).tolist()
         return {"tokens": tokens, "padding_share": 1.0 - tokens / padded}
@@ -75,7 +75,7 @@ def without_gradient(model: Frozen, batches: Iterable[Batch], **options: Any) ->
 
 @contextlib.contextmanager
 def asking(model: Frozen) -> Iterator[None]:
-    """Inside, no gradient is recorded and dropout is off."""
+    """Switch gradient and dropout off inside the block."""
     module = model.module
     was_training = module.training
     module.eval()

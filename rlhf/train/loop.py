@@ -74,9 +74,9 @@ class Outcome:
 
     metrics: dict[str, float]
     applied: bool
-    """False if the step was skipped because something in it was not finite."""
+    """Whether the weights were updated; false if something in the step was not finite."""
     scaler_overflow: bool = False
-    """It was skipped for a float16 overflow alone, which is no fault."""
+    """Whether it was skipped for a float16 overflow alone, which is no fault."""
     end: bool = False
     """End the run after this step, as if it were the last."""
 

@@ -31,7 +31,7 @@ class TrainConfig:
     evaluate_every: Annotated[int, Ge(0)] = 50
     """Steps between held-out evaluations; 0 evaluates at the end only."""
     evaluate_first: bool = False
-    """Also evaluate before the first step: what training starts from."""
+    """Evaluate before the first step as well: what training starts from."""
     checkpoint_every: Annotated[int, Ge(0), NoResult()] = 100
     """Steps between full-state checkpoints; 0 writes one at the end only."""
     keep_checkpoints: Annotated[int, Gt(0), NoResult()] = 2
@@ -51,4 +51,4 @@ class TrainConfig:
     tensorboard: Annotated[bool, NoResult()] = True
     """Write TensorBoard event files into the run folder."""
     wandb_project: Annotated[str | None, NoResult()] = None
-    """Also log to this Weights & Biases project (pip install 'margin-rlhf[wandb]')."""
+    """Weights & Biases project to log to as well (pip install 'margin-rlhf[wandb]')."""

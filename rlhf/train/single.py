@@ -33,7 +33,10 @@ def single_main(
     program: str,
     description: str,
 ) -> int:
-    """As :func:`rlhf.train.stage.stage_main`, without ranks: read the recipe, run, mark it done; the exit code."""
+    """The command of a stage in one process: read the recipe, run, mark it done; the exit code.
+
+    See :func:`rlhf.train.stage.stage_main`, which starts stages on many ranks.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         arguments = sys.argv[1:] if argv is None else argv
