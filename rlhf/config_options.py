@@ -72,9 +72,10 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def result_values(config: Any) -> Any:
-    """As :func:`to_dict`, without the fields that change nothing in what a run publishes (``NoResult``)."""
+    """The values of :func:`to_dict`, without the fields that change nothing in what a run publishes (``NoResult``)."""
     if dataclasses.is_dataclass(config):
-        marked = without_result(type(config))
+        kind: type = type(config)
+        marked = without_result(kind)
         names = [field.name for field in dataclasses.fields(config) if field.name not in marked]
         return {name: result_values(getattr(config, name)) for name in names}
     if isinstance(config, (list, tuple)):
