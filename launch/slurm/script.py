@@ -97,7 +97,8 @@ def write_script(job: Job, profile: ClusterProfile) -> None:
     text = render(job, profile)
     job.log.parent.mkdir(parents=True, exist_ok=True)
     write_text(job.script, text)
-    job.script.chmod(0o755)
+    mode = job.script.stat().st_mode
+    job.script.chmod(mode | (mode & 0o444) >> 2)  # whoever may read it may start it
 
 
 def _directives(job: Job, profile: ClusterProfile) -> Iterator[str]:

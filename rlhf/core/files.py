@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+import stat
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,6 +51,23 @@ def write_bytes(path: Path, content: bytes | memoryview) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def permit_as_new(folder: Path) -> None:
+    """Give all that is in ``folder`` the permissions of files and folders that are made there now.
+
+    Some writers open their files for the owner alone (safetensors does), whatever the umask. That is asked of
+    ``folder``, which was just made: the umask of a process can only be read by changing it for all its threads.
+    """
+    granted = stat.S_IMODE(folder.stat().st_mode) & 0o777
+    for path in folder.rglob("*"):
+        if path.is_symlink():
+            continue
+        mode = stat.S_IMODE(path.stat().st_mode)
+        runs = path.is_dir() or mode & stat.S_IXUSR
+        wanted = mode & ~0o777 | (granted if runs else granted & 0o666)
+        if wanted != mode:
+            path.chmod(wanted)
+
+
 def replace_directory(staged: Path, target: Path) -> None:
     """Move ``staged`` to ``target``; an earlier ``target`` is put aside first and dropped after the move."""
     aside = target.with_name(f".{target.name}.old-{os.getpid()}")
@@ -67,6 +85,7 @@ def staged_directory(target: Path) -> Iterator[Path]:
     staged.mkdir(parents=True)
     try:
         yield staged
+        permit_as_new(staged)
         replace_directory(staged, target)
     finally:
         shutil.rmtree(staged, ignore_errors=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rlhf.core.files import digest, file_checksum, write_json
+from rlhf.core.files import digest, file_checksum, permit_as_new, write_json
 from rlhf.engine.ranks import Ranks
 
 COMPLETE = "COMPLETE.json"
@@ -90,6 +90,7 @@ class CheckpointStore:
 
     def _publish(self, staged: Path, target: Path, sums: dict, protected: frozenset[int]) -> None:
         write_json(staged / COMPLETE, sums)
+        permit_as_new(staged)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(staged, target)
         steps = saved_steps(self.folder)
