@@ -2,31 +2,24 @@
 
     python -m policy.reload_check FOLDER REQUEST.json
 
-Every row has its text, tokens, response mask and "value": the mean log-probability of its response tokens. Prints
-one JSON object with the largest differences and exits with 1 if one is off.
+Every row also has its response mask; its "value" is the mean log-probability of its response tokens, in nats.
 """
 
-import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from reward.reload_check import padded
-
-TOLERANCE = 1e-4
-"""Largest difference in nats per token, in float32."""
+from rlhf.train.reloading import encoded, padded, reload_main
 
 
 @torch.inference_mode()
-def check(folder: Path, cases: list[dict]) -> dict[str, float]:
+def check(folder: Path, request: dict[str, Any]) -> dict[str, float]:
     """Largest differences from the expected values: one by one, and batched with either padding side."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    rows = [tokenizer(case["text"], add_special_tokens=False)["input_ids"] for case in cases]
-    for row, case in zip(rows, cases, strict=True):
-        if row != case["tokens"]:
-            raise SystemExit(f"the saved tokenizer splits the text differently: {case['text'][:200]!r}")
+    tokenizer, cases = AutoTokenizer.from_pretrained(folder), request["rows"]
+    rows = encoded(tokenizer, cases)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     expected = torch.tensor([case["value"] for case in cases])
     masks = [case["response"] for case in cases]
@@ -50,12 +43,5 @@ def check(folder: Path, cases: list[dict]) -> dict[str, float]:
     }
 
 
-def main() -> int:
-    folder, request = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
-    differences = check(folder, request["rows"])
-    print(json.dumps(differences))
-    return 0 if all(value <= TOLERANCE for value in differences.values()) else 1
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(reload_main(check))

@@ -1,88 +1,96 @@
-"""From trained weights to ``final/``: saved, reloaded by a fresh process, compared, and only then named."""
+"""A reward model on its way to ``final/``."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from reward.config import RewardConfig
-from reward.model import RewardModel, build_reward_model, save_reward_model
-from rlhf.core.files import staged_directory
-from rlhf.data.batching import Row, length_bucket
-from rlhf.data.preferences import PreferenceDataset
-from rlhf.engine.api import Engine
-from rlhf.models.manifest import Manifest, write_manifest
+from reward.evaluate import Evaluation
+from reward.losses import LOSSES
+from reward.model import RewardModel, Scores, build_reward_model, save_reward_model
+from rlhf.data.batching import Row
+from rlhf.data.templates import ChatFormat
+from rlhf.engine.build import DTYPES, precision_of
+from rlhf.models.manifest import Manifest, RewardStatistics
 from rlhf.models.tokenizer import required_embedding_rows
-from rlhf.train.publishing import check_in_fresh_process, check_low_precision, live_outputs, readable_cases, sample_rows
-
-LOW_PRECISION_TOLERANCE = 0.1
-"""How far bfloat16 scores of training may be from float32 scores of the same weights, in logits."""
+from rlhf.train.publishing import Weights, text_form
 
 
-@dataclass(frozen=True)
-class Publication:
-    """What goes into ``final/`` besides the weights."""
+@dataclass(frozen=True, kw_only=True)
+class PublishableRewardModel:
+    """See :class:`rlhf.train.publishing.Publishable`; the value of a row is its reward."""
 
     config: RewardConfig
-    dtype: torch.dtype
-    tokenizer: Any
-    """With the chat template that plain users should get."""
-    manifest: Manifest
+    chat: ChatFormat
+    evaluation: Evaluation | None
+    """On held-out pairs, of the weights that are published."""
+    margins: Mapping[str, float]
+    """Telemetry of the margins that the weights were last trained with."""
+    training_data: str
+    """Fingerprint of the training pairs."""
+
+    reload_module: ClassVar[str] = "reward.reload_check"
+    unit: ClassVar[str] = "logits"
+    tolerance: ClassVar[float] = 0.1
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[precision_of(self.config.engine)]
+
+    @property
+    def details(self) -> dict[str, Any]:
+        return {"plain": self.config.model.head == "linear"}
+
+    @property
+    def manifest(self) -> Manifest:
+        config = self.config
+        return Manifest(
+            stage="reward",
+            base_model=config.model.path,
+            **text_form(self.chat),
+            head_kind=config.model.head,
+            head_dtype="float32",
+            rewards=None if self.evaluation is None else _statistics(self.evaluation),
+            margin_statistics=dict(self.margins),
+            loss={"loss": asdict(config.loss), "margin": asdict(config.margin)},
+            training_data=self.training_data,
+        )
+
+    def build(self, dtype: torch.dtype) -> RewardModel:
+        return new_model(self.config, self.chat, dtype)
+
+    def has_value(self, row: Row) -> bool:
+        return True
+
+    def value(self, output: Scores, row: Row) -> Tensor:
+        return output.rewards[0]
+
+    def save(self, model: RewardModel, folder: Path) -> None:
+        save_reward_model(model, folder)
+
+    def in_float32(self, saved: RewardModel, weights: Weights) -> RewardModel:
+        return saved.float()
 
 
-def publish(engine: Engine, data: PreferenceDataset, publication: Publication, target: Path) -> dict[str, float]:
-    """Write ``target`` atomically after a fresh process has reproduced the live scores.
-
-    Returns:
-        The largest difference to the live scores, by way of padding.
-    Raises:
-        ModelError: if the saved model scores differently; an earlier ``target`` stays as it was.
-    """
-    rows = sample_rows(data)
-    live = torch.cat([scores.rewards for scores in live_outputs(engine, rows)]).float().cpu()
-    weights = engine.full_state_dict()
-    return engine.ranks.on_main(lambda: _write(publication, weights, rows, live, target))
-
-
-def _write(
-    publication: Publication, weights: dict[str, Tensor], rows: list[Row], live: Tensor, target: Path
-) -> dict[str, float]:
-    config = publication.config
-    model = _rebuild(publication, weights)
-    with staged_directory(target) as staged:
-        save_reward_model(model, staged)
-        publication.tokenizer.save_pretrained(staged)
-        write_manifest(staged, publication.manifest)
-        expected = live
-        if publication.dtype != torch.float32:
-            expected = _float32_scores(model, rows)
-            check_low_precision(live, expected, LOW_PRECISION_TOLERANCE)
-        request = {
-            "plain": config.model.head == "linear",
-            "rows": readable_cases(rows, expected, publication.tokenizer),
-        }
-        return check_in_fresh_process("reward.reload_check", staged, request)
-
-
-def _rebuild(publication: Publication, weights: dict[str, Tensor]) -> RewardModel:
-    """A copy on the CPU with the trained weights, adapters still apart."""
-    config = publication.config
-    model = build_reward_model(
+def new_model(config: RewardConfig, chat: ChatFormat, dtype: torch.dtype) -> RewardModel:
+    """The untrained model of a recipe; with a language-model head where the loss asks for one."""
+    return build_reward_model(
         config.model,
-        dtype=publication.dtype,
-        pad_token_id=publication.tokenizer.pad_token_id,
-        vocabulary=required_embedding_rows(publication.tokenizer),
+        dtype=dtype,
+        pad_token_id=chat.tokenizer.pad_token_id,
+        vocabulary=required_embedding_rows(chat.tokenizer),
         seed=config.train.seed,
-        with_lm_head=any(name.startswith("lm_head.") for name in weights),
+        with_lm_head="chosen_logprobs" in LOSSES[config.loss.kind].inputs,
     )
-    model.load_state_dict(weights)
-    return model.eval()
 
 
-def _float32_scores(model: RewardModel, rows: list[Row]) -> Tensor:
-    """Scores of the weights as saved, computed in float32 by this process."""
-    model = model.float()
-    with torch.no_grad():
-        return torch.cat([model((length_bucket([row]),)).rewards for row in rows])
+def _statistics(evaluation: Evaluation) -> RewardStatistics:
+    return RewardStatistics(
+        mean=evaluation.reward_mean,
+        standard_deviation=evaluation.reward_sd,
+        count=2 * evaluation.accuracy.pairs,
+    )

@@ -6,23 +6,18 @@ from rich.console import Console
 
 from reward.config import RewardConfig
 from reward.evaluate import Evaluation, evaluation_table
-from reward.losses import LOSSES
-from reward.manifest import reward_manifest
-from reward.model import build_reward_model
-from reward.publish import Publication, publish
+from reward.publish import PublishableRewardModel, new_model
 from reward.task import RewardTask
-from rlhf.data.portable import portable_tokenizer
 from rlhf.data.preferences import load_preferences
 from rlhf.engine.build import DTYPES, precision_of
 from rlhf.engine.ranks import Ranks
-from rlhf.models.tokenizer import required_embedding_rows
+from rlhf.train.publishing import publish_run
 from rlhf.train.stage import (
     load_data,
     open_chat,
     report,
     run_identity,
     sample_of,
-    say,
     start_engine,
     total_steps,
     train,
@@ -36,38 +31,22 @@ def run(config: RewardConfig, ranks: Ranks) -> Evaluation | None:
         The held-out evaluation of what was published; ``None`` without held-out data.
     """
     chat = open_chat(config, config.data.template, ranks)
-    tokenizer = chat.tokenizer
-    data = load_data(lambda folder: load_preferences(config.data, tokenizer, run_folder=folder), config, ranks)
+    data = load_data(lambda folder: load_preferences(config.data, chat.tokenizer, run_folder=folder), config, ranks)
     steps = total_steps(config.train, len(data.train))
-    dtype = DTYPES[precision_of(config.engine)]
-    model = ranks.together(
-        lambda: build_reward_model(
-            config.model,
-            dtype=dtype,
-            pad_token_id=tokenizer.pad_token_id,
-            vocabulary=required_embedding_rows(tokenizer),
-            seed=config.train.seed,
-            with_lm_head="chosen_logprobs" in LOSSES[config.loss.kind].inputs,
-        )
-    )
+    model = ranks.together(lambda: new_model(config, chat, DTYPES[precision_of(config.engine)]))
     engine = start_engine(model, config, ranks, steps=steps, hidden_size=model.hf.config.hidden_size)
     task = RewardTask(engine, config, data.train, data.evals, steps)
     identity = run_identity(config, data.train, steps)
     step = train(
         config, engine, task, identity | {"margin": asdict(config.margin), "loss": asdict(config.loss)}, steps
     )
-    evaluation = task.evaluation
-    report(config, ranks, evaluation, step, lambda found: Console().print(evaluation_table(found)))
-    if config.train.publish == "none":
-        return evaluation
-    publication = Publication(
+    report(config, ranks, task.evaluation, step, lambda found: Console().print(evaluation_table(found)))
+    published = PublishableRewardModel(
         config=config,
-        dtype=dtype,
-        tokenizer=portable_tokenizer(chat),
-        manifest=reward_manifest(config, data, chat, evaluation),
+        chat=chat,
+        evaluation=task.evaluation,
+        margins=task.margin_statistics,
+        training_data=data.train.fingerprint,
     )
-    differences = publish(engine, sample_of(data), publication, config.output / "final")
-    worst = max(differences.values())
-    reloaded = f"reloaded in a fresh process, largest score difference {worst:.1e}"
-    say(ranks, f"published {config.output / 'final'}: {reloaded}")
-    return evaluation
+    publish_run(config, engine, sample_of(data), published)
+    return task.evaluation

@@ -1,5 +1,6 @@
 """What the optimizer loop asks of the reward stage: micro-batches, their loss, and held-out metrics."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,8 @@ class RewardTask:
         self._loss_sum = 0.0
         self.evaluation: Evaluation | None = None
         """The latest held-out evaluation; ``None`` before the first, and without held-out data."""
+        self.margin_statistics: dict[str, float] = {}
+        """Telemetry of the margins of the latest step whose rewards were finite."""
 
     # The training step
 
@@ -104,17 +107,24 @@ class RewardTask:
             chosen_embeddings=pairs.chosen_embeddings,
             rejected_embeddings=pairs.rejected_embeddings,
         )
-        return metrics | self._margins.transport_metrics() | telemetry
+        margins = self._margins.transport_metrics() | telemetry
+        self.margin_statistics = {name: value for name, value in margins.items() if math.isfinite(value)}
+        return metrics | margins
 
     def row_ids(self, batch: Batch) -> tuple[str, ...]:
         return batch.row_ids
 
     def state_dict(self) -> dict[str, Any]:
-        return {"margins": self._margins.state_dict(), "statistics": self._statistics.state_dict()}
+        return {
+            "margins": self._margins.state_dict(),
+            "statistics": self._statistics.state_dict(),
+            "margin_statistics": self.margin_statistics,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._margins.load_state_dict(state["margins"], self._engine.ranks.device)
         self._statistics.load_state_dict(state["statistics"])
+        self.margin_statistics = state["margin_statistics"]
 
     def _observe(self, pairs: Pairs) -> None:
         """Margins and statistics from the pairs of all ranks."""

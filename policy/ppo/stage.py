@@ -18,7 +18,7 @@ from policy.ppo.rollouts import Reencoded
 from policy.ppo.scoring import ScorerParts, build_scorer
 from policy.ppo.shared_trunk import SharedTrunkCritic
 from policy.ppo.task import Engines, PpoTask, Roles
-from policy.publish import publish_run
+from policy.publish import PublishablePolicy
 from rlhf.config import to_dict
 from rlhf.core.errors import ConfigError, ModelError
 from rlhf.core.files import digest
@@ -35,6 +35,7 @@ from rlhf.models.manifest import MANIFEST_NAME, read_manifest
 from rlhf.models.tokenizer import load_tokenizer, required_embedding_rows
 from rlhf.train.batches import BatchMaker
 from rlhf.train.loop import Run, iterate
+from rlhf.train.publishing import publish_run
 from rlhf.train.stage import load_data, open_chat, report, run_and_take, run_identity, say, start_engine, total_steps
 
 PUBLISHED_ROWS = 12
@@ -76,15 +77,10 @@ def _publish(config: PpoConfig, engines: Engines, chat: ChatFormat, task: PpoTas
     if config.critic.share_trunk and engines.critic is not None:
         engines.critic.module.remove()
     objective = {name: asdict(getattr(config, name)) for name in ("reward", "advantage", "kl", "loss")}
-    publish_run(
-        config,
-        engine,
-        chat,
-        engine.ranks.together(lambda: Reencoded(rollouts, chat)),
-        stage="ppo",
-        objective=objective,
-        training_data=data.train.fingerprint,
+    published = PublishablePolicy.of(
+        config, chat, stage="ppo", objective=objective, training_data=data.train.fingerprint
     )
+    publish_run(config, engine, engine.ranks.together(lambda: Reencoded(rollouts, chat)), published)
 
 
 class _Builder:

@@ -10,7 +10,7 @@ from policy.preference.config import PreferenceConfig
 from policy.preference.reference import CacheJob, LiveReference, Reference, cache_folder, open_cache
 from policy.preference.task import PreferenceTask
 from policy.preference.telemetry import HeldOut, print_evaluation
-from policy.publish import publish_run
+from policy.publish import PublishablePolicy
 from rlhf.core.errors import ModelError
 from rlhf.core.tokenizers import tokenizer_digest
 from rlhf.data.batching import ItemSource
@@ -25,6 +25,7 @@ from rlhf.engine.ranks import Ranks
 from rlhf.models.backbones import weights_digest
 from rlhf.models.tokenizer import load_tokenizer, required_embedding_rows
 from rlhf.train.batches import BatchMaker
+from rlhf.train.publishing import publish_run
 from rlhf.train.stage import (
     LoadedData,
     load_data,
@@ -54,15 +55,11 @@ def run(config: PreferenceConfig, ranks: Ranks) -> HeldOut | None:
     task = PreferenceTask(engine, config, data.train, data.evals, references.open(), steps)
     step = train(config, engine, task, _identity(config, data, references, steps), steps)
     report(config, ranks, task.evaluation, step, print_evaluation)
-    publish_run(
-        config,
-        engine,
-        chat,
-        sample_of(data),
-        stage="preference",
-        objective={"loss": asdict(config.loss)},
-        training_data=data.train.fingerprint,
+    objective = {"loss": asdict(config.loss)}
+    published = PublishablePolicy.of(
+        config, chat, stage="preference", objective=objective, training_data=data.train.fingerprint
     )
+    publish_run(config, engine, sample_of(data), published)
     return task.evaluation
 
 

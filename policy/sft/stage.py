@@ -1,7 +1,7 @@
 """Supervised fine-tuning from recipe to ``final/``."""
 
 from policy.model import build_policy
-from policy.publish import publish_run
+from policy.publish import PublishablePolicy
 from policy.sft.config import SftConfig
 from policy.sft.evaluation import SftEvaluation, print_evaluation
 from policy.sft.task import SftTask
@@ -9,6 +9,7 @@ from rlhf.data.examples import load_examples
 from rlhf.engine.build import DTYPES, precision_of
 from rlhf.engine.ranks import Ranks
 from rlhf.models.tokenizer import required_embedding_rows
+from rlhf.train.publishing import publish_run
 from rlhf.train.stage import load_data, open_chat, report, run_identity, sample_of, start_engine, total_steps, train
 
 
@@ -35,13 +36,8 @@ def run(config: SftConfig, ranks: Ranks) -> SftEvaluation | None:
     task = SftTask(engine, config, data.train, data.evals)
     step = train(config, engine, task, run_identity(config, data.train, steps), steps)
     report(config, ranks, task.evaluation, step, print_evaluation)
-    publish_run(
-        config,
-        engine,
-        chat,
-        sample_of(data),
-        stage="sft",
-        objective={"kind": "negative log-likelihood"},
-        training_data=data.train.fingerprint,
+    published = PublishablePolicy.of(
+        config, chat, stage="sft", objective={"kind": "negative log-likelihood"}, training_data=data.train.fingerprint
     )
+    publish_run(config, engine, sample_of(data), published)
     return task.evaluation

@@ -1,24 +1,161 @@
-"""What the stages share on the way to ``final/``: sample rows, and the fresh process that must reproduce them."""
+"""From trained weights to ``final/``: saved, reloaded by a fresh process, compared, and only then named.
+
+The steps are the same for every kind of model; what differs is asked of a :class:`Publishable`.
+"""
 
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from rlhf.core.errors import ModelError
+from rlhf.core.files import staged_directory
 from rlhf.data.batching import ItemSource, Row, length_bucket
+from rlhf.data.portable import portable_tokenizer
+from rlhf.data.templates import ChatFormat
 from rlhf.engine.api import Engine
 from rlhf.engine.stop import sheltering_children
+from rlhf.models.manifest import Manifest, write_manifest
+from rlhf.models.tokenizer import pad_policy
 from rlhf.train.batches import asking
+from rlhf.train.stage import StageConfig, say
 
 CASES = 12
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+Weights = Mapping[str, Tensor]
+
+
+class Publishable(Protocol[ModelT]):
+    """One kind of model on its way to ``final/``: what reward models and policies do differently."""
+
+    @property
+    def chat(self) -> ChatFormat:
+        """Tokenizer and template of the run."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of all weights, in training and on disk."""
+
+    @property
+    def manifest(self) -> Manifest: ...
+
+    @property
+    def reload_module(self) -> str:
+        """The module that a fresh process runs with the folder and the cases; see :mod:`rlhf.train.reloading`."""
+
+    @property
+    def details(self) -> Mapping[str, Any]:
+        """What that module must know besides the cases."""
+
+    @property
+    def unit(self) -> str:
+        """The unit of the values that are compared."""
+
+    @property
+    def tolerance(self) -> float:
+        """How far values in the precision of training may be from those of the same weights in float32."""
+
+    def build(self, dtype: torch.dtype) -> ModelT:
+        """An untrained copy on the CPU, adapters apart."""
+
+    def has_value(self, row: Row) -> bool:
+        """Whether the model says anything about ``row``."""
+
+    def value(self, output: Any, row: Row) -> Tensor:
+        """The one number, from what the model says about ``row`` alone."""
+
+    def save(self, model: ModelT, folder: Path) -> None:
+        """Write a Transformers folder, without the tokenizer. Ends the use of ``model`` for training."""
+
+    def in_float32(self, saved: ModelT, weights: Weights) -> ModelT:
+        """What a reader in float32 gets of the folder that ``saved`` was written to."""
+
+
+def publish_run(config: StageConfig, engine: Engine, sample: ItemSource, publishable: Publishable[Any]) -> None:
+    """Publish what ``engine`` holds as ``final/`` of the run folder, unless the recipe asks for none.
+
+    Args:
+        config: the recipe.
+        engine: every rank must call this.
+        sample: rows whose values the reloaded model must reproduce.
+        publishable: the kind of model.
+    """
+    if config.train.publish == "none":
+        return
+    target = config.output / "final"
+    differences = publish(engine, sample, publishable, target)
+    worst = f"{max(differences.values()):.1e} {publishable.unit}"
+    say(engine.ranks, f"published {target}: reloaded in a fresh process, largest difference {worst}")
+
+
+def publish(engine: Engine, sample: ItemSource, publishable: Publishable[Any], target: Path) -> dict[str, float]:
+    """Write ``target`` atomically after a fresh process has reproduced the live values of sample rows.
+
+    Returns:
+        The largest difference to the live values, by way of padding.
+    Raises:
+        ModelError: if the saved model disagrees; an earlier ``target`` stays as it was.
+    """
+    rows = [row for row in sample_rows(sample) if publishable.has_value(row)]
+    if not rows:
+        raise ModelError("no sample row has a value that a reloaded model could be compared by; train.publish=none")
+    outputs = live_outputs(engine, rows)
+    live = torch.stack([publishable.value(output, row) for output, row in zip(outputs, rows, strict=True)])
+    weights = engine.full_state_dict()
+    return engine.ranks.on_main(lambda: _write(publishable, weights, rows, live.float().cpu(), target))
+
+
+def text_form(chat: ChatFormat) -> dict[str, Any]:
+    """The entries of a manifest that say how the model's texts become tokens."""
+    return {
+        "template_digest": chat.digest,
+        "tokenizer_digest": chat.tokenizer_digest,
+        "pad_policy": pad_policy(chat.tokenizer),
+        "vocabulary_size": len(chat.tokenizer),
+    }
+
+
+def _write(
+    publishable: Publishable[ModelT], weights: Weights, rows: Sequence[Row], live: Tensor, target: Path
+) -> dict[str, float]:
+    tokenizer = portable_tokenizer(publishable.chat)
+    model = _rebuilt(publishable, weights)
+    with staged_directory(target) as staged:
+        publishable.save(model, staged)
+        tokenizer.save_pretrained(staged)
+        write_manifest(staged, publishable.manifest)
+        expected = live
+        if publishable.dtype != torch.float32:
+            expected = _values(publishable, publishable.in_float32(model, weights), rows)
+            check_low_precision(live, expected, publishable.tolerance)
+        cases = readable_cases(rows, expected, tokenizer)
+        return check_in_fresh_process(publishable.reload_module, staged, {**publishable.details, "rows": cases})
+
+
+def _rebuilt(publishable: Publishable[ModelT], weights: Weights) -> ModelT:
+    """A copy on the CPU with the trained weights, adapters still apart."""
+    model = publishable.build(publishable.dtype)
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - {*dict(model.named_parameters())}
+    if set(missing) - tied or unexpected:
+        raise ModelError(f"trained weights do not fit: missing {missing}, unexpected {unexpected}")
+    model.eval()
+    return model
+
+
+def _values(publishable: Publishable[ModelT], model: ModelT, rows: Sequence[Row]) -> Tensor:
+    """Values of the rows, computed by this process."""
+    with torch.no_grad():
+        return torch.stack([publishable.value(model((length_bucket([row]),)), row) for row in rows])
 
 
 def sample_rows(data: ItemSource) -> list[Row]:

@@ -3,7 +3,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from policy.model import PolicyConfig, build_policy
-from policy.publish import Publication, publish
+from policy.publish import PublishablePolicy
 from rlhf.core.errors import ModelError
 from rlhf.data.options import DataConfig
 from rlhf.data.preferences import load_preferences
@@ -13,6 +13,7 @@ from rlhf.engine.options import OptimizerConfig
 from rlhf.engine.ranks import Ranks
 from rlhf.models.options import LoraOptions
 from rlhf.models.tokenizer import load_tokenizer
+from rlhf.train.publishing import publish
 
 ALONE = Ranks(rank=0, world_size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
 
@@ -32,7 +33,7 @@ def trained(tiny_model, tiny_pairs, tmp_path):
                     parameter += 0.2 * torch.randn(parameter.shape, generator=generator).to(dtype)
         engine = LocalEngine(module, ranks=ALONE, optimizer=OptimizerConfig(), total_steps=1)
         data = load_preferences(DataConfig(train=str(tiny_pairs), cache_dir=tmp_path / "cache"), tokenizer)
-        publication = Publication(
+        published = PublishablePolicy(
             stage="preference",
             model=config,
             dtype=dtype,
@@ -41,7 +42,7 @@ def trained(tiny_model, tiny_pairs, tmp_path):
             objective={},
             training_data="",
         )
-        return engine, data.train, publication
+        return engine, data.train, published
 
     return make
 

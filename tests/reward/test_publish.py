@@ -1,0 +1,82 @@
+"""What the reward stage publishes, in this process: the manifest, and who may read it."""
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+from reward.config import MarginConfig
+from reward.stage import run
+from reward.task import RewardTask
+from rlhf.engine.ranks import Ranks
+from rlhf.models.manifest import read_manifest
+
+ALONE = Ranks(rank=0, world_size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
+
+
+@pytest.fixture
+def stage(tiny_config, tmp_path, monkeypatch):
+    """``stage(name, **train section)`` runs the stage in a folder of that name; the manifest that it published."""
+    monkeypatch.setattr("rlhf.train.publishing.check_in_fresh_process", lambda *_: {"single": 0.0})
+
+    def start(name, **train):
+        settings = {"max_steps": 6, "evaluate_every": 1, "checkpoint_every": 1, "tensorboard": False} | train
+        config = replace(
+            tiny_config,
+            output=tmp_path / name,
+            margin=MarginConfig(kind="ot", warmup_share=0.0),
+            train=replace(tiny_config.train, **settings),
+        )
+        run(config, ALONE)
+        return read_manifest(tmp_path / name / "final")
+
+    return start
+
+
+def interrupt(monkeypatch, after: int) -> None:
+    """Let the run die after so many steps."""
+    metrics, calls = RewardTask.step_metrics, []
+
+    def step_metrics(self):
+        calls.append(1)
+        if len(calls) > after:
+            raise KeyboardInterrupt
+        return metrics(self)
+
+    monkeypatch.setattr(RewardTask, "step_metrics", step_metrics)
+
+
+@pytest.mark.parametrize(("after", "log"), [(3, "gone"), (5, "cut"), (6, "gone"), (6, "cut")])
+def test_a_resumed_run_publishes_the_manifest_of_a_straight_one(stage, tmp_path, monkeypatch, after, log):
+    """Wherever it stopped, finished runs that are started again included, and whatever became of its log."""
+    straight = stage("straight")
+    assert straight.margin_statistics["margin/mean"] > 0 and "margin/transport_cost" in straight.margin_statistics
+    with monkeypatch.context() as patch:
+        interrupt(patch, after)
+        try:
+            stage("resumed")
+        except KeyboardInterrupt:
+            assert after < 6
+    path = tmp_path / "resumed" / "metrics.jsonl"
+    path.unlink() if log == "gone" else path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
+    assert stage("resumed") == straight
+
+
+def test_the_numbers_of_the_manifest_are_of_the_step_that_is_published(stage, tmp_path, runs):
+    found = stage("best", publish="best", best_metric="-eval/accuracy")  # the worst step, which is not the last
+    rows = runs.rows(tmp_path / "best")
+    step = max(
+        (row for row in runs.rows(tmp_path / "best", "eval")), key=lambda row: (-row["eval/accuracy"], row["step"])
+    )["step"]
+    assert step < 6
+    assert found.margin_statistics["margin/mean"] == rows[step - 1]["margin/mean"] != rows[-1]["margin/mean"]
+
+
+def test_a_colleague_can_read_what_was_published(stage, tmp_path):
+    before = os.umask(0o022)
+    try:
+        stage("run")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "run" / "final").iterdir()} == {0o644}
