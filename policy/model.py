@@ -72,7 +72,7 @@ class PolicyModel(nn.Module):
 
     def forward(
         self,
-        groups: Sequence[LengthBucket] = (),
+        buckets: Sequence[LengthBucket] = (),
         *,
         decode: DecodeStep | None = None,
         with_square_sums: bool = False,
@@ -88,23 +88,23 @@ class PolicyModel(nn.Module):
             return self._next_logits(decode)
         asked = {"with_square_sums": with_square_sums, "with_entropies": with_entropies}
         options = {**self._logits, **asked, "temperature": temperature}
-        blocks = list(last_states(self.hf, [group.tokens for group in groups]))
-        found = self._next_logprobs(blocks, groups, options)
-        masks = [group.response_mask for group in groups]
+        blocks = list(last_states(self.hf, [bucket.tokens for bucket in buckets]))
+        found = self._next_logprobs(blocks, buckets, options)
+        masks = [bucket.response_mask for bucket in buckets]
         return PolicyOutput(
-            logprobs=_by_group(found.logprobs, masks),
-            square_sums=None if found.square_sums is None else _by_group(found.square_sums, masks),
-            entropies=None if found.entropies is None else _by_group(found.entropies, masks),
+            logprobs=_by_bucket(found.logprobs, masks),
+            square_sums=None if found.square_sums is None else _by_bucket(found.square_sums, masks),
+            entropies=None if found.entropies is None else _by_bucket(found.entropies, masks),
             embeddings=_response_means(blocks, masks) if with_embeddings else None,
         )
 
     def _next_logprobs(
-        self, blocks: Sequence[Tensor], groups: Sequence[LengthBucket], options: dict[str, Any]
+        self, blocks: Sequence[Tensor], buckets: Sequence[LengthBucket], options: dict[str, Any]
     ) -> TokenLogprobs:
         """Log-probabilities of all buckets in one row: each call has a gradient of the size of the projection."""
         states = torch.cat([states[:, :-1].flatten(0, 1) for states in blocks])
-        tokens = torch.cat([group.tokens[:, 1:].flatten() for group in groups])
-        mask = torch.cat([group.response_mask[:, 1:].flatten() for group in groups])
+        tokens = torch.cat([bucket.tokens[:, 1:].flatten() for bucket in buckets])
+        mask = torch.cat([bucket.response_mask[:, 1:].flatten() for bucket in buckets])
         return self.hf.get_output_embeddings()(states[None], tokens[None], mask[None], options)
 
     def _next_logits(self, step: DecodeStep) -> Tensor:
@@ -213,15 +213,15 @@ def build_policy(config: PolicyConfig, *, dtype: torch.dtype, vocabulary: int, s
     return model
 
 
-def _by_group(values: Tensor, masks: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """``(R, T - 1)`` of each group, from all in one row."""
+def _by_bucket(values: Tensor, masks: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """``(R, T - 1)`` of each bucket, from all in one row."""
     shapes = [(mask.shape[0], mask.shape[1] - 1) for mask in masks]
     parts = values[0].split([rows * places for rows, places in shapes])
     return tuple(part.view(shape) for part, shape in zip(parts, shapes, strict=True))
 
 
 def _response_means(blocks: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:
-    """``(R, D)`` float32 means over response tokens of the rows of all groups, no gradient; 0 for a row without."""
+    """``(R, D)`` float32 means over response tokens of the rows of all buckets, no gradient; 0 for a row without."""
     means = []
     for states, mask in zip(blocks, masks, strict=True):
         weights = mask.float() / mask.sum(dim=1, keepdim=True).clamp_min(1)

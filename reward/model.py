@@ -74,13 +74,13 @@ class RewardModel(nn.Module):
             final = _linear_layers(_find_head(hf))[-1]
             final.register_forward_pre_hook(lambda _, inputs: self._head_input.append(inputs[0]))
 
-    def forward(self, groups: Sequence[LengthBucket]) -> Scores:
-        """Score right-padded length buckets, one after the other; rows come back in the order of the groups."""
+    def forward(self, buckets: Sequence[LengthBucket]) -> Scores:
+        """Score right-padded length buckets, one after the other; rows come back in the order of the buckets."""
         if self.is_decoder:
-            blocks = last_states(self.hf, [group.tokens for group in groups])
-            parts = [self._score_states(states, group) for states, group in zip(blocks, groups, strict=True)]
+            blocks = last_states(self.hf, [bucket.tokens for bucket in buckets])
+            parts = [self._score_states(states, bucket) for states, bucket in zip(blocks, buckets, strict=True)]
         else:
-            parts = [self._score_encoder(group.tokens, group.token_mask) for group in groups]
+            parts = [self._score_encoder(bucket.tokens, bucket.token_mask) for bucket in buckets]
         logprobs = [part.logprobs for part in parts if part.logprobs is not None]
         return Scores(
             rewards=torch.cat([part.rewards for part in parts]),
@@ -88,11 +88,11 @@ class RewardModel(nn.Module):
             logprobs=torch.cat(logprobs) if logprobs else None,
         )
 
-    def _score_states(self, states: Tensor, group: LengthBucket) -> Scores:
-        scores = self._pool(states, group.token_mask)
+    def _score_states(self, states: Tensor, bucket: LengthBucket) -> Scores:
+        scores = self._pool(states, bucket.token_mask)
         if self.lm_head is None:
             return scores
-        logprobs = self.lm_head(states, group.tokens, group.response_mask)
+        logprobs = self.lm_head(states, bucket.tokens, bucket.response_mask)
         return Scores(scores.rewards, scores.embeddings, logprobs)
 
     def score(self, tokens: Tensor, token_mask: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ def detached_pairs(batch: Batch, chosen_rewards: Tensor, rejected_rewards: Tenso
     Args:
         batch: what was computed.
         chosen_rewards, rejected_rewards: ``(B,)``.
-        embeddings: ``(R, D)``, by row of the batch's groups.
+        embeddings: ``(R, D)``, by row of the batch's buckets.
     """
     chosen, rejected = chosen_rewards.detach().float(), rejected_rewards.detach().float()
     chosen_embeddings, rejected_embeddings = batch.sides(embeddings.detach().float())

@@ -67,7 +67,7 @@ class RewardTask:
         return batches
 
     def loss(self, batch: Batch) -> Tensor:
-        scores = self._engine.forward(batch.groups)
+        scores = self._engine.forward(batch.buckets)
         if not self._global:
             self._observe(gather_pairs(_pairs(scores, batch), self._engine.ranks))
         chosen, rejected = batch.sides(scores.rewards)

@@ -33,11 +33,11 @@ class Load:
 
     tokens: int
     """Padded, of all length buckets of a micro-batch."""
-    group_tokens: int
+    bucket_tokens: int
     """Of the largest length bucket: what one layer computes at once."""
     squares: int
     """Sum over rows of their padded length squared; for eager attention."""
-    group_squares: int = 0
+    bucket_squares: int = 0
     """The same of the largest length bucket."""
 
 
@@ -98,12 +98,12 @@ def boundary_bytes(shape: ModelShape, tokens: int, *, size: int) -> int:
     return tokens * shape.hidden * size
 
 
-def working_bytes(shape: ModelShape, group_tokens: int, *, size: int) -> int:
+def working_bytes(shape: ModelShape, bucket_tokens: int, *, size: int) -> int:
     """Passing tensors of one layer: of its MLP, the widest part, three of width F, and two of the hidden width.
 
     Forward: gate, up and their product before one is freed; backward: the gradients of these.
     """
-    return group_tokens * (3 * shape.intermediate + 2 * shape.hidden) * size
+    return bucket_tokens * (3 * shape.intermediate + 2 * shape.hidden) * size
 
 
 def head_bytes(shape: ModelShape, tokens: int, *, size: int, chunk_tokens: int, backward: bool, trained: bool) -> int:

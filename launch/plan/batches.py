@@ -88,14 +88,14 @@ def batch_plan(
 def load_of(lengths: np.ndarray, plan: MicroBatchPlan) -> Load:
     """What a micro-batch has the device compute."""
     if not plan.items:
-        return Load(tokens=1, group_tokens=1, squares=1, group_squares=1)
+        return Load(tokens=1, bucket_tokens=1, squares=1, bucket_squares=1)
     rows = lengths[list(plan.items)].T.reshape(-1)
-    groups = [(len(group), int(rows[list(group)].max())) for group in plan.groups]
+    buckets = [(len(bucket), int(rows[list(bucket)].max())) for bucket in plan.buckets]
     return Load(
-        tokens=sum(count * width for count, width in groups),
-        group_tokens=max(count * width for count, width in groups),
-        squares=sum(count * width**2 for count, width in groups),
-        group_squares=max(count * width**2 for count, width in groups),
+        tokens=sum(count * width for count, width in buckets),
+        bucket_tokens=max(count * width for count, width in buckets),
+        squares=sum(count * width**2 for count, width in buckets),
+        bucket_squares=max(count * width**2 for count, width in buckets),
     )
 
 
@@ -117,7 +117,7 @@ def _largest(loads: list[Load]) -> Load:
     """The most of everything: a step that is short of memory once has failed."""
     return Load(
         tokens=max(load.tokens for load in loads),
-        group_tokens=max(load.group_tokens for load in loads),
+        bucket_tokens=max(load.bucket_tokens for load in loads),
         squares=max(load.squares for load in loads),
-        group_squares=max(load.group_squares for load in loads),
+        bucket_squares=max(load.bucket_squares for load in loads),
     )

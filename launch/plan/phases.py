@@ -83,7 +83,7 @@ def work_of(
     active = model.active_layers
     if checkpointing:
         saved = active * boundary_bytes(shape, load.tokens, size=size)
-        recomputed = layer_bytes(shape, load.group_tokens, squares=load.group_squares, **one)
+        recomputed = layer_bytes(shape, load.bucket_tokens, squares=load.bucket_squares, **one)
     else:
         saved = active * layer_bytes(shape, load.tokens, squares=load.squares, **one)
         recomputed = 0
@@ -98,9 +98,9 @@ def work_of(
     return Work(
         saved=saved,
         recomputed=recomputed,
-        working=working_bytes(shape, load.group_tokens, size=size) + _scores(model, load, size, attention),
-        forward_head=head_bytes(shape, load.group_tokens, backward=False, **heads) if has_head else 0,
-        backward_head=head_bytes(shape, load.group_tokens, backward=True, **heads) if has_head else 0,
+        working=working_bytes(shape, load.bucket_tokens, size=size) + _scores(model, load, size, attention),
+        forward_head=head_bytes(shape, load.bucket_tokens, backward=False, **heads) if has_head else 0,
+        backward_head=head_bytes(shape, load.bucket_tokens, backward=True, **heads) if has_head else 0,
         steps=max(active, 1),
         embedding_gradient=embedding,
     )
@@ -108,7 +108,7 @@ def work_of(
 
 def _scores(model: EmptyModel, load: Load, size: int, attention: Attention) -> int:
     """Eager attention's scores of one layer, of which two are at hand."""
-    return 2 * size * model.shape.heads * load.group_squares if attention == "eager" else 0
+    return 2 * size * model.shape.heads * load.bucket_squares if attention == "eager" else 0
 
 
 def training_phases(role: str, states: States, work: Work, *, on_cpu: bool) -> list[Phase]:

@@ -124,8 +124,8 @@ def _logprobs(model: Frozen, samples: Sequence[Sample]) -> NDArray[np.float64]:
     found = np.zeros(len(samples))
     for start in range(0, len(order), ROWS_AT_ONCE):
         places = order[start : start + ROWS_AT_ONCE]
-        group = length_bucket([samples[place].row for place in places]).to(model.ranks.device)
-        (values,) = model.forward((group,)).logprobs
+        bucket = length_bucket([samples[place].row for place in places]).to(model.ranks.device)
+        (values,) = model.forward((bucket,)).logprobs
         found[places] = values.sum(dim=1).double().cpu().numpy()
     return found
 

@@ -42,14 +42,14 @@ class ValueModel(nn.Module):
         self.scorer = scorer
         self._mean, self._deviation = mean, deviation
 
-    def forward(self, groups: Sequence[LengthBucket]) -> tuple[Tensor, ...]:
+    def forward(self, buckets: Sequence[LengthBucket]) -> tuple[Tensor, ...]:
         """``(R, T - 1)`` float32 values of each bucket: place t is the value before token t + 1; 0 off the response."""
-        blocks = last_states(self.scorer.hf, [group.tokens for group in groups])
-        return tuple(self._values(states, group) for states, group in zip(blocks, groups, strict=True))
+        blocks = last_states(self.scorer.hf, [bucket.tokens for bucket in buckets])
+        return tuple(self._values(states, bucket) for states, bucket in zip(blocks, buckets, strict=True))
 
-    def _values(self, states: Tensor, group: LengthBucket) -> Tensor:
-        values = response_values(states, group.response_mask, self.scorer.hf.get_submodule("score"))
-        return torch.where(group.response_mask[:, 1:], (values - self._mean) / self._deviation, 0.0)
+    def _values(self, states: Tensor, bucket: LengthBucket) -> Tensor:
+        values = response_values(states, bucket.response_mask, self.scorer.hf.get_submodule("score"))
+        return torch.where(bucket.response_mask[:, 1:], (values - self._mean) / self._deviation, 0.0)
 
 
 def response_values(states: Tensor, response_mask: Tensor, head: nn.Module) -> Tensor:

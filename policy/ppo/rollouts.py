@@ -145,11 +145,11 @@ def roll_out(
 
 
 def by_response(outputs: Sequence[Tensor], batch: Batch) -> Tensor:
-    """``(B, W)`` from what a model says of a batch's groups, each ``(R, T - 1)``: place t is token t + 1.
+    """``(B, W)`` from what a model says of a batch's buckets, each ``(R, T - 1)``: place t is token t + 1.
 
     W is the longest response of the batch; places behind a response are 0. Gradients flow.
     """
-    masks = [group.response_mask[:, 1:] for group in batch.groups]
+    masks = [bucket.response_mask[:, 1:] for bucket in batch.buckets]
     width = max(1, *(int(mask.sum(dim=1).max()) if mask.numel() else 0 for mask in masks))
     rows = []
     for values, mask in zip(outputs, masks, strict=True):
@@ -176,7 +176,7 @@ def ask(
     with asking(model):
         for start, batches in maker.chunks(data, np.arange(len(data))):
             for batch in batches:
-                values = read(model.forward(batch.groups, **options), batch).float()
+                values = read(model.forward(batch.buckets, **options), batch).float()
                 padded = values.new_zeros(len(batch), width)
                 padded[:, : values.shape[1]] = values
                 places = model.ranks.gather_rows(batch.positions).cpu() + start

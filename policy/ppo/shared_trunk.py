@@ -60,13 +60,13 @@ class SharedTrunkCritic(nn.Module):
         object.__setattr__(self, "_wrapped", wrapped)
         object.__setattr__(self, "_layers", layers)
 
-    def forward(self, groups: Sequence[LengthBucket]) -> tuple[Tensor, ...]:
+    def forward(self, buckets: Sequence[LengthBucket]) -> tuple[Tensor, ...]:
         """Values of each bucket; see :meth:`policy.ppo.critic.ValueModel.forward`."""
         with self._active():
-            blocks = list(last_states(self._hf, [group.tokens for group in groups]))
+            blocks = list(last_states(self._hf, [bucket.tokens for bucket in buckets]))
         return tuple(
-            response_values(states, group.response_mask, self.score)
-            for states, group in zip(blocks, groups, strict=True)
+            response_values(states, bucket.response_mask, self.score)
+            for states, bucket in zip(blocks, buckets, strict=True)
         )
 
     @contextlib.contextmanager

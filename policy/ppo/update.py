@@ -125,7 +125,7 @@ class Updater:
         """This micro-batch's share of the loss, and sums over its tokens for the log."""
         config = self._config.loss
         output: PolicyOutput = self._policy.forward(
-            batch.groups, temperature=self._config.rollout.temperature, with_entropies=config.entropy > 0
+            batch.buckets, temperature=self._config.rollout.temperature, with_entropies=config.entropy > 0
         )
         logprobs = by_response(output.logprobs, batch)
         rows = experience.rows(batch.indices, logprobs.shape[1], logprobs.device)
@@ -150,12 +150,12 @@ class Updater:
         if self._pretraining is None:
             return [], 0
         batches = self._pretraining_maker.step(self._pretraining, number)
-        mine = sum(int(group.response_mask[:, 1:].sum()) for batch in batches for group in batch.groups)
+        mine = sum(int(bucket.response_mask[:, 1:].sum()) for batch in batches for bucket in batch.buckets)
         return batches, max(1, int(self._ranks.sum(torch.tensor(mine, device=self._ranks.device))))
 
     def _pretraining_loss(self, batch: Batch) -> Tensor:
         """Summed negative log-likelihood of the response tokens of this micro-batch."""
-        output: PolicyOutput = self._policy.forward(batch.groups)
+        output: PolicyOutput = self._policy.forward(batch.buckets)
         return -_sum(output.logprobs)
 
     # The critic
@@ -166,7 +166,7 @@ class Updater:
         counts = self._counts(experience)
         seen: dict[str, Tensor] = {}
         for place, batch in enumerate(batches):
-            outputs = engine.forward(batch.groups)
+            outputs = engine.forward(batch.buckets)
             values = by_response(outputs, batch)
             rows = experience.rows(batch.indices, values.shape[1], values.device)
             losses = clipped_value_loss(

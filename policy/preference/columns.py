@@ -30,7 +30,7 @@ class RowSums:
 
 def row_sums(output: PolicyOutput, batch: Batch) -> RowSums:
     """Sum what the policy says of each token of ``batch``; with gradient."""
-    masks = [group.response_mask[:, 1:] for group in batch.groups]
+    masks = [bucket.response_mask[:, 1:] for bucket in batch.buckets]
     shared = _shared_lengths(masks, batch)
     totals, heads = [], []
     for values, mask, limit in zip(output.logprobs, masks, shared, strict=True):
@@ -43,7 +43,7 @@ def row_sums(output: PolicyOutput, batch: Batch) -> RowSums:
 
 def response_lengths(batch: Batch) -> Tensor:
     """``(S, B)`` float32 number of response tokens."""
-    counts = torch.cat([group.response_mask[:, 1:].sum(dim=1) for group in batch.groups])
+    counts = torch.cat([bucket.response_mask[:, 1:].sum(dim=1) for bucket in batch.buckets])
     return torch.stack(batch.sides(counts)).float()
 
 

@@ -77,7 +77,7 @@ class PreferenceTask:
 
     def loss(self, batch: Batch) -> Tensor:
         config = self._config.loss
-        output = self._engine.forward(batch.groups, **self._wanted())
+        output = self._engine.forward(batch.buckets, **self._wanted())
         view = self._view(output, batch)
         if self._gathers and not self._config.over_all_pairs:
             self._look([(batch, view, output)])

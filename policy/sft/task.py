@@ -43,7 +43,7 @@ class SftTask:
         return batches
 
     def loss(self, batch: Batch) -> Tensor:
-        output = self._engine.forward(batch.groups)
+        output = self._engine.forward(batch.buckets)
         # Filler rows add 0 and keep the graph of this forward alive on ranks that have no conversation.
         nll = -sum(part.sum() for part in output.logprobs)
         self._nll += float(nll.detach())
@@ -103,5 +103,5 @@ class SftTask:
 
 
 def _response_counts(batch: Batch) -> Tensor:
-    """``(R,)`` response tokens of the rows of all groups. Nothing predicts the first token of a row."""
-    return torch.cat([group.response_mask[:, 1:].sum(dim=1) for group in batch.groups])
+    """``(R,)`` response tokens of the rows of all buckets. Nothing predicts the first token of a row."""
+    return torch.cat([bucket.response_mask[:, 1:].sum(dim=1) for bucket in batch.buckets])

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from rlhf.core.masking import length_mask
 
-SPARED_GROUP = 1.04
-"""Padded tokens that fewer length buckets may take, of those of the best split."""
+PADDING_SLACK = 1.04
+"""Padded tokens that a split into fewer length buckets may take, relative to those of the best split."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +61,13 @@ class ItemSource(Protocol):
 class MicroBatchPlan:
     """Which items a rank computes together, and in which length buckets.
 
-    ``items`` are B positions in the global batch. Row ``k`` of ``groups`` is row ``k // B`` of item
+    ``items`` are B positions in the global batch. Row ``k`` of ``buckets`` is row ``k // B`` of item
     ``items[k % B]``: of pairs, first all chosen rows, then all rejected ones. A plan without items is
     filler: it keeps a rank in step and weighs nothing.
     """
 
     items: tuple[int, ...]
-    groups: tuple[tuple[int, ...], ...]
+    buckets: tuple[tuple[int, ...], ...]
     padded_tokens: int
 
 
@@ -91,12 +91,12 @@ class LengthBucket:
 class Batch:
     """B items of S rows each, spread over length buckets.
 
-    ``order`` puts the rows back: indexing the concatenated outputs of all groups by it gives the first
+    ``order`` puts the rows back: indexing the concatenated outputs of all buckets by it gives the first
     rows of all items, then their second rows: B chosen rows, then the B rejected rows of the same
     prompts. Filler has ``B = 0``.
     """
 
-    groups: tuple[LengthBucket, ...]
+    buckets: tuple[LengthBucket, ...]
     rows_per_item: int  # S
     order: Tensor  # (S * B,) int64
     positions: Tensor  # (B,) int64, places of the items in the global batch
@@ -110,7 +110,7 @@ class Batch:
         return len(self.row_ids)
 
     def sides(self, values: Tensor) -> tuple[Tensor, ...]:
-        """Outputs of all groups, one by row, as S tensors of B: for pairs, of chosen and of rejected."""
+        """Outputs of all buckets, one by row, as S tensors of B: for pairs, of chosen and of rejected."""
         return values[self.order].view(self.rows_per_item, len(self), *values.shape[1:]).unbind()
 
     def to(self, device: torch.device) -> "Batch":
@@ -119,7 +119,7 @@ class Batch:
             for field in fields(self)
             if isinstance(value := getattr(self, field.name), Tensor)
         }
-        return replace(self, groups=tuple(group.to(device) for group in self.groups), **moved)
+        return replace(self, buckets=tuple(bucket.to(device) for bucket in self.buckets), **moved)
 
 
 def global_batch(step: int, *, items: int, batch_size: int, seed: int) -> np.ndarray:
@@ -192,10 +192,10 @@ def _plan(lengths: np.ndarray, items: list[int], budget: int, length_buckets: in
     """One micro-batch in as few length buckets as come near the least padding: every bucket is a forward of its own."""
     rows = lengths[items].T.reshape(-1)
     least, _ = _split_rows(rows, length_buckets)
-    bound = max(least, min(SPARED_GROUP * least, budget))
+    bound = max(least, min(PADDING_SLACK * least, budget))
     tries = (_split_rows(rows, count) for count in range(1, length_buckets + 1))
-    cost, groups = next((cost, groups) for cost, groups in tries if cost <= bound)
-    return MicroBatchPlan(tuple(items), groups, cost)
+    cost, buckets = next((cost, buckets) for cost, buckets in tries if cost <= bound)
+    return MicroBatchPlan(tuple(items), buckets, cost)
 
 
 def _split_rows(rows: np.ndarray, length_buckets: int) -> tuple[int, tuple[tuple[int, ...], ...]]:
@@ -231,27 +231,27 @@ def _split_rows(rows: np.ndarray, length_buckets: int) -> tuple[int, tuple[tuple
         if cuts[-1] > 0:
             cuts.append(int(start[cuts[-1]]))
     cuts = cuts[::-1]
-    groups = [tuple(order[a:b].tolist()) for a, b in itertools.pairwise(cuts) if b > a]
-    return int(best[count]), tuple(groups)
+    buckets = [tuple(order[a:b].tolist()) for a, b in itertools.pairwise(cuts) if b > a]
+    return int(best[count]), tuple(buckets)
 
 
-def collate(source: ItemSource, indices: np.ndarray, plan: MicroBatchPlan, group_count: int) -> Batch:
-    """Tokens of one micro-batch; padded with one-token filler groups to ``group_count`` forwards.
+def collate(source: ItemSource, indices: np.ndarray, plan: MicroBatchPlan, bucket_count: int) -> Batch:
+    """Tokens of one micro-batch; padded with one-token filler buckets to ``bucket_count`` forwards.
 
     Args:
         source: the items.
         indices: dataset indices of the global batch that ``plan`` was made for.
         plan: what to collate.
-        group_count: length buckets that every rank runs in this micro-step.
+        bucket_count: length buckets that every rank runs in this micro-step.
     """
     chosen = np.asarray(indices)[list(plan.items)].astype(np.int64)
     items = [source.item(int(index)) for index in chosen]
     rows = [row for side in zip(*(item.rows for item in items), strict=True) for row in side]
-    groups = [length_bucket([rows[row] for row in group]) for group in plan.groups]
-    groups += [length_bucket([FILLER])] * (group_count - len(groups))
-    flat = np.array([row for group in plan.groups for row in group], dtype=np.int64)
+    buckets = [length_bucket([rows[row] for row in bucket]) for bucket in plan.buckets]
+    buckets += [length_bucket([FILLER])] * (bucket_count - len(buckets))
+    flat = np.array([row for bucket in plan.buckets for row in bucket], dtype=np.int64)
     return Batch(
-        groups=tuple(groups),
+        buckets=tuple(buckets),
         rows_per_item=source.lengths.shape[1],
         order=torch.from_numpy(np.argsort(flat)),
         positions=torch.tensor(plan.items, dtype=torch.long),
@@ -263,9 +263,9 @@ def collate(source: ItemSource, indices: np.ndarray, plan: MicroBatchPlan, group
     )
 
 
-def groups_per_micro_step(plans: Sequence[MicroBatchPlan]) -> int:
+def buckets_per_micro_step(plans: Sequence[MicroBatchPlan]) -> int:
     """Forwards that every rank runs in a micro-step: the most that any of them needs."""
-    return max(1, *(len(plan.groups) for plan in plans))
+    return max(1, *(len(plan.buckets) for plan in plans))
 
 
 def length_bucket(rows: Sequence[Row]) -> LengthBucket:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlhf.data.batching import Batch, ItemSource, collate, global_batch, groups_per_micro_step, plan_micro_batches
+from rlhf.data.batching import Batch, ItemSource, buckets_per_micro_step, collate, global_batch, plan_micro_batches
 from rlhf.engine.frozen import Frozen
 from rlhf.engine.ranks import Ranks
 from rlhf.train.options import TrainConfig
@@ -63,14 +63,14 @@ class BatchMaker:
             if count:
                 self.tokens += float(lengths[list(mine.items)].sum())
                 self.padded_tokens += mine.padded_tokens
-            yield collate(data, indices, mine, groups_per_micro_step(micro_step)).to(self.ranks.device)
+            yield collate(data, indices, mine, buckets_per_micro_step(micro_step)).to(self.ranks.device)
 
 
 def without_gradient(model: Frozen, batches: Iterable[Batch], **options: Any) -> Iterator[tuple[Batch, Any]]:
     """Each batch with what the model says about its length buckets, dropout off. All ranks must call it alike."""
     with asking(model):
         for batch in batches:
-            yield batch, model.forward(batch.groups, **options)
+            yield batch, model.forward(batch.buckets, **options)
 
 
 @contextlib.contextmanager

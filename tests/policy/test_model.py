@@ -12,25 +12,25 @@ def build(path, **options):
 
 
 @pytest.fixture
-def group():
+def bucket():
     generator = torch.Generator().manual_seed(0)
     tokens = [torch.randint(3, 300, (length,), generator=generator).numpy() for length in (7, 12)]
     return length_bucket([Row(ids, ids >= 0) for ids in tokens])
 
 
 @pytest.mark.parametrize("setting", [{"final_logit_softcapping": 2.0}, {"logit_scale": 0.3}, {"logits_scaling": 4.0}])
-def test_what_a_model_does_to_its_logits_is_done(tiny_model, group, setting):
-    plain = build(tiny_model)((group,)).logprobs[0]
+def test_what_a_model_does_to_its_logits_is_done(tiny_model, bucket, setting):
+    plain = build(tiny_model)((bucket,)).logprobs[0]
     policy = build(tiny_model)
     for name, value in setting.items():
         setattr(policy.hf.config, name, value)
-    changed = type(policy)(_with_plain_head(policy))((group,)).logprobs[0]
-    states = policy.hf.base_model(input_ids=group.tokens).last_hidden_state
+    changed = type(policy)(_with_plain_head(policy))((bucket,)).logprobs[0]
+    states = policy.hf.base_model(input_ids=bucket.tokens).last_hidden_state
     logits = states @ policy.hf.lm_head.weight.T
     if "final_logit_softcapping" in setting:
         logits = 2 * torch.tanh(logits / 2)
     logits = logits * setting.get("logit_scale", 1) / setting.get("logits_scaling", 1)
-    expected = logits[0, :6].log_softmax(-1).gather(1, group.tokens[0, 1:7, None]).squeeze(1)
+    expected = logits[0, :6].log_softmax(-1).gather(1, bucket.tokens[0, 1:7, None]).squeeze(1)
     torch.testing.assert_close(changed[0, :6], expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(changed, plain, rtol=1e-2)
 
@@ -39,24 +39,24 @@ def _with_plain_head(policy):
     return policy.plain()
 
 
-def test_the_plain_model_gives_logits_again(tiny_model, group):
+def test_the_plain_model_gives_logits_again(tiny_model, bucket):
     policy = build(tiny_model)
-    logprobs = policy((group,)).logprobs[0]
-    logits = policy.plain()(input_ids=group.tokens[:, :7]).logits
-    expected = logits[0, :-1].log_softmax(-1).gather(1, group.tokens[0, 1:7, None]).squeeze(1)
+    logprobs = policy((bucket,)).logprobs[0]
+    logits = policy.plain()(input_ids=bucket.tokens[:, :7]).logits
+    expected = logits[0, :-1].log_softmax(-1).gather(1, bucket.tokens[0, 1:7, None]).squeeze(1)
     torch.testing.assert_close(logprobs[0, :6], expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("lora", [None, LoraOptions(rank=2, alpha=4.0)])
-def test_entropies_and_log_probabilities_at_a_temperature_are_those_of_the_plain_model(tiny_model, group, lora):
+def test_entropies_and_log_probabilities_at_a_temperature_are_those_of_the_plain_model(tiny_model, bucket, lora):
     policy = build(tiny_model, lora=lora).eval()
-    assert policy((group,)).entropies is None
-    found = policy((group, group), with_entropies=True, temperature=0.7)
-    states = policy.hf.base_model(input_ids=group.tokens).last_hidden_state
+    assert policy((bucket,)).entropies is None
+    found = policy((bucket, bucket), with_entropies=True, temperature=0.7)
+    states = policy.hf.base_model(input_ids=bucket.tokens).last_hidden_state
     rows = torch.distributions.Categorical(logits=(states @ policy.hf.get_output_embeddings().weight.T / 0.7)[:, :-1])
-    mask = group.response_mask[:, 1:]
+    mask = bucket.response_mask[:, 1:]
     for logprobs, entropies in zip(found.logprobs, found.entropies, strict=True):
-        torch.testing.assert_close(logprobs, rows.log_prob(group.tokens[:, 1:]) * mask, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(logprobs, rows.log_prob(bucket.tokens[:, 1:]) * mask, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(entropies, rows.entropy() * mask, rtol=1e-4, atol=1e-5)
     found.entropies[0].sum().backward(retain_graph=True)
     name, trained = next((name, p) for name, p in policy.named_parameters() if p.requires_grad and "lora_A" not in name)
@@ -67,7 +67,7 @@ def test_entropies_and_log_probabilities_at_a_temperature_are_those_of_the_plain
 
 
 @pytest.mark.parametrize("publish_lora", ["merged", "adapter"])
-def test_a_saved_lora_policy_opens_with_plain_transformers(tiny_model, group, tmp_path, publish_lora):
+def test_a_saved_lora_policy_opens_with_plain_transformers(tiny_model, bucket, tmp_path, publish_lora):
     from transformers import AutoModelForCausalLM
 
     policy = build(tiny_model, lora=LoraOptions(rank=2, alpha=4.0))
@@ -76,13 +76,13 @@ def test_a_saved_lora_policy_opens_with_plain_transformers(tiny_model, group, tm
             if "lora_" in name:
                 parameter += 0.1
     policy.eval()
-    expected = policy((group,)).logprobs[0]
-    base = build(tiny_model)((group,)).logprobs[0]
+    expected = policy((bucket,)).logprobs[0]
+    base = build(tiny_model)((bucket,)).logprobs[0]
     policy.save(tmp_path, publish_lora)
     assert (tmp_path / "adapter_config.json").exists() == (publish_lora == "adapter")
     hf = AutoModelForCausalLM.from_pretrained(tmp_path)
-    logits = hf(input_ids=group.tokens[:1, :7]).logits
-    found = logits[0, :-1].log_softmax(-1).gather(1, group.tokens[0, 1:7, None]).squeeze(1)
+    logits = hf(input_ids=bucket.tokens[:1, :7]).logits
+    found = logits[0, :-1].log_softmax(-1).gather(1, bucket.tokens[0, 1:7, None]).squeeze(1)
     torch.testing.assert_close(found, expected[0, :6], rtol=1e-4, atol=1e-4)
     assert not torch.allclose(expected, base, rtol=1e-2)
 
@@ -93,15 +93,15 @@ def test_liger_without_cuda_is_refused_with_the_way_out(tiny_model):
         build(tiny_model, kernels="liger")
 
 
-def test_the_reference_leaves_what_is_trained_as_it_was(tiny_model, group):
+def test_the_reference_leaves_what_is_trained_as_it_was(tiny_model, bucket):
     """With checkpointing, a layer that is trained all of a sudden would also break the backward pass under way."""
     lora = LoraOptions(rank=2, alpha=4.0)
     policy = build(tiny_model, lora=lora, freeze_layers=2, gradient_checkpointing=True).train()
     trained = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
     assert trained and all("layers.2." in name for name in trained)
-    (logprobs,) = policy((group,)).logprobs
+    (logprobs,) = policy((bucket,)).logprobs
     with torch.no_grad(), policy.without_adapters():
-        policy((group,))
+        policy((bucket,))
     assert {name for name, parameter in policy.named_parameters() if parameter.requires_grad} == trained
     logprobs.sum().backward()
     assert {name for name, parameter in policy.named_parameters() if parameter.grad is not None} == trained

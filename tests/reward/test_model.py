@@ -31,7 +31,7 @@ def padded(side):
     return tokens, mask
 
 
-def group(tokens, mask):
+def bucket(tokens, mask):
     return LengthBucket(tokens=tokens, token_mask=mask, response_mask=mask)
 
 
@@ -62,15 +62,15 @@ def test_padding_side_and_batching_give_one_score(family, request):
     single = torch.cat([model.score(row[None], torch.ones(1, len(row)).bool()) for row in rows()])
     for side in ("right", "left"):
         torch.testing.assert_close(model.score(*padded(side)), single, rtol=0, atol=1e-5)
-    torch.testing.assert_close(model((group(*padded("right")),)).rewards, single, rtol=0, atol=1e-5)
+    torch.testing.assert_close(model((bucket(*padded("right")),)).rewards, single, rtol=0, atol=1e-5)
     assert single.std() > 1e-3
 
 
 @torch.no_grad()
 def test_length_buckets_give_the_scores_of_one_block(tiny_model):
     model = build(tiny_model)
-    whole = model((group(*padded("right")),))
-    split = model(tuple(group(row[None], length_mask(torch.tensor([len(row)]), len(row))) for row in rows()))
+    whole = model((bucket(*padded("right")),))
+    split = model(tuple(bucket(row[None], length_mask(torch.tensor([len(row)]), len(row))) for row in rows()))
     torch.testing.assert_close(split.rewards, whole.rewards, rtol=0, atol=1e-5)
     torch.testing.assert_close(split.embeddings, whole.embeddings, rtol=0, atol=1e-5)
 
@@ -78,7 +78,7 @@ def test_length_buckets_give_the_scores_of_one_block(tiny_model):
 @torch.no_grad()
 def test_an_encoder_scores_and_shows_what_its_head_reads(bert):
     model = build(bert)
-    scores = model((group(*padded("right")),))
+    scores = model((bucket(*padded("right")),))
     single = torch.cat([model.score(row[None], torch.ones(1, len(row)).bool()) for row in rows()])
     torch.testing.assert_close(scores.rewards, single, rtol=0, atol=1e-5)
     assert model._head_input == []
@@ -89,14 +89,14 @@ def test_an_encoder_scores_and_shows_what_its_head_reads(bert):
 def test_rewards_are_float32_in_a_bfloat16_model(tiny_model):
     config = RewardModelConfig(path=str(tiny_model))
     model = build_reward_model(config, dtype=torch.bfloat16, pad_token_id=0, vocabulary=259, seed=0)
-    scores = model((group(*padded("right")),))
+    scores = model((bucket(*padded("right")),))
     assert scores.embeddings.dtype == torch.bfloat16 and scores.rewards.dtype == torch.float32
 
 
 def test_rewards_start_near_zero(tiny_model):
     config = RewardModelConfig(path=str(tiny_model))
     model = build_reward_model(config, dtype=torch.float32, pad_token_id=0, vocabulary=259, seed=0)
-    assert model((group(*padded("right")),)).rewards.abs().max() < 0.6
+    assert model((bucket(*padded("right")),)).rewards.abs().max() < 0.6
 
 
 def test_lora_trains_adapters_above_the_frozen_layers_and_the_head(tiny_model):

@@ -42,13 +42,13 @@ def test_micro_batches_and_tokens_are_those_of_the_run(pairs, ranks):
         real += sum(maker.tokens for maker in makers)
         padded += sum(maker.padded_tokens for maker in makers)
         for batch in (each for mine in batches for each in mine if len(each)):
-            largest = max(largest, sum(group.tokens.numel() for group in batch.groups))
+            largest = max(largest, sum(bucket.tokens.numel() for bucket in batch.buckets))
     assert found.steps_per_epoch == steps
     assert found.total_steps == int(np.ceil(1.5 * steps))
     assert found.micro_batches == pytest.approx(np.mean(counts))
     assert found.tokens_per_step == pytest.approx(real / steps)
     assert found.padded_per_step == pytest.approx(padded / steps, rel=0.02)  # fillers of one token are counted, too
-    assert largest - 3 <= found.load.tokens <= largest  # a filler group may stand beside them
+    assert largest - 3 <= found.load.tokens <= largest  # a filler bucket may stand beside them
 
 
 def test_assumed_lengths_have_the_mean_and_the_limit():

@@ -148,9 +148,9 @@ def test_logprobs_are_what_the_policy_says_of_the_finished_row(make_sampler, tin
     found = make_sampler(policy, range(0, VOCABULARY, 20), max_new_tokens=15, **sampling).generate(prompts, seeds)
     for prompt, response in zip(prompts, found, strict=True):
         whole = np.concatenate([prompt, response.tokens])
-        group = length_bucket([Row(whole, np.arange(len(whole)) >= len(prompt))])
+        bucket = length_bucket([Row(whole, np.arange(len(whole)) >= len(prompt))])
         with torch.no_grad():
-            (logprobs,) = policy((group,), temperature=sampling.get("temperature", 1.0)).logprobs
+            (logprobs,) = policy((bucket,), temperature=sampling.get("temperature", 1.0)).logprobs
         expected = logprobs[0, len(prompt) - 1 :].numpy()
         np.testing.assert_allclose(response.logprobs, expected, rtol=0, atol=2e-5)
 
@@ -229,8 +229,8 @@ def test_sampling_leaves_the_model_as_it_was(tiny_policy, make_sampler, prompts,
     sampler.generate(prompts, seeds)
     assert policy.training and policy.hf.model.layers[0].training
     assert policy.hf.config._attn_implementation == "sdpa"
-    group = length_bucket([Row(prompts[0], prompts[0] >= 0)])
-    policy((group,)).logprobs[0].sum().backward()
+    bucket = length_bucket([Row(prompts[0], prompts[0] >= 0)])
+    policy((bucket,)).logprobs[0].sum().backward()
     assert policy.hf.model.embed_tokens.weight.grad.abs().sum() > 0
 
 

@@ -31,7 +31,7 @@ def shared(tiny_config, tiny_tokenizer, alone):
 
 
 @pytest.fixture
-def group():
+def bucket():
     generator = torch.Generator().manual_seed(0)
     rows = []
     for length in (9, 14, 6):
@@ -40,51 +40,51 @@ def group():
     return length_bucket(rows)
 
 
-def logprobs(policy, group):
+def logprobs(policy, bucket):
     with torch.no_grad():
-        return policy.forward((group,)).logprobs[0]
+        return policy.forward((bucket,)).logprobs[0]
 
 
-def test_the_critic_learns_and_the_policy_stays_what_it_was(shared, group):
+def test_the_critic_learns_and_the_policy_stays_what_it_was(shared, bucket):
     policy, critic = shared
-    before, losses = logprobs(policy, group), []
+    before, losses = logprobs(policy, bucket), []
     start = {name: value.detach().clone() for name, value in critic.module.named_parameters()}
-    mask = group.response_mask[:, 1:]
+    mask = bucket.response_mask[:, 1:]
     for _ in range(30):
         with torch.no_grad(), policy.module.without_adapters():
-            policy.forward((group,))  # the reference of a step switches adapters off and on
-        (values,) = critic.forward((group,))
+            policy.forward((bucket,))  # the reference of a step switches adapters off and on
+        (values,) = critic.forward((bucket,))
         loss = (values - 1.5)[mask].square().mean()
         critic.backward(loss, last=True)
         assert critic.step().applied
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.05 * losses[0]
-    torch.testing.assert_close(logprobs(policy, group), before, rtol=0, atol=0)
+    torch.testing.assert_close(logprobs(policy, bucket), before, rtol=0, atol=0)
     moved = {name for name, value in critic.module.named_parameters() if not torch.equal(value, start[name])}
     assert "score.weight" in moved
     assert sum(name.startswith("adapters") for name in moved) > 10
 
 
-def test_the_policy_learns_and_the_values_stay_what_they_were(shared, group):
+def test_the_policy_learns_and_the_values_stay_what_they_were(shared, bucket):
     policy, critic = shared
     with torch.no_grad():
-        (before,) = critic.forward((group,))
-    start = logprobs(policy, group)
+        (before,) = critic.forward((bucket,))
+    start = logprobs(policy, bucket)
     for _ in range(5):
-        policy.backward(-policy.forward((group,)).logprobs[0].sum(), last=True)
+        policy.backward(-policy.forward((bucket,)).logprobs[0].sum(), last=True)
         policy.step()
-    assert float((logprobs(policy, group) - start).sum()) > 1
+    assert float((logprobs(policy, bucket) - start).sum()) > 1
     with torch.no_grad():
-        torch.testing.assert_close(critic.forward((group,))[0], before, rtol=0, atol=0)
+        torch.testing.assert_close(critic.forward((bucket,))[0], before, rtol=0, atol=0)
 
 
-def test_values_are_those_of_a_classifier_on_the_base_as_long_as_the_adapter_is_new(shared, group, tiny_model):
+def test_values_are_those_of_a_classifier_on_the_base_as_long_as_the_adapter_is_new(shared, bucket, tiny_model):
     _, critic = shared
     plain = AutoModelForCausalLM.from_pretrained(tiny_model).base_model
-    states = plain(input_ids=group.tokens, attention_mask=group.token_mask.long()).last_hidden_state
-    expected = (states @ critic.module.score.weight.T).squeeze(-1)[:, :-1] * group.response_mask[:, 1:]
+    states = plain(input_ids=bucket.tokens, attention_mask=bucket.token_mask.long()).last_hidden_state
+    expected = (states @ critic.module.score.weight.T).squeeze(-1)[:, :-1] * bucket.response_mask[:, 1:]
     with torch.no_grad():
-        torch.testing.assert_close(critic.forward((group,))[0], expected, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(critic.forward((bucket,))[0], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_a_run_publishes_a_policy_without_the_second_adapter(tiny_config, alone):

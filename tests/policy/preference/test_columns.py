@@ -11,7 +11,7 @@ from rlhf.data.batching import MicroBatchPlan, collate
 
 @pytest.fixture
 def batch(tiny_data):
-    """Three pairs in three groups, one of them filler."""
+    """Three pairs in three buckets, one of them filler."""
     plan = MicroBatchPlan((0, 1, 2), ((0, 3, 5), (1, 2, 4)), 0)
     return collate(tiny_data.train, np.array([4, 7, 9]), plan, 3)
 
@@ -27,7 +27,7 @@ def by_hand(model, pair):
 
 
 def test_sums_split_where_the_shorter_response_ends(batch, tiny_policy, tiny_data):
-    sums = row_sums(tiny_policy()(batch.groups), batch)
+    sums = row_sums(tiny_policy()(batch.buckets), batch)
     lengths = response_lengths(batch)
     for place, index in enumerate((4, 7, 9)):
         sides = list(by_hand(tiny_policy(), tiny_data.train.pair(index)))
@@ -42,7 +42,7 @@ def test_sums_split_where_the_shorter_response_ends(batch, tiny_policy, tiny_dat
 def test_padding_and_neighbors_do_not_change_a_row(batch, tiny_policy, tiny_data):
     model = tiny_policy()
     alone = collate(tiny_data.train, np.array([7]), MicroBatchPlan((0,), ((0,), (1,)), 0), 2)
-    together, single = row_sums(model(batch.groups), batch), row_sums(model(alone.groups), alone)
+    together, single = row_sums(model(batch.buckets), batch), row_sums(model(alone.buckets), alone)
     torch.testing.assert_close(together.head[:, 1], single.head[:, 0], rtol=1e-5, atol=1e-4)
 
 
@@ -73,7 +73,7 @@ def test_without_a_reference_there_are_no_ratios(batch):
 
 def test_embeddings_are_means_over_the_response_alone(batch, tiny_policy, tiny_data):
     model = tiny_policy()
-    chosen, _ = batch.sides(model(batch.groups, with_embeddings=True).embeddings)
+    chosen, _ = batch.sides(model(batch.buckets, with_embeddings=True).embeddings)
     pair = tiny_data.train.pair(4)
     states = model.hf.base_model(input_ids=torch.from_numpy(pair.chosen).long()[None]).last_hidden_state
     torch.testing.assert_close(chosen[0], states[0, pair.chosen_response_start :].mean(dim=0), rtol=1e-4, atol=1e-5)

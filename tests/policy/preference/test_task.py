@@ -240,7 +240,7 @@ def test_kto_does_not_depend_on_micro_batches(unpaired_task):
 def test_kto_is_the_formula_on_matched_and_mismatched_rows(unpaired_task, tiny_policy):
     engine, task = unpaired_task(5000)
     (batch,) = task.micro_batches(0)
-    policy, reference = (row_sums(tiny_policy(noise)(batch.groups), batch) for noise in (0.03, 0.0))
+    policy, reference = (row_sums(tiny_policy(noise)(batch.buckets), batch) for noise in (0.03, 0.0))
     ratios = (policy.head + policy.tail - reference.head - reference.tail).detach()
     kl = ratios[1].mean().clamp_min(0)
     signs = batch.labels.float() * 2 - 1

@@ -7,9 +7,9 @@ from rlhf.data.batching import (
     Item,
     MicroBatchPlan,
     Row,
+    buckets_per_micro_step,
     collate,
     global_batch,
-    groups_per_micro_step,
     plan_micro_batches,
     steps_per_epoch,
 )
@@ -41,18 +41,18 @@ def test_every_pair_is_planned_once_and_the_budget_holds(lengths, budget, ranks,
     assert sorted(pair for part in parts for pair in part.items) == list(range(len(lengths)))
     assert all(len(micro_step) == ranks for micro_step in plan)
     for part in parts:
-        rows = [row for group in part.groups for row in group]
+        rows = [row for bucket in part.buckets for row in bucket]
         assert sorted(rows) == list(range(2 * len(part.items)))
-        assert len(part.groups) <= length_buckets
+        assert len(part.buckets) <= length_buckets
         assert part.padded_tokens <= budget or len(part.items) == 1
 
 
-def cheapest_split(rows, groups):
+def cheapest_split(rows, buckets):
     """Least padded tokens by trying every cut: a slow second opinion."""
     rows = sorted(rows, reverse=True)
-    if groups == 1 or len(rows) == 1:
+    if buckets == 1 or len(rows) == 1:
         return rows[0] * len(rows)
-    cuts = (rows[0] * cut + cheapest_split(rows[cut:], groups - 1) for cut in range(1, len(rows)))
+    cuts = (rows[0] * cut + cheapest_split(rows[cut:], buckets - 1) for cut in range(1, len(rows)))
     return min(rows[0] * len(rows), *cuts)
 
 
@@ -67,8 +67,8 @@ def test_length_buckets_are_the_fewest_that_come_near_the_cheapest_there_are(len
     enough = 1.04 * cheapest_split(rows, length_buckets)
     fewest = next(count for count in range(1, length_buckets + 1) if cheapest_split(rows, count) <= enough)
     assert part.padded_tokens == cheapest_split(rows, fewest)
-    assert len(part.groups) <= fewest
-    assert part.padded_tokens == sum(max(rows[row] for row in group) * len(group) for group in part.groups)
+    assert len(part.buckets) <= fewest
+    assert part.padded_tokens == sum(max(rows[row] for row in bucket) * len(bucket) for bucket in part.buckets)
 
 
 def test_ranks_get_nearly_equal_work():
@@ -115,8 +115,8 @@ def test_order_puts_rows_back_to_chosen_then_rejected():
     source = Source([[3, 9], [8, 2], [5, 5]])
     indices = np.array([2, 0, 1])
     (parts,) = plan_micro_batches(source.lengths[indices], token_budget=1000, ranks=1, length_buckets=3)
-    batch = collate(source, indices, parts[0], groups_per_micro_step(parts))
-    first_tokens = torch.cat([group.tokens[:, 0] for group in batch.groups])[batch.order]
+    batch = collate(source, indices, parts[0], buckets_per_micro_step(parts))
+    first_tokens = torch.cat([bucket.tokens[:, 0] for bucket in batch.buckets])[batch.order]
     dataset = indices[batch.positions.numpy()]
     assert first_tokens.tolist() == [*(10 * dataset), *(10 * dataset + 1)]
     assert batch.row_ids == tuple(f"rows.jsonl:{index + 1}" for index in dataset)
@@ -125,15 +125,15 @@ def test_order_puts_rows_back_to_chosen_then_rejected():
 def test_masks_come_from_lengths_even_where_tokens_equal_zero():
     source = Source([[4, 2]])
     plan = MicroBatchPlan((0,), ((0, 1),), 8)
-    (group,) = collate(source, np.array([0]), plan, 1).groups
-    assert group.token_mask.tolist() == [[True] * 4, [True, True, False, False]]
-    assert group.response_mask.tolist() == [[False, True, True, True], [False, True, False, False]]
+    (bucket,) = collate(source, np.array([0]), plan, 1).buckets
+    assert bucket.token_mask.tolist() == [[True] * 4, [True, True, False, False]]
+    assert bucket.response_mask.tolist() == [[False, True, True, True], [False, True, False, False]]
 
 
 def test_filler_has_the_groups_of_the_others_and_no_pair():
     source = Source([[4, 2]])
     filler = collate(source, np.array([0]), MicroBatchPlan((), (), 0), 3)
-    assert len(filler) == 0 and len(filler.groups) == 3
+    assert len(filler) == 0 and len(filler.buckets) == 3
     assert filler.order.shape == (0,)
 
 
@@ -141,7 +141,7 @@ def test_single_rows_are_items_too():
     source = Source([[4], [9], [2]])
     (parts,) = plan_micro_batches(source.lengths, token_budget=100, ranks=1, length_buckets=2)
     batch = collate(source, np.array([0, 1, 2]), parts[0], 2)
-    (firsts,) = batch.sides(torch.cat([group.tokens[:, 0] for group in batch.groups]))
+    (firsts,) = batch.sides(torch.cat([bucket.tokens[:, 0] for bucket in batch.buckets]))
     assert firsts.tolist() == [10 * index for index in batch.indices.tolist()]
 
 
