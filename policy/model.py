@@ -11,6 +11,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
+from policy.self_check import check_logprobs
 from rlhf.core.errors import ModelError
 from rlhf.core.logprobs import TokenLogprobs, head_logits, token_logprobs
 from rlhf.data.batching import LengthBucket
@@ -142,6 +143,16 @@ class PolicyModel(nn.Module):
             for parameter, wanted in zip(self.parameters(), trained, strict=True):
                 parameter.requires_grad_(wanted)
 
+    @contextlib.contextmanager
+    def as_plain(self) -> Iterator[None]:
+        """Inside, ``hf`` is the plain Transformers model, and this object cannot be asked."""
+        head = self.hf.get_output_embeddings()
+        head.__class__ = nn.Linear
+        try:
+            yield
+        finally:
+            head.__class__ = LogprobHead
+
     def plain(self) -> PreTrainedModel:
         """The Transformers model with its own output projection again. Ends the use of this object."""
         self.hf.get_output_embeddings().__class__ = nn.Linear
@@ -200,6 +211,9 @@ def build_policy(config: PolicyConfig, *, dtype: torch.dtype, vocabulary: int, s
     """
     torch.manual_seed(seed)
     hf = backbones.load_causal_lm(config, dtype=dtype, vocabulary=vocabulary)
+    model = PolicyModel(hf)
+    check_logprobs(model, f"model.path = {config.path}")
+    backbones.apply_kernels(hf, config)
     adapter = None
     if config.lora is not None:
         adapter = backbones.add_lora(hf, config.lora, freeze_layers=config.freeze_layers)
@@ -207,7 +221,6 @@ def build_policy(config: PolicyConfig, *, dtype: torch.dtype, vocabulary: int, s
         backbones.freeze_lower_layers(hf, config.freeze_layers)
     if config.gradient_checkpointing:
         backbones.checkpoint_activations(hf)
-    model = PolicyModel(hf)
     if adapter is not None:
         object.__setattr__(model, "_adapters", (adapter,))  # a plain tuple: its weights are hf's own
     return model

@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM
 from policy.evaluation.options import SamplingSettings
 from policy.evaluation.results import PolicyEvaluation, markdown
 from policy.evaluation.sampling import Sample, sample_responses
+from policy.generation.check import check_sampling
 from policy.model import PolicyModel
+from policy.self_check import check_logprobs
 from reward.function import RewardFunction
 from rlhf.core.errors import DataError, ModelError
 from rlhf.core.files import write_json, write_text
@@ -105,7 +107,11 @@ def _open(folder: Path) -> Frozen:
         hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder}: cannot be loaded as a causal language model: {error}") from error
-    return ReplicatedModel(PolicyModel(hf), single_rank())
+    policy = PolicyModel(hf)
+    check_logprobs(policy, str(folder))
+    model = ReplicatedModel(policy, single_rank())
+    check_sampling(model, str(folder))
+    return model
 
 
 def _rewards(reward: RewardFunction, prompts: Sequence[str], samples: Sequence[Sample]) -> NDArray[np.float64]:

@@ -6,11 +6,8 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
-
-NAME = "sdpa_grouped"
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
 def grouped_sdpa(
@@ -39,19 +36,15 @@ def grouped_sdpa(
     return found.reshape(rows, 1, heads, found.shape[-1]), None
 
 
-AttentionInterface.register(NAME, grouped_sdpa)
-AttentionMaskInterface.register(NAME, sdpa_mask)
-
-
 @contextlib.contextmanager
-def grouped_attention(model: nn.Module) -> Iterator[None]:
-    """Let the parts of ``model`` that attend by "sdpa" do it by :func:`grouped_sdpa` inside the block."""
-    settings: dict[int, Any] = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
-    changed = [each for each in settings.values() if getattr(each, "_attn_implementation", None) == "sdpa"]
+def grouped_attention() -> Iterator[None]:
+    """Inside, models that attend by Transformers' "sdpa" do it by :func:`grouped_sdpa`.
+
+    The function changes and not its name: there are models whose code asks whether the name is "sdpa".
+    """
+    functions = ALL_ATTENTION_FUNCTIONS
+    functions["sdpa"] = grouped_sdpa
     try:
-        for each in changed:
-            each._attn_implementation_internal = NAME
         yield
     finally:
-        for each in changed:
-            each._attn_implementation_internal = "sdpa"
+        del functions["sdpa"]  # the one of Transformers is there again

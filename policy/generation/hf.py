@@ -71,7 +71,7 @@ class HfSampler:
             raise ValueError(f"{len(rows)} prompts, {len(seeds)} seeds: expected one each, and no empty prompt")
         order = sorted(range(len(rows)), key=lambda place: (len(rows[place]), rows[place].tobytes()))
         found: dict[int, Response] = {}
-        with asking(self._model), grouped_attention(self._model.module):
+        with asking(self._model), grouped_attention():
             for start in range(0, len(order), self._config.batch_rows):
                 places = order[start : start + self._config.batch_rows]
                 responses = self._decode([rows[place] for place in places], [seeds[place] for place in places])

@@ -6,6 +6,7 @@ from typing import Literal
 import numpy as np
 
 from policy.generation.api import Response
+from policy.generation.check import check_sampling
 from policy.generation.hf import HfSampler
 from policy.generation.options import SamplingConfig
 from policy.generation.weights import RolloutWeights
@@ -27,6 +28,7 @@ class TrainingSampler:
     ) -> None:
         """``build`` makes a policy of the same shape, and ``gather`` says whether; see :class:`RolloutWeights`."""
         self._weights = RolloutWeights(engine, build, gather)
+        check_sampling(self._weights.model, "the policy")
         self._sampler = HfSampler(
             self._weights.model,
             config,

@@ -91,8 +91,6 @@ def _load(
         model.resize_token_embeddings(vocabulary)
     if not config.dropout:
         switch_dropout_off(model)
-    if config.kernels == "liger":
-        apply_liger(model)
     return model
 
 
@@ -134,6 +132,12 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
     model.disable_input_require_grads()
 
 
+def apply_kernels(model: PreTrainedModel, config: BackboneConfig) -> None:
+    """Give a loaded and checked model the fused kernels that the recipe asks for: they run on a GPU only."""
+    if config.kernels == "liger":
+        apply_liger(model)
+
+
 def apply_liger(model: PreTrainedModel) -> None:
     """Replace norms, rotary embeddings and MLPs of a loaded model by Liger's fused kernels.
 
@@ -153,11 +157,25 @@ def apply_liger(model: PreTrainedModel) -> None:
     monkey_patch._apply_liger_kernel_to_instance(model=model)
 
 
+LOGIT_FACTORS = {"hyperclovax": "logits_scaling", "falcon_h1": "lm_head_multiplier"}
+"""By type of model, the setting that multiplies its logits, where its name does not tell."""
+LOGIT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""Settings that bound the logits: of Gemma 2, RecurrentGemma and xLSTM."""
+
+
 def logit_options(settings: PretrainedConfig) -> dict[str, float | None]:
-    """What a model does to its logits: keyword arguments of :func:`rlhf.core.logprobs.token_logprobs`."""
-    scale = getattr(settings, "logit_scale", None) or 1.0  # Cohere multiplies
-    scale /= getattr(settings, "logits_scaling", None) or 1.0  # Granite divides
-    return {"logit_scale": scale, "softcap": getattr(settings, "final_logit_softcapping", None)}  # Gemma 2
+    """What a model does to its logits: keyword arguments of :func:`rlhf.core.logprobs.token_logprobs`.
+
+    Taken from names in its configuration; ``policy.self_check`` finds out where that is wrong.
+    """
+    factor = LOGIT_FACTORS.get(settings.model_type)
+    if factor is not None:
+        scale = getattr(settings, factor)
+    else:
+        scale = getattr(settings, "logit_scale", None) or 1.0  # Cohere multiplies
+        scale /= getattr(settings, "logits_scaling", None) or 1.0  # Granite divides
+    caps = (getattr(settings, name, None) for name in LOGIT_CAPS)
+    return {"logit_scale": scale, "softcap": next((cap for cap in caps if cap is not None), None)}
 
 
 def weights_digest(config: BackboneConfig) -> str:
