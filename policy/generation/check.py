@@ -1,7 +1,7 @@
 """The sampler's log-probabilities against those of a forward pass, before anything is sampled.
 
-The sampler feeds tokens one by one to a model with a cache of its own. That a family of models takes both as the sampler
-means them is not sure; a few tokens show it.
+The sampler feeds tokens one by one to a model with a cache of its own. That a family of models takes both as the
+sampler means them is not sure; a few tokens show it.
 """
 
 import numpy as np
@@ -43,8 +43,8 @@ def check_sampling(model: Frozen, path: str) -> None:
         raise
     except Exception as error:  # whatever a model's own code raises
         raise ModelError(
-            f"{path} ({type(policy.hf).__name__}) cannot be sampled from token by token with a cache of keys and values "
-            f"({type(error).__name__}: {str(error)[:300]}); take a model of another family (docs/models.md)"
+            f"{path} ({type(policy.hf).__name__}) cannot be sampled from token by token with a cache of keys and "
+            f"values ({type(error).__name__}: {str(error)[:300]}); take a model of another family (docs/models.md)"
         ) from error
     worst = 0.0
     for prompt, response in zip(prompts, drawn, strict=True):

@@ -27,8 +27,8 @@ FAMILIES = {
     "phi3": {},
     # heads that were guessed wrong before: a scale that multiplies, a multiplier of another name, a bound
     "hyperclovax": {"logits_scaling": 7.0},
-    "falcon_h1": {"lm_head_multiplier": 3.0, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8,
-                  "mamba_n_groups": 1, "mamba_chunk_size": 8, "head_dim": 8},
+    "falcon_h1": {"lm_head_multiplier": 3.0, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8,
+                  "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8, "head_dim": 8},
     # code that asks whether the name of the attention is "sdpa"
     "falcon": {"num_kv_heads": 2, "new_decoder_architecture": True, "alibi": False},
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
