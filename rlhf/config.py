@@ -11,7 +11,7 @@ import difflib
 import json
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -29,6 +29,7 @@ from rlhf.config_options import (
     nearest,
     option_help,
     options,
+    renamed_keys,
     result_values,
     shown,
     to_dict,
@@ -205,13 +206,14 @@ def _explain(error: ValidationError, merged: Any, config_class: type) -> list[st
     that the value was not meant for, or from a tuple that finds itself short because of its invalid items.
     """
     known = [option.key for option in options(config_class)]
+    renamed = dict(renamed_keys(config_class))
     located = [(details, *_locate(details, merged)) for details in error.errors(include_url=False)]
     problems: dict[str, list[str]] = {}
     for details, path, value in located:
         if any(inner.startswith((f"{path}.", f"{path}[")) for _, inner, _ in located):
             continue
         subject = path if value is UNSET else f"{path} = {shown(value, quote=True)}"
-        problems.setdefault(subject, []).append(_complaint(details, path, known))
+        problems.setdefault(subject, []).append(_complaint(details, path, known, renamed))
     return [f"{subject}: {' or '.join(words)}".removeprefix(": ") for subject, words in problems.items()]
 
 
@@ -233,11 +235,11 @@ def _locate(details: ErrorDetails, merged: Any) -> tuple[str, Any]:
     return path.lstrip("."), value
 
 
-def _complaint(details: ErrorDetails, path: str, known: Sequence[str]) -> str:
+def _complaint(details: ErrorDetails, path: str, known: Sequence[str], renamed: Mapping[str, str]) -> str:
     if details["type"] == "missing":
         return f"required, but not set (in the recipe, or as {path}=...)"
     if details["type"] == "unexpected_keyword_argument":
-        near = nearest(path, known)
+        near = renamed.get(path) or nearest(path, known)
         return f"unknown key (did you mean {near}?)" if near else "unknown key (--help lists all)"
     if details["type"] == "dataclass_type":
         return "a section, which takes a mapping of options and not a single value"

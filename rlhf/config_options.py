@@ -9,10 +9,10 @@ import functools
 import json
 import re
 import textwrap
+import types
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import GenericAlias
 from typing import Any, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter
@@ -20,7 +20,7 @@ from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import to_jsonable_python
 from pydantic_core.core_schema import DataclassSchema, WithDefaultSchema
 
-from rlhf.core.annotations import NoResult
+from rlhf.core.annotations import Formerly, NoResult
 
 ConfigT = TypeVar("ConfigT")
 Schema = dict[str, Any]
@@ -57,7 +57,7 @@ class Option:
 
 def adapter(config_class: type[ConfigT]) -> TypeAdapter[tuple[ConfigT]]:
     """A validator of one config in a tuple: pydantic takes no settings beside a bare dataclass."""
-    return _adapter(GenericAlias(tuple, (config_class,)))
+    return _adapter(types.GenericAlias(tuple, (config_class,)))
 
 
 @functools.cache
@@ -91,6 +91,25 @@ def without_result(config_class: type) -> frozenset[str]:
     hints = typing.get_type_hints(config_class, include_extras=True)
     marks = {name: getattr(hint, "__metadata__", ()) for name, hint in hints.items()}
     return frozenset(name for name, found in marks.items() if any(isinstance(mark, NoResult) for mark in found))
+
+
+def renamed_keys(config_class: type, path: str = "") -> Iterator[tuple[str, str]]:
+    """Keys of earlier recipes, each with the dotted path that it has now, as the fields say (``Formerly``)."""
+    for name, hint in typing.get_type_hints(config_class, include_extras=True).items():
+        for mark in getattr(hint, "__metadata__", ()):
+            if isinstance(mark, Formerly):
+                yield f"{path}{mark.key}", f"{path}{name}" + (f".{mark.entry}" if mark.entry else "")
+        for section in _sections_of(hint):
+            yield from renamed_keys(section, f"{path}{name}.")
+
+
+def _sections_of(hint: Any) -> Iterator[type]:
+    """The config dataclasses that a value of this type may be."""
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        yield hint
+    elif typing.get_origin(hint) in (typing.Annotated, typing.Union, types.UnionType):
+        for choice in typing.get_args(hint):
+            yield from _sections_of(choice)
 
 
 def default_values(config_class: type) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from policy.model import PolicyOutput
 from policy.preference.config import LossConfig
-from policy.preference.modifiers import divergence_scores, length_desensitised
+from policy.preference.modifiers import divergence_scores, length_desensitized
 from rlhf.data.batching import Batch
 from rlhf.engine.ranks import Ranks
 
@@ -61,11 +61,11 @@ class View:
 
 def view(policy: RowSums, reference: RowSums | None, batch: Batch, loss: LossConfig) -> View:
     """Put together what ``loss`` can read of ``batch``."""
-    logprobs = length_desensitised(policy.head, policy.tail, loss.tail_weight)
+    logprobs = length_desensitized(policy.head, policy.tail, loss.tail_weight)
     columns = _by_side("logprobs", logprobs) | _by_side("lengths", response_lengths(batch))
     drift = None
     if reference is not None:
-        ratios = logprobs - length_desensitised(reference.head, reference.tail, loss.tail_weight)
+        ratios = logprobs - length_desensitized(reference.head, reference.tail, loss.tail_weight)
         columns |= _by_side("logratios", divergence_scores(ratios, loss.divergence, loss.divergence_alpha))
         drift = (policy.head + policy.tail - reference.head - reference.tail).detach()
     if batch.labels is not None:

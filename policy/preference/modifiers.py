@@ -92,7 +92,7 @@ def wpo_weights(
     return torch.exp(chosen + rejected).detach()
 
 
-def length_desensitised(head: Tensor, tail: Tensor, alpha: float) -> Tensor:
+def length_desensitized(head: Tensor, tail: Tensor, alpha: float) -> Tensor:
     r"""LD-DPO: summed log-probabilities in which tokens past the length of the pair's shorter response count less.
 
         log-probability = head + alpha tail

@@ -10,3 +10,16 @@ class NoResult:
     It stands outermost: ``field: Annotated[float | None, NoResult()]``. A stage whose recipe differs in such
     fields alone is not done again.
     """
+
+
+@dataclass(frozen=True)
+class Formerly:
+    """Names the key that a field had in earlier recipes; whoever still writes it is told the new one.
+
+    It stands outermost, as ``NoResult`` does: ``length_buckets: Annotated[int, Formerly("row_groups")]``.
+    """
+
+    key: str
+    """The old key, in the same section."""
+    entry: str = ""
+    """Where the field holds a mapping, the entry of it that took the place of the key."""

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt
 
-from rlhf.core.annotations import NoResult
+from rlhf.core.annotations import Formerly, NoResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +17,7 @@ class TrainConfig:
     be smaller."""
     micro_batch_tokens: Annotated[int, Gt(0)] = 8192
     """Padded tokens that one rank computes at once. Lower it when memory runs out: results do not change."""
-    length_buckets: Annotated[int, Gt(0)] = 4
+    length_buckets: Annotated[int, Gt(0), Formerly("row_groups")] = 4
     """Blocks of own padded length in a micro-batch: more blocks, less padding, more kernel launches."""
     epochs: Annotated[float, Gt(0)] = 1.0
     """Passes over the training data."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from policy.preference.losses import LOSSES
-from policy.preference.modifiers import DIVERGENCE_LOSSES, divergence_scores, length_desensitised, wpo_weights
+from policy.preference.modifiers import DIVERGENCE_LOSSES, divergence_scores, length_desensitized, wpo_weights
 
 KINDS = ("reverse_kl", "forward_kl", "js", "alpha")
 
@@ -102,11 +102,11 @@ def test_wpo_weights_carry_no_gradient_and_refuse_unlike_shapes():
 
 def test_the_tail_counts_by_alpha():
     head, tail = f64(-4, -6), f64(-10, 0)
-    assert length_desensitised(head, tail, 0.3).tolist() == [-7, -6]
-    assert length_desensitised(head, tail, 0.0).tolist() == [-4, -6]
-    assert length_desensitised(head, tail, 1.0).tolist() == [-14, -6]
+    assert length_desensitized(head, tail, 0.3).tolist() == [-7, -6]
+    assert length_desensitized(head, tail, 0.0).tolist() == [-4, -6]
+    assert length_desensitized(head, tail, 1.0).tolist() == [-14, -6]
     for alpha in (-0.1, 1.1, math.nan):
         with pytest.raises(ValueError, match=f"alpha must be in .*not {alpha}"):
-            length_desensitised(head, tail, alpha)
+            length_desensitized(head, tail, alpha)
     with pytest.raises(ValueError, match=r"'tail': \(2, 1\)"):
-        length_desensitised(head, tail[:, None], 0.5)
+        length_desensitized(head, tail[:, None], 0.5)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from policy.preference.losses import LOSSES, sigmoid_loss
-from policy.preference.modifiers import divergence_scores, length_desensitised, wpo_weights
+from policy.preference.modifiers import divergence_scores, length_desensitized, wpo_weights
 
 pytestmark = pytest.mark.slow
 
@@ -188,11 +188,11 @@ def test_ld_dpo(trl):
     shorter = torch.minimum(*rows.lengths.chunk(2)).repeat(2)[:, None]
     inside = rows.positions < shorter
 
-    def desensitised(tokens):
-        return length_desensitised(rows.sums(tokens, inside), rows.sums(tokens, ~inside), 0.3)
+    def desensitized(tokens):
+        return length_desensitized(rows.sums(tokens, inside), rows.sums(tokens, ~inside), 0.3)
 
-    theirs = dpo_trainer_loss(trl, rows, ["sigmoid"], desensitised(rows.reference), ld_alpha=0.3)
-    chosen, rejected = (desensitised(rows.tokens) - desensitised(rows.reference)).chunk(2)
+    theirs = dpo_trainer_loss(trl, rows, ["sigmoid"], desensitized(rows.reference), ld_alpha=0.3)
+    chosen, rejected = (desensitized(rows.tokens) - desensitized(rows.reference)).chunk(2)
     assert_same(theirs, sigmoid_loss(chosen, rejected).mean(), rows.tokens)
 
 
