@@ -24,7 +24,8 @@ from rlhf.data.preferences import load_preferences
 from rlhf.engine.local import LocalEngine
 from rlhf.engine.options import EngineConfig, OptimizerConfig
 from rlhf.engine.ranks import Ranks
-from rlhf.models.tokenizer import load_tokenizer, required_embedding_rows
+from rlhf.models.tokenizer import required_embedding_rows
+from rlhf.train.chat import load_chat
 from rlhf.train.options import TrainConfig
 
 
@@ -55,13 +56,13 @@ def measure_step(options: argparse.Namespace, scope: str) -> tuple[float, float]
         train=TrainConfig(global_batch_size=64, micro_batch_tokens=options.micro_batch_tokens),
         engine=EngineConfig(kind="local"),
     )
-    tokenizer = load_tokenizer(options.model)
-    data = load_preferences(config.data, tokenizer)
+    chat = load_chat(options.model)
+    data = load_preferences(config.data, chat)
     module = build_reward_model(
         config.model,
         dtype=torch.float32,
-        pad_token_id=tokenizer.pad_token_id,
-        vocabulary=required_embedding_rows(tokenizer),
+        pad_token_id=chat.tokenizer.pad_token_id,
+        vocabulary=required_embedding_rows(chat.tokenizer),
         seed=0,
     )
     ranks = Ranks(rank=0, world_size=1, local_rank=0, local_size=1, device=torch.device("cpu"))

@@ -8,7 +8,7 @@ import argparse
 from rlhf.data.batching import global_batch, plan_micro_batches
 from rlhf.data.options import DataConfig
 from rlhf.data.preferences import load_preferences
-from rlhf.models.tokenizer import load_tokenizer
+from rlhf.train.chat import load_chat
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -21,7 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> None:
     options = build_parser().parse_args()
     config = DataConfig(train=options.data, eval_share=0.0)
-    lengths = load_preferences(config, load_tokenizer(options.model)).train.lengths.astype(int)
+    lengths = load_preferences(config, load_chat(options.model)).train.lengths.astype(int)
     ours = fixed = real = 0
     for step in range(len(lengths) // 64):
         batch = lengths[global_batch(step, items=len(lengths), batch_size=64, seed=0)]

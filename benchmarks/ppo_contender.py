@@ -26,14 +26,13 @@ from policy.ppo.config import (
 )
 from policy.ppo.stage import run
 from policy.ppo.task import PpoTask
-from rlhf.core.tokenizers import tokenizer_digest
 from rlhf.data.options import PromptDataConfig
-from rlhf.data.templates import chat_format
 from rlhf.engine.options import EngineConfig, OptimizerConfig
 from rlhf.engine.ranks import start_ranks, stop_ranks
 from rlhf.models.manifest import Manifest, write_manifest
-from rlhf.models.tokenizer import load_tokenizer, pad_policy
+from rlhf.train.chat import load_chat
 from rlhf.train.options import TrainConfig
+from rlhf.train.publishing import text_form
 
 
 def main() -> int:
@@ -117,14 +116,11 @@ def recipe(settings: dict[str, Any]) -> PpoConfig:
 def with_manifest(settings: dict[str, Any], folder: Path) -> Path:
     """The reward model as a run of the reward stage would have published it."""
     shutil.copytree(settings["reward"], folder)
-    tokenizer = load_tokenizer(settings["policy"])
+    chat = load_chat(settings["policy"])
     manifest = Manifest(
         stage="reward",
         base_model=settings["policy"],
-        template_digest=chat_format(tokenizer, None).digest,
-        tokenizer_digest=tokenizer_digest(tokenizer),
-        pad_policy=pad_policy(tokenizer),
-        vocabulary_size=len(tokenizer),
+        **text_form(chat),
         head_kind="linear",
         head_dtype="float32",
         rewards=None,

@@ -15,14 +15,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from reward.model import RewardModel, load_reward_model
 from rlhf.core.errors import DataError, ModelError
 from rlhf.core.masking import length_mask
-from rlhf.core.tokenizers import tokenizer_digest
 from rlhf.data.options import ColumnConfig, SourceConfig
 from rlhf.data.records import BadRow, to_conversations
 from rlhf.data.sources import open_source
-from rlhf.data.templates import ChatFormat, TemplateFault, chat_format
+from rlhf.data.templates import ChatFormat, TemplateFault
 from rlhf.models.backbones import hide_loading_bars
 from rlhf.models.manifest import MANIFEST_NAME, read_manifest
-from rlhf.models.tokenizer import load_tokenizer
+from rlhf.train.chat import load_chat
 
 CHUNK_ROWS = 256
 
@@ -78,12 +77,19 @@ def load_scorer(folder: Path) -> tuple[RewardModel, ChatFormat]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     model = load_reward_model(folder, dtype=dtype).eval().to(device)
-    tokenizer = load_tokenizer(folder)
+    chat = load_chat(folder)
     if (folder / MANIFEST_NAME).is_file():
         manifest = read_manifest(folder)
-        if manifest.tokenizer_digest != tokenizer_digest(tokenizer):
-            raise ModelError(f"{folder}: the tokenizer is not the one of the manifest; copy the folder anew")
-    return model, chat_format(tokenizer, None)
+        for name, found, trained in (
+            ("tokenizer", chat.tokenizer_digest, manifest.tokenizer_digest),
+            ("chat template", chat.digest, manifest.template_digest),
+        ):
+            if found != trained:
+                raise ModelError(
+                    f"{folder}: the {name} ({found}) is not the one that the model was trained with ({trained}): it "
+                    "was changed since, or published by an earlier version; copy the folder or publish the model anew"
+                )
+    return model, chat
 
 
 @torch.inference_mode()

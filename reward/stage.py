@@ -31,7 +31,7 @@ def run(config: RewardConfig, ranks: Ranks) -> Evaluation | None:
         The held-out evaluation of what was published; ``None`` without held-out data.
     """
     chat = open_chat(config, config.data.template, ranks)
-    data = load_data(lambda folder: load_preferences(config.data, chat.tokenizer, run_folder=folder), config, ranks)
+    data = load_data(lambda folder: load_preferences(config.data, chat, run_folder=folder), config, ranks)
     steps = total_steps(config.train, len(data.train))
     model = ranks.together(lambda: new_model(config, chat, DTYPES[precision_of(config.engine)]))
     engine = start_engine(model, config, ranks, steps=steps, hidden_size=model.hf.config.hidden_size)

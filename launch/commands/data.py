@@ -101,21 +101,12 @@ def run(options: argparse.Namespace) -> int:
 def _chat_format(options: argparse.Namespace) -> Any:
     if options.model is None:
         return None
-    from transformers import AutoTokenizer
-
     from rlhf.core.errors import ModelError
-    from rlhf.data.templates import chat_format
+    from rlhf.train.chat import load_chat
 
     if options.model.startswith((".", "/", "~")) and not Path(options.model).expanduser().is_dir():
         raise ModelError(f"--model {options.model}: there is no such folder")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(Path(options.model).expanduser())
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(
-            f"--model {options.model}: no tokenizer can be loaded from there ({reason})"
-        ) from error
-    return chat_format(tokenizer, options.template)
+    return load_chat(Path(options.model).expanduser(), options.template)
 
 
 def _print_report(console: "Console", groups: "dict[str, Examination]", options: argparse.Namespace) -> None:

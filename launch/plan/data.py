@@ -71,17 +71,15 @@ def _load(stage: str, config: Any, section: Any) -> Any:
     from rlhf.data.examples import load_examples
     from rlhf.data.preferences import load_preferences
     from rlhf.data.prompts import load_prompts
-    from rlhf.data.templates import chat_format
-    from rlhf.models.tokenizer import load_tokenizer
+    from rlhf.train.chat import load_chat
 
-    tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
-    tokenizer = chat_format(tokenizer, section.template).tokenizer
+    chat = load_chat(config.model.path, section.template, trust_remote_code=config.model.trust_remote_code)
     if stage == "ppo":
-        prompts = load_prompts(section, tokenizer).train
+        prompts = load_prompts(section, chat).train
         return _Prompts(np.array([[len(prompts.prompt(place).tokens)] for place in range(len(prompts))]))
     if stage == "reward" or (stage == "preference" and config.data is not None):
-        return load_preferences(section, tokenizer).train
-    return load_examples(section, tokenizer, kind="unpaired" if stage == "preference" else "conversation").train
+        return load_preferences(section, chat).train
+    return load_examples(section, chat, kind="unpaired" if stage == "preference" else "conversation").train
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,11 @@ from rlhf.core.errors import DataError, ModelError
 from rlhf.core.files import write_json, write_text
 from rlhf.core.intervals import mean_with_interval
 from rlhf.data.batching import length_bucket
-from rlhf.data.templates import chat_format
 from rlhf.engine.frozen import Frozen, ReplicatedModel
 from rlhf.engine.ranks import single_rank
 from rlhf.models.backbones import hide_loading_bars
 from rlhf.models.stops import model_stop_tokens
-from rlhf.models.tokenizer import load_tokenizer
+from rlhf.train.chat import load_chat
 from rlhf.train.progress import Progress
 
 ROWS_AT_ONCE = 32
@@ -60,15 +59,14 @@ def evaluate_policies(
     for folder in (reference, *policies.values()):  # before anything takes time
         if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
             raise ModelError(f"{folder}: not a model folder (no config.json); give the final/ folder of a run")
-    tokenizer = load_tokenizer(str(reference))
-    chat = chat_format(tokenizer, template)
+    chat = load_chat(reference, template)
     base = _open(reference)
     found: list[PolicyEvaluation] = []
     base_rewards: NDArray[np.float64] | None = None
     for name, folder in {"reference": reference, **policies}.items():
         model = base if folder == reference else _open(folder)
         with Progress(single_rank(), len(prompts) * settings.samples, 0, f"{name}: sample") as progress:
-            own = replace(chat, stop_token_ids=model_stop_tokens(folder, tokenizer))
+            own = replace(chat, stop_token_ids=model_stop_tokens(folder, chat.tokenizer))
             samples = sample_responses(model, own, prompts, settings, progress)
         rewards = _rewards(reward, prompts, samples)
         ratios = np.zeros(len(samples))

@@ -16,7 +16,7 @@ from reward.model import Scores, load_reward_model
 from rlhf.core.errors import DataError, ModelError, UserError
 from rlhf.core.files import digest
 from rlhf.data.batching import Batch
-from rlhf.data.templates import ChatFormat, chat_format
+from rlhf.data.templates import ChatFormat
 from rlhf.engine.build import DTYPES, precision_of
 from rlhf.engine.frozen import Frozen, freeze
 from rlhf.engine.options import EngineConfig
@@ -24,8 +24,8 @@ from rlhf.engine.ranks import Ranks
 from rlhf.models.backbones import weights_digest
 from rlhf.models.manifest import Manifest, read_manifest
 from rlhf.models.options import BackboneConfig
-from rlhf.models.tokenizer import load_tokenizer
 from rlhf.train.batches import BatchMaker
+from rlhf.train.chat import load_chat
 
 
 class Scored(NamedTuple):
@@ -54,8 +54,6 @@ class ScorerParts:
     engine: EngineConfig
     chat: ChatFormat
     """The policy's tokenizer and chat template."""
-    template_digest: str
-    """Name of the form of text that the policy is shown."""
     maker: BatchMaker
 
 
@@ -120,7 +118,7 @@ class ModelScorer:
         self._chat: ChatFormat | None = None
         ranks.together(lambda: self._check(folder, manifest))
         if config.retokenize:
-            self._chat = ranks.together(lambda: chat_format(load_tokenizer(path), None))
+            self._chat = ranks.together(lambda: load_chat(path))
         else:
             ranks.together(lambda: check_same_text(folder, manifest, parts))
         module = ranks.together(
@@ -198,8 +196,8 @@ def check_same_text(folder: Path, manifest: Manifest, parts: ScorerParts) -> Non
     differ = []
     if manifest.tokenizer_digest != parts.chat.tokenizer_digest:
         differ.append(f"its tokenizer ({manifest.tokenizer_digest}, the policy's is {parts.chat.tokenizer_digest})")
-    if manifest.template_digest != parts.template_digest:
-        differ.append(f"its chat template ({manifest.template_digest}, the policy's is {parts.template_digest})")
+    if manifest.template_digest != parts.chat.digest:
+        differ.append(f"its chat template ({manifest.template_digest}, the policy's is {parts.chat.digest})")
     if differ:
         raise ModelError(
             f"reward.path = {folder} was trained on another form of text than the policy writes: "

@@ -22,18 +22,18 @@ from policy.publish import PublishablePolicy
 from rlhf.config import to_dict
 from rlhf.core.errors import ConfigError, ModelError
 from rlhf.core.files import digest
-from rlhf.core.tokenizers import tokenizer_digest
 from rlhf.data.examples import load_examples
 from rlhf.data.prompts import PromptData, load_prompts
-from rlhf.data.templates import ChatFormat
+from rlhf.data.templates import ChatFormat, chat_format
 from rlhf.engine.api import Engine
 from rlhf.engine.build import DTYPES, build_engine, precision_of
 from rlhf.engine.frozen import freeze
 from rlhf.engine.ranks import Ranks
 from rlhf.models.backbones import weights_digest
 from rlhf.models.manifest import MANIFEST_NAME, read_manifest
-from rlhf.models.tokenizer import load_tokenizer, required_embedding_rows
+from rlhf.models.tokenizer import required_embedding_rows
 from rlhf.train.batches import BatchMaker
+from rlhf.train.chat import check_same_tokens
 from rlhf.train.loop import Run, iterate
 from rlhf.train.publishing import publish_run
 from rlhf.train.stage import load_data, open_chat, report, run_and_take, run_identity, say, start_engine, total_steps
@@ -48,7 +48,7 @@ def run(config: PpoConfig, ranks: Ranks) -> HeldOut | None:
         The held-out evaluation of the weights that were taken; ``None`` without held-out prompts.
     """
     chat = open_chat(config, config.data.template, ranks, config.rollout.stop_token_ids)
-    data = load_data(lambda folder: load_prompts(config.data, chat.tokenizer, run_folder=folder), config, ranks)
+    data = load_data(lambda folder: load_prompts(config.data, chat, run_folder=folder), config, ranks)
     steps = total_steps(replace(config.train, global_batch_size=config.rollout.prompts), len(data.train))
     builder = _Builder(config, ranks, chat, steps)
     roles, identity = builder.roles(), builder.identity(data)
@@ -98,6 +98,7 @@ class _Builder:
         """Small models first: what cannot work should say so before large ones are loaded."""
         config = self._config
         scorers = {"reward": config.reward, "second": config.watch.second}
+        self._ranks.together(lambda: check_template(config, self._chat))
         parts = self._scorer_parts()
         built = {name: each and build_scorer(each, parts) for name, each in scorers.items()}
         self._scorer_identity = {name: each and each.identity for name, each in built.items()}
@@ -115,11 +116,13 @@ class _Builder:
         section = self._config.pretraining
         if section is None:
             return None
-        tokenizer, folder = self._chat.tokenizer, self._config.output / "pretraining"
+        folder, chat = self._config.output / "pretraining", self._chat
+        if section.data.template is not None:
+            chat = chat_format(chat.tokenizer, section.data.template)
 
         def load():
             return load_examples(
-                section.data, tokenizer, kind="conversation", run_folder=folder if self._ranks.is_main else None
+                section.data, chat, kind="conversation", run_folder=folder if self._ranks.is_main else None
             )
 
         return self._ranks.main_first(load).train
@@ -145,7 +148,6 @@ class _Builder:
             ranks=self._ranks,
             engine=self._config.engine,
             chat=self._chat,
-            template_digest=self._ranks.together(lambda: policy_template(self._config, self._chat)),
             maker=self._maker,
         )
 
@@ -182,7 +184,7 @@ class _Builder:
                 policy.module, freeze_layers=config.policy.freeze_layers, seed=config.train.seed
             )
             return critic, "the policy's own base"
-        check_same_tokens("critic.path", section.path, config, self._chat)
+        self._check_tokens("critic.path", section.path)
         readable = config.reward.paths and not config.reward.retokenize
         start = critic_start(
             section,
@@ -204,7 +206,7 @@ class _Builder:
         section = self._config.reference
         if section.path is None and self._config.policy.lora is not None:
             return ReferenceModel(policy, adapters_off=True)
-        self._ranks.together(lambda: check_same_tokens("reference.path", section.path, self._config, self._chat))
+        self._ranks.together(lambda: self._check_tokens("reference.path", section.path))
         model = replace(self._config.policy, path=section.path or self._config.policy.path, lora=None, freeze_layers=0)
         module = self._ranks.together(lambda: self._new_policy(model))
         frozen = freeze(
@@ -216,41 +218,36 @@ class _Builder:
         )
         return ReferenceModel(frozen)
 
+    def _check_tokens(self, setting: str, path: str | None) -> None:
+        policy = self._config.policy
+        owner = f"policy.path = {policy.path}"
+        check_same_tokens(setting, path, self._chat, owner, trust_remote_code=policy.trust_remote_code)
+
     def _new_policy(self, model: PolicyConfig | None = None) -> PolicyModel:
         return build_policy(
             model or self._config.policy, dtype=self._dtype, vocabulary=self._vocabulary, seed=self._config.train.seed
         )
 
 
-def check_same_tokens(setting: str, path: str | None, config: PpoConfig, chat: ChatFormat) -> None:
-    """
-    Raises:
-        ModelError: if the model at ``path``, of the recipe's ``setting``, has another tokenizer than the policy.
-    """
-    if path is None:
-        return
-    other = load_tokenizer(path, trust_remote_code=config.policy.trust_remote_code)
-    if tokenizer_digest(other, eos_token=chat.ending.token) != chat.tokenizer_digest:
-        raise ModelError(
-            f"{setting} = {path} has another tokenizer than policy.path = {config.policy.path}: it would read the "
-            "policy's tokens as another text. Choose a model of the same family"
-        )
-
-
-def policy_template(config: PpoConfig, chat: ChatFormat) -> str:
-    """A name for the form of text that the policy is shown.
+def check_template(config: PpoConfig, chat: ChatFormat) -> None:
+    """Refuse to show a published policy another form of text than it was trained with.
 
     Raises:
-        ModelError: if the policy was trained on another form than the recipe gives it.
+        ModelError: naming the way out.
     """
     folder = Path(config.policy.path)
     if not (folder / MANIFEST_NAME).is_file():
-        return chat.digest
+        return
     trained = read_manifest(folder).template_digest
-    if config.data.template is not None and trained != chat.digest:
+    if trained == chat.digest:
+        return
+    if config.data.template is not None:
         raise ModelError(
             f"policy.path = {folder} was trained with another chat template ({trained}) than data.template = "
             f"{config.data.template} ({chat.digest}); leave data.template unset to take the policy's own"
         )
-    return trained
-
+    raise ModelError(
+        f"policy.path = {folder}: its chat template ({chat.digest}) is not the one that it was trained with "
+        f"({trained}): it was changed since, or published by an earlier version; copy the folder anew, or give "
+        "data.template the template of its training"
+    )

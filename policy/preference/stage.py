@@ -11,8 +11,6 @@ from policy.preference.reference import CacheJob, LiveReference, Reference, cach
 from policy.preference.task import PreferenceTask
 from policy.preference.telemetry import HeldOut, print_evaluation
 from policy.publish import PublishablePolicy
-from rlhf.core.errors import ModelError
-from rlhf.core.tokenizers import tokenizer_digest
 from rlhf.data.batching import ItemSource
 from rlhf.data.examples import load_examples
 from rlhf.data.loading import default_cache_dir
@@ -23,8 +21,9 @@ from rlhf.engine.build import DTYPES, precision_of
 from rlhf.engine.frozen import Frozen, freeze
 from rlhf.engine.ranks import Ranks
 from rlhf.models.backbones import weights_digest
-from rlhf.models.tokenizer import load_tokenizer, required_embedding_rows
+from rlhf.models.tokenizer import required_embedding_rows
 from rlhf.train.batches import BatchMaker
+from rlhf.train.chat import check_same_tokens
 from rlhf.train.publishing import publish_run
 from rlhf.train.stage import (
     LoadedData,
@@ -47,7 +46,7 @@ def run(config: PreferenceConfig, ranks: Ranks) -> HeldOut | None:
         The held-out evaluation of the weights that were taken; ``None`` without held-out data.
     """
     chat = open_chat(config, config.rows.template, ranks)
-    data = load_data(lambda folder: _load(config, chat.tokenizer, folder), config, ranks)
+    data = load_data(lambda folder: _load(config, chat, folder), config, ranks)
     steps = total_steps(config.train, len(data.train))
     model = ranks.together(lambda: _build(config.model, config, chat))
     engine = start_engine(model, config, ranks, steps=steps, hidden_size=model.hf.config.hidden_size)
@@ -63,10 +62,10 @@ def run(config: PreferenceConfig, ranks: Ranks) -> HeldOut | None:
     return task.evaluation
 
 
-def _load(config: PreferenceConfig, tokenizer: Any, folder: Path | None) -> LoadedData:
+def _load(config: PreferenceConfig, chat: ChatFormat, folder: Path | None) -> LoadedData:
     if config.data is not None:
-        return load_preferences(config.data, tokenizer, run_folder=folder)
-    return load_examples(config.unpaired, tokenizer, kind="unpaired", run_folder=folder)
+        return load_preferences(config.data, chat, run_folder=folder)
+    return load_examples(config.unpaired, chat, kind="unpaired", run_folder=folder)
 
 
 def _build(model: PolicyConfig, config: PreferenceConfig, chat: ChatFormat) -> PolicyModel:
@@ -113,7 +112,12 @@ class _References:
         """A second model: another one, or the start of this one."""
         config, ranks = self._config, self._engine.ranks
         if self._other is None:
-            ranks.together(self._check_tokenizer)
+            owner = f"model.path = {config.model.path}"
+            remote = config.model.trust_remote_code
+            path = config.reference.path
+            ranks.together(
+                lambda: check_same_tokens("reference.path", path, self._chat, owner, trust_remote_code=remote)
+            )
             module = ranks.together(lambda: _build(self._model_config(), config, self._chat))
             self._other = freeze(
                 module,
@@ -123,17 +127,6 @@ class _References:
                 hidden_size=module.hf.config.hidden_size,
             )
         return self._other
-
-    def _check_tokenizer(self) -> None:
-        path = self._config.reference.path
-        if path is None:
-            return
-        other = load_tokenizer(path, trust_remote_code=self._config.model.trust_remote_code)
-        if tokenizer_digest(other, eos_token=self._chat.ending.token) != self._chat.tokenizer_digest:
-            raise ModelError(
-                f"reference.path = {path} has another tokenizer than model.path = {self._config.model.path}: "
-                "log-probabilities of different tokens cannot be compared. Choose a reference of the same family"
-            )
 
     def _cached(self, data: ItemSource, role: str) -> Reference | None:
         if not len(data):

@@ -21,7 +21,7 @@ def run(config: SftConfig, ranks: Ranks) -> SftEvaluation | None:
     """
     chat = open_chat(config, config.data.template, ranks)
     data = load_data(
-        lambda folder: load_examples(config.data, chat.tokenizer, kind="conversation", run_folder=folder), config, ranks
+        lambda folder: load_examples(config.data, chat, kind="conversation", run_folder=folder), config, ranks
     )
     steps = total_steps(config.train, len(data.train))
     model = ranks.together(

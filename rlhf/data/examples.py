@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from rlhf.data.loading import load_sources
 from rlhf.data.options import ExampleDataConfig
 from rlhf.data.report import DataReport
 from rlhf.data.splitting import Draw, StoredRows, seeded_hash, split
-from rlhf.data.templates import Turns
+from rlhf.data.templates import ChatFormat, Turns
 from rlhf.data.tokenizing import cut_left
 
 
@@ -102,7 +102,7 @@ class LoadedExamples:
 
 def load_examples(
     config: ExampleDataConfig,
-    tokenizer: Any,
+    chat: ChatFormat,
     *,
     kind: Literal["conversation", "unpaired"],
     run_folder: Path | None = None,
@@ -113,21 +113,20 @@ def load_examples(
 
     Args:
         config: the data section of a recipe.
-        tokenizer: of the model that is to read the rows.
+        chat: tokenizer and template of the run.
         kind: what the rows are: conversations whose assistant turns are learned, or answers with a label.
         run_folder: where ``quarantine.jsonl`` goes; ``None`` writes none.
     Raises:
         DataError: if a source cannot be read, too many of its rows are bad, or too few are left.
-        ModelError: if the tokenizer cannot be used.
     """
     unpaired = kind == "unpaired"
     sources = load_sources(
-        config, Examples(labeled=unpaired), lambda source: config.columns, tokenizer, run_folder=run_folder
+        config, Examples(labeled=unpaired), lambda source: config.columns, chat, run_folder=run_folder
     )
     parts = split(config, sources, max_train=config.max_train_rows, max_eval=config.max_eval_rows)
     if unpaired:
         _refuse_lone_rows(*parts)
-        settings = {"seed": config.seed, "max_tokens": config.max_tokens, "bos": tokenizer.bos_token_id}
+        settings = {"seed": config.seed, "max_tokens": config.max_tokens, "bos": chat.tokenizer.bos_token_id}
         train, evals = (ExampleDataset(rows, MismatchedRows(rows, **settings)) for rows in parts)
         sources.report.notes.extend(_label_notes(train))
     else:

@@ -17,7 +17,7 @@ from rlhf.data.report import (
     write_quarantine,
 )
 from rlhf.data.sources import Source, open_source, row_names
-from rlhf.data.templates import ChatFormat, chat_format
+from rlhf.data.templates import ChatFormat
 from rlhf.data.tokenizing import RowKind, TokenizedSource, Tokenizing, tokenize_source
 
 Role = Literal["train", "eval"]
@@ -38,7 +38,7 @@ def load_sources(
     config: RowsConfig,
     kind: RowKind,
     columns_of: Callable[[Any], Columns],
-    tokenizer: Any,
+    chat: ChatFormat,
     *,
     run_folder: Path | None,
     cache_dir: Path | None = None,
@@ -49,14 +49,12 @@ def load_sources(
         config: the data section of a recipe.
         kind: of the rows.
         columns_of: the column names of a source.
-        tokenizer: of the model that is to read the rows.
+        chat: tokenizer and template of the run; ``config.template`` was read when it was opened.
         run_folder: where ``quarantine.jsonl`` goes; ``None`` writes none.
         cache_dir: where to keep tokens if ``config.cache_dir`` is unset; by default the user's cache folder.
     Raises:
         DataError: if a source cannot be read, or too many of its rows are bad.
-        ModelError: if the tokenizer cannot be used.
     """
-    chat = chat_format(tokenizer, config.template)
     folder = (config.cache_dir or cache_dir or default_cache_dir()).expanduser()
     opened = _open_all(config)
     names = row_names([file for _, _, source in opened for file in source.files])

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -13,6 +12,7 @@ from rlhf.data.loading import load_sources
 from rlhf.data.options import DataConfig
 from rlhf.data.report import DataReport
 from rlhf.data.splitting import Draw, StoredRows, split
+from rlhf.data.templates import ChatFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ class LoadedPreferences:
 
 
 def load_preferences(
-    config: DataConfig, tokenizer: Any, *, run_folder: Path | None = None, cache_dir: Path | None = None
+    config: DataConfig, chat: ChatFormat, *, run_folder: Path | None = None, cache_dir: Path | None = None
 ) -> LoadedPreferences:
     """Read, check, tokenize (or take from the cache), split and mix the sources of ``config``.
 
@@ -109,18 +109,17 @@ def load_preferences(
 
     Args:
         config: the data section of a recipe.
-        tokenizer: of the model that is to read the pairs.
+        chat: tokenizer and template of the run.
         run_folder: where ``quarantine.jsonl`` goes; ``None`` writes none.
         cache_dir: where to keep tokens if ``config.cache_dir`` is unset; by default the user's cache folder.
     Raises:
         DataError: if a source cannot be read, or too many of its rows are bad.
-        ModelError: if the tokenizer cannot be used.
     """
     sources = load_sources(
         config,
         Pairs(),
         lambda source: source.columns or config.columns,
-        tokenizer,
+        chat,
         run_folder=run_folder,
         cache_dir=cache_dir,
     )

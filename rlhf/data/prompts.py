@@ -4,7 +4,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -16,7 +15,7 @@ from rlhf.data.records import Message
 from rlhf.data.report import DataReport, SourceReport
 from rlhf.data.splitting import StoredRows, split
 from rlhf.data.store import text_of_numbers
-from rlhf.data.templates import chat_format
+from rlhf.data.templates import ChatFormat
 from rlhf.data.tokenizing import TokenizedSource, Tokenizing
 
 
@@ -81,21 +80,20 @@ class PromptData:
     report: DataReport
 
 
-def load_prompts(config: PromptDataConfig, tokenizer: Any, *, run_folder: Path | None = None) -> PromptData:
+def load_prompts(config: PromptDataConfig, chat: ChatFormat, *, run_folder: Path | None = None) -> PromptData:
     """Read, check, tokenize (or take from the cache), split and mix the sources of ``config``.
 
     Every process that calls this with the same arguments gets the same data; the first one fills the cache.
 
     Args:
         config: the data section of a recipe.
-        tokenizer: of the model that is to answer.
+        chat: tokenizer and template of the run.
         run_folder: where ``quarantine.jsonl`` goes; ``None`` writes none.
     Raises:
         DataError: if a source cannot be read, too many of its rows are bad, or none is left to train on.
-        ModelError: if the tokenizer cannot be used.
     """
     kind = Prompts()
-    sources = load_sources(config, kind, lambda source: config.columns, tokenizer, run_folder=run_folder)
+    sources = load_sources(config, kind, lambda source: config.columns, chat, run_folder=run_folder)
     if config.deduplicate:
         reports = sources.report.sources
         train_reports, eval_reports = reports[: len(sources.train)], reports[len(sources.train) :]
@@ -105,7 +103,7 @@ def load_prompts(config: PromptDataConfig, tokenizer: Any, *, run_folder: Path |
             evals=_without_repeats(sources.evals, eval_reports),
         )
     parts = split(config, sources, max_train=config.max_train_prompts, max_eval=config.max_eval_prompts)
-    settings = Tokenizing.of(config, kind, config.columns, chat_format(tokenizer, config.template))
+    settings = Tokenizing.of(config, kind, config.columns, chat)
     train, evals = PromptDataset(parts[0], settings), PromptDataset(parts[1], settings)
     sources.report.describe(train.prompt_keys, evals.prompt_keys, train.lengths)
     return PromptData(train, evals, sources.report)

@@ -255,11 +255,6 @@ def chat_format(tokenizer: Any, template: str | None, stop_token_ids: Sequence[i
     return ChatFormat(tokenizer, text, origin, _wanted_bos(tokenizer), tuple(sorted(special)), tuple(stop_token_ids))
 
 
-def template_digest(tokenizer: Any, template: str | None) -> str:
-    """A name for the form of text that a model is shown: the template, BOS, and what ends a response."""
-    return chat_format(tokenizer, template).digest
-
-
 # ------------------------------------------------------------------------------------------------- details
 
 

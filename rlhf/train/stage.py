@@ -19,7 +19,7 @@ from rlhf.core.errors import ConfigError, UserError
 from rlhf.core.files import naming_full_disk, write_json
 from rlhf.data.batching import ItemSource, steps_per_epoch
 from rlhf.data.report import DataReport
-from rlhf.data.templates import ChatFormat, chat_format
+from rlhf.data.templates import ChatFormat
 from rlhf.engine.api import Engine
 from rlhf.engine.build import build_engine, precision_of
 from rlhf.engine.checkpoint import CheckpointStore, saved_steps
@@ -29,8 +29,7 @@ from rlhf.engine.ranks import Ranks, start_ranks, stop_ranks
 from rlhf.engine.stop import StopRequests, noting_signals
 from rlhf.models.backbones import hide_loading_bars
 from rlhf.models.options import BackboneConfig
-from rlhf.models.stops import model_stop_tokens
-from rlhf.models.tokenizer import load_tokenizer
+from rlhf.train.chat import load_chat
 from rlhf.train.done import Completion, config_digest, read_completion, write_completion
 from rlhf.train.loop import LoopState, Run, Stateful, Task, Watched, fit, load_checkpoint
 from rlhf.train.options import TrainConfig
@@ -145,29 +144,20 @@ def _mark_finished(config: StageConfig, program: str) -> None:
 def open_chat(
     config: StageConfig, template: str | None, ranks: Ranks, stop_token_ids: Sequence[int] = ()
 ) -> ChatFormat:
-    """Make the run folder; the tokenizer of the run's model with the template of its data.
-
-    Responses end where the template and the model's generation config say, and at ``stop_token_ids``.
-    """
+    """Make the run folder, and open the tokenizer of the run's model with the template of its data."""
     hide_loading_bars()
     ranks.on_main(lambda: config.output.mkdir(parents=True, exist_ok=True))
 
-    def load() -> ChatFormat:
-        model = config.model
-        tokenizer = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
-        given = model_stop_tokens(
-            model.path, tokenizer, revision=model.revision, trust_remote_code=model.trust_remote_code
+    model = config.model
+    return ranks.main_first(
+        lambda: load_chat(
+            model.path,
+            template,
+            revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
+            stop_token_ids=stop_token_ids,
         )
-        return chat_format(tokenizer, template, (*given, *_in_vocabulary(stop_token_ids, tokenizer)))
-
-    return ranks.main_first(load)
-
-
-def _in_vocabulary(stop_token_ids: Sequence[int], tokenizer: Any) -> Sequence[int]:
-    absent = [token for token in stop_token_ids if token >= len(tokenizer)]
-    if absent:
-        raise ConfigError(f"rollout.stop_token_ids = {absent}: the tokenizer has tokens 0 to {len(tokenizer) - 1}")
-    return stop_token_ids
+    )
 
 
 def load_data(load: Callable[[Path | None], DataT], config: StageConfig, ranks: Ranks) -> DataT:

@@ -7,12 +7,11 @@ from policy.publish import PublishablePolicy
 from rlhf.core.errors import ModelError
 from rlhf.data.options import DataConfig
 from rlhf.data.preferences import load_preferences
-from rlhf.data.templates import chat_format
 from rlhf.engine.local import LocalEngine
 from rlhf.engine.options import OptimizerConfig
 from rlhf.engine.ranks import Ranks
 from rlhf.models.options import LoraOptions
-from rlhf.models.tokenizer import load_tokenizer
+from rlhf.train.chat import load_chat
 from rlhf.train.publishing import publish
 
 ALONE = Ranks(rank=0, world_size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
@@ -24,21 +23,21 @@ def trained(tiny_model, tiny_pairs, tmp_path):
 
     def make(dtype=torch.float32, publish_lora="merged"):
         config = PolicyConfig(path=str(tiny_model), lora=LoraOptions(rank=4, alpha=8.0), publish_lora=publish_lora)
-        tokenizer = load_tokenizer(tiny_model)
-        module = build_policy(config, dtype=dtype, vocabulary=len(tokenizer), seed=0)
+        chat = load_chat(tiny_model)
+        module = build_policy(config, dtype=dtype, vocabulary=len(chat.tokenizer), seed=0)
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for name, parameter in module.named_parameters():
                 if "lora_" in name:
                     parameter += 0.2 * torch.randn(parameter.shape, generator=generator).to(dtype)
         engine = LocalEngine(module, ranks=ALONE, optimizer=OptimizerConfig(), total_steps=1)
-        data = load_preferences(DataConfig(train=str(tiny_pairs), cache_dir=tmp_path / "cache"), tokenizer)
+        data = load_preferences(DataConfig(train=str(tiny_pairs), cache_dir=tmp_path / "cache"), chat)
         published = PublishablePolicy(
             stage="preference",
             model=config,
             dtype=dtype,
             seed=0,
-            chat=chat_format(tokenizer, None),
+            chat=chat,
             objective={},
             training_data="",
         )

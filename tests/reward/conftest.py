@@ -14,6 +14,7 @@ from rlhf.engine.local import LocalEngine
 from rlhf.engine.options import EngineConfig, OptimizerConfig
 from rlhf.engine.ranks import Ranks
 from rlhf.models.tokenizer import load_tokenizer
+from rlhf.train.chat import load_chat
 from rlhf.train.options import TrainConfig
 
 ALONE = Ranks(rank=0, world_size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
@@ -35,7 +36,7 @@ def tiny_config(tmp_path_factory, tiny_model, tiny_pairs) -> RewardConfig:
 
 @pytest.fixture(scope="session")
 def tiny_data(tiny_config):
-    return load_preferences(tiny_config.data, load_tokenizer(tiny_config.model.path))
+    return load_preferences(tiny_config.data, load_chat(tiny_config.model.path, tiny_config.data.template))
 
 
 @pytest.fixture

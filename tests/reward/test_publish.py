@@ -1,6 +1,7 @@
 """What the reward stage publishes, in this process: the manifest, and who may read it."""
 
 import os
+import pkgutil
 from dataclasses import replace
 
 import pytest
@@ -71,6 +72,22 @@ def test_the_numbers_of_the_manifest_are_of_the_step_that_is_published(stage, tm
     )["step"]
     assert step < 6
     assert found.margin_statistics["margin/mean"] == rows[step - 1]["margin/mean"] != rows[-1]["margin/mean"]
+
+
+def test_a_run_opens_its_tokenizer_and_its_template_once(stage, monkeypatch):
+    """All parts of a run have the same form of text because they have the same object."""
+    opened = []
+    for name in ("rlhf.models.tokenizer.AutoTokenizer.from_pretrained", "rlhf.data.templates._template_text"):
+        module, _, attribute = name.rpartition(".")
+        real = pkgutil.resolve_name(name)
+
+        def counted(*args, real=real, name=name, **options):
+            opened.append(name)
+            return real(*args, **options)
+
+        monkeypatch.setattr(pkgutil.resolve_name(module), attribute, counted)
+    stage("run")
+    assert len(opened) == len(set(opened)) == 2
 
 
 def test_a_colleague_can_read_what_was_published(stage, tmp_path):

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,7 +9,10 @@ from launch.cli import main
 from reward.model import RewardModelConfig, build_reward_model, save_reward_model
 from rlhf.data.portable import portable_tokenizer
 from rlhf.data.templates import chat_format
+from rlhf.models.manifest import Manifest, write_manifest
 from rlhf.models.tokenizer import load_tokenizer
+from rlhf.train.chat import load_chat
+from rlhf.train.publishing import text_form
 
 ROWS = [
     {"prompt": "the sun", "response": "is good"},
@@ -84,6 +88,37 @@ def test_wrong_input_is_one_message(final, rows, tmp_path, arguments, message, c
     assert main(command) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "s.jsonl").exists()
+
+
+@pytest.mark.parametrize(("name", "change"), [("chat_template.jinja", "Be brief. {}"), ("tokenizer.json", None)])
+def test_a_model_whose_form_of_text_was_changed_since_is_refused(final, rows, tmp_path, capsys, name, change):
+    shutil.copytree(final, tmp_path / "final")
+    write_manifest(tmp_path / "final", manifest_of(load_chat(final)))
+    path = tmp_path / "final" / name
+    assert score(tmp_path / "final", rows, tmp_path / "before.jsonl") == 1  # for the one bad row
+    if change is None:
+        settings = json.loads(path.read_text())
+        settings["normalizer"] = {"type": "Lowercase"}
+        path.write_text(json.dumps(settings))
+    else:
+        path.write_text(change.format(path.read_text()))
+    assert score(tmp_path / "final", rows, tmp_path / "after.jsonl") == 2
+    assert "is not the one that the model was trained with" in capsys.readouterr().err
+    assert not (tmp_path / "after.jsonl").exists()
+
+
+def manifest_of(chat):
+    return Manifest(
+        stage="reward",
+        base_model="tiny",
+        **text_form(chat),
+        head_kind="linear",
+        head_dtype="float32",
+        rewards=None,
+        margin_statistics={},
+        loss={},
+        training_data="none",
+    )
 
 
 def test_an_output_of_other_data_is_not_overwritten(final, rows, tmp_path, capsys):

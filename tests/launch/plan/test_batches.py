@@ -8,15 +8,15 @@ from launch.plan.batches import assumed_lengths, batch_plan
 from rlhf.data.options import DataConfig
 from rlhf.data.preferences import load_preferences
 from rlhf.engine.ranks import Ranks
-from rlhf.models.tokenizer import load_tokenizer
 from rlhf.train.batches import BatchMaker
+from rlhf.train.chat import load_chat
 from rlhf.train.options import TrainConfig
 
 
 @pytest.fixture(scope="module")
 def pairs(tiny_model, tiny_pairs, tmp_path_factory):
     config = DataConfig(train=str(tiny_pairs), eval_share=0.2, cache_dir=tmp_path_factory.mktemp("cache"))
-    return load_preferences(config, load_tokenizer(str(tiny_model))).train
+    return load_preferences(config, load_chat(tiny_model)).train
 
 
 def real_batches(data, train, ranks, steps):

@@ -183,7 +183,7 @@ def make_task(tiny_config):
         config = replace(tiny_config, **sections)
         config.output.mkdir(parents=True, exist_ok=True)
         chat = chat_format(load_tokenizer(config.policy.path), config.data.template)
-        data = load_prompts(config.data, chat.tokenizer)
+        data = load_prompts(config.data, chat)
         vocabulary = required_embedding_rows(chat.tokenizer)
 
         def new_policy(model=config.policy):

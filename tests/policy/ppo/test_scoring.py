@@ -15,16 +15,16 @@ from policy.ppo.config import CriticConfig, RewardSourceConfig
 from policy.ppo.critic import ValueModel, build_critic, critic_start
 from policy.ppo.rollouts import Rollouts
 from policy.ppo.scoring import ScorerParts, build_scorer, combine
-from policy.ppo.stage import policy_template
+from policy.ppo.stage import check_template
 from reward.model import load_reward_model
 from reward.score import load_scorer, score_tokens
 from rlhf.core.errors import ConfigError, DataError, ModelError
 from rlhf.data.batching import length_bucket
 from rlhf.data.portable import portable_tokenizer
-from rlhf.data.templates import chat_format
 from rlhf.models.manifest import MANIFEST_NAME, read_manifest, write_manifest
 from rlhf.models.tokenizer import load_tokenizer, required_embedding_rows
 from rlhf.train.batches import BatchMaker
+from rlhf.train.chat import load_chat
 
 
 @pytest.fixture
@@ -37,12 +37,11 @@ def scorer_for(tiny_config, alone):
     """``scorer_for(template=None, **reward section)``: a scorer beside a policy with the template of the tests."""
 
     def build(template=tiny_config.data.template, tokens=200, **section):
-        chat = chat_format(load_tokenizer(tiny_config.policy.path), template)
+        chat = load_chat(tiny_config.policy.path, template)
         parts = ScorerParts(
             ranks=alone,
             engine=tiny_config.engine,
             chat=chat,
-            template_digest=chat.digest,
             maker=BatchMaker(alone, replace(tiny_config.train, micro_batch_tokens=tokens)),
         )
         return build_scorer(RewardSourceConfig(**section), parts)
@@ -143,7 +142,7 @@ def test_retokenizing_for_a_reward_model_of_the_same_family_changes_nothing(
     scorer_for, reward_folder, rollouts, tiny_config
 ):
     """For responses that end with an end token and survive decoding and encoding."""
-    chat = chat_format(load_tokenizer(tiny_config.policy.path), tiny_config.data.template)
+    chat = load_chat(tiny_config.policy.path, tiny_config.data.template)
     texts = ["the sun is good", "a bad day", "happy"] * 5 + ["rain"]
     responses = []
     for prompt, text in zip(rollouts.prompts, texts, strict=True):
@@ -191,7 +190,7 @@ def test_a_published_policy_keeps_the_form_of_text_that_it_was_trained_with(
     tiny_config, tiny_model, reward_folder, tmp_path, scorer_for
 ):
     """Its own tokenizer renders by a wrapped template; a reward model of the first template still reads it."""
-    chat = chat_format(load_tokenizer(tiny_model), tiny_config.data.template)
+    chat = load_chat(tiny_model, tiny_config.data.template)
     shutil.copytree(tiny_model, tmp_path / "final")
     portable_tokenizer(chat).save_pretrained(tmp_path / "final")
     manifest = replace(read_manifest(reward_folder), stage="preference", template_digest=chat.digest)
@@ -201,20 +200,42 @@ def test_a_published_policy_keeps_the_form_of_text_that_it_was_trained_with(
         policy=replace(tiny_config.policy, path=str(tmp_path / "final")),
         data=replace(tiny_config.data, template=None),
     )
-    own = chat_format(load_tokenizer(config.policy.path), None)
-    assert policy_template(config, own) == chat.digest == read_manifest(reward_folder).template_digest
+    own = load_chat(config.policy.path)
+    check_template(config, own)
+    assert own.digest == chat.digest == read_manifest(reward_folder).template_digest
     other = replace(config, data=replace(config.data, template="plain"))
     with pytest.raises(ModelError, match=r"leave data\.template unset"):
-        policy_template(other, chat_format(load_tokenizer(config.policy.path), "plain"))
+        check_template(other, load_chat(config.policy.path, "plain"))
+
+
+@pytest.mark.parametrize("change", ["Be brief. {}", "{{# mine #}}{}", "{} "])
+def test_a_policy_whose_template_was_changed_since_is_refused(
+    tiny_config, tiny_model, reward_folder, tmp_path, change
+):
+    """Its manifest says what it was trained with; what it would be shown now is another text."""
+    chat = load_chat(tiny_model, tiny_config.data.template)
+    shutil.copytree(tiny_model, tmp_path / "final")
+    portable_tokenizer(chat).save_pretrained(tmp_path / "final")
+    manifest = replace(read_manifest(reward_folder), stage="sft", template_digest=chat.digest)
+    write_manifest(tmp_path / "final", manifest)
+    template = tmp_path / "final" / "chat_template.jinja"
+    template.write_text(change.format(template.read_text()))
+    config = replace(
+        tiny_config,
+        policy=replace(tiny_config.policy, path=str(tmp_path / "final")),
+        data=replace(tiny_config.data, template=None),
+    )
+    with pytest.raises(ModelError, match=r"is not the one that it was trained with .*copy the folder anew"):
+        check_template(config, load_chat(config.policy.path))
 
 
 @pytest.mark.parametrize("template", [None, "plain", "{{ messages[0]['content'] + ' ' + messages[-1]['content'] }}"])
 def test_models_trained_from_a_published_one_have_its_form_of_text(tiny_model, tmp_path, template):
     """SFT, a reward model from its final/, PPO from its final/ with that reward model: one form of text."""
-    chat = chat_format(load_tokenizer(tiny_model), template)
+    chat = load_chat(tiny_model, template)
     for _ in range(2):
         portable_tokenizer(chat).save_pretrained(tmp_path)
-        again = chat_format(load_tokenizer(tmp_path), None)
+        again = load_chat(tmp_path)
         assert again.digest == chat.digest
         chat = again
 

@@ -21,13 +21,14 @@ from policy.ppo.config import (
 )
 from policy.ppo.experience import make_experience
 from policy.ppo.scoring import Scored
-from policy.ppo.stage import run
+from policy.ppo.stage import _Builder, run
 from policy.ppo.update import Updater
 from rlhf.core.errors import TrainingStopped
 from rlhf.data.examples import load_examples
 from rlhf.data.options import ExampleDataConfig
 from rlhf.engine.options import EngineConfig, OptimizerConfig
 from rlhf.models.options import LoraOptions
+from rlhf.train.chat import load_chat
 
 ALMOST_SGD = OptimizerConfig(
     learning_rate=1.0, schedule="constant", warmup_share=0.0, adam_epsilon=1.0, max_grad_norm=0.0
@@ -352,11 +353,28 @@ def conversations(tmp_path, prompt_cache, tiny_config):
     )
 
 
+SHORT_TEMPLATE = "{% for m in messages %}{{ m['content'] + (eos_token if m['role'] == 'assistant' else ' ') }}{% endfor %}"
+
+
+@pytest.mark.parametrize("template", [None, "plain", SHORT_TEMPLATE])
+def test_conversations_without_a_template_of_their_own_have_the_runs(tiny_config, conversations, alone, template):
+    chat = load_chat(tiny_config.policy.path, template)
+    section = PretrainingConfig(data=replace(conversations, template=None))
+    config = replace(tiny_config, pretraining=section)
+    rows = _Builder(config, alone, chat, 1).pretraining()
+    assert rows.fingerprint == load_examples(section.data, chat, kind="conversation").train.fingerprint
+    other = SHORT_TEMPLATE.replace("' '", "' - '")
+    own = replace(config, pretraining=replace(section, data=replace(section.data, template=other)))
+    with_other = load_chat(tiny_config.policy.path, other)
+    expected = load_examples(section.data, with_other, kind="conversation").train.fingerprint
+    assert _Builder(own, alone, chat, 1).pretraining().fingerprint == expected != rows.fingerprint
+
+
 def test_pretraining_adds_its_weight_times_the_mean_loss_of_response_tokens(make_task, tiny_config, conversations):
     train = train_of(tiny_config, micro_batch_tokens=60, **ONE_MINIBATCH)
     section = PretrainingConfig(data=conversations, weight=0.7, batch_size=20)
     shop = make_task(noise=0.02, train=train, optim=ALMOST_SGD, pretraining=section)
-    data = load_examples(conversations, shop.chat.tokenizer, kind="conversation").train
+    data = load_examples(conversations, shop.chat, kind="conversation").train
     experience = experience_of(shop)
     hf, before = plain_copy(shop.policy), shop.weights()
     report = Updater(shop.policy, shop.critic, shop.config, data).run(0, experience, 0.1)

@@ -19,7 +19,7 @@ from rlhf.data.examples import load_examples
 from rlhf.data.options import ExampleDataConfig
 from rlhf.engine.frozen import ReplicatedModel
 from rlhf.engine.local import LocalEngine
-from rlhf.models.tokenizer import load_tokenizer
+from rlhf.train.chat import load_chat
 
 PAIRED = sorted(name for name, objective in LOSSES.items() if not objective.unpaired)
 
@@ -221,7 +221,7 @@ def unpaired_task(tmp_path, tiny_config, tiny_policy, alone):
         train = replace(tiny_config.train, micro_batch_tokens=budget)
         loss = LossConfig(kind="kto", scope=scope, parameters={"undesirable_weight": 2.0})
         config = replace(tiny_config, data=None, unpaired=data, train=train, loss=loss)
-        loaded = load_examples(data, load_tokenizer(tiny_config.model.path), kind="unpaired")
+        loaded = load_examples(data, load_chat(tiny_config.model.path), kind="unpaired")
         engine = LocalEngine(tiny_policy(0.03), ranks=alone, optimizer=config.optim, total_steps=20)
         reference = LiveReference(ReplicatedModel(tiny_policy(), alone))
         return engine, PreferenceTask(engine, config, loaded.train, loaded.evals, (reference, reference), 20)

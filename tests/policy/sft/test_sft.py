@@ -23,7 +23,7 @@ from rlhf.engine.local import LocalEngine
 from rlhf.engine.options import EngineConfig, OptimizerConfig
 from rlhf.engine.ranks import Ranks
 from rlhf.models.manifest import read_manifest
-from rlhf.models.tokenizer import load_tokenizer
+from rlhf.train.chat import load_chat
 from rlhf.train.options import TrainConfig
 
 ALONE = Ranks(rank=0, world_size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
@@ -74,7 +74,7 @@ def config(tmp_path_factory, tiny_model, chats):
 
 @pytest.fixture(scope="session")
 def data(config):
-    return load_examples(config.data, load_tokenizer(config.model.path), kind="conversation")
+    return load_examples(config.data, load_chat(config.model.path), kind="conversation")
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ def test_loss_and_gradient_do_not_depend_on_the_token_budget(make_task):
     assert_same_gradients(small[1], whole[1])
 
 
-def test_the_turns_of_a_conversation_add_up(make_task, config, tmp_path, tiny_tokenizer):
+def test_the_turns_of_a_conversation_add_up(make_task, config, tmp_path):
     """Its loss is that of the first answer, and of the second one after all that was said before; nothing else."""
     turns = [user("is the day good"), assistant("sad rain"), user("a happy day"), assistant("the sun was good")]
     kinds = {
@@ -158,7 +158,7 @@ def test_the_turns_of_a_conversation_add_up(make_task, config, tmp_path, tiny_to
     found = {}
     for name, row in kinds.items():
         options = replace(config.data, train=str(write_rows(tmp_path / f"{name}.jsonl", [row])), eval_share=0.0)
-        rows = load_examples(options, tiny_tokenizer, kind="conversation").train
+        rows = load_examples(options, load_chat(config.model.path), kind="conversation").train
         _engine, task = make_task(evals=rows)
         task.evaluate()
         found[name] = task.evaluation

@@ -33,7 +33,7 @@ def load(tokenizer, tmp_path):
     def run(*train, kind="conversation", reader=tokenizer, **options):
         train = tuple(str(path) if not isinstance(path, RowSource) else path for path in train)
         config = ExampleDataConfig(train=train, cache_dir=tmp_path / "cache", **{"eval_share": 0.0, **options})
-        return load_examples(config, reader, kind=kind, run_folder=tmp_path / "run")
+        return load_examples(config, chat_format(reader, config.template), kind=kind, run_folder=tmp_path / "run")
 
     return run
 

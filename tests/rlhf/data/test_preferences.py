@@ -17,7 +17,8 @@ def load(tokenizer, tmp_path):
     def run(train, *, reader=tokenizer, run_folder=tmp_path / "run", **options):
         train = tuple(str(path) if not isinstance(path, SourceConfig) else path for path in train)
         config = DataConfig(train=train, **{"eval_share": 0.0, **options})
-        return load_preferences(config, reader, run_folder=run_folder, cache_dir=tmp_path / "cache")
+        chat = chat_format(reader, config.template)
+        return load_preferences(config, chat, run_folder=run_folder, cache_dir=tmp_path / "cache")
 
     return run
 
@@ -330,7 +331,7 @@ def test_a_cache_that_cannot_be_written_is_named(write_rows, make_rows, tokenize
     (tmp_path / "file").write_text("")
     config = DataConfig(train=str(write_rows("pairs.jsonl", make_rows(3))), cache_dir=tmp_path / "file" / "x")
     with pytest.raises(DataError, match=r"file/x: tokens cannot be kept here .* set data\.cache_dir"):
-        load_preferences(config, tokenizer)
+        load_preferences(config, chat_format(tokenizer, None))
 
 
 # ------------------------------------------------------------------------------------ splitting and mixing

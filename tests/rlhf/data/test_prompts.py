@@ -35,7 +35,7 @@ def load(tokenizer, tmp_path):
     def run(*train, reader=tokenizer, **options):
         train = tuple(str(path) if not isinstance(path, RowSource) else path for path in train)
         config = PromptDataConfig(train=train, cache_dir=tmp_path / "cache", **{"eval_share": 0.0, **options})
-        return load_prompts(config, reader, run_folder=tmp_path / "run")
+        return load_prompts(config, chat_format(reader, config.template), run_folder=tmp_path / "run")
 
     return run
 
@@ -336,7 +336,8 @@ def test_held_out_prompts_are_never_trained_on_and_depend_on_the_seed(load, writ
 
 def test_the_prompts_of_pairs_are_split_as_the_pairs_are(load, write_rows, make_rows, tokenizer, tmp_path):
     path = write_rows("x.jsonl", make_rows(50))
-    pairs = load_preferences(DataConfig(train=str(path), eval_share=0.2), tokenizer, cache_dir=tmp_path / "cache")
+    config = DataConfig(train=str(path), eval_share=0.2)
+    pairs = load_preferences(config, chat_format(tokenizer, None), cache_dir=tmp_path / "cache")
     loaded = load(path, eval_share=0.2, system_prompt="be brief")
     assert loaded.evals.prompt_keys.tolist() == pairs.evals.prompt_keys.tolist()
 

@@ -8,7 +8,6 @@ from rlhf.data.templates import (
     CHATML_TEMPLATE,
     TemplateFault,
     chat_format,
-    template_digest,
 )
 
 PROMPT = [{"role": "user", "content": "why?"}]
@@ -112,7 +111,7 @@ def test_a_template_that_hides_something_from_the_model_is_refused(tokenizer, bo
 def test_a_template_can_be_a_file(tokenizer, tmp_path):
     path = tmp_path / "chat.jinja"
     path.write_text(CHATML_TEMPLATE)
-    assert template_digest(tokenizer, str(path)) == template_digest(tokenizer, "chatml")
+    assert chat_format(tokenizer, str(path)).digest == chat_format(tokenizer, "chatml").digest
     with pytest.raises(
         DataError, match=r"other\.jinja: there is no such file, and it is not plain or chatml"
     ):
@@ -167,8 +166,8 @@ def test_a_tokenizer_without_offsets_is_tokenized_in_two_parts():
 
 
 def test_digests_tell_templates_and_tokenizers_apart(tokenizer, base_tokenizer):
-    assert template_digest(tokenizer, None) == template_digest(tokenizer, tokenizer.chat_template)
-    assert template_digest(tokenizer, None) != template_digest(tokenizer, "chatml")
+    assert chat_format(tokenizer, None).digest == chat_format(tokenizer, tokenizer.chat_template).digest
+    assert chat_format(tokenizer, None).digest != chat_format(tokenizer, "chatml").digest
     before = tokenizer_digest(tokenizer)
     tokenizer(["a", "a b c"], padding=True, truncation=True, max_length=2)
     assert tokenizer_digest(tokenizer) == before
