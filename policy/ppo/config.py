@@ -193,7 +193,7 @@ class PretrainingConfig:
     """A language-modeling term beside the policy's loss (PPO-ptx), against forgetting."""
 
     data: ExampleDataConfig
-    """Conversations; their assistant turns are learned."""
+    """Conversations; their assistant turns are learned. Without a template of their own they have that of the run."""
     weight: Annotated[float, Gt(0)] = 0.1
     """Weight of the mean loss per response token."""
     batch_size: Annotated[int, Gt(0)] = 16

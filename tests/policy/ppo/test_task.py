@@ -353,7 +353,9 @@ def conversations(tmp_path, prompt_cache, tiny_config):
     )
 
 
-SHORT_TEMPLATE = "{% for m in messages %}{{ m['content'] + (eos_token if m['role'] == 'assistant' else ' ') }}{% endfor %}"
+SHORT_TEMPLATE = (
+    "{% for m in messages %}{{ m['content'] + (eos_token if m['role'] == 'assistant' else ' ') }}{% endfor %}"
+)
 
 
 @pytest.mark.parametrize("template", [None, "plain", SHORT_TEMPLATE])
