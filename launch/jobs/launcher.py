@@ -81,6 +81,7 @@ def stage_command(stage: Stage, arguments: Sequence[str], machine: Machine) -> l
     if not stage.trains:
         return [sys.executable, "-m", stage.module, *arguments]
     if machine.allocated:
+        assert machine.hostfile is not None
         return srun_command(
             stage.module, arguments, hosts=machine.hosts, master_port=_master_port(), hostfile=machine.hostfile
         )

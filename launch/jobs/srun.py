@@ -11,7 +11,7 @@ from rlhf.core.errors import ConfigError
 
 HOSTFILE_VARIABLE = "RLHF_HOSTFILE"
 SRUN_VARIABLE = "RLHF_SRUN_OPTIONS"
-"""In these a job script tells the pipeline that it runs of its hostfile and of further options of srun."""
+"""Environment variables by which a job script tells its pipeline of the hostfile and of further options of srun."""
 _STEP = Path(__file__).with_name("step.sh")
 SECONDS_AFTER_FIRST = 60
 """How long nodes may go on after the first has ended: to publish, or to notice that another has crashed."""

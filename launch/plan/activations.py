@@ -32,13 +32,13 @@ class Load:
     """The tokens that one rank computes at once."""
 
     tokens: int
-    """Padded, of all length buckets of a micro-batch."""
+    """Padded tokens of all length buckets of a micro-batch."""
     bucket_tokens: int
-    """Of the largest length bucket: what one layer computes at once."""
+    """Padded tokens of the largest length bucket: what one layer computes at once."""
     squares: int
     """Sum over rows of their padded length squared; for eager attention."""
     bucket_squares: int = 0
-    """The same of the largest length bucket."""
+    """Sum over rows of their padded length squared, in the largest length bucket."""
 
 
 def layer_bytes(
@@ -107,7 +107,7 @@ def working_bytes(shape: ModelShape, bucket_tokens: int, *, size: int) -> int:
 
 
 def head_bytes(shape: ModelShape, tokens: int, *, size: int, chunk_tokens: int, backward: bool, trained: bool) -> int:
-    """Around the output projection of rlhf.core.logprobs: chunks of logits, never those of whole rows.
+    """Bytes at the output projection of rlhf.core.logprobs: chunks of logits, never those of whole rows.
 
     ``CHUNK_LOGITS`` float32 tensors ``(chunk, V)``; the states of the response tokens (all tokens, at most) and, in the
     backward pass of a trained head, its gradient ``(V, D)`` in float32.

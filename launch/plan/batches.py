@@ -12,7 +12,7 @@ from rlhf.train.options import TrainConfig
 SAMPLED_STEPS = 12
 """Steps whose micro-batches are planned, evenly over the first epoch."""
 GAMMA_SHAPE = 4.0
-"""Of assumed lengths: a coefficient of variation of 1/2, as in usual preference data."""
+"""Shape of the gamma distribution of assumed lengths: coefficient of variation 1/2, as in usual preference data."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,15 +20,15 @@ class BatchPlan:
     """What a step of one optimizer is made of."""
 
     items: int | None
-    """Of the training data; ``None`` if nobody knows."""
+    """Items of the training data; ``None`` if nobody knows."""
     global_batch: int
     steps_per_epoch: int | None
     total_steps: int | None
     micro_batches: float
-    """Of a step, on each rank, on average."""
+    """Micro-batches of a step on each rank, on average."""
     most_micro_batches: int
     tokens_per_step: float
-    """Real ones, over all ranks."""
+    """Real tokens of a step, over all ranks."""
     padded_per_step: float
     squares_per_step: float
     """Sum over rows of their padded length squared, over all ranks."""

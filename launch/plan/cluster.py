@@ -40,11 +40,11 @@ class Cluster:
     nodes: int
     devices_per_node: int
     name: str
-    """Of the device, in words."""
+    """Name of the device, in words."""
     device_memory: int
-    """Bytes of one device; on CPUs, of a node."""
+    """Memory in bytes of one device; on CPUs, of a node."""
     host_memory: int | None
-    """Bytes of a node; ``None`` if nobody said."""
+    """Host memory of a node in bytes; ``None`` if nobody said."""
     flops: float | None
     """Peak rate of one device, or ``None``: no times are given."""
     utilization: float
@@ -84,24 +84,24 @@ def cluster_of(
     flops: float | None = None,
     utilization: float = 1.0,
 ) -> Cluster:
-    """From the options of the command; what is not given is asked of this machine.
+    """The cluster that a command's options describe; what they leave out is asked of this machine.
 
     Raises:
         ConfigError: for a device that nobody knows.
     """
     if device is not None and device not in (*DEVICES, "cpu"):
         raise ConfigError(f"--device {device}: expected one of {', '.join(DEVICES)}, cpu; or give --device-memory")
-    if device in DEVICES:
-        known = DEVICES[device]
+    if device is not None and device != "cpu":
+        listed = DEVICES[device]
         return Cluster(
             nodes=nodes,
             devices_per_node=devices_per_node or 8,
             name=device,
-            device_memory=device_memory or known.memory,
+            device_memory=device_memory or listed.memory,
             host_memory=host_memory,
-            flops=flops or known.flops,
+            flops=flops or listed.flops,
             utilization=utilization,
-            bandwidth=known.bandwidth,
+            bandwidth=listed.bandwidth,
         )
     if device_memory is not None and device is None:
         return Cluster(
@@ -115,17 +115,17 @@ def cluster_of(
         )
     here = None if device == "cpu" else _device_here()
     if here is not None:
-        name, memory, count = here
+        name, bytes_here, count = here
         known = next((DEVICES[key] for key in DEVICES if key.partition("-")[0] in name.lower()), None)
         return Cluster(
             nodes=nodes,
             devices_per_node=devices_per_node or count,
             name=name,
-            device_memory=memory,
+            device_memory=bytes_here,
             host_memory=host_memory or host_bytes(),
-            flops=flops or (known and known.flops),
+            flops=flops or (None if known is None else known.flops),
             utilization=utilization,
-            bandwidth=known and known.bandwidth,
+            bandwidth=None if known is None else known.bandwidth,
         )
     memory = host_memory or device_memory or host_bytes()
     if memory is None:

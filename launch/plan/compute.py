@@ -16,12 +16,12 @@ from launch.plan.shapes import ModelShape
 
 
 def layer_flops(shape: ModelShape, matrix_parameters: int, tokens: float, squares: float) -> float:
-    """Of a forward pass through all layers."""
+    """Operations of a forward pass through all layers."""
     return 2.0 * matrix_parameters * tokens + 2.0 * shape.layers * shape.query_width * squares
 
 
 def head_flops(shape: ModelShape, tokens: float) -> float:
-    """Of the output projection."""
+    """Operations of a forward pass through the output projection."""
     return 2.0 * shape.vocabulary * shape.hidden * tokens
 
 
@@ -37,7 +37,7 @@ def training_flops(
     head_trained: bool = True,
     checkpointing: bool = False,
 ) -> float:
-    """Forward and backward.
+    """Operations of a forward and a backward pass.
 
     Args:
         shape, matrix_parameters, tokens, squares: see above.

@@ -7,6 +7,7 @@ reported.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from launch.plan.activations import (
     Load,
@@ -27,11 +28,11 @@ Measured with a model of 30,000 parameters; see docs/plan.md."""
 HEAP_CPU = 150 * 2**20
 """Pieces of the C library's heap that were freed and that no later tensor fits into. A round figure, not derived."""
 HOST_BASE_CUDA = 4 * 2**30
-"""The same beside CUDA's libraries: an assumption."""
+"""Resident memory of a GPU rank without a model, CUDA's libraries included: an assumption."""
 DEVICE_BASE = 3 * 2**29
-"""Of each GPU outside torch's allocator: CUDA context, kernels, NCCL's buffers. An assumption."""
+"""Memory of each GPU outside torch's allocator: CUDA context, kernels, NCCL's buffers. An assumption."""
 FRAGMENTATION = 0.05
-"""Of what torch's CUDA allocator hands out, on top: an assumption."""
+"""Share that fragmentation adds to what torch's CUDA allocator hands out: an assumption."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +57,9 @@ class Work:
     """What a micro-batch of one model takes besides its states."""
 
     saved: int
-    """Activations when the backward pass begins."""
+    """Bytes of activations when the backward pass begins."""
     recomputed: int
-    """Of one layer, under checkpointing."""
+    """Bytes of activations of one layer, made again under checkpointing."""
     working: int
     forward_head: int
     backward_head: int
@@ -77,20 +78,24 @@ def work_of(
     on_cpu: bool,
     chunk_tokens: int,
 ) -> Work:
-    """Of one micro-batch of a model under training."""
+    """Activations, logits and gradients of one micro-batch of a model under training."""
     shape = model.shape
-    one = {"size": size, "attention": attention, "trained": model.trained, "lora_rank": model.lora_rank}
+    layer = partial(
+        layer_bytes, shape, size=size, attention=attention, trained=model.trained, lora_rank=model.lora_rank
+    )
     active = model.active_layers
     if checkpointing:
         saved = active * boundary_bytes(shape, load.tokens, size=size)
-        recomputed = layer_bytes(shape, load.bucket_tokens, squares=load.bucket_squares, **one)
+        recomputed = layer(load.bucket_tokens, squares=load.bucket_squares)
     else:
-        saved = active * layer_bytes(shape, load.tokens, squares=load.squares, **one)
+        saved = active * layer(load.tokens, squares=load.squares)
         recomputed = 0
         if on_cpu and model.trained == "lora":
             saved += active * adapter_holes_bytes(shape, load.tokens, size=size)
     saved += load.tokens * (norm_bytes(shape.hidden, size=size, trained=model.trained == "full") + shape.hidden * size)
-    heads = {"size": size, "chunk_tokens": chunk_tokens, "trained": model.head_trained}
+    head = partial(
+        head_bytes, shape, load.bucket_tokens, size=size, chunk_tokens=chunk_tokens, trained=model.head_trained
+    )
     has_head = model.kind == "language model"
     embedding = 0
     if model.trained == "full" and active == shape.layers:
@@ -99,8 +104,8 @@ def work_of(
         saved=saved,
         recomputed=recomputed,
         working=working_bytes(shape, load.bucket_tokens, size=size) + _scores(model, load, size, attention),
-        forward_head=head_bytes(shape, load.bucket_tokens, backward=False, **heads) if has_head else 0,
-        backward_head=head_bytes(shape, load.bucket_tokens, backward=True, **heads) if has_head else 0,
+        forward_head=head(backward=False) if has_head else 0,
+        backward_head=head(backward=True) if has_head else 0,
         steps=max(active, 1),
         embedding_gradient=embedding,
     )
@@ -144,7 +149,7 @@ def training_phases(role: str, states: States, work: Work, *, on_cpu: bool) -> l
 
 
 def forward_phase(role: str, states: States, work: Work, *, trained: bool) -> Phase:
-    """A model is only asked."""
+    """A forward pass of a model that is only asked."""
     device = {**states.device, **(states.moments if trained else {}), "gathered weights": states.gathered}
     items = {f"{role}: activations": work.working, f"{role}: logits": work.forward_head}
     return Phase(name=f"{role}: forward pass", device=named(role, device) | items, host=named(role, states.host))
@@ -170,7 +175,7 @@ def beside(phases: Iterable[Phase], others: Sequence[Phase]) -> list[Phase]:
 
 
 def on_this_machine(phase: Phase, *, on_cpu: bool) -> Phase:
-    """With what no formula of a model has: libraries, contexts, fragmentation. On a CPU device and host are one."""
+    """Add what no formula of a model has: libraries, contexts, fragmentation. On a CPU, device and host are one."""
     device = {name: value for name, value in phase.device.items() if value}
     host = {name: value for name, value in phase.host.items() if value}
     if on_cpu:

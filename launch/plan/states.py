@@ -41,7 +41,7 @@ class ZeroSettings:
     bucket: int = 0
     """Elements of a reduction bucket."""
     buckets: int = 1
-    """2 with overlap_comm."""
+    """Number of reduction buckets: 2 with overlap_comm."""
     prefetch: int = 0
     """Elements of stage 3's prefetch bucket."""
     persistent: int = 0
@@ -63,7 +63,7 @@ class Numbers:
     total: int
     trainable: int
     largest: int
-    """Of the largest single tensor."""
+    """Parameters of the largest single tensor."""
     largest_trainable: int
     layers: int
     vectors: int = 0
@@ -86,21 +86,21 @@ class States:
     gradients_before: int = 0
     """Gradients on the device when the last backward pass of a step begins."""
     gradients_after: int = 0
-    """And when it ends."""
+    """Gradients on the device when it ends."""
     step: int = 0
-    """On top of gradients, while the optimizer steps."""
+    """Temporary tensors while the optimizer steps, on top of gradients."""
 
 
 def zero_settings(resolved: Mapping[str, Any]) -> ZeroSettings:
-    """From a resolved DeepSpeed JSON; an empty one is plain torch."""
+    """Read a resolved DeepSpeed JSON; an empty one is plain torch."""
     if not resolved:
         return ZeroSettings(local=True)
     zero = resolved.get("zero_optimization", {})
     stage = int(zero.get("stage", 0))
+    places: dict[str, Place] = {"cpu": "host", "nvme": "nvme"}
 
     def place(name: str) -> Place:
-        device = (zero.get(name) or {}).get("device", "none")
-        return {"cpu": "host", "nvme": "nvme"}.get(device, "device")
+        return places.get((zero.get(name) or {}).get("device", "none"), "device")
 
     return ZeroSettings(
         stage=stage,
@@ -119,7 +119,7 @@ def zero_settings(resolved: Mapping[str, Any]) -> ZeroSettings:
 def trained_states(
     zero: ZeroSettings, numbers: Numbers, *, size: int, ranks: int, micro_batches: int, on_cpu: bool
 ) -> States:
-    """Of a model under training.
+    """States of a model under training.
 
     Args:
         zero: the DeepSpeed settings.
@@ -137,7 +137,7 @@ def trained_states(
 
 
 def frozen_states(zero: ZeroSettings | None, numbers: Numbers, *, size: int, ranks: int) -> States:
-    """Of a model that is only asked: ``s P`` whole (``zero`` is ``None``), or ``s P / N`` and what is gathered."""
+    """States of a frozen model: whole, ``s P``, if ``zero`` is ``None``; else ``s P / N`` and what is gathered."""
     if zero is None:
         return States(device={"weights": size * numbers.total})
     share = size * _share(numbers.total, ranks)
@@ -172,13 +172,17 @@ def _replicated(zero: ZeroSettings, numbers: Numbers, *, size: int, ranks: int, 
 def _split_optimizer(
     zero: ZeroSettings, numbers: Numbers, *, size: int, ranks: int, micro_batches: int, on_cpu: bool
 ) -> States:
+    """Stages 1 and 2: weights are whole on every rank, the optimizer's states are shared out."""
     trained, share = numbers.trainable, _share(numbers.trainable, ranks)
+    # Only stage 2 shares gradients out as well; stage 1 holds all of them until the step.
     split = zero.stage == 2
+    # DeepSpeed allocates buckets at full size, however small the model is; a CPU never backs pages that stay untouched.
     bucket = zero.bucket * zero.buckets
     buckets = size * (min(bucket, trained) if on_cpu else bucket)
     if ranks > 1:
         buckets += size * min(zero.bucket, trained)  # flattened again to be reduced
     held = size * (share if split else trained)
+    # The step flattens this rank's gradients, and in half precision makes a float32 copy for the master weights.
     step = size * share + (MASTER * share if size == 2 else 0)
     device = {"weights": size * numbers.total}
     if zero.optimizer_place == "device":
@@ -187,9 +191,11 @@ def _split_optimizer(
             moments={"optimizer states": MOMENTS * share},
             buckets=buckets,
             gradients_before=held if micro_batches > 1 else 0,
+            # Stage 2 adds up micro-batches in a second tensor, beside the share that the last one reduces into.
             gradients_after=held * (2 if split and micro_batches > 1 else 1),
             step=step,
         )
+    # Offloaded gradients leave the device as soon as they are reduced, and are added up on the host.
     accumulated = size * share if micro_batches > 1 else 0
     host, nvme = _offloaded(zero, share)
     host |= {"gradients": MASTER * share + accumulated, "copy of the weights": size * share}

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 from rlhf.core.errors import DataError
 
@@ -25,7 +26,7 @@ def gold_reward(prompts: Sequence[str], responses: Sequence[str]) -> list[float]
 
 
 @functools.cache
-def _analyzer():
+def _analyzer() -> Any:
     """VADER's analyzer; imported here because only the quickstart needs the package."""
     try:
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer

@@ -11,7 +11,7 @@ from annotated_types import Ge, Gt
 from rlhf.config import load_config
 
 PREFIX = "profile."
-"""Of settings on the command line that belong to the profile."""
+"""Prefix of settings on the command line that belong to the profile."""
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 
 
@@ -26,7 +26,7 @@ class ClusterProfile:
     device_kind: Literal["gpu", "cpu"] = "gpu"
     """gpu: devices are asked for with --gpus-per-node. cpu: ranks compute on CPUs, and nothing is asked for."""
     gpu_type: str | None = None
-    """As the cluster calls it (h100); any if left out."""
+    """Type of GPU, by the cluster's name for it (h100); any if left out."""
     cpus: Annotated[int, Gt(0)] | None = None
     """CPUs of a job on each node; the cluster's default if left out."""
     memory: str | None = None

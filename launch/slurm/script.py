@@ -1,4 +1,4 @@
-"""From a run and a cluster profile to the text of an sbatch script."""
+"""Renders a run and a cluster profile as an sbatch script."""
 
 import shlex
 import sys
@@ -24,7 +24,7 @@ class Job:
     """What one job runs."""
 
     name: str
-    """As squeue shows it."""
+    """Name of the job, as squeue shows it."""
     title: str
     output: Path
     """The run folder."""
@@ -33,7 +33,7 @@ class Job:
     pipeline: bool = False
     written_by: str = ""
     label: str = "job"
-    """Of the script in its folder, where a run has several."""
+    """Name of the script in its folder, where a run has several."""
 
     @property
     def folder(self) -> Path:
