@@ -2,23 +2,38 @@
 
 import argparse
 import json
+import os
 import random
 import re
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from launch.quickstart.gold import gold_reward
-from rlhf.core.errors import UserError
-from rlhf.core.files import write_text
+from policy.evaluation.compare import open_policy
+from policy.evaluation.options import SamplingSettings
+from policy.evaluation.sampling import sample_responses
+from rlhf.core.errors import DataError, ModelError, UserError
+from rlhf.core.files import digest, write_text
+from rlhf.engine.ranks import single_rank
+from rlhf.train.chat import load_chat
+from rlhf.train.progress import Progress
 
 HERE = Path(__file__).resolve().parent.parent / "launch" / "quickstart"
+TEMPLATE = HERE / "chat.jinja"
+COMPLETIONS = 6
+"""Of each prompt."""
+MAX_NEW_TOKENS = 40
+"""A completion that has not ended by then is cut there."""
+PROMPTS_AT_ONCE = 16
+"""Prompts sampled between two writes. Without effect on the samples."""
 PHRASINGS = (
     "Write one sentence about {}.",
     "In one sentence, what comes to mind about {}?",
@@ -96,6 +111,59 @@ def make_pairs(prompt: Prompt, texts: Sequence[str], scores: Sequence[float]) ->
     return pairs[:PAIRS_PER_PROMPT]
 
 
+def sample_all(folder: Path, prompts: Sequence[str], settings: SamplingSettings, cache: Path) -> list[list[str]]:
+    """Completions of every prompt, as ``rlhf evaluate`` would draw them; a kill loses those of one batch.
+
+    Raises:
+        ModelError: if ``folder`` holds no model.
+        DataError: if ``cache`` holds samples made with other settings, prompts or another model.
+    """
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            f"{folder}: no Transformers model here (no config.json); make one with "
+            f"'rlhf import-gguf smollm2 {folder}' or name another folder with --model"
+        )
+    done = _resume(cache, _header(folder, prompts, settings), len(prompts))
+    if len(done) == len(prompts):
+        return done
+    model, chat = open_policy(folder), load_chat(folder, str(TEMPLATE))
+    with Progress(single_rank(), len(prompts), len(done), "prompt") as progress, cache.open("a") as handle:
+        for start in range(len(done), len(prompts), PROMPTS_AT_ONCE):
+            part = prompts[start : start + PROMPTS_AT_ONCE]
+            texts = [sample.text for sample in sample_responses(model, chat, part, settings, first=start)]
+            rows = [texts[place : place + settings.samples] for place in range(0, len(texts), settings.samples)]
+            handle.write("".join(json.dumps(row) + "\n" for row in rows))
+            handle.flush()
+            os.fsync(handle.fileno())
+            done.extend(rows)
+            progress.advance(len(done), {})
+    return done
+
+
+def _header(folder: Path, prompts: Sequence[str], settings: SamplingSettings) -> str:
+    """What the samples depend on, as the first line of the cache."""
+    weights = {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
+    model = digest((folder / "config.json").read_bytes(), json.dumps(weights))
+    shown = digest(TEMPLATE.read_bytes(), *prompts)
+    return json.dumps({**asdict(settings), "model": model, "prompts": shown}) + "\n"
+
+
+def _resume(cache: Path, header: str, total: int) -> list[list[str]]:
+    """The samples in ``cache``; half a line that a kill left is cut off."""
+    if not cache.exists():
+        write_text(cache, header)
+        return []
+    lines = cache.read_text(encoding="utf-8").splitlines(keepends=True)
+    if not lines or lines[0] != header:
+        raise DataError(
+            f"{cache}: holds samples made with other settings, prompts or another model; delete it to start "
+            "again, or name another folder with --output"
+        )
+    whole = [line for line in lines[1 : total + 1] if line.endswith("\n")]
+    write_text(cache, header + "".join(whole))
+    return [json.loads(line) for line in whole]
+
+
 def write_corpus(
     output: Path, prompts: Sequence[Prompt], rows: Sequence[dict[str, Any]], held_out: set[str]
 ) -> None:
@@ -155,19 +223,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> None:
     """Sample (or resume), label, pair, split, write, and print what came out."""
-    import torch
-
-    from benchmarks.sampling import SamplingSettings, sample_all
-
     if options.threads:
         torch.set_num_threads(options.threads)
     topics = read_topics()
     prompts = make_prompts(topics, options.seed)[: options.prompts]
-    template = (HERE / "chat.jinja").read_text(encoding="utf-8")
-    settings = SamplingSettings(seed=options.seed)
-    samples = sample_all(
-        options.model, template, [p.text for p in prompts], settings, options.output / "samples.jsonl"
-    )
+    settings = SamplingSettings(samples=COMPLETIONS, max_new_tokens=MAX_NEW_TOKENS, seed=options.seed)
+    samples = sample_all(options.model, [p.text for p in prompts], settings, options.output / "samples.jsonl")
     rows: list[dict[str, Any]] = []
     for prompt, texts in zip(prompts, map(usable, samples), strict=True):
         rows.extend(make_pairs(prompt, texts, gold_reward([prompt.text] * len(texts), texts)))

@@ -60,14 +60,14 @@ def evaluate_policies(
         if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
             raise ModelError(f"{folder}: not a model folder (no config.json); give the final/ folder of a run")
     chat = load_chat(reference, template)
-    base = _open(reference)
+    base = open_policy(reference)
     found: list[PolicyEvaluation] = []
     base_rewards: NDArray[np.float64] | None = None
     for name, folder in {"reference": reference, **policies}.items():
-        model = base if folder == reference else _open(folder)
+        model = base if folder == reference else open_policy(folder)
         with Progress(single_rank(), len(prompts) * settings.samples, 0, f"{name}: sample") as progress:
             own = replace(chat, stop_token_ids=model_stop_tokens(folder, chat.tokenizer))
-            samples = sample_responses(model, own, prompts, settings, progress)
+            samples = sample_responses(model, own, prompts, settings, lambda done: progress.advance(done, {}))
         rewards = _rewards(reward, prompts, samples)
         ratios = np.zeros(len(samples))
         if model is not base:
@@ -100,7 +100,12 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def _open(folder: Path) -> Frozen:
+def open_policy(folder: Path) -> Frozen:
+    """The language model in a folder, in float32, to sample from and to ask for log-probabilities.
+
+    Raises:
+        ModelError: if the folder holds none.
+    """
     try:
         hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     except (OSError, ValueError) as error:

@@ -1,6 +1,6 @@
 """Responses of a language model to prompts, for evaluation."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,6 @@ from rlhf.core.errors import DataError
 from rlhf.data.batching import Row
 from rlhf.data.templates import ChatFormat
 from rlhf.engine.frozen import Frozen
-from rlhf.train.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,13 @@ class Sample:
 
 
 def sample_responses(
-    model: Frozen, chat: ChatFormat, prompts: Sequence[str], settings: SamplingSettings, progress: Progress
+    model: Frozen,
+    chat: ChatFormat,
+    prompts: Sequence[str],
+    settings: SamplingSettings,
+    advance: Callable[[int], None] | None = None,
+    *,
+    first: int = 0,
 ) -> list[Sample]:
     """Draw ``settings.samples`` responses to each prompt, in the order of the prompts.
 
@@ -38,6 +43,11 @@ def sample_responses(
 
     Args:
         model: its module is a :class:`policy.model.PolicyModel`.
+        chat: tokenizer, template and ends of the model.
+        prompts: user messages.
+        settings: how to draw.
+        advance: told after each batch how many responses there are.
+        first: the place of the first prompt, for a list that is answered in parts.
     Raises:
         DataError: if there is no prompt.
     """
@@ -52,8 +62,8 @@ def sample_responses(
     jobs = [(prompt, sample) for prompt in range(len(prompts)) for sample in range(settings.samples)]
     responses = sampler.generate(
         [encoded[prompt] for prompt, _ in jobs],
-        [row_seed(settings.seed, prompt, sample) for prompt, sample in jobs],
-        lambda done: progress.advance(done, {}),
+        [row_seed(settings.seed, first + prompt, sample) for prompt, sample in jobs],
+        advance,
     )
     samples = []
     for (prompt, _), response in zip(jobs, responses, strict=True):

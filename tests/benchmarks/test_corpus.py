@@ -11,17 +11,19 @@ from benchmarks.make_corpus import (
     make_pairs,
     make_prompts,
     read_topics,
+    sample_all,
     usable,
 )
-from benchmarks.sampling import SamplingSettings, sample_all
 from launch.quickstart.gold import gold_reward
+from policy.evaluation.compare import evaluate_policies
+from policy.evaluation.options import SamplingSettings
 from rlhf.core.errors import DataError, ModelError
 from rlhf.models.tokenizer import load_tokenizer
 
 HERE = make_corpus.HERE
 SPLITS = ("train", "heldout")
-TEMPLATE = (HERE / "chat.jinja").read_text(encoding="utf-8")
-SETTINGS = SamplingSettings(completions=3, max_new_tokens=5, batch_prompts=2)
+SETTINGS = SamplingSettings(samples=3, max_new_tokens=5)
+PROMPTS = ["the sun", "rain", "a sad day", "tax", "form"]
 
 
 def rows(name: str) -> list[dict]:
@@ -157,7 +159,7 @@ def test_a_fifth_of_the_topics_is_held_out_and_the_seed_decides_which():
 
 
 def test_the_template_is_chatml_without_a_system_turn(tiny_model):
-    tokenizer = load_tokenizer(tiny_model, chat_template=TEMPLATE)
+    tokenizer = load_tokenizer(tiny_model, chat_template=make_corpus.TEMPLATE.read_text(encoding="utf-8"))
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
     whole = tokenizer.apply_chat_template(messages, tokenize=False)
     opening = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
@@ -167,44 +169,56 @@ def test_the_template_is_chatml_without_a_system_turn(tiny_model):
 
 def test_sampling_again_from_the_cache_gives_the_same_texts(tiny_model, tmp_path, monkeypatch):
     cache = tmp_path / "samples.jsonl"
-    prompts = ["the sun", "rain", "a sad day", "tax", "form"]
-    samples = sample_all(tiny_model, TEMPLATE, prompts, SETTINGS, cache)
+    samples = sample_all(tiny_model, PROMPTS, SETTINGS, cache)
     assert [len(texts) for texts in samples] == [3] * 5 and len(set(samples[0])) > 1
     before = cache.read_bytes()
-    monkeypatch.setattr("benchmarks.sampling.load_sampler", None)
-    assert sample_all(tiny_model, TEMPLATE, prompts, SETTINGS, cache) == samples
+    monkeypatch.setattr(make_corpus, "open_policy", None)
+    assert sample_all(tiny_model, PROMPTS, SETTINGS, cache) == samples
     assert cache.read_bytes() == before
 
 
-def test_a_kill_in_the_middle_of_a_batch_changes_nothing_in_the_end(tiny_model, tmp_path):
-    prompts = ["the sun", "rain", "a sad day", "tax", "form"]
-    whole = sample_all(tiny_model, TEMPLATE, prompts, SETTINGS, tmp_path / "whole.jsonl")
+def test_a_kill_in_the_middle_of_a_batch_changes_nothing_in_the_end(tiny_model, tmp_path, monkeypatch):
+    """Nor does it matter how many prompts are sampled at once."""
+    whole = sample_all(tiny_model, PROMPTS, SETTINGS, tmp_path / "whole.jsonl")
     lines = (tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)
+    monkeypatch.setattr(make_corpus, "PROMPTS_AT_ONCE", 2)
     for left in ("".join(lines[:3]), "".join(lines[:4]), "".join(lines[:2]) + lines[2][:4], lines[0]):
         cache = tmp_path / "cut.jsonl"
         cache.write_text(left)
-        assert sample_all(tiny_model, TEMPLATE, prompts, SETTINGS, cache) == whole
+        assert sample_all(tiny_model, PROMPTS, SETTINGS, cache) == whole
         assert cache.read_text() == "".join(lines)
+
+
+def test_the_samples_are_those_of_an_evaluation_with_the_same_seed(tiny_model, tmp_path):
+    def none(prompts, responses):
+        return [0.0] * len(responses)
+
+    template = str(make_corpus.TEMPLATE)
+    evaluate_policies({}, tiny_model, PROMPTS, none, template=template, settings=SETTINGS, output=tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "samples_reference.jsonl").read_text().splitlines()]
+    samples = sample_all(tiny_model, PROMPTS, SETTINGS, tmp_path / "samples.jsonl")
+    assert [text for texts in samples for text in texts] == [row["response"] for row in rows]
 
 
 def test_samples_of_other_settings_are_not_mixed_in(tiny_model, tmp_path):
     cache = tmp_path / "samples.jsonl"
-    sample_all(tiny_model, TEMPLATE, ["rain"], SETTINGS, cache)
+    sample_all(tiny_model, ["rain"], SETTINGS, cache)
     with pytest.raises(DataError, match="made with other settings, prompts or another model"):
-        sample_all(tiny_model, TEMPLATE, ["sun"], SETTINGS, cache)
+        sample_all(tiny_model, ["sun"], SETTINGS, cache)
 
 
 def test_a_folder_without_a_model_says_how_to_make_one(tmp_path):
     with pytest.raises(ModelError, match="rlhf import-gguf smollm2"):
-        sample_all(tmp_path, TEMPLATE, ["rain"], SETTINGS, tmp_path / "samples.jsonl")
+        sample_all(tmp_path, ["rain"], SETTINGS, tmp_path / "samples.jsonl")
 
 
 def test_the_script_makes_the_four_files(tiny_model, tmp_path, monkeypatch, capsys):
     pytest.importorskip("vaderSentiment")
     words = ["sad", "happy", "good", "bad", "day", "rain"]
     monkeypatch.setattr(
-        "benchmarks.sampling.sample_all",
-        lambda folder, template, prompts, settings, cache: [
+        make_corpus,
+        "sample_all",
+        lambda folder, prompts, settings, cache: [
             [f"{word} {prompt}" for word in words] for prompt in prompts
         ],
     )
