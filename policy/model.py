@@ -145,7 +145,7 @@ class PolicyModel(nn.Module):
 
     @contextlib.contextmanager
     def as_plain(self) -> Iterator[None]:
-        """Inside, ``hf`` is the plain Transformers model, and this object cannot be asked."""
+        """Make ``hf`` the plain Transformers model inside the block; this object cannot be asked there."""
         head = self.hf.get_output_embeddings()
         head.__class__ = nn.Linear
         try:

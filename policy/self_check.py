@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 LENGTHS = 5, 9
 LOGITS_TOLERANCE = {torch.bfloat16: 0.05, torch.float16: 0.02}
-"""Of the spread of the logits; other types: 1e-3."""
+"""Largest difference, as a share of the spread of the logits; other types: 1e-3."""
 
 
 def check_logprobs(model: "PolicyModel", path: str) -> None:
@@ -84,7 +84,7 @@ def _own_logits(hf: PreTrainedModel, row: Row) -> Tensor:
 
 
 def _policy_logprobs(model: "PolicyModel", rows: list[Row]) -> list[list[Tensor]]:
-    """Of each row, as evaluation asks (one padded block) and as training does (several blocks, with gradient)."""
+    """Log-probabilities of each row, as evaluation asks (one block) and as training does (several, with gradient)."""
     device = model.hf.device
     with torch.no_grad():
         (together,) = model((length_bucket(rows).to(device),)).logprobs
@@ -99,7 +99,7 @@ def _policy_logprobs(model: "PolicyModel", rows: list[Row]) -> list[list[Tensor]
 
 @contextlib.contextmanager
 def _on_any_device(hf: PreTrainedModel) -> Iterator[None]:
-    """Inside, attention that needs a GPU gives way to what the CPU has; it does not matter for logits."""
+    """Let attention that needs a GPU give way to what the CPU has inside the block; logits are the same."""
     plain = "sdpa" if getattr(hf, "_supports_sdpa", False) else "eager"
     settings: dict[int, Any] = {id(part.config): part.config for part in hf.modules() if _needs_gpu(part)}
     before = {key: each._attn_implementation_internal for key, each in settings.items()}

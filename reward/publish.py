@@ -27,7 +27,7 @@ class PublishableRewardModel:
     config: RewardConfig
     chat: ChatFormat
     evaluation: Evaluation | None
-    """On held-out pairs, of the weights that are published."""
+    """Held-out evaluation of the weights that are published."""
     margins: Mapping[str, float]
     """Telemetry of the margins that the weights were last trained with."""
     training_data: str

@@ -38,7 +38,7 @@ def grouped_sdpa(
 
 @contextlib.contextmanager
 def grouped_attention() -> Iterator[None]:
-    """Inside, models that attend by Transformers' "sdpa" do it by :func:`grouped_sdpa`.
+    """Let models that attend by Transformers' "sdpa" do it by :func:`grouped_sdpa` inside the block.
 
     The function changes and not its name: there are models whose code asks whether the name is "sdpa".
     """

@@ -158,7 +158,7 @@ def apply_liger(model: PreTrainedModel) -> None:
 
 
 LOGIT_FACTORS = {"hyperclovax": "logits_scaling", "falcon_h1": "lm_head_multiplier"}
-"""By type of model, the setting that multiplies its logits, where its name does not tell."""
+"""Settings that multiply the logits, by type of model, where their names do not tell."""
 LOGIT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 """Settings that bound the logits: of Gemma 2, RecurrentGemma and xLSTM."""
 

@@ -1,4 +1,4 @@
-"""From trained weights to ``final/``: saved, reloaded by a fresh process, compared, and only then named.
+"""Publishing ``final/``: weights are saved, reloaded by a fresh process, compared, and only then named.
 
 The steps are the same for every kind of model; what differs is asked of a :class:`Publishable`.
 """
@@ -226,7 +226,7 @@ def check_low_precision(live: Tensor, expected: Tensor, tolerance: float) -> Non
 
 
 def _plain_environment() -> dict[str, str]:
-    """Without what a launcher set: the fresh process is nobody's rank, and it reads files only."""
+    """The environment without what a launcher set: the fresh process is nobody's rank, and it reads files only."""
     launched = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "CROSS_", "TORCHELASTIC_", "DS_", "SLURM_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(launched)}
     root = str(Path(__file__).resolve().parents[2])

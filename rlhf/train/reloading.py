@@ -1,4 +1,4 @@
-"""For the modules that a fresh process runs: does a published folder give the values of training?
+"""Check by a fresh process: does a published folder give the values of training?
 
     python -m MODULE FOLDER REQUEST.json
 
