@@ -33,7 +33,7 @@ CONTENDERS = {
     "ours, 2048 tokens, checkpointing": {"side": "ours", "micro_batch_tokens": 2048, "gradient_checkpointing": True},
     "TRL, precomputed, no checkpointing": {"side": "trl", "precompute": True, "gradient_checkpointing": False},
 }
-"""In the order of the first round; every other round goes backwards."""
+"""Contenders in the order of the first round; every other round goes backwards."""
 EXTRA = {
     "TRL, precomputed, 2 pairs at once": {
         "side": "trl",

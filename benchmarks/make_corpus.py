@@ -29,7 +29,7 @@ from rlhf.train.progress import Progress
 HERE = Path(__file__).resolve().parent.parent / "launch" / "quickstart"
 TEMPLATE = HERE / "chat.jinja"
 COMPLETIONS = 6
-"""Of each prompt."""
+"""Completions of each prompt."""
 MAX_NEW_TOKENS = 40
 """A completion that has not ended by then is cut there."""
 PROMPTS_AT_ONCE = 16
@@ -88,7 +88,7 @@ def usable(texts: Sequence[str]) -> list[str]:
 
 
 def make_pairs(prompt: Prompt, texts: Sequence[str], scores: Sequence[float]) -> list[dict[str, Any]]:
-    """At most ``PAIRS_PER_PROMPT`` pairs without a common text, each with a gap of ``SMALLEST_GAP`` or more.
+    """Pairs without a common text, ``PAIRS_PER_PROMPT`` at most, each with a gap of ``SMALLEST_GAP`` or more.
 
     The better half of the texts meets the worse half in order: best against the best of the worse half. On a
     line this leaves the fewest pairs with too small a gap, and it avoids pairing the best with the worst.

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 THREADS = "1"
-"""Of each rank."""
+"""Threads of each rank."""
 STEPS = 2
-"""From the second on, Adam's moments lie beside the activations."""
+"""Steps to measure: from the second on, Adam's moments lie beside the activations."""
 
 
 def memory(field: str) -> int:

@@ -36,7 +36,7 @@ CONTENDERS = {
     "ours-rloo": {"side": "ours", "kind": "rloo", "file": "ppo_contender.py"},
     "trl-rloo": {"side": "trl", "kind": "rloo", "file": "ppo_trl_contender.py"},
 }
-"""In the order of the first round; every other round goes backwards."""
+"""Contenders in the order of the first round; every other round goes backwards."""
 FIGURES = (
     "samples_per_second",
     "response_tokens_per_second",

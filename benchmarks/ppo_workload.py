@@ -195,7 +195,7 @@ class Measured:
             self._cpu_phases[name] += time.process_time() - cpu_began
 
     def phases(self, seconds: dict[str, float]) -> None:
-        """Like :meth:`phase`, where something else has taken the time."""
+        """Add phases whose time something else has taken; see :meth:`phase`."""
         self._phases |= seconds
 
     def step_done(self) -> None:

@@ -188,7 +188,7 @@ def tables(result: dict) -> str:
 
 
 def plot(result: dict, target: pathlib.Path) -> None:
-    """Above: accuracy along the run. Below: final difference to Bradley-Terry, interval over seeds."""
+    """Plot accuracy along the run, and below it the final difference to Bradley-Terry with its interval over seeds."""
     groups = grouped(result)
     shares = sorted({flipped for flipped, _ in groups})
     figure, axes = pyplot.subplots(2, len(shares), figsize=(11, 8), sharex="row", sharey="row", constrained_layout=True)

@@ -37,7 +37,7 @@ PIPELINES = [path for path in ALL_RECIPES if "stages" in yaml.safe_load(path.rea
 RECIPES = [path for path in ALL_RECIPES if path not in PIPELINES]
 BY_MODULE = {stage.module: stage for stage in STAGES.values()}
 EXAMPLES = {"STAGE": "reward", "key=value": "output=runs/example"}
-"""For words that stand for the reader's own, where any other word will not do."""
+"""Examples for words that stand for the reader's own, where any other word will not do."""
 COMMAND = re.compile(r"(\S*/)?(rlhf|deepspeed|python3?)\s")
 NOT_OURS = re.compile(r"python3? -m (venv|pip)\s")
 
@@ -63,7 +63,7 @@ def inline_code(document: Path) -> Iterator[str]:
 
 
 def comments(path: Path) -> list[str]:
-    """Of a YAML file."""
+    """Comments of a YAML file."""
     return [line.removeprefix("#").strip() for line in joined(path.read_text(encoding="utf-8"), "#") if line[:1] == "#"]
 
 

@@ -94,7 +94,7 @@ def test_liger_without_cuda_is_refused_with_the_way_out(tiny_model):
 
 
 def test_the_reference_leaves_what_is_trained_as_it_was(tiny_model, bucket):
-    """With checkpointing, a layer that is trained all of a sudden would also break the backward pass under way."""
+    """A layer that is trained all of a sudden would also break a checkpointed backward pass under way."""
     lora = LoraOptions(rank=2, alpha=4.0)
     policy = build(tiny_model, lora=lora, freeze_layers=2, gradient_checkpointing=True).train()
     trained = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}

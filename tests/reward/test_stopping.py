@@ -55,7 +55,7 @@ def logged_steps(folder) -> list[int]:
 
 
 def wait_for_a_step(folder, process) -> None:
-    """Until a step has been logged that was not there before."""
+    """Wait until a step has been logged that was not there before."""
     before, deadline = max(logged_steps(folder), default=0), time.monotonic() + 200
     while max(logged_steps(folder), default=0) <= before:
         assert process.poll() is None, process.communicate()[0]

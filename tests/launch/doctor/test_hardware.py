@@ -10,7 +10,7 @@ from launch.doctor.finding import GIB, Subject
 from rlhf.core.memory import HostMemory
 
 WIDTH = 32
-"""Of the tiny model, and so the numbers of its head."""
+"""Width of the tiny model, and so the numbers of its head."""
 TWO_GPUS = "echo '0, NVIDIA H100 80GB HBM3, 81559, 70000'; echo '1, NVIDIA H100 80GB HBM3, 81559, 4'"
 
 

@@ -247,7 +247,7 @@ def test_a_pipeline_over_ssh_goes_on_when_it_was_killed_and_its_ranks_were_not(
     folder = tmp_path / "out" / "reward"
 
     def caught() -> bool:
-        """In the middle, and the guard is gone that would end what it can reach."""
+        """Whether the launcher is in the middle, and the guard is gone that would end what it can reach."""
         if not runs.step_is_saved(folder, 10):
             return False
         for guard in ranks_of(tmp_path / "out"):

@@ -15,7 +15,7 @@ from launch.pipeline.recipe import load_pipeline
 from rlhf.core.errors import UserError
 
 WIDTH = 32
-"""Of the tiny model, and so the numbers of a reward head."""
+"""Width of the tiny model, and so the numbers of a reward head."""
 
 
 @pytest.fixture

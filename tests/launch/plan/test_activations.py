@@ -53,7 +53,7 @@ def saved_bytes(model):
 
 
 def of_a_layer(**options):
-    """By difference: what is saved once for the whole model falls out."""
+    """Bytes of one layer by difference: what is saved once for the whole model falls out."""
     build = options.pop("build", tiny)
     return saved_bytes(build(3, **options)) - saved_bytes(build(2, **options))
 
@@ -122,7 +122,7 @@ def test_the_cache_has_the_size_of_its_buffers():
 
 @pytest.mark.parametrize("trained", [True, False])
 def test_log_probabilities_never_take_more_than_planned(trained):
-    """By torch's own profile of allocations on the CPU, of a vocabulary that outweighs all else."""
+    """Measured by torch's own profile of allocations on the CPU, with a vocabulary that outweighs all else."""
     vocabulary, width, tokens = 20_000, 16, 128
     hidden = torch.randn(1, tokens, width, requires_grad=True)
     weight = torch.randn(vocabulary, width, requires_grad=trained)

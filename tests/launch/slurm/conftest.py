@@ -96,7 +96,7 @@ class Cluster:
         self._daemon("slurmd", "-N", node)
 
     def kill_node(self, node: str) -> None:
-        """As if its power failed: the daemon, its step daemons and their tasks die at once."""
+        """Let a node die as of a power failure: the daemon, its step daemons and their tasks at once."""
         daemon = int((self.folder / f"slurmd-{node}.pid").read_text())
         tasks = [each for each in self._own_processes() if each.environ().get("SLURMD_NODENAME") == node]
         parents = {parent for task in tasks for parent in task.parents() if parent.name().startswith("slurmstepd")}

@@ -67,7 +67,7 @@ def test_two_nodes_under_zero2_and_zero3_train_as_two_ranks_on_one(
 def test_every_way_to_signal_a_job_saves_requeues_and_goes_on_to_the_same_result(
     cluster, jobs, submit, undisturbed, runs, tmp_path
 ):
-    """To the steps, to the batch shell, and to both with all their processes."""
+    """Signals go to the steps, to the batch shell, and to both with all their processes."""
     number, output = submit(tmp_path / "run", *LONG)
     log = jobs.log(output, number)
     for restart, options in enumerate([(), ("--batch",), ("--full",)], start=1):

@@ -31,7 +31,7 @@ def pipeline(tmp_path_factory, tiny_recipe, tiny_model, tiny_pairs) -> Path:
 
 @pytest.fixture(scope="module")
 def profile(tmp_path_factory, profile) -> Path:
-    """With the command rlhf of this checkout in front of PATH, installed or not."""
+    """A profile with the command rlhf of this checkout in front of PATH, installed or not."""
     folder = tmp_path_factory.mktemp("bin")
     (folder / "rlhf").write_text(f'#!/bin/sh\nexec {sys.executable} -m launch.cli "$@"\n')
     (folder / "rlhf").chmod(0o755)

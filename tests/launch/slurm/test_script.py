@@ -129,7 +129,7 @@ def test_directives_say_what_the_profile_says():
 
 
 def test_the_node_rank_is_resolved_on_the_node_and_not_in_the_batch_shell():
-    """In a batch shell where SLURM_NODEID is 0, a node whose SLURM_NODEID is 1 starts as node 1."""
+    """A node whose SLURM_NODEID is 1 starts as node 1, although SLURM_NODEID is 0 in the batch shell."""
     text = render(job(), ClusterProfile(nodes=2, devices=4))
     step = re.search(r"^step='\n(.*?)'$", text, flags=re.MULTILINE | re.DOTALL)[1]
     assert step.strip() == step_script().strip()

@@ -79,7 +79,7 @@ def test_a_job_that_fits_into_none_of_its_partitions_is_refused_with_every_reaso
 
 
 def test_nothing_is_submitted_while_a_job_of_any_stage_is_queued(slurm, tmp_path, capsys):
-    """Of the last stage alone, or of the whole pipeline as one job."""
+    """The queued job is that of the last stage alone, or of the whole pipeline as one job."""
     for label in ("ppo", "job"):
         numbers = tmp_path / label / "slurm"
         numbers.mkdir(parents=True)

@@ -123,7 +123,7 @@ def test_the_second_token_is_drawn_from_its_exact_distribution(make_sampler, tin
 
 
 def cut_distribution(policy, prompts, temperature=1.0, top_k=0, top_p=1.0) -> np.ndarray:
-    """Of the next token, by Transformers' own logits processors."""
+    """Distribution of the next token by Transformers' own logits processors."""
     tokens = torch.from_numpy(np.stack(prompts))
     states = policy.hf.model(input_ids=tokens).last_hidden_state[:, -1]
     logits = (states @ policy.hf.lm_head.weight.T).detach()

@@ -159,7 +159,7 @@ class Workshop:
         return self.task.step(number, Progress(ALONE, 100, 0))
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Of the policy, copied."""
+        """A copy of the policy's weights."""
         return {name: value.detach().clone() for name, value in self.policy.module.state_dict().items()}
 
     def critic_weights(self) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""That the stage learns: a random model, a rule as reward, seconds on one thread; and that KL holds it back."""
+"""The stage learns: a random model, a rule as reward, seconds on one thread; and that KL holds it back."""
 
 import json
 from dataclasses import replace

@@ -117,7 +117,7 @@ def test_extreme_log_ratios_give_finite_losses_and_gradients_in_float32(size, ad
 
 
 def surrogate(ratio, advantage, low, high, dual):
-    """As the papers have it, for one token; the objective turned into a loss."""
+    """The surrogate of the papers for one token; the objective turned into a loss."""
     bounded = min(max(ratio, 1 - low), 1 + high)
     objective = min(ratio * advantage, bounded * advantage)
     if dual is not None and advantage < 0:

@@ -141,7 +141,7 @@ def test_retokenized_texts_are_scored_as_rlhf_score_would(scorer_for, foreign_re
 def test_retokenizing_for_a_reward_model_of_the_same_family_changes_nothing(
     scorer_for, reward_folder, rollouts, tiny_config
 ):
-    """For responses that end with an end token and survive decoding and encoding."""
+    """This holds for responses that end with an end token and survive decoding and encoding."""
     chat = load_chat(tiny_config.policy.path, tiny_config.data.template)
     texts = ["the sun is good", "a bad day", "happy"] * 5 + ["rain"]
     responses = []

@@ -160,7 +160,7 @@ KILLS = [("generation", 2), ("scoring", 3), ("policy", 4), ("critic", 5), ("savi
 """Checkpoints are of steps 2, 4 and 6."""
 
 DRAWN = {"generation": {1, 2}, "scoring": {2, 3}, "policy": {4}, "critic": {5}, "saving": {6}, "none": {7}}
-"""By the run that is then killed in that phase. Step 3 is scored again but not drawn again, and so is step 4."""
+"""Steps drawn by the run that is killed in that phase. Step 3 is scored again but not drawn again; so is step 4."""
 
 
 def test_killed_in_every_phase_equals_never_stopped(runs, plan_ranks, recipe, tmp_path):

@@ -47,7 +47,7 @@ def train_of(config, **changes):
 
 
 def assert_moved_by(after, before, gradients):
-    """That ``after`` is ``before`` one step of ALMOST_SGD later."""
+    """Check that ``after`` is ``before`` one step of ALMOST_SGD later."""
     assert max(float(gradient.abs().max()) for gradient in gradients.values()) > 1e-3
     for name, gradient in gradients.items():
         expected = before[name] - gradient / (gradient.abs() + 1)
@@ -185,7 +185,7 @@ def surrogate_by_hand(config, hf, experience, rows):
 
 
 def with_other_old_logprobs(experience):
-    """As if the policy had moved since the rollout: ratios on both sides of the bounds."""
+    """The experience as if the policy had moved since the rollout: ratios on both sides of the bounds."""
     noise = 0.4 * torch.randn(experience.measured.logprobs.shape, generator=torch.Generator().manual_seed(3))
     logprobs = (experience.measured.logprobs + noise) * experience.rollouts.mask
     return replace(experience, measured=replace(experience.measured, logprobs=logprobs))

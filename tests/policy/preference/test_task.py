@@ -36,7 +36,7 @@ def one_step(engine, task, step=0):
 
 
 def logprobs_by_hand(model, pair):
-    """Of both responses, from whole logits."""
+    """Log-probabilities of both responses, from whole logits."""
     found = []
     sides = ((pair.chosen, pair.chosen_response_start), (pair.rejected, pair.rejected_response_start))
     hf = model.plain()

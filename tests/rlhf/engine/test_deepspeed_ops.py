@@ -24,7 +24,7 @@ def test_what_offloads_needs_ops(name, ops):
 
 @pytest.fixture
 def bare_machine(monkeypatch, tmp_path):
-    """Without compiler and ninja, and nothing compiled before."""
+    """A machine without compiler and ninja, and with nothing compiled before."""
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
 

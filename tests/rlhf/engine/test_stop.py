@@ -48,7 +48,7 @@ def test_a_sheltered_child_outlives_what_asks_its_parent_to_stop(tmp_path):
 
 @pytest.fixture
 def interruptible():
-    """As Python starts, even where these tests run in the background and SIGINT is ignored."""
+    """Handle SIGINT as Python does at its start, even where these tests run in the background with it ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
