@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import itertools
 import logging
 import math
@@ -14,6 +15,7 @@ import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+from deepspeed.utils import numa
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -181,6 +183,9 @@ def _with_own_nvme_folder(config: dict[str, Any]) -> dict[str, Any]:
 
 def _quiet() -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # On a CPU ZeRO-3 would start numactl, some hundred times a step, to count the cores.
+    if not hasattr(numa.get_numa_cores, "cache_info"):
+        numa.get_numa_cores = functools.cache(numa.get_numa_cores)
     # On a CPU DeepSpeed would compile, for minutes, a shared-memory all-reduce; gloo does without.
     deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
 

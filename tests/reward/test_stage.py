@@ -8,6 +8,8 @@ from reward.score import load_scorer
 from rlhf.models.manifest import read_manifest
 
 pytestmark = pytest.mark.dist
+
+
 @pytest.fixture(scope="session")
 def recipe(tmp_path_factory, tiny_model, tiny_pairs):
     folder = tmp_path_factory.mktemp("recipe")
@@ -31,12 +33,11 @@ def arguments(recipe, output, *overrides):
 GLOBAL = ("margin.queue_pairs=0", "margin.scope=global_batch", "model.lora.dropout=0", "train.max_steps=4")
 
 
-@pytest.fixture
-def one_rank(tmp_path_factory, recipe, run_ranks):
-    """The folder of a finished run on one rank; made once."""
+@pytest.fixture(scope="session")
+def one_rank(recipe, run_ranks):
+    """The folder of a finished run on one rank, started as users start it."""
     folder = recipe.parent / "one_rank"
-    if not (folder / "final").is_dir():
-        run_ranks(arguments(recipe, folder, *GLOBAL, "engine.deepspeed=zero1"), ranks=1)
+    run_ranks(arguments(recipe, folder, *GLOBAL, "engine.deepspeed=zero1"), ranks=1, cold=True)
     return folder
 
 
@@ -50,7 +51,7 @@ def one_rank(tmp_path_factory, recipe, run_ranks):
     ids=["2 ranks zero2", "2 ranks zero3", "1 rank plain torch, one micro-batch"],
 )
 def test_ranks_stages_and_packing_give_one_curve(run_ranks, runs, recipe, one_rank, tmp_path, ranks, changes):
-    run_ranks(arguments(recipe, tmp_path / "run", *GLOBAL, *changes), ranks=ranks)
+    run_ranks(arguments(recipe, tmp_path / "run", *GLOBAL, "train.publish=none", *changes), ranks=ranks)
     runs.assert_close(runs.rows(tmp_path / "run"), runs.rows(one_rank), 2e-4)
     runs.assert_close(runs.rows(tmp_path / "run", "eval"), runs.rows(one_rank, "eval"), 2e-4)
     moved = [row["loss"] for row in runs.rows(one_rank)]

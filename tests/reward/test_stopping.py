@@ -18,8 +18,8 @@ from reward.__main__ import main
 from reward.task import RewardTask
 from rlhf.core.errors import STOPPED_EXIT_CODE, ModelError
 from rlhf.engine import stop
-from rlhf.engine.ranks import free_port
 from rlhf.train.done import read_completion
+from tests.ports import free_port
 
 pytestmark = pytest.mark.dist
 

@@ -1,17 +1,12 @@
 """Runs that go on with another number of ranks, as users start them: real processes, DeepSpeed, files."""
 
-import json
-import re
 import shutil
 from pathlib import Path
 
 import pytest
 
-from rlhf.engine.ranks import free_port
-
 pytestmark = pytest.mark.dist
 
-WORKER = str(Path(__file__).parent / "workers" / "planned.py")
 SETTINGS = {
     "zero1": ["engine.deepspeed=zero1"],
     "zero2, frozen layers": ["engine.deepspeed=zero2", "model.freeze_layers=2"],
@@ -37,48 +32,21 @@ def recipe(tmp_path_factory, tiny_model, tiny_pairs) -> Path:
     return path
 
 
-@pytest.fixture
-def plan(run_ranks, tmp_path, recipe):
-    """``plan([(folder, settings)], ranks)`` runs the stage in each folder; what their main ranks said."""
-
-    def start(wanted: list[tuple[Path, list[str]]], ranks: int) -> list[str]:
-        runs = [
-            {
-                "arguments": ["--config", str(recipe), f"output={folder}", *settings],
-                "port": free_port(),
-                "said": str(tmp_path / f"said{ranks}-{place}.txt"),
-            }
-            for place, (folder, settings) in enumerate(wanted)
-        ]
-        (tmp_path / "plan.json").write_text(json.dumps(runs))
-        told, *_ = run_ranks([WORKER, str(tmp_path / "plan.json")], ranks, timeout=500, CUDA_VISIBLE_DEVICES="")
-        said = [Path(run["said"]).read_text() for run in runs]
-        codes = re.findall(r"run \d+ ended with (-?\d+)", told)
-        assert codes == ["0"] * len(runs), "\n".join(said)
-        return said
-
-    return start
-
-
-@pytest.fixture
-def folders(recipe, plan):
+@pytest.fixture(scope="session")
+def folders(recipe, run_ranks):
     """``folders(name, then, now)``: of a run on ``then`` ranks, and of one that went on with ``now`` halfway."""
 
     def get(name: str, then: int, now: int) -> tuple[Path, Path]:
-        straight, moved = (
-            {each: recipe.parent / f"{kind}{then}" / each.split(",")[0] for each in SETTINGS}
-            for kind in ("straight", "moved")
-        )
-        if not moved[name].exists():
-            plan([(straight[each], settings) for each, settings in SETTINGS.items()], then)
-            for each in SETTINGS:
-                shutil.copytree(straight[each], moved[each])
-                shutil.rmtree(moved[each] / "checkpoints" / f"step-{STEPS:08d}")
-            said = plan([(moved[each], settings) for each, settings in SETTINGS.items()], now)
-            for text in said:
-                assert f"{then} ranks then, {now} now" in text
-                assert f"at step {STOPPED_AT}, written on {then} rank(s)" in text
-        return straight[name], moved[name]
+        straight, moved = (recipe.parent / f"{kind}{then}" / name.split(",")[0] for kind in ("straight", "moved"))
+        if not moved.exists():
+            train = ["-m", "reward", "--config", str(recipe), *SETTINGS[name]]
+            run_ranks([*train, f"output={straight}"], then)
+            shutil.copytree(straight, moved)
+            shutil.rmtree(moved / "checkpoints" / f"step-{STEPS:08d}")
+            said, *_ = run_ranks([*train, f"output={moved}"], now)
+            assert f"{then} ranks then, {now} now" in said
+            assert f"at step {STOPPED_AT}, written on {then} rank(s)" in said
+        return straight, moved
 
     return get
 

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from policy.ppo.__main__ import main
 from policy.ppo.config import WatchConfig
 from policy.ppo.stage import run
-from rlhf.engine.ranks import free_port
 from rlhf.models.manifest import MANIFEST_NAME, read_manifest
 from rlhf.train.done import read_completion
 
@@ -56,13 +55,12 @@ def arguments(recipe, output, *overrides):
     return ["--config", str(recipe), f"output={output}", *overrides]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def one_rank(recipe, run_ranks):
-    """The folder of a finished run on one rank by DeepSpeed; made once."""
+    """The folder of a finished run on one rank by DeepSpeed, started as users start it."""
     folder = recipe.parent / "one_rank"
-    if not (folder / "evaluation.json").exists():
-        given = arguments(recipe, folder, "engine.deepspeed=zero0", "train.publish=none")
-        run_ranks(["-m", "policy.ppo", *given], ranks=1, **RULES)
+    given = arguments(recipe, folder, "engine.deepspeed=zero0", "train.publish=none")
+    run_ranks(["-m", "policy.ppo", *given], ranks=1, cold=True, **RULES)
     return folder
 
 
@@ -82,27 +80,6 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.fixture
-def plan_ranks(run_ranks, tmp_path):
-    """``plan_ranks([(arguments, kill), ...])``: runs of two ranks, one after another; their exit codes and outputs.
-
-    ``kill``: ``None``, or a phase and a step. See workers/killed.py.
-    """
-
-    def start(wanted: list[tuple[list[str], tuple[str, int] | None]]) -> list[tuple[int, str]]:
-        plan = [
-            {"arguments": given, "kill": kill, "port": free_port(), "said": str(tmp_path / f"said{place}.txt")}
-            for place, (given, kill) in enumerate(wanted)
-        ]
-        (tmp_path / "plan.json").write_text(json.dumps(plan))
-        alone_on_cpu = RULES | {"CUDA_VISIBLE_DEVICES": ""}  # CUDA does not survive a fork
-        told, _ = run_ranks([WORKER, str(tmp_path / "plan.json")], timeout=600, **alone_on_cpu)
-        codes = [int(code) for code in re.findall(r"run \d+ ended with (-?\d+)", told)]
-        return [(code, Path(each["said"]).read_text()) for code, each in zip(codes, plan, strict=True)]
-
-    return start
-
-
 ZERO = {
     "zero1": ["engine.deepspeed=zero1"],
     "zero2, smaller batches": ["engine.deepspeed=zero2", "train.micro_batch_tokens=60", "rollout.batch_rows=3"],
@@ -113,22 +90,25 @@ ZERO = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def two_ranks(recipe, plan_ranks):
-    """The folders of finished runs on two ranks, by the names of ZERO; made once."""
-    folders = {name: recipe.parent / name for name in ZERO}
-    if not all((folder / "evaluation.json").exists() for folder in folders.values()):
-        wanted = [(arguments(recipe, folders[name], "train.publish=none", *ZERO[name]), None) for name in ZERO]
-        for code, said in plan_ranks(wanted):
-            assert code == 0, said
-    return folders
+@pytest.fixture(scope="session")
+def two_ranks(recipe, run_ranks):
+    """``two_ranks(name)``: the folder of a finished run on two ranks with the settings of that name in ZERO."""
+
+    def get(name: str) -> Path:
+        folder = recipe.parent / name
+        if not (folder / "evaluation.json").exists():
+            run_ranks(["-m", "policy.ppo", *arguments(recipe, folder, "train.publish=none", *ZERO[name])], **RULES)
+        return folder
+
+    return get
 
 
 @pytest.mark.parametrize("name", ZERO)
 def test_two_ranks_of_any_zero_stage_give_the_curve_of_one(runs, one_rank, two_ranks, name):
-    runs.assert_close(runs.rows(two_ranks[name]), runs.rows(one_rank), 3e-4)
-    runs.assert_close(runs.rows(two_ranks[name], "eval"), runs.rows(one_rank, "eval"), 3e-4)
-    assert texts_of(two_ranks[name]) == texts_of(one_rank)
+    folder = two_ranks(name)
+    runs.assert_close(runs.rows(folder), runs.rows(one_rank), 3e-4)
+    runs.assert_close(runs.rows(folder, "eval"), runs.rows(one_rank, "eval"), 3e-4)
+    assert texts_of(folder) == texts_of(one_rank)
     assert max(row["kl_k3"] for row in runs.rows(one_rank)) > 0.01, "the curves agree because nothing was trained"
 
 
@@ -136,7 +116,7 @@ def test_two_ranks_hand_over_to_one_in_the_middle(run_ranks, runs, recipe, one_r
     """Policy and critic under ZeRO-2, the average, the KL controller; rollouts of step 3 are drawn already."""
     name = "zero2, smaller batches"
     folder = recipe.parent / "handed over"
-    shutil.copytree(two_ranks[name], folder)
+    shutil.copytree(two_ranks(name), folder)
     shutil.rmtree(folder / "checkpoints" / "step-00000003")
     given = arguments(recipe, folder, "train.publish=none", *ZERO[name])
     (said,) = run_ranks(["-m", "policy.ppo", *given], ranks=1, **RULES)
@@ -163,19 +143,20 @@ DRAWN = {"generation": {1, 2}, "scoring": {2, 3}, "policy": {4}, "critic": {5}, 
 """Steps drawn by the run that is killed in that phase. Step 3 is scored again but not drawn again; so is step 4."""
 
 
-def test_killed_in_every_phase_equals_never_stopped(runs, plan_ranks, recipe, tmp_path):
-    seven = ["train.max_steps=7", "train.epochs=2"]
-    straight, killed = tmp_path / "straight", tmp_path / "killed"
-    command = arguments(recipe, killed, *seven)
-    (_, first), *ended = plan_ranks(
-        [(arguments(recipe, straight, *seven), None), *((command, kill) for kill in KILLS), (command, None)]
+def test_killed_in_every_phase_equals_never_stopped(runs, run_ranks, start_ranks, recipe, tmp_path):
+    straight, killed = (
+        arguments(recipe, tmp_path / name, "train.max_steps=7", "train.epochs=2") for name in ("straight", "killed")
     )
+    first, _ = run_ranks([WORKER, "never", "0", *straight], **RULES)
     assert drawn_in(first) == set(range(1, 8))
-    for (phase, _), (code, said) in zip(KILLS, ended, strict=False):
-        assert code == -signal.SIGKILL, (phase, said)
+    for phase, step in KILLS:
+        ranks = start_ranks([WORKER, phase, str(step), *killed], 2, **RULES)
+        said, _ = (rank.communicate(timeout=240)[0] for rank in ranks)
+        assert ranks[0].returncode == -signal.SIGKILL, (phase, said)
         assert drawn_in(said) == DRAWN[phase], phase
-    code, said = ended[-1]
-    assert code == 0 and "resuming from" in said and drawn_in(said) == DRAWN["none"]
+    said, _ = run_ranks([WORKER, "never", "0", *killed], **RULES)
+    assert "resuming from" in said and drawn_in(said) == DRAWN["none"]
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
     for kind in ("train", "eval"):
         assert runs.rows(killed, kind) == runs.rows(straight, kind)
     assert lines(killed / "rollouts.jsonl") == lines(straight / "rollouts.jsonl")

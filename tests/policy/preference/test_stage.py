@@ -35,12 +35,11 @@ def arguments(recipe, output, *overrides):
 SHORT = ("train.max_steps=4",)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def one_rank(recipe, run_ranks):
-    """The folder of a finished run on one rank; made once."""
+    """The folder of a finished run on one rank, started as users start it."""
     folder = recipe.parent / "one_rank"
-    if not (folder / "final").is_dir():
-        run_ranks(arguments(recipe, folder, *SHORT, "engine.deepspeed=zero0"), ranks=1)
+    run_ranks(arguments(recipe, folder, *SHORT, "engine.deepspeed=zero0"), ranks=1, cold=True)
     return folder
 
 

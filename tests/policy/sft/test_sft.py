@@ -273,12 +273,11 @@ def arguments(recipe, output, *overrides):
     return ["-m", "policy.sft", "--config", str(recipe), f"output={output}", *overrides]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def one_rank(recipe, run_ranks):
-    """The folder of a finished run of plain torch on one rank; made once."""
+    """The folder of a finished run of plain torch on one rank, started as users start it."""
     folder = recipe.parent / "one_rank"
-    if not (folder / "final").is_dir():
-        run_ranks(arguments(recipe, folder, "engine.kind=local"), ranks=1)
+    run_ranks(arguments(recipe, folder, "engine.kind=local"), ranks=1, cold=True)
     return folder
 
 

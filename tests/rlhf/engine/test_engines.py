@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -106,3 +107,15 @@ def test_states_that_are_swapped_to_disk_train_alike_and_lie_in_a_folder_of_thei
     assert {name.split("/")[0] for name in report["files"]} == {"engine1"}
     # float32 weights, two moments and the gradients: 16 bytes, up to the alignment of the files
     assert sum(report["files"].values()) == pytest.approx(16 * report["parameters"], rel=0.01)
+
+
+def test_zero_3_on_cpus_asks_once_for_the_cores_of_this_machine(run_ranks, tmp_path):
+    """DeepSpeed would start a program for that, some hundred times a step."""
+    program = tmp_path / "bin" / "numactl"
+    program.parent.mkdir()
+    answer = "available: 1 nodes\nnode 0 cpus: 0 1"
+    program.write_text(f"#!/bin/sh\necho asked >> {tmp_path}/asked\necho '{answer}'\n")
+    program.chmod(0o755)
+    path = f"{program.parent}:{os.environ['PATH']}"
+    run_ranks([WORKER, "zero3", str(tmp_path)], 1, PATH=path, CUDA_VISIBLE_DEVICES="")
+    assert (tmp_path / "asked").read_text().split() == ["asked"]

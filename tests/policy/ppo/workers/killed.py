@@ -1,28 +1,19 @@
-"""``python killed.py PLAN.json``: one rank of several runs of the stage, one after another; some kill themselves.
+"""``python killed.py PHASE STEP ARGUMENT...``: one rank of the stage, which kills itself in a step, counted from 1.
 
-The plan is that of tests/forked.py; each run also has ``kill``: null, or a phase and a step, counted from 1. A killed
-run ends in generation, scoring, policy, critic (after their first part of the step), or saving (when the engines have
-written). Each prints the steps that it draws responses in.
+The phase is generation, scoring, policy, critic (after their first part of the step), or saving (when the engines have
+written); "never" lets it live. It prints the steps that it draws responses in.
 """
 
 import os
 import signal
 import sys
-from pathlib import Path
-
-from torch._inductor import compile_fx
 
 from policy.generation.hf import HfSampler
 from policy.generation.training import TrainingSampler
-from policy.ppo import stage
 from policy.ppo.__main__ import main
 from policy.ppo.scoring import ModelScorer
 from policy.ppo.task import Engines, PpoTask
 from policy.ppo.update import Updater
-from rlhf.engine import zero
-from tests.forked import run_plan
-
-IMPORTED_BY_EVERY_RUN = stage, zero, compile_fx
 
 METHODS = {
     "generation": (HfSampler, "_decode"),
@@ -65,11 +56,9 @@ def kill_in(phase: str, step: int) -> None:
     setattr(owner, name, deadly)
 
 
-def prepare(run: dict) -> None:
-    count_steps()
-    if run["kill"] is not None:
-        kill_in(*run["kill"])
-
-
 if __name__ == "__main__":
-    run_plan(Path(sys.argv[1]), main, prepare)
+    phase, step, *arguments = sys.argv[1:]
+    count_steps()
+    if phase != "never":
+        kill_in(phase, int(step))
+    sys.exit(main(arguments))
