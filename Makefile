@@ -1,18 +1,23 @@
 # Two commands need nothing but Python 3.10+, make and a C++ compiler:
 #   make quickstart   reward model, preference policy and PPO policy from a small real language model
-#   make test         run all tests
+#   make test         run the tests; "make test-all" has further cases of what these prove, and takes longer
 PYTHON ?= python3
 VENV ?= .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
+JOBS ?= 2
+PYTEST := $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile
 
-.PHONY: quickstart test lint install clean
+.PHONY: quickstart test test-all lint install clean
 
 quickstart: $(STAMP)
 	$(VENV)/bin/rlhf pipeline run launch/recipes/quickstart.yaml
 
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest
+	$(PYTEST) -m "not full"
+
+test-all: $(STAMP)
+	$(PYTEST) --durations=20 --file-times=30
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

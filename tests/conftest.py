@@ -106,6 +106,8 @@ def tiny_pairs(tmp_path_factory) -> Path:
     return path
 
 
+pytest_plugins = ["tests.cost"]
+
 Rank = ForkedProcess | subprocess.Popen
 
 

@@ -16,6 +16,12 @@ from tests.zygote import ENDED, STARTED
 
 ZYGOTE = Path(__file__).with_name("zygote.py")
 ROOT = ZYGOTE.parent.parent
+_used: list[float] = []
+
+
+def cpu_seconds_of_forks() -> float:
+    """Of those that have ended and were waited for."""
+    return sum(_used)
 
 
 class Zygote:
@@ -24,8 +30,6 @@ class Zygote:
     def __init__(self) -> None:
         self._process: subprocess.Popen | None = None
         self._ask: socket.socket | None = None
-        self.cpu_seconds = 0.0
-        """Of all forks that have ended and were waited for."""
 
     def start(self, arguments: Sequence[str], environment: Mapping[str, str], folder: Path) -> "ForkedProcess":
         """``python arguments``: a module after -m, or a script; with stdout and stderr in one pipe."""
@@ -37,7 +41,7 @@ class Zygote:
         socket.send_fds(self._ask, [json.dumps(request).encode()], [says, tells])
         os.close(says)
         os.close(tells)
-        return ForkedProcess(self, output, story)
+        return ForkedProcess(output, story)
 
     def stop(self) -> None:
         if self._ask is not None:
@@ -59,9 +63,9 @@ class Zygote:
 class ForkedProcess:
     """A fork, with the part of the interface of ``subprocess.Popen`` that tests of runs use."""
 
-    def __init__(self, zygote: Zygote, output: int, story: int) -> None:
+    def __init__(self, output: int, story: int) -> None:
         self.returncode: int | None = None
-        self._zygote, self._story = zygote, story
+        self._story = story
         self.stdout = open(output, encoding="utf-8", errors="replace")  # noqa: SIM115
         told = os.read(story, STARTED.size)
         assert told, "the process that forks has ended; what it said is above"
@@ -107,6 +111,6 @@ class ForkedProcess:
             told = os.read(self._story, ENDED.size)
             assert told, "the process that forks has ended; what it said is above"
             self.returncode, used = ENDED.unpack(told)
-            self._zygote.cpu_seconds += used
+            _used.append(used)
             os.close(self._story)
         return self.returncode

@@ -97,6 +97,9 @@ def _tell_who_ended(told: dict[int, int]) -> None:
 
 def _become(request: dict, installed: list[str]) -> None:
     """Be ``python arguments`` in that environment and folder, up to the end of the process."""
+    # Every process starts with random numbers of its own; Python's module sees to that by itself.
+    sys.modules["torch"].seed()
+    sys.modules["numpy"].random.seed()
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["folder"])

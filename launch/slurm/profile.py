@@ -67,6 +67,8 @@ class ClusterProfile:
     """Put a job that was stopped by a signal, or lost a node, back into the queue."""
     max_node_failures: Annotated[int, Ge(0)] = 3
     """How often a job that lost a node goes back into the queue."""
+    probe_seconds: Annotated[int, Gt(0)] = 60
+    """How long the nodes of a job that has failed may take to answer, until one of them counts as lost."""
     free_disk_gib: Annotated[float, Ge(0)] = 20.0
     """Refuse to start with less room than this, in GiB, in the run folder."""
 

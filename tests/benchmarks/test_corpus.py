@@ -19,6 +19,7 @@ from policy.evaluation.compare import evaluate_policies
 from policy.evaluation.options import SamplingSettings
 from rlhf.core.errors import DataError, ModelError
 from rlhf.models.tokenizer import load_tokenizer
+from tests.lacking import imported
 
 HERE = make_corpus.HERE
 SPLITS = ("train", "heldout")
@@ -50,7 +51,7 @@ def test_every_pair_has_texts_topic_and_a_higher_gold_score_for_chosen(pairs, sp
 
 
 def test_the_gold_labels_can_be_recomputed(pairs):
-    pytest.importorskip("vaderSentiment")
+    imported("vaderSentiment")
     both = pairs["train"] + pairs["heldout"]
     for side in ("chosen", "rejected"):
         scores = gold_reward([row["prompt"] for row in both], [row[side] for row in both])
@@ -105,7 +106,7 @@ def test_the_data_card_tells_what_the_files_hold(pairs):
 
 
 def test_sentiment_is_scored_by_the_response_alone():
-    pytest.importorskip("vaderSentiment")
+    imported("vaderSentiment")
     scores = gold_reward(
         ["What a terrible day."] * 3, ["A wonderful, happy day!", "An awful, sad day.", "A chair."]
     )
@@ -213,7 +214,7 @@ def test_a_folder_without_a_model_says_how_to_make_one(tmp_path):
 
 
 def test_the_script_makes_the_four_files(tiny_model, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("vaderSentiment")
+    imported("vaderSentiment")
     words = ["sad", "happy", "good", "bad", "day", "rain"]
     monkeypatch.setattr(
         make_corpus,

@@ -14,6 +14,7 @@ import pytest
 
 from reward.config import RewardConfig
 from rlhf.config import parse_command_line
+from tests.lacking import lacking
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted((ROOT / "launch" / "scripts").glob("*.sh"))
@@ -124,6 +125,6 @@ def test_a_script_is_executable_valid_and_says_how_to_start_it(script):
 )
 def test_shellcheck_finds_nothing(script):
     if shutil.which("shellcheck") is None:
-        pytest.skip("no shellcheck: apt-get install shellcheck (.ci/run does)")
+        lacking("no shellcheck: apt-get install shellcheck (.ci/run does)")
     done = subprocess.run(["shellcheck", "--shell=bash", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

@@ -16,6 +16,8 @@ import pytest
 from launch.jobs import hostfile
 from launch.jobs.hostfile import check_hosts, read_hostfile, unreachable_hosts, write_hostfile
 from rlhf.core.errors import ConfigError
+from tests.lacking import lacking
+from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[3]
 SYSTEM = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -114,12 +116,6 @@ def test_a_missing_hostfile_is_one_message_and_exit_code_2(tmp_path, capsys):
 # ---- over ssh, for real
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def _keygen(path: Path) -> None:
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(path)], check=True)
 
@@ -140,13 +136,13 @@ def two_hosts(tmp_path_factory):
     needed = ("sshd", "ssh", "ssh-keygen", "pdsh")
     missing = [program for program in needed if shutil.which(program, path=SYSTEM) is None]
     if missing:
-        pytest.skip(f"no {', '.join(missing)}: apt-get install openssh-server pdsh (.ci/run does)")
+        lacking(f"no {', '.join(missing)}: apt-get install openssh-server pdsh (.ci/run does)")
     if os.getuid() == 0:
         Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # sshd wants it, and only its init script makes it
     folder = tmp_path_factory.mktemp("ssh")
     for name in ("host", "user"):
         _keygen(folder / name)
-    ports = {f"node{number}": _free_port() for number in (1, 2, 3)}
+    ports = {f"node{number}": free_port() for number in (1, 2, 3)}
     lines = [f"Host {host}\n  HostName 127.0.0.1\n  Port {port}" for host, port in ports.items()]
     common = (
         f"Host *\n  User {getpass.getuser()}\n  IdentityFile {folder}/user\n  IdentitiesOnly yes\n"
@@ -188,7 +184,7 @@ def over_ssh(hosts, name: str, text: str) -> dict[str, str]:
     return hosts.environment | {
         "HOSTFILE": str(path),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
+        "MASTER_PORT": str(free_port()),
         "DS_ENV_FILE": str(hosts.folder / "deepspeed_env"),
     }
 
@@ -216,8 +212,9 @@ def test_real_hosts_answer_and_one_where_nobody_listens_does_not(two_hosts, monk
 @pytest.mark.dist
 def test_two_hosts_over_ssh_train_as_two_ranks_on_one(two_hosts, tiny_recipe, run_ranks, runs, tmp_path):
     here, there = tmp_path / "here", tmp_path / "there"
-    run_ranks(["-m", "reward", *tiny_recipe, f"output={here}"])
-    done = train_over_ssh(two_hosts, "hosts", "node1 slots=1\nnode2 slots=1\n", *tiny_recipe, f"output={there}")
+    run_ranks(["-m", "reward", *tiny_recipe, "train.publish=none", f"output={here}"])
+    settings = (*tiny_recipe, "train.publish=none", f"output={there}")
+    done = train_over_ssh(two_hosts, "hosts", "node1 slots=1\nnode2 slots=1\n", *settings)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "node2: " in done.stdout + done.stderr, "pdsh names the host of a line: node2 took part"
     assert (there / "done.json").is_file()
@@ -236,7 +233,7 @@ def test_a_pipeline_over_ssh_goes_on_when_it_was_killed_and_its_ranks_were_not(
 ):
     """Ranks behind an sshd are no children of the pipeline: those of the killed one must not meet those of the next."""
     longer = "train.epochs=10"
-    run_ranks(["-m", "reward", *tiny_recipe, longer, f"output={tmp_path}/here"])
+    run_ranks(["-m", "reward", *tiny_recipe, longer, "train.publish=none", f"output={tmp_path}/here"])
     recipe = tmp_path / "over_ssh.yaml"
     recipe.write_text(f"output: {tmp_path}/out\nstages: {{reward: {{recipe: {tiny_recipe[1]}}}}}\n")
     environment = over_ssh(two_hosts, "pair", "node1 slots=1\nnode2 slots=1\n")

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -128,14 +127,16 @@ def test_one_setting_of_a_stage_redoes_that_stage_and_what_follows(finished, rec
     assert "waiting" in lines["evaluate"]
 
 
-def test_a_pipeline_killed_again_and_again_publishes_the_same_models(finished, recipe, processes_of, tmp_path):
-    """Kill -9 of the pipeline alone, or of it and all that it started, at moments drawn at random."""
-    folder, generator = tmp_path / "killed", random.Random(4)
-    for number in range(4):
+@pytest.mark.full
+def test_a_pipeline_killed_in_every_stage_publishes_the_same_models(finished, recipe, processes_of, tmp_path):
+    """Kill -9 of the pipeline alone, or of it and all that it started; benchmarks/killed_pipeline.py draws moments."""
+    folder = tmp_path / "killed"
+    for number, stage in enumerate(PUBLISHED):
         process = start("run", str(recipe), "--ranks", "2", f"output={folder}")
-        deadline = time.monotonic() + generator.uniform(8, 35)
-        while time.monotonic() < deadline and process.poll() is None:
-            time.sleep(0.1)
+        deadline = time.monotonic() + 300
+        while not any((folder / stage / "checkpoints").glob("step-*")):
+            assert time.monotonic() < deadline and process.poll() is None, process.communicate()[0]
+            time.sleep(0.05)
         victims = [process.pid, *(processes_of(folder) if number % 2 else [])]
         for victim in victims:
             try:

@@ -7,8 +7,10 @@ import pytest
 
 from rlhf.core.errors import ModelError
 from rlhf.models.gguf import embedded_model, import_gguf
+from tests.lacking import lacking
 
 pytestmark = [pytest.mark.slow, pytest.mark.dist]
+full, param = pytest.mark.full, pytest.param
 
 ROOT = Path(__file__).resolve().parents[3]
 TOLERANCE = 0.15
@@ -25,7 +27,7 @@ def model(tmp_path_factory) -> Path:
     try:
         source = embedded_model()
     except ModelError as error:
-        pytest.skip(str(error))
+        lacking(str(error))
     folder = tmp_path_factory.mktemp("smollm2") / "model"
     import_gguf(source, folder)
     return folder
@@ -44,10 +46,10 @@ def benchmark():
     ("stage", "settings", "ranks"),
     [
         ("reward", (SLICE, "engine.deepspeed=zero2"), 2),
-        ("reward", (SLICE, "engine.deepspeed=zero0", "train.micro_batch_tokens=6000"), 1),
-        ("reward", (SLICE, "engine.deepspeed=zero3"), 2),
-        ("reward", (SLICE, "engine.deepspeed=zero2", *CHECKPOINTING), 1),
-        ("sft", ("engine.deepspeed=zero2", "model.freeze_layers=20", "train.global_batch_size=8"), 1),
+        param("reward", (SLICE, "engine.deepspeed=zero0", "train.micro_batch_tokens=6000"), 1, marks=full),
+        param("reward", (SLICE, "engine.deepspeed=zero3"), 2, marks=full),
+        param("reward", (SLICE, "engine.deepspeed=zero2", *CHECKPOINTING), 1, marks=full),
+        param("sft", ("engine.deepspeed=zero2", "model.freeze_layers=20", "train.global_batch_size=8"), 1, marks=full),
         ("preference", (SLICE, "engine.deepspeed=zero2", "model.lora={rank: 16}", "reference.kind=live"), 1),
     ],
 )

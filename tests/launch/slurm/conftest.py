@@ -25,6 +25,8 @@ import pytest
 import yaml
 
 from launch.cli import main
+from tests.lacking import lacking
+from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[3]
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue", "sinfo")
@@ -56,7 +58,7 @@ SchedulerParameters=sched_interval=2,bf_interval=2
 SlurmdParameters=config_overrides
 ReturnToService=2
 SlurmdTimeout=300
-KillWait=10
+KillWait=2
 PartitionName=main Nodes=node[1-4] Default=YES MaxTime=INFINITE State=UP
 PartitionName=small Nodes=node1 MaxTime=10 State=UP
 """
@@ -83,9 +85,9 @@ class Cluster:
         self._start_munge()
         host = socket.gethostname()
         text = CONFIGURATION.format(
-            host=host, folder=self.folder, user=getpass.getuser(), controller_port=_free_port()
+            host=host, folder=self.folder, user=getpass.getuser(), controller_port=free_port()
         )
-        nodes = (f"NodeName={n} NodeHostname={host} NodeAddr=127.0.0.1 Port={_free_port()} CPUs=1" for n in NODES)
+        nodes = (f"NodeName={n} NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()} CPUs=1" for n in NODES)
         self.configuration.write_text(text + "\n".join(nodes) + "\n")
         self._daemon("slurmctld", "-c")
         for node in NODES:
@@ -220,18 +222,12 @@ def _text(path: Path | None) -> str:
     return path.read_text(errors="replace")[-6000:] if path and path.exists() else ""
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
     """A running SLURM."""
     missing = [program for program in PROGRAMS if shutil.which(program, path=SYSTEM) is None]
     if missing:
-        pytest.skip(f"no {', '.join(missing)}: apt-get install slurm-wlm munge (.ci/run does)")
+        lacking(f"no {', '.join(missing)}: apt-get install slurm-wlm munge (.ci/run does)")
     folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # a socket's path must be short
     folder.chmod(0o755)
     found = Cluster(folder)

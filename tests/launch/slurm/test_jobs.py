@@ -46,12 +46,13 @@ def undisturbed(cluster, jobs, profile, tiny_recipe, tmp_path_factory) -> Path:
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_two_nodes_under_zero2_and_zero3_train_as_two_ranks_on_one(
     cluster, jobs, submit, undisturbed, tiny_recipe, run_ranks, runs, tmp_path
 ):
     """The learning rate is constant, so that a short run is the beginning of a long one."""
-    run_ranks(["-m", "reward", *tiny_recipe, f"output={tmp_path}/one"])
-    number, output = submit(tmp_path / "zero3", "engine.deepspeed=zero3")
+    run_ranks(["-m", "reward", *tiny_recipe, f"output={tmp_path}/one", "train.publish=none"])
+    number, output = submit(tmp_path / "zero3", "engine.deepspeed=zero3", "train.publish=none")
     cluster.wait(number, "COMPLETED", jobs.log(output, number))
     assert json.loads((output / "done.json").read_text())["step"] == 12
     expected = runs.rows(tmp_path / "one")
@@ -107,7 +108,8 @@ def test_a_job_near_its_time_limit_saves_and_goes_on_until_a_stop_file_ends_it(c
 @pytest.mark.dist
 def test_a_job_that_loses_a_node_goes_on_from_its_checkpoint(cluster, jobs, submit, undisturbed, runs, tmp_path):
     """The first loss is noticed by the job itself, the second by SLURM."""
-    number, output = submit(tmp_path / "run", *LONG, "train.checkpoint_every=10")
+    patience = ("profile.probe_seconds=15", "profile.srun_options=[--wait=15]")
+    number, output = submit(tmp_path / "run", *LONG, "train.checkpoint_every=10", *patience)
     log = jobs.log(output, number)
 
     def nodes() -> list[str]:
@@ -184,6 +186,7 @@ def test_the_script_without_a_launcher_trains_on_two_nodes(cluster, tiny_recipe,
     environment = {"GLOO_SOCKET_IFNAME": "lo"}
     script = str(ROOT / "launch" / "scripts" / "sbatch.sh")
     options = (f"--output={tmp_path}/log", "--parsable")
-    said = cluster.run("sbatch", *options, script, *tiny_recipe, *LONG, f"output={tmp_path}/run", **environment)
+    settings = (*tiny_recipe, *LONG, "train.publish=none", f"output={tmp_path}/run")
+    said = cluster.run("sbatch", *options, script, *settings, **environment)
     cluster.wait(said.stdout.strip(), "COMPLETED", tmp_path / "log")
     runs.assert_close(runs.rows(tmp_path / "run"), runs.rows(undisturbed), 1e-5)

@@ -8,6 +8,7 @@ import torch
 
 from policy.preference.losses import LOSSES, sigmoid_loss
 from policy.preference.modifiers import divergence_scores, length_desensitized, wpo_weights
+from tests.lacking import imported
 
 pytestmark = pytest.mark.slow
 
@@ -35,7 +36,7 @@ TRAINER = {
 
 @pytest.fixture(scope="module")
 def trl():
-    return pytest.importorskip("trl")
+    return imported("trl")
 
 
 class Rows:
@@ -206,7 +207,7 @@ def test_ld_dpo(trl):
     ],
 )
 def test_cpo_trainer(trl, name, settings, options):
-    pytest.importorskip("trl.experimental.cpo")
+    imported("trl.experimental.cpo")
     from trl.experimental.cpo import CPOTrainer
 
     rows = Rows()
@@ -220,7 +221,7 @@ def test_cpo_trainer(trl, name, settings, options):
 
 
 def test_orpo_trainer(trl):
-    pytest.importorskip("trl.experimental.orpo")
+    imported("trl.experimental.orpo")
     from trl.experimental.orpo import ORPOTrainer
 
     rows = Rows(dtype=torch.float32)

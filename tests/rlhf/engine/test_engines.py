@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rlhf.engine.deepspeed_ops import ASYNC_IO, find_op
+from tests.lacking import lacking
 
 WORKER = str(Path(__file__).parent / "workers" / "train_mlp.py")
 NVME = "zero3_nvme"  # needs libaio with its headers
@@ -18,7 +19,7 @@ ENGINES = [
     "zero3_hpz",
     pytest.param("zero2_offload", marks=pytest.mark.slow),
 ]
-AND_NVME = [*ENGINES, pytest.param(NVME, marks=pytest.mark.slow)]
+AND_NVME = [*ENGINES, pytest.param(NVME, marks=[pytest.mark.slow, pytest.mark.full])]
 
 pytestmark = pytest.mark.dist
 
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.dist
 def skip_without_async_io() -> None:
     op = find_op(ASYNC_IO)
     if not op.usable:
-        pytest.skip(f"op {ASYNC_IO}: missing {' and '.join(op.missing)}")
+        lacking(f"op {ASYNC_IO}: missing {' and '.join(op.missing)}")
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +74,7 @@ def test_save_and_load_continue_bit_for_bit(train, kind):
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_a_checkpoint_whose_states_deepspeed_would_not_read_back_is_refused(train):
     _, reports = train(NVME, 2)
     (refusal,) = reports["resumed"]
@@ -91,6 +93,7 @@ def test_a_loss_that_is_not_finite_drops_the_step_on_all_ranks(train, kind):
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_two_nodes_that_each_keep_a_copy_of_the_weights_equal_one_rank(train, run_ranks, tmp_path):
     run_ranks([WORKER, "zero3_hpz", str(tmp_path)], 4, timeout=500, LOCAL_WORLD_SIZE="2")
     weights, (expected, _) = torch.load(tmp_path / "weights.pt"), train("local", 1)

@@ -41,12 +41,12 @@ def moved(runs_by_way, run_ranks, tmp_path_factory):
     return get
 
 
-def slow(kinds):
-    return [pytest.param(kind, marks=pytest.mark.slow) for kind in kinds]
+def compiled(kinds):
+    return [pytest.param(kind, marks=[pytest.mark.slow, pytest.mark.full]) for kind in kinds]
 
 
 @pytest.mark.parametrize(("then", "now"), WAYS)
-@pytest.mark.parametrize("kind", [*ZERO, *LOW_PRECISION, *slow(OFFLOADED)])
+@pytest.mark.parametrize("kind", [*ZERO, *LOW_PRECISION, *compiled(OFFLOADED)])
 def test_weights_moments_and_counters_come_over_bit_for_bit(moved, kind, then, now):
     saved, loaded = (each["held"] for each in moved(kind, then, now))
     assert saved["tensors"].keys() == loaded["tensors"].keys() and len(saved["tensors"]) == 9
@@ -61,7 +61,7 @@ def test_weights_moments_and_counters_come_over_bit_for_bit(moved, kind, then, n
 
 
 @pytest.mark.parametrize(("then", "now"), WAYS)
-@pytest.mark.parametrize("kind", [*PLAIN, *ZERO, *LOW_PRECISION, *slow(OFFLOADED)])
+@pytest.mark.parametrize("kind", [*PLAIN, *ZERO, *LOW_PRECISION, *compiled(OFFLOADED)])
 def test_going_on_with_other_ranks_equals_never_having_stopped(moved, kind, then, now):
     saved, loaded = moved(kind, then, now)
     tolerance = 2e-3 if "bfloat16" in kind else 2e-6

