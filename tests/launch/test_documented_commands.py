@@ -248,7 +248,13 @@ def parse_hostfile(words: list[str]) -> None:
         assert hostfile.main(words) == 0 and tried == [Path(words[0])]
 
 
+def find_tests(words: list[str]) -> None:
+    for path in words:
+        assert (ROOT / path).is_file(), path
+
+
 MODULES = {
+    "pytest": find_tests,
     "launch.jobs.hostfile": parse_hostfile,
     "benchmarks.measure": parse_measure,
     "benchmarks.make_corpus": lambda words: make_corpus._parser().parse_args(words),
