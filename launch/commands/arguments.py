@@ -1,6 +1,8 @@
 """Types of command-line arguments that several commands take."""
 
 import argparse
+from collections.abc import Iterable
+from typing import Any
 
 
 def positive_int(text: str) -> int:
@@ -14,7 +16,7 @@ def positive_int(text: str) -> int:
 class SettingsParser(argparse.ArgumentParser):
     """Takes settings (``overrides``) before, between and after options, as the stages do."""
 
-    def parse_known_args(self, args=None, namespace=None):
+    def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
         options, rest = super().parse_known_args(args, namespace)
         options.overrides = [*options.overrides, *(part for part in rest if not part.startswith("-"))]
         return options, [part for part in rest if part.startswith("-")]

@@ -26,7 +26,7 @@ Exit status: 0 without failures (warnings do not count); 1 with; 2 if the recipe
 _STYLES = {"ok": "green", "warning": "yellow", "failure": "bold red"}
 
 
-def add_parser(subparsers) -> None:
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = subparsers.add_parser(
         "doctor",
         help="check this machine before a run",

@@ -27,7 +27,7 @@ Exit status: 0 if no file has a problem; 1 if one has; 2 if one cannot be read.
 """
 
 
-def add_parser(subparsers) -> None:
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = subparsers.add_parser("ds", help="DeepSpeed configurations: show as resolved, or check")
     actions = parser.add_subparsers(title="actions", dest="action", required=True, parser_class=SettingsParser)
     show = actions.add_parser(

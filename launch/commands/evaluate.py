@@ -7,7 +7,7 @@ from launch.commands.arguments import positive_int
 from rlhf.core.errors import UserError
 
 
-def add_parser(subparsers) -> None:
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = subparsers.add_parser(
         "evaluate",
         help="compare policies by a reward function on fresh samples for held-out prompts",

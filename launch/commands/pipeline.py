@@ -24,7 +24,7 @@ Exit status: 0 done; 1 a stage failed; 2 something is refused; 75 stopped, to be
 """
 
 
-def add_parser(subparsers) -> None:
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = subparsers.add_parser("pipeline", help="run the stages of a pipeline recipe, or see where they stand")
     actions = parser.add_subparsers(title="actions", dest="action", required=True, parser_class=SettingsParser)
     running = actions.add_parser(

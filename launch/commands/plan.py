@@ -21,7 +21,7 @@ Exit status: 0 if it fits; 1 if not; 2 if the settings are refused.
 """
 
 
-def add_parser(subparsers) -> None:
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = subparsers.add_parser("plan", help="what a run needs of memory, disk and time, without a GPU")
     stages = parser.add_subparsers(title="stages", dest="stage", required=True, parser_class=SettingsParser)
     for name in training():

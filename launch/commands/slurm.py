@@ -25,7 +25,7 @@ time limit, or is sent SIGUSR1, saves, goes back into the queue and goes on from
 """
 
 
-def add_parser(subparsers) -> None:
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     slurm = subparsers.add_parser("slurm", help="run a stage or a pipeline on a SLURM cluster")
     actions = slurm.add_subparsers(title="actions", dest="action", required=True, parser_class=SettingsParser)
     for name, description, action in (("render", _RENDER, render_jobs), ("submit", _SUBMIT, submit_jobs)):

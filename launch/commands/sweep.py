@@ -30,7 +30,7 @@ Exit status: 0 if all runs finished; 1 if some failed; 2 if the settings are ref
 """
 
 
-def add_parser(subparsers) -> None:
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = subparsers.add_parser("sweep", help="train with several objectives or settings, and compare")
     stages = parser.add_subparsers(title="stages", dest="stage", required=True, parser_class=SettingsParser)
     preference = stages.add_parser(
