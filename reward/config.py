@@ -11,7 +11,9 @@ from reward.model import RewardModelConfig
 from rlhf.core.annotations import NoResult
 from rlhf.data.options import DataConfig
 from rlhf.engine.options import EngineConfig, OptimizerConfig
+from rlhf.models.roles import ModelRole
 from rlhf.train.options import TrainConfig
+from rlhf.train.workload import Workload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,3 +96,32 @@ class RewardConfig:
                 f"loss.kind = {self.loss.kind} has no place for a margin, but margin.kind = {self.margin.kind}; "
                 "set margin.kind=none or take another loss"
             )
+
+    @property
+    def models(self) -> tuple[ModelRole, ...]:
+        """The models of the run."""
+        return (
+            ModelRole(
+                name="reward model",
+                section="model",
+                setting="model.path",
+                backbone=self.model,
+                kind="reward model",
+                optimizer=self.optim,
+                placement=self.engine.deepspeed,
+                placed_by="engine.deepspeed",
+                published=True,
+                with_lm_head="chosen_logprobs" in LOSSES[self.loss.kind].inputs,
+            ),
+        )
+
+    @property
+    def workload(self) -> Workload:
+        """What a step computes."""
+        return Workload(rows=self.data, kind="pairs", first_pass=self.over_all_pairs)
+
+    @property
+    def over_all_pairs(self) -> bool:
+        """Whether margins or statistics are taken over the whole global batch, in a first pass."""
+        needed = self.margin.kind == "ot" or bool(LOSSES[self.loss.kind].statistics)
+        return self.margin.scope == "global_batch" and needed

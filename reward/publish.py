@@ -10,8 +10,7 @@ from torch import Tensor
 
 from reward.config import RewardConfig
 from reward.evaluate import Evaluation
-from reward.losses import LOSSES
-from reward.model import RewardModel, Scores, build_reward_model, save_reward_model
+from reward.model import RewardModel, RewardModelConfig, Scores, build_reward_model, save_reward_model
 from rlhf.data.batching import Row
 from rlhf.data.templates import ChatFormat
 from rlhf.engine.build import DTYPES, precision_of
@@ -78,13 +77,15 @@ class PublishableRewardModel:
 
 def new_model(config: RewardConfig, chat: ChatFormat, dtype: torch.dtype) -> RewardModel:
     """The untrained model of a recipe; with a language-model head where the loss asks for one."""
+    (role,) = config.models
+    assert isinstance(role.backbone, RewardModelConfig)
     return build_reward_model(
-        config.model,
+        role.backbone,
         dtype=dtype,
         pad_token_id=chat.tokenizer.pad_token_id,
         vocabulary=required_embedding_rows(chat.tokenizer),
         seed=config.train.seed,
-        with_lm_head="chosen_logprobs" in LOSSES[config.loss.kind].inputs,
+        with_lm_head=role.with_lm_head,
     )
 
 

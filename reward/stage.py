@@ -33,8 +33,9 @@ def run(config: RewardConfig, ranks: Ranks) -> Evaluation | None:
     chat = open_chat(config, config.data.template, ranks)
     data = load_data(lambda folder: load_preferences(config.data, chat, run_folder=folder), config, ranks)
     steps = total_steps(config.train, len(data.train))
+    (role,) = config.models
     model = ranks.together(lambda: new_model(config, chat, DTYPES[precision_of(config.engine)]))
-    engine = start_engine(model, config, ranks, steps=steps, hidden_size=model.hf.config.hidden_size)
+    engine = start_engine(model, role, config, ranks, steps=steps, hidden_size=model.hf.config.hidden_size)
     task = RewardTask(engine, config, data.train, data.evals, steps)
     identity = run_identity(config, data.train, steps)
     step = train(

@@ -43,9 +43,7 @@ class RewardTask:
         self._loss = LOSSES[config.loss.kind]
         self._margins = MarginMaker(config.margin, total_steps)
         self._statistics = StepStatistics(self._loss)
-        self._global = config.margin.scope == "global_batch" and (
-            config.margin.kind == "ot" or bool(self._loss.statistics)
-        )
+        self._global = config.over_all_pairs
         self._seen: list[tuple[Pairs, Tensor]] = []
         self._loss_sum = 0.0
         self.evaluation: Evaluation | None = None

@@ -9,11 +9,14 @@ from annotated_types import Ge, Gt, Le
 from policy.generation.options import SamplingConfig
 from policy.model import PolicyConfig
 from policy.ppo.advantages import ESTIMATORS
+from policy.roles import policy_role, reference_role
 from rlhf.core.annotations import NoResult
 from rlhf.data.options import ExampleDataConfig, PromptDataConfig
 from rlhf.engine.options import EngineConfig, OptimizerConfig
-from rlhf.models.options import LoraOptions
+from rlhf.models.options import BackboneConfig, LoraOptions
+from rlhf.models.roles import ModelRole
 from rlhf.train.options import TrainConfig
+from rlhf.train.workload import RolloutLoad, Workload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,6 +299,65 @@ class PpoConfig:
         return self.policy
 
     @property
+    def models(self) -> tuple[ModelRole, ...]:
+        """The models of the run. Scorers come first: what cannot work should say so before large ones are loaded."""
+        policy = policy_role(self.policy, "policy", self.optim, self.engine)
+        reference = self.reference
+        inside = reference.path is None and self.policy.lora is not None
+        return (
+            *scorer_roles("reward model", "reward", self.reward),
+            *(scorer_roles("second scorer", "watch.second", self.watch.second) if self.watch.second else ()),
+            policy,
+            *((self._critic_role(policy),) if self.advantage.needs_values else ()),
+            reference_role(policy, reference.path, reference.placement, inside=inside),
+        )
+
+    def _critic_role(self, policy: ModelRole) -> ModelRole:
+        """It starts from its own path, else from the first reward model if that reads the policy's tokens, else from
+        the policy; or it lives in the policy."""
+        section, rewards = self.critic, self.reward
+        readable = bool(rewards.paths) and not rewards.retokenize
+        if section.share_trunk:
+            setting, path = "critic.share_trunk", policy.backbone.path
+        elif section.path is not None:
+            setting, path = "critic.path", section.path
+        elif readable:
+            setting, path = "reward.path", rewards.paths[0]
+        else:
+            setting, path = policy.setting, policy.backbone.path
+        own = BackboneConfig(
+            path=path,
+            freeze_layers=section.freeze_layers,
+            lora=section.lora,
+            gradient_checkpointing=section.gradient_checkpointing,
+        )
+        return ModelRole(
+            name="critic",
+            section="critic",
+            setting=setting,
+            backbone=policy.backbone if section.share_trunk else own,
+            kind="reward model",
+            optimizer=section.optim,
+            placement=section.deepspeed or self.engine.deepspeed,
+            placed_by="critic.deepspeed" if section.deepspeed else "engine.deepspeed",
+            inside=policy.name if section.share_trunk else "",
+        )
+
+    @property
+    def workload(self) -> Workload:
+        """What a step computes."""
+        rollout = self.rollout
+        load = RolloutLoad(
+            prompts=rollout.prompts,
+            samples=rollout.samples,
+            max_new_tokens=rollout.max_new_tokens,
+            batch_rows=rollout.batch_rows,
+            gather=rollout.gather,
+            epochs=self.loss.epochs,
+        )
+        return Workload(rows=self.data, kind="prompts", rollout=load)
+
+    @property
     def pretraining_train(self) -> TrainConfig:
         """How the conversations of the language-modeling term are batched."""
         assert self.pretraining is not None
@@ -310,3 +372,21 @@ class PpoConfig:
     def minibatches(self) -> int:
         """Optimizer steps of one pass over the rollouts."""
         return -(-self.rollouts // self.train.global_batch_size)
+
+
+def scorer_roles(name: str, section: str, config: RewardSourceConfig) -> tuple[ModelRole, ...]:
+    """One for each member of an ensemble; none for a function."""
+    names = [name] if len(config.paths) == 1 else [f"{name} {number}" for number, _ in enumerate(config.paths, start=1)]
+    return tuple(
+        ModelRole(
+            name=each,
+            section=section,
+            setting=f"{section}.path",
+            backbone=BackboneConfig(path=path),
+            kind="reward model",
+            placement=config.placement,
+            placed_by=f"{section}.placement",
+            hub=False,
+        )
+        for each, path in zip(names, config.paths, strict=True)
+    )

@@ -7,20 +7,20 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from policy.ppo.config import CriticConfig
 from reward.model import RewardModel, RewardModelConfig, build_reward_model, load_reward_model, make_trainable
 from rlhf.core.errors import ModelError
 from rlhf.data.batching import LengthBucket
 from rlhf.models.backbones import embedding_rows, switch_dropout_off
 from rlhf.models.hidden_states import last_states
 from rlhf.models.manifest import MANIFEST_NAME, RewardStatistics, read_manifest
+from rlhf.models.options import BackboneConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class CriticStart:
     """What the critic begins as."""
 
-    path: str
+    backbone: BackboneConfig
     is_reward_model: bool
     statistics: RewardStatistics | None
     """Mean and deviation that bring its first values to the scale of the rewards; ``None`` leaves them."""
@@ -62,36 +62,35 @@ def response_values(states: Tensor, response_mask: Tensor, head: nn.Module) -> T
     return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, values)
 
 
-def critic_start(config: CriticConfig, reward_path: str | None, policy_path: str, *, standardized: bool) -> CriticStart:
-    """Where the critic begins: ``config.path``, else the reward model, else the policy's backbone with a new head.
+def critic_start(backbone: BackboneConfig, *, standardized: bool) -> CriticStart:
+    """Where the critic begins: a reward model with its head, or a backbone with a new one.
 
     Args:
-        config: the recipe's section.
-        reward_path: a reward model that reads the policy's tokens, or ``None``.
-        policy_path: what the policy starts from.
+        backbone: of the critic's role.
         standardized: whether rewards are brought to mean 0 and deviation 1.
     """
-    path = config.path or reward_path or policy_path
-    published = (Path(path) / MANIFEST_NAME).is_file()
-    manifest = read_manifest(Path(path)) if published else None
+    folder = Path(backbone.path)
+    manifest = read_manifest(folder) if (folder / MANIFEST_NAME).is_file() else None
     if manifest is None or manifest.stage != "reward":
-        return CriticStart(path=path, is_reward_model=False, statistics=None)
-    return CriticStart(path=path, is_reward_model=True, statistics=manifest.rewards if standardized else None)
+        return CriticStart(backbone=backbone, is_reward_model=False, statistics=None)
+    statistics = manifest.rewards if standardized else None
+    return CriticStart(backbone=backbone, is_reward_model=True, statistics=statistics)
 
 
 def build_critic(
-    config: CriticConfig, start: CriticStart, *, dtype: torch.dtype, pad_token_id: int, vocabulary: int, seed: int
+    start: CriticStart, *, dtype: torch.dtype, pad_token_id: int, vocabulary: int, seed: int
 ) -> ValueModel:
     """The critic on the CPU, the same on every rank for one seed.
 
     Raises:
         ModelError: if the model cannot be loaded or does not know the policy's tokens.
     """
+    path = start.backbone.path
     options = RewardModelConfig(
-        path=start.path,
-        freeze_layers=config.freeze_layers,
-        lora=config.lora,
-        gradient_checkpointing=config.gradient_checkpointing,
+        path=path,
+        freeze_layers=start.backbone.freeze_layers,
+        lora=start.backbone.lora,
+        gradient_checkpointing=start.backbone.gradient_checkpointing,
     )
     if not start.is_reward_model:
         scorer = build_reward_model(
@@ -99,10 +98,10 @@ def build_critic(
         )
         return ValueModel(scorer)
     torch.manual_seed(seed)
-    scorer = load_reward_model(Path(start.path), dtype=dtype)
+    scorer = load_reward_model(Path(path), dtype=dtype)
     known = embedding_rows(scorer.hf)
     if known < vocabulary:
-        raise ModelError(f"critic.path = {start.path} knows {known} tokens, and the policy writes {vocabulary}")
+        raise ModelError(f"critic.path = {path} knows {known} tokens, and the policy writes {vocabulary}")
     switch_dropout_off(scorer.hf)
     make_trainable(scorer, options)
     if start.statistics is None:

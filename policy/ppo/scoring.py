@@ -18,14 +18,15 @@ from rlhf.core.files import digest
 from rlhf.data.batching import Batch
 from rlhf.data.templates import ChatFormat
 from rlhf.engine.build import DTYPES, precision_of
-from rlhf.engine.frozen import Frozen, freeze
+from rlhf.engine.frozen import Frozen
 from rlhf.engine.options import EngineConfig
 from rlhf.engine.ranks import Ranks
 from rlhf.models.backbones import weights_digest
 from rlhf.models.manifest import Manifest, read_manifest
-from rlhf.models.options import BackboneConfig
+from rlhf.models.roles import ModelRole
 from rlhf.train.batches import BatchMaker
 from rlhf.train.chat import load_chat
+from rlhf.train.roles import frozen_of
 
 
 class Scored(NamedTuple):
@@ -104,13 +105,13 @@ class FunctionScorer:
 class ModelScorer:
     """One reward model, asked in micro-batches; standardized by its manifest."""
 
-    def __init__(self, path: str, config: RewardSourceConfig, parts: ScorerParts) -> None:
+    def __init__(self, role: ModelRole, config: RewardSourceConfig, parts: ScorerParts) -> None:
         """Every rank must call it.
 
         Raises:
             ModelError: if it is no published reward model, or reads text in another way than the policy.
         """
-        folder = Path(path)
+        folder = Path(role.backbone.path)
         ranks = parts.ranks
         manifest = ranks.together(lambda: read_manifest(folder))
         self._maker, self._standardize = parts.maker, config.standardize
@@ -118,20 +119,14 @@ class ModelScorer:
         self._chat: ChatFormat | None = None
         ranks.together(lambda: self._check(folder, manifest))
         if config.retokenize:
-            self._chat = ranks.together(lambda: load_chat(path))
+            self._chat = ranks.together(lambda: load_chat(role.backbone.path))
         else:
             ranks.together(lambda: check_same_text(folder, manifest, parts))
         module = ranks.together(
             lambda: load_reward_model(folder, dtype=DTYPES[precision_of(parts.engine)]).requires_grad_(False)
         )
-        self._model: Frozen = freeze(
-            module,
-            ranks=ranks,
-            config=parts.engine,
-            placement=config.placement,
-            hidden_size=module.hf.config.hidden_size,
-        )
-        self.identity = ranks.on_main(lambda: weights_digest(BackboneConfig(path=path)))
+        self._model: Frozen = frozen_of(role, module, parts.engine, ranks)
+        self.identity = ranks.on_main(lambda: weights_digest(role.backbone))
 
     def score(self, rollouts: Rollouts) -> Scored:
         rows = rollouts if self._chat is None else Reencoded(rollouts, self._chat)
@@ -178,12 +173,12 @@ def combine(scores: Tensor, how: str, deviations: float) -> Tensor:
     return mean if how == "mean" else mean - deviations * scores.std(dim=0, correction=0)
 
 
-def build_scorer(config: RewardSourceConfig, parts: ScorerParts) -> Scorer:
-    """What the recipe's section asks for. Every rank must call it."""
+def build_scorer(config: RewardSourceConfig, roles: Sequence[ModelRole], parts: ScorerParts) -> Scorer:
+    """What the recipe's section asks for, with its ``roles`` if it names models. Every rank must call it."""
     function = config.function
     if function is not None:
         return parts.ranks.together(lambda: FunctionScorer(function, parts.ranks))
-    members = [ModelScorer(path, config, parts) for path in config.paths]
+    members = [ModelScorer(role, config, parts) for role in roles]
     return members[0] if len(members) == 1 else Ensemble(members, config)
 
 

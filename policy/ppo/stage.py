@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from policy.generation.training import TrainingSampler
-from policy.model import PolicyConfig, PolicyModel, build_policy
+from policy.model import PolicyModel, build_policy
 from policy.ppo.config import PpoConfig
 from policy.ppo.critic import build_critic, critic_start
 from policy.ppo.reference import ReferenceModel
@@ -20,22 +20,23 @@ from policy.ppo.shared_trunk import SharedTrunkCritic
 from policy.ppo.task import Engines, PpoTask, Roles
 from policy.publish import PublishablePolicy
 from rlhf.config import to_dict
-from rlhf.core.errors import ConfigError, ModelError
+from rlhf.core.errors import ModelError
 from rlhf.core.files import digest
 from rlhf.data.examples import load_examples
 from rlhf.data.prompts import PromptData, load_prompts
 from rlhf.data.templates import ChatFormat, chat_format
 from rlhf.engine.api import Engine
-from rlhf.engine.build import DTYPES, build_engine, precision_of
-from rlhf.engine.frozen import freeze
+from rlhf.engine.build import DTYPES, precision_of
 from rlhf.engine.ranks import Ranks
 from rlhf.models.backbones import weights_digest
 from rlhf.models.manifest import MANIFEST_NAME, read_manifest
+from rlhf.models.roles import ModelRole, role_named, roles_of_section
 from rlhf.models.tokenizer import required_embedding_rows
 from rlhf.train.batches import BatchMaker
 from rlhf.train.chat import check_same_tokens
 from rlhf.train.loop import Run, iterate
 from rlhf.train.publishing import publish_run
+from rlhf.train.roles import engine_of, frozen_of, not_inside_shares
 from rlhf.train.stage import load_data, open_chat, report, run_and_take, run_identity, say, start_engine, total_steps
 
 PUBLISHED_ROWS = 12
@@ -88,6 +89,7 @@ class _Builder:
 
     def __init__(self, config: PpoConfig, ranks: Ranks, chat: ChatFormat, steps: int) -> None:
         self._config, self._ranks, self._chat, self._steps = config, ranks, chat, steps
+        self._models = config.models
         self._dtype = DTYPES[precision_of(config.engine)]
         self._vocabulary = required_embedding_rows(chat.tokenizer)
         self._maker = BatchMaker(ranks, config.train)
@@ -95,12 +97,15 @@ class _Builder:
         self._scorer_identity: dict[str, str | None] = {}
 
     def roles(self) -> Roles:
-        """Small models first: what cannot work should say so before large ones are loaded."""
+        """Those of the recipe's list, in its order."""
         config = self._config
-        scorers = {"reward": config.reward, "second": config.watch.second}
+        scorers = {"reward": ("reward", config.reward), "second": ("watch.second", config.watch.second)}
         self._ranks.together(lambda: check_template(config, self._chat))
         parts = self._scorer_parts()
-        built = {name: each and build_scorer(each, parts) for name, each in scorers.items()}
+        built = {
+            name: each and build_scorer(each, roles_of_section(self._models, section), parts)
+            for name, (section, each) in scorers.items()
+        }
         self._scorer_identity = {name: each and each.identity for name, each in built.items()}
         policy = self._policy_engine()
         return Roles(
@@ -152,81 +157,65 @@ class _Builder:
         )
 
     def _policy_engine(self) -> Engine:
-        model = self._ranks.together(self._new_policy)
+        role, model = self._role("policy"), self._ranks.together(self._new_policy)
         return start_engine(
-            model, self._config, self._ranks, steps=self._updates, hidden_size=model.hf.config.hidden_size
+            model, role, self._config, self._ranks, steps=self._updates, hidden_size=model.hf.config.hidden_size
         )
 
     def _critic_engine(self, policy: Engine) -> Engine | None:
-        config, section = self._config, self._config.critic
-        if not config.advantage.needs_values:
+        role = role_named(self._models, "critic")
+        if role is None:
             return None
-        model, origin = self._ranks.together(lambda: self._new_critic(policy))
-        engine = build_engine(
-            model,
-            ranks=self._ranks,
-            config=replace(config.engine, deepspeed=section.deepspeed or config.engine.deepspeed),
-            optimizer=section.optim,
-            total_steps=self._updates,
-            hidden_size=policy.module.hf.config.hidden_size,
+        model, origin = self._ranks.together(lambda: self._new_critic(role, policy))
+        width = policy.module.hf.config.hidden_size
+        engine = engine_of(
+            role, model, self._config.engine, self._ranks, steps=self._updates, hidden_size=width
         )
         count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         say(self._ranks, f"critic from {origin}, {count:,} trainable parameters: {engine.description}")
         return engine
 
-    def _new_critic(self, policy: Engine) -> tuple[nn.Module, str]:
+    def _new_critic(self, role: ModelRole, policy: Engine) -> tuple[nn.Module, str]:
         """And what it starts from, in words."""
-        config, section = self._config, self._config.critic
-        if section.share_trunk:
+        config, backbone = self._config, role.backbone
+        if role.inside:
             if any(hasattr(parameter, "ds_id") for parameter in policy.module.parameters()):
-                raise ConfigError("critic.share_trunk does not go with ZeRO-3; take engine.deepspeed=zero2")
-            critic = SharedTrunkCritic(
-                policy.module, freeze_layers=config.policy.freeze_layers, seed=config.train.seed
-            )
+                raise not_inside_shares(role)
+            critic = SharedTrunkCritic(policy.module, freeze_layers=backbone.freeze_layers, seed=config.train.seed)
             return critic, "the policy's own base"
-        self._check_tokens("critic.path", section.path)
-        readable = config.reward.paths and not config.reward.retokenize
-        start = critic_start(
-            section,
-            config.reward.paths[0] if readable else None,
-            config.policy.path,
-            standardized=config.reward.standardize,
-        )
+        self._check_tokens("critic.path", config.critic.path)
         critic = build_critic(
-            section,
-            start,
+            critic_start(backbone, standardized=config.reward.standardize),
             dtype=self._dtype,
             pad_token_id=self._chat.tokenizer.pad_token_id,
             vocabulary=self._vocabulary,
             seed=config.train.seed,
         )
-        return critic, start.path
+        return critic, backbone.path
 
     def _reference(self, policy: Engine) -> ReferenceModel:
-        section = self._config.reference
-        if section.path is None and self._config.policy.lora is not None:
+        role, path = self._role("reference"), self._config.reference.path
+        if role.inside:
             return ReferenceModel(policy, adapters_off=True)
-        self._ranks.together(lambda: self._check_tokens("reference.path", section.path))
-        model = replace(self._config.policy, path=section.path or self._config.policy.path, lora=None, freeze_layers=0)
-        module = self._ranks.together(lambda: self._new_policy(model))
-        frozen = freeze(
-            module,
-            ranks=self._ranks,
-            config=self._config.engine,
-            placement=section.placement,
-            hidden_size=module.hf.config.hidden_size,
-        )
-        return ReferenceModel(frozen)
+        self._ranks.together(lambda: self._check_tokens("reference.path", path))
+        module = self._ranks.together(lambda: self._new_policy("reference"))
+        width = module.hf.config.hidden_size
+        return ReferenceModel(frozen_of(role, module, self._config.engine, self._ranks, hidden_size=width))
 
     def _check_tokens(self, setting: str, path: str | None) -> None:
         policy = self._config.policy
         owner = f"policy.path = {policy.path}"
         check_same_tokens(setting, path, self._chat, owner, trust_remote_code=policy.trust_remote_code)
 
-    def _new_policy(self, model: PolicyConfig | None = None) -> PolicyModel:
+    def _new_policy(self, name: str = "policy") -> PolicyModel:
         return build_policy(
-            model or self._config.policy, dtype=self._dtype, vocabulary=self._vocabulary, seed=self._config.train.seed
+            self._role(name).backbone, dtype=self._dtype, vocabulary=self._vocabulary, seed=self._config.train.seed
         )
+
+    def _role(self, name: str) -> ModelRole:
+        role = role_named(self._models, name)
+        assert role is not None, f"a run of PPO has a {name}"
+        return role
 
 
 def check_template(config: PpoConfig, chat: ChatFormat) -> None:

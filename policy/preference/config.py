@@ -10,11 +10,14 @@ from annotated_types import Ge, Gt, Le, Lt
 from policy.model import PolicyConfig
 from policy.preference.losses import LOSSES, Objective
 from policy.preference.modifiers import DIVERGENCE_LOSSES
+from policy.roles import policy_role, reference_role
 from reward.config import MarginConfig
 from rlhf.core.annotations import NoResult
 from rlhf.data.options import DataConfig, ExampleDataConfig
 from rlhf.engine.options import EngineConfig, OptimizerConfig
+from rlhf.models.roles import ModelRole
 from rlhf.train.options import TrainConfig
+from rlhf.train.workload import Workload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +198,31 @@ class PreferenceConfig:
     def rows(self) -> DataConfig | ExampleDataConfig:
         """The section that rows come from."""
         return self.unpaired if self.data is None else self.data
+
+    @property
+    def models(self) -> tuple[ModelRole, ...]:
+        """The models of the run: the policy and, if the objective needs one, the reference.
+
+        The reference is the policy itself where its cache is filled before the first step, or where its adapters can be
+        switched off.
+        """
+        policy, reference = policy_role(self.model, "model", self.optim, self.engine), self.reference
+        if not self.loss.needs_reference:
+            return (policy,)
+        live = reference.kind == "live"
+        inside = reference.path is None and (not live or self.model.lora is not None)
+        return policy, reference_role(policy, reference.path, reference.placement, inside=inside, stays=live)
+
+    @property
+    def workload(self) -> Workload:
+        """What a step computes."""
+        cached = self.loss.needs_reference and self.reference.kind != "live"
+        return Workload(
+            rows=self.rows,
+            kind="unpaired" if self.data is None else "pairs",
+            first_pass=self.over_all_pairs,
+            cached_numbers=2 if cached else 0,
+        )
 
     @property
     def margins(self) -> MarginConfig:

@@ -1,7 +1,7 @@
 """The preference stage from recipe to ``final/``."""
 
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,15 @@ from rlhf.data.preferences import load_preferences
 from rlhf.data.templates import ChatFormat
 from rlhf.engine.api import Engine
 from rlhf.engine.build import DTYPES, precision_of
-from rlhf.engine.frozen import Frozen, freeze
+from rlhf.engine.frozen import Frozen
 from rlhf.engine.ranks import Ranks
 from rlhf.models.backbones import weights_digest
+from rlhf.models.roles import ModelRole
 from rlhf.models.tokenizer import required_embedding_rows
 from rlhf.train.batches import BatchMaker
 from rlhf.train.chat import check_same_tokens
 from rlhf.train.publishing import publish_run
+from rlhf.train.roles import frozen_of
 from rlhf.train.stage import (
     LoadedData,
     load_data,
@@ -48,9 +50,10 @@ def run(config: PreferenceConfig, ranks: Ranks) -> HeldOut | None:
     chat = open_chat(config, config.rows.template, ranks)
     data = load_data(lambda folder: _load(config, chat, folder), config, ranks)
     steps = total_steps(config.train, len(data.train))
-    model = ranks.together(lambda: _build(config.model, config, chat))
-    engine = start_engine(model, config, ranks, steps=steps, hidden_size=model.hf.config.hidden_size)
-    references = _References(config, engine, chat, data)
+    policy, *others = config.models
+    model = ranks.together(lambda: _build(policy.backbone, config, chat))
+    engine = start_engine(model, policy, config, ranks, steps=steps, hidden_size=model.hf.config.hidden_size)
+    references = _References(config, next(iter(others), None), engine, chat, data)
     task = PreferenceTask(engine, config, data.train, data.evals, references.open(), steps)
     step = train(config, engine, task, _identity(config, data, references, steps), steps)
     report(config, ranks, task.evaluation, step, print_evaluation)
@@ -80,31 +83,29 @@ def _build(model: PolicyConfig, config: PreferenceConfig, chat: ChatFormat) -> P
 class _References:
     """Gives the training and the held-out data their reference, whatever its kind."""
 
-    def __init__(self, config: PreferenceConfig, engine: Engine, chat: ChatFormat, data: LoadedData) -> None:
-        self._config, self._engine, self._chat, self._data = config, engine, chat, data
+    def __init__(
+        self, config: PreferenceConfig, role: ModelRole | None, engine: Engine, chat: ChatFormat, data: LoadedData
+    ) -> None:
+        self._config, self._role, self._engine, self._chat, self._data = config, role, engine, chat, data
         self._other: Frozen | None = None
         self.weights: str | None = None
         """A name for the reference's weights; ``None`` without a reference."""
 
     def open(self) -> tuple[Reference | None, Reference | None]:
         """Every rank must call it before a checkpoint is loaded: the policy is then still the one it starts from."""
-        config, ranks = self._config, self._engine.ranks
-        if not config.loss.needs_reference:
+        role, ranks = self._role, self._engine.ranks
+        if role is None:
             return None, None
-        self.weights = ranks.on_main(lambda: weights_digest(self._model_config()))
-        if config.reference.kind == "live":
+        self.weights = ranks.on_main(lambda: weights_digest(role.backbone))
+        if role.stays:
             live = self._live()
             return live, live
         caches = self._cached(self._data.train, "train"), self._cached(self._data.evals, "eval")
         self._other = None  # its memory is free again
         return caches
 
-    def _model_config(self) -> PolicyConfig:
-        path = self._config.reference.path
-        return replace(self._config.model, path=path or self._config.model.path, lora=None, freeze_layers=0)
-
     def _live(self) -> Reference:
-        if self._config.reference.path is None and self._config.model.lora is not None:
+        if self._role.inside:
             return LiveReference(self._engine, adapters_off=True)
         return LiveReference(self._frozen(), moves=bool(self._config.reference.sync_every))
 
@@ -118,14 +119,9 @@ class _References:
             ranks.together(
                 lambda: check_same_tokens("reference.path", path, self._chat, owner, trust_remote_code=remote)
             )
-            module = ranks.together(lambda: _build(self._model_config(), config, self._chat))
-            self._other = freeze(
-                module,
-                ranks=ranks,
-                config=config.engine,
-                placement=config.reference.placement,
-                hidden_size=module.hf.config.hidden_size,
-            )
+            module = ranks.together(lambda: _build(self._role.backbone, config, self._chat))
+            width = module.hf.config.hidden_size
+            self._other = frozen_of(self._role, module, config.engine, ranks, hidden_size=width)
         return self._other
 
     def _cached(self, data: ItemSource, role: str) -> Reference | None:
@@ -155,7 +151,7 @@ class _References:
             folder = settings.cache / role
         else:
             folder = cache_folder((config.rows.cache_dir or default_cache_dir()) / "reference", key)
-        ask: Callable[[], Frozen] = self._frozen if settings.path is not None else lambda: self._engine
+        ask: Callable[[], Frozen] = (lambda: self._engine) if self._role.inside else self._frozen
         return open_cache(folder, job, ask)
 
 

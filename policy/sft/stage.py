@@ -24,15 +24,16 @@ def run(config: SftConfig, ranks: Ranks) -> SftEvaluation | None:
         lambda folder: load_examples(config.data, chat, kind="conversation", run_folder=folder), config, ranks
     )
     steps = total_steps(config.train, len(data.train))
+    (role,) = config.models
     model = ranks.together(
         lambda: build_policy(
-            config.model,
+            role.backbone,
             dtype=DTYPES[precision_of(config.engine)],
             vocabulary=required_embedding_rows(chat.tokenizer),
             seed=config.train.seed,
         )
     )
-    engine = start_engine(model, config, ranks, steps=steps, hidden_size=model.hf.config.hidden_size)
+    engine = start_engine(model, role, config, ranks, steps=steps, hidden_size=model.hf.config.hidden_size)
     task = SftTask(engine, config, data.train, data.evals)
     step = train(config, engine, task, run_identity(config, data.train, steps), steps)
     report(config, ranks, task.evaluation, step, print_evaluation)

@@ -21,7 +21,7 @@ from rlhf.data.batching import ItemSource, steps_per_epoch
 from rlhf.data.report import DataReport
 from rlhf.data.templates import ChatFormat
 from rlhf.engine.api import Engine
-from rlhf.engine.build import build_engine, precision_of
+from rlhf.engine.build import precision_of
 from rlhf.engine.checkpoint import CheckpointStore, saved_steps
 from rlhf.engine.deepspeed_ops import optimizer_is_on_nvme
 from rlhf.engine.options import EngineConfig, OptimizerConfig
@@ -29,11 +29,13 @@ from rlhf.engine.ranks import Ranks, start_ranks, stop_ranks
 from rlhf.engine.stop import StopRequests, noting_signals
 from rlhf.models.backbones import hide_loading_bars
 from rlhf.models.options import BackboneConfig
+from rlhf.models.roles import ModelRole
 from rlhf.train.chat import load_chat
 from rlhf.train.done import Completion, config_digest, read_completion, write_completion
 from rlhf.train.loop import LoopState, Run, Stateful, Task, Watched, fit, load_checkpoint
 from rlhf.train.options import TrainConfig
 from rlhf.train.output import print_to, this_rank
+from rlhf.train.roles import engine_of
 
 
 class StageConfig(Protocol):
@@ -202,13 +204,13 @@ def run_identity(config: StageConfig, data: ItemSource, steps: int) -> dict[str,
     }
 
 
-def start_engine(model: nn.Module, config: StageConfig, ranks: Ranks, *, steps: int, hidden_size: int) -> Engine:
-    """Wrap ``model`` as the recipe says, and say what came out."""
+def start_engine(
+    model: nn.Module, role: ModelRole, config: StageConfig, ranks: Ranks, *, steps: int, hidden_size: int
+) -> Engine:
+    """Wrap the ``model`` of ``role`` as the recipe says, and say what came out."""
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(ranks, f"{count:,} trainable parameters")
-    engine = build_engine(
-        model, ranks=ranks, config=config.engine, optimizer=config.optim, total_steps=steps, hidden_size=hidden_size
-    )
+    engine = engine_of(role, model, config.engine, ranks, steps=steps, hidden_size=hidden_size)
     say(ranks, engine.description)
     if optimizer_is_on_nvme(engine.settings) and config.train.publish == "best":
         raise ConfigError(

@@ -44,6 +44,7 @@ from rlhf.engine.local import LocalEngine
 from rlhf.engine.options import EngineConfig, OptimizerConfig
 from rlhf.engine.ranks import Ranks
 from rlhf.models.manifest import MANIFEST_NAME, Manifest, RewardStatistics, write_manifest
+from rlhf.models.roles import role_named
 from rlhf.models.tokenizer import load_tokenizer, pad_policy, required_embedding_rows
 from rlhf.train.options import TrainConfig
 from rlhf.train.progress import Progress
@@ -178,7 +179,7 @@ def make_task(tiny_config):
     """
 
     def make(
-        *, noise: float = 0.0, scorer=None, second=None, conversations=None, change=None, reward_path=None, **sections
+        *, noise: float = 0.0, scorer=None, second=None, conversations=None, change=None, **sections
     ) -> Workshop:
         config = replace(tiny_config, **sections)
         config.output.mkdir(parents=True, exist_ok=True)
@@ -195,13 +196,10 @@ def make_task(tiny_config):
             change(model)
         policy = LocalEngine(model, ranks=ALONE, optimizer=config.optim, total_steps=1000)
         critic = None
-        if config.advantage.needs_values:
-            start = critic_start(
-                config.critic, reward_path, config.policy.path, standardized=config.reward.standardize
-            )
+        role = role_named(config.models, "critic")
+        if role is not None:
             module = build_critic(
-                config.critic,
-                start,
+                critic_start(role.backbone, standardized=config.reward.standardize),
                 dtype=torch.float32,
                 pad_token_id=chat.tokenizer.pad_token_id,
                 vocabulary=vocabulary,

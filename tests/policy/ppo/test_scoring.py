@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from policy.generation.api import Response
-from policy.ppo.config import CriticConfig, RewardSourceConfig
+from policy.ppo.config import CriticConfig, RewardSourceConfig, scorer_roles
 from policy.ppo.critic import ValueModel, build_critic, critic_start
 from policy.ppo.rollouts import Rollouts
 from policy.ppo.scoring import ScorerParts, build_scorer, combine
@@ -22,6 +22,7 @@ from rlhf.core.errors import ConfigError, DataError, ModelError
 from rlhf.data.batching import length_bucket
 from rlhf.data.portable import portable_tokenizer
 from rlhf.models.manifest import MANIFEST_NAME, read_manifest, write_manifest
+from rlhf.models.roles import role_named
 from rlhf.models.tokenizer import load_tokenizer, required_embedding_rows
 from rlhf.train.batches import BatchMaker
 from rlhf.train.chat import load_chat
@@ -44,7 +45,8 @@ def scorer_for(tiny_config, alone):
             chat=chat,
             maker=BatchMaker(alone, replace(tiny_config.train, micro_batch_tokens=tokens)),
         )
-        return build_scorer(RewardSourceConfig(**section), parts)
+        config = RewardSourceConfig(**section)
+        return build_scorer(config, scorer_roles("reward model", "reward", config), parts)
 
     return build
 
@@ -298,11 +300,11 @@ def new_critic(tiny_config):
 
     def build(reward_path=None, standardized=True, vocabulary=None, **section) -> ValueModel:
         tokenizer = load_tokenizer(tiny_config.policy.path)
-        config = CriticConfig(**section)
-        start = critic_start(config, reward_path, tiny_config.policy.path, standardized=standardized)
+        reward = tiny_config.reward if reward_path is None else RewardSourceConfig(path=reward_path)
+        config = replace(tiny_config, critic=CriticConfig(**section), reward=reward)
+        role = role_named(config.models, "critic")
         return build_critic(
-            config,
-            start,
+            critic_start(role.backbone, standardized=standardized),
             dtype=torch.float32,
             pad_token_id=tokenizer.pad_token_id,
             vocabulary=vocabulary or required_embedding_rows(tokenizer),
