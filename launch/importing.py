@@ -7,8 +7,11 @@ from typing import Annotated, Literal
 
 from rlhf.core.annotations import NoResult
 from rlhf.models.gguf import EMBEDDED
+from rlhf.models.options import BackboneConfig
+from rlhf.models.roles import ModelRole
 from rlhf.train.single import single_main
 
+EMBEDDED_SHAPE = "smollm2-135m"
 DESCRIPTION = "Turn a GGUF file into a Transformers folder."
 
 
@@ -22,6 +25,22 @@ class ImportConfig:
     """The folder to write."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the weights."""
+
+    @property
+    def models(self) -> tuple[ModelRole, ...]:
+        """What it leaves behind; a plan knows the shape of the embedded model by its name."""
+        path = EMBEDDED_SHAPE if self.source == EMBEDDED else self.source
+        backbone = BackboneConfig(path=path)
+        return (
+            ModelRole(
+                name="model",
+                section="",
+                setting="source",
+                backbone=backbone,
+                kind="language model",
+                published=True,
+            ),
+        )
 
 
 def run(config: ImportConfig) -> None:

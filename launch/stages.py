@@ -4,9 +4,12 @@ import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlhf.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rlhf.models.roles import ModelRole
 
 FILE, FOLDER = "file", "folder"
 
@@ -138,7 +141,6 @@ def read_stage(
     )
 
 
-def model_of(config: Any) -> tuple[Any, str]:
-    """The section of the model that a stage trains first, with its name."""
-    name = "policy" if hasattr(config, "policy") else "model"
-    return getattr(config, name), name
+def models_of(config: Any) -> "tuple[ModelRole, ...]":
+    """The models that a recipe lists; none for stages whose recipe lists none."""
+    return getattr(config, "models", ())

@@ -100,7 +100,7 @@ def _print_table(findings: Sequence["Finding"], console: Any) -> None:
 
 def _subject(options: argparse.Namespace) -> "Subject":
     """The run of the recipes; any run, if there is none."""
-    from launch.doctor import PlannedStage, Subject, pipeline_subject
+    from launch.doctor import PlannedStage, Subject
     from launch.stages import read_stage
 
     machine = {"ranks": options.ranks, "hostfile": options.hostfile, "hosts": _hosts(options.hostfile)}
@@ -108,10 +108,11 @@ def _subject(options: argparse.Namespace) -> "Subject":
         return Subject(**machine)
     if len(options.config) == 1 and _is_pipeline(options.config[0]):
         from launch.pipeline.recipe import load_pipeline
+        from launch.pipeline.subject import pipeline_subject
 
         return pipeline_subject(load_pipeline(options.config[0], options.set), **machine)
     stage, config = read_stage(options.config, options.set, options.stage, program="rlhf doctor")
-    return Subject(output=config.output, stages=(PlannedStage(kind=stage.name, config=config),), **machine)
+    return Subject(output=config.output, stages=(PlannedStage(stage=stage, config=config),), **machine)
 
 
 def _hosts(hostfile: Path | None) -> dict[str, int]:

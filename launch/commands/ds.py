@@ -5,11 +5,15 @@ import contextlib
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launch.commands.arguments import SettingsParser, positive_int
 from launch.stages import training
 from rlhf.core.errors import ConfigError
+from rlhf.models.roles import REPLICATED, ModelRole, published_role, role_named
+
+if TYPE_CHECKING:
+    from rlhf.engine.deepspeed_config import RunValues
 
 _SHOW = """\
 Print the DeepSpeed JSON of a run of RECIPE, with every "auto" resolved, exactly as the run would save it. CONFIG is a
@@ -45,7 +49,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     show.add_argument("--stage", choices=[*training()], help="the stage of the recipe (default: the one that takes it)")
     role = show.add_mutually_exclusive_group()
     role.add_argument("--frozen", action="store_true", help="as for a model that is only asked")
-    role.add_argument("--critic", action="store_true", help="for the critic of a PPO recipe")
+    which = "for another model of the run, by its name in rlhf plan (default: the one that it publishes)"
+    role.add_argument("--role", metavar="NAME", help=which)
+    role.add_argument("--critic", action="store_const", const="critic", dest="role", help="as --role critic")
     show.add_argument("--ranks", type=positive_int, help="processes in all (default: all GPUs, or 2 on a CPU)")
     show.add_argument("--nodes", type=positive_int, default=1, help="that they are spread over (default: 1)")
     shape = "config.json or well-known name, for a model that is not on this machine"
@@ -81,14 +87,13 @@ def _resolved(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     stage, config = read_stage(options.config, overrides, options.stage, program="rlhf ds show")
     if config.engine.kind != "deepspeed":
         raise ConfigError(f"engine.kind = {config.engine.kind}: such a run has no DeepSpeed JSON")
-    optimizer = config.optim
-    if options.critic:
-        if not hasattr(config, "critic"):
-            raise ConfigError(f"--critic: stage {stage.name} has no critic, only ppo has one")
-        optimizer, source = config.critic.optim, source or config.critic.deepspeed
-    source = source or config.engine.deepspeed
-    role = role_of(source) or ("frozen" if options.frozen else "train")
-    values = _run_values(config, role, optimizer, options)
+    chosen = _role(config, options.role, stage.name)
+    asked = options.frozen or not chosen.trained
+    source = source or (config.engine.deepspeed if options.frozen else chosen.placement)
+    if source == REPLICATED:
+        raise ConfigError(f"{chosen.name}: whole on every rank, without a DeepSpeed JSON; see {chosen.placed_by}")
+    role = role_of(source) or ("frozen" if asked else "train")
+    values = _run_values(config, role, chosen, options)
     resolved = resolve(source, values, role=role)
     notes = [f"warning: {problem}" for problem in op_problems(resolved).values()]
     if config.engine.precision == "auto":
@@ -126,18 +131,27 @@ def _configuration_and_settings(words: list[str]) -> tuple[str | None, list[str]
     return (others[0] if others else None), settings
 
 
-def _run_values(config: Any, role: str, optimizer: Any, options: argparse.Namespace):
+def _role(config: Any, name: str | None, stage: str) -> ModelRole:
+    """The one called ``name``, or the one that the run publishes."""
+    found = published_role(config.models) if name is None else role_named(config.models, name)
+    if found is None or (found.inside and not found.trained):
+        names = ", ".join(each.name for each in config.models)
+        raise ConfigError(f"--role {name}: no model of its own in this run of stage {stage}, which has {names}")
+    return found
+
+
+def _run_values(config: Any, role: str, chosen: ModelRole, options: argparse.Namespace) -> "RunValues":
     from launch.jobs.launcher import default_ranks
     from launch.plan.models import Sources, model_settings
-    from launch.stages import model_of
     from rlhf.engine.build import frozen_values, run_values
 
     ranks = options.ranks or default_ranks() * options.nodes
     if ranks % options.nodes:
         raise ConfigError(f"--ranks {ranks} --nodes {options.nodes}: expected as many ranks on every node")
-    section, name = model_of(config)
-    settings, _ = model_settings(section, Sources(fallback=options.model_config), f"{name}.path")
+    main = published_role(config.models)
+    sizing = main if chosen.trained and main is not None else chosen  # a critic is sized by the policy
+    settings, _ = model_settings(sizing.backbone, Sources(fallback=options.model_config), sizing.setting)
     sizes = {"world_size": ranks, "local_size": ranks // options.nodes, "hidden_size": settings.hidden_size}
     if role == "frozen":
         return frozen_values(config.engine, **sizes)
-    return run_values(config.engine, optimizer, **sizes)
+    return run_values(config.engine, chosen.optimizer or config.optim, **sizes)

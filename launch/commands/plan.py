@@ -109,16 +109,14 @@ def _pipeline(options: argparse.Namespace, request: "Request") -> "tuple[dict[st
     import dataclasses
 
     from launch.pipeline.recipe import load_pipeline
-    from launch.plan.models import Sources, made_by
+    from launch.pipeline.subject import made_models
+    from launch.plan.models import Sources
     from rlhf.core.errors import ConfigError
 
     if len(options.config) != 1:
         raise ConfigError(f"rlhf plan pipeline: {len(options.config)} recipes; expected one --config PIPELINE.yaml")
     pipeline = load_pipeline(options.config[0], options.overrides)
-    made = {str(each.final): made_by(each.kind, each.config) for each in pipeline.stages}
-    sources = Sources(
-        fallback=request.sources.fallback, made={path: start for path, start in made.items() if start is not None}
-    )
+    sources = Sources(fallback=request.sources.fallback, made=made_models(pipeline))
     stages = {each.name: (each.kind, each.config) for each in pipeline.stages if each.stage.trains}
     return stages, dataclasses.replace(request, sources=sources)
 

@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from launch.doctor import collectives, hardware, inputs, network, software
-from launch.doctor.finding import Finding, Subject
+from launch.doctor.finding import Finding
+from launch.doctor.subject import Subject
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ CHECKS = (
     Check("DeepSpeed ops", software.ops, quick=True),
     Check("input files", inputs.inputs, quick=True),
     Check("devices", hardware.devices, quick=True),
+    Check("device memory", hardware.device_memory, quick=True),
     Check("host memory", hardware.host_memory, quick=True),
     Check("shared memory", hardware.shared_memory, quick=True),
     Check("disk", hardware.disk, quick=True),

@@ -6,7 +6,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from launch.doctor.finding import Finding, Subject
+from launch.doctor.finding import Finding
+from launch.doctor.subject import Subject
 from launch.jobs.hostfile import read_hostfile, unreachable_hosts
 from launch.jobs.launcher import Job, Machine, find_machine, stage_command
 from launch.stages import Stage

@@ -1,4 +1,4 @@
-"""Devices, host memory, shared memory and disk."""
+"""Devices, memory and disk of this machine, against what the plan of each stage says."""
 
 import os
 import shutil
@@ -6,12 +6,14 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from launch.doctor.finding import GIB, Finding, PlannedStage, Subject, gibibytes
-from launch.doctor.placements import placements, resolved
-from rlhf.core.errors import ConfigError
+from launch.doctor.finding import GIB, Finding, gibibytes
+from launch.doctor.subject import PlannedStage, Subject
 from rlhf.core.memory import host_memory as read_memory
+
+if TYPE_CHECKING:
+    from launch.plan.planner import StagePlan
 
 SHARED_MEMORY = Path("/dev/shm")
 LEAST_SHARED = GIB // 2
@@ -19,10 +21,6 @@ LEAST_SHARED = GIB // 2
 LEAST_DISK, LOW_DISK = GIB, 20 * GIB
 """Without a recipe to go by: too little for anything, and little for checkpoints of a real model."""
 LOW_MEMORY = 4 * GIB
-STATE_BYTES = 16
-"""Bytes a trained parameter in a checkpoint, at most: weights, float32 copy and two moments."""
-SOME_ROWS, SOME_TOKENS = 10_000, 500.0
-"""Data that a plan is made for where only the size of files is asked: they hardly depend on it."""
 BUSY_SHARE = 0.1
 """Of a GPU's memory: more than this in use before the run starts is somebody else's."""
 
@@ -92,11 +90,30 @@ def _visible(present: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return present if chosen is None else [gpu for gpu in present if gpu["index"] in chosen.split(",")]
 
 
-# ---- host memory
+# ---- memory, against the plan
+
+
+def device_memory(subject: Subject) -> Iterator[Finding]:
+    """What the plan puts on each GPU at the largest moment, against what it has."""
+    for stage, plan in subject.planned:
+        if plan.cluster.on_cpu:
+            continue
+        need, memory = plan.device_peak.device_bytes, plan.cluster.device_memory
+        text = f"{stage.title} takes {gibibytes(need)} of each device's {gibibytes(memory)} ({plan.device_peak.name})"
+        values = {"stage": stage.title, "needed_bytes": need, "device_bytes": memory}
+        if need > memory:
+            yield Finding("device memory", "failure", f"{text}: it does not fit", _what_to_change(stage), values)
+        else:
+            yield Finding("device memory", "ok", text, values=values)
 
 
 def host_memory(subject: Subject) -> Iterator[Finding]:
-    """Memory that is free on this host or in its container, against what loading and offload take."""
+    """Memory that is free on this host or in its container, against what the plan says that a stage takes of it."""
+    for stage, error in subject.plans:
+        if isinstance(error, Exception):
+            reason = " ".join(str(error).split())
+            remedy = "rlhf plan says more; --model-config describes a model that is not here to it"
+            yield Finding("host memory", "warning", f"what {stage.title} takes is not known: {reason}", remedy)
     memory = read_memory()
     if memory is None:
         yield Finding("host memory", "warning", "not known: no /proc/meminfo", "a Linux host tells how much is free")
@@ -104,39 +121,27 @@ def host_memory(subject: Subject) -> Iterator[Finding]:
     free = memory.free
     where = "up to the limit of this container or job" if memory.limited else "of this host"
     text = f"{gibibytes(free)} free, {where} ({gibibytes(memory.total)} in all)"
-    needs = [_host_bytes(stage, subject) for stage in subject.trained]
-    need, reason = max(needs, default=(0, ""))
+    largest = max(subject.planned, key=lambda each: each[1].node_host_bytes, default=None)
+    if largest is None:
+        if free < LOW_MEMORY:
+            remedy = "end other processes, or raise the limit of the container"
+            yield Finding("host memory", "warning", text, remedy, {"free_bytes": free, "needed_bytes": 0})
+        else:
+            yield Finding("host memory", "ok", text, values={"free_bytes": free, "needed_bytes": 0})
+        return
+    stage, plan = largest
+    need, ranks = plan.node_host_bytes, plan.cluster.devices_per_node
+    text += f"; {stage.title} takes {gibibytes(need)} with {ranks} rank(s)"
     values = {"free_bytes": free, "needed_bytes": need}
     if need > free:
-        remedy = "fewer ranks on this host, a host with more memory, or a configuration that offloads less"
-        text = f"{text}, but {reason} take {gibibytes(need)}: the system would kill the run (exit code -9)"
-        yield Finding("host memory", "failure", text, remedy, values)
-    elif not need and free < LOW_MEMORY:
-        remedy = "end other processes, or raise the limit of the container"
-        yield Finding("host memory", "warning", text, remedy, values)
+        text += ": the system would kill the run (exit code -9)"
+        yield Finding("host memory", "failure", text, _what_to_change(stage), values)
     else:
-        yield Finding("host memory", "ok", text + (f"; {reason} take {gibibytes(need)}" if need else ""), values=values)
+        yield Finding("host memory", "ok", text, values=values)
 
 
-def _host_bytes(stage: PlannedStage, subject: Subject) -> tuple[int, str]:
-    """Bytes on this host that the ranks need to load the model, or to hold what is offloaded; and which."""
-    from rlhf.engine.build import DTYPES, precision_of
-
-    config, (_, ranks) = stage.config, subject.world(stage)
-    size = DTYPES[precision_of(config.engine)].itemsize
-    parameters = _parameters(stage, subject)
-    loading = parameters * size * ranks
-    try:
-        zero = resolved(next(placements(stage)), stage, subject).get("zero_optimization", {})
-    except ConfigError:
-        zero = {}  # the check of the ops says so
-    per_parameter = 0
-    if (zero.get("offload_optimizer") or {}).get("device") == "cpu" and _trains_all(config):
-        per_parameter += 12
-    if (zero.get("offload_param") or {}).get("device") in ("cpu", "nvme"):
-        per_parameter += size
-    offloaded = parameters * per_parameter
-    return max((loading, f"{ranks} rank(s) that load the model"), (offloaded, "offloaded states"))
+def _what_to_change(stage: PlannedStage) -> str:
+    return f"rlhf plan {stage.stage.name} says what takes it and which setting helps; or fewer ranks on this host"
 
 
 # ---- shared memory and disk
@@ -160,20 +165,33 @@ def shared_memory(subject: Subject) -> Iterator[Finding]:
 
 def disk(subject: Subject) -> Iterator[Finding]:
     """Room and rights where the run writes."""
-    folders = {subject.output: [*subject.trained]}
+    needs = {subject.output: sum(_disk_bytes(plan) for _, plan in subject.planned)}
     for stage in subject.trained:
         path = stage.config.engine.nvme_path
         if path is not None:
-            folders.setdefault(Path(path), [])
-    for folder, stages in folders.items():
-        yield _room(folder, stages, subject)
+            needs.setdefault(Path(path), 0)
+    for _, plan in subject.planned:
+        path = plan.config.engine.nvme_path
+        if path is not None:  # one run after the other uses it
+            swapped = plan.cluster.devices_per_node * sum(states.nvme for states in plan.states.values())
+            needs[Path(path)] = max(needs[Path(path)], swapped)
+    for folder, need in needs.items():
+        yield _room(folder, need)
 
 
-def _room(folder: Path, stages: list[PlannedStage], subject: Subject) -> Finding:
+def _disk_bytes(plan: "StagePlan") -> int:
+    """Checkpoints, published weights and caches, less what is there already."""
+    from launch.plan.planner import disk as planned_disk
+
+    output = plan.config.output
+    present = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+    return max(0, sum(planned_disk(plan).values()) - present)
+
+
+def _room(folder: Path, need: int) -> Finding:
     place = folder.absolute()
     while not place.exists():
         place = place.parent
-    need = sum(_disk_bytes(stage, subject) for stage in stages)
     usage = shutil.disk_usage(place)
     text = f"{gibibytes(usage.free)} free for {folder}"
     values = {"free_bytes": usage.free, "needed_bytes": need}
@@ -201,48 +219,3 @@ def _write_fault(place: Path) -> str | None:
     except OSError as error:
         return error.strerror or str(error)
     return None
-
-
-def _disk_bytes(stage: PlannedStage, subject: Subject) -> int:
-    """Checkpoints, published weights and caches, as :mod:`launch.plan` counts them, less what is there already.
-
-    A shape that no plan knows (or code of the model's own) is counted from its files; 0 if there are none.
-    """
-    from launch.plan.cluster import cluster_of
-    from launch.plan.planner import Request, disk, plan_stage
-
-    _, ranks = subject.world(stage)
-    here = cluster_of(nodes=max(len(subject.hosts), 1), devices_per_node=ranks)
-    request = Request(sources=subject.sources, rows=SOME_ROWS, mean_tokens=SOME_TOKENS)
-    try:
-        need = sum(disk(plan_stage(stage.kind, stage.config, here, request)).values())
-    except Exception:
-        parameters, copies = _parameters(stage, subject), stage.config.train.keep_checkpoints + 1
-        need = parameters * (4 + (STATE_BYTES * copies if _trains_all(stage.config) else 0))
-    present = sum(path.stat().st_size for path in stage.config.output.rglob("*") if path.is_file())
-    return max(0, need - present)
-
-
-def _parameters(stage: PlannedStage, subject: Subject) -> int:
-    """Of the model that a stage starts from, also if another stage has yet to make it; 0 if nobody knows its shape."""
-    import torch
-
-    from launch.plan.models import empty_model
-    from launch.stages import model_of
-    from rlhf.models.backbones import checkpoint_bytes
-
-    section, name = model_of(stage.config)
-    folder = Path(section.path).expanduser()
-    if folder.is_dir():
-        return checkpoint_bytes(folder, torch.uint8) or 0
-    kind = "reward model" if stage.kind == "reward" else "language model"
-    try:
-        return empty_model(section, kind, sources=subject.sources, setting=f"{name}.path").total
-    except Exception:
-        return 0
-
-
-def _trains_all(config: Any) -> bool:
-    from launch.stages import model_of
-
-    return model_of(config)[0].lora is None

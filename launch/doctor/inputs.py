@@ -7,8 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from launch.doctor.finding import Finding, PlannedStage, Subject
-from launch.stages import FILE, FOLDER, STAGES
+from launch.doctor.finding import Finding
+from launch.doctor.subject import PlannedStage, Subject
+from launch.stages import FILE, FOLDER
 from rlhf.core.errors import DataError
 
 CHECK = "input files"
@@ -49,7 +50,7 @@ def _reads(stage: PlannedStage) -> Iterator[Read]:
         for role, sources in (("train", rows.train_sources), ("eval", rows.eval_sources)):
             for source in sources:
                 yield f"{section}.{role}", source.path, partial(_data_fault, source)
-    for key, path, kind in (*_listed(stage), *_published_models(stage), *_own_models(stage)):
+    for key, path, kind in dict.fromkeys((*_listed(stage), *_models(stage))):
         is_there = Path.is_file if kind == FILE else Path.is_dir
         yield key, path, partial(_fault, Path(path).expanduser(), is_there, f"no such {kind}")
 
@@ -70,7 +71,7 @@ def _listed(stage: PlannedStage) -> Iterator[tuple[str, str, str]]:
     """What the table of stages says that a stage reads, but for functions and for what is in a package."""
     from rlhf.models.gguf import EMBEDDED
 
-    for key, kind in STAGES[stage.kind].reads.items():
+    for key, kind in stage.stage.reads.items():
         value = getattr(stage.config, key)
         named = {f"{key}.{name}": path for name, path in value.items()} if isinstance(value, dict) else {key: value}
         for setting, path in named.items():
@@ -78,28 +79,12 @@ def _listed(stage: PlannedStage) -> Iterator[tuple[str, str, str]]:
                 yield setting, str(path), kind
 
 
-def _published_models(stage: PlannedStage) -> Iterator[tuple[str, str, str]]:
-    """Folders that a stage of some run has published, by setting; the hub is not asked for these."""
-    config = stage.config
-    if stage.kind == "ppo":
-        yield from (("reward.path", path, FOLDER) for path in config.reward.paths)
-        if config.watch.second is not None:
-            yield from (("watch.second.path", path, FOLDER) for path in config.watch.second.paths)
-
-
-def _own_models(stage: PlannedStage) -> Iterator[tuple[str, str, str]]:
-    """What a stage starts from and compares with, by setting, where the hub could have no such name."""
-    from launch.stages import model_of
-
-    if not stage.trains:
-        return
-    config, (section, name) = stage.config, model_of(stage.config)
-    paths = {f"{name}.path": section.path}
-    if hasattr(config, "reference"):
-        paths["reference.path"] = config.reference.path
-    if hasattr(config, "critic") and config.advantage.needs_values:
-        paths["critic.path"] = config.critic.path
-    yield from ((key, path, FOLDER) for key, path in paths.items() if path is not None and not can_be_hub_model(path))
+def _models(stage: PlannedStage) -> Iterator[tuple[str, str, str]]:
+    """Folders that models are loaded from, by setting, where the hub could have no such name or will not be asked."""
+    for role in stage.models if stage.trains else ():
+        path = role.backbone.path
+        if not role.inside and not (role.hub and can_be_hub_model(path)):
+            yield role.setting, path, FOLDER
 
 
 def _data_fault(source: Any) -> str | None:

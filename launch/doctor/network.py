@@ -8,8 +8,9 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from launch.doctor.finding import Finding, Subject
+from launch.doctor.finding import Finding
 from launch.doctor.inputs import can_be_hub_model
+from launch.doctor.subject import Subject
 from launch.jobs.hostfile import read_hostfile, unreachable_hosts
 from rlhf.core.errors import ConfigError
 
@@ -52,9 +53,8 @@ def _http_fault(address: str) -> str | None:
 
 def _model_paths(subject: Subject) -> list[str]:
     """Of the models that no stage of the run makes and the hub could have, each once."""
-    from launch.stages import model_of
-
-    paths = dict.fromkeys(model_of(stage.config)[0].path for stage in subject.trained)
+    models = [role for stage in subject.trained for role in stage.models if role.hub and not role.inside]
+    paths = dict.fromkeys(role.backbone.path for role in models)
     return [path for path in paths if can_be_hub_model(path) and not subject.will_make(path)]
 
 

@@ -6,11 +6,13 @@ import platform
 from collections.abc import Iterator
 from typing import Any
 
-from launch.doctor.finding import Finding, Subject
-from launch.doctor.placements import placements, resolved
+from launch.doctor.finding import Finding
+from launch.doctor.subject import Subject
 from rlhf.core.errors import ConfigError
 
 DISTRIBUTION = "margin-rlhf"
+SOME_WIDTH = 1024
+"""Of a model: what follows from it is no fault of a configuration."""
 NAMED = ("torch", "transformers", "deepspeed", "peft", "pot")
 """Packages whose versions are worth naming when all is well."""
 
@@ -92,14 +94,17 @@ def ops(subject: Subject) -> Iterator[Finding]:
 def _configurations(subject: Subject) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     """By op, the settings that need it; by fault, the settings that are refused for it."""
     from rlhf.engine.deepspeed_ops import needed_ops
+    from rlhf.train.roles import deepspeed_settings
 
     needed: dict[str, list[str]] = {}
     refused: dict[str, list[str]] = {}
     for stage in subject.trained:
-        for placement in placements(stage):
-            setting = stage.setting(placement.setting)
+        ranks, local = subject.world(stage)
+        sizes = {"world_size": ranks, "local_size": local, "hidden_size": SOME_WIDTH}
+        for role in stage.models:
+            setting = stage.setting(role.placed_by)
             try:
-                names = needed_ops(resolved(placement, stage, subject))
+                names = needed_ops(deepspeed_settings(role, stage.models, stage.config.engine, **sizes))
             except ConfigError as error:
                 _note(refused, _in_one_line(error), setting)
                 continue

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from launch.doctor import pipeline_subject, run_checks
+from launch.doctor import run_checks
 from launch.jobs import log
 from launch.jobs.hostfile import end_on_hosts
 from launch.jobs.launcher import Job, Machine, stage_command
@@ -15,6 +15,7 @@ from launch.pipeline.overview import Overview, outcome
 from launch.pipeline.processes import StopRequest, alone, mark
 from launch.pipeline.recipe import Pipeline, PipelineStage
 from launch.pipeline.state import Action, Decision, Progress
+from launch.pipeline.subject import pipeline_subject
 from launch.stages import load
 from rlhf.core.clock import clock
 from rlhf.core.errors import STOP_FILE, STOPPED, STOPPED_EXIT_CODE, UserError

@@ -1,11 +1,12 @@
 """From a pipeline to what the checks look at."""
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch.doctor.finding import PlannedStage, Subject
+from launch.doctor.subject import PlannedStage, Subject
+from launch.stages import models_of
+from rlhf.models.roles import published_role
 
 if TYPE_CHECKING:
     from launch.pipeline.recipe import Pipeline, PipelineStage
@@ -34,19 +35,14 @@ def pipeline_subject(
         hosts=hosts or {},
         output=pipeline.output,
         stages=tuple(
-            PlannedStage(name=each.name, kind=each.kind, config=each.config, ranks=each.ranks) for each in stages
+            PlannedStage(name=each.name, stage=each.stage, config=each.config, ranks=each.ranks) for each in stages
         ),
-        made=_made(pipeline),
+        made=made_models(pipeline),
         published=tuple(folder for each in pipeline.stages for folder in (each.output, each.final)),
     )
 
 
-def _made(pipeline: "Pipeline") -> "dict[str, BackboneConfig]":
-    """By folder, as other stages spell it: what a stage's model starts from."""
-    from launch.pipeline.recipe import flat, texts
-    from launch.plan.models import made_by
-
-    starts = {os.path.normpath(each.final): made_by(each.kind, each.config) for each in pipeline.stages}
-    spelled = {text: os.path.normpath(text) for each in pipeline.stages for text in texts(flat(each.config))}
-    found = {path: starts.get(folder) for path, folder in (spelled | {path: path for path in starts}).items()}
-    return {path: start for path, start in found.items() if start is not None}
+def made_models(pipeline: "Pipeline") -> "dict[str, BackboneConfig]":
+    """By folder that a stage publishes, what the model there starts from: its shape is known before it is there."""
+    published = ((each, published_role(models_of(each.config))) for each in pipeline.stages)
+    return {str(each.final): role.backbone for each, role in published if role is not None}

@@ -1,6 +1,7 @@
 """What to change when a plan does not fit, found by planning again; and the least sharding that does fit."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,19 +9,46 @@ from launch.plan.cluster import Cluster
 from launch.plan.planner import Request, StagePlan, plan_stage
 from rlhf.core.errors import UserError
 from rlhf.models.options import LoraOptions
+from rlhf.models.roles import REPLICATED
+from rlhf.train.workload import TrainingRecipe
 
 ORDER = ("zero0", "zero1", "zero2", "zero3_hpz", "zero3", "zero2_offload", "zero3_offload", "zero3_nvme")
 """Configurations of ds_configs from the least sharding to the most, offloading last: it costs the most time."""
+ENGINE = "engine.deepspeed"
 LEAST_TOKENS = 1024
 """Below this a micro-batch is too small to keep a device busy."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Knob:
-    """A setting to try."""
+    """Settings to try together, by key of the recipe."""
 
-    setting: str
-    config: Any
+    settings: Mapping[str, Any]
+
+    @property
+    def words(self) -> str:
+        """As a command line takes them."""
+        return " ".join(f"{key}={_word(value)}" for key, value in self.settings.items())
+
+    def turned(self, config: TrainingRecipe) -> TrainingRecipe | None:
+        """``config`` with the settings; ``None`` if the recipe refuses them."""
+        try:
+            for key, value in self.settings.items():
+                config = _changed(config, key, value)
+        except ValueError:
+            return None
+        return config
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, LoraOptions):
+        return f"{{rank: {value.rank}}}"
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
+
+
+def _changed(section: Any, key: str, value: Any) -> Any:
+    name, _, below = key.partition(".")
+    return replace(section, **{name: _changed(getattr(section, name), below, value) if below else value})
 
 
 def smallest_config(plan: StagePlan, request: Request) -> str | None:
@@ -31,7 +59,7 @@ def smallest_config(plan: StagePlan, request: Request) -> str | None:
         return None
     there = set(shipped_names())
     for name in (each for each in ORDER if each in there):
-        found = _again(plan, _with_engine(plan.config, name), request)
+        found = _again(plan, _engine_knob(plan, name), request)
         if found is not None and found.fits:
             return name
     return None
@@ -47,19 +75,22 @@ def next_knob(plan: StagePlan, request: Request) -> str | None:
         return None
     best: tuple[int, str] | None = None
     for knob in _knobs(plan):
-        found = _again(plan, knob.config, request)
+        found = _again(plan, knob, request)
         if found is None:
             continue
         if found.fits:
-            return f"{knob.setting} (then it fits)"
+            return f"{knob.words} (then it fits)"
         short = _shortage(found)
         if short < _shortage(plan) and (best is None or short < best[0]):
-            best = short, knob.setting
+            best = short, knob.words
     return None if best is None else f"{best[1]} (nearer, but {best[0] / 2**30:.1f} GiB short still)"
 
 
-def _again(plan: StagePlan, config: Any, request: Request) -> StagePlan | None:
+def _again(plan: StagePlan, knob: Knob, request: Request) -> StagePlan | None:
     """``None`` for a combination that the stage or DeepSpeed refuses."""
+    config = knob.turned(plan.config)
+    if config is None:
+        return None
     try:
         return plan_stage(plan.stage, config, plan.cluster, request)
     except UserError:
@@ -72,75 +103,32 @@ def _shortage(plan: StagePlan) -> int:
 
 def _knobs(plan: StagePlan) -> Iterator[Knob]:
     """Those that cost the least first."""
-    config = plan.config
-    yield from _attention_knob(plan)
+    main, rollout = plan.roles.main.recipe, plan.workload.rollout
+    if main.backbone.attention == "eager":
+        yield Knob(settings={f"{main.section}.attention": "sdpa"})
     yield from _token_knobs(plan)
-    yield from _checkpointing_knob(plan)
-    yield from _placement_knobs(plan)
+    if not main.backbone.gradient_checkpointing:
+        sections = dict.fromkeys(role.recipe.section for role in plan.roles.trained)
+        yield Knob(settings={f"{section}.gradient_checkpointing": True for section in sections})
+    whole = [role.recipe for role in plan.roles.asked if role.loaded and role.recipe.placement == REPLICATED]
+    for setting in dict.fromkeys(role.placed_by for role in whole):
+        yield Knob(settings={setting: "zero3"})
     yield from _engine_knobs(plan)
-    if plan.stage == "ppo" and config.rollout.batch_rows > 8:
-        rows = config.rollout.batch_rows // 4
-        changed = replace(config, rollout=replace(config.rollout, batch_rows=rows))
-        yield Knob(setting=f"rollout.batch_rows={rows}", config=changed)
+    if rollout is not None and rollout.batch_rows > 8:
+        yield Knob(settings={"rollout.batch_rows": rollout.batch_rows // 4})
     if plan.roles.main.model.trained == "full":
-        section = "policy" if plan.stage == "ppo" else "model"
-        model = replace(getattr(config, section), lora=LoraOptions(), freeze_layers=0)
-        try:
-            changed = replace(config, **{section: model})
-        except ValueError:
-            return
-        yield Knob(setting=f"{section}.lora={{rank: {model.lora.rank}}}", config=changed)
-
-
-def _attention_knob(plan: StagePlan) -> Iterator[Knob]:
-    section = "policy" if plan.stage == "ppo" else "model"
-    model = getattr(plan.config, section)
-    if model.attention == "eager":
-        changed = replace(plan.config, **{section: replace(model, attention="sdpa")})
-        yield Knob(setting=f"{section}.attention=sdpa", config=changed)
+        unfrozen = {f"{main.section}.freeze_layers": 0} if main.backbone.freeze_layers else {}
+        yield Knob(settings={f"{main.section}.lora": LoraOptions(), **unfrozen})
 
 
 def _token_knobs(plan: StagePlan) -> Iterator[Knob]:
-    train = plan.config.train
     longest = int(plan.lengths.values.sum(axis=1).max())
-    if plan.stage == "ppo":
-        longest += plan.config.rollout.max_new_tokens
-    tokens = train.micro_batch_tokens // 2
+    if plan.workload.rollout is not None:
+        longest += plan.workload.rollout.max_new_tokens
+    tokens = plan.config.train.micro_batch_tokens // 2
     while tokens >= max(longest, LEAST_TOKENS):
-        changed = replace(plan.config, train=replace(train, micro_batch_tokens=tokens))
-        yield Knob(setting=f"train.micro_batch_tokens={tokens}", config=changed)
+        yield Knob(settings={"train.micro_batch_tokens": tokens})
         tokens //= 2
-
-
-def _checkpointing_knob(plan: StagePlan) -> Iterator[Knob]:
-    section = "policy" if plan.stage == "ppo" else "model"
-    config = plan.config
-    model = getattr(config, section)
-    if model.gradient_checkpointing:
-        return
-    changes: dict[str, Any] = {section: replace(model, gradient_checkpointing=True)}
-    words = f"{section}.gradient_checkpointing=true"
-    if plan.stage == "ppo" and config.advantage.needs_values:
-        changes["critic"] = replace(config.critic, gradient_checkpointing=True)
-        words += " critic.gradient_checkpointing=true"
-    try:
-        yield Knob(setting=words, config=replace(config, **changes))
-    except ValueError:  # a shared trunk does not go with it
-        return
-
-
-def _placement_knobs(plan: StagePlan) -> Iterator[Knob]:
-    config = plan.config
-    for name in ("reference", "reward"):
-        section = getattr(config, name, None)
-        if getattr(section, "placement", None) == "replicated" and _takes_weights(plan, name):
-            yield Knob(
-                setting=f"{name}.placement=zero3", config=replace(config, **{name: replace(section, placement="zero3")})
-            )
-
-
-def _takes_weights(plan: StagePlan, name: str) -> bool:
-    return any(role.name.startswith(name) and role.loaded for role in plan.roles.asked)
 
 
 def _engine_knobs(plan: StagePlan) -> Iterator[Knob]:
@@ -150,15 +138,13 @@ def _engine_knobs(plan: StagePlan) -> Iterator[Knob]:
     if config.engine.kind == "local":
         return
     later = ORDER[ORDER.index(config.engine.deepspeed) + 1 :] if config.engine.deepspeed in ORDER else ORDER
-    for name in (each for each in later if each in there):
-        yield Knob(setting=f"engine.deepspeed={name}", config=_with_engine(config, name))
+    yield from (_engine_knob(plan, name) for name in later if name in there)
 
 
-def _with_engine(config: Any, name: str) -> Any:
-    changed = replace(config, engine=replace(config.engine, deepspeed=name))
-    if getattr(getattr(config, "critic", None), "deepspeed", None) is not None:
-        changed = replace(changed, critic=replace(changed.critic, deepspeed=None))
-    return changed
+def _engine_knob(plan: StagePlan, name: str) -> Knob:
+    """The configuration ``name`` for all that is trained."""
+    own = {role.recipe.placed_by for role in plan.roles.trained} - {ENGINE}
+    return Knob(settings={ENGINE: name} | {setting: None for setting in sorted(own)})
 
 
 def fewest_nodes(plan: StagePlan, request: Request, *, at_most: int = 64) -> int | None:

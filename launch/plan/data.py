@@ -11,6 +11,8 @@ import numpy as np
 
 from launch.plan.batches import assumed_lengths
 from rlhf.core.errors import UserError
+from rlhf.models.options import BackboneConfig
+from rlhf.train.workload import Workload
 
 UNKNOWN_ITEMS_PER_BATCH = 8
 """Steps that are planned when nobody knows how many rows there are."""
@@ -26,23 +28,22 @@ class Lengths:
 
 
 def lengths_of(
-    stage: str, config: Any, *, rows: int | None, mean_tokens: float | None, rows_per_item: int, longest: int
+    workload: Workload, model: BackboneConfig, *, step_items: int, rows: int | None, mean_tokens: float | None
 ) -> Lengths:
     """Of the training data of a recipe.
 
     Args:
-        stage: its name.
-        config: the recipe.
+        workload: of the recipe.
+        model: whose tokenizer counts.
+        step_items: items of the data in a step.
         rows, mean_tokens: what the command line says, for data that is not here.
-        rows_per_item: 2 for pairs.
-        longest: the recipe's limit.
     """
+    rows_per_item, longest = workload.rows_per_item, workload.rows.max_tokens
     if rows is None and mean_tokens is None:
-        counted = _counted(stage, config)
+        counted = _counted(workload, model)
         if counted is not None:
             return Lengths(values=counted, known_items=True, origin="counted")
-    batch = config.rollout.prompts if stage == "ppo" else config.train.global_batch_size
-    items = rows or UNKNOWN_ITEMS_PER_BATCH * batch
+    items = rows or UNKNOWN_ITEMS_PER_BATCH * step_items
     if mean_tokens is None:
         values = np.full((items, rows_per_item), longest, np.int64)
         return Lengths(values=values, known_items=rows is not None, origin=f"every row at the limit of {longest}")
@@ -51,15 +52,15 @@ def lengths_of(
     return Lengths(values=values, known_items=rows is not None, origin=origin)
 
 
-def _counted(stage: str, config: Any) -> np.ndarray | None:
+def _counted(workload: Workload, model: BackboneConfig) -> np.ndarray | None:
     """Lengths from the files, through the run's own cache of tokens; ``None`` if something is missing."""
-    section = config.rows if stage == "preference" else config.data
-    if not all(_is_here(source.path) for source in section.train_sources + section.eval_sources):
+    sources = workload.rows.train_sources + workload.rows.eval_sources
+    if not all(_is_here(source.path) for source in sources):
         return None
-    if not (Path(config.model.path) / "tokenizer_config.json").is_file():
+    if not (Path(model.path) / "tokenizer_config.json").is_file():
         return None
     with contextlib.suppress(UserError), contextlib.redirect_stdout(io.StringIO()):
-        return np.asarray(_load(stage, config, section).lengths, np.int64)
+        return np.asarray(_load(workload, model), np.int64)
     return None
 
 
@@ -67,21 +68,18 @@ def _is_here(path: str) -> bool:
     return Path(path).exists() or bool(glob.glob(path, recursive=True))
 
 
-def _load(stage: str, config: Any, section: Any) -> Any:
+def _load(workload: Workload, model: BackboneConfig) -> Any:
+    """``(N, S)`` lengths, read as the stage reads them."""
     from rlhf.data.examples import load_examples
     from rlhf.data.preferences import load_preferences
     from rlhf.data.prompts import load_prompts
     from rlhf.train.chat import load_chat
 
-    chat = load_chat(config.model.path, section.template, trust_remote_code=config.model.trust_remote_code)
-    if stage == "ppo":
-        prompts = load_prompts(section, chat).train
-        return _Prompts(np.array([[len(prompts.prompt(place).tokens)] for place in range(len(prompts))]))
-    if stage == "reward" or (stage == "preference" and config.data is not None):
-        return load_preferences(section, chat).train
-    return load_examples(section, chat, kind="unpaired" if stage == "preference" else "conversation").train
-
-
-@dataclass(frozen=True)
-class _Prompts:
-    lengths: np.ndarray
+    rows: Any = workload.rows
+    chat = load_chat(model.path, rows.template, trust_remote_code=model.trust_remote_code)
+    if workload.kind == "prompts":
+        prompts = load_prompts(rows, chat).train
+        return [[len(prompts.prompt(place).tokens)] for place in range(len(prompts))]
+    if workload.kind == "pairs":
+        return load_preferences(rows, chat).train.lengths
+    return load_examples(rows, chat, kind=workload.kind).train.lengths

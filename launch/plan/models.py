@@ -1,20 +1,18 @@
 """Models without weights: what the stages would load, built on torch's meta device to be counted."""
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from launch.plan.activations import Trained
 from launch.plan.shapes import KNOWN, ModelShape, known_name, shape_of
 from launch.plan.states import Numbers
 from rlhf.core.errors import ModelError
 from rlhf.models.options import BackboneConfig, cut_layers
-
-Kind = Literal["language model", "reward model"]
-IMPORTED = {"smollm2": "smollm2-135m"}
-"""Shapes of what the import stage knows by name."""
+from rlhf.models.roles import Kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,16 +22,14 @@ class Sources:
     fallback: str | None = None
     """``--model-config``: a name of :data:`KNOWN`, or a config.json."""
     made: Mapping[str, BackboneConfig] = field(default_factory=dict)
-    """Folders that earlier stages of a pipeline will leave behind, and what these start from."""
+    """Folders that earlier stages of a pipeline will leave behind, however spelled, and what these start from."""
     counted: dict[tuple[str, ...], "EmptyModel"] = field(default_factory=dict, compare=False, repr=False)
     """Models that were built before: advice plans the same ones again and again."""
 
     def origin(self, config: BackboneConfig) -> BackboneConfig:
         """What the model at ``config.path`` will have come from, if an earlier stage is to make it."""
-        seen: set[str] = set()
-        while config.path in self.made and config.path not in seen and not _config_file(config.path).is_file():
-            seen.add(config.path)
-            start = self.made[config.path]
+        made = {_place(path): start for path, start in self.made.items()}
+        while (start := made.pop(_place(config.path), None)) is not None and not _config_file(config.path).is_file():
             config = replace(config, path=start.path, layers=config.layers or start.layers)
         return config
 
@@ -103,7 +99,19 @@ def _built(config: BackboneConfig, kind: Kind, sources: Sources, setting: str) -
     with init_empty_weights(include_buffers=True):
         model = _bare_model(settings, config, kind)
         _freeze_and_adapt(model, config)
-    return _counted(model, config, kind, origin, shape_of(settings))
+    found = _counted(model, config, kind, origin, shape_of(settings))
+    return _with_head(found, config)
+
+
+def _with_head(model: EmptyModel, config: BackboneConfig) -> EmptyModel:
+    """With the two layers of a reward head that no Transformers class has."""
+    from reward.model import RewardModelConfig
+
+    if not isinstance(config, RewardModelConfig) or config.head != "mlp":
+        return model
+    width = config.head_hidden
+    own = (model.shape.hidden * width, width, width)
+    return replace(model, sizes=model.sizes + own, trained_sizes=model.trained_sizes + own)
 
 
 def without_training(model: EmptyModel) -> EmptyModel:
@@ -134,6 +142,10 @@ def model_settings(config: BackboneConfig, sources: Sources, setting: str) -> tu
             f"{', '.join(KNOWN)}). Give its shape with --model-config: one of these names, or a config.json"
         )
     return _from_mapping(KNOWN[name], config), f"the published shape of {name}"
+
+
+def _place(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))
 
 
 def _config_file(path: str) -> Path:
@@ -237,15 +249,3 @@ def _first_trained(layers: Any) -> int:
         if any(parameter.requires_grad for parameter in layer.parameters()):
             return number
     return len(layers)
-
-
-def made_by(kind: str, config: Any) -> BackboneConfig | None:
-    """What the model that a stage publishes has the shape of; ``None`` for stages that publish none.
-
-    Args:
-        kind: of the stage: import, sft, reward, preference, ppo, evaluate.
-        config: its recipe.
-    """
-    if kind == "import":
-        return BackboneConfig(path=IMPORTED.get(config.source, config.source))
-    return getattr(config, "model", None) if kind != "evaluate" else None

@@ -1,11 +1,10 @@
 """The plan of one stage: its phases, batches, times and disk, and whether it fits."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 
-from launch.plan.activations import Load, cache_bytes, next_token_bytes
+from launch.plan.activations import FLOAT32, Load, cache_bytes, next_token_bytes
 from launch.plan.batches import BatchPlan, batch_plan
 from launch.plan.cluster import Cluster
 from launch.plan.data import Lengths, lengths_of
@@ -22,8 +21,9 @@ from launch.plan.phases import (
     training_phases,
     work_of,
 )
-from launch.plan.recipes import SIZES, Role, Roles, precision_of_plan, roles_of
+from launch.plan.roles import SIZES, Role, Roles, precision_of_plan, roles_of
 from launch.plan.states import States
+from rlhf.train.workload import RolloutLoad, TrainingRecipe, Workload
 
 COPY_SHARE = 0.5
 """Of free memory, what a copy of the weights for rollouts may take (policy/generation/weights.py)."""
@@ -43,7 +43,8 @@ class StagePlan:
     """What one stage needs."""
 
     stage: str
-    config: Any
+    """Its name, for titles."""
+    config: TrainingRecipe
     cluster: Cluster
     precision: str
     roles: Roles
@@ -58,6 +59,10 @@ class StagePlan:
     @property
     def size(self) -> int:
         return SIZES[self.precision]
+
+    @property
+    def workload(self) -> Workload:
+        return self.config.workload
 
     @property
     def device_peak(self) -> Phase:
@@ -106,7 +111,7 @@ class StagePlan:
         return max(items.items(), key=lambda item: item[1])
 
 
-def plan_stage(stage: str, config: Any, cluster: Cluster, request: Request) -> StagePlan:
+def plan_stage(stage: str, config: TrainingRecipe, cluster: Cluster, request: Request) -> StagePlan:
     """Plan ``stage`` with its recipe ``config`` on ``cluster``.
 
     Raises:
@@ -117,11 +122,12 @@ def plan_stage(stage: str, config: Any, cluster: Cluster, request: Request) -> S
 
 
 class _Planner:
-    def __init__(self, stage: str, config: Any, cluster: Cluster, request: Request) -> None:
+    def __init__(self, stage: str, config: TrainingRecipe, cluster: Cluster, request: Request) -> None:
         self._stage, self._config, self._cluster, self._request = stage, config, cluster, request
         self._precision = precision_of_plan(config, cluster)
         self._size = SIZES[self._precision]
-        self._roles = roles_of(stage, config, cluster, request.sources)
+        self._workload = config.workload
+        self._roles = roles_of(config, cluster, request.sources)
         self._notes = list(self._roles.notes)
 
     def plan(self) -> StagePlan:
@@ -147,42 +153,40 @@ class _Planner:
     # Batches
 
     def _lengths(self) -> Lengths:
-        config = self._config
-        pairs = self._stage == "reward" or (self._stage == "preference" and config.data is not None)
-        section = config.rows if self._stage == "preference" else config.data
-        unpaired = self._stage == "preference" and config.data is None
+        rollout = self._workload.rollout
         return lengths_of(
-            self._stage,
-            config,
+            self._workload,
+            self._roles.main.recipe.backbone,
+            step_items=self._config.train.global_batch_size if rollout is None else rollout.prompts,
             rows=self._request.rows,
             mean_tokens=self._request.mean_tokens,
-            rows_per_item=2 if pairs or unpaired else 1,
-            longest=section.max_tokens,
         )
 
     def _batches(self, lengths: Lengths) -> BatchPlan:
-        config, ranks = self._config, self._cluster.ranks
-        if self._stage != "ppo":
-            return batch_plan(
-                lengths.values, config.train, ranks=ranks, known_items=lengths.known_items, lengths_from=lengths.origin
-            )
-        return self._rollout_batches(lengths)
+        rollout = self._workload.rollout
+        if rollout is not None:
+            return self._rollout_batches(lengths, rollout)
+        return batch_plan(
+            lengths.values,
+            self._config.train,
+            ranks=self._cluster.ranks,
+            known_items=lengths.known_items,
+            lengths_from=lengths.origin,
+        )
 
-    def _rollout_batches(self, lengths: Lengths) -> BatchPlan:
+    def _rollout_batches(self, lengths: Lengths, rollout: RolloutLoad) -> BatchPlan:
         """Minibatches of rollouts that all run to the limit; epochs and steps are counted in prompts."""
         from rlhf.data.batching import steps_per_epoch
         from rlhf.train.stage import total_steps
 
-        config = self._config
-        rows = np.repeat(lengths.values, config.rollout.samples, axis=0) + config.rollout.max_new_tokens
-        found = batch_plan(
-            rows, config.train, ranks=self._cluster.ranks, known_items=False, lengths_from=lengths.origin
-        )
+        train = self._config.train
+        rows = np.repeat(lengths.values, rollout.samples, axis=0) + rollout.max_new_tokens
+        found = batch_plan(rows, train, ranks=self._cluster.ranks, known_items=False, lengths_from=lengths.origin)
         if not lengths.known_items:
             return found
-        count, of_step = len(lengths.values), config.rollout.prompts
-        steps = total_steps(replace(config.train, global_batch_size=of_step), count)
-        return replace(found, items=count, steps_per_epoch=steps_per_epoch(count, of_step), total_steps=steps)
+        count = len(lengths.values)
+        steps = total_steps(replace(train, global_batch_size=rollout.prompts), count)
+        return replace(found, items=count, steps_per_epoch=steps_per_epoch(count, rollout.prompts), total_steps=steps)
 
     # Memory
 
@@ -211,7 +215,7 @@ class _Planner:
         """Models are loaded one after the other, whole and on the CPU of each rank; DeepSpeed first puts all of one
         on its device, whatever the stage, and then shares it out."""
         phases, there = [], []
-        for role in self._loading_order():
+        for role in (each for each in self._roles.loading if each.loaded):
             whole = self._size * role.model.total
             host = {f"{role.name}: weights as loaded": whole}
             on_host = Phase(name=f"{role.name}: loading", device={}, host=host)
@@ -222,65 +226,54 @@ class _Planner:
             there.append(resting(role.name, replace(first, moments={})))
         return phases
 
-    def _loading_order(self) -> list[Role]:
-        """PPO loads its scorers first."""
-        loaded = [role for role in self._roles.all if role.loaded]
-        if self._stage != "ppo":
-            return loaded
-        scorers = [role for role in loaded if not role.is_trained and role.name != "reference"]
-        return [*scorers, *(role for role in loaded if role not in scorers)]
-
     def _steps(self, states: dict[str, States], works: dict[str, Work], lengths: Lengths) -> list[Phase]:
-        roles = self._roles
+        roles, rollout = self._roles, self._workload.rollout
         phases = []
         for role in roles.asked:
-            trained = role.asked  # a cache is filled before the first step, beside states without moments
-            there = [self._rest(each, states, trained) for each in roles.trained]
-            there += [self._rest(each, states, True) for each in roles.asked if each is not role and each.asked]
+            # A cache is filled before the first step, beside states without moments.
+            there = [self._rest(each, states, role.stays) for each in roles.trained]
+            there += [self._rest(each, states, True) for each in roles.asked if each is not role and each.stays]
             phases += beside([forward_phase(role.name, states[role.name], works[role.name], trained=False)], there)
-        if self._stage == "ppo":
-            phases += self._rollout(states, lengths)
+        copy = [] if rollout is None else [self._rollout_copy(rollout)]
+        if rollout is not None:
+            phases += self._rollout(states, lengths, rollout, copy)
         for role in roles.trained:
-            there = [self._rest(each, states, True) for each in roles.all if each is not role and each.asked]
-            if self._stage == "ppo":
-                there.append(self._rollout_copy())
+            there = [self._rest(each, states, True) for each in roles.all if each is not role and each.stays]
             own = training_phases(role.name, states[role.name], works[role.name], on_cpu=self._cluster.on_cpu)
-            phases += beside(own, there)
+            phases += beside(own, [*there, *copy])
         return phases
 
     def _rest(self, role: Role, states: dict[str, States], trained: bool) -> Phase:
         found = states[role.name]
         return resting(role.name, found if trained else replace(found, moments={}))
 
-    def _rollout(self, states: dict[str, States], lengths: Lengths) -> list[Phase]:
+    def _rollout(
+        self, states: dict[str, States], lengths: Lengths, rollout: RolloutLoad, copy: list[Phase]
+    ) -> list[Phase]:
         """Responses are written beside all resting models."""
-        config, roles = self._config, self._roles
-        policy = roles.main
-        rows = min(config.rollout.batch_rows, -(-config.rollouts // self._cluster.ranks))
-        room = int(lengths.values.max()) + config.rollout.max_new_tokens
+        policy = self._roles.main
+        rows = min(rollout.batch_rows, -(-rollout.prompts * rollout.samples // self._cluster.ranks))
+        room = int(lengths.values.max()) + rollout.max_new_tokens
         shape = policy.model.shape
-        copied = self._gathers_once(policy)
         items = {
             "rollout: KV cache": cache_bytes(shape, rows, room, size=self._size),
             "rollout: logits": next_token_bytes(shape, rows),
-            "policy: gathered weights": 0 if copied else states[policy.name].gathered,
+            "policy: gathered weights": 0 if self._gathers_once(rollout) else states[policy.name].gathered,
         }
-        there = [self._rest(role, states, True) for role in roles.all if role.asked]
-        return beside([Phase(name="rollout", device=items)], [*there, self._rollout_copy()])
+        there = [self._rest(role, states, True) for role in self._roles.all if role.stays]
+        return beside([Phase(name="rollout", device=items)], [*there, *copy])
 
-    def _gathers_once(self, policy: Role) -> bool:
-        return policy.zero is not None and policy.zero.stage == 3 and self._config.rollout.gather != "never"
+    def _gathers_once(self, rollout: RolloutLoad) -> bool:
+        zero = self._roles.main.zero
+        return zero is not None and zero.stage == 3 and rollout.gather != "never"
 
-    def _rollout_copy(self) -> Phase:
+    def _rollout_copy(self, rollout: RolloutLoad) -> Phase:
         """Under ZeRO-3 a whole copy of the policy to sample from; auto is taken to find the memory for it."""
-        policy = self._roles.main
-        if not self._gathers_once(policy):
+        whole = self._size * self._roles.main.model.total
+        too_large = rollout.gather == "auto" and whole > COPY_SHARE * self._cluster.device_memory
+        if not self._gathers_once(rollout) or too_large:
             return Phase(name="copy", device={})
-        if self._config.rollout.gather == "auto":
-            whole = self._size * policy.model.total
-            if whole > COPY_SHARE * self._cluster.device_memory:
-                return Phase(name="copy", device={})
-        return Phase(name="copy", device={"rollout: copy of the policy": self._size * policy.model.total})
+        return Phase(name="copy", device={"rollout: copy of the policy": whole})
 
     def _publishing(self, states: dict[str, States]) -> Phase | None:
         """The main rank collects all weights, rebuilds the model with them, and a fresh process reads it again."""
@@ -294,7 +287,7 @@ class _Planner:
             f"{main.name}: model to be saved": whole,
             "fresh process that reads it again": base + 2 * whole if self._size == 2 else base + whole,
         }
-        there = [self._rest(role, states, True) for role in self._roles.all if role.asked]
+        there = [self._rest(role, states, True) for role in self._roles.all if role.stays]
         (phase,) = beside([Phase(name="publishing", device={}, host=items)], there)
         return on_this_machine(phase, on_cpu=self._cluster.on_cpu)
 
@@ -313,22 +306,14 @@ def checkpoint_bytes(plan: StagePlan) -> int:
 
 def disk(plan: StagePlan) -> dict[str, int]:
     """Bytes that the run folder (and the reference cache) grow to, at most."""
-    train, one = plan.config.train, checkpoint_bytes(plan)
+    train, workload, one = plan.config.train, plan.workload, checkpoint_bytes(plan)
     found = {f"{train.keep_checkpoints} latest checkpoints": train.keep_checkpoints * one}
-    has_evaluation = bool(getattr(_rows(plan), "eval_share", 0) or _rows(plan).eval_sources)
-    if has_evaluation:
+    if workload.rows.eval_share or workload.rows.eval_sources:
         found["best checkpoint"] = one
     found["a checkpoint being written"] = one
     if train.publish != "none":
         found["final/"] = plan.size * plan.roles.main.model.total
-    if plan.stage == "preference" and plan.config.loss.needs_reference and plan.config.reference.kind != "live":
-        items = plan.batches.items
-        if items is not None:
-            found["reference cache"] = items * 2 * 2 * 4
+    if workload.cached_numbers and plan.batches.items is not None:
+        rows = plan.batches.items * workload.rows_per_item
+        found["reference cache"] = rows * workload.cached_numbers * FLOAT32
     return found
-
-
-def _rows(plan: StagePlan) -> Any:
-    return plan.config.rows if plan.stage == "preference" else plan.config.data
-
-

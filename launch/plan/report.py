@@ -55,7 +55,6 @@ def as_json(plan: StagePlan, request: Request) -> dict[str, Any]:
         "seconds_of_reference_cache": reference_seconds(plan),
         "seconds_of_run": run_seconds(plan),
         "disk": disk(plan),
-        "deepspeed_estimate": _estimates(plan),
         "largest_item": list(plan.largest_item),
         "next_knob": next_knob(plan, request),
         "smallest_config": smallest_config(plan, request),
@@ -82,29 +81,6 @@ def _model_json(plan: StagePlan, role: Any) -> dict[str, Any]:
 
 def _phase_json(name: str, items: Any) -> dict[str, Any]:
     return {"phase": name, "bytes": sum(items.values()), "items": dict(items)}
-
-
-def _estimates(plan: StagePlan) -> dict[str, Any]:
-    """Of the trained models, where DeepSpeed has a rule: half precision and every parameter trained."""
-    from rlhf.engine.estimates import estimated_states
-
-    found = {}
-    for role in plan.roles.trained:
-        zero, model = role.zero, role.model
-        if plan.size != 2 or zero.local or not role.loaded or model.trainable != model.total:
-            continue
-        estimate = estimated_states(
-            model.total,
-            stage=zero.stage,
-            devices_per_node=plan.cluster.devices_per_node,
-            nodes=plan.cluster.nodes,
-            largest_layer=max(model.sizes),
-            optimizer_on_host=zero.optimizer_place == "host",
-            weights_on_host=zero.weights_place == "host",
-        )
-        if estimate is not None:
-            found[role.name] = {"device": estimate.device, "host": estimate.host}
-    return found
 
 
 def _peaks(plan: StagePlan) -> list[Phase]:
@@ -138,7 +114,7 @@ def print_plan(console: "Console", found: dict[str, Any]) -> None:
     console.print(_memory_table(found))
     console.print(_phases_table(found))
     console.print(_batches_table(found))
-    for line in [*_time_lines(found), *_disk_lines(found), *_estimate_lines(found)]:
+    for line in [*_time_lines(found), *_disk_lines(found)]:
         say(line)
     for note in found["notes"]:
         say(f"note: {note}")
@@ -274,11 +250,3 @@ def clock(seconds: float) -> str:
 def _disk_lines(found: dict[str, Any]) -> list[str]:
     parts = ", ".join(f"{name} {gib(size)}" for name, size in found["disk"].items())
     return [f"disk: {gib(sum(found['disk'].values()))} ({parts})"]
-
-
-def _estimate_lines(found: dict[str, Any]) -> list[str]:
-    return [
-        f"DeepSpeed's own estimate of the {role}'s states: {gib(each['device'])} on the device, {gib(each['host'])} of "
-        "host memory a node"
-        for role, each in found["deepspeed_estimate"].items()
-    ]

@@ -104,14 +104,15 @@ def shape_of(settings: Any) -> ModelShape:
     Raises:
         ModelError: if it is not that of a decoder whose layers the formulas know.
     """
-    heads = getattr(settings, "num_attention_heads", None)
-    intermediate = getattr(settings, "intermediate_size", None)
-    if not heads or not intermediate:
+    heads, width = getattr(settings, "num_attention_heads", None), getattr(settings, "hidden_size", None)
+    if not heads or not width:
         kind = getattr(settings, "model_type", type(settings).__name__)
         raise ModelError(
-            f"model_type = {kind}: the plan knows decoders with num_attention_heads and intermediate_size in their "
+            f"model_type = {kind}: the plan knows decoders with num_attention_heads and hidden_size in their "
             "configuration (Llama, Mistral, Qwen and their like)"
         )
+    named = (getattr(settings, name, None) for name in ("intermediate_size", "n_inner", "ffn_dim"))
+    intermediate = next(filter(None, named), 4 * width)  # as older decoders have it where they say nothing
     return ModelShape(
         vocabulary=settings.vocab_size,
         hidden=settings.hidden_size,

@@ -2,7 +2,8 @@
 
 from launch.plan.compute import decode_seconds, head_flops, layer_flops, training_flops
 from launch.plan.planner import StagePlan
-from launch.plan.recipes import Role
+from launch.plan.roles import Role
+from rlhf.train.workload import RolloutLoad
 
 HEAD_SHARE = 0.5
 """Of the tokens of a row that its output projection reads, taken as responses, where only lengths are known."""
@@ -14,26 +15,24 @@ def step_seconds(plan: StagePlan) -> dict[str, float]:
     if rate is None:
         return {}
     everything = rate * plan.cluster.ranks
-    if plan.stage == "ppo":
-        return _ppo_seconds(plan, everything)
-    found = {"training": _training_flops(plan, plan.roles.main) / everything}
-    live = [role for role in plan.roles.asked if role.asked]
-    if live:
-        found["reference"] = _forward_flops(plan, live[0]) / everything
-    if getattr(plan.config, "over_all_pairs", False):
+    rollout = plan.workload.rollout
+    if rollout is not None:
+        return _rollout_step_seconds(plan, rollout, everything)
+    found = {"training": sum(_training_flops(plan, role) for role in plan.roles.trained) / everything}
+    found |= {role.name: _forward_flops(plan, role) / everything for role in plan.roles.asked if role.stays}
+    if plan.workload.first_pass:
         found["first pass over the batch"] = _forward_flops(plan, plan.roles.main) / everything
     return found
 
 
 def reference_seconds(plan: StagePlan) -> float | None:
     """Of the pass that fills the reference cache, once for the data; ``None`` if there is none or nobody knows."""
-    config, rate = plan.config, plan.cluster.rate
-    if plan.stage != "preference" or not config.loss.needs_reference or config.reference.kind == "live":
+    fills = [role for role in plan.roles.asked if not role.stays]
+    rate = plan.cluster.rate
+    if not fills or rate is None or plan.batches.steps_per_epoch is None:
         return None
-    if rate is None or plan.batches.steps_per_epoch is None:
-        return None
-    asked = plan.roles.asked[0] if plan.roles.asked else plan.roles.main
-    return plan.batches.steps_per_epoch * _forward_flops(plan, asked) / (rate * plan.cluster.ranks)
+    flops = sum(_forward_flops(plan, role) for role in fills)
+    return plan.batches.steps_per_epoch * flops / (rate * plan.cluster.ranks)
 
 
 def run_seconds(plan: StagePlan) -> float | None:
@@ -66,25 +65,26 @@ def _forward_flops(plan: StagePlan, role: Role) -> float:
     return layers + (head_flops(model.shape, HEAD_SHARE * batches.tokens_per_step) if has_head else 0.0)
 
 
-def _ppo_seconds(plan: StagePlan, everything: float) -> dict[str, float]:
+def _rollout_step_seconds(plan: StagePlan, rollout: RolloutLoad, everything: float) -> dict[str, float]:
     """A step's rollouts are all its minibatches together, gone through once by every model that is asked."""
-    config, roles = plan.config, plan.roles
-    passes = config.minibatches
-    asked = [role for role in roles.asked if role.asked]
+    roles = plan.roles
+    passes = -(-rollout.prompts * rollout.samples // plan.config.train.global_batch_size)
+    asked = [role for role in roles.asked if role.stays]
     measured = sum(_forward_flops(plan, role) for role in (*asked, *roles.trained))
-    updates = config.loss.epochs * passes
+    updates = rollout.epochs * passes
     found = {
-        "rollout, at least": _rollout_seconds(plan),
+        "rollout, at least": _rollout_seconds(plan, rollout),
         "scores, log-probabilities, values": passes * measured / everything,
     }
     found |= {f"{role.name}: updates": updates * _training_flops(plan, role) / everything for role in roles.trained}
     return found
 
 
-def _rollout_seconds(plan: StagePlan) -> float:
-    config, cluster = plan.config, plan.cluster
-    rows = -(-config.rollouts // cluster.ranks)
-    together = min(rows, config.rollout.batch_rows)
+def _rollout_seconds(plan: StagePlan, rollout: RolloutLoad) -> float:
+    cluster = plan.cluster
+    assert cluster.rate is not None
+    rows = -(-rollout.prompts * rollout.samples // cluster.ranks)
+    together = min(rows, rollout.batch_rows)
     model = plan.roles.main.model
     head = model.shape.vocabulary * model.shape.hidden
     once = decode_seconds(
@@ -92,7 +92,7 @@ def _rollout_seconds(plan: StagePlan) -> float:
         model.matrix_parameters + head,
         rows=together,
         prompt_tokens=float(plan.lengths.values.mean()),
-        new_tokens=config.rollout.max_new_tokens,
+        new_tokens=rollout.max_new_tokens,
         size=plan.size,
         flops=cluster.rate,
         bandwidth=cluster.bandwidth,

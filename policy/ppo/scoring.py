@@ -125,7 +125,8 @@ class ModelScorer:
         module = ranks.together(
             lambda: load_reward_model(folder, dtype=DTYPES[precision_of(parts.engine)]).requires_grad_(False)
         )
-        self._model: Frozen = frozen_of(role, module, parts.engine, ranks)
+        width = module.hf.config.hidden_size
+        self._model: Frozen = frozen_of(role, module, parts.engine, ranks, hidden_size=width)
         self.identity = ranks.on_main(lambda: weights_digest(role.backbone))
 
     def score(self, rollouts: Rollouts) -> Scored:

@@ -30,15 +30,9 @@ def engine_of(
     )
 
 
-def frozen_of(role: ModelRole, module: nn.Module, engine: EngineConfig, ranks: Ranks) -> Frozen:
+def frozen_of(role: ModelRole, module: nn.Module, engine: EngineConfig, ranks: Ranks, *, hidden_size: int) -> Frozen:
     """Place the module of a role that is only asked as the recipe says."""
-    return freeze(
-        module,
-        ranks=ranks,
-        config=engine,
-        placement=role.placement,
-        hidden_size=module.hf.config.hidden_size,
-    )
+    return freeze(module, ranks=ranks, config=engine, placement=role.placement, hidden_size=hidden_size)
 
 
 def deepspeed_settings(

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from launch.doctor import PlannedStage
+from launch.stages import STAGES
 from reward.config import RewardConfig
 from rlhf.config import load_config
 
@@ -58,6 +59,6 @@ def stage(tiny_recipe):
 
     def load(*overrides: str) -> PlannedStage:
         config = load_config(RewardConfig, [Path(tiny_recipe[1])], overrides, program="test")
-        return PlannedStage(kind="reward", config=config)
+        return PlannedStage(stage=STAGES["reward"], config=config)
 
     return load

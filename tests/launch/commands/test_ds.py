@@ -73,7 +73,18 @@ def test_the_critic_has_a_configuration_and_a_clipping_of_its_own(capsys, tiny_m
     assert shown(capsys, "--config", recipe, *settings)["gradient_clipping"] != 0.25
     assert shown(capsys, "zero1", "--critic", "--config", recipe, *settings)["zero_optimization"]["stage"] == 1
     _, complaint = printed(capsys, "show", "--critic", *tiny_recipe, expect=2)
-    assert "--critic: stage reward has no critic" in complaint
+    assert "--role critic: no model of its own in this run of stage reward, which has reward model" in complaint
+
+
+def test_any_model_of_a_run_can_be_shown_by_its_name(capsys, tiny_model):
+    recipe = ["--config", ROOT / "launch" / "recipes" / "ppo_margin.yaml", f"policy.path={tiny_model}"]
+    placed = [*recipe, f"reward.path={tiny_model}", "reward.placement=zero3"]
+    found = shown(capsys, "--role", "reward model", *placed)
+    assert found == shown(capsys, "frozen_zero3", *placed)
+    _, complaint = printed(capsys, "show", "--role", "reward model", *recipe, "reward.placement=replicated", expect=2)
+    assert "reward model: whole on every rank, without a DeepSpeed JSON; see reward.placement" in complaint
+    _, complaint = printed(capsys, "show", "--role", "judge", *placed, expect=2)
+    assert "--role judge" in complaint and "reward model, policy" in complaint
 
 
 def test_a_model_that_is_not_here_can_be_described(capsys, tiny_recipe):

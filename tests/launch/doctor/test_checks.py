@@ -7,7 +7,8 @@ import pytest
 from launch.cli import main
 from launch.doctor import checks, collectives, run_checks
 from launch.doctor.checks import Check
-from launch.doctor.finding import Finding, Subject
+from launch.doctor.finding import Finding
+from launch.doctor.subject import Subject
 from launch.stages import Stage
 
 

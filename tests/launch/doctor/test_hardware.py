@@ -6,7 +6,13 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from launch.doctor import hardware
-from launch.doctor.finding import GIB, Subject
+from launch.doctor.finding import GIB
+from launch.doctor.subject import PlannedStage, Subject
+from launch.plan import cluster
+from launch.plan.cluster import cluster_of
+from launch.plan.planner import Request, plan_stage
+from launch.stages import STAGES
+from rlhf.config import load_config
 from rlhf.core.memory import HostMemory
 
 WIDTH = 32
@@ -86,28 +92,80 @@ def free_memory(monkeypatch):
     return free
 
 
-def test_a_model_that_the_host_cannot_load_is_a_failure(free_memory, stage, tiny_model):
-    size = sum(each.numel() for each in _weights(tiny_model)) * 4
-    free_memory(2 * size - 1)
-    finding = only(hardware.host_memory(Subject(ranks=2, stages=(stage("engine.precision=float32"),))))
-    assert finding.status == "failure" and finding.values["needed_bytes"] == 2 * size
-    assert "2 rank(s) that load the model" in finding.text and "exit code -9" in finding.text
-    assert "fewer ranks" in finding.remedy
-    free_memory(2 * size)
-    assert only(hardware.host_memory(Subject(ranks=2, stages=(stage("engine.precision=float32"),)))).status == "ok"
+def planned(stage, ranks: int):
+    """What ``rlhf plan`` says of a stage on this machine."""
+    return plan_stage(stage.stage.name, stage.config, cluster_of(devices_per_node=ranks), Request())
 
 
-def test_offloaded_states_count(free_memory, stage, tiny_model):
-    parameters = sum(each.numel() for each in _weights(tiny_model))
+def test_host_memory_is_what_the_plan_says(free_memory, stage):
+    own = stage("engine.precision=float32")
+    need = planned(own, 2).node_host_bytes
+    free_memory(need - 1)
+    finding = only(hardware.host_memory(Subject(ranks=2, stages=(own,))))
+    assert finding.status == "failure" and finding.values["needed_bytes"] == need
+    assert "reward takes" in finding.text and "2 rank(s)" in finding.text and "exit code -9" in finding.text
+    assert "rlhf plan reward" in finding.remedy
+    free_memory(need)
+    assert only(hardware.host_memory(Subject(ranks=2, stages=(own,)))).status == "ok"
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("sft", ("model.path=someone/Llama-3.2-1B", "engine.deepspeed=zero0")),
+        ("reward", ("model.path=someone/Llama-3.2-1B", "engine.deepspeed=zero0")),
+        ("preference", ("model.path=someone/Llama-3.2-1B", "reference.kind=live")),
+        ("ppo", ("policy.path=someone/Llama-3.2-1B", "reward.path=[runs/a/final, runs/b/final]")),
+    ],
+)
+def test_what_does_not_fit_by_the_plan_is_not_ready_for_the_doctor(free_memory, name, settings):
+    """On a host of which the plan's need is one byte short: the doctor once counted the weights of one model alone."""
+    given = ["output=o", "data.train=absent.jsonl", *settings]
+    config = load_config(STAGES[name].config_class(), [], given, program="test")
+    own = PlannedStage(stage=STAGES[name], config=config)
+    plan = planned(own, 2)
+    assert plan.node_host_bytes > 2 * 4 * plan.roles.main.model.total
+    free_memory(plan.node_host_bytes - 1)
+    finding = only(hardware.host_memory(Subject(ranks=2, stages=(own,))))
+    assert finding.status == "failure" and finding.values["needed_bytes"] == plan.node_host_bytes
+
+
+def test_every_model_of_ppo_counts(free_memory):
+    free_memory(10**13)
+
+    def needed(*settings: str) -> int:
+        given = ["output=o", "data.train=absent.jsonl", "policy.path=llama-3.2-1b", *settings]
+        config = load_config(STAGES["ppo"].config_class(), [], given, program="test")
+        subject = Subject(ranks=1, stages=(PlannedStage(stage=STAGES["ppo"], config=config),))
+        return only(hardware.host_memory(subject)).values["needed_bytes"]
+
+    one, two = needed("reward.path=llama-3.2-1b"), needed("reward.path=[llama-3.2-1b, llama-3.2-1b]")
+    assert two - one == pytest.approx(4 * 1_235_814_400, rel=0.01)
+    watched = needed("reward.path=llama-3.2-1b", "watch.second.path=llama-3.2-1b")
+    assert watched == two
+    assert needed("reward.function=a:b", "advantage.estimator=reinforce_pp") < one - 4 * 1_235_814_400
+
+
+def test_what_no_plan_can_be_made_of_is_a_warning_that_says_why(free_memory, stage):
     free_memory(64 * GIB)
+    unknown, memory = hardware.host_memory(Subject(ranks=1, stages=(stage("model.path=some/model"),)))
+    assert unknown.status == "warning" and "what reward takes is not known: model.path = some/model" in unknown.text
+    assert "rlhf plan" in unknown.remedy
+    assert memory.status == "ok"
 
-    def needed(name: str) -> int:
-        settings = (f"engine.deepspeed={name}", "engine.precision=bfloat16")
-        return only(hardware.host_memory(Subject(ranks=1, stages=(stage(*settings),)))).values["needed_bytes"]
 
-    assert needed("zero2") == 2 * parameters
-    assert needed("zero2_offload") == 12 * parameters
-    assert needed("zero3_offload") == 14 * parameters
+@pytest.mark.parametrize(("memory", "status"), [(80 * GIB, "ok"), (8 * GIB, "failure")])
+def test_device_memory_is_what_the_plan_says(monkeypatch, stage, memory, status):
+    monkeypatch.setattr(cluster, "_device_here", lambda: ("NVIDIA H100 80GB HBM3", memory, 2))
+    own = stage("model.path=someone/Llama-3.2-1B", "engine.precision=bfloat16")
+    finding = only(hardware.device_memory(Subject(ranks=2, stages=(own,))))
+    assert finding.status == status
+    assert finding.values["needed_bytes"] == planned(own, 2).device_peak.device_bytes
+    assert ("it does not fit" in finding.text) == (status == "failure")
+
+
+def test_on_a_cpu_there_is_no_memory_of_devices(stage):
+    assert [*hardware.device_memory(Subject(ranks=2, stages=(stage(),)))] == []
 
 
 def _weights(folder):
@@ -170,13 +228,14 @@ def test_a_disk_without_room_for_the_checkpoints_is_a_failure(small_disk, stage,
     assert finding.status == "failure" and "not enough" in finding.text and "keep_checkpoints" in finding.remedy
 
 
-def test_a_shape_that_no_plan_knows_is_counted_from_its_files(stage, tmp_path):
+def test_a_model_with_other_names_for_its_sizes_is_planned_too(stage, tmp_path):
     model = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=16))
     model.save_pretrained(tmp_path / "gpt2")
     run = stage(f"output={tmp_path}/run", f"model.path={tmp_path}/gpt2", "train.keep_checkpoints=1")
     (finding,) = hardware.disk(Subject(output=run.config.output, stages=(run,)))
     parameters = sum(each.numel() for each in model.parameters())
-    assert finding.values["needed_bytes"] == pytest.approx((16 * 2 + 4) * parameters, rel=0.05)
+    kept = 1 + 1 + 1  # the latest, the best, and one that is being written
+    assert finding.values["needed_bytes"] == (16 * kept + 4) * (parameters + 16)
 
 
 def test_little_room_without_a_recipe_is_a_failure_and_some_a_warning(tmp_path, monkeypatch):
@@ -197,5 +256,6 @@ def test_the_folder_of_offloaded_states_is_looked_at_too(small_disk, stage):
     with pytest.raises(OSError, match="No space left"):
         (small_disk / "filler").write_bytes(bytes(8 * 2**20))
     run = stage(f"engine.nvme_path={small_disk}", "engine.deepspeed=zero3_nvme")
-    _, nvme = hardware.disk(Subject(output=run.config.output, stages=(run,)))
+    _, nvme = hardware.disk(Subject(output=run.config.output, stages=(run,), ranks=2))
+    assert nvme.values["needed_bytes"] == 2 * sum(each.nvme for each in planned(run, 2).states.values()) > 0
     assert nvme.status == "failure" and nvme.text.startswith(f"{small_disk}: cannot be written to")

@@ -4,7 +4,7 @@ import threading
 import pytest
 
 from launch.doctor import network
-from launch.doctor.finding import Subject
+from launch.doctor.subject import Subject
 
 
 def only(findings):

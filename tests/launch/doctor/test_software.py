@@ -6,7 +6,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from launch.doctor import software
-from launch.doctor.finding import Subject
+from launch.doctor.subject import Subject
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -8,14 +8,12 @@ import yaml
 from rich.console import Console
 
 from launch.cli import main
-from launch.doctor import Subject, inputs, network, pipeline_subject
+from launch.doctor import Subject, inputs, network
 from launch.jobs.launcher import Machine
 from launch.pipeline import run as running
 from launch.pipeline.recipe import load_pipeline
+from launch.pipeline.subject import pipeline_subject
 from rlhf.core.errors import UserError
-
-WIDTH = 32
-"""Width of the tiny model, and so the numbers of a reward head."""
 
 
 @pytest.fixture
@@ -143,15 +141,12 @@ def test_a_batch_is_held_against_the_ranks_of_the_stage(pipeline, found, tmp_pat
 
 def test_stages_that_start_from_another_one_need_the_same_room(pipeline, found, tiny_model):
     """Nothing is on disk but the first model; against the same stages that all start from it."""
-    offload = {"reward": {"engine.deepspeed": "zero2_offload"}}
-    rows = found(pipeline(offload), "--ranks", "1")
-    (disk,), (host,) = rows["disk"], rows["host memory"]
+    rows = found(pipeline(), "--ranks", "1")
     direct = {"reward": {"model.path": str(tiny_model)}, "ppo": {"policy.path": str(tiny_model)}}
-    (expected,) = found(pipeline({"reward": direct["reward"] | offload["reward"], "ppo": direct["ppo"]}))["disk"]
-    assert disk["values"]["needed_bytes"] == expected["values"]["needed_bytes"]
-    (alone,) = found(pipeline(direct), "--ranks", "1")["host memory"]  # float32
-    parameters = alone["values"]["needed_bytes"] // 4
-    assert host["values"]["needed_bytes"] == 12 * (parameters + WIDTH)
+    expected = found(pipeline(direct), "--ranks", "1")
+    for check in ("disk", "host memory"):
+        ((mine,), (other,)) = rows[check], expected[check]
+        assert mine["values"]["needed_bytes"] == other["values"]["needed_bytes"] > 0
 
 
 def test_a_pipeline_that_names_its_folder_with_a_dot_is_no_exception(pipeline, found, tmp_path, monkeypatch):
@@ -160,6 +155,20 @@ def test_a_pipeline_that_names_its_folder_with_a_dot_is_no_exception(pipeline, f
     (expected,) = found(pipeline(output="out"))["disk"]
     (partial,) = found(pipeline(), "--set", "reward.model.path=no/such", "ppo.policy.path=no/such")["disk"]
     assert disk["values"]["needed_bytes"] == expected["values"]["needed_bytes"] > partial["values"]["needed_bytes"] > 0
+
+
+@pytest.mark.parametrize("spelling", ["{final}/", "./{final}", "{final}/../final"])
+def test_plan_doctor_and_pipeline_know_a_folder_however_it_is_spelled(
+    pipeline, found, tmp_path, monkeypatch, capsys, spelling
+):
+    monkeypatch.chdir(tmp_path)
+    path = pipeline({"reward": {"model.path": spelling.format(final="out/sft/final")}}, output="out")
+    assert main(["plan", "pipeline", "--config", str(path), "--device", "cpu", "--json"]) == 0
+    plans = json.loads(capsys.readouterr().out)
+    assert plans["reward"]["models"][0]["parameters"] > 0
+    rows = found(path)
+    assert [row for row in rows["host memory"] if row["status"] == "warning"] == []
+    assert failures(rows, "input files") == []
 
 
 @pytest.mark.parametrize("output", ["out", "./out", "{folder}/out"])

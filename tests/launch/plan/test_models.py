@@ -120,6 +120,23 @@ def test_what_an_earlier_stage_will_make_has_the_shape_of_what_it_starts_from():
     assert (model.shape.layers, model.shape.hidden, model.trained) == (12, 4096, "full")
 
 
+@pytest.mark.parametrize(
+    "spelling", ["runs/p/sft/final/", "./runs/p/sft/final", "runs/p/../p/sft/final", "{here}/runs/p/sft/final"]
+)
+def test_a_folder_that_is_still_to_be_made_is_known_however_it_is_spelled(spelling, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = {"runs/p/sft/final": BackboneConfig(path="someone/llama-3-8b")}
+    later = BackboneConfig(path=spelling.format(here=tmp_path))
+    model = empty_model(later, "language model", sources=Sources(made=made), setting="policy.path")
+    assert model.total == PUBLISHED["llama-3-8b"]
+
+
+def test_models_that_wait_for_each_other_in_a_circle_are_unknown():
+    made = {"runs/a": BackboneConfig(path="runs/b"), "runs/b": BackboneConfig(path="runs/a/")}
+    with pytest.raises(ModelError, match=r"model\.path = "):
+        empty_model(BackboneConfig(path="runs/a"), "language model", sources=Sources(made=made), setting="model.path")
+
+
 def test_more_layers_than_there_are_are_refused(tiny_model):
     with pytest.raises(ModelError, match=r"model\.layers = 9"):
         empty_model(BackboneConfig(path=str(tiny_model), layers=9), "language model", setting="model.path")

@@ -93,14 +93,17 @@ def test_a_live_reference_stays_and_a_cached_one_goes():
 
     assert training(live) - training(cached) == pytest.approx(extra * 1.05, rel=1e-3)
     assert "reference: forward pass" in [each.name for each in cached.phases]
-    assert [role.name for role in planned("preference").roles.all] == ["policy"]
+    own = planned("preference")
+    assert [role.name for role in own.roles.all] == ["policy", "reference"]
+    assert own.states["reference"].device == {}
+    assert [role.name for role in planned("preference", "loss.kind=simpo").roles.all] == ["policy"]
     adapters = planned("preference", "reference.kind=live", "model.lora={rank: 4}")
     assert adapters.states["reference"].device == {}
 
 
 def test_ppo_has_all_its_models_at_once():
     plan = planned("ppo", "engine.deepspeed=zero3", "rollout.samples=2")
-    assert [role.name for role in plan.roles.all] == ["policy", "critic", "reference", "reward model"]
+    assert [role.name for role in plan.roles.all] == ["policy", "critic", "reward model", "reference"]
     update = next(each for each in plan.phases if each.name == "policy: optimizer step")
     whole = 2 * plan.roles.main.model.total
     assert update.device["reference: weights"] == update.device["rollout: copy of the policy"] == whole
@@ -109,6 +112,9 @@ def test_ppo_has_all_its_models_at_once():
     assert critic.model.total == shared.roles.main.model.trainable + 4096
     with pytest.raises(ConfigError, match=r"critic.share_trunk does not go with ZeRO-3"):
         planned("ppo", "policy.lora={rank: 8}", "critic.share_trunk=true", "engine.deepspeed=zero3")
+    with pytest.raises(ConfigError, match=r"critic.share_trunk does not go with ZeRO-3"):
+        own = "critic.deepspeed=zero2"
+        planned("ppo", "policy.lora={rank: 8}", "critic.share_trunk=true", "engine.deepspeed=zero3", own)
 
 
 def test_more_rows_at_once_need_a_larger_cache():
@@ -121,7 +127,7 @@ def test_more_rows_at_once_need_a_larger_cache():
 
 def test_a_reward_model_that_is_not_there_is_taken_to_be_like_the_policy():
     plan = planned("ppo", "reward.path=runs/nothing/final")
-    scorer = plan.roles.all[-1].model
+    (scorer,) = (role.model for role in plan.roles.asked if role.name == "reward model")
     assert scorer.shape == plan.roles.main.model.shape
     assert any("runs/nothing/final is not there yet" in note for note in plan.notes)
 

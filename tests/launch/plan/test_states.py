@@ -4,7 +4,6 @@ import pytest
 
 from launch.plan.states import Numbers, States, ZeroSettings, frozen_states, trained_states, zero_settings
 from rlhf.engine.deepspeed_config import RunValues, resolve
-from rlhf.engine.estimates import estimated_states
 
 MILLION = 1_000_000
 MODEL = Numbers(total=100 * MILLION, trainable=100 * MILLION, largest=MILLION, largest_trainable=MILLION, layers=10)
@@ -88,17 +87,3 @@ def test_a_frozen_model_is_whole_or_shared():
     shared = frozen_states(ZeroSettings(stage=3, max_live=10 * MILLION), MODEL, size=2, ranks=8)
     assert shared.device == {"weights": 25 * MILLION}
     assert shared.gathered == 20 * MILLION
-
-
-@pytest.mark.parametrize(("name", "stage"), [("zero2", 2), ("zero3", 3)])
-@pytest.mark.parametrize("ranks", [8, 64])
-def test_deepspeeds_own_estimate_is_near(name, stage, ranks):
-    """Its rules count gradients in half and in single precision, as one moment of the optimizer's step has them."""
-    found = states(name, ranks=ranks)
-    ours = sum(found.device.values()) + sum(found.moments.values()) + found.gradients_after + found.step
-    theirs = estimated_states(100 * MILLION, stage=stage, devices_per_node=8, nodes=ranks // 8, largest_layer=MILLION)
-    assert ours == pytest.approx(theirs.device, rel=0.25)
-
-
-def test_deepspeed_has_no_estimate_for_the_first_stages():
-    assert estimated_states(MILLION, stage=1, devices_per_node=1, nodes=1, largest_layer=1) is None
