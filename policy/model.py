@@ -198,7 +198,7 @@ def policy_of(model: Frozen) -> PolicyModel:
     return model.module
 
 
-def build_policy(config: PolicyConfig, *, dtype: torch.dtype, vocabulary: int, seed: int) -> PolicyModel:
+def build_policy(config: BackboneConfig, *, dtype: torch.dtype, vocabulary: int, seed: int) -> PolicyModel:
     """The policy on the CPU, the same on every rank for one seed.
 
     Args:
