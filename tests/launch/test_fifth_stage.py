@@ -17,7 +17,7 @@ def recipe(monkeypatch, tmp_path, tiny_model):
     monkeypatch.syspath_prepend(WORKERS)
     row = Stage(name="distillation", module="distillation", config="distillation:DistillationConfig")
     monkeypatch.setitem(STAGES, "distillation", row)
-    rows = [{"prompt": "say", "completion": "word " * (1 + number % 5)} for number in range(40)]
+    rows = [{"prompt": f"say {number}", "completion": "word " * (1 + number % 5)} for number in range(40)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     path = tmp_path / "distillation.yaml"
     path.write_text(
@@ -58,15 +58,17 @@ def test_its_models_and_batches_are_planned(planned):
     assert code == 0 and found["stage"] == "distillation"
     assert [model["role"] for model in found["models"]] == ["student", "teacher"]
     assert found["models"][1]["parameters"] == 1_235_814_400 and found["models"][1]["trainable"] == 0
-    assert found["batches"]["lengths"] == "counted" and found["batches"]["items"] == 32
+    assert found["batches"]["lengths"] == "counted" and 25 < found["batches"]["items"] < 40
     assert {"student: backward pass", "teacher: forward pass"} <= {phase["name"] for phase in found["phases"]}
     assert "best checkpoint" in found["disk"]
 
 
 def test_what_does_not_fit_gets_the_setting_that_helps(planned):
-    found, code = planned("student.path=someone/llama-3.2-1b", "--device", "h100-80gb", "--device-memory", "12GiB")
+    device = ("--device", "h100-80gb", "--device-memory", "9GiB", "--rows", "100", "--mean-tokens", "20")
+    settings = ("student.path=smollm2-135m", "teacher.path=someone/llama-3-8b", "train.micro_batch_tokens=1024")
+    found, code = planned(*settings, *device)
     assert code == 1
-    assert "teacher.placement=zero3" in found["next_knob"] or "engine.deepspeed=" in found["next_knob"]
+    assert "teacher.placement=zero3" in found["next_knob"]
     whole, _ = planned("--host-memory", "64GiB")
     alone, _ = planned("--host-memory", "64GiB", "teacher.path=someone/smollm2-135m")
     less = 4 * (1_235_814_400 - 134_515_008)
@@ -95,4 +97,4 @@ def test_its_deepspeed_configurations_are_resolved(checked, recipe, capsys):
     assert sorted(texts) == ["engine.deepspeed", "teacher.placement"]
     show = ["ds", "show", "--config", str(recipe), "--stage", "distillation"]
     assert main([*show, "--role", "teacher", "teacher.placement=zero3"]) == 0
-    assert json.loads(capsys.readouterr().out)["zero_optimization"]["reduce_bucket_size"] == 2048**2
+    assert json.loads(capsys.readouterr().out)["zero_optimization"]["stage3_param_persistence_threshold"] == 10 * 2048
