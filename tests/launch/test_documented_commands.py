@@ -101,7 +101,7 @@ SHOWN = sorted({line for line in shown() if stage_and_arguments(line) or (progra
 RLHF = [line for line in SHOWN if program(line) == "rlhf"]
 STAGE = [line for line in SHOWN if stage_and_arguments(line)]
 BENCHMARK = [line for line in SHOWN if re.match(r"python benchmarks/", line)]
-MODULE = [line for line in SHOWN if re.match(r"python -m (launch|benchmarks)\.", line)]
+MODULE = [line for line in SHOWN if re.match(r"\S*python -m (pytest|launch|benchmarks)\b", line)]
 
 
 # ---- what is the reader's own
