@@ -32,7 +32,7 @@ def shown(capsys, *arguments: str) -> dict:
 def test_show_prints_what_the_run_saves(capsys, run_ranks, tiny_recipe, tmp_path):
     output = tmp_path / "run"
     settings = [f"output={output}", "engine.deepspeed=zero3_hpz", "train.max_steps=1", "optim.max_grad_norm=2"]
-    run_ranks(["-m", "reward", *tiny_recipe, *settings], 2)
+    run_ranks(["-m", "reward", *tiny_recipe, *settings, "train.publish=none"], 2)
     text, _ = printed(capsys, "show", *tiny_recipe, *settings, "--ranks", "2")
     assert text.strip() == (output / "deepspeed.json").read_text().strip()
 

@@ -46,6 +46,7 @@ def test_a_run_that_cannot_save_says_so_and_goes_on_once_there_is_room(
         "train.keep_checkpoints=1",
         "train.evaluate_every=0",
         "train.tensorboard=false",
+        "train.publish=none",
     ]
     filler = fill(small_disk, leave=700 * 1024)  # room for one checkpoint, and not for a second beside it
     assert train_reward(arguments) == 2
