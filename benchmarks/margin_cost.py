@@ -15,9 +15,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from reward.config import MarginConfig, RewardConfig
+from reward.config import MarginConfig, RewardConfig, RewardModelConfig
 from reward.margins import optimal_transport_margins
-from reward.model import RewardModelConfig, build_reward_model
+from reward.model import build_reward_model
 from reward.task import RewardTask
 from rlhf.data.options import DataConfig
 from rlhf.data.preferences import load_preferences
@@ -52,7 +52,7 @@ def measure_step(options: argparse.Namespace, scope: str) -> tuple[float, float]
         output=Path("unused"),
         model=RewardModelConfig(path=options.model, layers=options.layers),
         data=DataConfig(train=options.data, eval_share=0.0, max_tokens=options.max_tokens, quarantine_max_share=0.5),
-        margin=MarginConfig(kind="ot", scope=scope),
+        margin=MarginConfig(kind="ot", parameters={"scope": scope}),
         train=TrainConfig(global_batch_size=64, micro_batch_tokens=options.micro_batch_tokens),
         engine=EngineConfig(kind="local"),
     )
@@ -111,7 +111,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     table = Table("what", "seconds", "share of a step", title="OT margin at a global batch of 64 pairs")
     step, margin = measure_step(options, "micro_step")
-    table.add_row("step, margin.scope=micro_step", f"{step:.2f}", "")
+    table.add_row("step, margin.parameters.scope=micro_step", f"{step:.2f}", "")
     table.add_row("  of it margins, gathering, telemetry", f"{margin:.4f}", f"{margin / step:.3%}")
     for width in (576, 4096):
         seconds = margin_alone(width)

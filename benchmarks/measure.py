@@ -67,7 +67,7 @@ def measure(stage: str, settings: Sequence[str], *, ranks: int, folder: Path, ti
 
 def main(argv: Sequence[str]) -> int:
     from launch.stages import STAGES
-    from rlhf.train.stage import stage_main
+    from rlhf.train.command import stage_main
 
     stage, report, *rest = (part for part in argv if not part.startswith(("--local_rank", "--local-rank")))
     chosen = STAGES[stage]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from ppo_workload import Measured
 
-from policy.model import PolicyConfig
+from policy.options import PolicyConfig
 from policy.ppo.config import (
     AdvantageConfig,
     CriticConfig,

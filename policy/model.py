@@ -21,14 +21,6 @@ from rlhf.models.hidden_states import last_states
 from rlhf.models.options import BackboneConfig
 
 
-@dataclass(frozen=True, kw_only=True)
-class PolicyConfig(BackboneConfig):
-    """The language model to train."""
-
-    publish_lora: Literal["merged", "adapter"] = "merged"
-    """Weights in final/ under LoRA: merged, or the adapter alone (it then needs the base model beside it)."""
-
-
 @dataclass(frozen=True)
 class PolicyOutput:
     """What the policy says of R rows, in the order of the length buckets."""

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from policy.model import PolicyConfig, PolicyModel, PolicyOutput, build_policy
+from policy.model import PolicyModel, PolicyOutput, build_policy
+from policy.options import PolicyConfig
 from rlhf.data.batching import Row
 from rlhf.data.templates import ChatFormat
 from rlhf.engine.build import DTYPES, precision_of
 from rlhf.models.manifest import Manifest
 from rlhf.models.tokenizer import required_embedding_rows
+from rlhf.train.command import StageConfig
 from rlhf.train.publishing import Weights, text_form
-from rlhf.train.stage import StageConfig
 
 
 class PolicyStageConfig(StageConfig, Protocol):

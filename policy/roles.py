@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from policy.model import PolicyConfig
+from policy.options import PolicyConfig
 from rlhf.engine.options import EngineConfig, OptimizerConfig
 from rlhf.models.roles import REPLICATED, ModelRole
 

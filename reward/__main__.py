@@ -3,7 +3,7 @@
 import sys
 
 from reward.config import RewardConfig
-from rlhf.train.stage import stage_main
+from rlhf.train.command import stage_main
 
 DESCRIPTION = "Train a reward model on preference pairs, with adaptive optimal-transport margins."
 

@@ -1,61 +1,79 @@
 """The recipe of the reward stage."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt
 
-from reward.losses import LOSSES
-from reward.model import RewardModelConfig
-from rlhf.core.annotations import NoResult
+from reward.tables import LOSSES, MARGINS
+from rlhf.core.annotations import Formerly, NoResult
+from rlhf.core.table import listed, parameter_values
 from rlhf.data.options import DataConfig
 from rlhf.engine.options import EngineConfig, OptimizerConfig
+from rlhf.models.options import BackboneConfig
 from rlhf.models.roles import ModelRole
 from rlhf.train.options import TrainConfig
 from rlhf.train.workload import Workload
 
 
 @dataclass(frozen=True, kw_only=True)
+class RewardModelConfig(BackboneConfig):
+    """Backbone and head of the reward model."""
+
+    head: Literal["linear", "mlp"] = "linear"
+    """linear loads with plain Transformers. mlp (two layers, as in GRM) has no place in
+    AutoModelForSequenceClassification: such a model is loaded by reward.model and `rlhf score` only."""
+    head_hidden: Annotated[int, Gt(0)] = 1024
+    """Width of the mlp head."""
+    head_init_scale: Annotated[float, Gt(0)] = 1.0
+    """The last layer starts at a standard deviation of this over (D + 1): all rewards start near 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class MarginConfig:
     """How the margin of a pair is made. It is a handicap on the chosen reward, constant to the gradient."""
 
-    kind: Literal["none", "constant", "column", "similarity", "reward", "ot"] = "ot"
+    kind: str = "ot"
     """none. constant: the same for all. column: the data's margin column, else the gap of its scores. similarity:
     cosine of the two answers. reward: the pair's own reward cost. ot: optimal transport over all pairs at hand."""
+    parameters: Annotated[
+        dict[str, Any],
+        listed(MARGINS),
+        Formerly("max_sweeps", entry="max_iterations"),
+        Formerly("centre_rewards", entry="center_rewards"),
+    ] = field(default_factory=dict)
+    """What that kind takes, by name (docs/reward.md); what is not given has its default."""
     scale: Annotated[float, Gt(0)] = 1.0
     """Every margin is multiplied by this."""
     warmup_share: Annotated[float, Ge(0), Lt(1)] = 0.0
     """Share of the run over which the scale rises from 0."""
-    constant: float = 0.5
-    """The margin of kind constant, in logits."""
-    reward_weight: Annotated[float, Ge(0)] = 0.9
-    """Weight of the reward term in the cost."""
-    semantic_weight: Annotated[float, Ge(0)] = 0.1
-    """Weight of the cosine of the embeddings in the cost."""
-    epsilon: Annotated[float, Gt(0)] = 0.1
-    """Entropic regularization of the transport plan, in units of the cost."""
-    max_iterations: Annotated[int, Gt(0)] = 50
-    """Sinkhorn sweeps at most."""
-    reward_cost: Literal["abs", "signed"] = "abs"
-    """abs: hard is what has a small reward gap. signed: hard is what is ranked wrongly, too."""
-    center_rewards: bool = True
-    """Take the mean reward of each pair out before comparing across pairs."""
-    reading: Literal["row", "row_sum", "pair", "max"] = "row"
-    """How a row of the plan becomes a margin: its mean cost, its raw sum, the pair's own cost without a plan, or the
-    hardest opponent's."""
-    scope: Literal["micro_step", "global_batch"] = "micro_step"
-    """micro_step: the pairs that all ranks hold at once, plus the queue. global_batch: exactly all pairs of the step,
-    for one more forward pass; results then do not depend on ranks or micro-batches."""
-    queue_pairs: Annotated[int, Ge(0)] = 0
-    """Recent pairs whose rejected rows join as further columns of the plan (kind ot, scope micro_step)."""
 
     def __post_init__(self) -> None:
-        if self.queue_pairs and (self.kind != "ot" or self.scope != "micro_step"):
+        if self.queue_pairs and self.over_all_pairs:
             raise ValueError(
-                f"queue_pairs = {self.queue_pairs} needs kind = ot and scope = micro_step, "
-                f"not kind = {self.kind} and scope = {self.scope}"
+                f"parameters.queue_pairs = {self.queue_pairs} needs parameters.scope = micro_step, not global_batch"
             )
+
+    @cached_property
+    def values(self) -> dict[str, Any]:
+        """All parameters of the kind."""
+        return parameter_values(MARGINS, self.kind, self.parameters, noun="margin")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings, defaults of the kind included."""
+        return asdict(self) | {"parameters": self.values}
+
+    @property
+    def over_all_pairs(self) -> bool:
+        """Whether margins are made of exactly all pairs of the global batch, in a first pass."""
+        return self.values.get("scope") == "global_batch"
+
+    @property
+    def queue_pairs(self) -> int:
+        """Recent pairs that margins are made of, beside those at hand."""
+        return self.values.get("queue_pairs", 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,17 +81,24 @@ class LossConfig:
     """The objective on a pair's reward gap."""
 
     kind: str = "bradley_terry"
-    """A name of reward.losses.LOSSES."""
-    parameters: dict[str, float] = field(default_factory=dict)
+    """A name of reward.tables.LOSSES."""
+    parameters: Annotated[dict[str, Any], listed(LOSSES)] = field(default_factory=dict)
     """Hyper-parameters of that loss, by name; what is not given has the loss's default."""
+    scope: Literal["micro_step", "global_batch"] = "micro_step"
+    """Over which pairs pos_reg, norm_bt and bsr take their means. micro_step: those that all ranks hold at once.
+    global_batch: exactly all pairs of the step, for one more forward pass."""
 
     def __post_init__(self) -> None:
-        if self.kind not in LOSSES:
-            raise ValueError(f"kind = {self.kind}: no such loss; there are {', '.join(sorted(LOSSES))}")
-        known = LOSSES[self.kind].parameters
-        unknown = sorted(set(self.parameters) - set(known))
-        if unknown:
-            raise ValueError(f"parameters {unknown}: {self.kind} has {sorted(known) or 'none'}")
+        _ = self.values  # refuses what the loss does not take
+
+    @cached_property
+    def values(self) -> dict[str, Any]:
+        """All hyper-parameters of the loss."""
+        return parameter_values(LOSSES, self.kind, self.parameters, noun="loss")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings, defaults of the kind included."""
+        return asdict(self) | {"parameters": self.values}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +120,11 @@ class RewardConfig:
             raise ValueError(
                 f"loss.kind = {self.loss.kind} has no place for a margin, but margin.kind = {self.margin.kind}; "
                 "set margin.kind=none or take another loss"
+            )
+        if self.margin.queue_pairs and self.over_all_pairs:
+            raise ValueError(
+                f"margin.parameters.queue_pairs = {self.margin.queue_pairs} needs loss.scope = micro_step, "
+                "not global_batch"
             )
 
     @property
@@ -122,6 +152,6 @@ class RewardConfig:
 
     @property
     def over_all_pairs(self) -> bool:
-        """Whether margins or statistics are taken over the whole global batch, in a first pass."""
-        needed = self.margin.kind == "ot" or bool(LOSSES[self.loss.kind].statistics)
-        return self.margin.scope == "global_batch" and needed
+        """Whether margins and means are taken over the whole global batch, in a first pass."""
+        means = LOSSES[self.loss.kind].statistics and self.loss.scope == "global_batch"
+        return self.margin.over_all_pairs or bool(means)

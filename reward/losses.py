@@ -1,13 +1,11 @@
-"""Losses of reward models on preference pairs, unreduced, and the table :data:`LOSSES` that names them.
+"""Losses of reward models on preference pairs, unreduced; :data:`reward.tables.LOSSES` names them.
 
 Some formulas hold a mean over the batch. Such a loss takes that mean, over the pairs of all micro-batches and
 ranks, as an argument; each pair then has the gradient of the whole-batch formula, however the batch was cut.
 """
 
-import inspect
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -340,60 +338,3 @@ STATISTICS: Mapping[str, Callable[[Tensor, Tensor, Tensor | None], Tensor | None
     "mean_distance": lambda chosen, rejected, distances: distances,
 }
 """Batch means that losses take: of which per-pair value, given chosen and rejected rewards and distances."""
-
-
-@dataclass(frozen=True)
-class Loss:
-    """A row of :data:`LOSSES`: a loss, and what it takes, read off its signature."""
-
-    function: Callable[..., Tensor]
-
-    def __call__(self, chosen: Tensor, rejected: Tensor, margins: Tensor | None = None, **options) -> Tensor:
-        """``(B,)`` losses; ``options`` are the :attr:`inputs`, :attr:`statistics` and :attr:`parameters`.
-
-        Raises:
-            ValueError: if margins are given to a loss that has no place for them, or by the loss itself.
-        """
-        if margins is None:
-            return self.function(chosen, rejected, **options)
-        if not self.takes_margins:
-            raise ValueError(f"{self.function.__name__} has no place for margins: pass None")
-        return self.function(chosen, rejected, margins=margins, **options)
-
-    @property
-    def takes_margins(self) -> bool:
-        return "margins" in self._options
-
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        """Per-pair tensors ``(B,)`` it takes beside rewards; those named "reference..." may be left out."""
-        return tuple(name for name in self._options if name == "distances" or name.endswith("_logprobs"))
-
-    @property
-    def statistics(self) -> tuple[str, ...]:
-        """Scalars of the whole batch it takes: means by :data:`STATISTICS`, and "pairs", their number."""
-        return tuple(name for name in self._options if name in STATISTICS or name == "pairs")
-
-    @property
-    def parameters(self) -> dict[str, float]:
-        """Hyper-parameters and their defaults."""
-        options = self._options.items()
-        return {name: option.default for name, option in options if isinstance(option.default, float)}
-
-    @property
-    def _options(self) -> Mapping[str, inspect.Parameter]:
-        return inspect.signature(self.function).parameters
-
-
-LOSSES: Mapping[str, Loss] = {
-    "bradley_terry": Loss(bradley_terry_loss),
-    "label_smoothing": Loss(label_smoothing_loss),
-    "hinge": Loss(hinge_loss),
-    "focal": Loss(focal_loss),
-    "pos_reg": Loss(pos_reg_loss),
-    "centering": Loss(centering_loss),
-    "norm_bt": Loss(norm_bt_loss),
-    "bsr": Loss(bsr_loss),
-    "grm_sft": Loss(grm_sft_loss),
-    "grm_dpo": Loss(grm_dpo_loss),
-}

@@ -7,10 +7,13 @@ import torch
 from torch import Tensor
 
 from reward.config import MarginConfig
-from reward.margins import OptimalTransportMargins, optimal_transport_margins, reward_margins, similarity_margins
+from reward.margins import OptimalTransportMargins
 from reward.pairs import Pairs
+from reward.tables import MARGINS
 from reward.telemetry import margin_telemetry
-from rlhf.core.errors import DataError
+
+FROM_MODEL = {"chosen_rewards", "rejected_rewards", "chosen_embeddings", "rejected_embeddings"}
+
 
 
 class MarginMaker:
@@ -18,6 +21,8 @@ class MarginMaker:
 
     def __init__(self, config: MarginConfig, total_steps: int) -> None:
         self._config = config
+        self._row = MARGINS[config.kind]
+        self._parameters = {name: config.values[name] for name in self._row.hyperparameters}
         self._warmup_steps = round(config.warmup_share * total_steps)
         self._scale = config.scale
         self._table = torch.empty(0)
@@ -62,47 +67,17 @@ class MarginMaker:
         self._queue = None if queue is None else (queue[0].to(device), queue[1].to(device))
 
     def _raw_margins(self, pairs: Pairs) -> Tensor:
-        config = self._config
-        if config.kind == "none":
-            return torch.zeros_like(pairs.chosen_rewards)
-        if config.kind == "constant":
-            return torch.full_like(pairs.chosen_rewards, config.constant)
-        if config.kind == "column":
-            return _column(pairs)
-        if not _finite(pairs):
+        values = {name: getattr(pairs, name) for name in self._row.inputs}
+        if not all(bool(torch.isfinite(values[name]).all()) for name in values.keys() & FROM_MODEL):
             # The loss of such a pair is not finite either, so the step is about to be dropped on all ranks.
             return torch.zeros_like(pairs.chosen_rewards)
-        if config.kind == "similarity":
-            return similarity_margins(
-                pairs.chosen_embeddings, pairs.rejected_embeddings, semantic_weight=config.semantic_weight
-            )
-        if config.kind == "reward":
-            return reward_margins(
-                pairs.chosen_rewards,
-                pairs.rejected_rewards,
-                reward_weight=config.reward_weight,
-                reward_cost=config.reward_cost,
-            )
-        return self._transport_margins(pairs)
-
-    def _transport_margins(self, pairs: Pairs) -> Tensor:
-        config = self._config
-        embeddings, rewards = pairs.rejected_embeddings, pairs.rejected_rewards
         if self._queue is not None:
-            embeddings, rewards = torch.cat([embeddings, self._queue[0]]), torch.cat([rewards, self._queue[1]])
-        result = optimal_transport_margins(
-            pairs.chosen_embeddings,
-            embeddings,
-            pairs.chosen_rewards,
-            rewards,
-            reward_weight=config.reward_weight,
-            semantic_weight=config.semantic_weight,
-            epsilon=config.epsilon,
-            max_iterations=config.max_iterations,
-            reward_cost=config.reward_cost,
-            center_rewards=config.center_rewards,
-            reading=config.reading,
-        )
+            embeddings, rewards = self._queue
+            values["rejected_embeddings"] = torch.cat([values["rejected_embeddings"], embeddings])
+            values["rejected_rewards"] = torch.cat([values["rejected_rewards"], rewards])
+        result = self._row.implementation(**values, **self._parameters)
+        if isinstance(result, Tensor):
+            return result
         self._transport.append((len(pairs), _plan_metrics(result, pairs)))
         self._push(pairs.rejected_embeddings, result.rejected_rewards[: len(pairs)])
         return result.margins
@@ -115,20 +90,6 @@ class MarginMaker:
         if self._queue is not None:
             embeddings, rewards = torch.cat([self._queue[0], embeddings]), torch.cat([self._queue[1], rewards])
         self._queue = embeddings[-limit:], rewards[-limit:]
-
-
-def _column(pairs: Pairs) -> Tensor:
-    if torch.isnan(pairs.data_margins).any():
-        raise DataError(
-            "margin.kind = column, but some training rows have neither a margin nor both scores; "
-            "name the columns in data.columns.margin or data.columns.chosen_score and rejected_score"
-        )
-    return pairs.data_margins
-
-
-def _finite(pairs: Pairs) -> bool:
-    values = (pairs.chosen_rewards, pairs.rejected_rewards, pairs.chosen_embeddings, pairs.rejected_embeddings)
-    return all(bool(torch.isfinite(value).all()) for value in values)
 
 
 def _plan_metrics(result: OptimalTransportMargins, pairs: Pairs) -> dict[str, float]:

@@ -5,17 +5,15 @@ a constant.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from reward.tables import Reading, RewardCost
 from reward.transport import normalized_weights, sinkhorn_plan
 from rlhf.core.checks import check_finite, check_same_shape
-
-RewardCost = Literal["abs", "signed"]
-Reading = Literal["row", "row_sum", "pair", "max"]
+from rlhf.core.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -136,6 +134,35 @@ def optimal_transport_margins(
         transport_cost=(plan * cost).sum(),
         rejected_rewards=rejected,
     )
+
+
+def no_margins(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
+    """``(B,)`` zeros."""
+    return constant_margins(chosen_rewards, rejected_rewards, constant=0.0)
+
+
+def constant_margins(chosen_rewards: Tensor, rejected_rewards: Tensor, *, constant: float = 0.5) -> Tensor:
+    """``(B,)`` margins that are all ``constant``, in logits.
+
+    Raises:
+        ValueError: if the shapes of the ``(B,)`` rewards differ.
+    """
+    check_same_shape(chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards)
+    return torch.full_like(chosen_rewards, constant)
+
+
+def column_margins(data_margins: Tensor) -> Tensor:
+    """``(B,)`` margins of the data, NaN where a row has none.
+
+    Raises:
+        DataError: if there is such a row.
+    """
+    if torch.isnan(data_margins).any():
+        raise DataError(
+            "margin.kind = column, but some training rows have neither a margin nor both scores; "
+            "name the columns in data.columns.margin or data.columns.chosen_score and rejected_score"
+        )
+    return data_margins
 
 
 @torch.no_grad()

@@ -4,10 +4,8 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
 
 import torch
-from annotated_types import Gt
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -20,6 +18,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from reward.config import RewardModelConfig
 from rlhf.core.errors import ModelError
 from rlhf.core.files import write_json
 from rlhf.core.logprobs import response_logprobs
@@ -28,19 +27,6 @@ from rlhf.data.batching import LengthBucket
 from rlhf.models import backbones
 from rlhf.models.hidden_states import last_states
 from rlhf.models.options import BackboneConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class RewardModelConfig(BackboneConfig):
-    """Backbone and head of the reward model."""
-
-    head: Literal["linear", "mlp"] = "linear"
-    """linear loads with plain Transformers. mlp (two layers, as in GRM) has no place in
-    AutoModelForSequenceClassification: such a model is loaded by reward.model and `rlhf score` only."""
-    head_hidden: Annotated[int, Gt(0)] = 1024
-    """Width of the mlp head."""
-    head_init_scale: Annotated[float, Gt(0)] = 1.0
-    """The last layer starts at a standard deviation of this over (D + 1): all rewards start near 0."""
 
 
 @dataclass(frozen=True)

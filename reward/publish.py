@@ -1,16 +1,16 @@
 """A reward model on its way to ``final/``."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from reward.config import RewardConfig
+from reward.config import RewardConfig, RewardModelConfig
 from reward.evaluate import Evaluation
-from reward.model import RewardModel, RewardModelConfig, Scores, build_reward_model, save_reward_model
+from reward.model import RewardModel, Scores, build_reward_model, save_reward_model
 from rlhf.data.batching import Row
 from rlhf.data.templates import ChatFormat
 from rlhf.engine.build import DTYPES, precision_of
@@ -55,7 +55,7 @@ class PublishableRewardModel:
             head_dtype="float32",
             rewards=None if self.evaluation is None else _statistics(self.evaluation),
             margin_statistics=dict(self.margins),
-            loss={"loss": asdict(config.loss), "margin": asdict(config.margin)},
+            loss={"loss": config.loss.to_dict(), "margin": config.margin.to_dict()},
             training_data=self.training_data,
         )
 

@@ -1,7 +1,5 @@
 """The reward stage from recipe to ``final/``."""
 
-from dataclasses import asdict
-
 from rich.console import Console
 
 from reward.config import RewardConfig
@@ -39,7 +37,7 @@ def run(config: RewardConfig, ranks: Ranks) -> Evaluation | None:
     task = RewardTask(engine, config, data.train, data.evals, steps)
     identity = run_identity(config, data.train, steps)
     step = train(
-        config, engine, task, identity | {"margin": asdict(config.margin), "loss": asdict(config.loss)}, steps
+        config, engine, task, identity | {"margin": config.margin.to_dict(), "loss": config.loss.to_dict()}, steps
     )
     report(config, ranks, task.evaluation, step, lambda found: Console().print(evaluation_table(found)))
     published = PublishableRewardModel(

@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reward.losses import STATISTICS, Loss, moving_average
+from reward.losses import STATISTICS, moving_average
 from reward.pairs import Pairs
+from reward.tables import Loss
 
 RUNNING = "mean_distance"
 

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from reward.config import RewardConfig
 from reward.evaluate import Evaluation, evaluate_held_out
-from reward.losses import LOSSES
 from reward.margin_maker import MarginMaker
 from reward.model import Scores
 from reward.pairs import Pairs, concatenate, detached_pairs, gather_pairs
 from reward.statistics import StepStatistics
+from reward.tables import LOSSES
 from reward.telemetry import margin_telemetry
 from rlhf.data.batching import Batch
 from rlhf.data.preferences import PreferenceDataset
@@ -25,8 +25,8 @@ class RewardTask:
     """The reward stage's task; see :class:`rlhf.train.loop.Task`.
 
     A micro-step runs: score the rows; gather rewards and embeddings of all ranks, detached; make margins and
-    batch statistics from all of them; take the loss of this rank's own pairs. With margin.scope =
-    global_batch the gathering happens once per step, in a first pass without gradient.
+    batch statistics from all of them; take the loss of this rank's own pairs. With scope = global_batch the
+    gathering happens once per step, in a first pass without gradient.
     """
 
     def __init__(
@@ -43,6 +43,7 @@ class RewardTask:
         self._loss = LOSSES[config.loss.kind]
         self._margins = MarginMaker(config.margin, total_steps)
         self._statistics = StepStatistics(self._loss)
+        self._parameters = config.loss.values
         self._global = config.over_all_pairs
         self._seen: list[tuple[Pairs, Tensor]] = []
         self._loss_sum = 0.0
@@ -75,7 +76,7 @@ class RewardTask:
         if scores.logprobs is not None:
             both = zip(("chosen_logprobs", "rejected_logprobs"), batch.sides(scores.logprobs), strict=True)
             inputs |= {name: values for name, values in both if name in self._loss.inputs}
-        losses = self._loss(chosen, rejected, **inputs, **self._config.loss.parameters)
+        losses = self._loss(chosen, rejected, **inputs, **self._parameters)
         self._loss_sum += float(losses.detach().sum())
         # Filler rows keep the graph of this forward alive on ranks that have no pair.
         return losses.sum() / self._batches.items + 0.0 * scores.rewards.sum()

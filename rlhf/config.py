@@ -26,15 +26,16 @@ from rlhf.config_options import (
     UNSET,
     adapter,
     default_values,
+    known_keys,
     nearest,
     option_help,
-    options,
     renamed_keys,
     result_values,
     shown,
     to_dict,
 )
 from rlhf.core.errors import ConfigError
+from rlhf.core.table import REQUIRED, KindError
 
 __all__ = [
     "Invocation",
@@ -180,6 +181,9 @@ def _apply_override(tree: DictConfig, override: str) -> None:
         recipe = f" (did you mean --config {override}?)" if override.endswith((".yaml", ".yml")) else ""
         raise ValueError(f"expected key=value{recipe}")
     try:
+        key, _, value = override.partition("=")
+        if value.strip() == "{}":  # merged, it would leave a mapping as it is
+            OmegaConf.update(tree, key, {}, merge=False)
         tree.merge_with_dotlist([override])
     except yaml.YAMLError as error:
         raise ValueError(f"{_first_line(error)} (text may need quotes: key='\"text\"')") from None
@@ -205,15 +209,16 @@ def _explain(error: ValidationError, merged: Any, config_class: type) -> list[st
     Of a value and something inside it, only the inner fault counts: the outer one comes from a union member
     that the value was not meant for, or from a tuple that finds itself short because of its invalid items.
     """
-    known = [option.key for option in options(config_class)]
+    known = known_keys(config_class)
     renamed = dict(renamed_keys(config_class))
     located = [(details, *_locate(details, merged)) for details in error.errors(include_url=False)]
     problems: dict[str, list[str]] = {}
     for details, path, value in located:
         if any(inner.startswith((f"{path}.", f"{path}[")) for _, inner, _ in located):
             continue
-        subject = path if value is UNSET else f"{path} = {shown(value, quote=True)}"
-        problems.setdefault(subject, []).append(_complaint(details, path, known, renamed))
+        for key, found, words in _problems_at(details, path, value, known, renamed):
+            subject = key if found is UNSET else f"{key} = {shown(found, quote=True)}"
+            problems.setdefault(subject, []).append(words)
     return [f"{subject}: {' or '.join(words)}".removeprefix(": ") for subject, words in problems.items()]
 
 
@@ -233,6 +238,16 @@ def _locate(details: ErrorDetails, merged: Any) -> tuple[str, Any]:
     elif details["type"] == "value_error" and isinstance(value, dict):
         value = UNSET  # a cross-field check: its message says which values do not go together
     return path.lstrip("."), value
+
+
+def _problems_at(
+    details: ErrorDetails, path: str, value: Any, known: Sequence[str], renamed: Mapping[str, str]
+) -> list[tuple[str, Any, str]]:
+    """Key, value (``UNSET`` for none to show) and complaint: one, or as many as the parameters of a kind have."""
+    error = details.get("ctx", {}).get("error")
+    if not isinstance(error, KindError):
+        return [(path, value, _complaint(details, path, known, renamed))]
+    return [(f"{path}.{key}", UNSET if found is REQUIRED else found, words) for key, found, words in error.problems]
 
 
 def _complaint(details: ErrorDetails, path: str, known: Sequence[str], renamed: Mapping[str, str]) -> str:

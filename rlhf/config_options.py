@@ -53,6 +53,8 @@ class Option:
     required: bool = False
     section: str = ""
     """Name of the dataclass behind a section."""
+    kinds: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    """What a mapping may hold, by kind (see :func:`rlhf.core.table.listed`)."""
 
 
 def adapter(config_class: type[ConfigT]) -> TypeAdapter[tuple[ConfigT]]:
@@ -133,19 +135,30 @@ def options(config_class: type) -> list[Option]:
     return list(walk.section(schema["prefixItems"][0], "", default_values(config_class)))
 
 
+def known_keys(config_class: type) -> list[str]:
+    """The keys of all options, and what the mappings among them may hold."""
+    found = options(config_class)
+    inside = [f"{option.key}.{name}" for option in found for names in option.kinds.values() for name in names]
+    return list(dict.fromkeys([*(option.key for option in found), *inside]))
+
+
 def option_help(config_class: type) -> str:
     """Every option under its section: dotted path, default, type, and the docstring after the field.
 
-    The items of a second list of the same section are not printed again.
+    The items of a second list of the same section are not printed again, nor is what a mapping may hold.
     """
     lines: list[str] = []
     printed: dict[str, str] = {}
+    tables: list[dict[str, dict[str, Any]]] = []
     repeated: tuple[str, ...] = ()
     for option in options(config_class):
         if option.key.startswith(repeated):
             continue
         if not option.section:
             lines += _option_lines(option)
+            if option.kinds not in tables:
+                tables.append(option.kinds)
+                lines += _kind_lines(option.kinds)
             continue
         twin, doc = printed.setdefault(option.section, option.key), option.doc
         if twin != option.key and option.key.endswith(("[]", ".NAME")):
@@ -210,7 +223,14 @@ class _Walk:
             required = name in section.get("required", ())
             doc = _one_line(field.get("description"))
             if "properties" not in self.follow(field):
-                yield Option(key=key, doc=doc, type=self.type_text(field), default=default, required=required)
+                yield Option(
+                    key=key,
+                    doc=doc,
+                    type=self.type_text(field),
+                    default=default,
+                    required=required,
+                    kinds=field.get("kinds", {}),
+                )
             for where, target in self.sections_in(field, key):
                 inner = self.follow(target)
                 doc_of_section = _one_line(inner.get("description")) or doc
@@ -265,6 +285,21 @@ def _option_lines(option: Option) -> list[str]:
     else:
         head = [*_wrapped(left.strip(), indent=2), *_wrapped(right, indent=COLUMN)]
     return head + _wrapped(option.doc, indent=8)
+
+
+def _kind_lines(kinds: dict[str, dict[str, Any]]) -> list[str]:
+    lines: list[str] = []
+    docs: dict[str, str] = {}
+    for kind, parameters in kinds.items():
+        named = (
+            f"{name}={shown(about['default'], quote=False)}" if "default" in about else f"{name} (required)"
+            for name, about in parameters.items()
+        )
+        lines += _wrapped(f"{kind}: {', '.join(named) or 'none'}", indent=10)
+        docs |= {name: about["doc"] for name, about in parameters.items() if about["doc"]}
+    for name, doc in docs.items():
+        lines += _wrapped(f"{name}: {doc}", indent=10)
+    return lines
 
 
 def _wrapped(text: str, *, indent: int) -> list[str]:

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from reward.losses import LOSSES
 from reward.margins import optimal_transport_margins
+from reward.tables import LOSSES
 from rlhf.core.intervals import preference_accuracy
 
 BATCH_PAIRS = 64

@@ -105,7 +105,7 @@ def _built(config: BackboneConfig, kind: Kind, sources: Sources, setting: str) -
 
 def _with_head(model: EmptyModel, config: BackboneConfig) -> EmptyModel:
     """With the two layers of a reward head that no Transformers class has."""
-    from reward.model import RewardModelConfig
+    from reward.config import RewardModelConfig
 
     if not isinstance(config, RewardModelConfig) or config.head != "mlp":
         return model

@@ -3,7 +3,7 @@
 import sys
 
 from policy.ppo.config import PpoConfig
-from rlhf.train.stage import stage_main
+from rlhf.train.command import stage_main
 
 DESCRIPTION = "Train a policy by PPO (or RLOO, GRPO, REINFORCE++) against a margin reward model or a Python function."
 

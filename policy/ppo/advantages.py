@@ -5,9 +5,6 @@ response tokens; what stands outside it has no influence, and results are 0 ther
 all ranks: means, deviations and groups are theirs.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -293,87 +290,50 @@ class _Groups:
 
 # The estimators by name.
 
-Optional = Tensor | None
-Function = Callable[[Tensor, Optional, Tensor, Optional, float, float], Advantages]
-"""An estimator's function: it is given rewards, values, mask, groups, gamma and lam, and need not read all."""
-
-
-@dataclass(frozen=True)
-class Estimator:
-    """A row of :data:`ESTIMATORS`."""
-
-    function: Function
-    needs_values: bool = False
-    """Whether it reads a critic; ``lam`` is read only then."""
-    needs_groups: bool = False
-    """Whether it compares responses to one prompt, by the sum of their token rewards; ``gamma`` is read only if not."""
-    whitened: bool = False
-    """Whether its advantages are whitened, unless the recipe says otherwise."""
-
-    @torch.no_grad()
-    def __call__(
-        self,
-        rewards: Tensor,
-        values: Tensor | None,
-        mask: Tensor,
-        groups: Tensor | None,
-        *,
-        gamma: float = 1.0,
-        lam: float = 1.0,
-    ) -> Advantages:
-        """Advantages and returns, without gradient.
-
-        Args:
-            rewards: ``(B, T)`` of :func:`token_rewards`, score and KL in them.
-            values: ``(B, T)`` of the critic; ``None`` if there is none.
-            mask: ``(B, T)`` bool, True on response tokens, right-padded.
-            groups: ``(B,)`` int64, equal for responses to one prompt; ``None`` if nothing needs it.
-            gamma: discount per token.
-            lam: of :func:`gae`.
-        Raises:
-            ValueError: if the shapes differ, something needed is missing, or a number is out of range.
-        """
-        check_mask("mask", mask)
-        check_same_shape(rewards=rewards, values=values, mask=mask)
-        if self.needs_values and values is None:
-            raise ValueError("this estimator needs the values of a critic")
-        if self.needs_groups and groups is None:
-            raise ValueError("this estimator needs the groups of responses")
-        return self.function(rewards, values, mask, groups, gamma, lam)
-
-
-def _gae(rewards: Tensor, values: Optional, mask: Tensor, groups: Optional, gamma: float, lam: float) -> Advantages:
-    assert values is not None
+@torch.no_grad()
+def gae_advantages(
+    rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, lam: float = 1.0
+) -> Advantages:
+    """See :func:`gae`."""
     return Advantages(*gae(rewards, values, mask, gamma=gamma, lam=lam))
 
 
-def _to_go(rewards: Tensor, values: Optional, mask: Tensor, groups: Optional, gamma: float, lam: float) -> Advantages:
+@torch.no_grad()
+def reward_to_go_advantages(rewards: Tensor, mask: Tensor, *, gamma: float = 1.0) -> Advantages:
+    """See :func:`rewards_to_go`."""
     return Advantages(rewards_to_go(rewards, mask, gamma), None)
 
 
-def _of_responses(compare: Callable[[Tensor, Tensor], Tensor]) -> Function:
-    def estimate(
-        rewards: Tensor, values: Optional, mask: Tensor, groups: Optional, gamma: float, lam: float
-    ) -> Advantages:
-        assert groups is not None
-        scores = rewards.masked_fill(~mask, 0).sum(dim=1)
-        return Advantages(spread(compare(scores, groups), mask), None)
-
-    return estimate
+@torch.no_grad()
+def rloo_advantages(rewards: Tensor, mask: Tensor, groups: Tensor) -> Advantages:
+    """:func:`rloo` of whole responses, by the sum of their token rewards."""
+    return Advantages(spread(rloo(_sums(rewards, mask), groups), mask), None)
 
 
-ESTIMATORS: Mapping[str, Estimator] = {
-    "gae": Estimator(_gae, needs_values=True, whitened=True),
-    "rloo": Estimator(_of_responses(rloo), needs_groups=True),
-    "grpo": Estimator(_of_responses(partial(grpo, scale=True)), needs_groups=True),
-    "grpo_unscaled": Estimator(_of_responses(partial(grpo, scale=False)), needs_groups=True),
-    "reinforce_pp": Estimator(_to_go, whitened=True),
-    "reinforce_pp_baseline": Estimator(
-        _of_responses(lambda scores, groups: scores - group_means(scores, groups)), needs_groups=True, whitened=True
-    ),
-}
-"""REINFORCE++ is Hu et al., arXiv:2501.03262: rewards to go, whitened over all tokens of the step; with baseline, the
-returns of whole responses less their group's mean."""
+@torch.no_grad()
+def grpo_advantages(rewards: Tensor, mask: Tensor, groups: Tensor) -> Advantages:
+    """:func:`grpo` of whole responses, by the sum of their token rewards."""
+    return Advantages(spread(grpo(_sums(rewards, mask), groups, scale=True), mask), None)
+
+
+@torch.no_grad()
+def centered_advantages(rewards: Tensor, mask: Tensor, groups: Tensor) -> Advantages:
+    """:func:`grpo_advantages` without the division by the deviation (Dr. GRPO)."""
+    return Advantages(spread(grpo(_sums(rewards, mask), groups, scale=False), mask), None)
+
+
+@torch.no_grad()
+def baseline_advantages(rewards: Tensor, mask: Tensor, groups: Tensor) -> Advantages:
+    """Sums of token rewards of whole responses, less the mean of their group."""
+    sums = _sums(rewards, mask)
+    return Advantages(spread(sums - group_means(sums, groups), mask), None)
+
+
+def _sums(rewards: Tensor, mask: Tensor) -> Tensor:
+    """``(B,)`` sums of token rewards."""
+    check_mask("mask", mask)
+    check_same_shape(rewards=rewards, mask=mask)
+    return rewards.masked_fill(~mask, 0).sum(dim=1)
 
 
 def _discounted_sums(values: Tensor, factor: float) -> Tensor:

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le
 
 from policy.generation.options import SamplingConfig
-from policy.model import PolicyConfig
-from policy.ppo.advantages import ESTIMATORS
+from policy.options import PolicyConfig
+from policy.ppo.estimators import ESTIMATORS
 from policy.roles import policy_role, reference_role
 from rlhf.core.annotations import NoResult
 from rlhf.data.options import ExampleDataConfig, PromptDataConfig

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from reward.model import RewardModel, RewardModelConfig, build_reward_model, load_reward_model, make_trainable
+from reward.config import RewardModelConfig
+from reward.model import RewardModel, build_reward_model, load_reward_model, make_trainable
 from rlhf.core.errors import ModelError
 from rlhf.data.batching import LengthBucket
 from rlhf.models.backbones import embedding_rows, switch_dropout_off

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from policy.ppo.advantages import (
-    ESTIMATORS,
     clip_scores,
     length_penalty,
     missing_end_penalty,
@@ -15,6 +14,7 @@ from policy.ppo.advantages import (
     whiten,
 )
 from policy.ppo.config import AdvantageConfig, PpoConfig, RewardSourceConfig
+from policy.ppo.estimators import ESTIMATORS
 from policy.ppo.losses import kl_estimates
 from policy.ppo.rollouts import Rollouts
 from policy.ppo.scoring import Scored

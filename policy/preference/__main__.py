@@ -3,7 +3,7 @@
 import sys
 
 from policy.preference.config import PreferenceConfig
-from rlhf.train.stage import stage_main
+from rlhf.train.command import stage_main
 
 DESCRIPTION = "Train a policy on preferences: margin-based and other objectives of the DPO family."
 

@@ -6,7 +6,8 @@ formula, however the batch was cut. ``None`` stands for "this call holds the who
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,9 @@ from torch import Tensor
 from policy.preference.length_losses import average_gap
 from policy.preference.pair_losses import implicit_pair, logistic_link, reward_gap
 from rlhf.core.checks import check_positive, check_range, check_same_shape
+
+Columns = Mapping[str, Tensor]
+Parameters = Mapping[str, float]
 
 MAX_EXPONENT = 10.0
 """Largest exponent in AMaPO's margin: a per-token gap is so far below exp(10) that more changes no gradient."""
@@ -346,3 +350,44 @@ def _constant(given: Tensor | float | None, values: Tensor, statistic: Callable[
 
 def _zscore(values: Tensor, mean: Tensor, spread: Tensor) -> Tensor:
     return torch.where(spread > 0, (values.detach() - mean) / spread, 0.0)
+
+
+def _logratio_gap(columns: Columns) -> Tensor:
+    return columns["chosen_logratios"] - columns["rejected_logratios"]
+
+
+def _matched_reference(columns: Columns, parameters: Parameters) -> Tensor:
+    policy = columns["chosen_logprobs"] - columns["rejected_logprobs"]
+    return matched(policy, policy - _logratio_gap(columns))
+
+
+def _per_token_gap(columns: Columns, kind: Literal["logprobs", "logratios"]) -> Tensor:
+    chosen = columns[f"chosen_{kind}"] / columns["chosen_lengths"]
+    return chosen - columns[f"rejected_{kind}"] / columns["rejected_lengths"]
+
+
+STATISTICS: Mapping[str, Callable[[Columns, Parameters], Tensor]] = {
+    "mean_logratio": lambda columns, _: (columns["chosen_logratios"] + columns["rejected_logratios"]).mean() / 2,
+    "matched_reference": _matched_reference,
+    "matched_rejected": lambda columns, _: matched(columns["chosen_logratios"], columns["rejected_logratios"]),
+    "matched_chosen": lambda columns, _: matched(columns["rejected_logratios"], columns["chosen_logratios"]),
+    "mean_gap": lambda columns, _: _per_token_gap(columns, "logprobs").mean(),
+    "gap_deviation": lambda columns, _: deviation(_per_token_gap(columns, "logprobs")),
+    "mean_shift": lambda columns, _: _per_token_gap(columns, "logratios").mean(),
+    "shift_deviation": lambda columns, _: deviation(_per_token_gap(columns, "logratios")),
+    "targets": lambda columns, parameters: gamma_targets(
+        parameters["beta"] * _logratio_gap(columns), gamma=parameters["gamma"], tau=parameters["tau"]
+    ),
+    "kl": lambda columns, _: columns["mismatched_logratios"].mean(),
+}
+"""What losses take of the whole batch, from the ``(N,)`` columns of all its pairs and the loss's parameters: either
+one number, or ``(N,)`` values of which each pair takes its own. Columns are what objectives take as inputs; "kl" reads
+"mismatched_logratios", those of responses paired with prompts they do not answer."""
+
+RUNNING: Mapping[str, Literal["mean", "ema"]] = {
+    "mean_logratio": "mean",
+    "mean_shift": "ema",
+    "shift_deviation": "ema",
+}
+"""Statistics that the caller carries over from batch to batch: as the mean over all pairs so far, or as a moving
+average (decay 0.9 in the paper's code). Without that, each batch stands for itself."""

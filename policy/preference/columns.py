@@ -52,7 +52,7 @@ class View:
     """What the objectives read of B items."""
 
     columns: dict[str, Tensor]
-    """``(B,)`` each, by the names of policy.preference.losses.INPUTS; with gradient."""
+    """``(B,)`` each, by the names of objectives' inputs (policy.preference.losses); with gradient."""
     logprobs: Tensor
     """``(S, B)`` summed log-probabilities, through which all gradient passes."""
     drift: Tensor | None

@@ -1,18 +1,18 @@
 """The recipe of the preference stage."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-import torch
 from annotated_types import Ge, Gt, Le, Lt
 
-from policy.model import PolicyConfig
-from policy.preference.losses import LOSSES, Objective
-from policy.preference.modifiers import DIVERGENCE_LOSSES
+from policy.options import PolicyConfig
+from policy.preference.losses import DIVERGENCE_LOSSES, LOSSES, Objective
 from policy.roles import policy_role, reference_role
 from reward.config import MarginConfig
 from rlhf.core.annotations import NoResult
+from rlhf.core.table import listed, parameter_values
 from rlhf.data.options import DataConfig, ExampleDataConfig
 from rlhf.engine.options import EngineConfig, OptimizerConfig
 from rlhf.models.roles import ModelRole
@@ -26,13 +26,18 @@ class TermConfig:
 
     kind: str
     """A name of policy.preference.losses.LOSSES; sft is the likelihood of the chosen response."""
-    parameters: dict[str, float] = field(default_factory=dict)
+    parameters: Annotated[dict[str, Any], listed(LOSSES)] = field(default_factory=dict)
     """Hyper-parameters of that objective."""
     weight: Annotated[float, Ge(0)] = 1.0
     """Weight of the objective in the sum."""
 
     def __post_init__(self) -> None:
-        check_objective(self.kind, self.parameters)
+        _ = self.values  # refuses what the objective does not take
+
+    @cached_property
+    def values(self) -> dict[str, Any]:
+        """All hyper-parameters of the objective."""
+        return parameter_values(LOSSES, self.kind, self.parameters, noun="objective")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +61,7 @@ class LossConfig:
 
     kind: str = "apo_hinge_zero"
     """A name of policy.preference.losses.LOSSES."""
-    parameters: dict[str, float] = field(default_factory=dict)
+    parameters: Annotated[dict[str, Any], listed(LOSSES)] = field(default_factory=dict)
     """Hyper-parameters of that objective, by name; what is not given has the objective's default."""
     weight: Annotated[float, Ge(0)] = 1.0
     """Weight of the objective, where others are added."""
@@ -80,7 +85,7 @@ class LossConfig:
     forward pass; results then do not depend on ranks or micro-batches."""
 
     def __post_init__(self) -> None:
-        check_objective(self.kind, self.parameters)
+        _ = self.values  # refuses what the objective does not take
         terms = self.terms
         if self.divergence != "reverse_kl":
             unfit = sorted({term.kind for term in terms} - set(DIVERGENCE_LOSSES))
@@ -94,6 +99,11 @@ class LossConfig:
         if self.wpo and {term.kind for term in terms} & {"aot", "aot_unpaired"}:
             raise ValueError("wpo weights single pairs, and aot compares sorted ones")
 
+    @cached_property
+    def values(self) -> dict[str, Any]:
+        """All hyper-parameters of the main objective."""
+        return parameter_values(LOSSES, self.kind, self.parameters, noun="objective")
+
     @property
     def terms(self) -> tuple[TermConfig, ...]:
         """All objectives of the sum, the main one first."""
@@ -106,7 +116,7 @@ class LossConfig:
     @property
     def beta(self) -> float:
         """Scale of the implicit reward; 1 for objectives without a beta."""
-        return self.parameters.get("beta", self.objective.beta or 1.0)
+        return self.values.get("beta", 1.0)
 
     @property
     def needs_reference(self) -> bool:
@@ -191,6 +201,11 @@ class PreferenceConfig:
             raise ValueError(f"loss.kind = {loss.kind} has no reference: leave the section reference out")
         if self.margin is not None and not loss.takes_margins:
             raise ValueError(f"loss.kind = {loss.kind} has no place for a margin; remove the section or use ot_margin")
+        if self.over_all_pairs and self.margins.queue_pairs:
+            raise ValueError(
+                f"margin.parameters.queue_pairs = {self.margins.queue_pairs} needs loss.scope = micro_step, "
+                "not global_batch"
+            )
         if reference.sync_every and self.model.lora is not None:
             raise ValueError("reference.sync_every moves whole weights; it does not go with model.lora")
 
@@ -226,32 +241,12 @@ class PreferenceConfig:
 
     @property
     def margins(self) -> MarginConfig:
-        return self.margin or MarginConfig(scope=self.loss.scope)
+        return self.margin or MarginConfig()
 
     @property
     def over_all_pairs(self) -> bool:
         """Whether statistics are taken over the whole global batch, in a first pass."""
-        if self.loss.takes_margins and self.margins.scope == "global_batch":
+        if self.loss.takes_margins and self.margins.over_all_pairs:
             return True
         statistics = any(LOSSES[term.kind].statistics for term in self.loss.terms)
         return self.loss.scope == "global_batch" and (statistics or self.loss.takes_margins)
-
-
-def check_objective(kind: str, parameters: dict[str, float]) -> None:
-    """Refuse unknown names, and values that the objective itself refuses.
-
-    Raises:
-        ValueError: with the names there are, or the objective's reason.
-    """
-    if kind not in LOSSES:
-        raise ValueError(f"kind = {kind}: no such objective; there are {', '.join(sorted(LOSSES))}")
-    known = LOSSES[kind].parameters
-    unknown = sorted(set(parameters) - set(known))
-    if unknown:
-        raise ValueError(f"parameters {unknown}: {kind} has {sorted(known) or 'none'}")
-    unit = torch.ones(1)
-    trial = {name: unit.bool() if name == "labels" else unit for name in LOSSES[kind].inputs}
-    trial |= {name: -unit for name in trial if name.endswith("_logprobs")}
-    if "kl" in LOSSES[kind].statistics:
-        trial["kl"] = unit.mean()
-    LOSSES[kind](**trial, **parameters)

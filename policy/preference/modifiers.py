@@ -15,16 +15,6 @@ MAX_EXPONENT = 40.0
 """Largest exponent of a ratio. Beyond 44 the square that "ipo" takes is infinite in float32; beyond 88 the score itself
 is, and the difference of two such scores is NaN."""
 
-DIVERGENCE_LOSSES = frozenset(
-    {
-        *("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop"),
-        *("margin_sigmoid", "ipo_sum", "r_dpo", "gamma_po", "ot_margin"),
-        "sft",
-    }
-)
-"""Objectives that may be given other scores than "reverse_kl": those of the difference of the two scores alone, in
-which the divergence's unknown offset cancels; and "sft", which reads no ratio and may stand beside them in a sum."""
-
 
 def divergence_scores(logratios: Tensor, kind: Divergence, alpha: float = 0.5) -> Tensor:
     r"""f-DPO: what takes the place of log-ratios when the policy is held by another divergence than reverse KL.

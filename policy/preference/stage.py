@@ -5,7 +5,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from policy.model import PolicyConfig, PolicyModel, build_policy
+from policy.model import PolicyModel, build_policy
+from policy.options import PolicyConfig
 from policy.preference.config import PreferenceConfig
 from policy.preference.reference import CacheJob, LiveReference, Reference, cache_folder, open_cache
 from policy.preference.task import PreferenceTask
@@ -158,7 +159,7 @@ class _References:
 def _identity(config: PreferenceConfig, data: LoadedData, references: _References, steps: int) -> dict[str, Any]:
     return run_identity(config, data.train, steps) | {
         "loss": asdict(config.loss),
-        "margin": asdict(config.margins) if config.loss.takes_margins else None,
+        "margin": config.margins.to_dict() if config.loss.takes_margins else None,
         "reference": references.weights,
         "reference.kind": "live" if config.reference.kind == "live" else "cache",
     }

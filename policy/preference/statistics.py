@@ -1,4 +1,4 @@
-"""What objectives take of the whole batch (see policy.preference.losses.STATISTICS), kept for its pairs."""
+"""What objectives take of the whole batch (see policy.preference.batch_losses.STATISTICS), kept for its pairs."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from policy.preference.batch_losses import RUNNING, STATISTICS
 from policy.preference.config import TermConfig
-from policy.preference.losses import LOSSES, RUNNING, STATISTICS
+from policy.preference.losses import LOSSES
 
 EMA_DECAY = 0.9
 
@@ -18,7 +19,7 @@ class BatchStatistics:
     def __init__(self, term: TermConfig) -> None:
         objective = LOSSES[term.kind]
         self.names = objective.statistics
-        self._parameters = objective.parameters | term.parameters
+        self._parameters = term.values
         self._scalars: dict[str, Tensor] = {}
         self._by_pair: dict[str, Tensor] = {}
         self._running: dict[str, tuple[float, float]] = {}

@@ -85,7 +85,7 @@ class PreferenceTask:
         losses = torch.zeros(len(batch), device=view.logprobs.device)
         for term, objective, statistics in self._terms:
             inputs: dict[str, Any] = {name: columns[name] for name in objective.inputs}
-            inputs |= objective.parameters | term.parameters | statistics.arguments(batch.positions)
+            inputs |= term.values | statistics.arguments(batch.positions)
             if objective.takes_margins:
                 inputs["margins"] = self._margins.of(batch.positions)
             if self._delta is not None and "delta" in objective.parameters:
@@ -193,7 +193,6 @@ class PreferenceTask:
 
 def _delta_schedule(config: PreferenceConfig, total_steps: int) -> DeltaSchedule | None:
     for term in config.loss.terms:
-        parameters = LOSSES[term.kind].parameters | term.parameters
-        if "delta" in parameters:
-            return DeltaSchedule(config.loss.delta, parameters["delta"], parameters["beta"], total_steps)
+        if "delta" in term.values:
+            return DeltaSchedule(config.loss.delta, term.values["delta"], term.values["beta"], total_steps)
     return None

@@ -3,7 +3,7 @@
 import sys
 
 from policy.sft.config import SftConfig
-from rlhf.train.stage import stage_main
+from rlhf.train.command import stage_main
 
 DESCRIPTION = "Train a policy on conversations: the likelihood of their assistant turns."
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from policy.model import PolicyConfig
+from policy.options import PolicyConfig
 from policy.roles import policy_role
 from rlhf.core.annotations import NoResult
 from rlhf.data.options import ExampleDataConfig

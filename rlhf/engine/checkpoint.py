@@ -99,6 +99,11 @@ class CheckpointStore:
                 shutil.rmtree(self.path(step))
 
 
+def checkpoint_folder(output: Path) -> Path:
+    """Where a run keeps its checkpoints, below its own folder."""
+    return output / "checkpoints"
+
+
 def saved_steps(folder: Path) -> list[int]:
     """Steps of the finished checkpoints in ``folder``, oldest first."""
     return sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-????????"))

@@ -26,7 +26,8 @@ from rlhf.engine.stop import sheltering_children
 from rlhf.models.manifest import Manifest, write_manifest
 from rlhf.models.tokenizer import pad_policy
 from rlhf.train.batches import asking
-from rlhf.train.stage import StageConfig, say
+from rlhf.train.command import StageConfig
+from rlhf.train.stage import say
 
 CASES = 12
 

@@ -35,7 +35,7 @@ def single_main(
 ) -> int:
     """The command of a stage in one process: read the recipe, run, mark it done; the exit code.
 
-    See :func:`rlhf.train.stage.stage_main`, which starts stages on many ranks.
+    See :func:`rlhf.train.command.stage_main`, which starts stages on many ranks.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:

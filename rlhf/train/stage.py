@@ -1,60 +1,33 @@
-"""What the stages share around the loop: the command, tokenizer and data, the engine, and the weights to publish."""
+"""What the stages share around the loop: tokenizer and data, the engine, and the weights to publish."""
 
 import json
-import logging
 import math
-import sys
-import time
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from torch import nn
 
-from rlhf.config import parse_command_line, to_yaml
-from rlhf.core.clock import process_started
-from rlhf.core.errors import ConfigError, UserError
-from rlhf.core.files import naming_full_disk, write_json
+from rlhf.config import to_yaml
+from rlhf.core.errors import ConfigError
+from rlhf.core.files import write_json
 from rlhf.data.batching import ItemSource, steps_per_epoch
 from rlhf.data.report import DataReport
 from rlhf.data.templates import ChatFormat
 from rlhf.engine.api import Engine
 from rlhf.engine.build import precision_of
-from rlhf.engine.checkpoint import CheckpointStore, saved_steps
+from rlhf.engine.checkpoint import CheckpointStore, checkpoint_folder
 from rlhf.engine.deepspeed_ops import optimizer_is_on_nvme
-from rlhf.engine.options import EngineConfig, OptimizerConfig
-from rlhf.engine.ranks import Ranks, start_ranks, stop_ranks
-from rlhf.engine.stop import StopRequests, noting_signals
+from rlhf.engine.ranks import Ranks
+from rlhf.engine.stop import StopRequests
 from rlhf.models.backbones import hide_loading_bars
-from rlhf.models.options import BackboneConfig
 from rlhf.models.roles import ModelRole
 from rlhf.train.chat import load_chat
-from rlhf.train.done import Completion, config_digest, read_completion, write_completion
+from rlhf.train.command import StageConfig
 from rlhf.train.loop import LoopState, Run, Stateful, Task, Watched, fit, load_checkpoint
 from rlhf.train.options import TrainConfig
-from rlhf.train.output import print_to, this_rank
 from rlhf.train.roles import engine_of
-
-
-class StageConfig(Protocol):
-    """Sections that the recipe of every stage has."""
-
-    @property
-    def output(self) -> Path: ...
-
-    @property
-    def model(self) -> BackboneConfig: ...
-
-    @property
-    def optim(self) -> OptimizerConfig: ...
-
-    @property
-    def train(self) -> TrainConfig: ...
-
-    @property
-    def engine(self) -> EngineConfig: ...
 
 
 class LoadedData(Protocol):
@@ -81,66 +54,8 @@ class EvaluationRecord(Protocol):
     def to_dict(self) -> dict[str, Any]: ...
 
 
-ConfigT = TypeVar("ConfigT", bound=StageConfig)
 DataT = TypeVar("DataT", bound=LoadedData)
 RecordT = TypeVar("RecordT", bound=EvaluationRecord)
-
-
-def stage_main(
-    config_class: type[ConfigT],
-    run: Callable[[ConfigT, Ranks], Any],
-    argv: Sequence[str] | None,
-    *,
-    program: str,
-    description: str,
-) -> int:
-    """The command of a stage: read the recipe, join the other ranks, run; the exit code.
-
-    Args:
-        config_class: the stage's recipe.
-        run: the stage; called on every rank.
-        argv: arguments; ``None`` for those of the process.
-        program: name in messages.
-        description: one line of help.
-    """
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # of its retries; the error itself is raised
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of DeepSpeed's calls
-    try:
-        invocation = parse_command_line(
-            config_class, sys.argv[1:] if argv is None else argv, program=program, description=description
-        )
-        if invocation.dry_run:
-            print(to_yaml(invocation.config), end="")
-            return 0
-        print_to(invocation.log_folder)
-        timeout = invocation.config.engine.timeout_minutes * 60
-        try:
-            ranks = start_ranks(timeout_seconds=timeout)
-            with noting_signals(), naming_full_disk(invocation.config.output):
-                run(invocation.config, ranks)
-                ranks.on_main(lambda: _mark_finished(invocation.config, program))
-        finally:
-            stop_ranks()
-        return 0
-    except UserError as error:
-        # Ranks agree before one raises, so the first one knows of every fault: it speaks for all.
-        if this_rank() == "0":
-            print(error, file=sys.stderr, flush=True)
-        return error.exit_code
-
-
-def _mark_finished(config: StageConfig, program: str) -> None:
-    """A finished run that was only looked at again keeps the marker that it has."""
-    completion = Completion(
-        stage=program.rpartition(".")[2],
-        config=config_digest(config),
-        step=max(saved_steps(_checkpoints(config)), default=0),
-        seconds=round(time.time() - process_started(), 1),
-    )
-    before = read_completion(config.output)
-    if before is None or replace(before, seconds=completion.seconds) != completion:
-        write_completion(config.output, completion)
 
 
 def open_chat(
@@ -246,7 +161,7 @@ def run_and_take(
     ranks = engine.ranks
     run = Run(
         folder=config.output,
-        store=CheckpointStore(_checkpoints(config), ranks, config.train.keep_checkpoints),
+        store=CheckpointStore(checkpoint_folder(config.output), ranks, config.train.keep_checkpoints),
         identity=identity,
         max_skipped_steps=config.engine.max_skipped_steps,
         documents={"config.yaml": to_yaml(config), **documents},
@@ -266,10 +181,6 @@ def run_and_take(
 def stop_requests(config: StageConfig, ranks: Ranks) -> StopRequests:
     """What may ask this run to stop."""
     return StopRequests(config.output, ranks, config.train.max_minutes)
-
-
-def _checkpoints(config: StageConfig) -> Path:
-    return config.output / "checkpoints"
 
 
 def report(

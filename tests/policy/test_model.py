@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from policy.model import PolicyConfig, build_policy
+from policy.model import build_policy
+from policy.options import PolicyConfig
 from rlhf.core.errors import ModelError
 from rlhf.data.batching import Row, length_bucket
 from rlhf.models.options import LoraOptions

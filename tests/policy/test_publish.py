@@ -2,7 +2,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from policy.model import PolicyConfig, build_policy
+from policy.model import build_policy
+from policy.options import PolicyConfig
 from policy.publish import PublishablePolicy
 from rlhf.core.errors import ModelError
 from rlhf.data.options import DataConfig

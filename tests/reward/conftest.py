@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from reward.config import LossConfig, MarginConfig, RewardConfig
-from reward.model import RewardModelConfig, build_reward_model
+from reward.config import LossConfig, MarginConfig, RewardConfig, RewardModelConfig
+from reward.model import build_reward_model
 from reward.task import RewardTask
 from rlhf.data.options import DataConfig
 from rlhf.data.preferences import load_preferences

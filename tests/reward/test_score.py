@@ -6,7 +6,8 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from launch.cli import main
-from reward.model import RewardModelConfig, build_reward_model, save_reward_model
+from reward.config import RewardModelConfig
+from reward.model import build_reward_model, save_reward_model
 from rlhf.data.portable import portable_tokenizer
 from rlhf.data.templates import chat_format
 from rlhf.models.manifest import Manifest, write_manifest

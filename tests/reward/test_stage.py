@@ -18,7 +18,7 @@ def recipe(tmp_path_factory, tiny_model, tiny_pairs):
         f"output: {folder}/unset\n"
         f"model: {{path: {tiny_model}, head_init_scale: 10, lora: {{rank: 4, alpha: 8, dropout: 0.1}}}}\n"
         f"data: {{train: {tiny_pairs}, eval_share: 0.2, cache_dir: {folder}/cache}}\n"
-        "margin: {kind: ot, queue_pairs: 12}\n"
+        "margin: {kind: ot, parameters: {queue_pairs: 12}}\n"
         "optim: {learning_rate: 1e-2}\n"
         "train: {global_batch_size: 12, micro_batch_tokens: 300, epochs: 2, evaluate_every: 4, checkpoint_every: 2}\n"
         "engine: {deepspeed: zero2}\n"
@@ -30,7 +30,11 @@ def arguments(recipe, output, *overrides):
     return ["-m", "reward", "--config", str(recipe), f"output={output}", *overrides]
 
 
-GLOBAL = ("margin.queue_pairs=0", "margin.scope=global_batch", "model.lora.dropout=0", "train.max_steps=4")
+GLOBAL = (
+    "margin.parameters={scope: global_batch, queue_pairs: 0}",
+    "model.lora.dropout=0",
+    "train.max_steps=4",
+)
 
 
 @pytest.fixture(scope="session")

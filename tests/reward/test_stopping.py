@@ -36,7 +36,7 @@ def recipe(tmp_path_factory, tiny_model, tiny_pairs) -> Path:
         f"output: {folder}/unset\n"
         f"model: {{path: {tiny_model}, head_init_scale: 10, lora: {{rank: 4, alpha: 8, dropout: 0.1}}}}\n"
         f"data: {{train: {tiny_pairs}, eval_share: 0.2, cache_dir: {folder}/cache}}\n"
-        "margin: {kind: ot, queue_pairs: 12}\n"
+        "margin: {kind: ot, parameters: {queue_pairs: 12}}\n"
         "optim: {learning_rate: 1e-2}\n"
         f"train: {{global_batch_size: 12, micro_batch_tokens: 300, epochs: 99, max_steps: {STEPS}, evaluate_every: 4,"
         " checkpoint_every: 0, tensorboard: false}\n"

@@ -2,11 +2,11 @@ import pytest
 import torch
 
 from reward.config import LossConfig, MarginConfig
-from reward.losses import LOSSES
 from reward.margins import optimal_transport_margins
+from reward.tables import LOSSES
 
-GLOBAL_OT = MarginConfig(kind="ot", scope="global_batch")
-NO_MARGIN = MarginConfig(kind="none", scope="global_batch")
+GLOBAL_OT = MarginConfig(kind="ot", parameters={"scope": "global_batch"})
+NO_MARGIN = MarginConfig(kind="none")
 
 
 def gradients_of_step(engine, task, step=0):
@@ -47,7 +47,7 @@ def test_micro_step_margins_depend_on_what_is_held_at_once(make_task):
 
 
 def test_a_queue_widens_the_plan_and_is_restored(make_task):
-    margin = MarginConfig(kind="ot", queue_pairs=6)
+    margin = MarginConfig(kind="ot", parameters={"queue_pairs": 6})
     engine, task = make_task(150, margin=margin)
     first = gradients_of_step(engine, task)
     again = gradients_of_step(engine, task)
@@ -68,7 +68,7 @@ def test_the_smaller_last_batch_of_an_epoch_is_trained_on(make_task, tiny_data):
 
 
 def test_margins_warm_up_from_a_share_to_the_whole(make_task):
-    engine, task = make_task(margin=MarginConfig(kind="constant", constant=0.8, warmup_share=0.2))
+    engine, task = make_task(margin=MarginConfig(kind="constant", parameters={"constant": 0.8}, warmup_share=0.2))
     means = [gradients_of_step(engine, task, step)[0]["margin/mean"] for step in (0, 1, 3, 7)]
     assert means == pytest.approx([0.2, 0.4, 0.8, 0.8])
 

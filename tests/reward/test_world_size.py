@@ -24,7 +24,7 @@ def recipe(tmp_path_factory, tiny_model, tiny_pairs) -> Path:
         f"output: {folder}/unset\n"
         f"model: {{path: {tiny_model}, head_init_scale: 10}}\n"
         f"data: {{train: {tiny_pairs}, eval_share: 0.2, cache_dir: {folder}/cache}}\n"
-        "margin: {kind: ot, scope: global_batch}\n"
+        "margin: {kind: ot, parameters: {scope: global_batch}}\n"
         "optim: {learning_rate: 3e-3, weight_decay: 0.1}\n"
         f"train: {{global_batch_size: 10, micro_batch_tokens: 300, max_steps: {STEPS}, evaluate_every: {STOPPED_AT},"
         f" checkpoint_every: {STOPPED_AT}, keep_checkpoints: 9, publish: none, tensorboard: false}}\n"

@@ -12,7 +12,7 @@ def test_reward_help_lists_every_option_with_its_meaning(capsys):
         reward_main(["--help"])
     text = capsys.readouterr().out
     assert ended.value.code == 0
-    for option in ("margin.epsilon", "train.micro_batch_tokens", "engine.deepspeed", "data.over_length"):
+    for option in ("margin.parameters", "train.micro_batch_tokens", "engine.deepspeed", "data.over_length"):
         assert option in text
     assert "Entropic regularization of the transport plan" in text
 
@@ -28,11 +28,12 @@ def test_dry_run_prints_a_recipe_that_gives_the_same_run(capsys, tmp_path):
 
 
 def test_all_problems_are_named_at_once_with_the_nearest_key(capsys):
-    code = reward_main(["output=o", "model.path=m", "data.train=d", "margin.epsilon=0", "optim.learning_rte=1"])
+    settings = ["output=o", "model.path=m", "data.train=d", "margin.parameters.epsilon=0", "optim.learning_rte=1"]
+    code = reward_main(settings)
     text = capsys.readouterr().err
     assert code == 2
     assert "2 problems" in text
-    assert "margin.epsilon = 0" in text and "did you mean optim.learning_rate?" in text
+    assert "margin.parameters.epsilon = 0" in text and "did you mean optim.learning_rate?" in text
 
 
 def test_a_margin_that_the_loss_cannot_take_is_refused(capsys):

@@ -138,7 +138,8 @@ def test_a_recipe_that_several_stages_take_needs_its_stage(tmp_path):
 
 def test_a_recipe_of_no_stage_is_refused_with_the_faults_of_the_nearest(tmp_path):
     path = tmp_path / "odd.yaml"
-    path.write_text("output: o\nmodel: {path: m}\ndata: {train: d}\nmargin: {epsilon: 0}\noptim: {learning_rte: 1}\n")
+    faulty = "margin: {parameters: {epsilon: 0}}\noptim: {learning_rte: 1}\n"
+    path.write_text("output: o\nmodel: {path: m}\ndata: {train: d}\n" + faulty)
     with pytest.raises(ConfigError, match=r"(?s)no recipe of any stage .* As one of \w+:.*mean optim.learning_rate"):
         read_stage([path], [], None, program="test")
 

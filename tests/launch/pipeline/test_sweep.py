@@ -113,7 +113,7 @@ def test_the_problems_of_all_runs_are_named_at_once_with_their_runs(recipe):
     text = str(refused.value)
     assert "no run was started" in text
     assert re.search(r"train.epoch.*did you mean train.epochs.*\n\s+in all 4 runs", text)
-    assert re.search(r"kind = discopo: no such objective.*\n\s+in discopo", text)
+    assert re.search(r"kind = \"discopo\": no such objective.*\n\s+in discopo", text)
 
 
 def test_an_objective_without_the_parameter_or_the_reference_of_the_recipe_is_refused(recipe):
@@ -122,9 +122,9 @@ def test_an_objective_without_the_parameter_or_the_reference_of_the_recipe_is_re
         plan(recipe, "loss.kind=sigmoid,simpo,gamma_po,hinge")
     text = str(refused.value)
     assert "3 problems" in text
-    assert re.search(r"parameters \['gamma'\]: sigmoid has .*'beta'.*\n\s+in sigmoid", text)
+    assert re.search(r"parameters.gamma = 1: kind = sigmoid takes beta, .*; gamma belongs to .*\n\s+in sigmoid", text)
     assert re.search(r"loss.kind = simpo has no reference: leave the section reference out\n\s+in simpo", text)
-    assert "gamma_po has" not in text
+    assert "kind = gamma_po" not in text
 
 
 @pytest.mark.parametrize(

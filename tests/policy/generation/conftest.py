@@ -7,7 +7,8 @@ import torch
 from policy.generation.api import row_seed
 from policy.generation.hf import HfSampler
 from policy.generation.options import SamplingConfig
-from policy.model import PolicyConfig, PolicyModel, build_policy
+from policy.model import PolicyModel, build_policy
+from policy.options import PolicyConfig
 from rlhf.engine.frozen import ReplicatedModel
 from rlhf.engine.ranks import Ranks
 

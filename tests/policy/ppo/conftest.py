@@ -15,7 +15,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from policy.generation.training import TrainingSampler
-from policy.model import PolicyConfig, build_policy
+from policy.model import build_policy
+from policy.options import PolicyConfig
 from policy.ppo.config import (
     AdvantageConfig,
     CriticConfig,
@@ -32,8 +33,8 @@ from policy.ppo.replay import Replay
 from policy.ppo.rollouts import Rollouts
 from policy.ppo.scoring import Scored
 from policy.ppo.task import Engines, PpoTask, Roles
-from reward.config import RewardConfig
-from reward.model import RewardModelConfig, build_reward_model, save_reward_model
+from reward.config import RewardConfig, RewardModelConfig
+from reward.model import build_reward_model, save_reward_model
 from reward.stage import run as run_reward
 from rlhf.data.options import DataConfig, PromptDataConfig
 from rlhf.data.portable import portable_tokenizer

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from policy.ppo.advantages import (
-    ESTIMATORS,
     clip_scores,
     gae,
     group_means,
@@ -19,6 +18,7 @@ from policy.ppo.advantages import (
     token_rewards,
     whiten,
 )
+from policy.ppo.estimators import ESTIMATORS
 from rlhf.core.masking import length_mask
 
 LENGTHS = (5, 1, 3, 4, 2)

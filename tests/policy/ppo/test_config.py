@@ -2,8 +2,8 @@
 
 import pytest
 
-from policy.ppo.advantages import ESTIMATORS
 from policy.ppo.config import PpoConfig
+from policy.ppo.estimators import ESTIMATORS
 from rlhf.config import load_config, parse_command_line, to_yaml
 from rlhf.core.errors import ConfigError
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from policy.ppo.advantages import ESTIMATORS
 from policy.ppo.config import AdvantageConfig, KlConfig, RolloutConfig, SurrogateConfig
+from policy.ppo.estimators import ESTIMATORS
 from policy.ppo.stage import run
 from rlhf.engine.options import OptimizerConfig
 

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from policy.model import PolicyConfig, build_policy
+from policy.model import build_policy
+from policy.options import PolicyConfig
 from policy.preference.config import LossConfig, PreferenceConfig
 from policy.preference.reference import LiveReference
 from policy.preference.task import PreferenceTask

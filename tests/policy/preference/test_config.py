@@ -18,9 +18,9 @@ def parse(*overrides, base=BASE):
     ("overrides", "reason"),
     [
         (["loss.kind=dpo"], "no such objective; there are .*sigmoid"),
-        (["loss.kind=sigmoid", "loss.parameters.margin=1"], "sigmoid has"),
+        (["loss.kind=sigmoid", "loss.parameters.margin=1"], "kind = sigmoid takes beta, smoothing; margin belongs to"),
         (["loss.kind=margin_sigmoid", "loss.parameters.delta=0.7"], r"log 2|log\(2\)|0\.69"),
-        (["loss.kind=margin_sigmoid", "loss.parameters.smoothing=0.5"], "smoothing must be"),
+        (["loss.kind=margin_sigmoid", "loss.parameters.smoothing=0.5"], "smoothing = 0.5: Input should be less than"),
         (["loss.kind=simpo", "reference.kind=cache"], "simpo has no reference"),
         (["loss.kind=simpo", "reference.cache=somewhere"], "simpo has no reference"),
         (["loss.kind=sigmoid", "reference.kind=none"], "compares with a reference"),

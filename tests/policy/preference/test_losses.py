@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import minimize
 
-from policy.preference.batch_losses import gamma_targets, matched
-from policy.preference.losses import INPUTS, LOSSES, RUNNING, STATISTICS
+from policy.preference.batch_losses import RUNNING, STATISTICS, gamma_targets, matched
+from policy.preference.losses import LENGTHS, LOGPROBS, LOSSES, RATIOS
+from rlhf.core.table import parameter_values
 
 WITH_STATISTICS = sorted(name for name, objective in LOSSES.items() if objective.statistics)
 ADAPTIVE = ["alpha_dpo", "amapo"]
@@ -22,8 +23,8 @@ def randn(*shape, seed=0):
 
 def columns_of(pairs, seed=1):
     """A column for every input there is: negative log-probabilities, lengths that differ, labels of both kinds."""
-    values = randn(len(INPUTS) + 1, pairs, seed=seed)
-    columns = dict(zip((*INPUTS, "mismatched_logratios"), values, strict=True))
+    names = (*RATIOS, *LOGPROBS, *LENGTHS, "logratios", "labels", "mismatched_logratios")
+    columns = dict(zip(names, randn(len(names), pairs, seed=seed), strict=True))
     for name, column in columns.items():
         if name.endswith("logprobs"):
             columns[name] = -5 * column.abs() - 1
@@ -41,7 +42,7 @@ def inputs_of(name, columns):
 
 
 def statistics_of(name, columns):
-    parameters = LOSSES[name].parameters
+    parameters = parameter_values(LOSSES, name, {}, noun="objective")
     return {key: STATISTICS[key](columns, parameters) for key in LOSSES[name].statistics}
 
 
@@ -289,7 +290,7 @@ def test_no_gradient_goes_through_an_adaptive_margin(name):
     losses = LOSSES[name](**inputs | variables)
     losses.sum().backward()
     # With x the argument of -log s, the gradient in x is exp(-loss) - 1, and x has beta / n_w of the log-probability.
-    expected = LOSSES[name].beta * torch.expm1(-losses.detach()) / inputs["chosen_lengths"]
+    expected = LOSSES[name].parameters["beta"].default * torch.expm1(-losses.detach()) / inputs["chosen_lengths"]
     torch.testing.assert_close(variables["chosen_logprobs"].grad, expected)
     assert all(variables[key].grad is None for key in variables if key.endswith("logratios"))
 
@@ -481,14 +482,16 @@ def test_the_table_tells_what_each_objective_takes():
     assert {name for name, objective in LOSSES.items() if not objective.needs_reference} == without_reference
     assert {name for name, objective in LOSSES.items() if objective.takes_margins} == {"ot_margin"}
     assert {name for name, objective in LOSSES.items() if objective.unpaired} == {"kto"}
-    assert {name for name, objective in LOSSES.items() if objective.beta is None} == {"sft", "orpo"}
+    assert {name for name, objective in LOSSES.items() if "beta" not in objective.parameters} == {"sft", "orpo"}
     averaged = {"ipo", "sigmoid_norm", "simpo", "sft", "orpo", "amapo", "alpha_dpo"}
     assert {name for name, objective in LOSSES.items() if objective.reward == "mean"} == averaged
-    assert {name for name, objective in LOSSES.items() if objective.uses_lengths} == averaged | {"cpo", "r_dpo"}
+    reading_lengths = {name for name, objective in LOSSES.items() if set(objective.inputs) & set(LENGTHS)}
+    assert reading_lengths == averaged | {"cpo", "r_dpo"}
     assert LOSSES["sft"].inputs == ("chosen_logprobs", "chosen_lengths")
     assert LOSSES["kto"].inputs == ("logratios", "labels")
     assert LOSSES["kto"].statistics == ("kl",)
-    assert LOSSES["margin_sigmoid"].parameters == {"beta": 0.1, "delta": 0.1, "smoothing": 0.1}
+    defaults = parameter_values(LOSSES, "margin_sigmoid", {}, noun="objective")
+    assert defaults == {"beta": 0.1, "delta": 0.1, "smoothing": 0.1}
     taken = {name for objective in LOSSES.values() for name in objective.statistics}
     assert taken == STATISTICS.keys() and taken > RUNNING.keys()
 

@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from policy.preference.losses import LOSSES
-from policy.preference.modifiers import DIVERGENCE_LOSSES, divergence_scores, length_desensitized, wpo_weights
+from policy.preference.losses import DIVERGENCE_LOSSES, LOSSES
+from policy.preference.modifiers import divergence_scores, length_desensitized, wpo_weights
 
 KINDS = ("reverse_kl", "forward_kl", "js", "alpha")
 

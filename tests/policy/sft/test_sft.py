@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from scipy.stats import ttest_1samp
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from policy.model import PolicyConfig, build_policy
+from policy.model import build_policy
+from policy.options import PolicyConfig
 from policy.sft.config import SftConfig
 from policy.sft.evaluation import evaluate_responses
 from policy.sft.task import SftTask

@@ -15,7 +15,8 @@ from policy.generation.api import row_seed
 from policy.generation.hf import HfSampler
 from policy.generation.options import SamplingConfig
 from policy.generation.weights import RolloutWeights
-from policy.model import PolicyConfig, build_policy
+from policy.model import build_policy
+from policy.options import PolicyConfig
 from rlhf.engine.build import build_engine
 from rlhf.engine.options import EngineConfig, OptimizerConfig
 from rlhf.engine.ranks import start_ranks, stop_ranks

@@ -1,0 +1,14 @@
+"""What a recipe says about the policy."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from rlhf.models.options import BackboneConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyConfig(BackboneConfig):
+    """The language model to train."""
+
+    publish_lora: Literal["merged", "adapter"] = "merged"
+    """With LoRA, final/ holds merged weights, or the adapter alone (it then needs the base model beside it)."""

@@ -1,0 +1,111 @@
+"""The command of a stage that trains. It reads the recipe before it imports torch."""
+
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from rlhf.config import parse_command_line, to_yaml
+from rlhf.core.clock import process_started
+from rlhf.core.errors import UserError
+from rlhf.core.files import naming_full_disk
+from rlhf.engine.options import EngineConfig, OptimizerConfig
+from rlhf.models.options import BackboneConfig
+from rlhf.train.done import Completion, config_digest, read_completion, write_completion
+from rlhf.train.options import TrainConfig
+from rlhf.train.output import print_to, this_rank
+
+if TYPE_CHECKING:
+    from rlhf.engine.ranks import Ranks
+
+
+class StageConfig(Protocol):
+    """Sections that the recipe of every stage has."""
+
+    @property
+    def output(self) -> Path: ...
+
+    @property
+    def model(self) -> BackboneConfig: ...
+
+    @property
+    def optim(self) -> OptimizerConfig: ...
+
+    @property
+    def train(self) -> TrainConfig: ...
+
+    @property
+    def engine(self) -> EngineConfig: ...
+
+
+ConfigT = TypeVar("ConfigT", bound=StageConfig)
+
+
+def stage_main(
+    config_class: type[ConfigT],
+    run: "Callable[[ConfigT, Ranks], Any]",
+    argv: Sequence[str] | None,
+    *,
+    program: str,
+    description: str,
+) -> int:
+    """The command of a stage: read the recipe, join the other ranks, run; the exit code.
+
+    Args:
+        config_class: the stage's recipe.
+        run: the stage; called on every rank. It imports what the stage is made of when it is called: torch and its
+            company take seconds, and a faulty recipe is refused, or shown, without them.
+        argv: arguments; ``None`` for those of the process.
+        program: name in messages.
+        description: one line of help.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # of its retries; the error itself is raised
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of DeepSpeed's calls
+    try:
+        invocation = parse_command_line(
+            config_class, sys.argv[1:] if argv is None else argv, program=program, description=description
+        )
+        if invocation.dry_run:
+            print(to_yaml(invocation.config), end="")
+            return 0
+        print_to(invocation.log_folder)
+        _run_on_all_ranks(invocation.config, run, program)
+        return 0
+    except UserError as error:
+        # Ranks agree before one raises, so the first one knows of every fault: it speaks for all.
+        if this_rank() == "0":
+            print(error, file=sys.stderr, flush=True)
+        return error.exit_code
+
+
+def _run_on_all_ranks(config: ConfigT, run: "Callable[[ConfigT, Ranks], Any]", program: str) -> None:
+    from rlhf.engine.ranks import start_ranks, stop_ranks
+    from rlhf.engine.stop import noting_signals
+
+    try:
+        ranks = start_ranks(timeout_seconds=config.engine.timeout_minutes * 60)
+        with noting_signals(), naming_full_disk(config.output):
+            run(config, ranks)
+            ranks.on_main(lambda: _mark_finished(config, program))
+    finally:
+        stop_ranks()
+
+
+def _mark_finished(config: StageConfig, program: str) -> None:
+    """A finished run that was only looked at again keeps the marker that it has."""
+    from rlhf.engine.checkpoint import checkpoint_folder, saved_steps
+
+    completion = Completion(
+        stage=program.rpartition(".")[2],
+        config=config_digest(config),
+        step=max(saved_steps(checkpoint_folder(config.output)), default=0),
+        seconds=round(time.time() - process_started(), 1),
+    )
+    before = read_completion(config.output)
+    if before is None or replace(before, seconds=completion.seconds) != completion:
+        write_completion(config.output, completion)
