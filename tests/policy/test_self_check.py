@@ -6,7 +6,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from policy.generation.check import check_sampling
-from policy.options import PolicyConfig, PolicyModel, build_policy
+from policy.model import PolicyModel, build_policy
+from policy.options import PolicyConfig
 from policy.self_check import check_logprobs
 from rlhf.core.errors import ModelError
 from rlhf.engine.frozen import ReplicatedModel
