@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from reward.model import RewardModel, load_reward_model
 from rlhf.core.errors import DataError, ModelError
+from rlhf.core.files import digest, write_json
 from rlhf.core.masking import length_mask
+from rlhf.data.messages import BadRow
 from rlhf.data.options import ColumnConfig, SourceConfig
-from rlhf.data.records import BadRow, to_conversations
-from rlhf.data.sources import open_source
+from rlhf.data.records import to_conversations
+from rlhf.data.rows import RowReader
+from rlhf.data.sources import Source, open_source, row_names
 from rlhf.data.templates import ChatFormat, TemplateFault
 from rlhf.models.backbones import hide_loading_bars
 from rlhf.models.manifest import MANIFEST_NAME, read_manifest
 from rlhf.train.chat import load_chat
 
 CHUNK_ROWS = 256
+_END_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,31 +40,39 @@ class ScoreOptions:
     columns: ColumnConfig
     batch_tokens: int = 8192
     max_tokens: int | None = None
+    split: str | None = None
 
 
 def score_file(options: ScoreOptions) -> int:
     """Score every row of ``options.data`` and append one JSON line per row to ``options.output``.
 
-    A row with chosen and rejected gives ``chosen_reward`` and ``rejected_reward``, one with a response gives
-    ``reward``; a row that cannot be scored gives ``error``. Rows that the output already holds are skipped, so
-    a stopped run goes on where it was.
+    Every line names file and row. A row with chosen and rejected gives ``chosen_reward`` and ``rejected_reward``
+    (lists where it has several of them), one with a response gives ``reward``; a row that cannot be scored gives
+    ``error``. Rows that the output already holds are skipped, so a stopped run goes on where it was; what was
+    written by another model, or from other data, is refused.
 
     Returns:
         The number of rows that could not be scored.
+    Raises:
+        DataError: if the output is of another model, other data or other settings.
     """
     hide_loading_bars()
-    source = open_source(SourceConfig(path=options.data))
-    model, chat = load_scorer(options.model)
-    total = sum(1 for _ in source.rows())
+    source = open_source(SourceConfig(path=options.data, split=options.split))
+    origin = _origin(source, options)
     done = _rows_done(options.output)
+    _refuse_other_origin(options.output, origin, done)
+    model, chat = load_scorer(options.model)
+    names = row_names(source.files)
+    total = sum(1 for _ in source.rows())
     if done > total:
         raise DataError(f"{options.output} holds {done} rows, but {options.data} only {total}: it is of other data")
-    options.output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(_origin_file(options.output), origin)
     faults = 0
     with options.output.open("a", encoding="utf-8") as output, _progress() as progress:
         task = progress.add_task("scoring", total=total, completed=done)
         for rows in _chunks(islice(source.rows(), done, None)):
-            lines = _score_rows(model, chat, rows, options)
+            places = [{"file": names[source.files[row.file]], "row": row.line} for row in rows]
+            lines = _score_rows(model, chat, rows, places, options)
             output.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
             output.flush()
             faults += sum("error" in line for line in lines)
@@ -114,36 +126,85 @@ def score_tokens(model: RewardModel, rows: Sequence[np.ndarray], *, batch_tokens
     return rewards
 
 
-def _score_rows(model: RewardModel, chat: ChatFormat, rows: list[Any], options: ScoreOptions) -> list[dict]:
-    lines: list[dict] = [{"row": row.line} for row in rows]
+def _score_rows(
+    model: RewardModel, chat: ChatFormat, rows: list[Any], lines: list[dict[str, Any]], options: ScoreOptions
+) -> list[dict[str, Any]]:
+    """Add what was found to ``lines``, which say where every row stands."""
     tokens: list[np.ndarray] = []
-    places: list[tuple[int, str]] = []
+    places: list[tuple[int, str, int]] = []
     for place, row in enumerate(rows):
         try:
             found = _tokens_of(row, chat, options)
         except (BadRow, TemplateFault) as error:
             lines[place]["error"] = str(error)
             continue
-        for name, values in found.items():
-            tokens.append(values)
-            places.append((place, name))
-    for (place, name), reward in zip(
-        places, score_tokens(model, tokens, batch_tokens=options.batch_tokens), strict=True
-    ):
-        lines[place][name] = reward
+        if options.columns.group is not None:
+            lines[place]["group"] = RowReader(row.value, options.columns).word("group")
+        for name, answers in found.items():
+            tokens += answers
+            places.append((place, name, len(answers)))
+    rewards = iter(score_tokens(model, tokens, batch_tokens=options.batch_tokens))
+    for place, name, count in places:
+        values = list(islice(rewards, count))
+        lines[place][name if count == 1 else f"{name}s"] = values[0] if count == 1 else values
     return lines
 
 
-def _tokens_of(row: Any, chat: ChatFormat, options: ScoreOptions) -> dict[str, np.ndarray]:
+def _tokens_of(row: Any, chat: ChatFormat, options: ScoreOptions) -> dict[str, list[np.ndarray]]:
     if row.fault is not None:
         raise BadRow("unreadable row", row.fault)
-    tokens = {}
-    for side, (prompt, response) in to_conversations(row.value, options.columns).items():
-        ids, _ = chat.encode(prompt, response)
-        if options.max_tokens is not None and len(ids) > options.max_tokens:
-            raise BadRow("too long", f"{len(ids)} tokens, more than --max-tokens {options.max_tokens}")
-        tokens["reward" if side == "response" else f"{side}_reward"] = ids
+    tokens: dict[str, list[np.ndarray]] = {}
+    for side, answers in to_conversations(row.value, options.columns).items():
+        name = "reward" if side == "response" else f"{side}_reward"
+        for prompt, response in answers:
+            ids, _ = chat.encode(prompt, response)
+            if options.max_tokens is not None and len(ids) > options.max_tokens:
+                raise BadRow("too long", f"{len(ids)} tokens, more than --max-tokens {options.max_tokens}")
+            tokens.setdefault(name, []).append(ids)
     return tokens
+
+
+def _origin(source: Source, options: ScoreOptions) -> dict[str, str]:
+    """What decides on the scores, by names to compare."""
+    columns = json.dumps(asdict(options.columns), sort_keys=True)
+    return {
+        "model": _model_digest(options.model),
+        "data": source.digest(),
+        "settings": digest(columns, str(options.max_tokens)),
+    }
+
+
+def _model_digest(folder: Path) -> str:
+    """A name for a model by what is in its folder: small files whole, large ones by size and both ends."""
+    parts: list[bytes] = []
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        size = path.stat().st_size
+        with path.open("rb") as handle:
+            start = handle.read(_END_BYTES)
+            handle.seek(max(size - _END_BYTES, 0))
+            parts += [path.name.encode(), str(size).encode(), start, handle.read(_END_BYTES)]
+    return digest(*parts)
+
+
+def _origin_file(output: Path) -> Path:
+    return output.with_name(f".{output.name}.origin.json")
+
+
+def _refuse_other_origin(output: Path, origin: dict[str, str], done: int) -> None:
+    """
+    Raises:
+        DataError: if ``output`` holds rows that came about in another way.
+    """
+    if not done:
+        return
+    way_out = "give another --output, or delete it to begin anew"
+    path = _origin_file(output)
+    if not path.is_file():
+        raise DataError(f"{output}: holds {done} rows of unknown origin ({path.name} is not beside it); {way_out}")
+    found = json.loads(path.read_text(encoding="utf-8"))
+    differ = [name for name, value in origin.items() if found.get(name) != value]
+    if differ:
+        raise DataError(f"{output}: its {done} rows are of another {' and other '.join(differ)}; {way_out}")
 
 
 def _rows_done(output: Path) -> int:

@@ -28,7 +28,7 @@ def run(config: RewardConfig, ranks: Ranks) -> Evaluation | None:
     Returns:
         The held-out evaluation of what was published; ``None`` without held-out data.
     """
-    chat = open_chat(config, config.data.template, ranks)
+    chat = open_chat(config, config.data.template_choice, ranks)
     data = load_data(lambda folder: load_preferences(config.data, chat, run_folder=folder), config, ranks)
     steps = total_steps(config.train, len(data.train))
     (role,) = config.models

@@ -1,10 +1,12 @@
-"""``rlhf data check FILES``: a report on preference data, without a model in memory."""
+"""``rlhf data check FILES``: a report on data of any kind, without a model in memory."""
 
 import argparse
 import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from launch.commands.arguments import positive_int
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -14,38 +16,56 @@ if TYPE_CHECKING:
 
 _EXAMPLES = 3
 _DESCRIPTION = """\
-Read preference data as training would, and report on it: rows, shapes, lengths, bad rows, exact and
-contradictory duplicates, prompts shared by training and eval data, length bias. No model is loaded; with
---model, its tokenizer and chat template measure in tokens instead of characters.
+Read data as training would, and report on it: rows, shapes, columns that are not read, lengths, bad rows, exact
+and contradictory duplicates, scores that contradict the pairs, markup, prompts shared by training and eval data,
+length bias. No model is loaded; with --model, its tokenizer and chat template measure in tokens instead of
+characters, and tell what the template leaves out.
 
-Exit status: 0 if the data may be trained on; 1 if the training or the eval data has no usable pair, more
-bad rows than --max-bad-share, or contradictory pairs above 1 %, or if eval prompts are also in the training
-data; 2 if a source cannot be read at all.
+Settings are those of a recipe: data.columns.prompt=question, data.template=chatml.
+
+Exit status: 0 if the data may be trained on; 1 if the training or the eval data has nothing usable, more bad rows
+than --max-bad-share, contradictory items above 1 %, scores against more than 10 % of the pairs, or if eval prompts
+are also in the training data; 2 if a source cannot be read at all.
 """
+_ALIASES = {"sft": "conversations", "unpaired": "labeled", "labelled": "labeled"}
+_FROM_COLUMNS = (
+    ("pairs", ("chosen", "rejected", "chosen_response", "answers", "completions")),
+    ("labeled", ("label",)),
+    ("conversations", ("messages", "conversations", "completion", "response", "output")),
+    ("prompts", ("prompt",)),
+)
+"""What rows are taken for that have one of these columns."""
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Register ``data`` and its one action ``check``."""
-    from rlhf.data.options import ColumnConfig
-
-    actions = subparsers.add_parser("data", help="look at preference data").add_subparsers(
+    actions = subparsers.add_parser("data", help="look at data").add_subparsers(
         title="actions", dest="action", required=True
     )
     check = actions.add_parser(
         "check",
-        help="report on preference data, without a model in memory",
+        help="report on data, without a model in memory",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     check.add_argument(
-        "files", nargs="+", metavar="FILES", help="training data: files, folders, globs or hub names"
+        "files",
+        nargs="+",
+        metavar="FILES",
+        help="training data: files, folders, globs or hub names; also settings, such as data.columns.prompt=question",
+    )
+    check.add_argument(
+        "--kind",
+        choices=["pairs", "conversations", "prompts", "labeled", *_ALIASES],
+        help="what rows are: preference pairs (reward models, DPO), conversations (SFT), prompts (PPO) or answers "
+        "with a label (KTO); default: as the columns of the first row suggest",
     )
     check.add_argument("--eval", nargs="+", metavar="FILES", default=[], help="evaluation data")
-    check.add_argument("--split", default="train", help="split of hub datasets and of folders (train)")
+    check.add_argument("--split", help="split of hub datasets and of folders (train)")
     check.add_argument("--model", metavar="DIR", help="folder or hub name whose tokenizer measures lengths")
     check.add_argument("--template", help="as data.template in a recipe; with --model")
     check.add_argument(
-        "--max-tokens", type=int, default=1024, help="limit of prompt plus response (1024); with --model"
+        "--max-tokens", type=positive_int, help="limit of prompt plus response (1024; prompts: 512); with --model"
     )
     check.add_argument(
         "--max-bad-share", type=float, default=0.01, help="bad rows that may be left out (0.01)"
@@ -53,11 +73,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     check.add_argument(
         "--quarantine", metavar="FILE", type=Path, help="write the list of all bad rows here, as jsonl"
     )
-    for field in dataclasses.fields(ColumnConfig):
-        name = field.name.replace("_", "-")
-        check.add_argument(
-            f"--{name}-column", metavar="NAME", help=f"as data.columns.{field.name} in a recipe"
-        )
+    for name in _column_names():
+        spelled = f"--{name.replace('_', '-')}-column"
+        check.add_argument(spelled, metavar="NAME", help=f"as data.columns.{name} in a recipe")
     check.set_defaults(run=run)
 
 
@@ -71,21 +89,27 @@ def run(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from rlhf.core.files import write_text
-    from rlhf.data.doctor import Ruler, examine, serious_faults
-    from rlhf.data.options import ColumnConfig, SourceConfig
+    from rlhf.data.doctor import KINDS, Ruler, examine, serious_faults
 
-    names = (field.name for field in dataclasses.fields(ColumnConfig))
-    columns = ColumnConfig(**{name: getattr(options, f"{name}_column") for name in names})
-    ruler = Ruler(columns=columns, chat=_chat_format(options), max_tokens=options.max_tokens)
-    groups = {
-        "train": examine([SourceConfig(path=path, split=options.split) for path in options.files], ruler)
-    }
-    if options.eval:
-        groups["eval"] = examine(
-            [SourceConfig(path=path, split=options.split) for path in options.eval], ruler
-        )
+    settings = [part for part in options.files if part.startswith("data.") and "=" in part]
+    files = [part for part in options.files if part not in settings]
+    kind = _ALIASES.get(options.kind, options.kind) or _guessed_kind(files, options.split)
+    config = _config(kind, files, settings, options)
+    ruler = Ruler(
+        kind=KINDS[kind],
+        columns=config.columns,
+        chat=_chat_format(options, config),
+        max_tokens=config.max_tokens,
+        system_prompt=config.system_prompt,
+        thoughts=config.thoughts,
+    )
+    groups = {"train": examine(config.train_sources, ruler)}
+    if config.eval_sources:
+        groups["eval"] = examine(config.eval_sources, ruler)
     console = Console(highlight=False)
-    _print_report(console, groups, options)
+    if options.kind is None:
+        console.print(f"read as {kind} (--kind says otherwise)", markup=False)
+    _print_report(console, groups, options, config.max_tokens)
     if options.quarantine:
         rows = [row for found in groups.values() for row in found.bad]
         write_text(options.quarantine, "".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows))
@@ -93,12 +117,61 @@ def run(options: argparse.Namespace) -> int:
     faults = serious_faults(groups["train"], groups.get("eval"), options.max_bad_share)
     for fault in faults:
         console.print(f"NOT FIT: {fault}", markup=False, soft_wrap=True)
+    warned = any(notice.startswith("warning") for found in groups.values() for notice in found.notices)
     if not faults:
-        console.print("Fit to train on.")
+        console.print("Fit to train on, but see the warnings above." if warned else "Fit to train on.")
     return 1 if faults else 0
 
 
-def _chat_format(options: argparse.Namespace) -> Any:
+def _column_names() -> list[str]:
+    from rlhf.data.options import ColumnConfig, ExampleColumns, PromptColumns
+
+    kinds = (ColumnConfig, ExampleColumns, PromptColumns)
+    return list(dict.fromkeys(field.name for kind in kinds for field in dataclasses.fields(kind)))
+
+
+def _guessed_kind(files: list[str], split: str | None) -> str:
+    """What the first readable row looks like."""
+    from rlhf.data.options import RowSource
+    from rlhf.data.sources import open_source
+
+    if not files:
+        return "pairs"
+    rows = open_source(RowSource(path=files[0], split=split)).rows()
+    first = next((row.value for row in rows if isinstance(row.value, dict)), {})
+    return next((kind for kind, names in _FROM_COLUMNS if any(first.get(name) is not None for name in names)), "pairs")
+
+
+def _config(kind: str, files: list[str], settings: list[str], options: argparse.Namespace) -> Any:
+    """The data section that a recipe for these rows would have.
+
+    Raises:
+        ConfigError: naming every problem of the settings.
+    """
+    from omegaconf import OmegaConf
+
+    from rlhf.config import validate
+    from rlhf.data.options import DataConfig, ExampleDataConfig, PromptDataConfig
+
+    classes = {"pairs": DataConfig, "prompts": PromptDataConfig}
+    given = OmegaConf.to_container(OmegaConf.from_dotlist(settings), resolve=True)
+    section: dict[str, Any] = given.get("data", {}) if isinstance(given, dict) else {}
+    columns = {name: getattr(options, f"{name}_column") for name in _column_names()}
+    split = {} if options.split is None else {"split": options.split}
+    section = {
+        "train": [{"path": path, **split} for path in files],
+        "eval": [{"path": path, **split} for path in options.eval],
+        **{name: value for name in ("template", "max_tokens") if (value := getattr(options, name)) is not None},
+        **section,
+        "columns": {
+            **{name: column for name, column in columns.items() if column is not None},
+            **section.get("columns", {}),
+        },
+    }
+    return validate(classes.get(kind, ExampleDataConfig), section, program="rlhf data check", origin="command line")
+
+
+def _chat_format(options: argparse.Namespace, config: Any) -> Any:
     if options.model is None:
         return None
     from rlhf.core.errors import ModelError
@@ -106,16 +179,18 @@ def _chat_format(options: argparse.Namespace) -> Any:
 
     if options.model.startswith((".", "/", "~")) and not Path(options.model).expanduser().is_dir():
         raise ModelError(f"--model {options.model}: there is no such folder")
-    return load_chat(Path(options.model).expanduser(), options.template)
+    return load_chat(Path(options.model).expanduser(), config.template_choice)
 
 
-def _print_report(console: "Console", groups: "dict[str, Examination]", options: argparse.Namespace) -> None:
+def _print_report(
+    console: "Console", groups: "dict[str, Examination]", options: argparse.Namespace, max_tokens: int
+) -> None:
     for role, found in groups.items():
         for line in _source_lines(role, found):
             console.print(line, markup=False, soft_wrap=True)
-    console.print(_rows_table(groups), _lengths_table(groups), _checks_table(groups, options))
+    console.print(_rows_table(groups), _lengths_table(groups), _checks_table(groups, options, max_tokens))
     for role, found in groups.items():
-        for line in _examples(role, found):
+        for line in (*_examples(role, found), *(notice.replace(": ", f": {role}: ", 1) for notice in found.notices)):
             console.print(line, markup=False, soft_wrap=True)
     for role, found in groups.items():
         if found.bad:
@@ -137,18 +212,28 @@ def _source_lines(role: str, found: "Examination") -> list[str]:
 
 
 def _rows_table(groups: "dict[str, Examination]") -> "Table":
-    table = _table("Rows", "", "rows", "bad", "pairs", "prompts", "with scores", "with margin")
-    for role, found in groups.items():
-        counts = (
-            found.rows,
-            len(found.bad),
-            found.usable,
-            len(found.prompts),
-            found.with_scores,
-            found.with_margin,
-        )
-        table.add_row(role, *map(str, counts))
+    columns = {
+        role: {
+            "rows": found.rows,
+            "bad": len(found.bad),
+            found.kind.unit: found.usable,
+            **({} if found.kind.unit == "prompts" else {"prompts": len(found.prompts)}),
+            **({"ties": found.left_out} if found.left_out else {}),
+            **_counts_of_kind(found),
+        }
+        for role, found in groups.items()
+    }
+    headings = list(dict.fromkeys(name for counts in columns.values() for name in counts))
+    table = _table("Rows", "", *headings)
+    for role, counts in columns.items():
+        table.add_row(role, *(str(counts.get(name, 0)) for name in headings))
     return table
+
+
+def _counts_of_kind(found: "Examination") -> dict[str, int]:
+    if found.kind.check == "pairs":
+        return {"with scores": found.with_scores, "with margin": found.with_margin}
+    return {"desirable": found.desirable} if found.kind.check == "labeled" else {}
 
 
 def _lengths_table(groups: "dict[str, Examination]") -> "Table":
@@ -160,34 +245,41 @@ def _lengths_table(groups: "dict[str, Examination]") -> "Table":
     return table
 
 
-def _checks_table(groups: "dict[str, Examination]", options: argparse.Namespace) -> "Table":
+def _checks_table(
+    groups: "dict[str, Examination]", options: argparse.Namespace, max_tokens: int
+) -> "Table":
     from rlhf.data.doctor import shared_prompts
 
     table = _table("Checks", "", *groups)
-    columns = [_checks(found, options) for found in groups.values()]
+    columns = [_checks(found, options, max_tokens) for found in groups.values()]
     for name in columns[0]:
         table.add_row(name, *(column[name] for column in columns))
     if "eval" in groups:
         prompts, pairs = shared_prompts(groups["train"], groups["eval"])
-        table.add_row("prompts also in the training data", "", f"{prompts} ({pairs} pairs)")
+        table.add_row("prompts also in the training data", "", f"{prompts} ({pairs} {groups['eval'].kind.unit})")
     return table
 
 
-def _checks(found: "Examination", options: argparse.Namespace) -> dict[str, str]:
+def _checks(found: "Examination", options: argparse.Namespace, max_tokens: int) -> dict[str, str]:
     from rlhf.core.intervals import wilson_interval
 
-    wins, differing = found.longer_wins()
-    low, high = wilson_interval(wins, differing)
-    checks = {
-        "pairs that repeat an earlier one": str(sum(len(rows) - 1 for rows in found.duplicates())),
-        "pairs that stand both ways round": str(len(found.contradictions())),
-        "chosen has the lower score": str(len(found.against_scores)),
-        "the longer answer wins": f"{wins / max(differing, 1):.1%} ({low:.1%}-{high:.1%})",
-    }
+    unit = found.kind.unit
+    checks = {f"{unit} that repeat an earlier one": str(sum(len(rows) - 1 for rows in found.duplicates()))}
+    if found.kind.check == "labeled":
+        checks["answers with both labels"] = str(len(found.contradictions()))
+    if found.kind.check == "pairs":
+        wins, differing = found.longer_wins()
+        low, high = wilson_interval(wins, differing)
+        checks |= {
+            "pairs that stand both ways round": str(len(found.contradictions())),
+            "chosen has the lower score": str(len(found.against_scores)),
+            "the longer answer wins": f"{wins / max(differing, 1):.1%} ({low:.1%}-{high:.1%})",
+        }
     if options.model:
         share = found.cut / max(found.usable, 1)
-        checks[f"longer than {options.max_tokens} tokens"] = f"{found.cut} ({share:.1%})"
-        checks["of these, by the response alone"] = str(found.too_long)
+        checks[f"longer than {max_tokens} tokens"] = f"{found.cut} ({share:.1%})"
+        if unit != "prompts":
+            checks["of these, by the response alone"] = str(found.too_long)
     return checks
 
 

@@ -20,8 +20,11 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     at_once = "padded tokens at once (default %(default)s)"
     parser.add_argument("--batch-tokens", type=positive_int, default=8192, help=at_once)
     parser.add_argument("--max-tokens", type=positive_int, help="rows longer than this are reported, not scored")
+    parser.add_argument("--split", help="split of a hub dataset or of a folder (train)")
     for name in ("prompt", "response", "chosen", "rejected"):
         parser.add_argument(f"--{name}-column", help=f"column of the {name} (default: {name})")
+    for name in ("system", "input", "group"):
+        parser.add_argument(f"--{name}-column", help=f"as data.columns.{name} in a recipe")
     parser.set_defaults(run=run)
 
 
@@ -36,6 +39,9 @@ def run(options: argparse.Namespace) -> int:
         response=options.response_column,
         chosen=options.chosen_column,
         rejected=options.rejected_column,
+        system=options.system_column,
+        input=options.input_column,
+        group=options.group_column,
     )
     faults = score_file(
         ScoreOptions(
@@ -45,6 +51,7 @@ def run(options: argparse.Namespace) -> int:
             columns=columns,
             batch_tokens=options.batch_tokens,
             max_tokens=options.max_tokens,
+            split=options.split,
         )
     )
     print(f"{options.output}: done" + (f"; {faults} rows could not be scored, see their 'error'" if faults else ""))

@@ -76,7 +76,9 @@ def _load(workload: Workload, model: BackboneConfig) -> Any:
     from rlhf.train.chat import load_chat
 
     rows: Any = workload.rows
-    chat = load_chat(model.path, rows.template, trust_remote_code=model.trust_remote_code)
+    chat = load_chat(
+        model.path, rows.template_choice, revision=model.revision, trust_remote_code=model.trust_remote_code
+    )
     if workload.kind == "prompts":
         prompts = load_prompts(rows, chat).train
         return [[len(prompts.prompt(place).tokens)] for place in range(len(prompts))]

@@ -14,13 +14,16 @@ def run(config: EvaluationConfig) -> None:
     from policy.evaluation.compare import evaluate_policies, read_prompts
     from policy.evaluation.results import evaluation_table
     from reward.function import load_reward
+    from rlhf.data.options import TemplateChoice
 
     found = evaluate_policies(
         config.policies,
         config.reference,
         read_prompts(config.prompts),
         load_reward(config.reward),
-        template=config.template,
+        template=TemplateChoice(
+            text=config.template, options=config.template_options, fold_system=config.fold_system
+        ),
         settings=config.sampling,
         output=config.output,
     )

@@ -21,6 +21,7 @@ from rlhf.core.errors import DataError, ModelError
 from rlhf.core.files import write_json, write_text
 from rlhf.core.intervals import mean_with_interval
 from rlhf.data.batching import length_bucket
+from rlhf.data.options import TemplateChoice
 from rlhf.engine.frozen import Frozen, ReplicatedModel
 from rlhf.engine.ranks import single_rank
 from rlhf.models.backbones import hide_loading_bars
@@ -37,7 +38,7 @@ def evaluate_policies(
     prompts: Sequence[str],
     reward: RewardFunction,
     *,
-    template: str | None,
+    template: str | TemplateChoice | None,
     settings: SamplingSettings,
     output: Path,
 ) -> list[PolicyEvaluation]:

@@ -25,4 +25,8 @@ class EvaluationConfig:
     against, if it is to judge them."""
     template: str | None = None
     """Chat template of all models; see data.template of the stages."""
+    template_options: dict[str, bool | int | float | str] = field(default_factory=dict)
+    """Variables of the template; see data.template_options of the stages."""
+    fold_system: bool = False
+    """See data.fold_system of the stages."""
     sampling: SamplingSettings = field(default_factory=SamplingSettings)

@@ -23,6 +23,7 @@ from rlhf.config import to_dict
 from rlhf.core.errors import ModelError
 from rlhf.core.files import digest
 from rlhf.data.examples import load_examples
+from rlhf.data.options import TemplateChoice
 from rlhf.data.prompts import PromptData, load_prompts
 from rlhf.data.templates import ChatFormat, chat_format
 from rlhf.engine.api import Engine
@@ -48,7 +49,7 @@ def run(config: PpoConfig, ranks: Ranks) -> HeldOut | None:
     Returns:
         The held-out evaluation of the weights that were taken; ``None`` without held-out prompts.
     """
-    chat = open_chat(config, config.data.template, ranks, config.rollout.stop_token_ids)
+    chat = open_chat(config, config.data.template_choice, ranks, config.rollout.stop_token_ids)
     data = load_data(lambda folder: load_prompts(config.data, chat, run_folder=folder), config, ranks)
     steps = total_steps(replace(config.train, global_batch_size=config.rollout.prompts), len(data.train))
     builder = _Builder(config, ranks, chat, steps)
@@ -122,8 +123,8 @@ class _Builder:
         if section is None:
             return None
         folder, chat = self._config.output / "pretraining", self._chat
-        if section.data.template is not None:
-            chat = chat_format(chat.tokenizer, section.data.template)
+        if section.data.template_choice != TemplateChoice():
+            chat = chat_format(chat.tokenizer, section.data.template_choice)
 
         def load():
             return load_examples(
@@ -230,10 +231,10 @@ def check_template(config: PpoConfig, chat: ChatFormat) -> None:
     trained = read_manifest(folder).template_digest
     if trained == chat.digest:
         return
-    if config.data.template is not None:
+    if config.data.template_choice != TemplateChoice():
         raise ModelError(
             f"policy.path = {folder} was trained with another chat template ({trained}) than data.template = "
-            f"{config.data.template} ({chat.digest}); leave data.template unset to take the policy's own"
+            f"{config.data.template} with its options ({chat.digest}); leave them unset to take the policy's own"
         )
     raise ModelError(
         f"policy.path = {folder}: its chat template ({chat.digest}) is not the one that it was trained with "

@@ -48,7 +48,7 @@ def run(config: PreferenceConfig, ranks: Ranks) -> HeldOut | None:
     Returns:
         The held-out evaluation of the weights that were taken; ``None`` without held-out data.
     """
-    chat = open_chat(config, config.rows.template, ranks)
+    chat = open_chat(config, config.rows.template_choice, ranks)
     data = load_data(lambda folder: _load(config, chat, folder), config, ranks)
     steps = total_steps(config.train, len(data.train))
     policy, *others = config.models

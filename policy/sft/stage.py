@@ -19,7 +19,7 @@ def run(config: SftConfig, ranks: Ranks) -> SftEvaluation | None:
     Returns:
         The held-out evaluation of the weights that were taken; ``None`` without held-out data.
     """
-    chat = open_chat(config, config.data.template, ranks)
+    chat = open_chat(config, config.data.template_choice, ranks)
     data = load_data(
         lambda folder: load_examples(config.data, chat, kind="conversation", run_folder=folder), config, ranks
     )

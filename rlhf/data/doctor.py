@@ -1,57 +1,97 @@
-"""What preference data looks like, and what is wrong with it, without a model in memory."""
+"""What data looks like, and what is wrong with it, without a model in memory."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Any
 
 import numpy as np
 
 from rlhf.core.files import digest
-from rlhf.data.options import ColumnConfig, SourceConfig
-from rlhf.data.records import BadRow, PreferenceRecord, prompt_key, to_record
-from rlhf.data.report import LeftOut
+from rlhf.data.kinds import Examples, Pairs, Prompts
+from rlhf.data.messages import BadRow, Message
+from rlhf.data.options import Columns, RowSource
+from rlhf.data.records import ExampleRecord, PreferenceRecord, PromptRecord, prompt_key
+from rlhf.data.report import HIDDEN_QUESTION, NOT_BAD, LeftOut, noticed
 from rlhf.data.sources import Source, open_source, row_names
-from rlhf.data.templates import ChatFormat, TemplateFault
-from rlhf.data.tokenizing import parsed
+from rlhf.data.store import StoreCounts
+from rlhf.data.templates import ChatFormat, TemplateFault, marks, markup_in
+from rlhf.data.tokenizing import RowKind, Tokenizing, parsed
 
 CONTRADICTORY_LIMIT = 0.01
 """Share of contradictory pairs from which the data is called unfit."""
+AGAINST_SCORES_LIMIT = 0.1
+"""Share of the pairs with scores whose chosen answer has the lower one, from which the data is called unfit."""
+KINDS: dict[str, RowKind] = {
+    kind.check: kind for kind in (Pairs(), Examples(labeled=False), Prompts(), Examples(labeled=True))
+}
+"""What rows can be, by the names that ``rlhf data check`` takes."""
 
 _CHUNK_ROWS = 256
+
+Record = PreferenceRecord | ExampleRecord | PromptRecord
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ruler:
-    """How to measure a text: in tokens where there is a tokenizer, else in characters."""
+    """How to read and measure rows: in tokens where there is a tokenizer, else in characters."""
 
-    columns: ColumnConfig
+    columns: Columns
     chat: ChatFormat | None
     max_tokens: int
+    kind: RowKind = KINDS["pairs"]
+    system_prompt: str | None = None
+    thoughts: str = "keep"
 
     @property
     def unit(self) -> str:
         return "tokens" if self.chat else "characters"
 
-    def measure(self, records: Sequence[PreferenceRecord]) -> list[tuple[int, int, int] | TemplateFault]:
-        """Length of prompt, chosen and rejected of each record, or what the template has against it."""
+    def measure(self, records: Sequence[Any]) -> list[tuple[int, ...] | BadRow]:
+        """Length of prompt and answers of each record, or what is against it."""
         if self.chat is None:
-            return [_characters(record) for record in records]
-        measured: list[tuple[int, int, int] | TemplateFault] = []
-        texts: list[tuple[str, str]] = []
+            return [_characters(record, self.kind) for record in records]
+        settings = self._settings(self.chat)
+        measured: list[tuple[int, ...] | BadRow] = []
+        texts: list[tuple[str, list[tuple[int, int]]]] = []
+        counts: list[int] = []
         for record in records:
             try:
-                texts += [self.chat.render(record.prompt, side) for side in (record.chosen, record.rejected)]
+                rendered = self.kind.render(record, settings)
             except TemplateFault as fault:
+                measured.append(BadRow("template fault", str(fault)))
+            except BadRow as fault:
                 measured.append(fault)
             else:
-                measured.append((0, 0, 0))
-        sizes = iter([(start, len(ids) - start) for ids, start in self.chat.tokenize(texts)])
+                measured.append(())
+                counts.append(len(rendered))
+                texts += rendered
+        sizes = iter([(int(spans[0, 0]), len(ids)) for ids, spans in self.chat.tokenize_turns(texts)])
+        sides = iter([list(islice(sizes, count)) for count in counts])
         for place, entry in enumerate(measured):
-            if not isinstance(entry, TemplateFault):
-                (prompt, chosen), (_, rejected) = next(sizes), next(sizes)
-                measured[place] = (prompt, chosen, rejected)
+            if not isinstance(entry, BadRow):
+                found = next(sides)
+                answers = [whole - start for start, whole in found] if len(self.kind.parts) > 1 else []
+                measured[place] = (found[0][0], *answers)
         return measured
+
+    def noteworthy(self, record: Any) -> tuple[str, ...]:
+        """What a reader should know of a record beside what its reader says."""
+        if self.chat is None:
+            return markup_in(record.messages, marks(()))
+        return (*self.chat.markup(record.messages), *self._settings(self.chat).thoughts_note(record))
+
+    def _settings(self, chat: ChatFormat) -> Tokenizing:
+        return Tokenizing(
+            kind=self.kind,
+            format=chat,
+            columns=self.columns,
+            system_prompt=self.system_prompt,
+            thoughts=self.thoughts,
+            max_tokens=self.max_tokens,
+            over_length="drop",
+        )
 
 
 @dataclass(kw_only=True)
@@ -59,15 +99,19 @@ class Examination:
     """What was found in one group of sources (training or eval)."""
 
     unit: str
+    kind: RowKind = KINDS["pairs"]
     names: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
     rows: int = 0
     shapes: Counter[str] = field(default_factory=Counter)
     bad: list[LeftOut] = field(default_factory=list)
-    lengths: list[tuple[int, int, int]] = field(default_factory=list)  # prompt, chosen, rejected of each pair
+    lengths: list[tuple[int, ...]] = field(default_factory=list)  # of the kind's parts of each item
     prompts: Counter[int] = field(default_factory=Counter)
     pairs: dict[tuple[int, str, str], list[str]] = field(
         default_factory=dict
-    )  # prompt, chosen, rejected: row ids
+    )  # prompt, chosen, rejected: row ids; of labeled answers, the answer and nothing, or nothing and the answer
+    left_out: int = 0  # ties and the like, which are not bad
+    desirable: int = 0
     with_margin: int = 0
     with_scores: int = 0
     against_scores: list[str] = field(default_factory=list)  # rows whose chosen answer has the lower score
@@ -91,22 +135,25 @@ class Examination:
         rows = sum(len(one) + len(other) for one, other in self.contradictions())
         return rows / max(self.usable, 1)
 
+    def against_scores_share(self) -> float:
+        return len(self.against_scores) / max(self.with_scores, 1)
+
     def bad_share(self) -> float:
         return len(self.bad) / max(self.rows, 1)
 
     def longer_wins(self) -> tuple[int, int]:
         """Pairs whose chosen answer is the longer one, and pairs whose answers differ in length."""
-        differing = [(chosen, rejected) for _, chosen, rejected in self.lengths if chosen != rejected]
+        differing = [(sizes[1], sizes[2]) for sizes in self.lengths if sizes[1] != sizes[2]]
         return sum(chosen > rejected for chosen, rejected in differing), len(differing)
 
     def quantiles(self) -> dict[str, list[int]]:
-        """Median, 95 % and 99 % quantile and maximum of the length of prompt, chosen and rejected."""
-        table = np.array(self.lengths or [(0, 0, 0)])
+        """Median, 95 % and 99 % quantile and maximum of the length of each part."""
+        table = np.array(self.lengths or [(0,) * len(self.kind.parts)])
         values = np.percentile(table, [50, 95, 99, 100], axis=0, method="higher").T
-        return dict(zip(("prompt", "chosen", "rejected"), values.astype(int).tolist(), strict=True))
+        return dict(zip(self.kind.parts, values.astype(int).tolist(), strict=True))
 
 
-def examine(entries: Sequence[SourceConfig], ruler: Ruler) -> Examination:
+def examine(entries: Sequence[RowSource], ruler: Ruler) -> Examination:
     """Read all rows of ``entries``.
 
     Raises:
@@ -114,20 +161,24 @@ def examine(entries: Sequence[SourceConfig], ruler: Ruler) -> Examination:
     """
     sources = [open_source(entry) for entry in entries]
     names = row_names([file for source in sources for file in source.files])
-    found = Examination(unit=ruler.unit, names=[source.name for source in sources])
+    found = Examination(unit=ruler.unit, kind=ruler.kind, names=[source.name for source in sources])
     for source in sources:
-        records = _usable_records(source, ruler.columns, names, found)
+        counts = StoreCounts()
+        records = _usable_records(source, ruler, names, found, counts)
         while chunk := list(islice(records, _CHUNK_ROWS)):
             for (record, place), sizes in zip(chunk, ruler.measure([r for r, _ in chunk]), strict=True):
-                if isinstance(sizes, TemplateFault):
-                    found.bad.append(_left_out(place, record.row_id, "template fault", str(sizes)))
+                if isinstance(sizes, BadRow):
+                    found.bad.append(_left_out(place, record.row_id, sizes.reason, sizes.detail))
                 else:
                     _add(found, record, sizes, ruler)
+        found.notices += [*source.notices, *noticed(counts, [names[file] for file in source.files])]
+    if len(found.prompts) == 1 and found.usable > 1:
+        found.notices.append(f"warning: all {found.usable} {found.kind.unit} have the same prompt; {HIDDEN_QUESTION}")
     return found
 
 
 def shared_prompts(train: Examination, evals: Examination) -> tuple[int, int]:
-    """Prompts that both have, and the number of eval pairs that ask one of them."""
+    """Prompts that both have, and the number of eval items that ask one of them."""
     shared = train.prompts.keys() & evals.prompts.keys()
     return len(shared), sum(evals.prompts[key] for key in shared)
 
@@ -139,17 +190,24 @@ def serious_faults(train: Examination, evals: Examination | None, max_bad_share:
         if found is None:
             continue
         if not found.usable:
-            faults.append(f"{role}: there is no usable pair")
+            faults.append(f"{role}: there is no usable {found.kind.unit.removesuffix('s')}")
         elif found.bad_share() > max_bad_share:
             faults.append(
                 f"{role}: {found.bad_share():.1%} of the rows are bad, allowed are {max_bad_share:.1%}"
             )
         if found.contradictory_share() > CONTRADICTORY_LIMIT:
-            faults.append(f"{role}: {found.contradictory_share():.1%} of the pairs contradict each other")
+            faults.append(
+                f"{role}: {found.contradictory_share():.1%} of the {found.kind.unit} contradict each other"
+            )
+        if found.against_scores_share() > AGAINST_SCORES_LIMIT:
+            faults.append(
+                f"{role}: in {found.against_scores_share():.1%} of the pairs with scores, chosen has the lower one: "
+                'are columns swapped? (data.columns.chosen_score="" and the same for rejected ignore scores)'
+            )
     if evals and shared_prompts(train, evals)[0]:
         prompts, pairs = shared_prompts(train, evals)
         faults.append(
-            f"{prompts} eval prompts ({pairs} of {evals.usable} eval pairs) are also in the training data"
+            f"{prompts} eval prompts ({pairs} of {evals.usable} eval {evals.kind.unit}) are also in the training data"
         )
     return faults
 
@@ -163,18 +221,26 @@ def reasons(bad: Sequence[LeftOut]) -> dict[str, list[LeftOut]]:
 
 
 def _usable_records(
-    source: Source, columns: ColumnConfig, names: dict[str, str], found: Examination
-) -> Iterator[tuple[PreferenceRecord, tuple[str, int]]]:
+    source: Source, ruler: Ruler, names: dict[str, str], found: Examination, counts: StoreCounts
+) -> Iterator[tuple[Record, tuple[str, int]]]:
     for row in source.rows():
         found.rows += 1
         place = (source.files[row.file], row.line)
         row_id = f"{names[place[0]]}:{row.line}"
         try:
-            record, shape = to_record(parsed(row), columns, row_id=row_id, source=source.name)
+            records, shape = ruler.kind.read(parsed(row), ruler.columns, row_id=row_id, source=source.name)
         except BadRow as fault:
-            found.bad.append(_left_out(place, row_id, fault.reason, fault.detail))
-        else:
-            found.shapes[shape] += 1
+            if fault.reason in NOT_BAD:
+                found.left_out += 1
+            else:
+                found.bad.append(_left_out(place, row_id, fault.reason, fault.detail))
+            continue
+        found.shapes[shape] += 1
+        for note in dict.fromkeys((*records[0].notes, *(note for each in records for note in ruler.noteworthy(each)))):
+            counts.notice(note, (row.file, row.line))
+        for column in records[0].unread:
+            counts.unread[column] = counts.unread.get(column, 0) + 1
+        for record in records:
             yield record, place
 
 
@@ -182,28 +248,31 @@ def _left_out(place: tuple[str, int], row_id: str, reason: str, detail: str) -> 
     return LeftOut(file=place[0], line=place[1], row_id=row_id, reason=reason, detail=detail)
 
 
-def _add(found: Examination, record: PreferenceRecord, sizes: tuple[int, int, int], ruler: Ruler) -> None:
+def _add(found: Examination, record: Any, sizes: tuple[int, ...], ruler: Ruler) -> None:
     key = prompt_key(record.prompt)
-    sides = [
-        digest(*(message["content"].strip() for message in side)) for side in (record.chosen, record.rejected)
-    ]
+    sides = [_digest(side) for side in ruler.kind.answers(record)]
     found.prompts[key] += 1
-    found.pairs.setdefault((key, sides[0], sides[1]), []).append(record.row_id)
     found.lengths.append(sizes)
-    found.with_margin += record.margin is not None
-    if record.chosen_score is not None and record.rejected_score is not None:
-        found.with_scores += 1
-        if record.chosen_score < record.rejected_score:
-            found.against_scores.append(record.row_id)
+    label = getattr(record, "label", None)
+    first, second = [*sides, "", ""][:2]
+    found.pairs.setdefault((key, second, first) if label is False else (key, first, second), []).append(record.row_id)
+    found.desirable += label is True
+    if isinstance(record, PreferenceRecord):
+        found.with_margin += record.margin is not None
+        if record.chosen_score is not None and record.rejected_score is not None:
+            found.with_scores += 1
+            if record.chosen_score < record.rejected_score:
+                found.against_scores.append(record.row_id)
     if ruler.chat:
-        response = max(sizes[1], sizes[2])
+        response = max(sizes[1:], default=0)
         found.cut += sizes[0] + response > ruler.max_tokens
         found.too_long += response > ruler.max_tokens
 
 
-def _characters(record: PreferenceRecord) -> tuple[int, int, int]:
-    prompt, chosen, rejected = (
-        sum(len(message["content"]) for message in side)
-        for side in (record.prompt, record.chosen, record.rejected)
-    )
-    return prompt, chosen, rejected
+def _digest(messages: Sequence[Message]) -> str:
+    return digest(*(message["content"].strip() for message in messages))
+
+
+def _characters(record: Any, kind: RowKind) -> tuple[int, ...]:
+    sides = (record.prompt, *kind.answers(record))
+    return tuple(sum(len(message["content"]) for message in side) for side in sides)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from rlhf.data.records import Message
+from rlhf.data.messages import Message
 
 QUESTION, ANSWER, NEXT = "question 4711", "answer 4712", "question 4713"
 

@@ -13,6 +13,7 @@ from rlhf.data.report import (
     DataReport,
     LeftOut,
     SourceReport,
+    noticed,
     refuse_bad_sources,
     write_quarantine,
 )
@@ -66,7 +67,7 @@ def load_sources(
     quarantine = run_folder / QUARANTINE if run_folder else None
     if quarantine:
         write_quarantine(quarantine, reports)
-    refuse_bad_sources(reports, config.quarantine_max_share, quarantine)
+    refuse_bad_sources(reports, config.quarantine_max_share, quarantine, check=kind.check)
     report = DataReport(
         template=chat.origin,
         unit=kind.unit,
@@ -120,6 +121,7 @@ def _source_report(
         truncated=counts.truncated,
         cached=part.cached,
         left_out=left_out,
+        notices=[*part.source.notices, *noticed(counts, [names[file] for file in part.source.files])],
     )
 
 

@@ -1,5 +1,6 @@
 """What a recipe says about its data: preference pairs, single rows, or prompts alone."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
@@ -15,18 +16,34 @@ class ColumnConfig:
 
     prompt: str | None = None
     """Text or messages before the answers (usual name: prompt). Rows without it hold whole conversations."""
+    input: str | None = None
+    """A text that belongs to a prompt given as text, and follows it after an empty line (Alpaca's input)."""
+    system: str | None = None
+    """The text of a system message in front of the prompt (Orca's system)."""
     chosen: str | None = None
-    """The preferred answer, or the whole conversation that ends with it (usual name: chosen)."""
+    """The preferred answer, or the whole conversation that ends with it (usual names: chosen, chosen_response)."""
     rejected: str | None = None
-    """The other answer, or the whole conversation that ends with it (usual name: rejected)."""
+    """The other answer, or the whole conversation that ends with it (usual names: rejected, rejected_response)."""
     response: str | None = None
     """The one answer of rows that are no pairs, for scoring, or the whole conversation (usual name: response)."""
+    better: str | None = None
+    """Which of the two answers is the preferred one, where rows do not have them in order: 0 for that in the column
+    of chosen, 1 for that of rejected; or a or b, or the name of its column (PKU-SafeRLHF's better_response_id)."""
+    strength: str | None = None
+    """The same as a signed number, below 0 where that in the column of chosen is better; 0 is a tie, and left out. Its
+    size is the margin of rows that have no other (HelpSteer's preference_strength, overall_preference)."""
+    answers: str | None = None
+    """A list of rated answers, each an object with a text and a score or rank, in place of chosen and rejected: the
+    best makes a pair with every worse one (usual names: answers, completions; as in Nectar and UltraFeedback)."""
+    group: str | None = None
+    """What kind of pair a row is, to report on every kind (RewardBench's subset)."""
     margin: str | None = None
     """How much better chosen is, a number (usual name: margin)."""
     chosen_score: str | None = None
-    """A judge's score of chosen (usual names: chosen_score, score_chosen); needs the other score too."""
+    """A judge's score of chosen (usual names: chosen_score, score_chosen, chosen_rating, chosen-rating,
+    chosen_avg_rating); needs the other score too."""
     rejected_score: str | None = None
-    """A judge's score of rejected (usual names: rejected_score, score_rejected)."""
+    """A judge's score of rejected (usual names: rejected_score, score_rejected, and so on)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +55,10 @@ class ExampleColumns:
     without it have a completion. Not for rows with labels."""
     prompt: str | None = None
     """Text or messages before the completion (usual name: prompt). Rows without it hold whole conversations."""
+    input: str | None = None
+    """A text that belongs to a prompt given as text, and follows it after an empty line (Alpaca's input)."""
+    system: str | None = None
+    """The text of a system message in front of the conversation (Orca's system)."""
     completion: str | None = None
     """The answer, or the whole conversation that ends with it (usual names: completion, response). Assistant
     messages of the prompt are not learned."""
@@ -54,6 +75,10 @@ class PromptColumns:
 
     prompt: str | None = None
     """Text, or messages that end with one of the user (usual name: prompt)."""
+    input: str | None = None
+    """A text that belongs to a prompt given as text, and follows it after an empty line (Alpaca's input)."""
+    system: str | None = None
+    """The text of a system message in front of the prompt (Orca's system)."""
     messages: str | None = None
     """A conversation; the prompt is what stands up to the last user message (usual names: messages, conversations)."""
     chosen: str | None = None
@@ -66,17 +91,30 @@ Columns = ColumnConfig | ExampleColumns | PromptColumns
 
 
 @dataclass(frozen=True, kw_only=True)
+class TemplateChoice:
+    """A chat template with the settings that become part of it."""
+
+    text: str | None = None
+    """As ``data.template``."""
+    options: Mapping[str, bool | int | float | str] = field(default_factory=dict)
+    """As ``data.template_options``."""
+    fold_system: bool = False
+    """As ``data.fold_system``."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RowSource:
     """One source of rows."""
 
     path: str
-    """A jsonl, json, csv (each also .gz), parquet or arrow file, a folder of them or one written by
-    save_to_disk, a glob, or a dataset on the hub."""
+    """A jsonl, json, csv or tsv file (each also .gz, .bz2, .xz or .zst), a parquet or arrow file, a folder of them or
+    one written by save_to_disk, a glob, or a dataset on the hub."""
     weight: Annotated[float, Gt(0)] = 1.0
     """How often each row appears per epoch: 2 doubles the source, 0.5 keeps a seeded half of its rows, 1.5
     repeats a seeded half. Only for training sources."""
-    split: str = "train"
-    """Which split of a hub dataset, of a saved dataset dictionary, or of a folder whose files name it."""
+    split: str | None = None
+    """Which split of a hub dataset, of a saved dataset dictionary, or of a folder whose files name it, by its whole
+    name (train_prefs is not train). Unset: train, or the only one that begins so."""
     subset: str | None = None
     """Configuration name of a hub dataset."""
 
@@ -102,8 +140,17 @@ class RowsConfig:
     """Sources to evaluate on. Empty: hold out a share of the training prompts, see data.eval_share."""
     template: str | None = None
     """A chat template: a Jinja file, Jinja text, or a built-in name (plain: "User:" and
-    "Assistant:" headings; chatml: <|im_start|> turns without a default system prompt). Unset: the tokenizer's
-    own, or plain where it has none."""
+    "Assistant:" headings; chatml: <|im_start|> turns without a default system prompt; phi3, qwen3, r1-distill: the
+    families' form with every turn as the model wrote it). Unset: the tokenizer's own, or plain where it has none."""
+    template_options: dict[str, bool | int | float | str] = field(default_factory=dict)
+    """Variables of the template, such as {enable_thinking: false}. They become part of it, for training, rollouts,
+    evaluation and the published tokenizer."""
+    fold_system: bool = False
+    """Put the text of a system message in front of the first message of the user, after which an empty line follows:
+    for templates that have no system messages. It becomes part of the template, too."""
+    thoughts: Literal["keep", "drop", "mask"] = "keep"
+    """Thoughts before an answer (<think>...</think>, or reasoning_content): keep and learn them; drop them from all
+    answers; or mask them, to be read but not learned. Most templates leave out those of earlier turns themselves."""
     system_prompt: str | None = None
     """Put in front of conversations that have no system message. Unset: left to the template, and some insert
     a default of their own; choose another data.template to get rid of that."""
@@ -130,6 +177,10 @@ class RowsConfig:
                 raise ValueError(
                     f"eval source {source.path} has a weight ({source.weight}), which is for training"
                 )
+
+    @property
+    def template_choice(self) -> TemplateChoice:
+        return TemplateChoice(text=self.template, options=self.template_options, fold_system=self.fold_system)
 
     @property
     def train_sources(self) -> tuple[RowSource, ...]:

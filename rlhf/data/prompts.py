@@ -10,8 +10,8 @@ import numpy as np
 from rlhf.core.files import digest
 from rlhf.data.kinds import Prompts
 from rlhf.data.loading import load_sources
+from rlhf.data.messages import Message
 from rlhf.data.options import PromptDataConfig
-from rlhf.data.records import Message
 from rlhf.data.report import DataReport, SourceReport
 from rlhf.data.splitting import StoredRows, split
 from rlhf.data.store import text_of_numbers

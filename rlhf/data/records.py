@@ -2,57 +2,41 @@
 
 Shapes of pairs, detected row by row:
 
-* ``prompt text``: ``prompt``, ``chosen``, ``rejected`` are texts.
+* ``prompt text``: ``prompt``, ``chosen``, ``rejected`` are texts. An answer may also be a list of texts: then every
+  chosen one makes a pair with every rejected one.
 * ``prompt messages``: a prompt (messages or text), and answers given as text or as messages that follow it.
 * ``conversations``: ``chosen`` and ``rejected`` are whole conversations; what they share is the prompt.
 * ``human/assistant text``: whole conversations as one text with ``Human:`` and ``Assistant:`` turns
   (Anthropic HH), or such a text as prompt, ending in ``Assistant:``, with the answers beside it.
+* ``rated answers``: a prompt and a list of answers with scores or ranks.
 
 Single answers have the same shapes, with ``completion`` in place of ``chosen`` and ``rejected``; whole
 conversations may also stand in ``messages``. Prompts alone are found in all of these.
 """
 
-import math
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rlhf.core.files import digest
+from rlhf.data.messages import BadRow, Message, called, described, human_assistant_turns
 from rlhf.data.options import ColumnConfig, ExampleColumns, PromptColumns
-
-Message = Mapping[str, str]  # the keys role and content
+from rlhf.data.rows import RowReader
 
 PROMPT_TEXT = "prompt text"
 PROMPT_MESSAGES = "prompt messages"
 CONVERSATIONS = "conversations"
 HUMAN_ASSISTANT = "human/assistant text"
+RATED_ANSWERS = "rated answers"
 
-_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+TIE = "tie, left out"
+"""The reason of rows that prefer neither answer; they are not bad."""
+
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # valid in JSON as an escape, but no tokenizer takes it
-_ROLES = {"Human": "user", "Assistant": "assistant"}
-_USUAL_NAMES = {
-    "prompt": ("prompt",),
-    "response": ("response",),
-    "chosen": ("chosen",),
-    "rejected": ("rejected",),
-    "margin": ("margin",),
-    "chosen_score": ("chosen_score", "score_chosen"),
-    "rejected_score": ("rejected_score", "score_rejected"),
-    "messages": ("messages", "conversations"),
-    "completion": ("completion", "response"),
-    "label": ("label",),
-}
-_TRUTHS = {"true": True, "1": True, "false": False, "0": False}
-
-
-class BadRow(Exception):
-    """A row that cannot be used: ``reason`` is one of few, to be counted, ``detail`` says what was found."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
-        self.detail = detail
+_ANSWER_TEXTS = ("response", "answer", "text", "content", "output", "completion")
+_ANSWER_SCORES = ("overall_score", "score", "rating", "fine-grained_score")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +51,17 @@ class PreferenceRecord:
     margin: float | None
     chosen_score: float | None
     rejected_score: float | None
+    group: str = ""
+    """What kind of pair it is; empty where no column says so."""
+    notes: tuple[str, ...] = ()
+    """What a reader of the report should know of the row."""
+    unread: tuple[str, ...] = ()
+    """Columns that hold something and were not read."""
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """All of its messages."""
+        return (*self.prompt, *self.chosen, *self.rejected)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,6 +73,13 @@ class ExampleRecord:
     prompt: tuple[Message, ...]
     completion: tuple[Message, ...]  # what follows the prompt: begins and ends with an assistant message
     label: bool | None
+    notes: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """All of its messages."""
+        return (*self.prompt, *self.completion)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,61 +89,82 @@ class PromptRecord:
     row_id: str
     source: str
     prompt: tuple[Message, ...]  # ends with a message from the user
+    notes: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """All of its messages."""
+        return self.prompt
 
 
-def to_record(value: Any, columns: ColumnConfig, *, row_id: str, source: str) -> tuple[PreferenceRecord, str]:
-    """The pair in one row, and the shape it had.
+def to_records(
+    value: Any, columns: ColumnConfig, *, row_id: str, source: str
+) -> tuple[list[PreferenceRecord], str]:
+    """The pairs in one row, of one prompt, and the shape it had.
 
     Raises:
-        BadRow: if the row is not a usable preference pair.
+        BadRow: if the row is no usable preference pair, or prefers neither answer.
     """
-    _refuse_other_than_columns(value)
-    prompt, chosen, rejected, shape = _texts(value, columns)
-    for name, messages in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
-        _refuse_unusable(name, messages)
-    for name, messages in (("chosen", chosen), ("rejected", rejected)):
-        _refuse_other_end(name, messages)
-    if _stripped(chosen) == _stripped(rejected):
-        raise BadRow("identical pair", "chosen and rejected are the same")
-    scores = [_number(value, columns, name) for name in ("chosen_score", "rejected_score")]
-    if scores.count(None) == 1:
-        raise BadRow("missing score", "only one of the two answers has a score")
-    record = PreferenceRecord(
-        row_id=row_id,
-        source=source,
-        prompt=prompt,
-        chosen=chosen,
-        rejected=rejected,
-        margin=_number(value, columns, "margin"),
-        chosen_score=scores[0],
-        rejected_score=scores[1],
-    )
-    return record, shape
+    row = RowReader(value, columns)
+    candidates, shape = _pairs_in(row)
+    for pair in candidates:
+        pair.check()
+    margin = row.number("margin")
+    strength = abs(row.number("strength") or 0) or None
+    group = row.word("group")
+    prompts = [row.with_system(pair.prompt) for pair in candidates]
+    if any(len(side) > 1 for pair in candidates for side in (pair.chosen, pair.rejected)):
+        row.note("note: answers of several messages count as a whole, with what others say in between")
+    notes, unread = row.noticed()
+    records = [
+        PreferenceRecord(
+            row_id=row_id,
+            source=source,
+            prompt=prompt,
+            chosen=pair.chosen,
+            rejected=pair.rejected,
+            margin=strength if margin is None else margin,
+            chosen_score=pair.scores[0],
+            rejected_score=pair.scores[1],
+            group=group,
+            notes=notes,
+            unread=unread,
+        )
+        for pair, prompt in zip(candidates, prompts, strict=True)
+    ]
+    return records, shape
 
 
 def to_example(
     value: Any, columns: ExampleColumns, *, labeled: bool, row_id: str, source: str
 ) -> tuple[ExampleRecord, str]:
-    """The conversation in one row, or its answer with a label, and the shape it had.
+    """The conversation, or the answer with its label, in one row, and the shape the row had.
 
     Raises:
-        BadRow: if the row is not usable as what is wanted.
+        BadRow: if the row has no usable conversation, or, where it is to have one, no label.
     """
-    _refuse_other_than_columns(value)
-    messages = None if labeled else _cell(value, columns, "messages")
+    row = RowReader(value, columns)
+    messages = None if labeled else row.cell("messages")
+    shape: str
     if messages is not None:
-        prompt, completion, shape = *_split_at_first_answer(messages), CONVERSATIONS
-    elif not labeled and _cell(value, columns, "completion") is None:
-        raise BadRow("missing column", f"neither messages nor completion is there; the row has: {_names(value)}")
+        prompt, completion = _split_at_first_answer(row, messages)
+        shape = CONVERSATIONS
+    elif not labeled and row.cell("completion") is None:
+        raise row.missing(f"neither messages nor completion is there; the row has: {row.names()}")
     else:
-        prompt, completion, shape = _prompt_and_answer(value, columns, "completion")
+        prompt, completion, shape = _prompt_and_answer(row, "completion")
     for name, part in (("prompt", prompt), ("completion", completion)):
         _refuse_unusable(name, part)
     if completion[0]["role"] != "assistant":
         raise BadRow("no assistant answer", f"completion begins with a message from {completion[0]['role']!r}")
     _refuse_other_end("completion", completion)
-    label = _truth(value, columns, "label") if labeled else None
-    record = ExampleRecord(row_id=row_id, source=source, prompt=prompt, completion=completion, label=label)
+    label = row.truth("label") if labeled else None
+    prompt = row.with_system(prompt)
+    notes, unread = row.noticed()
+    record = ExampleRecord(
+        row_id=row_id, source=source, prompt=prompt, completion=completion, label=label, notes=notes, unread=unread
+    )
     return record, shape
 
 
@@ -151,150 +174,290 @@ def to_prompt(value: Any, columns: PromptColumns, *, row_id: str, source: str) -
     Raises:
         BadRow: if there is no prompt that ends with a message from the user.
     """
-    _refuse_other_than_columns(value)
-    prompt, shape = _prompt_alone(value, columns)
+    row = RowReader(value, columns)
+    prompt, shape = _prompt_alone(row)
     _refuse_unusable("prompt", prompt)
-    if prompt[-1]["role"] != "user":
+    if prompt[-1]["role"] not in ("user", "tool"):
         raise BadRow("no prompt", f"the prompt ends with a message from {prompt[-1]['role']!r}, expected 'user'")
-    return PromptRecord(row_id=row_id, source=source, prompt=prompt), shape
+    prompt = row.with_system(prompt)
+    notes, unread = row.noticed()
+    return PromptRecord(row_id=row_id, source=source, prompt=prompt, notes=notes, unread=unread), shape
 
 
 def to_conversations(
     value: Any, columns: ColumnConfig
-) -> dict[str, tuple[tuple[Message, ...], tuple[Message, ...]]]:
-    """What there is to score in one row: prompt and answer of "response", or of "chosen" and "rejected".
+) -> dict[str, list[tuple[tuple[Message, ...], tuple[Message, ...]]]]:
+    """What there is to score in one row: prompt and answer of "response", or of every "chosen" and "rejected" answer.
 
     Raises:
         BadRow: if the row has neither, or what it has is not usable.
     """
-    _refuse_other_than_columns(value)
-    if _cell(value, columns, "response") is None:
-        record, _ = to_record(value, columns, row_id="", source="")
-        return {"chosen": (record.prompt, record.chosen), "rejected": (record.prompt, record.rejected)}
-    prompt, response, _ = _prompt_and_answer(value, columns, "response")
+    row = RowReader(value, columns)
+    if row.cell("response") is None:
+        records, _ = to_records(value, columns, row_id="", source="")
+        found = {"chosen": [(pair.prompt, pair.chosen) for pair in records]}
+        found["rejected"] = [(pair.prompt, pair.rejected) for pair in records]
+        return {side: _distinct(answers) for side, answers in found.items()}
+    prompt, response, _ = _prompt_and_answer(row, "response")
     for name, messages in (("prompt", prompt), ("response", response)):
         _refuse_unusable(name, messages)
-    return {"response": (prompt, response)}
+    return {"response": [(row.with_system(prompt), response)]}
 
 
 def prompt_key(prompt: Sequence[Message]) -> int:
     """A 64-bit name for a prompt: rows with equal keys ask the same thing, up to white space."""
     parts = [part for message in prompt for part in (message["role"], " ".join(message["content"].split()))]
+    parts += [json.dumps(message["tool_calls"], sort_keys=True) for message in prompt if message.get("tool_calls")]
     return int(digest(*parts), 16)
 
 
 # -------------------------------------------------------------------------------------------------- shapes
 
-_Columns = ColumnConfig | ExampleColumns | PromptColumns
 _Messages = tuple[Message, ...]
-_Texts = tuple[_Messages, _Messages, _Messages, str]
+_Scores = tuple[float | None, float | None]
 
 
-def _texts(value: Mapping[str, Any], columns: ColumnConfig) -> _Texts:
-    prompt = _cell(value, columns, "prompt")
-    chosen, rejected = (_answer(value, columns, name) for name in ("chosen", "rejected"))
+@dataclass(frozen=True)
+class _Pair:
+    """A candidate for a record."""
+
+    prompt: _Messages
+    chosen: _Messages
+    rejected: _Messages
+    scores: _Scores = (None, None)
+
+    def check(self) -> None:
+        """
+        Raises:
+            BadRow: if it cannot be used.
+        """
+        parts = {"prompt": self.prompt, "chosen": self.chosen, "rejected": self.rejected}
+        for name, messages in parts.items():
+            _refuse_unusable(name, messages)
+        for name in ("chosen", "rejected"):
+            _refuse_other_end(name, parts[name])
+        if _stripped(self.chosen) == _stripped(self.rejected):
+            raise BadRow("identical pair", "chosen and rejected are the same")
+        if self.scores.count(None) == 1:
+            raise BadRow("missing score", "only one of the two answers has a score")
+
+
+def _pairs_in(row: RowReader) -> tuple[list[_Pair], str]:
+    if row.cell("chosen") is None and isinstance(row.cell("answers"), list | tuple):
+        return _rated_pairs(row), RATED_ANSWERS
+    swapped = _second_is_better(row)
+    cells = [row.answer("chosen"), row.answer("rejected")]
+    scores = [row.numbers("chosen_score"), row.numbers("rejected_score")]
+    if swapped:
+        cells, scores = cells[::-1], scores[::-1]
+    if not any(_is_texts(cell) for cell in cells):
+        prompt, chosen, rejected, shape = _texts(row, *cells)
+        return [_Pair(prompt, chosen, rejected, (_only(scores[0]), _only(scores[1])))], shape
+    sides = [_as_texts(name, cell) for name, cell in zip(("chosen", "rejected"), cells, strict=True)]
+    spread = [_spread(given, len(side)) for given, side in zip(scores, sides, strict=True)]
+    pairs, shape = [], PROMPT_TEXT
+    for chosen_text, chosen_score in zip(sides[0], spread[0], strict=True):
+        for rejected_text, rejected_score in zip(sides[1], spread[1], strict=True):
+            prompt, chosen, rejected, shape = _texts(row, chosen_text, rejected_text)
+            pairs.append(_Pair(prompt, chosen, rejected, (chosen_score, rejected_score)))
+    return pairs, shape
+
+
+def _rated_pairs(row: RowReader) -> list[_Pair]:
+    """The best of the answers beside each one that is worse."""
+    entries = row.cell("answers")
+    rated = [_rated(f"answers[{place}]", entry) for place, entry in enumerate(entries)]
+    best = max(rated, key=lambda answer: answer[1], default=None)
+    worse = [answer for answer in rated if best and answer[1] < best[1]]
+    if best is None or not worse:
+        raise BadRow(TIE, f"none of the {len(rated)} answers is better than another one")
+    if not row.has_prompt(()):
+        raise row.missing("there are answers, but no prompt column", "no prompt")
+    prompt, _ = _prompt_messages(row)
+    ranked = any("rank" in entry for entry in entries)
+    pairs = []
+    for text, score in worse:
+        scores = (None, None) if ranked else (best[1], score)
+        pairs.append(_Pair(prompt, (_assistant(best[0]),), (_assistant(text),), scores))
+    return [pair for pair in pairs if _stripped(pair.chosen) != _stripped(pair.rejected)]
+
+
+def _rated(place: str, entry: Any) -> tuple[str, float]:
+    """The text of an answer, and how good it is."""
+    if not isinstance(entry, Mapping):
+        raise BadRow("wrong type", f"{place} is {described(entry)}, expected an object with a text and a score or rank")
+    text = next((entry[key] for key in _ANSWER_TEXTS if isinstance(entry.get(key), str)), None)
+    if text is None:
+        raise BadRow("missing column", f"{place} has no text ({', '.join(_ANSWER_TEXTS)}); it has: {', '.join(entry)}")
+    rank = RowReader.as_number(entry.get("rank"), f"{place}.rank")
+    if rank is not None:
+        return text, -rank
+    for key in _ANSWER_SCORES:
+        score = RowReader.as_number(entry.get(key), f"{place}.{key}")
+        if score is not None:
+            return text, score
+    raise BadRow("missing score", f"{place} has no rank or score ({', '.join(_ANSWER_SCORES)})")
+
+
+def _second_is_better(row: RowReader) -> bool:
+    """Whether the answer in the column of rejected is the preferred one."""
+    strength = row.number("strength")
+    if strength is not None:
+        if strength == 0:
+            raise BadRow(TIE, "the strength of the preference is 0")
+        return strength > 0
+    better = row.cell("better")
+    if better is None:
+        if row.column("better") or row.column("strength"):
+            raise BadRow("missing column", "nothing says which of the two answers is the better one")
+        return False
+    word = str(better).strip().lower()
+    first, second = ({str(row.column(name)).lower(), *words} for name, words in _SIDES.items())
+    if word in first | second and not isinstance(better, bool):
+        return word in second
+    if "tie" in word or word in ("-1", "both", "neither", "none", "same"):
+        raise BadRow(TIE, f"the better answer is {better!r}")
+    raise BadRow("wrong type", f"better is {better!r}, expected 0 or 1, a or b, or the name of a column")
+
+
+_SIDES = {
+    "chosen": ("0", "a", "model_a", "first", "chosen", "response_a"),
+    "rejected": ("1", "b", "model_b", "second", "rejected", "response_b"),
+}
+
+
+def _is_texts(cell: Any) -> bool:
+    return isinstance(cell, list | tuple) and bool(cell) and all(isinstance(part, str) for part in cell)
+
+
+def _as_texts(name: str, cell: Any) -> list[str]:
+    if isinstance(cell, str):
+        return [cell]
+    if not _is_texts(cell):
+        raise BadRow("wrong type", f"{name} holds messages, but the other answer texts alone")
+    return list(cell)
+
+
+def _only(scores: list[float | None]) -> float | None:
+    if len(scores) > 1:
+        raise BadRow("wrong type", f"{len(scores)} scores for one answer")
+    return scores[0]
+
+
+def _spread(scores: list[float | None], count: int) -> list[float | None]:
+    if len(scores) == 1:
+        return scores * count
+    if len(scores) != count:
+        raise BadRow("missing score", f"{len(scores)} scores for {count} answers")
+    return scores
+
+
+def _texts(row: RowReader, chosen: Any, rejected: Any) -> tuple[_Messages, _Messages, _Messages, str]:
     if isinstance(chosen, str) != isinstance(rejected, str):
-        raise BadRow("wrong type", f"chosen is {_kind(chosen)}, rejected is {_kind(rejected)}")
+        raise BadRow("wrong type", f"chosen is {described(chosen)}, rejected is {described(rejected)}")
     if isinstance(chosen, str):
-        return _from_text(prompt, chosen, rejected)
-    return _from_messages(prompt, _messages("chosen", chosen), _messages("rejected", rejected))
+        return _from_text(row, chosen, rejected)
+    return _from_messages(row, row.messages("chosen", chosen), row.messages("rejected", rejected))
 
 
-def _prompt_and_answer(value: Mapping[str, Any], columns: _Columns, name: str) -> tuple[_Messages, _Messages, str]:
+def _prompt_and_answer(row: RowReader, name: str) -> tuple[_Messages, _Messages, str]:
     """Prompt and answer of a row with a single answer in the column ``name``, and the row's shape."""
-    prompt, answer = _cell(value, columns, "prompt"), _answer(value, columns, name)
-    messages = (_assistant(answer),) if isinstance(answer, str) else _messages(name, answer)
-    if prompt is not None:
-        before, shape = _prompt_messages(prompt)
+    answer = row.answer(name)
+    messages = (_assistant(answer),) if isinstance(answer, str) else row.messages(name, answer)
+    if row.has_prompt(messages):
+        before, shape = _prompt_messages(row)
         return before, messages, shape if isinstance(answer, str) else PROMPT_MESSAGES
-    whole = _human_assistant_turns(answer) if isinstance(answer, str) else messages
+    whole = human_assistant_turns(answer) if isinstance(answer, str) else messages
     if len(whole) < 2 or whole[-1]["role"] != "assistant":
-        raise BadRow("no prompt", f"no prompt column, and {name} is not a conversation that ends in an answer")
+        raise row.missing(f"no prompt column, and {name} is not a conversation that ends in an answer", "no prompt")
     return whole[:-1], whole[-1:], HUMAN_ASSISTANT if isinstance(answer, str) else CONVERSATIONS
 
 
-def _split_at_first_answer(conversation: Any) -> tuple[_Messages, _Messages]:
+def _split_at_first_answer(row: RowReader, conversation: Any) -> tuple[_Messages, _Messages]:
     """What stands before the first assistant message, and from there to the last one: nobody answers the rest."""
     if not isinstance(conversation, list | tuple):
-        raise BadRow("wrong type", f"messages is {_kind(conversation)}, expected a list of messages")
-    messages = _messages("messages", conversation)
+        raise BadRow("wrong type", f"messages is {described(conversation)}, expected a list of messages")
+    messages = row.messages("messages", conversation)
     answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
-        raise BadRow("no assistant answer", "messages has no message from 'assistant'")
+        raise BadRow("no assistant answer", f"messages has no message from 'assistant', {_roles(messages)}")
     if answers[0] == 0:
         raise BadRow("no prompt", "messages begins with an assistant message")
     return messages[: answers[0]], messages[answers[0] : answers[-1] + 1]
 
 
-def _prompt_alone(value: Mapping[str, Any], columns: PromptColumns) -> tuple[_Messages, str]:
+def _prompt_alone(row: RowReader) -> tuple[_Messages, str]:
     """The prompt in the first column that can have one, and the row's shape."""
-    prompt, messages, chosen, rejected = (
-        _cell(value, columns, name) for name in ("prompt", "messages", "chosen", "rejected")
-    )
+    prompt, messages, chosen, rejected = (row.cell(name) for name in ("prompt", "messages", "chosen", "rejected"))
     if prompt is not None:
-        return _prompt_messages(prompt)
+        return _prompt_messages(row)
     if messages is not None:
-        return _up_to_last_user("messages", _conversation("messages", messages)), CONVERSATIONS
+        return _up_to_last_user("messages", _conversation(row, "messages", messages)), CONVERSATIONS
     if chosen is None:
-        raise BadRow("missing column", f"none of prompt, messages and chosen is there; the row has: {_names(value)}")
+        raise row.missing(f"none of prompt, messages and chosen is there; the row has: {row.names()}")
     shape = HUMAN_ASSISTANT if isinstance(chosen, str) else CONVERSATIONS
-    whole = _conversation("chosen", chosen)
-    other = whole if rejected is None else _conversation("rejected", rejected)
+    whole = _conversation(row, "chosen", chosen)
+    other = whole if rejected is None else _conversation(row, "rejected", rejected)
     if _stripped(whole) == _stripped(other):
         return _up_to_last_user("chosen", whole), shape
     return _split_shared_prompt(whole, other)[0], shape
 
 
-def _conversation(name: str, cell: Any) -> _Messages:
+def _conversation(row: RowReader, name: str, cell: Any) -> _Messages:
     if isinstance(cell, list | tuple):
-        return _messages(name, cell)
+        return row.messages(name, cell)
     if not isinstance(cell, str):
-        raise BadRow("wrong type", f"{name} is {_kind(cell)}, expected a list of messages")
-    turns = _human_assistant_turns(cell)
+        raise BadRow("wrong type", f"{name} is {described(cell)}, expected a list of messages")
+    turns = human_assistant_turns(cell)
     if not turns:
-        raise BadRow("no prompt", f"there is no prompt column, and {name} is a plain text, not a conversation")
+        raise row.missing(f"there is no prompt column, and {name} is a plain text, not a conversation", "no prompt")
     return turns
 
 
 def _up_to_last_user(name: str, messages: _Messages) -> _Messages:
-    asked = [place for place, message in enumerate(messages) if message["role"] == "user"]
+    asked = [place for place, message in enumerate(messages) if message["role"] in ("user", "tool")]
     if not asked:
-        raise BadRow("no prompt", f"{name} has no message from 'user'")
+        raise BadRow("no prompt", f"{name} has no message from 'user', {_roles(messages)}")
     return messages[: asked[-1] + 1]
 
 
-def _from_text(prompt: Any, chosen: str, rejected: str) -> _Texts:
+def _from_text(row: RowReader, chosen: str, rejected: str) -> tuple[_Messages, _Messages, _Messages, str]:
     for name, text in (("chosen", chosen), ("rejected", rejected)):
         if not text.strip():
             raise BadRow("empty text", f"{name} is empty")
-    whole = [_human_assistant_turns(text) for text in (chosen, rejected)]
+    whole = [human_assistant_turns(text) for text in (chosen, rejected)]
     if whole[0] and whole[1]:
+        row.cell("prompt")  # it is part of what they share
         return *_split_shared_prompt(*whole), HUMAN_ASSISTANT
-    if prompt is None:
-        raise BadRow("no prompt", "chosen and rejected are plain texts, and there is no prompt column")
-    messages, shape = _prompt_messages(prompt)
+    if not row.has_prompt((_assistant(chosen),)):
+        raise row.missing("chosen and rejected are plain texts, and there is no prompt column", "no prompt")
+    messages, shape = _prompt_messages(row)
     return messages, (_assistant(chosen),), (_assistant(rejected),), shape
 
 
-def _from_messages(prompt: Any, chosen: _Messages, rejected: _Messages) -> _Texts:
+def _from_messages(
+    row: RowReader, chosen: _Messages, rejected: _Messages
+) -> tuple[_Messages, _Messages, _Messages, str]:
     starts = {side[0]["role"] for side in (chosen, rejected) if side}
-    if prompt is None or (starts and "assistant" not in starts):
+    if not row.has_prompt(chosen) or (starts and "assistant" not in starts):
+        row.cell("prompt")  # whole conversations have it
         return *_split_shared_prompt(chosen, rejected), CONVERSATIONS
     for name, side in (("chosen", chosen), ("rejected", rejected)):
         if side and side[0]["role"] != "assistant":
             raise BadRow("no assistant answer", f"{name} begins with a message from {side[0]['role']!r}")
-    return _prompt_messages(prompt)[0], chosen, rejected, PROMPT_MESSAGES
+    return _prompt_messages(row)[0], chosen, rejected, PROMPT_MESSAGES
 
 
-def _prompt_messages(prompt: Any) -> tuple[_Messages, str]:
+def _prompt_messages(row: RowReader) -> tuple[_Messages, str]:
+    prompt = row.prompt()
     if isinstance(prompt, str):
-        turns = _human_assistant_turns(prompt)
+        turns = human_assistant_turns(prompt)
         if len(turns) > 1 and turns[-1]["role"] == "assistant" and not turns[-1]["content"]:
             return turns[:-1], HUMAN_ASSISTANT
         return ({"role": "user", "content": prompt},), PROMPT_TEXT
     if not isinstance(prompt, list | tuple):
-        raise BadRow("wrong type", f"prompt is {_kind(prompt)}, expected text or a list of messages")
-    messages = _messages("prompt", prompt)
+        raise BadRow("wrong type", f"prompt is {described(prompt)}, expected text or a list of messages")
+    messages = row.messages("prompt", prompt)
     if messages and messages[-1]["role"] == "assistant":
         raise BadRow("no prompt", "the prompt ends with an assistant message")
     return messages, PROMPT_MESSAGES
@@ -310,7 +473,8 @@ def _split_shared_prompt(chosen: _Messages, rejected: _Messages) -> tuple[_Messa
     while shared > 0 and not _answers_begin(chosen, rejected, shared):
         shared -= 1
     if shared == 0:
-        raise BadRow("no prompt", "chosen and rejected share no messages before their answers")
+        found = _roles([*chosen, *rejected])
+        raise BadRow("no prompt", f"chosen and rejected share no messages before answers from 'assistant'; {found}")
     return chosen[:shared], chosen[shared:], rejected[shared:]
 
 
@@ -319,61 +483,12 @@ def _answers_begin(chosen: _Messages, rejected: _Messages, at: int) -> bool:
     return roles == {"assistant"} and chosen[at - 1]["role"] != "assistant"
 
 
-def _human_assistant_turns(text: str) -> _Messages:
-    """The turns of an Anthropic HH text; none if it does not begin with ``Human:``."""
-    pieces = _TURN.split(text)
-    if len(pieces) < 3 or pieces[0].strip() or pieces[1] != "Human":
-        return ()
-    return tuple(
-        {"role": _ROLES[name], "content": content.strip()}
-        for name, content in zip(pieces[1::2], pieces[2::2], strict=True)
-    )
-
-
 def _assistant(text: str) -> Message:
     return {"role": "assistant", "content": text}
 
 
-# --------------------------------------------------------------------------------------------------- cells
-
-
-def _cell(value: Mapping[str, Any], columns: _Columns, name: str) -> Any:
-    """What the column holds; ``None`` where it is null, absent under its usual names, or to be ignored."""
-    wanted = getattr(columns, name)
-    if wanted is None:
-        return next((value[usual] for usual in _USUAL_NAMES[name] if value.get(usual) is not None), None)
-    if wanted and wanted not in value:
-        raise BadRow("missing column", f"{name} should be in {wanted!r}; the row has: {_names(value)}")
-    return value[wanted] if wanted else None
-
-
-def _answer(value: Mapping[str, Any], columns: _Columns, name: str) -> Any:
-    cell = _cell(value, columns, name)
-    if cell is None:
-        raise BadRow("missing column", f"{name} is null or absent; the row has: {_names(value)}")
-    if not isinstance(cell, str | list | tuple):
-        raise BadRow("wrong type", f"{name} is {_kind(cell)}, expected text or a list of messages")
-    return cell
-
-
-def _messages(name: str, entries: Sequence[Any]) -> _Messages:
-    messages = []
-    for place, entry in enumerate(entries):
-        if not isinstance(entry, Mapping):
-            raise BadRow("wrong type", f"{name}[{place}] is {_kind(entry)}, expected role and content")
-        message: dict[str, str] = {}
-        for key in ("role", "content"):
-            part = entry.get(key)
-            if not isinstance(part, str):
-                raise BadRow("wrong type", f"{name}[{place}].{key} is {_kind(part)}, expected text")
-            message[key] = part
-        messages.append(message)
-    return tuple(messages)
-
-
-def _refuse_other_than_columns(value: Any) -> None:
-    if not isinstance(value, Mapping):
-        raise BadRow("wrong type", f"the row is {_kind(value)}, expected an object with columns")
+def _roles(messages: Sequence[Message]) -> str:
+    return f"its roles are {', '.join(dict.fromkeys(repr(message['role']) for message in messages)) or 'none'}"
 
 
 def _refuse_other_end(name: str, messages: Sequence[Message]) -> None:
@@ -385,55 +500,24 @@ def _refuse_unusable(name: str, messages: Sequence[Message]) -> None:
     if not messages:
         raise BadRow("empty text", f"{name} has no messages")
     for place, message in enumerate(messages):
-        if message["role"] != "system" and not message["content"].strip():
+        says_something = message["content"].strip() or message.get("tool_calls")
+        if message["role"] not in ("system", "tool") and not says_something:
             raise BadRow("empty text", f"message {place + 1} of {name} ({message['role']}) is empty")
-        if _HALF_CHARACTER.search(message["role"] + message["content"]):
+        if _HALF_CHARACTER.search("".join([message["role"], message["content"], *called(message)])):
             raise BadRow("broken text", f"message {place + 1} of {name} has half of a surrogate pair in it")
 
 
-def _number(value: Mapping[str, Any], columns: _Columns, name: str) -> float | None:
-    cell = _cell(value, columns, name)
-    if isinstance(cell, str):  # a csv file has nothing but texts
-        cell = _parsed(cell.strip(), name)
-    if cell is None:
-        return None
-    if isinstance(cell, bool) or not isinstance(cell, int | float):
-        raise BadRow("wrong type", f"{name} is {_kind(cell)}, expected a number")
-    number = float(cell) if abs(cell) < 1e300 else math.inf
-    if not math.isfinite(number):
-        raise BadRow("non-finite number", f"{name} is {cell}")
-    return number
+def _stripped(messages: Sequence[Message]) -> list[tuple[str, str, str]]:
+    """What tells conversations apart."""
+    return [
+        (
+            message["role"],
+            message["content"].strip(),
+            "".join([message.get("reasoning_content", ""), json.dumps(message.get("tool_calls", ""))]),
+        )
+        for message in messages
+    ]
 
 
-def _truth(value: Mapping[str, Any], columns: _Columns, name: str) -> bool:
-    cell = _cell(value, columns, name)
-    if cell is None or (isinstance(cell, str) and not cell.strip()):
-        raise BadRow("missing label", f"{name} is null, empty or absent; the row has: {_names(value)}")
-    if isinstance(cell, str) and cell.strip().lower() in _TRUTHS:  # a csv file has nothing but texts
-        return _TRUTHS[cell.strip().lower()]
-    if not isinstance(cell, bool | int | float) or cell not in (0, 1):
-        found = f"the text {cell[:40]!r}" if isinstance(cell, str) else _kind(cell)
-        raise BadRow("wrong type", f"{name} is {found}, expected true or false")
-    return bool(cell)
-
-
-def _parsed(text: str, name: str) -> float | None:
-    try:
-        return float(text) if text else None
-    except ValueError:
-        raise BadRow("wrong type", f"{name} is the text {text[:40]!r}, expected a number") from None
-
-
-def _stripped(messages: Sequence[Message]) -> list[tuple[str, str]]:
-    return [(message["role"], message["content"].strip()) for message in messages]
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return f"a number ({value})"
-    names = {str: "text", list: "a list", dict: "an object", bool: "a truth value", type(None): "null"}
-    return names.get(type(value), type(value).__name__)
-
-
-def _names(value: Mapping[str, Any]) -> str:
-    return ", ".join(map(str, value)) or "nothing"
+def _distinct(answers: list[tuple[_Messages, _Messages]]) -> list[tuple[_Messages, _Messages]]:
+    return [answer for place, answer in enumerate(answers) if answer not in answers[:place]]

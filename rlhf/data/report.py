@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -10,11 +11,25 @@ import numpy as np
 
 from rlhf.core.errors import DataError
 from rlhf.core.files import write_text
+from rlhf.data.records import TIE
+from rlhf.data.store import StoreCounts
 
 QUARANTINE = "quarantine.jsonl"
 TOO_LONG = "response too long"
 OVER_LENGTH = "over length, dropped"
 """The reason listed for rows that ``over_length: drop`` leaves out; they do not count as bad."""
+NOT_BAD = (OVER_LENGTH, TIE)
+"""Reasons of rows that are left out as they should be."""
+
+_READERS = {
+    "input": "input",
+    "context": "input",
+    "system": "system",
+    "system_prompt": "system",
+    "subset": "group",
+    "category": "group",
+}
+"""Settings that read columns of these names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +66,8 @@ class SourceReport:
     left_out: list[LeftOut]
     repeated: int = 0
     """Rows passed over because an earlier one has the same prompt."""
+    notices: list[str] = field(default_factory=list)
+    """What a reader should know of the rows, in lines that begin with ``note:`` or ``warning:``."""
 
     @property
     def dropped(self) -> int:
@@ -58,9 +75,14 @@ class SourceReport:
         return sum(row.reason == OVER_LENGTH for row in self.left_out)
 
     @property
+    def ties(self) -> int:
+        """Rows left out because they prefer neither answer."""
+        return sum(row.reason == TIE for row in self.left_out)
+
+    @property
     def bad(self) -> dict[str, int]:
         """Bad rows by reason, most frequent first."""
-        reasons = Counter(row.reason for row in self.left_out if row.reason != OVER_LENGTH)
+        reasons = Counter(row.reason for row in self.left_out if row.reason not in NOT_BAD)
         return dict(reasons.most_common())
 
     def line(self) -> str:
@@ -69,6 +91,7 @@ class SourceReport:
         parts += [f"{self.repeated} repeats passed over"] if self.repeated else []
         parts += [f"{self.truncated} cut on the left"] if self.truncated else []
         parts += [f"{self.dropped} dropped as too long"] if self.dropped else []
+        parts += [f"{self.ties} ties left out"] if self.ties else []
         parts += [f"{count} bad: {reason}" for reason, count in self.bad.items()]
         parts += [f"weight {self.weight:g}"] if self.weight != 1 else []
         parts += ["tokens from the cache"] if self.cached else []
@@ -98,6 +121,8 @@ class DataReport:
     """Prompts held out of the training sources; ``None`` where an eval source was given."""
     shared_prompts: int = 0
     """Prompts that both the training and the given eval sources hold."""
+    one_prompt: bool = False
+    """Whether all training items have the same prompt."""
     flipped: int = 0
     """Training pairs with swapped answers."""
     not_wanted: int = 0
@@ -114,6 +139,7 @@ class DataReport:
             lengths: tokens of the training rows.
         """
         self.train_items, self.eval_items = len(train_prompts), len(eval_prompts)
+        self.one_prompt = len(np.unique(train_prompts)) == 1
         self.shared_prompts = len(np.intersect1d(train_prompts, eval_prompts))
         quantiles = np.percentile(lengths, [50, 95, 99, 100], method="higher")
         self.row_tokens = dict(zip(("median", "95 %", "99 %", "longest"), map(int, quantiles), strict=True))
@@ -132,6 +158,9 @@ class DataReport:
         lines.append(f"eval: {self.eval_items} {self.unit}{origin}")
         if self.shared_prompts:
             lines.append(f"warning: {self.shared_prompts} prompts of the eval sources are also trained on")
+        lines += [notice.replace(": ", f": {source.name}: ", 1) for source in self.sources for notice in source.notices]
+        if self.one_prompt and self.train_items > 1:
+            lines.append(f"warning: all training {self.unit} have the same prompt; {HIDDEN_QUESTION}")
         return [*lines, *(f"note: {note}" for note in self.notes)]
 
     def as_dict(self) -> dict[str, Any]:
@@ -140,15 +169,39 @@ class DataReport:
         return {**{key: value for key, value in vars(self).items()}, "sources": sources}
 
 
+HIDDEN_QUESTION = "is a part of it in another column (data.columns.prompt, data.columns.input)?"
+"""What to ask where all prompts are equal."""
+
+
+def noticed(counts: StoreCounts, files: Sequence[str]) -> list[str]:
+    """Lines on what is noteworthy of the rows of one source, whose files have these short names."""
+    lines = []
+    for note, (count, places) in counts.notes.items():
+        rows = ", ".join(f"{files[file]}:{line}" for file, line in places)
+        lines.append(f"{note}: {count} rows, such as {rows}")
+    if counts.unread:
+        readers = [f"data.columns.{_READERS[name]}={name}" for name in counts.unread if name in _READERS]
+        hint = f" (to read one: {', '.join(readers)})" if readers else ""
+        lines.append(f"note: columns that are not read: {', '.join(counts.unread)}{hint}")
+    return lines
+
+
 def write_quarantine(path: Path, sources: list[SourceReport]) -> None:
     """List the rows left out of all ``sources``, one JSON object a line; without any, the file is empty."""
     rows = dict.fromkeys(row for source in sources for row in source.left_out)
     write_text(path, "".join(json.dumps(asdict(row)) + "\n" for row in rows))
 
 
-def refuse_bad_sources(sources: list[SourceReport], max_share: float, quarantine: Path | None) -> None:
+def refuse_bad_sources(
+    sources: list[SourceReport], max_share: float, quarantine: Path | None, *, check: str
+) -> None:
     """Stop if no row of a source can be used, or if too large a share of the training or of the eval rows is bad.
 
+    Args:
+        sources: what was read.
+        max_share: the share that is allowed.
+        quarantine: the file with all rows left out.
+        check: which kind of ``rlhf data check`` reads such rows.
     Raises:
         DataError: with counts by reason, the first examples, and where the whole list is.
     """
@@ -157,7 +210,7 @@ def refuse_bad_sources(sources: list[SourceReport], max_share: float, quarantine
         faults += _too_many_bad([source for source in sources if source.role == role], max_share)
     if faults:
         listed = [f"All rows left out are listed in {quarantine}."] if quarantine else []
-        way_out = "Mend the data, or change data.quarantine_max_share; `rlhf data check` shows more."
+        way_out = f"Mend the data, or change data.quarantine_max_share; `rlhf data check --kind {check}` shows more."
         if any(TOO_LONG in source.bad for source in sources):
             way_out += " Against long responses: raise data.max_tokens, or set data.over_length=drop."
         if any(source.dropped and not source.items for source in sources):
@@ -188,4 +241,4 @@ def _reasons(sources: list[SourceReport]) -> list[str]:
     """Counts by reason and the first three examples, as indented lines."""
     rows = [row for source in sources for row in source.left_out]
     counts = [f"  {count} x {reason}" for reason, count in Counter(row.reason for row in rows).most_common()]
-    return [*counts, *(f"  {row}" for row in [row for row in rows if row.reason != OVER_LENGTH][:3])]
+    return [*counts, *(f"  {row}" for row in [row for row in rows if row.reason not in NOT_BAD][:3])]

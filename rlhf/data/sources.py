@@ -1,36 +1,26 @@
-"""Rows of jsonl, json, csv, parquet and arrow files, of folders and globs of them, and of hub datasets.
+"""Where rows come from: files, folders and globs of them, saved datasets, and the hub."""
 
-Text formats are read line by line, because a reader that infers one type per column for the whole file
-fails on the first odd row; here such a row becomes a :class:`RawRow` with a fault. The binary formats and
-the hub are read through ``datasets``.
-"""
-
-import csv
 import difflib
 import glob
-import gzip
 import hashlib
-import io
 import json
 import os
 import re
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from rlhf.core.errors import DataError
 from rlhf.core.files import digest
+from rlhf.data.formats import KINDS, one_line, read_rows, suffix_of
 from rlhf.data.options import RowSource
 
-LINE_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv")
-SUFFIXES = (*LINE_SUFFIXES, *(f"{suffix}.gz" for suffix in LINE_SUFFIXES), ".parquet", ".arrow")
-
 _NOT_ROWS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
-_SPLIT_WORDS = ("train", "test", "validation", "valid", "dev", "eval")
-_UNDECODED = re.compile("[\udc80-\udcff]")  # what errors="surrogateescape" makes of bytes that are not UTF-8
-_LARGEST_CELL = 1 << 27  # bytes in one csv cell; the csv module stops at 128 KiB unless told
+_ABOUT = re.compile(r"(README|LICEN[CS]E|CHANGELOG|CITATION)", re.IGNORECASE)  # files about the data
+_SHARD = re.compile(r"([-_.]\d+-of-\d+|[-_.]\d+)$")
+_SPLIT_NAME = re.compile(r"(train|test|validation|valid|val|dev|eval)([-_.].*)?$", re.IGNORECASE)
+_HELD_OUT = re.compile(r"(test|validation|valid|val|dev|eval)([-_.].*)?$", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +36,11 @@ class RawRow:
 class Source:
     """Rows from files, in order."""
 
-    def __init__(self, name: str, files: Sequence[str]) -> None:
+    def __init__(self, name: str, files: Sequence[str], notices: Sequence[str] = ()) -> None:
+        """``notices``: what a reader of the report should know of how the files were found."""
         self.name = name
         self.files = tuple(files)
+        self.notices = tuple(notices)
 
     def rows(self) -> Iterator[RawRow]:
         """Every row once.
@@ -57,23 +49,18 @@ class Source:
             DataError: if a file turns out to be damaged.
         """
         for number, file in enumerate(self.files):
-            path = Path(file)
-            reader = _READERS[_suffix(path)]
-            try:
-                yield from (RawRow(number, *entry) for entry in reader(path))
-            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-                raise DataError(f"{path}: the compressed file is damaged or cut short ({error})") from None
+            yield from (RawRow(number, *entry) for entry in read_rows(Path(file)))
 
     def digest(self) -> str:
         """A name for the contents, whatever the files are called."""
-        return digest(*(_file_digest(Path(file)) + _suffix(Path(file)) for file in self.files))
+        return digest(*(_file_digest(Path(file)) + suffix_of(Path(file)) for file in self.files))
 
 
 class TableSource(Source):
     """Rows of a ``datasets.Dataset``: a hub dataset, or a folder written by ``save_to_disk``."""
 
-    def __init__(self, name: str, table: Any) -> None:
-        super().__init__(name, [name])
+    def __init__(self, name: str, table: Any, notices: Sequence[str] = ()) -> None:
+        super().__init__(name, [name], notices)
         self._table = table
 
     def rows(self) -> Iterator[RawRow]:
@@ -96,11 +83,15 @@ def open_source(config: RowSource) -> Source:
     if path.is_dir():
         return _open_folder(path, config)
     if path.is_file():
+        if config.split not in (None, _split_of(Path(path.name))):
+            raise DataError(f"{config.path}: there is no split {config.split!r} in a single file; leave split unset")
         return Source(config.path, [_known(path)])
     if glob.has_magic(config.path):
         matches = sorted(match for match in glob.glob(str(path), recursive=True) if Path(match).is_file())
         if not matches:
             raise DataError(f"{config.path}: no file matches this pattern")
+        if config.split is not None:
+            raise DataError(f"{config.path}: a pattern names its files itself; leave split ({config.split!r}) unset")
         return Source(config.path, [_known(Path(match)) for match in matches])
     if looks_like_file(config.path):
         raise DataError(_missing(path))
@@ -119,21 +110,16 @@ def row_names(files: Sequence[str]) -> dict[str, str]:
 # ------------------------------------------------------------------------------------------- finding files
 
 
-def _suffix(path: Path) -> str:
-    name = path.name.lower()
-    return max((suffix for suffix in SUFFIXES if name.endswith(suffix)), key=len, default="")
-
-
 def _known(path: Path) -> str:
-    if not _suffix(path):
-        raise DataError(f"{path}: unknown kind of file; known are {', '.join(SUFFIXES)}")
+    if not suffix_of(path):
+        raise DataError(f"{path}: unknown kind of file; known are {KINDS}")
     if not os.access(path, os.R_OK):
         raise DataError(f"{path}: the file may not be read (permissions)")
     return str(path)
 
 
 def looks_like_file(path: str) -> bool:
-    return bool(_suffix(Path(path))) or path.startswith((".", "/", "~")) or path.count("/") > 1
+    return bool(suffix_of(Path(path))) or path.startswith((".", "/", "~")) or path.count("/") > 1
 
 
 def _missing(path: Path) -> str:
@@ -149,66 +135,95 @@ def _missing(path: Path) -> str:
 def _open_folder(folder: Path, config: RowSource) -> Source:
     if (folder / "dataset_dict.json").is_file():
         splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
-        return _saved_table(folder / _choose_split(str(folder), splits, config.split), config)
+        split = _choose_split(str(folder), splits, config.split)
+        notices = _others_noted("splits", [other for other in splits if other != split])
+        return _saved_table(folder / split, None, notices)
     if (folder / "state.json").is_file():
-        return _saved_table(folder, config)
-    files = sorted(path for path in folder.rglob("*") if _holds_rows(path, folder))
+        return _saved_table(folder, config.split)
+    visible = [path for path in sorted(folder.rglob("*")) if _is_visible_file(path, folder)]
+    files = [path for path in visible if suffix_of(path)]
+    if not files:
+        raise DataError(f"{folder}: the folder holds no data files ({KINDS})")
+    unread = [str(path.relative_to(folder)) for path in visible if not suffix_of(path)]
     by_split: dict[str, list[Path]] = {}
     for path in files:
         by_split.setdefault(_split_of(path.relative_to(folder)), []).append(path)
     if len(by_split) > 1 and "" in by_split:
         odd = by_split[""][0].relative_to(folder)
         raise DataError(f"{folder}: some files are named after a split, but {odd} is not; give a glob")
-    if set(by_split) - {""}:
-        files = by_split[_choose_split(str(folder), sorted(by_split), config.split)]
-    if not files:
-        raise DataError(f"{folder}: the folder holds no data files ({', '.join(SUFFIXES)})")
-    return Source(config.path, [str(path) for path in files])
+    split = _choose_split(str(folder), sorted(by_split), config.split) if set(by_split) != {""} else ""
+    if not split and config.split is not None:
+        raise DataError(
+            f"{folder}: there is no split {config.split!r}: no file or folder in it is named so; leave split unset to "
+            "read all of it"
+        )
+    notices = _others_noted("files", unread) + _others_noted("splits", [name for name in by_split if name != split])
+    return Source(config.path, [str(path) for path in by_split[split]], notices)
 
 
-def _holds_rows(path: Path, folder: Path) -> bool:
+def _is_visible_file(path: Path, folder: Path) -> bool:
     hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-    return path.is_file() and not hidden and bool(_suffix(path)) and path.name not in _NOT_ROWS
+    return path.is_file() and not hidden and path.name not in _NOT_ROWS and not _ABOUT.match(path.name)
+
+
+def _others_noted(what: str, names: Sequence[str]) -> tuple[str, ...]:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return (f"note: {what} that are not read: {', '.join(names[:5])}{more}",) if names else ()
 
 
 def _split_of(path: Path) -> str:
-    """The split that a file or its folder is named after: ``train`` for train-00000-of-00004.parquet."""
-    words = (re.split(r"[^a-z]", part.lower(), maxsplit=1)[0] for part in path.parts)
-    return next((word for word in words if word in _SPLIT_WORDS), "")
+    """The split that a file or its folder is named after, by its whole name: ``train_prefs`` for
+    train_prefs-00000-of-00001.parquet; empty if neither is named after one."""
+    stem = path.name[: -len(suffix_of(path))]
+    whole = _SHARD.sub("", stem)
+    if whole != stem and _SHARD.search(stem)[0].count("-of-"):  # type: ignore[index]
+        return whole
+    return next((part for part in (*path.parts[:-1], whole) if _SPLIT_NAME.match(part)), "")
 
 
-def _choose_split(name: str, splits: Sequence[str], wanted: str) -> str:
-    if wanted not in splits:
-        raise DataError(f"{name}: there is no split {wanted!r}; set split to one of: {', '.join(splits)}")
-    return wanted
+def _choose_split(name: str, splits: Sequence[str], wanted: str | None) -> str:
+    """The split that is wanted; where none is, ``train``, or the only one that begins so, or the only one at all."""
+    known = ", ".join(splits)
+    if wanted is not None:
+        if wanted not in splits:
+            raise DataError(f"{name}: there is no split {wanted!r}; set split to one of: {known}")
+        return wanted
+    if "train" in splits:
+        return "train"
+    training = [split for split in splits if split.startswith("train")]
+    if len(training) == 1:
+        return training[0]
+    if len(splits) == 1 and not _HELD_OUT.match(splits[0]):
+        return splits[0]
+    several = f"several splits begin with 'train' ({', '.join(training)})" if training else "there is no split 'train'"
+    raise DataError(f"{name}: {several}; set split to one of: {known}")
 
 
-def _saved_table(folder: Path, config: RowSource) -> Source:
+def _saved_table(folder: Path, split: str | None, notices: Sequence[str] = ()) -> Source:
     import datasets  # slow to import, and needed only here
 
     try:
         table = datasets.load_from_disk(str(folder))
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{folder}: not a readable saved dataset ({_one_line(error)})") from error
-    return TableSource(str(folder), table)
+        raise DataError(f"{folder}: not a readable saved dataset ({one_line(error)})") from error
+    if split is not None and split != str(table.split):
+        raise DataError(f"{folder}: there is no split {split!r} in a single saved dataset; leave split unset")
+    return TableSource(str(folder), table, notices)
 
 
 def _open_hub(config: RowSource) -> Source:
     import datasets
 
+    split = config.split or "train"
     try:
-        table = datasets.load_dataset(config.path, config.subset, split=config.split)
+        table = datasets.load_dataset(config.path, config.subset, split=split)
     except Exception as error:  # the hub's libraries raise errors of many families
         raise DataError(
             f"{config.path}: there is no such local file or folder (looked in {Path.cwd()}), and loading it "
-            f"from the hub failed: {type(error).__name__}: {_one_line(error)}"
+            f"from the hub failed: {type(error).__name__}: {one_line(error)}"
         ) from error
     subset = f"/{config.subset}" if config.subset else ""
-    return TableSource(f"{config.path}{subset}[{config.split}]", table)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+    return TableSource(f"{config.path}{subset}[{split}]", table)
 
 
 def _file_digest(path: Path) -> str:
@@ -217,107 +232,3 @@ def _file_digest(path: Path) -> str:
         while block := handle.read(1 << 20):
             state.update(block)
     return state.hexdigest()
-
-
-# ------------------------------------------------------------------------------------------------- readers
-
-_Entry = tuple[int, Any, str | None]
-
-
-def _open_binary(path: Path) -> BinaryIO | gzip.GzipFile:
-    return gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb")
-
-
-def _read_lines(path: Path) -> Iterator[_Entry]:
-    with _open_binary(path) as handle:
-        yield from _parse_lines(handle)
-
-
-def _parse_lines(lines: Iterable[bytes]) -> Iterator[_Entry]:
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            yield number, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8")), None
-        except UnicodeDecodeError as error:
-            yield number, None, f"not UTF-8: {error.reason} at byte {error.start}"
-        except json.JSONDecodeError as error:
-            yield number, None, f"not JSON: {error.msg} at column {error.colno}"
-        except RecursionError:
-            yield number, None, "not JSON that can be read: nested too deeply"
-
-
-def _read_json(path: Path) -> Iterator[_Entry]:
-    """One array of rows; a file that does not begin with ``[`` is read as lines."""
-    with _open_binary(path) as handle:
-        raw = handle.read()
-    if not raw.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-        yield from _parse_lines(io.BytesIO(raw))
-        return
-    try:
-        rows = json.loads(raw.decode("utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        hint = "its rows cannot be told apart; save it as jsonl"
-        raise DataError(f"{path}: not a valid JSON array ({error}); {hint}") from None
-    yield from ((number, row, None) for number, row in enumerate(rows, start=1))
-
-
-def _read_csv(path: Path) -> Iterator[_Entry]:
-    """Rows of a csv file with a header; the number is the line where the row begins."""
-    csv.field_size_limit(_LARGEST_CELL)
-    with _open_binary(path) as handle:
-        text = io.TextIOWrapper(handle, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        reader = csv.reader(text)
-        header = next(reader, None)
-        if header is None:
-            return
-        while True:
-            begins = reader.line_num + 1
-            try:
-                cells = next(reader, None)
-            except csv.Error as error:
-                yield begins, None, f"not csv: {error}"
-                continue
-            if cells is None:
-                return
-            if cells:
-                yield begins, dict(zip(header, cells, strict=False)), _csv_fault(header, cells)
-
-
-def _csv_fault(header: list[str], cells: list[str]) -> str | None:
-    if len(cells) != len(header):
-        return f"{len(cells)} cells, but the header has {len(header)}"
-    if any(_UNDECODED.search(cell) for cell in cells):
-        return "not UTF-8"
-    return None
-
-
-def _read_parquet(path: Path) -> Iterator[_Entry]:
-    import datasets
-
-    try:
-        table = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
-        yield from ((number, row, None) for number, row in enumerate(table, start=1))
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"{path}: not a readable parquet file ({_one_line(error)})") from error
-
-
-def _read_arrow(path: Path) -> Iterator[_Entry]:
-    import datasets
-
-    try:
-        table = datasets.Dataset.from_file(str(path))
-        yield from ((number, row, None) for number, row in enumerate(table, start=1))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not a readable arrow file ({_one_line(error)})") from error
-
-
-_READERS = {
-    ".jsonl": _read_lines,
-    ".ndjson": _read_lines,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-    ".arrow": _read_arrow,
-}
-_READERS |= {f"{suffix}.gz": _READERS[suffix] for suffix in LINE_SUFFIXES}

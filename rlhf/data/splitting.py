@@ -12,6 +12,7 @@ from rlhf.core.errors import DataError
 from rlhf.core.files import digest
 from rlhf.data.loading import LoadedSources
 from rlhf.data.options import RowsConfig, RowSource
+from rlhf.data.report import HIDDEN_QUESTION
 from rlhf.data.tokenizing import TokenizedSource
 
 
@@ -136,7 +137,10 @@ def _held_out(keys: np.ndarray, target: float, seed: int, unit: str) -> np.ndarr
         return np.zeros(len(keys), bool)
     prompts, prompt_of, counts = np.unique(keys, return_inverse=True, return_counts=True)
     if len(prompts) < 2:
-        raise DataError(f"all training {unit} share one prompt: set data.eval, or data.eval_share=0")
+        raise DataError(
+            f"all training {unit} share one prompt, so that none can be held out; {HIDDEN_QUESTION} If it is right so, "
+            "set data.eval, or data.eval_share=0"
+        )
     order = np.argsort(seeded_hash(prompts, seed), kind="stable")
     enough = int(np.searchsorted(np.cumsum(counts[order]), target)) + 1
     chosen = np.zeros(len(prompts), bool)

@@ -21,6 +21,9 @@ ROWS = "rows.npy"
 BAD = "bad.jsonl"
 META = "meta.json"
 
+FIRST_PLACES = 3
+"""Rows that are named of those that have something in common."""
+
 _BLOCK_ROWS = 4096
 
 _PLACE = [
@@ -75,6 +78,21 @@ class StoreCounts:
     rows: int = 0
     shapes: dict[str, int] = field(default_factory=dict)
     truncated: int = 0
+    notes: dict[str, tuple[int, list[tuple[int, int]]]] = field(default_factory=dict)
+    """What is noteworthy, with the number of rows, and file and line of the first few."""
+    unread: dict[str, int] = field(default_factory=dict)
+    """Columns that were not read, with the number of rows in which they hold something."""
+    groups: list[str] = field(default_factory=list)
+    """What the numbers of groups in the records mean."""
+
+    def notice(self, note: str, place: tuple[int, int]) -> None:
+        count, places = self.notes.get(note, (0, []))
+        self.notes[note] = (count + 1, [*places, place][:FIRST_PLACES])
+
+    def group_number(self, name: str) -> int:
+        if name not in self.groups:
+            self.groups.append(name)
+        return self.groups.index(name)
 
 
 class RowStore:

@@ -19,13 +19,14 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from rlhf.core.errors import DataError
 from rlhf.core.files import digest, staged_directory
-from rlhf.data import records, sources, store, templates
+from rlhf.data import formats, messages, records, rows, sources, store, templates
+from rlhf.data.messages import BadRow, Message, thoughts_and_answer, without_thoughts
 from rlhf.data.options import Columns, RowsConfig
-from rlhf.data.records import BadRow, Message, prompt_key
+from rlhf.data.records import prompt_key
 from rlhf.data.report import OVER_LENGTH, TOO_LONG
 from rlhf.data.sources import RawRow, Source
 from rlhf.data.store import BadEntry, DamagedStore, Fields, RowStore, RowWriter
-from rlhf.data.templates import ChatFormat, Span, TemplateFault, Turns
+from rlhf.data.templates import ChatFormat, Span, TemplateFault, Turns, after_thoughts
 
 _CHUNK_ROWS = 256
 _BAR_FROM_ROWS = 5000
@@ -46,10 +47,21 @@ class RowKind(Protocol):
     def unit(self) -> str:
         """What a row makes, in the plural: pairs, or examples."""
 
+    @property
+    def check(self) -> str:
+        """The kind for ``rlhf data check --kind``."""
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts of an item that have a length: the prompt, and each of its answers."""
+
     record: np.dtype
 
-    def read(self, value: Any, columns: Any, *, row_id: str, source: str) -> tuple[Any, str]:
-        """What a row of a file says, with its ``prompt``; and the shape of the row. Raises BadRow."""
+    def answers(self, entry: Any) -> tuple[Sequence[Message], ...]:
+        """What stands behind the prompt of a record."""
+
+    def read(self, value: Any, columns: Any, *, row_id: str, source: str) -> tuple[list[Any], str]:
+        """The records that a row of a file makes, of one prompt; and the shape of the row. Raises BadRow."""
 
     def render(self, entry: Any, settings: "Tokenizing") -> list[tuple[str, list[Span]]]:
         """The texts to tokenize, each with the characters that a model is to write. Raises TemplateFault."""
@@ -76,6 +88,7 @@ class Tokenizing:
     format: ChatFormat
     columns: Columns
     system_prompt: str | None
+    thoughts: str
     max_tokens: int
     over_length: str
 
@@ -88,12 +101,14 @@ class Tokenizing:
             format=chat,
             columns=columns,
             system_prompt=config.system_prompt,
+            thoughts=config.thoughts,
             max_tokens=config.max_tokens,
             over_length=config.over_length,
         )
 
     def digest(self) -> str:
-        settings = [self.kind.name, self.system_prompt, self.max_tokens, self.over_length, asdict(self.columns)]
+        limits = [self.max_tokens, self.over_length]
+        settings = [self.kind.name, self.system_prompt, self.thoughts, *limits, asdict(self.columns)]
         code = _code_digest(self.kind)
         return digest(self.format.tokenizer_digest, self.format.digest, json.dumps(settings), code)
 
@@ -101,6 +116,38 @@ class Tokenizing:
         if self.system_prompt is None or prompt[0]["role"] == "system":
             return list(prompt)
         return [{"role": "system", "content": self.system_prompt}, *prompt]
+
+    def shown_prompt(self, prompt: Sequence[Message]) -> list[Message]:
+        """A prompt as the template gets it."""
+        return self.shown(self.with_system_prompt(prompt))
+
+    def shown(self, messages: Sequence[Message]) -> list[Message]:
+        """Messages as the template gets them.
+
+        Raises:
+            BadRow: if nothing is left of a message without its thoughts.
+        """
+        if self.thoughts != "drop":
+            return list(messages)
+        answers = [without_thoughts(message) for message in messages]
+        for message in answers:
+            if message["role"] == "assistant" and not message["content"].strip() and not message.get("tool_calls"):
+                raise BadRow("empty text", "an answer holds thoughts alone, which data.thoughts=drop takes away")
+        return answers
+
+    def thoughts_note(self, entry: Any) -> tuple[str, ...]:
+        """What becomes of the thoughts in a record."""
+        answers = (message for message in entry.messages if message["role"] == "assistant")
+        if not any(thoughts_and_answer(message)[0] for message in answers):
+            return ()
+        fate = {"keep": "kept and learned", "drop": "dropped", "mask": "shown but not learned"}[self.thoughts]
+        return (f"note: thoughts before answers are {fate} (data.thoughts={self.thoughts})",)
+
+    def learned(self, text: str, spans: list[Span]) -> tuple[str, list[Span]]:
+        """The text, and of every turn what is to be learned."""
+        if self.thoughts != "mask":
+            return text, spans
+        return text, [(after_thoughts(text, span), span[1]) for span in spans]
 
     def excess(self, row_id: str, sides: Sequence[Turns]) -> int:
         """How many tokens to cut from the left of every side.
@@ -118,10 +165,14 @@ class Tokenizing:
             raise DataError(f"{row_id}: {found}; {hint}")
         if self.over_length == "drop":
             raise BadRow(OVER_LENGTH, found)
-        response = max(len(ids) - spans[-1, 0] for ids, spans in sides)
+        excess = longest - self.max_tokens
+        response = max(len(ids) - int(spans[-1, 0]) for ids, spans in sides)
         if response > self.max_tokens:
             raise BadRow(TOO_LONG, f"a response of {response} tokens, the limit is {self.max_tokens}")
-        return longest - self.max_tokens
+        answered = [int(spans[-1, 0]) for ids, spans in sides if spans[-1, 0] < len(ids)]
+        if answered and min(answered) - excess <= self.format.header_tokens:
+            raise BadRow(TOO_LONG, f"{found}: beside a response of {response} tokens nothing is left of the prompt")
+        return excess
 
 
 def tokenize_source(source: Source, settings: Tokenizing, cache_dir: Path) -> TokenizedSource:
@@ -171,8 +222,8 @@ def cut_left(turns: Turns, excess: int, bos: int | None) -> Turns:
 
 
 def _fill(writer: RowWriter, source: Source, settings: Tokenizing) -> None:
-    rows = _with_progress(source.rows(), f"tokenizing {source.name}")
-    while chunk := list(islice(rows, _CHUNK_ROWS)):
+    entries = _with_progress(source.rows(), f"tokenizing {source.name}")
+    while chunk := list(islice(entries, _CHUNK_ROWS)):
         writer.counts.rows += len(chunk)
         _add_chunk(writer, source, settings, chunk)
 
@@ -182,18 +233,20 @@ def _add_chunk(writer: RowWriter, source: Source, settings: Tokenizing, chunk: S
     texts: list[tuple[str, list[Span]]] = []
     for row in chunk:
         try:
-            entry, shape = settings.kind.read(
+            entries, shape = settings.kind.read(
                 parsed(row), settings.columns, row_id=_row_id(source, row), source=source.name
             )
-            rendered = settings.kind.render(entry, settings)
+            rendered = [settings.kind.render(entry, settings) for entry in entries]
         except BadRow as fault:
             _leave_out(writer, row, fault)
         except TemplateFault as fault:
             _leave_out(writer, row, BadRow("template fault", str(fault)))
         else:
             writer.counts.shapes[shape] = writer.counts.shapes.get(shape, 0) + 1
-            kept.append((row, entry, len(rendered)))
-            texts += rendered
+            _take_notice(writer, settings, row, entries)
+            for entry, shown in zip(entries, rendered, strict=True):
+                kept.append((row, entry, len(shown)))
+                texts += shown
     encoded = iter(settings.format.tokenize_turns(texts))
     for row, entry, count in kept:
         sides = list(islice(encoded, count))
@@ -206,6 +259,16 @@ def _add_chunk(writer: RowWriter, source: Source, settings: Tokenizing, chunk: S
             writer.counts.truncated += 1
             sides = [cut_left(side, excess, settings.format.tokenizer.bos_token_id) for side in sides]
         writer.add((row.file, row.line), prompt_key(entry.prompt), settings.kind.fields(entry, sides))
+
+
+def _take_notice(writer: RowWriter, settings: Tokenizing, row: RawRow, entries: Sequence[Any]) -> None:
+    """Count what is noteworthy of a row: what its reader says, and markup in its texts."""
+    first, place = entries[0], (row.file, row.line)
+    found = settings.format.markup([message for entry in entries for message in entry.messages])
+    for note in (*first.notes, *found, *settings.thoughts_note(first)):
+        writer.counts.notice(note, place)
+    for column in first.unread:
+        writer.counts.unread[column] = writer.counts.unread.get(column, 0) + 1
 
 
 def _row_id(source: Source, row: RawRow) -> str:
@@ -235,6 +298,6 @@ def _with_progress(rows: Iterable[RawRow], title: str) -> Iterator[RawRow]:
 
 def _code_digest(kind: RowKind) -> str:
     """Digest of the code that turns rows into tokens: a new version of it makes its own cache entries."""
-    modules = (records, sources, store, templates)
+    modules = (formats, messages, records, rows, sources, store, templates)
     files = [__file__, inspect.getfile(type(kind)), *(inspect.getfile(module) for module in modules)]
     return digest(*(Path(file).read_bytes() for file in files))

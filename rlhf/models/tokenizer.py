@@ -32,17 +32,22 @@ class PadPolicy:
 
 
 def load_tokenizer(
-    path: str | Path, *, trust_remote_code: bool = False, chat_template: str | None = None
+    path: str | Path,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    chat_template: str | None = None,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder or hub name, with ``pad_token`` set by :func:`choose_pad_token`.
 
-    ``chat_template`` replaces the tokenizer's own, so that it is saved with it.
+    ``revision`` is a branch, tag or commit on the hub. ``chat_template`` replaces the tokenizer's own, so that it is
+    saved with it.
 
     Raises:
         ModelError: if there is no usable tokenizer at ``path``.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(str(path), revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # a damaged tokenizer.json is a bare Exception of the tokenizers package
         raise ModelError(
             f"{path}: no tokenizer can be loaded from here ({type(error).__name__}: {error}). Expected a "

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rlhf.core.errors import ConfigError, ModelError
 from rlhf.core.tokenizers import tokenizer_digest
+from rlhf.data.options import TemplateChoice
 from rlhf.data.templates import ChatFormat, chat_format
 from rlhf.models.stops import model_stop_tokens
 from rlhf.models.tokenizer import load_tokenizer
@@ -12,7 +13,7 @@ from rlhf.models.tokenizer import load_tokenizer
 
 def load_chat(
     path: str | Path,
-    template: str | None = None,
+    template: str | TemplateChoice | None = None,
     *,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -24,8 +25,8 @@ def load_chat(
 
     Args:
         path: Transformers folder or hub name.
-        template: as ``data.template``; ``None`` for the model's own.
-        revision: branch, tag or commit on the hub, of the generation config.
+        template: as ``data.template``, alone or with the settings that go with it; ``None`` for the model's own.
+        revision: branch, tag or commit on the hub, of the tokenizer and the generation config.
         trust_remote_code: whether Python code that comes with the model may run.
         stop_token_ids: as ``rollout.stop_token_ids``.
     Raises:
@@ -33,7 +34,7 @@ def load_chat(
         DataError: if there is no such template.
         ConfigError: if the tokenizer does not know a stop token.
     """
-    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(path, revision=revision, trust_remote_code=trust_remote_code)
     absent = [token for token in stop_token_ids if token >= len(tokenizer)]
     if absent:
         raise ConfigError(f"rollout.stop_token_ids = {absent}: the tokenizer has tokens 0 to {len(tokenizer) - 1}")

@@ -13,6 +13,7 @@ from rlhf.config import to_yaml
 from rlhf.core.errors import ConfigError
 from rlhf.core.files import write_json
 from rlhf.data.batching import ItemSource, steps_per_epoch
+from rlhf.data.options import TemplateChoice
 from rlhf.data.report import DataReport
 from rlhf.data.templates import ChatFormat
 from rlhf.engine.api import Engine
@@ -59,7 +60,7 @@ RecordT = TypeVar("RecordT", bound=EvaluationRecord)
 
 
 def open_chat(
-    config: StageConfig, template: str | None, ranks: Ranks, stop_token_ids: Sequence[int] = ()
+    config: StageConfig, template: TemplateChoice, ranks: Ranks, stop_token_ids: Sequence[int] = ()
 ) -> ChatFormat:
     """Make the run folder, and open the tokenizer of the run's model with the template of its data."""
     hide_loading_bars()

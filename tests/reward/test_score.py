@@ -54,8 +54,8 @@ def read(path):
 def test_scores_are_those_of_plain_transformers(final, rows, tmp_path):
     assert score(final, rows, tmp_path / "scores.jsonl", "--batch-tokens", "40") == 1
     lines = read(tmp_path / "scores.jsonl")
-    assert [line["row"] for line in lines] == [1, 2, 3, 4]
-    assert lines[1].keys() == {"row", "chosen_reward", "rejected_reward"}
+    assert [(line["file"], line["row"]) for line in lines] == [("rows.jsonl", number) for number in (1, 2, 3, 4)]
+    assert lines[1].keys() == {"file", "row", "chosen_reward", "rejected_reward"}
     assert "empty" in lines[2]["error"]
     tokenizer = load_tokenizer(final)
     model = AutoModelForSequenceClassification.from_pretrained(final).eval()
@@ -74,6 +74,32 @@ def test_a_stopped_run_goes_on_after_its_last_whole_line(final, rows, tmp_path):
     score(final, rows, output)
     for found, expected in zip(read(output), map(json.loads, whole.splitlines()), strict=True):
         assert found == pytest.approx(expected, abs=1e-5) if "error" not in expected else found == expected
+
+
+def test_scores_of_another_model_or_of_other_data_are_not_kept(final, rows, tmp_path, capsys):
+    output = tmp_path / "scores.jsonl"
+    score(final, rows, output)
+    before = output.read_text()
+    shutil.copytree(final, tmp_path / "other")
+    (tmp_path / "other" / "note.txt").write_text("trained further")
+    assert score(tmp_path / "other", rows, output) == 2
+    assert "its 4 rows are of another model; give another --output" in capsys.readouterr().err
+    rows.write_text(rows.read_text() + json.dumps(ROWS[0]) + "\n")
+    assert score(final, rows, output) == 2
+    assert "are of another data" in capsys.readouterr().err
+    (tmp_path / ".scores.jsonl.origin.json").unlink()
+    assert score(final, rows, output) == 2
+    assert "of unknown origin" in capsys.readouterr().err
+    assert output.read_text() == before
+
+
+def test_several_answers_and_groups_are_kept(final, tmp_path):
+    path = tmp_path / "bench.jsonl"
+    row = {"prompt": "the sun", "chosen": ["is good"], "rejected": ["is bad", "so"], "subset": "x"}
+    path.write_text(json.dumps(row))
+    score(final, path, tmp_path / "scores.jsonl", "--group-column", "subset")
+    [line] = read(tmp_path / "scores.jsonl")
+    assert (line["group"], type(line["chosen_reward"]), len(line["rejected_rewards"])) == ("x", float, 2)
 
 
 @pytest.mark.parametrize(

@@ -383,7 +383,7 @@ def test_the_fingerprint_names_tokens_order_and_pairing(load, write_rows):
     path = write_rows("x.jsonl", answers(30))
     same = [load(path, kind="unpaired", **change) for change in ({}, {"quarantine_max_share": 0.5})]
     assert same[0].train.fingerprint == same[1].train.fingerprint
-    changes = [{"seed": 1}, {"max_train_rows": 20}, {"template": "chatml"}, {"max_tokens": 20}, {"eval_share": 0.1}]
+    changes = [{"seed": 1}, {"max_train_rows": 20}, {"template": "chatml"}, {"max_tokens": 36}, {"eval_share": 0.1}]
     names = {load(path, kind="unpaired", **change).train.fingerprint for change in changes}
     assert len(names | {same[0].train.fingerprint}) == 6
 

@@ -2,14 +2,14 @@ import pytest
 
 from rlhf.core.tokenizers import tokenizer_digest
 from rlhf.data.portable import portable_tokenizer
-from rlhf.data.templates import BUILT_IN_TEMPLATES, chat_format
+from rlhf.data.templates import chat_format
 from rlhf.models.tokenizer import load_tokenizer
 
 PROMPT = ({"role": "user", "content": "the sun"},)
 ANSWER = ({"role": "assistant", "content": "is good and happy"},)
 
 
-@pytest.fixture(params=[None, *BUILT_IN_TEMPLATES])
+@pytest.fixture(params=[None, "plain", "chatml", "qwen3"])
 def pair(request, tiny_model, tmp_path):
     """The format that was trained with, and the tokenizer as a plain user gets it from the published folder."""
     chat = chat_format(load_tokenizer(tiny_model), request.param)

@@ -135,15 +135,19 @@ def test_a_response_that_alone_is_too_long_is_a_bad_row(load, write_rows, make_r
     assert row_ids(loaded.train) == [f"pairs.jsonl:{line}" for line in (1, 2, 3)]
 
 
-def test_a_response_as_long_as_the_limit_is_kept_whole(load, write_rows):
+def test_a_response_is_kept_whole_as_long_as_a_word_of_the_prompt_is_left(load, write_rows, tokenizer):
     path = write_rows("pairs.jsonl", [{"prompt": "p", "chosen": LONG, "rejected": "no"}])
     whole = load([path]).train.pair(0)
     size = len(whole.chosen) - whole.chosen_response_start
-    pair = load([path], max_tokens=size).train.pair(0)
-    np.testing.assert_array_equal(pair.chosen, whole.chosen[whole.chosen_response_start :])
-    assert pair.chosen_response_start == 0
-    too_long = rf"a response of {size} tokens, the limit is {size - 1}(.|\n)* set data\.over_length=drop"
-    with pytest.raises(DataError, match=too_long):
+    behind = tokenizer("<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
+    pair = load([path], max_tokens=size + len(behind) + 1).train.pair(0)
+    answer = whole.chosen[whole.chosen_response_start :]
+    np.testing.assert_array_equal(pair.chosen[pair.chosen_response_start :], answer)
+    assert tokenizer.decode(pair.chosen[: pair.chosen_response_start]).startswith("p<|im_end|>")
+    for limit in (size + len(behind), size):
+        with pytest.raises(DataError, match=r"nothing is left of the prompt(.|\n)* set data\.over_length=drop"):
+            load([path], max_tokens=limit)
+    with pytest.raises(DataError, match=rf"a response of {size} tokens, the limit is {size - 1}"):
         load([path], max_tokens=size - 1)
 
 

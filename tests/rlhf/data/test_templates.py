@@ -113,7 +113,7 @@ def test_a_template_can_be_a_file(tokenizer, tmp_path):
     path.write_text(CHATML_TEMPLATE)
     assert chat_format(tokenizer, str(path)).digest == chat_format(tokenizer, "chatml").digest
     with pytest.raises(
-        DataError, match=r"other\.jinja: there is no such file, and it is not plain or chatml"
+        DataError, match=r"other\.jinja: there is no such file, and it is none of plain, chatml,"
     ):
         chat_format(tokenizer, str(tmp_path / "other.jinja"))
 
