@@ -121,7 +121,7 @@ def test_a_script_is_executable_valid_and_says_how_to_start_it(script):
 
 
 @pytest.mark.parametrize(
-    "script", [*SCRIPTS, ROOT / "launch" / "slurm" / "step.sh", ROOT / ".ci" / "run"], ids=lambda path: path.name
+    "script", [*SCRIPTS, ROOT / "launch" / "jobs" / "step.sh", ROOT / ".ci" / "run"], ids=lambda path: path.name
 )
 def test_shellcheck_finds_nothing(script):
     if shutil.which("shellcheck") is None:
