@@ -133,6 +133,7 @@ def assert_same_runs(runs, found: Path, expected: Path) -> None:
     assert done.step == wanted.step == STEPS and done.config == wanted.config and done.stage == "reward"
 
 
+@pytest.mark.slow
 def test_signals_stop_all_ranks_under_any_launcher(run_ranks, stop_ranks, stop_launched, runs, recipe):
     straight, folder = recipe.parent / "straight", recipe.parent / "stopped"
     run_ranks(arguments(recipe, straight))

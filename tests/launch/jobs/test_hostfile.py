@@ -210,6 +210,7 @@ def test_real_hosts_answer_and_one_where_nobody_listens_does_not(two_hosts, monk
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_two_hosts_over_ssh_train_as_two_ranks_on_one(two_hosts, tiny_recipe, run_ranks, runs, tmp_path):
     here, there = tmp_path / "here", tmp_path / "there"
     run_ranks(["-m", "reward", *tiny_recipe, "train.publish=none", f"output={here}"])
@@ -228,6 +229,7 @@ def ranks_of(folder: Path) -> list[psutil.Process]:
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_a_pipeline_over_ssh_goes_on_when_it_was_killed_and_its_ranks_were_not(
     two_hosts, tiny_recipe, run_ranks, runs, tmp_path
 ):

@@ -65,6 +65,7 @@ def test_two_nodes_under_zero2_and_zero3_train_as_two_ranks_on_one(
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_every_way_to_signal_a_job_saves_requeues_and_goes_on_to_the_same_result(
     cluster, jobs, submit, undisturbed, runs, tmp_path
 ):
@@ -86,6 +87,8 @@ def test_every_way_to_signal_a_job_saves_requeues_and_goes_on_to_the_same_result
 
 
 @pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.full
 def test_a_job_near_its_time_limit_saves_and_goes_on_until_a_stop_file_ends_it(cluster, jobs, submit, tmp_path):
     """The limit comes near only when the run is at work, however long a start takes on this machine."""
     number, output = submit(tmp_path / "run", "train.epochs=10000", "profile.signal_lead_seconds=150")
@@ -106,6 +109,7 @@ def test_a_job_near_its_time_limit_saves_and_goes_on_until_a_stop_file_ends_it(c
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_a_job_that_loses_a_node_goes_on_from_its_checkpoint(cluster, jobs, submit, undisturbed, runs, tmp_path):
     """The first loss is noticed by the job itself, the second by SLURM."""
     patience = ("profile.probe_seconds=15", "profile.srun_options=[--wait=15]")
@@ -182,6 +186,7 @@ def test_a_crash_ends_the_job_and_is_not_tried_again(cluster, jobs, submit, tmp_
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_the_script_without_a_launcher_trains_on_two_nodes(cluster, tiny_recipe, undisturbed, runs, tmp_path):
     environment = {"GLOO_SOCKET_IFNAME": "lo"}
     script = str(ROOT / "launch" / "scripts" / "sbatch.sh")

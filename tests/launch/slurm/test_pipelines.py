@@ -51,6 +51,7 @@ def submit(cluster, jobs, profile, pipeline):
     return act
 
 
+@pytest.mark.full
 def test_a_pipeline_in_one_allocation_paused_and_one_of_dependent_jobs_end_alike(cluster, jobs, submit, runs, tmp_path):
     one, several = tmp_path / "one", tmp_path / "several"
     (number,) = submit(one, "reward.train.epochs=5")

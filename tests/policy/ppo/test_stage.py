@@ -143,6 +143,7 @@ DRAWN = {"generation": {1, 2}, "scoring": {2, 3}, "policy": {4}, "critic": {5}, 
 """Steps drawn by the run that is killed in that phase. Step 3 is scored again but not drawn again; so is step 4."""
 
 
+@pytest.mark.slow
 def test_killed_in_every_phase_equals_never_stopped(runs, run_ranks, start_ranks, recipe, tmp_path):
     straight, killed = (
         arguments(recipe, tmp_path / name, "train.max_steps=7", "train.epochs=2") for name in ("straight", "killed")

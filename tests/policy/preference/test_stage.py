@@ -61,6 +61,7 @@ def test_ranks_stages_and_references_give_one_curve(run_ranks, runs, recipe, one
     assert max(moved) - min(moved) > 0.02, "the curves agree because nothing was trained"
 
 
+@pytest.mark.slow
 def test_killed_while_caching_and_while_training_equals_never_stopped(run_ranks, start_ranks, runs, recipe, tmp_path):
     lora = ["model.lora={rank: 4, alpha: 8, dropout: 0.1}", "optim.learning_rate=1e-2"]
     straight = [*lora, f"reference.cache={tmp_path / 'cache_straight'}"]
