@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from policy.preference.losses import LOSSES, sigmoid_loss
+from policy.preference.losses import LOSSES
+from policy.preference.pair_losses import sigmoid_loss
 from policy.preference.modifiers import divergence_scores, length_desensitized, wpo_weights
 from tests.lacking import imported
 
