@@ -134,11 +134,11 @@ def evaluate_held_out(
     )
 
 
-def expected_calibration_error(gap: ArrayLike, *, bins: int = CALIBRATION_BINS) -> float:
+def expected_calibration_error(gap: ArrayLike) -> float:
     """How far stated confidence is from the share of right decisions, averaged over pairs.
 
     The side with the larger reward is the prediction and ``sigmoid(|gap|)``, in [0.5, 1], its confidence.
-    That range is cut into ``bins`` bins of equal width (upper edge included in the last); each contributes
+    That range is cut into ten bins of equal width (upper edge included in the last); each contributes
     ``|share right - mean confidence|``, weighted by its share of the pairs. A tie is half right.
 
     References:
@@ -147,8 +147,8 @@ def expected_calibration_error(gap: ArrayLike, *, bins: int = CALIBRATION_BINS) 
     gap = np.asarray(gap, dtype=np.float64)
     confidence = 1 / (1 + np.exp(-np.abs(gap)))
     right = (np.sign(gap) + 1) / 2
-    places = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
-    excess = np.bincount(places, weights=right - confidence, minlength=bins)
+    places = np.minimum(((confidence - 0.5) * 2 * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    excess = np.bincount(places, weights=right - confidence, minlength=CALIBRATION_BINS)
     return float(np.abs(excess).sum() / len(gap))
 
 

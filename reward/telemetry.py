@@ -20,7 +20,6 @@ def margin_telemetry(
     chosen_embeddings: Tensor | None = None,
     rejected_embeddings: Tensor | None = None,
     transport: OptimalTransportMargins | None = None,
-    weights: Tensor | None = None,
 ) -> dict[str, float]:
     """Summarize the margins of B pairs; every value is finite, and what is undefined is left out.
 
@@ -41,21 +40,17 @@ def margin_telemetry(
         chosen_embeddings: ``(B, D)``, or ``None``; given for both sides or neither.
         rejected_embeddings: ``(B, D)``, likewise.
         transport: what :func:`reward.margins.optimal_transport_margins` returned for these B pairs.
-        weights: ``(B,)``, 0 on pairs to leave out (padding); all others count alike.
     Raises:
-        ValueError: shapes that differ, embeddings for one side only, non-finite values in a pair that counts,
-            or no pair that counts.
+        ValueError: shapes that differ, embeddings for one side only, non-finite values, or no pair.
     """
     columns = _columns(margins, chosen_rewards, rejected_rewards, transport)
     if (chosen_embeddings is None) != (rejected_embeddings is None):
         raise ValueError("embeddings are given for one side only; the similarity of a pair needs both")
-    check_same_shape(margins=margins, weights=weights)
-    counted = torch.ones_like(margins, dtype=torch.bool) if weights is None else weights > 0
-    if not bool(counted.any()):
-        raise ValueError("no pair has a weight above 0")
-    columns = {name: values[counted].double() for name, values in columns.items()}
+    if not len(margins):
+        raise ValueError("there are no pairs to summarize")
+    columns = {name: values.double() for name, values in columns.items()}
     if chosen_embeddings is not None and rejected_embeddings is not None:
-        columns["cosine"] = _cosines(chosen_embeddings, rejected_embeddings, margins, counted)
+        columns["cosine"] = _cosines(chosen_embeddings, rejected_embeddings, margins)
     check_finite(**columns)
     return _on_host(_measures(columns) | _plan_measures(transport, like=columns["margin"]))
 
@@ -77,11 +72,11 @@ def _columns(
     return columns | {"gap": chosen_rewards.double() - rejected_rewards.double()}
 
 
-def _cosines(chosen: Tensor, rejected: Tensor, margins: Tensor, counted: Tensor) -> Tensor:
+def _cosines(chosen: Tensor, rejected: Tensor, margins: Tensor) -> Tensor:
     if chosen.dim() != 2 or len(chosen) != len(margins):
         raise ValueError(f"'chosen_embeddings': {tuple(chosen.shape)} do not fit {len(margins)} margins")
     check_same_shape(chosen_embeddings=chosen, rejected_embeddings=rejected)
-    return similarity_margins(chosen[counted], rejected[counted], semantic_weight=1.0).double()
+    return similarity_margins(chosen, rejected, semantic_weight=1.0).double()
 
 
 def _measures(columns: dict[str, Tensor]) -> dict[str, Tensor]:

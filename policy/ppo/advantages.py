@@ -174,15 +174,14 @@ def spread(scores: Tensor, mask: Tensor) -> Tensor:
     return scores[:, None].expand(mask.shape).masked_fill(~mask, 0)
 
 
-def whiten(values: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
+def whiten(values: Tensor, mask: Tensor) -> Tensor:
     r"""Bring all tokens together to mean 0 and variance 1.
 
-        (v - mean) / sqrt(var + 1e-8), plus mean without ``shift_mean``
+        (v - mean) / sqrt(var + 1e-8)
 
     Args:
         values: ``(B, T)``.
         mask: ``(B, T)`` bool, True on the tokens that count.
-        shift_mean: whether the mean is moved to 0, or stays where it is.
     Returns:
         ``(B, T)``; equal values (or a single one) are at the mean. Mean and variance (over n - 1) are taken in
         float64: in float32, rounding of the mean would be blown up to values of its own where all are equal.
@@ -199,8 +198,6 @@ def whiten(values: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
     mean = chosen.mean()
     variance = ((chosen - mean) ** 2).sum() / max(chosen.numel() - 1, 1)
     whitened = (chosen - mean) / (variance + MIN_VARIANCE).sqrt()
-    if not shift_mean:
-        whitened = whitened + mean
     return torch.zeros_like(values).masked_scatter(mask, whitened.to(values.dtype))
 
 

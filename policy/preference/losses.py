@@ -53,10 +53,6 @@ class Objective(Row):
         return any(name.endswith("logratios") for name in self.inputs)
 
     @property
-    def uses_lengths(self) -> bool:
-        return any(name.endswith("_lengths") for name in self.inputs)
-
-    @property
     def unpaired(self) -> bool:
         """Whether rows are single responses with a label instead of pairs."""
         return "labels" in self.inputs

@@ -9,6 +9,8 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+CONFIDENCE = 0.95
+
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
@@ -39,7 +41,7 @@ def mean_with_interval(values: NDArray[np.float64]) -> Estimate:
     mean = float(values.mean())
     if len(values) < 2 or values.std() == 0:
         return Estimate(value=mean, low=mean, high=mean)
-    low, high = stats.t.interval(0.95, len(values) - 1, loc=mean, scale=stats.sem(values))
+    low, high = stats.t.interval(CONFIDENCE, len(values) - 1, loc=mean, scale=stats.sem(values))
     return Estimate(value=mean, low=float(low), high=float(high))
 
 
@@ -52,8 +54,8 @@ def preference_accuracy(gap: ArrayLike) -> Accuracy:
     return Accuracy(value=right / len(gap), low=low, high=high, pairs=len(gap), ties=ties)
 
 
-def wilson_interval(successes: float, trials: int, *, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson score interval of a proportion, without continuity correction; (0, 1) without a trial.
+def wilson_interval(successes: float, trials: int) -> tuple[float, float]:
+    """The 95 % Wilson score interval of a proportion, without continuity correction; (0, 1) without a trial.
 
     Written out, not taken from ``scipy.stats.binomtest``, because ties make ``successes`` a half-integer.
 
@@ -64,7 +66,7 @@ def wilson_interval(successes: float, trials: int, *, confidence: float = 0.95) 
         raise ValueError(f"need 0 <= successes <= trials; got {successes} of {trials}")
     if trials == 0:
         return 0.0, 1.0
-    z_squared = NormalDist().inv_cdf((1 + confidence) / 2) ** 2
+    z_squared = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) ** 2
     share = successes / trials
     center = share + z_squared / (2 * trials)
     half_width = (z_squared * (share * (1 - share) / trials + z_squared / (4 * trials**2))) ** 0.5

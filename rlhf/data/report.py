@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -97,10 +97,6 @@ class SourceReport:
         parts += ["tokens from the cache"] if self.cached else []
         return f"{self.role} {self.name}: {', '.join(parts)}"
 
-    def as_dict(self) -> dict[str, Any]:
-        fields = {key: value for key, value in asdict(self).items() if key != "left_out"}
-        return {**fields, "dropped": self.dropped, "bad": self.bad}
-
 
 @dataclass(kw_only=True)
 class DataReport:
@@ -162,11 +158,6 @@ class DataReport:
         if self.one_prompt and self.train_items > 1:
             lines.append(f"warning: all training {self.unit} have the same prompt; {HIDDEN_QUESTION}")
         return [*lines, *(f"note: {note}" for note in self.notes)]
-
-    def as_dict(self) -> dict[str, Any]:
-        """The report as JSON-like values."""
-        sources = [source.as_dict() for source in self.sources]
-        return {**{key: value for key, value in vars(self).items()}, "sources": sources}
 
 
 HIDDEN_QUESTION = "is a part of it in another column (data.columns.prompt, data.columns.input)?"

@@ -18,8 +18,6 @@ class StepInfo:
     applied: bool
     grad_norm: float
     learning_rate: float
-    bad_rank: bool
-    """Whether this very rank saw a loss that was not finite."""
     scaler_overflow: bool = False
     """A float16 gradient overflowed although the loss was finite: the loss scale shrinks, nothing is wrong."""
 

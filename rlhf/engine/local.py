@@ -50,7 +50,7 @@ class LocalEngine:
             self._optimizer.step()
             self._schedule.step()
         self._optimizer.zero_grad()
-        return StepInfo(applied, norm, rate, bad)
+        return StepInfo(applied, norm, rate)
 
     def save(self, folder: Path) -> None:
         if self.ranks.is_main:

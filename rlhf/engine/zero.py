@@ -90,22 +90,22 @@ class ZeroEngine:
         bad, self._bad = self._bad, False
         lost = self.ranks.any(bad)
         if isinstance(self._optimizer, torch.optim.Optimizer) and not hasattr(self._optimizer, "overflow"):
-            return self._step_without_zero(rate, bad, lost)
+            return self._step_without_zero(rate, lost)
         self._engine.step()
         overflow = bool(getattr(self._optimizer, "overflow", False))
         norm = float(self._engine.get_global_grad_norm() or 0.0)
         applied = not overflow and math.isfinite(norm)
-        return StepInfo(applied, norm, rate, bad, self._float16 and overflow and not lost)
+        return StepInfo(applied, norm, rate, self._float16 and overflow and not lost)
 
-    def _step_without_zero(self, rate: float, bad: bool, lost: bool) -> StepInfo:
+    def _step_without_zero(self, rate: float, lost: bool) -> StepInfo:
         """ZeRO-0 in float32 hands back the bare optimizer, which would apply any gradient."""
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         norm = float(nn.utils.get_total_norm(gradients)) if gradients else 0.0
         if lost or not math.isfinite(norm):
             self._engine.zero_grad()
-            return StepInfo(False, norm, rate, bad)
+            return StepInfo(False, norm, rate)
         self._engine.step()
-        return StepInfo(True, norm, rate, bad)
+        return StepInfo(True, norm, rate)
 
     def save(self, folder: Path) -> None:
         self._engine.save_checkpoint(

@@ -119,23 +119,6 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def compare_manifests(a: Manifest, b: Manifest) -> list[str]:
-    """Differences that keep two models from reading the same text alike, in plain words; empty if there are none."""
-    checks = (
-        ("chat template", a.template_digest, b.template_digest),
-        ("tokenizer", a.tokenizer_digest, b.tokenizer_digest),
-        ("padding token", _token(a, "pad"), _token(b, "pad")),
-        ("end token", _token(a, "eos"), _token(b, "eos")),
-        ("vocabulary size", a.vocabulary_size, b.vocabulary_size),
-    )
-    return [f"{name} differs: {left} against {right}" for name, left, right in checks if left != right]
-
-
-def _token(manifest: Manifest, kind: str) -> str:
-    policy = manifest.pad_policy
-    return f"{policy.get(f'{kind}_token')!r} (id {policy.get(f'{kind}_token_id')})"
-
-
 def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
     """Every float inside nested dicts and lists, with its dotted name."""
     if isinstance(value, float):

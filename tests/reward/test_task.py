@@ -108,6 +108,6 @@ def test_a_poisoned_row_is_named_and_the_step_skipped(make_task):
     for place, batch in enumerate(batches):
         engine.backward(task.loss(batch), last=place == len(batches) - 1)
     info = engine.step()
-    assert not info.applied and info.bad_rank
+    assert not info.applied
     assert task.row_ids(batches[0])[0].startswith("pairs.jsonl:")
     assert "margin/mean" not in task.step_metrics()

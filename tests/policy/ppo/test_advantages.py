@@ -155,14 +155,11 @@ def test_tokens_after_padding_are_refused_where_order_matters():
             call()
 
 
-@pytest.mark.parametrize("shift_mean", [True, False])
-def test_whitening_is_that_of_the_tokens_laid_end_to_end(shift_mean):
+def test_whitening_is_that_of_the_tokens_laid_end_to_end():
     values = 3 * randn(5, 6) + 7
     tokens = np.concatenate([row[:length] for row, length in zip(values.numpy(), LENGTHS, strict=True)])
     expected = (tokens - np.mean(tokens)) / np.sqrt(np.var(tokens, ddof=1) + 1e-8)
-    if not shift_mean:
-        expected += np.mean(tokens)
-    found = whiten(spoiled(values), MASK, shift_mean=shift_mean)
+    found = whiten(spoiled(values), MASK)
     torch.testing.assert_close(found.masked_select(MASK), torch.from_numpy(expected))
     assert found[~MASK].abs().max() == 0
     assert torch.var(found.masked_select(MASK)).item() == pytest.approx(1, abs=1e-6)
@@ -174,7 +171,6 @@ def test_equal_values_and_a_single_one_are_at_the_mean_in_float32(constant, leng
     mask = length_mask(torch.tensor(lengths), 6)
     values = torch.full(mask.shape, constant)
     torch.testing.assert_close(whiten(values, mask), torch.zeros(mask.shape), rtol=0, atol=1e-6)
-    torch.testing.assert_close(whiten(values, mask, shift_mean=False), values * mask)
 
 
 def test_spread_repeats_a_number_over_its_row():

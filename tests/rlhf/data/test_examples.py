@@ -424,7 +424,7 @@ def test_the_report_speaks_of_examples(load, write_rows):
     rows = [*answers(3), {"messages": [user("a?"), assistant("b")]}]
     report = load(write_rows("x.jsonl", rows)).report
     assert "4 rows (1 conversations, 3 prompt text), 4 examples" in report.lines()[1]
-    assert json.loads(json.dumps(report.as_dict()))["train_items"] == 4
+    assert report.train_items == 4
 
 
 # -------------------------------------------------------------------------------------------------- options

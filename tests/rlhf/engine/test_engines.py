@@ -85,7 +85,6 @@ def test_a_checkpoint_whose_states_deepspeed_would_not_read_back_is_refused(trai
 def test_a_loss_that_is_not_finite_drops_the_step_on_all_ranks(train, kind):
     weights, reports = train(kind, 2)
     assert [report["applied"] for report in reports["poisoned"]] == [True, True, False, True, True]
-    assert [report["bad_rank"] for report in reports["poisoned"]] == [False, False, True, False, False]
     expected, _ = train("local", 2)
     for name, value in expected["poisoned"].items():
         assert torch.isfinite(value).all()

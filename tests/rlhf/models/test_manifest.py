@@ -10,7 +10,6 @@ from rlhf.models.manifest import (
     MANIFEST_NAME,
     Manifest,
     RewardStatistics,
-    compare_manifests,
     package_versions,
     read_manifest,
     write_manifest,
@@ -56,55 +55,6 @@ def test_versions_name_the_packages_that_are_there(manifest):
     assert manifest.versions == package_versions()
     assert manifest.versions["torch"] == torch.__version__
     assert {"transformers", "peft", "pot"} <= set(manifest.versions)
-
-
-def test_equal_manifests_have_no_differences(manifest):
-    other_run = dataclasses.replace(manifest, training_data="9999", rewards=None, base_model="elsewhere")
-    assert compare_manifests(manifest, other_run) == []
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"template_digest": "9"}, "chat template differs: 1111 against 9"),
-        ({"tokenizer_digest": "9"}, "tokenizer differs: 2222 against 9"),
-        ({"vocabulary_size": 49153}, "vocabulary size differs: 49152 against 49153"),
-        (
-            {
-                "pad_policy": {
-                    "pad_token": "<|im_end|>",
-                    "pad_token_id": 2,
-                    "eos_token": "<|im_end|>",
-                    "eos_token_id": 2,
-                }
-            },
-            "padding token differs: '<|endoftext|>' (id 0) against '<|im_end|>' (id 2)",
-        ),
-        (
-            {
-                "pad_policy": {
-                    "pad_token": "<|endoftext|>",
-                    "pad_token_id": 0,
-                    "eos_token": "</s>",
-                    "eos_token_id": 7,
-                }
-            },
-            "end token differs: '<|im_end|>' (id 2) against '</s>' (id 7)",
-        ),
-    ],
-)
-def test_each_difference_is_named_with_both_values(manifest, change, words):
-    assert compare_manifests(manifest, dataclasses.replace(manifest, **change)) == [words]
-
-
-def test_how_the_padding_rule_is_worded_is_no_difference(manifest):
-    told = {**manifest.pad_policy, "rule": "in other words"}
-    assert compare_manifests(manifest, dataclasses.replace(manifest, pad_policy=told)) == []
-
-
-def test_several_differences_are_all_listed(manifest):
-    other = dataclasses.replace(manifest, template_digest="9", vocabulary_size=1)
-    assert len(compare_manifests(manifest, other)) == 2
 
 
 def test_a_missing_manifest_says_what_was_expected(tmp_path):
