@@ -17,6 +17,7 @@ from rlhf.core.logprobs import TokenLogprobs, head_logits, token_logprobs
 from rlhf.data.batching import LengthBucket
 from rlhf.engine.frozen import Frozen
 from rlhf.models import backbones
+from rlhf.models.adapters import absolute_base, adapter_base, merge_adapters
 from rlhf.models.hidden_states import last_states
 from rlhf.models.options import BackboneConfig
 
@@ -58,6 +59,8 @@ class PolicyModel(nn.Module):
         self.hf = hf
         self._logits = backbones.logit_options(hf.config)
         self._adapters: tuple[PeftModel, ...] = ()
+        self.grown = False
+        """Whether there are more tokens than the embedding on disk has rows for."""
         head = hf.get_output_embeddings()
         if type(head) is not nn.Linear:
             raise ModelError(f"{type(hf).__name__}: the output projection is {type(head).__name__}, expected a Linear")
@@ -154,14 +157,23 @@ class PolicyModel(nn.Module):
         """The model of :meth:`plain`, with adapters merged into the weights."""
         hf = self.plain()
         for adapter in self._adapters:
-            adapter.merge_and_unload()
+            merge_adapters(adapter)
         return hf
 
     def save(self, folder: Path, lora: Literal["merged", "adapter"]) -> None:
-        """Write a folder that plain ``AutoModelForCausalLM`` opens. Ends the use of this object."""
+        """Write a folder that plain ``AutoModelForCausalLM`` opens. Ends the use of this object.
+
+        An adapter of a model that was grown is saved with the whole embedding, and opened by
+        :func:`rlhf.models.adapters.with_adapter`: plain Transformers does not grow the base by itself.
+        """
         if self.has_adapters and lora == "adapter":
             self.plain()
-            self._adapters[0].save_pretrained(str(folder), save_embedding_layers=False)
+            adapter = self._adapters[0]
+            settings = adapter.peft_config[adapter.active_adapter]
+            settings.base_model_name_or_path = absolute_base(str(self.hf.name_or_path))
+            adapter.save_pretrained(str(folder), save_embedding_layers=self.grown)
+            if self.hf.generation_config is not None:
+                self.hf.generation_config.save_pretrained(folder)
         else:
             self.merged().save_pretrained(folder)
 
@@ -202,8 +214,15 @@ def build_policy(config: BackboneConfig, *, dtype: torch.dtype, vocabulary: int,
         ModelError: if the model cannot be loaded or has not the parts asked for.
     """
     torch.manual_seed(seed)
+    if config.lora is not None and config.publish_lora == "adapter" and adapter_base(config.path) is not None:
+        raise ModelError(
+            f"model.publish_lora = adapter: model.path = {config.path} is an adapter itself, so that a second one "
+            "would need a base that is on no disk; set model.publish_lora=merged"
+        )
     hf = backbones.load_causal_lm(config, dtype=dtype, vocabulary=vocabulary)
     model = PolicyModel(hf)
+    on_disk = getattr(backbones.load_model_config(config).get_text_config(), "vocab_size", None)
+    model.grown = on_disk is not None and backbones.embedding_rows(hf) > on_disk
     check_logprobs(model, f"model.path = {config.path}")
     backbones.apply_kernels(hf, config)
     adapter = None

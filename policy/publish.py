@@ -1,5 +1,7 @@
 """A policy on its way to ``final/``."""
 
+import copy
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,8 @@ from rlhf.models.manifest import Manifest
 from rlhf.models.tokenizer import required_embedding_rows
 from rlhf.train.command import StageConfig
 from rlhf.train.publishing import Weights, text_form
+
+log = logging.getLogger(__name__)
 
 
 class PolicyStageConfig(StageConfig, Protocol):
@@ -42,9 +46,7 @@ class PublishablePolicy:
     """Fingerprint of the training rows."""
 
     reload_module: ClassVar[str] = "policy.reload_check"
-    details: ClassVar[Mapping[str, Any]] = {}
     unit: ClassVar[str] = "nats per token"
-    tolerance: ClassVar[float] = 0.1
 
     @classmethod
     def of(
@@ -60,6 +62,10 @@ class PublishablePolicy:
             objective=objective,
             training_data=training_data,
         )
+
+    @property
+    def details(self) -> Mapping[str, Any]:
+        return {"ends": list(self.chat.end_token_ids)}
 
     @property
     def manifest(self) -> Manifest:
@@ -79,6 +85,9 @@ class PublishablePolicy:
         vocabulary = required_embedding_rows(self.chat.tokenizer)
         return build_policy(self.model, dtype=dtype, vocabulary=vocabulary, seed=self.seed)
 
+    def tolerance(self, expected: Tensor) -> float:
+        return 0.1
+
     def has_value(self, row: Row) -> bool:
         return bool(row.response.any())
 
@@ -93,13 +102,47 @@ class PublishablePolicy:
         if self.model.lora is None or self.model.publish_lora == "merged":
             return PolicyModel(saved.hf).float()
         model = self.build(torch.float32)  # the base on disk may have more digits than the training had
-        model.load_state_dict({name: value for name, value in weights.items() if "lora_" in name}, strict=False)
+        kept = {name: value for name, value in weights.items() if "lora_" in name or _is_saved(name, model)}
+        model.load_state_dict(kept, strict=False)
         return model.eval()
+
+
+def _is_saved(name: str, model: PolicyModel) -> bool:
+    """Whether the adapter of a model that was grown is saved with this weight: the embedding, at either end."""
+    if not model.grown:
+        return False
+    ends = (model.hf.get_input_embeddings().weight, model.hf.get_output_embeddings().weight)
+    return any(model.get_parameter(name) is weight for weight in ends)
 
 
 def _generation_config(model: PolicyModel, chat: ChatFormat) -> GenerationConfig:
     """The base model's settings, ending where responses ended in training, and nowhere else."""
-    settings = model.hf.generation_config or GenerationConfig()
+    settings = repaired_generation_config(model.hf.generation_config or GenerationConfig())
     settings.eos_token_id = list(chat.end_token_ids)
     settings.pad_token_id = chat.tokenizer.pad_token_id
     return settings
+
+
+def repaired_generation_config(settings: GenerationConfig) -> GenerationConfig:
+    """A copy that Transformers agrees to save, which it does not for settings of sampling where sampling is off.
+
+    A model that came with a temperature was meant to be sampled from. Where that is not all, nothing is kept.
+    """
+    found = copy.deepcopy(settings)
+    complaint = _complaint(found)
+    if complaint is None:
+        return found
+    found.do_sample = True
+    if _complaint(found) is None:
+        log.warning("generation_config.json of the base model has settings of sampling, but sampling off: switched on")
+        return found
+    log.warning("generation_config.json of the base model contradicts itself and is left out: %s", complaint)
+    return GenerationConfig(bos_token_id=settings.bos_token_id)
+
+
+def _complaint(settings: GenerationConfig) -> str | None:
+    try:
+        settings.validate(strict=True)
+    except ValueError as error:
+        return str(error).splitlines()[0]
+    return None

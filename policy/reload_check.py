@@ -2,7 +2,8 @@
 
     python -m policy.reload_check FOLDER REQUEST.json
 
-Every row also has its response mask; its "value" is the mean log-probability of its response tokens, in nats.
+Every row also has its response mask; its "value" is the mean log-probability of its response tokens, in nats. Behind
+each of the "ends" of the request, plain ``generate`` must stop.
 """
 
 import sys
@@ -10,17 +11,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+)
 
-from rlhf.train.reloading import encoded, padded, reload_main
+from rlhf.models.adapters import adapter_base, saved_embedding_rows, with_adapter
+from rlhf.train.reloading import check_texts, padded, reload_main
 
 
 @torch.inference_mode()
 def check(folder: Path, request: dict[str, Any]) -> dict[str, float]:
     """Largest differences from the expected values: one by one, and batched with either padding side."""
     tokenizer, cases = AutoTokenizer.from_pretrained(folder), request["rows"]
-    rows = encoded(tokenizer, cases)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    check_texts(tokenizer, request["texts"])
+    rows = [case["tokens"] for case in cases]
+    model = open_policy(folder).eval()
+    check_ends(model, tokenizer, rows[0], request["ends"])
     expected = torch.tensor([case["value"] for case in cases])
     masks = [case["response"] for case in cases]
 
@@ -41,6 +53,45 @@ def check(folder: Path, request: dict[str, Any]) -> dict[str, float]:
         "batched, right-padded": off(few, "right"),
         "batched, left-padded": off(few, "left"),
     }
+
+
+def open_policy(folder: Path) -> PreTrainedModel:
+    """As a plain user would; the base of an adapter that brings a larger embedding must be grown first."""
+    base = adapter_base(folder)
+    if base is None or saved_embedding_rows(folder) is None:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(base.path, revision=base.revision, dtype=torch.float32)
+    model.generation_config = GenerationConfig.from_pretrained(folder)
+    return with_adapter(model, folder)
+
+
+class Forced(LogitsProcessor):
+    """Makes the first new token the one given."""
+
+    def __init__(self, length: int, token: int) -> None:
+        self._length, self._token = length, token
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if input_ids.shape[1] > self._length:
+            return scores
+        return torch.full_like(scores, -torch.inf).index_fill_(1, torch.tensor([self._token]), 0.0)
+
+
+def check_ends(model: PreTrainedModel, tokenizer: Any, prompt: list[int], ends: list[int]) -> None:
+    """Let the model write each end token once, with the saved settings.
+
+    Raises:
+        SystemExit: if ``generate`` goes on behind one.
+    """
+    tokens = torch.tensor([prompt])
+    for end in ends:
+        forced = LogitsProcessorList([Forced(len(prompt), end)])
+        written = model.generate(
+            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=3, do_sample=False, logits_processor=forced
+        )[0, len(prompt) :]
+        if written.tolist() != [end]:
+            name = tokenizer.convert_ids_to_tokens(end)
+            raise SystemExit(f"the saved model does not stop behind {name} (token {end}), as answers in training did")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from rlhf.core.logprobs import response_logprobs
 from rlhf.core.masking import last_token_index
 from rlhf.data.batching import LengthBucket
 from rlhf.models import backbones
+from rlhf.models.adapters import merge_adapters
 from rlhf.models.hidden_states import last_states
 from rlhf.models.options import BackboneConfig
 
@@ -104,7 +105,7 @@ class RewardModel(nn.Module):
     def merged(self) -> PreTrainedModel:
         """The Transformers model with adapters merged into its weights. Ends training of this object."""
         for adapter in self._adapters:
-            adapter.merge_and_unload()
+            merge_adapters(adapter)
         return self.hf
 
 
@@ -159,6 +160,7 @@ def build_reward_model(
     _init_head(hf, config)
     lm_head = LanguageModelHead(_output_projection(config, dtype), hf.config) if with_lm_head else None
     model = RewardModel(hf, lm_head)
+    backbones.apply_kernels(hf, config)
     make_trainable(model, config)
     return model
 

@@ -34,7 +34,6 @@ class PublishableRewardModel:
 
     reload_module: ClassVar[str] = "reward.reload_check"
     unit: ClassVar[str] = "logits"
-    tolerance: ClassVar[float] = 0.1
 
     @property
     def dtype(self) -> torch.dtype:
@@ -61,6 +60,11 @@ class PublishableRewardModel:
 
     def build(self, dtype: torch.dtype) -> RewardModel:
         return new_model(self.config, self.chat, dtype)
+
+    def tolerance(self, expected: Tensor) -> float:
+        """A tenth of the standard deviation of held-out rewards, or of the sample's where none were held out."""
+        spread = float(expected.std()) if self.evaluation is None else self.evaluation.reward_sd
+        return 0.1 * spread
 
     def has_value(self, row: Row) -> bool:
         return True

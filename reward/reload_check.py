@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf.train.reloading import encoded, padded, reload_main
+from rlhf.train.reloading import check_texts, padded, reload_main
 
 Scorer = Callable[[Tensor, Tensor, Tensor], Tensor]
 """``(tokens, mask, positions) -> scores`` of padded rows."""
@@ -21,32 +21,35 @@ Scorer = Callable[[Tensor, Tensor, Tensor], Tensor]
 def check(folder: Path, request: dict[str, Any]) -> dict[str, float]:
     """Largest differences from the expected scores: one by one, and batched with either padding side."""
     tokenizer, cases = AutoTokenizer.from_pretrained(folder), request["rows"]
-    rows = encoded(tokenizer, cases)
-    score = plain_scorer(folder) if request["plain"] else own_scorer(folder)
+    check_texts(tokenizer, request["texts"])
+    rows = [case["tokens"] for case in cases]
+    score, reads_left_padding = plain_scorer(folder) if request["plain"] else own_scorer(folder)
     expected = torch.tensor([case["value"] for case in cases])
     found = {"single": torch.cat([score(*padded([row], tokenizer.pad_token_id, "right")) for row in rows])}
-    for side in ("right", "left"):
+    for side in ("right", "left") if reads_left_padding else ("right",):
         found[f"batched, {side}-padded"] = score(*padded(rows, tokenizer.pad_token_id, side))
     return {name: float((scores - expected).abs().max()) for name, scores in found.items()}
 
 
-def plain_scorer(folder: Path) -> Scorer:
+def plain_scorer(folder: Path) -> tuple[Scorer, bool]:
+    """And whether padding may stand on the left: not for encoders, which pool at the first place."""
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    is_decoder = hasattr(model, "score")
 
     @torch.inference_mode()
     def score(tokens: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         # Learned absolute positions must be told where a left-padded text starts; rotary ones do not care.
-        extra = {"position_ids": positions} if hasattr(model, "score") else {}
+        extra = {"position_ids": positions} if is_decoder else {}
         return model(input_ids=tokens, attention_mask=mask, **extra).logits[:, 0].float()
 
-    return score
+    return score, is_decoder
 
 
-def own_scorer(folder: Path) -> Scorer:
+def own_scorer(folder: Path) -> tuple[Scorer, bool]:
     from reward.model import load_reward_model
 
     model = load_reward_model(folder, dtype=torch.float32).eval()
-    return torch.inference_mode()(lambda tokens, mask, positions: model.score(tokens, mask.bool()))
+    return torch.inference_mode()(lambda tokens, mask, positions: model.score(tokens, mask.bool())), model.is_decoder
 
 
 if __name__ == "__main__":

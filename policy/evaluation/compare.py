@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import AutoModelForCausalLM
 
 from policy.evaluation.options import SamplingSettings
 from policy.evaluation.results import PolicyEvaluation, markdown
@@ -24,7 +23,8 @@ from rlhf.data.batching import length_bucket
 from rlhf.data.options import TemplateChoice
 from rlhf.engine.frozen import Frozen, ReplicatedModel
 from rlhf.engine.ranks import single_rank
-from rlhf.models.backbones import hide_loading_bars
+from rlhf.models.backbones import hide_loading_bars, load_causal_lm
+from rlhf.models.options import BackboneConfig
 from rlhf.models.stops import model_stop_tokens
 from rlhf.train.chat import load_chat
 from rlhf.train.progress import Progress
@@ -107,10 +107,7 @@ def open_policy(folder: Path) -> Frozen:
     Raises:
         ModelError: if the folder holds none.
     """
-    try:
-        hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: cannot be loaded as a causal language model: {error}") from error
+    hf = load_causal_lm(BackboneConfig(path=str(folder)), dtype=torch.float32, vocabulary=0)
     policy = PolicyModel(hf)
     check_logprobs(policy, str(folder))
     model = ReplicatedModel(policy, single_rank())

@@ -88,17 +88,19 @@ class Rollouts:
 class Reencoded:
     """Rollouts as text, shown and tokenized as ``chat`` does it; each ends with an end token. An ItemSource.
 
+    Where the template drops or rewrites part of a response (thoughts, white space), the response is put behind the
+    prompt as it is.
+
     Raises:
-        ModelError: if the template cannot show one of them.
+        ModelError: if the template cannot show one of the prompts.
     """
 
     def __init__(self, rollouts: Rollouts, chat: ChatFormat) -> None:
-        answers = [[{"role": "assistant", "content": text}] for text in rollouts.texts]
-        pairs = zip(rollouts.prompts, answers, strict=True)
+        pairs = zip(rollouts.prompts, rollouts.texts, strict=True)
         try:
-            rendered = [chat.render(prompt.messages, answer) for prompt, answer in pairs]
+            rendered = [_shown(chat, prompt, text) for prompt, text in pairs]
         except TemplateFault as error:
-            raise ModelError(f"the chat template ({chat.origin}) cannot show a response: {error}") from error
+            raise ModelError(f"the chat template ({chat.origin}) cannot show a prompt: {error}") from error
         self._rows = [Row(tokens, np.arange(len(tokens)) >= start) for tokens, start in chat.tokenize(rendered)]
         self._names = rollouts.row_ids
         self.lengths = np.array([[len(row.tokens)] for row in self._rows])
@@ -109,6 +111,15 @@ class Reencoded:
 
     def item(self, index: int) -> Item:
         return Item(self._names[index], (self._rows[index],))
+
+
+def _shown(chat: ChatFormat, prompt: Prompt, text: str) -> tuple[str, str]:
+    """What stands before a response, and the whole text."""
+    try:
+        return chat.render(prompt.messages, [{"role": "assistant", "content": text}])
+    except TemplateFault:
+        before = chat.render_prompt(prompt.messages)
+        return before, before + text + chat.ending.token
 
 
 def roll_out(

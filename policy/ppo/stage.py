@@ -14,7 +14,6 @@ from policy.ppo.critic import build_critic, critic_start
 from policy.ppo.reference import ReferenceModel
 from policy.ppo.replay import Replay
 from policy.ppo.reports import HeldOut, print_held_out
-from policy.ppo.rollouts import Reencoded
 from policy.ppo.scoring import ScorerParts, build_scorer
 from policy.ppo.shared_trunk import SharedTrunkCritic
 from policy.ppo.task import Engines, PpoTask, Roles
@@ -82,7 +81,7 @@ def _publish(config: PpoConfig, engines: Engines, chat: ChatFormat, task: PpoTas
     published = PublishablePolicy.of(
         config, chat, stage="ppo", objective=objective, training_data=data.train.fingerprint
     )
-    publish_run(config, engine, engine.ranks.together(lambda: Reencoded(rollouts, chat)), published)
+    publish_run(config, engine, rollouts, published)
 
 
 class _Builder:

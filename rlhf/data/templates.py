@@ -482,9 +482,12 @@ def _template_text(tokenizer: Any, template: str | None) -> tuple[str, str]:
 
 
 def _wanted_bos(tokenizer: Any) -> str:
-    """BOS, if the tokenizer puts it before any text by itself."""
-    bos = tokenizer.bos_token_id
-    return tokenizer.bos_token if bos is not None and tokenizer("a")["input_ids"][0] == bos else ""
+    """BOS, or of encoders the token whose state stands for the text, if the tokenizer puts it before any text."""
+    first = tokenizer("a")["input_ids"][0]
+    for token in (tokenizer.bos_token, getattr(tokenizer, "cls_token", None)):
+        if token is not None and tokenizer.convert_tokens_to_ids(token) == first:
+            return token
+    return ""
 
 
 def _special_texts(tokenizer: Any) -> dict[str, str]:

@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 from rlhf.core.errors import ModelError
 from rlhf.core.files import digest, file_checksum
 from rlhf.core.memory import free_memory
+from rlhf.models.adapters import adapter_base, with_adapter
 from rlhf.models.options import BackboneConfig, LoraOptions, cut_layers
 
 HEAD_NAMES = ("score", "classifier")
@@ -72,13 +73,14 @@ def _load(
     vocabulary: int,
 ) -> PreTrainedModel:
     check_host_memory(config, dtype)
+    origin, revision = _origin(config)
     chatter = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # a new head and dropped layers are no news here
     try:
         model = loader.from_pretrained(
-            config.path,
+            origin,
             config=settings,
-            revision=config.revision,
+            revision=revision,
             dtype=dtype,
             attn_implementation=attention_implementation(config.attention, dtype),
             trust_remote_code=config.trust_remote_code,
@@ -87,11 +89,19 @@ def _load(
         raise ModelError(f"model.path = {config.path}: cannot be loaded as {what}: {error}") from error
     finally:
         transformers_logging.set_verbosity(chatter)
+    if origin != config.path:
+        with_adapter(model, Path(config.path))
     if vocabulary > embedding_rows(model):
         model.resize_token_embeddings(vocabulary)
     if not config.dropout:
         switch_dropout_off(model)
     return model
+
+
+def _origin(config: BackboneConfig) -> tuple[str, str | None]:
+    """Folder or name, and revision, of the weights; for an adapter those of its base."""
+    base = adapter_base(config.path)
+    return (config.path, config.revision) if base is None else (base.path, base.revision)
 
 
 def embedding_rows(model: PreTrainedModel) -> int:
@@ -201,9 +211,10 @@ def load_model_config(config: BackboneConfig) -> PretrainedConfig:
     if Path(config.path).suffix == ".gguf":
         way_out = f"turn it into a folder: rlhf import-gguf {config.path} FOLDER"
         raise ModelError(f"model.path = {config.path} is a GGUF file; {way_out}")
+    origin, revision = _origin(config)
     try:
         settings = AutoConfig.from_pretrained(
-            config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
+            origin, revision=revision, trust_remote_code=config.trust_remote_code
         )
     except (OSError, ValueError) as error:
         raise ModelError(
@@ -274,7 +285,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 def check_host_memory(config: BackboneConfig, dtype: torch.dtype) -> None:
     """Refuse to load what this host cannot hold: a killed process (exit code -9) would not say why."""
-    bytes_here = checkpoint_bytes(Path(config.path), dtype)
+    bytes_here = checkpoint_bytes(Path(_origin(config)[0]), dtype)
     processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     available = free_memory()
     if bytes_here is None or available is None or bytes_here * processes < available:

@@ -55,6 +55,8 @@ def load_tokenizer(
         ) from error
     if chat_template is not None:
         tokenizer.chat_template = chat_template
+    if not tokenizer.eos_token and tokenizer.sep_token:
+        tokenizer.eos_token = tokenizer.sep_token  # encoders such as BERT end every text with it
     policy = choose_pad_token(tokenizer)
     if policy.pad_token != tokenizer.pad_token:
         logger.info("%s: padding with %s: %s", path, policy.pad_token, policy.reason)

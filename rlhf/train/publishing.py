@@ -4,6 +4,8 @@ The steps are the same for every kind of model; what differs is asked of a :clas
 """
 
 import json
+import logging
+import math
 import os
 import subprocess
 import sys
@@ -20,7 +22,7 @@ from rlhf.core.errors import ModelError
 from rlhf.core.files import staged_directory
 from rlhf.data.batching import ItemSource, Row, length_bucket
 from rlhf.data.portable import portable_tokenizer
-from rlhf.data.templates import ChatFormat
+from rlhf.data.templates import ChatFormat, TemplateFault
 from rlhf.engine.api import Engine
 from rlhf.engine.stop import sheltering_children
 from rlhf.models.manifest import Manifest, write_manifest
@@ -30,6 +32,24 @@ from rlhf.train.command import StageConfig
 from rlhf.train.stage import say
 
 CASES = 12
+CONVERSATIONS = (
+    [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because 12 + 30 = 42."}],
+    [
+        {"role": "user", "content": "First line\n\nthird  line\twith a tab, and ``code`` <b>here</b>"},
+        {"role": "assistant", "content": "Na\u00efve \u2013 \u8336 \u2615\n1. don't\n2. {{ messages }} {% if %}"},
+    ],
+    [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Hi, what can I do?"},
+        {"role": "user", "content": "Nothing 12345"},
+        {"role": "assistant", "content": "Fine."},
+    ],
+    [{"role": "user", "content": " a "}, {"role": "assistant", "content": "b"}],
+)
+"""What the saved tokenizer must show and split as the run does."""
+
+log = logging.getLogger(__name__)
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 Weights = Mapping[str, Tensor]
@@ -61,9 +81,11 @@ class Publishable(Protocol[ModelT]):
     def unit(self) -> str:
         """The unit of the values that are compared."""
 
-    @property
-    def tolerance(self) -> float:
-        """How far values in the precision of training may be from those of the same weights in float32."""
+    def tolerance(self, expected: Tensor) -> float:
+        """How far values in the precision of training may be from ``expected`` ones, of the same weights in float32.
+
+        Values further off are published, with a warning: they are what readers in float32 get.
+        """
 
     def build(self, dtype: torch.dtype) -> ModelT:
         """An untrained copy on the CPU, adapters apart."""
@@ -120,7 +142,7 @@ def text_form(chat: ChatFormat) -> dict[str, Any]:
     return {
         "template_digest": chat.digest,
         "tokenizer_digest": chat.tokenizer_digest,
-        "pad_policy": pad_policy(chat.tokenizer),
+        "pad_policy": pad_policy(portable_tokenizer(chat)),
         "vocabulary_size": len(chat.tokenizer),
     }
 
@@ -137,9 +159,9 @@ def _write(
         expected = live
         if publishable.dtype != torch.float32:
             expected = _values(publishable, publishable.in_float32(model, weights), rows)
-            check_low_precision(live, expected, publishable.tolerance)
-        cases = readable_cases(rows, expected, tokenizer)
-        return check_in_fresh_process(publishable.reload_module, staged, {**publishable.details, "rows": cases})
+            check_low_precision(live, expected, publishable.tolerance(expected), publishable.unit)
+        request = {"texts": text_cases(publishable.chat), "rows": value_cases(rows, expected)}
+        return check_in_fresh_process(publishable.reload_module, staged, {**publishable.details, **request})
 
 
 def _rebuilt(publishable: Publishable[ModelT], weights: Weights) -> ModelT:
@@ -172,19 +194,27 @@ def live_outputs(engine: Engine, rows: Sequence[Row]) -> list[Any]:
         return [engine.forward((length_bucket([row]).to(engine.ranks.device),)) for row in rows]
 
 
-def readable_cases(rows: Sequence[Row], values: Tensor, tokenizer: Any) -> list[dict]:
-    """Text, tokens, response mask and value of the rows that survive decoding and encoding again.
+def value_cases(rows: Sequence[Row], values: Tensor) -> list[dict]:
+    """Tokens, response mask and value of each row. Not its text: a tokenizer need not be able to give it back."""
+    return [
+        {"tokens": row.tokens.tolist(), "response": row.response.tolist(), "value": value}
+        for row, value in zip(rows, values.tolist(), strict=True)
+    ]
 
-    Raises:
-        ModelError: if none does.
+
+def text_cases(chat: ChatFormat) -> list[dict]:
+    """Conversations with the texts and tokens that the run makes of them, for the saved tokenizer to do the same.
+
+    Those that the template cannot show in training either are left out.
     """
     cases = []
-    for row, value in zip(rows, values.tolist(), strict=True):
-        text, tokens = tokenizer.decode(row.tokens), row.tokens.tolist()
-        if tokenizer(text, add_special_tokens=False)["input_ids"] == tokens:
-            cases.append({"text": text, "tokens": tokens, "response": row.response.tolist(), "value": value})
-    if not cases:
-        raise ModelError("no sample row survives decoding and encoding again; the tokenizer is lossy")
+    for messages in CONVERSATIONS:
+        try:
+            begun, whole = chat.render(messages[:-1], messages[-1:])
+        except TemplateFault:
+            continue
+        tokens = chat.tokenizer(whole, add_special_tokens=False)["input_ids"]
+        cases.append({"messages": messages, "begun": begun, "text": whole, "tokens": tokens})
     return cases
 
 
@@ -212,17 +242,25 @@ def check_in_fresh_process(module: str, folder: Path, request: dict) -> dict[str
     return json.loads(report[0])
 
 
-def check_low_precision(live: Tensor, expected: Tensor, tolerance: float) -> None:
-    """Refuse weights whose values in the precision of training are far from those in float32.
+def check_low_precision(live: Tensor, expected: Tensor, tolerance: float, unit: str) -> None:
+    """Warn of weights whose values in the precision of training are far from those in float32.
 
     Raises:
-        ModelError: if the largest difference passes ``tolerance``.
+        ModelError: if one of them is not finite.
     """
     worst = float((live - expected).abs().max())
-    if not worst <= tolerance:
+    if not math.isfinite(worst):
         raise ModelError(
-            f"values in training precision and in float32 differ by {worst:.3f}, more than {tolerance}; "
-            "the model is not published, the checkpoints are intact"
+            "values of the trained model are not finite, in training precision or in float32; it is not published, "
+            "the checkpoints are intact"
+        )
+    if worst > tolerance:
+        log.warning(
+            "values in training precision and in float32 differ by up to %.3f %s, more than %.3f: what is published, "
+            "opened in float32, says something else than the run's evaluation by as much",
+            worst,
+            unit,
+            tolerance,
         )
 
 

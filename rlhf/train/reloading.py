@@ -2,7 +2,8 @@
 
     python -m MODULE FOLDER REQUEST.json
 
-Every row of the request has its text, its tokens and what the model in training said of it as "value".
+Every row of the request has its tokens and what the model in training said of it as "value"; every text has its
+messages, and how the run shows and splits them.
 """
 
 import json
@@ -26,13 +27,21 @@ def reload_main(check: Callable[[Path, dict[str, Any]], dict[str, float]]) -> in
     return 0 if all(value <= TOLERANCE for value in differences.values()) else 1
 
 
-def encoded(tokenizer: Any, cases: Sequence[dict[str, Any]]) -> list[list[int]]:
-    """The tokens of every case, by the saved tokenizer."""
-    rows = [tokenizer(case["text"], add_special_tokens=False)["input_ids"] for case in cases]
-    for row, case in zip(rows, cases, strict=True):
-        if row != case["tokens"]:
-            raise SystemExit(f"the saved tokenizer splits the text differently: {case['text'][:200]!r}")
-    return rows
+def check_texts(tokenizer: Any, cases: Sequence[dict[str, Any]]) -> None:
+    """Show and split conversations as a plain user would.
+
+    Raises:
+        SystemExit: if the saved tokenizer or its template does it in another way than the run.
+    """
+    for case in cases:
+        messages = case["messages"]
+        begun = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(messages, tokenize=False)
+        for found, expected in ((begun, case["begun"]), (whole, case["text"])):
+            if found != expected:
+                raise SystemExit(f"the saved chat template shows {found[-300:]!r}, expected {expected[-300:]!r}")
+        if tokenizer(whole, add_special_tokens=False)["input_ids"] != case["tokens"]:
+            raise SystemExit(f"the saved tokenizer splits the text differently: {whole[:200]!r}")
 
 
 def padded(rows: Sequence[list[int]], pad: int, side: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -120,6 +120,7 @@ class Says(LogitsProcessor):
         return scores
 
 
+@pytest.mark.slow
 def test_a_base_model_trained_with_chatml_is_published_so_that_plain_generate_stops(
     tiny_model, tmp_path
 ):

@@ -1,0 +1,90 @@
+"""Folders that hold a LoRA adapter and name the model that it belongs to."""
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
+from transformers import PreTrainedModel
+
+from rlhf.core.errors import ModelError
+
+SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+class AdapterBase(NamedTuple):
+    """The model that an adapter belongs to."""
+
+    path: str
+    """Folder or name on the hub."""
+    revision: str | None
+
+
+def adapter_base(path: str | Path) -> AdapterBase | None:
+    """What the adapter in the folder ``path`` was trained on; ``None`` if there is no adapter.
+
+    Raises:
+        ModelError: if the adapter names a folder that is not here.
+    """
+    folder = Path(path)
+    if not (folder / SETTINGS).is_file() or (folder / "config.json").is_file():
+        return None
+    settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    base = str(settings.get("base_model_name_or_path") or "")
+    looks_like_a_folder = base.startswith((".", "/", "~")) or base.count("/") != 1
+    if not base or (looks_like_a_folder and not Path(base).expanduser().is_dir()):
+        raise ModelError(
+            f"{folder} is an adapter of the model {base or 'that its adapter_config.json does not name'}, which is not "
+            "here: write the folder of that model as base_model_name_or_path into its adapter_config.json"
+        )
+    there = Path(base).expanduser()
+    return AdapterBase(str(there) if there.is_dir() else base, settings.get("revision"))
+
+
+def absolute_base(path: str) -> str:
+    """The name under which an adapter's base is found from anywhere."""
+    return str(Path(path).resolve()) if Path(path).is_dir() else path
+
+
+def saved_embedding_rows(folder: Path) -> int | None:
+    """Rows of the embedding that is saved with the adapter; ``None`` without one."""
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        names = [name for name in file.keys() if "lora_" not in name and name.endswith(".weight")]  # noqa: SIM118
+        shapes = [file.get_slice(name).get_shape() for name in names]
+    return max((shape[0] for shape in shapes if len(shape) == 2), default=None)
+
+
+def with_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """``model`` with the adapter of ``folder`` merged into its weights, in place.
+
+    Raises:
+        ModelError: if the adapter does not fit.
+    """
+    rows = saved_embedding_rows(folder)
+    if rows is not None:
+        model.resize_token_embeddings(rows)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*missing adapter keys.*")
+            wrapped = PeftModel.from_pretrained(model, str(folder))
+    except (ValueError, RuntimeError, UserWarning) as error:
+        raise ModelError(f"{folder}: the adapter does not fit {type(model).__name__}: {error}") from error
+    merge_adapters(wrapped)
+    return model.requires_grad_(True)  # peft had frozen it
+
+
+def merge_adapters(wrapped: PeftModel) -> None:
+    """Put adapters into the weights of the wrapped model; computed in float32 and rounded once."""
+    layers: list[Any] = [module for module in wrapped.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        dtype: torch.dtype = layer.get_base_layer().weight.dtype
+        layer.to(torch.promote_types(dtype, torch.float32))
+        layer.merge()
+        layer.to(dtype)
+    model = wrapped.unload()
+    if hasattr(model, "peft_config"):
+        del model.peft_config  # it may be adapted anew
