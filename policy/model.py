@@ -11,6 +11,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
+from policy.options import PolicyConfig
 from policy.self_check import check_logprobs
 from rlhf.core.errors import ModelError
 from rlhf.core.logprobs import TokenLogprobs, head_logits, token_logprobs
@@ -214,7 +215,8 @@ def build_policy(config: BackboneConfig, *, dtype: torch.dtype, vocabulary: int,
         ModelError: if the model cannot be loaded or has not the parts asked for.
     """
     torch.manual_seed(seed)
-    if config.lora is not None and config.publish_lora == "adapter" and adapter_base(config.path) is not None:
+    publishes = config.publish_lora if isinstance(config, PolicyConfig) and config.lora is not None else "merged"
+    if publishes == "adapter" and adapter_base(config.path) is not None:
         raise ModelError(
             f"model.publish_lora = adapter: model.path = {config.path} is an adapter itself, so that a second one "
             "would need a base that is on no disk; set model.publish_lora=merged"

@@ -42,7 +42,7 @@ def encoder(request, tiny_tokenizer, tmp_path):
     torch.manual_seed(0)
     special = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": None, "eos_token_id": None}
     special |= {"cls_token_id": tokenizer.cls_token_id, "sep_token_id": tokenizer.sep_token_id}
-    model(kind(vocab_size=len(tokenizer) + 4, max_position_embeddings=256, **special, **sizes)).save_pretrained(
+    model(kind(vocab_size=len(tokenizer) + 4, max_position_embeddings=800, **special, **sizes)).save_pretrained(
         tmp_path / "encoder"
     )
     tokenizer.save_pretrained(tmp_path / "encoder")
