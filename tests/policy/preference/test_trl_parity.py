@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from policy.preference.losses import LOSSES
-from policy.preference.pair_losses import sigmoid_loss
 from policy.preference.modifiers import divergence_scores, length_desensitized, wpo_weights
+from policy.preference.pair_losses import sigmoid_loss
 from tests.lacking import imported
 
 pytestmark = pytest.mark.slow
