@@ -40,7 +40,7 @@ def measure(stage: str, settings: Sequence[str], *, ranks: int, folder: Path, ti
     Raises:
         RuntimeError: if a rank fails, with the end of what it said; the others are ended.
     """
-    from rlhf.engine.ranks import free_port
+    from rlhf.core.ports import free_port
 
     report = folder / "peak"
     shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}

@@ -69,6 +69,44 @@ def test_an_evaluation_is_shown_and_refused_without_torch():
     assert end == {"code": 2, "heavy": []} and "did you mean sampling.top_p?" in printed
 
 
+QUICKSTART = str(RECIPES / "quickstart.yaml")
+CLUSTER = ("--profile", str(RECIPES.parent / "clusters" / "example.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (("pipeline", "run", QUICKSTART, "--dry-run"), 0, "evaluate"),
+        (("pipeline", "status", QUICKSTART), 0, "evaluate"),
+        (("pipeline", "run", QUICKSTART, "reward.engine.kinds=x"), 2, "did you mean engine.kind?"),
+        (("slurm", "render", "pipeline", "--config", QUICKSTART, *CLUSTER), 0, "#SBATCH"),
+        (("plan", "reward", "--config", str(RECIPES / "quickstart_reward.yaml"), "loss.kind=bsrr"), 2, "mean bsr?"),
+        (("plan", "pipeline", "--config", QUICKSTART, "reward.optim.rate=1"), 2, "optim."),
+        (("sweep", "preference", "--output", "o", "--config", str(RECIPES / "quickstart_preference.yaml"),
+          "loss.kind=sigmoid,ipoo"), 2, "did you mean ipo?"),
+    ],
+    ids=lambda value: " ".join(value[:2]) if isinstance(value, tuple) else "",
+)
+def test_what_a_command_shows_or_refuses_of_a_recipe_needs_no_torch(arguments, code, text):
+    end, printed = started("launch.cli", *arguments)
+    assert end == {"code": code, "heavy": []}
+    assert text in printed
+
+
+def test_a_launcher_counts_devices_and_finds_a_port_without_torch(tmp_path):
+    script = tmp_path / "counts.py"
+    script.write_text(
+        "from launch.jobs.launcher import Machine, stage_command\n"
+        "from launch.stages import STAGES\n"
+        "print(stage_command(STAGES['reward'], [], Machine()))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", str(script)], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert "--num_accelerators" in done.stdout
+    assert not {"torch", "deepspeed"} & {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+
+
 @pytest.mark.parametrize("arguments", [(), ("pipeline",), ("plan",), ("slurm",), ("sweep",)], ids=" ".join)
 def test_help_of_the_commands_imports_no_torch(arguments):
     end, printed = started("launch.cli", *arguments, "--help")

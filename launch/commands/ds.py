@@ -141,7 +141,7 @@ def _role(config: Any, name: str | None, stage: str) -> ModelRole:
 
 
 def _run_values(config: Any, role: str, chosen: ModelRole, options: argparse.Namespace) -> "RunValues":
-    from launch.jobs.launcher import default_ranks
+    from launch.jobs.devices import default_ranks
     from launch.plan.models import Sources, model_settings
     from rlhf.engine.build import frozen_values, run_values
 

@@ -1,6 +1,7 @@
 """``rlhf plan STAGE``: what a run needs of memory, disk and time, before it is started. No GPU, no weights."""
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ from launch.stages import STAGES, training
 
 if TYPE_CHECKING:
     from launch.plan.cluster import Cluster
-    from launch.plan.planner import Request
+    from rlhf.models.options import BackboneConfig
 
 _DESCRIPTION = """\
 Read a recipe as the stage would, and say what it needs on a cluster of a given shape: parameters, ZeRO states,
@@ -79,15 +80,22 @@ def run(options: argparse.Namespace) -> int:
     """
     import json
 
-    from launch.plan.planner import plan_stage
+    made: Mapping[str, BackboneConfig] = {}
+    if options.stage == "pipeline":
+        stages, made = _pipeline(options)
+    else:
+        stages = {options.stage: (options.stage, _config(options))}
+
+    # What is wrong with the recipe has been said; from here on torch is needed.
+    from launch.plan.models import Sources
+    from launch.plan.planner import Request, plan_stage
     from launch.plan.report import as_json
 
     _quiet()
-    cluster, request = _cluster(options), _request(options)
-    if options.stage == "pipeline":
-        stages, request = _pipeline(options, request)
-    else:
-        stages = {options.stage: (options.stage, _config(options))}
+    cluster = _cluster(options)
+    request = Request(
+        sources=Sources(fallback=options.model_config, made=made), rows=options.rows, mean_tokens=options.mean_tokens
+    )
     found = {
         name: as_json(plan_stage(kind, config, cluster, request), request) for name, (kind, config) in stages.items()
     }
@@ -104,21 +112,17 @@ def _config(options: argparse.Namespace) -> Any:
     return load_config(STAGES[options.stage].config_class(), options.config, options.overrides, program="rlhf plan")
 
 
-def _pipeline(options: argparse.Namespace, request: "Request") -> "tuple[dict[str, tuple[str, Any]], Request]":
+def _pipeline(options: argparse.Namespace) -> "tuple[dict[str, tuple[str, Any]], Mapping[str, BackboneConfig]]":
     """The stages that train, by name, and what they leave to each other."""
-    import dataclasses
-
     from launch.pipeline.recipe import load_pipeline
     from launch.pipeline.subject import made_models
-    from launch.plan.models import Sources
     from rlhf.core.errors import ConfigError
 
     if len(options.config) != 1:
         raise ConfigError(f"rlhf plan pipeline: {len(options.config)} recipes; expected one --config PIPELINE.yaml")
     pipeline = load_pipeline(options.config[0], options.overrides)
-    sources = Sources(fallback=request.sources.fallback, made=made_models(pipeline))
     stages = {each.name: (each.kind, each.config) for each in pipeline.stages if each.stage.trains}
-    return stages, dataclasses.replace(request, sources=sources)
+    return stages, made_models(pipeline)
 
 
 def _cluster(options: argparse.Namespace) -> "Cluster":
@@ -126,15 +130,6 @@ def _cluster(options: argparse.Namespace) -> "Cluster":
 
     names = ("nodes", "devices_per_node", "device", "device_memory", "host_memory", "flops", "utilization")
     return cluster_of(**{name: getattr(options, name) for name in names})
-
-
-def _request(options: argparse.Namespace) -> "Request":
-    from launch.plan.models import Sources
-    from launch.plan.planner import Request
-
-    return Request(
-        sources=Sources(fallback=options.model_config), rows=options.rows, mean_tokens=options.mean_tokens
-    )
 
 
 def _show(found: dict[str, Any], *, titled: bool) -> None:

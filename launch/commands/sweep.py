@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from launch.commands.arguments import SettingsParser
 from launch.jobs import log
-from launch.jobs.launcher import default_ranks, launcher, run_logged
+from launch.jobs.devices import default_ranks
+from launch.jobs.launcher import launcher, run_logged
 from rlhf.core.clock import clock
 
 if TYPE_CHECKING:

@@ -67,7 +67,7 @@ class Subject:
 
     @property
     def processes(self) -> int:
-        from launch.jobs.launcher import default_ranks
+        from launch.jobs.devices import default_ranks
 
         return self.ranks or default_ranks()
 

@@ -9,24 +9,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import launch.jobs.guard
+from launch.jobs.devices import default_ranks
 from launch.jobs.hostfile import check_hosts, write_hostfile
 from launch.jobs.srun import HOSTFILE_VARIABLE, allocated_hosts, srun_command
 from launch.stages import Stage
-
-
-def default_ranks() -> int:
-    """All GPUs, or 2 processes on a CPU with 2 or more cores."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.device_count()
-    return min(2, len(os.sched_getaffinity(0)))
+from rlhf.core.ports import free_port
 
 
 def launcher(ranks: int) -> list[str]:
     """The start of a command line, on a port that no other run has."""
-    from rlhf.engine.ranks import free_port
-
     return [deepspeed_program(), "--num_accelerators", str(ranks), "--master_port", str(free_port())]
 
 
@@ -95,8 +86,6 @@ def stage_command(stage: Stage, arguments: Sequence[str], machine: Machine) -> l
 
 def _master_port() -> int:
     """Where rank 0 of several nodes listens: MASTER_PORT if it is set, for firewalls; else one free on this node."""
-    from rlhf.engine.ranks import free_port
-
     return int(os.environ.get("MASTER_PORT", free_port()))
 
 

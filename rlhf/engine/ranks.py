@@ -5,7 +5,6 @@ environment says which process this is.
 """
 
 import os
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlhf.core.errors import ConfigError, UserError
+from rlhf.core.ports import free_port
 
 T = TypeVar("T")
 _environment_before: dict[str, str | None] = {}
@@ -201,10 +201,3 @@ def _launch_environment() -> dict[str, str]:
         "MASTER_ADDR": found["MASTER_ADDR"],
         "MASTER_PORT": found.get("MASTER_PORT", "29500"),
     }
-
-
-def free_port() -> int:
-    """A TCP port of this host that nobody listens on right now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
