@@ -229,8 +229,8 @@ def _plot_differences(axis, groups: Runs, flipped: float) -> None:
             [],
             [],
             fmt=marker,
-            color="grey",
-            mfc="white" if split == "id_test" else "grey",
+            color="gray",
+            mfc="white" if split == "id_test" else "gray",
             label=_long(split),
         )
     axis.axvline(0, color="black", lw=1)
