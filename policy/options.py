@@ -11,4 +11,4 @@ class PolicyConfig(BackboneConfig):
     """The language model to train."""
 
     publish_lora: Literal["merged", "adapter"] = "merged"
-    """With LoRA, final/ holds merged weights, or the adapter alone (it then needs the base model beside it)."""
+    """Weights in final/ under LoRA: merged, or the adapter alone (it then needs the base model beside it)."""

@@ -56,7 +56,7 @@ def check(folder: Path, request: dict[str, Any]) -> dict[str, float]:
 
 
 def open_policy(folder: Path) -> PreTrainedModel:
-    """As a plain user would; the base of an adapter that brings a larger embedding must be grown first."""
+    """Open a policy as a plain user would; the base of an adapter with a larger embedding must be grown first."""
     base = adapter_base(folder)
     if base is None or saved_embedding_rows(folder) is None:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -77,7 +77,7 @@ class Forced(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).index_fill_(1, torch.tensor([self._token]), 0.0)
 
 
-def check_ends(model: PreTrainedModel, tokenizer: Any, prompt: list[int], ends: list[int]) -> None:
+def check_ends(model: Any, tokenizer: Any, prompt: list[int], ends: list[int]) -> None:
     """Let the model write each end token once, with the saved settings.
 
     Raises:

@@ -85,7 +85,7 @@ class LossConfig:
     parameters: Annotated[dict[str, Any], listed(LOSSES)] = field(default_factory=dict)
     """Hyper-parameters of that loss, by name; what is not given has the loss's default."""
     scope: Literal["micro_step", "global_batch"] = "micro_step"
-    """Over which pairs pos_reg, norm_bt and bsr take their means. micro_step: those that all ranks hold at once.
+    """Pairs that pos_reg, norm_bt and bsr take their means over. micro_step: those that all ranks hold at once.
     global_batch: exactly all pairs of the step, for one more forward pass."""
 
     def __post_init__(self) -> None:

@@ -85,13 +85,13 @@ def evaluate_pairs(
     if (chosen_scores is None) != (rejected_scores is None):
         missing = "chosen_scores" if chosen_scores is None else "rejected_scores"
         raise ValueError(f"scores are given for one side only: {missing!r} is missing")
-    given = {
+    given: dict[str, ArrayLike] = {
         "chosen_rewards": chosen_rewards,
         "rejected_rewards": rejected_rewards,
         "chosen_lengths": chosen_lengths,
         "rejected_lengths": rejected_lengths,
     }
-    if chosen_scores is not None:
+    if chosen_scores is not None and rejected_scores is not None:
         given |= {"chosen_scores": chosen_scores, "rejected_scores": rejected_scores}
     columns = _checked_columns(given)
     gap = columns["chosen_rewards"] - columns["rejected_rewards"]

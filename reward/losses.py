@@ -332,7 +332,7 @@ def _regularized(loss: Tensor, logprobs: Tensor, weight: float, beta: float) -> 
     return (1 - weight) * loss - weight * F.logsigmoid(beta * logprobs)
 
 
-STATISTICS: Mapping[str, Callable[[Tensor, Tensor, Tensor | None], Tensor | None]] = {
+STATISTICS: Mapping[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "mean_chosen": lambda chosen, rejected, distances: chosen,
     "mean_reward": lambda chosen, rejected, distances: (chosen + rejected) / 2,
     "mean_distance": lambda chosen, rejected, distances: distances,

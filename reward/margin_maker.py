@@ -1,4 +1,4 @@
-"""From the recipe's margin section to one margin per pair, with warm-up, queue and telemetry."""
+"""Makes one margin per pair as the recipe's margin section says, with warm-up, queue and telemetry."""
 
 from collections import defaultdict
 from typing import Any

@@ -77,7 +77,7 @@ def optimal_transport_margins(
         reward_weight: weight of the reward term.
         semantic_weight: weight of the semantic term.
         epsilon: entropy of the plan, in units of the cost (see :func:`reward.transport.sinkhorn_plan`).
-        max_iterations: Sinkhorn sweeps at most.
+        max_iterations: Sinkhorn iterations at most.
         reward_cost: "abs" gives a badly misranked pair as little margin as a well ranked one (robust to wrong
             labels), "signed" gives it the most.
         center_rewards: subtract from both rewards of a pair their mean, before any are compared across pairs.
@@ -93,7 +93,7 @@ def optimal_transport_margins(
         ValueError: on shapes that do not fit, non-finite rewards or embeddings of non-zero weight, an unknown
             option, or what :func:`reward.transport.sinkhorn_plan` refuses.
     References:
-        APLOT, Li et al. (EMNLP 2025), arXiv:2510.10963. Cost, epsilon, sweeps and the row-wise reading follow
+        APLOT, Li et al. (EMNLP 2025), arXiv:2510.10963. Cost, epsilon, iterations and the row-wise reading follow
         a third-party replication (Lin et al., "From Soft Targets to Reward Signals", App. A.3), which is
         ``center_rewards=False``. Row normalization, centering, "signed" and the other readings are ours: see
         docs/papers.md.

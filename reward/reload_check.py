@@ -32,7 +32,7 @@ def check(folder: Path, request: dict[str, Any]) -> dict[str, float]:
 
 
 def plain_scorer(folder: Path) -> tuple[Scorer, bool]:
-    """And whether padding may stand on the left: not for encoders, which pool at the first place."""
+    """The scores of plain Transformers, and whether padding may stand on the left: encoders pool at the first place."""
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
     is_decoder = hasattr(model, "score")
 

@@ -191,7 +191,8 @@ def _origin_file(output: Path) -> Path:
 
 
 def _refuse_other_origin(output: Path, origin: dict[str, str], done: int) -> None:
-    """
+    """Refuse to go on with rows of another origin.
+
     Raises:
         DataError: if ``output`` holds rows that came about in another way.
     """

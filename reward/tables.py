@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt
 
@@ -33,7 +33,9 @@ class Loss(Row):
         margins = ("margins",) if self.takes_margins else ()
         return super().arguments | {"chosen", "rejected", *self.statistics, *margins}
 
-    def __call__(self, chosen: "Tensor", rejected: "Tensor", margins: "Tensor | None" = None, **options) -> "Tensor":
+    def __call__(
+        self, chosen: "Tensor", rejected: "Tensor", margins: "Tensor | None" = None, **options: Any
+    ) -> "Tensor":
         """``(B,)`` losses; ``options`` are inputs, statistics and hyper-parameters.
 
         Raises:

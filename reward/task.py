@@ -106,9 +106,9 @@ class RewardTask:
             chosen_embeddings=pairs.chosen_embeddings,
             rejected_embeddings=pairs.rejected_embeddings,
         )
-        margins = self._margins.transport_metrics() | telemetry
-        self.margin_statistics = {name: value for name, value in margins.items() if math.isfinite(value)}
-        return metrics | margins
+        telemetry = self._margins.transport_metrics() | telemetry
+        self.margin_statistics = {name: value for name, value in telemetry.items() if math.isfinite(value)}
+        return metrics | telemetry
 
     def row_ids(self, batch: Batch) -> tuple[str, ...]:
         return batch.row_ids

@@ -23,7 +23,7 @@ class TransportPlan:
     A share of the unit mass, so comparable across sizes."""
     converged: bool
     """Whether ``residual`` is at most ``CONVERGED_RESIDUAL``."""
-    sweeps: int
+    iterations: int
     """Row and column updates that were run."""
 
 
@@ -65,10 +65,10 @@ def sinkhorn_plan(
     columns = normalized_weights("column_weights", column_weights, cost.shape[1], like=cost)
     kept = torch.outer(rows > 0, columns > 0)
     dense = cost[kept].view(int((rows > 0).sum()), -1)
-    solution, sweeps = _solve(dense, epsilon, max_iterations, rows[rows > 0], columns[columns > 0])
+    solution, iterations = _solve(dense, epsilon, max_iterations, rows[rows > 0], columns[columns > 0])
     plan = torch.zeros_like(cost).masked_scatter(kept, solution)
     residual = max(float((plan.sum(1) - rows).abs().sum()), float((plan.sum(0) - columns).abs().sum()))
-    return TransportPlan(plan, residual, residual <= CONVERGED_RESIDUAL, sweeps)
+    return TransportPlan(plan, residual, residual <= CONVERGED_RESIDUAL, iterations)
 
 
 def normalized_weights(name: str, weights: Tensor | None, count: int, *, like: Tensor) -> Tensor:
@@ -90,12 +90,12 @@ def normalized_weights(name: str, weights: Tensor | None, count: int, *, like: T
     return (weights / weights.sum()).to(like.dtype)
 
 
-def _solve(cost: Tensor, epsilon: float, sweeps: int, rows: Tensor, columns: Tensor) -> tuple[Tensor, int]:
+def _solve(cost: Tensor, epsilon: float, iterations: int, rows: Tensor, columns: Tensor) -> tuple[Tensor, int]:
     check_finite(cost=cost)
     check_finite(cost_over_epsilon=cost / epsilon)
     rounding = torch.finfo(cost.dtype).eps
     # warn=False: the caller's residual says more than POT's warning, and where it is read.
     plan, log = sinkhorn_log(
-        rows, columns, cost, epsilon, numItermax=sweeps, stopThr=rounding, log=True, warn=False
+        rows, columns, cost, epsilon, numItermax=iterations, stopThr=rounding, log=True, warn=False
     )
     return plan, log["niter"] + 1

@@ -21,8 +21,13 @@ def test_row_groups_are_length_buckets(config, value):
 @pytest.mark.parametrize(
     ("config", "setting", "now"),
     [
-        (RewardConfig, "margin.centre_rewards=false", "margin.center_rewards"),
-        (PreferenceConfig, "margin.centre_rewards=false", "margin.center_rewards"),
+        (RewardConfig, "margin.max_sweeps=9", "margin.parameters.max_iterations"),
+        (PreferenceConfig, "margin.max_sweeps=many", "margin.parameters.max_iterations"),
+        (RewardConfig, "margin.centre_rewards=false", "margin.parameters.center_rewards"),
+        (PreferenceConfig, "margin.centre_rewards=false", "margin.parameters.center_rewards"),
+        (RewardConfig, "margin.epsilon=0.2", "margin.parameters.epsilon"),
+        (RewardConfig, "margin.queue_pairs=64", "margin.parameters.queue_pairs"),
+        (PreferenceConfig, "margin.reading=max", "margin.parameters.reading"),
         (PpoConfig, "reward.standardise=false", "reward.standardize"),
         (PpoConfig, "watch.second.standardise=true", "watch.second.standardize"),
         (PpoConfig, "loss.normalise=sequence", "loss.normalize"),

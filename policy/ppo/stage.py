@@ -5,12 +5,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from policy.generation.training import TrainingSampler
-from policy.model import PolicyModel, build_policy
+from policy.model import PolicyModel, build_policy, policy_of
 from policy.ppo.config import PpoConfig
-from policy.ppo.critic import build_critic, critic_start
+from policy.ppo.critic import ValueModel, build_critic, critic_start
 from policy.ppo.reference import ReferenceModel
 from policy.ppo.replay import Replay
 from policy.ppo.reports import HeldOut, print_held_out
@@ -21,7 +19,7 @@ from policy.publish import PublishablePolicy
 from rlhf.config import to_dict
 from rlhf.core.errors import ModelError
 from rlhf.core.files import digest
-from rlhf.data.examples import load_examples
+from rlhf.data.examples import ExampleDataset, LoadedExamples, load_examples
 from rlhf.data.options import TemplateChoice
 from rlhf.data.prompts import PromptData, load_prompts
 from rlhf.data.templates import ChatFormat, chat_format
@@ -34,7 +32,7 @@ from rlhf.models.roles import ModelRole, role_named, roles_of_section
 from rlhf.models.tokenizer import required_embedding_rows
 from rlhf.train.batches import BatchMaker
 from rlhf.train.chat import check_same_tokens
-from rlhf.train.loop import Run, iterate
+from rlhf.train.loop import LoopState, Run, iterate
 from rlhf.train.publishing import publish_run
 from rlhf.train.roles import engine_of, frozen_of, not_inside_shares
 from rlhf.train.stage import load_data, open_chat, report, run_and_take, run_identity, say, start_engine, total_steps
@@ -57,7 +55,7 @@ def run(config: PpoConfig, ranks: Ranks) -> HeldOut | None:
     task = PpoTask(config, roles, data, chat, replay, builder.pretraining())
     engines = roles.engines
 
-    def loop(run: Run):
+    def loop(run: Run) -> LoopState:
         return iterate(engines, task, config.train, run, steps, task.step)
 
     documents = {
@@ -76,7 +74,9 @@ def run(config: PpoConfig, ranks: Ranks) -> HeldOut | None:
 def _publish(config: PpoConfig, engines: Engines, chat: ChatFormat, task: PpoTask, data: PromptData) -> None:
     engine, rollouts = engines.policy, task.sample(PUBLISHED_ROWS)
     if config.critic.share_trunk and engines.critic is not None:
-        engines.critic.module.remove()
+        critic = engines.critic.module
+        assert isinstance(critic, SharedTrunkCritic)
+        critic.remove()
     objective = {name: asdict(getattr(config, name)) for name in ("reward", "advantage", "kl", "loss")}
     published = PublishablePolicy.of(
         config, chat, stage="ppo", objective=objective, training_data=data.train.fingerprint
@@ -99,24 +99,24 @@ class _Builder:
     def roles(self) -> Roles:
         """Those of the recipe's list, in its order."""
         config = self._config
-        scorers = {"reward": ("reward", config.reward), "second": ("watch.second", config.watch.second)}
+        watched = config.watch.second
         self._ranks.together(lambda: check_template(config, self._chat))
         parts = self._scorer_parts()
-        built = {
-            name: each and build_scorer(each, roles_of_section(self._models, section), parts)
-            for name, (section, each) in scorers.items()
-        }
-        self._scorer_identity = {name: each and each.identity for name, each in built.items()}
+        scorer = build_scorer(config.reward, roles_of_section(self._models, "reward"), parts)
+        second = None
+        if watched is not None:
+            second = build_scorer(watched, roles_of_section(self._models, "watch.second"), parts)
+        self._scorer_identity = {"reward": scorer.identity, "second": None if second is None else second.identity}
         policy = self._policy_engine()
         return Roles(
             engines=Engines(policy, self._critic_engine(policy)),
             sampler=TrainingSampler(policy, self._chat, config.rollout, self._new_policy, config.rollout.gather),
             reference=self._reference(policy),
-            scorer=built["reward"],
-            second=built["second"],
+            scorer=scorer,
+            second=second,
         )
 
-    def pretraining(self):
+    def pretraining(self) -> ExampleDataset | None:
         """Conversations of the language-modeling term."""
         section = self._config.pretraining
         if section is None:
@@ -125,7 +125,7 @@ class _Builder:
         if section.data.template_choice != TemplateChoice():
             chat = chat_format(chat.tokenizer, section.data.template_choice)
 
-        def load():
+        def load() -> LoadedExamples:
             return load_examples(
                 section.data, chat, kind="conversation", run_folder=folder if self._ranks.is_main else None
             )
@@ -167,7 +167,7 @@ class _Builder:
         if role is None:
             return None
         model, origin = self._ranks.together(lambda: self._new_critic(role, policy))
-        width = policy.module.hf.config.hidden_size
+        width = policy_of(policy).hf.config.hidden_size
         engine = engine_of(
             role, model, self._config.engine, self._ranks, steps=self._updates, hidden_size=width
         )
@@ -175,14 +175,14 @@ class _Builder:
         say(self._ranks, f"critic from {origin}, {count:,} trainable parameters: {engine.description}")
         return engine
 
-    def _new_critic(self, role: ModelRole, policy: Engine) -> tuple[nn.Module, str]:
-        """And what it starts from, in words."""
+    def _new_critic(self, role: ModelRole, policy: Engine) -> tuple[SharedTrunkCritic | ValueModel, str]:
+        """The critic's model, and what it starts from, in words."""
         config, backbone = self._config, role.backbone
         if role.inside:
             if any(hasattr(parameter, "ds_id") for parameter in policy.module.parameters()):
                 raise not_inside_shares(role)
-            critic = SharedTrunkCritic(policy.module, freeze_layers=backbone.freeze_layers, seed=config.train.seed)
-            return critic, "the policy's own base"
+            freeze_layers, seed = backbone.freeze_layers, config.train.seed
+            return SharedTrunkCritic(policy_of(policy), freeze_layers=freeze_layers, seed=seed), "the policy's own base"
         self._check_tokens("critic.path", config.critic.path)
         critic = build_critic(
             critic_start(backbone, standardized=config.reward.standardize),

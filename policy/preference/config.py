@@ -212,7 +212,9 @@ class PreferenceConfig:
     @property
     def rows(self) -> DataConfig | ExampleDataConfig:
         """The section that rows come from."""
-        return self.unpaired if self.data is None else self.data
+        rows = self.unpaired if self.data is None else self.data
+        assert rows is not None
+        return rows
 
     @property
     def models(self) -> tuple[ModelRole, ...]:

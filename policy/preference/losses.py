@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt
 
@@ -39,7 +39,7 @@ class Objective(Row):
     def arguments(self) -> frozenset[str]:
         return super().arguments | {*self.statistics, *(("margins",) if self.takes_margins else ())}
 
-    def __call__(self, **arguments) -> "Tensor":
+    def __call__(self, **arguments: Any) -> "Tensor":
         """``(B,)`` losses; ``arguments`` are inputs, statistics, hyper-parameters and margins.
 
         Raises:

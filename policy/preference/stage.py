@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from policy.model import PolicyModel, build_policy
-from policy.options import PolicyConfig
 from policy.preference.config import PreferenceConfig
 from policy.preference.reference import CacheJob, LiveReference, Reference, cache_folder, open_cache
 from policy.preference.task import PreferenceTask
@@ -22,6 +21,7 @@ from rlhf.engine.build import DTYPES, precision_of
 from rlhf.engine.frozen import Frozen
 from rlhf.engine.ranks import Ranks
 from rlhf.models.backbones import weights_digest
+from rlhf.models.options import BackboneConfig
 from rlhf.models.roles import ModelRole
 from rlhf.models.tokenizer import required_embedding_rows
 from rlhf.train.batches import BatchMaker
@@ -69,10 +69,11 @@ def run(config: PreferenceConfig, ranks: Ranks) -> HeldOut | None:
 def _load(config: PreferenceConfig, chat: ChatFormat, folder: Path | None) -> LoadedData:
     if config.data is not None:
         return load_preferences(config.data, chat, run_folder=folder)
+    assert config.unpaired is not None
     return load_examples(config.unpaired, chat, kind="unpaired", run_folder=folder)
 
 
-def _build(model: PolicyConfig, config: PreferenceConfig, chat: ChatFormat) -> PolicyModel:
+def _build(model: BackboneConfig, config: PreferenceConfig, chat: ChatFormat) -> PolicyModel:
     return build_policy(
         model,
         dtype=DTYPES[precision_of(config.engine)],
@@ -99,18 +100,18 @@ class _References:
             return None, None
         self.weights = ranks.on_main(lambda: weights_digest(role.backbone))
         if role.stays:
-            live = self._live()
+            live = self._live(role)
             return live, live
-        caches = self._cached(self._data.train, "train"), self._cached(self._data.evals, "eval")
+        caches = self._cached(role, self._data.train, "train"), self._cached(role, self._data.evals, "eval")
         self._other = None  # its memory is free again
         return caches
 
-    def _live(self) -> Reference:
-        if self._role.inside:
+    def _live(self, role: ModelRole) -> Reference:
+        if role.inside:
             return LiveReference(self._engine, adapters_off=True)
-        return LiveReference(self._frozen(), moves=bool(self._config.reference.sync_every))
+        return LiveReference(self._frozen(role), moves=bool(self._config.reference.sync_every))
 
-    def _frozen(self) -> Frozen:
+    def _frozen(self, role: ModelRole) -> Frozen:
         """A second model: another one, or the start of this one."""
         config, ranks = self._config, self._engine.ranks
         if self._other is None:
@@ -120,12 +121,12 @@ class _References:
             ranks.together(
                 lambda: check_same_tokens("reference.path", path, self._chat, owner, trust_remote_code=remote)
             )
-            module = ranks.together(lambda: _build(self._role.backbone, config, self._chat))
+            module = ranks.together(lambda: _build(role.backbone, config, self._chat))
             width = module.hf.config.hidden_size
-            self._other = frozen_of(self._role, module, config.engine, ranks, hidden_size=width)
+            self._other = frozen_of(role, module, config.engine, ranks, hidden_size=width)
         return self._other
 
-    def _cached(self, data: ItemSource, role: str) -> Reference | None:
+    def _cached(self, role: ModelRole, data: ItemSource, part: str) -> Reference | None:
         if not len(data):
             return None
         config, ranks = self._config, self._engine.ranks
@@ -149,10 +150,10 @@ class _References:
             stop=stop_requests(config, ranks),
         )
         if settings.cache is not None:
-            folder = settings.cache / role
+            folder = settings.cache / part
         else:
             folder = cache_folder((config.rows.cache_dir or default_cache_dir()) / "reference", key)
-        ask: Callable[[], Frozen] = (lambda: self._engine) if self._role.inside else self._frozen
+        ask: Callable[[], Frozen] = (lambda: self._engine) if role.inside else (lambda: self._frozen(role))
         return open_cache(folder, job, ask)
 
 

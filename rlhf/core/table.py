@@ -28,10 +28,10 @@ class Parameter:
     """A hyper-parameter of a function."""
 
     type: Any
-    """As in a config: a plain type, a Literal, or one with limits, ``Annotated[float, Gt(0)]``."""
+    """The type as a config has it: plain, a Literal, or one with limits, ``Annotated[float, Gt(0)]``."""
     default: Any = REQUIRED
     doc: str = field(default="", compare=False)
-    """For ``--help``."""
+    """What ``--help`` says of it."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ PLAIN_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt %}{{ 'Assistant:\\n' }}{% endif -%}
 """
-"""For base models, whose tokenizer brings no template: headings on their own lines, EOS after answers."""
+"""Template for base models, whose tokenizer brings none: headings on their own lines, EOS after answers."""
 
 CHATML_TEMPLATE = """\
 {%- for message in messages -%}

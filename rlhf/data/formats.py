@@ -166,7 +166,8 @@ def _read_json(path: Path) -> Iterator[Entry]:
 
 
 def _refuse_wrapped(path: Path, raw: bytes) -> None:
-    """
+    """Refuse one object around the rows, where rows are expected.
+
     Raises:
         DataError: if the file is one object that holds the rows.
     """

@@ -95,11 +95,11 @@ class TemplateChoice:
     """A chat template with the settings that become part of it."""
 
     text: str | None = None
-    """As ``data.template``."""
+    """The recipe's ``data.template``."""
     options: Mapping[str, bool | int | float | str] = field(default_factory=dict)
-    """As ``data.template_options``."""
+    """The recipe's ``data.template_options``."""
     fold_system: bool = False
-    """As ``data.fold_system``."""
+    """The recipe's ``data.fold_system``."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -227,7 +227,8 @@ class _Pair:
     scores: _Scores = (None, None)
 
     def check(self) -> None:
-        """
+        """Refuse pairs that nothing can be learned from.
+
         Raises:
             BadRow: if it cannot be used.
         """

@@ -68,7 +68,8 @@ class RowReader:
     """Reads cells, and takes note of which ones were read."""
 
     def __init__(self, value: Any, columns: Columns) -> None:
-        """
+        """Read from the row ``value``.
+
         Raises:
             BadRow: if ``value`` has no columns.
         """

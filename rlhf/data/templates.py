@@ -238,7 +238,8 @@ class ChatFormat:
         )
 
     def _refuse_dropped(self, text: str, messages: Sequence[Message], part: str) -> None:
-        """
+        """Refuse a text that drops messages.
+
         Raises:
             TemplateFault: if one of ``messages`` is not in ``text``, in their order; a system message may stand
                 anywhere.
@@ -257,7 +258,8 @@ class ChatFormat:
                     raise TemplateFault(self._dropped(message, piece, part))
 
     def _refuse_unshown(self, messages: Sequence[Message], whole: str | None) -> None:
-        """
+        """Refuse messages that the template shows only by chance.
+
         Raises:
             TemplateFault: if messages like these are left out, which short texts alone do not tell: they may stand
                 in the text by chance.
@@ -454,7 +456,7 @@ def _pieces(message: Message) -> list[str]:
 
 
 def _what_stays(message: Message) -> Message:
-    """Of an earlier answer its end, behind any mark: templates leave out thoughts, by marks of many kinds."""
+    """The end of an earlier answer, behind any mark: templates leave out thoughts, by marks of many kinds."""
     if message["role"] != "assistant":
         return message
     answer = without_thoughts(message)

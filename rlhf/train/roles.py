@@ -1,4 +1,4 @@
-"""From a role of a recipe to an engine, a frozen model, or the DeepSpeed JSON of either."""
+"""Turns a role of a recipe into an engine, a frozen model, or the DeepSpeed JSON of either."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -31,8 +31,28 @@ from rlhf.train.options import TrainConfig
 from rlhf.train.roles import engine_of
 
 
+class Dataset(Protocol):
+    """Rows of any kind, in a fixed order."""
+
+    @property
+    def fingerprint(self) -> str:
+        """A name for the contents: equal rows in equal order have equal names."""
+
+    def __len__(self) -> int: ...
+
+
+class LoadedRows(Protocol):
+    """Rows to train on, with the story of how they came about."""
+
+    @property
+    def train(self) -> Dataset: ...
+
+    @property
+    def report(self) -> DataReport: ...
+
+
 class LoadedData(Protocol):
-    """Training and held-out items with the story of how they came about."""
+    """Training and held-out items, with the story of how they came about."""
 
     @property
     def train(self) -> ItemSource: ...
@@ -55,8 +75,7 @@ class EvaluationRecord(Protocol):
     def to_dict(self) -> dict[str, Any]: ...
 
 
-DataT = TypeVar("DataT", bound=LoadedData)
-RecordT = TypeVar("RecordT", bound=EvaluationRecord)
+DataT = TypeVar("DataT", bound=LoadedRows)
 
 
 def open_chat(
@@ -106,7 +125,7 @@ def total_steps(train: TrainConfig, items: int) -> int:
     return steps if train.max_steps is None else min(steps, train.max_steps)
 
 
-def run_identity(config: StageConfig, data: ItemSource, steps: int) -> dict[str, Any]:
+def run_identity(config: StageConfig, data: Dataset, steps: int) -> dict[str, Any]:
     """What every stage needs to be the same for a checkpoint to be continued; a stage adds its own."""
     return {
         "data": data.fingerprint,
@@ -185,7 +204,7 @@ def stop_requests(config: StageConfig, ranks: Ranks) -> StopRequests:
 
 
 def report(
-    config: StageConfig, ranks: Ranks, evaluation: RecordT | None, step: int, show: Callable[[RecordT], None]
+    config: StageConfig, ranks: Ranks, evaluation: EvaluationRecord | None, step: int, show: Callable[[Any], None]
 ) -> None:
     """Let the main rank ``show`` the held-out evaluation and write it to ``evaluation.json``; ``step`` it is of."""
     if evaluation is None:

@@ -18,7 +18,7 @@ class RolloutLoad:
     """The responses that a step writes before it learns from them. They come from the recipe's section ``rollout``."""
 
     prompts: int
-    """Of a step, over all ranks."""
+    """Prompts of a step, over all ranks."""
     samples: int
     """Responses to each."""
     max_new_tokens: int
@@ -38,7 +38,7 @@ class Workload:
     """The section that they come from."""
     kind: RowsKind
     rollout: RolloutLoad | None = None
-    """For stages whose rows are prompts to be answered."""
+    """What is generated, in stages whose rows are prompts to be answered."""
     first_pass: bool = False
     """Whether a step goes over all its rows once without gradient before it trains on them."""
     cached_numbers: int = 0
@@ -64,7 +64,7 @@ class TrainingRecipe(Protocol):
 
     @property
     def models(self) -> tuple[ModelRole, ...]:
-        """In the order in which the stage loads them."""
+        """The models of the run, in the order in which the stage loads them."""
 
     @property
     def workload(self) -> Workload: ...

@@ -38,17 +38,17 @@ def test_the_plan_is_the_one_of_the_plain_sinkhorn_solver(rows, columns):
     assert found.converged
 
 
-@pytest.mark.parametrize("sweeps", [1, 2, 7])
-def test_unconverged_sweeps_are_those_of_a_loop_in_the_plain_domain(sweeps):
+@pytest.mark.parametrize("iterations", [1, 2, 7])
+def test_unconverged_iterations_are_those_of_a_loop_in_the_plain_domain(iterations):
     cost = random_cost(4, 6)
     kernel, left = np.exp(-cost.numpy() / 0.05), np.ones(4)
-    for _ in range(sweeps):
+    for _ in range(iterations):
         right = (1 / 6) / (kernel.T @ left)
         left = (1 / 4) / (kernel @ right)
-    found = sinkhorn_plan(cost, epsilon=0.05, max_iterations=sweeps)
+    found = sinkhorn_plan(cost, epsilon=0.05, max_iterations=iterations)
     expected = torch.from_numpy(left[:, None] * kernel * right)
     torch.testing.assert_close(found.plan, expected, rtol=0, atol=1e-14)
-    assert found.sweeps == sweeps
+    assert found.iterations == iterations
     assert found.residual == pytest.approx(float((expected.sum(0) - 1 / 6).abs().sum()), rel=1e-6)
 
 
@@ -111,9 +111,9 @@ def test_a_plan_that_misses_its_marginals_says_so_without_a_warning():
     assert found.residual > 100 * CONVERGED_RESIDUAL
 
 
-def test_sweeps_end_early_only_when_the_marginals_are_met_to_rounding():
+def test_iterations_end_early_only_when_the_marginals_are_met_to_rounding():
     found = sinkhorn_plan(random_cost(8, 8), epsilon=1.0, max_iterations=1000)
-    assert found.sweeps < 1000
+    assert found.iterations < 1000
     assert found.residual < 1e-14
 
 
