@@ -11,8 +11,6 @@ from policy.preference.modifiers import divergence_scores, length_desensitized, 
 from policy.preference.pair_losses import sigmoid_loss
 from tests.lacking import imported
 
-pytestmark = pytest.mark.slow
-
 PAIRS, PROMPT = 5, 3
 LENGTHS = torch.tensor([6, 4, 9, 1, 7, 5, 8, 2, 9, 3])  # chosen rows, then rejected rows
 SETTINGS = {
