@@ -162,7 +162,7 @@ def run_ranks(zygote) -> Callable[..., list[str]]:
         ranks: int = 2,
         *,
         expect: int = 0,
-        timeout: float = 240,
+        timeout: float = 600,
         cold: bool = False,
         **environment: str,
     ) -> list[str]:

@@ -152,7 +152,7 @@ def test_killed_in_every_phase_equals_never_stopped(runs, run_ranks, start_ranks
     assert drawn_in(first) == set(range(1, 8))
     for phase, step in KILLS:
         ranks = start_ranks([WORKER, phase, str(step), *killed], 2, **RULES)
-        said, _ = (rank.communicate(timeout=240)[0] for rank in ranks)
+        said, _ = (rank.communicate(timeout=600)[0] for rank in ranks)
         assert ranks[0].returncode == -signal.SIGKILL, (phase, said)
         assert drawn_in(said) == DRAWN[phase], phase
     said, _ = run_ranks([WORKER, "never", "0", *killed], **RULES)
