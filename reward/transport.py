@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 import torch
-from ot.bregman import sinkhorn_log
 from torch import Tensor
 
 from rlhf.core.checks import check_finite, check_positive
+from rlhf.core.pot import sinkhorn_log
 
 CONVERGED_RESIDUAL = 1e-4
 """A plan counts as converged when at most this share of its unit mass misses its marginals."""

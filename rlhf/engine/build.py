@@ -23,6 +23,17 @@ def precision_of(config: EngineConfig) -> Precision:
     return "bfloat16" if on_gpu and config.kind == "deepspeed" else "float32"
 
 
+def check_precision(config: EngineConfig, device: torch.device) -> None:
+    """
+    Raises:
+        ConfigError: if ranks on ``device`` cannot train in the precision of the recipe.
+    """
+    if config.precision == "float16" and device.type == "cpu":
+        raise ConfigError(
+            "engine.precision = float16 needs a GPU, and this rank has none: take float32, bfloat16 or auto"
+        )
+
+
 def run_values(
     config: EngineConfig, optimizer: OptimizerConfig, *, world_size: int, local_size: int, hidden_size: int | None
 ) -> RunValues:

@@ -231,14 +231,22 @@ def attention_implementation(wanted: str, dtype: torch.dtype) -> str | None:
     return "flash_attention_2" if flash and dtype in (torch.bfloat16, torch.float16) else None
 
 
+EMBEDDING_NAMES = ("emb", "wte", "wpe", "position", "project_in")
+"""Parts of the names of parameters below the layers; Transformers has no common name for them."""
+
+
 def freeze_lower_layers(model: PreTrainedModel, count: int) -> None:
-    """No gradient for the input embeddings and the first ``count`` layers."""
+    """No gradient for the first ``count`` layers and for what comes before them: embeddings, of places too, and norms."""
     if count == 0:
         return
     layers = decoder_layers(model)
     if count > len(layers):
         raise ModelError(f"model.freeze_layers = {count}, but the model has {len(layers)} layers")
     model.get_input_embeddings().requires_grad_(False)
+    in_layers = {id(parameter) for parameter in layers.parameters()}
+    for name, parameter in model.base_model.named_parameters():
+        if id(parameter) not in in_layers and any(part in name.lower() for part in EMBEDDING_NAMES):
+            parameter.requires_grad_(False)
     for layer in layers[:count]:
         layer.requires_grad_(False)
 

@@ -84,11 +84,13 @@ def stage_main(
 
 
 def _run_on_all_ranks(config: ConfigT, run: "Callable[[ConfigT, Ranks], Any]", program: str) -> None:
+    from rlhf.engine.build import check_precision
     from rlhf.engine.ranks import start_ranks, stop_ranks
     from rlhf.engine.stop import noting_signals
 
     try:
         ranks = start_ranks(timeout_seconds=config.engine.timeout_minutes * 60)
+        ranks.together(lambda: check_precision(config.engine, ranks.device))
         with noting_signals(), naming_full_disk(config.output):
             run(config, ranks)
             ranks.on_main(lambda: _mark_finished(config, program))
