@@ -236,7 +236,7 @@ EMBEDDING_NAMES = ("emb", "wte", "wpe", "position", "project_in")
 
 
 def freeze_lower_layers(model: PreTrainedModel, count: int) -> None:
-    """No gradient for the first ``count`` layers and for what comes before them: embeddings, of places too, and norms."""
+    """No gradient for the first ``count`` layers and what comes before them: embeddings, of places too, and norms."""
     if count == 0:
         return
     layers = decoder_layers(model)
