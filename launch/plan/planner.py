@@ -21,7 +21,7 @@ from launch.plan.phases import (
     training_phases,
     work_of,
 )
-from launch.plan.roles import SIZES, Role, Roles, precision_of_plan, roles_of
+from launch.plan.roles import SIZES, Precision, Role, Roles, precision_of_plan, roles_of
 from launch.plan.states import States
 from rlhf.train.workload import RolloutLoad, TrainingRecipe, Workload
 
@@ -46,7 +46,7 @@ class StagePlan:
     """Its name, for titles."""
     config: TrainingRecipe
     cluster: Cluster
-    precision: str
+    precision: Precision
     roles: Roles
     states: dict[str, States]
     phases: tuple[Phase, ...]
@@ -214,7 +214,8 @@ class _Planner:
     def _loading(self, states: dict[str, States]) -> list[Phase]:
         """Models are loaded one after the other, whole and on the CPU of each rank; DeepSpeed first puts all of one
         on its device, whatever the stage, and then shares it out."""
-        phases, there = [], []
+        phases: list[Phase] = []
+        there: list[Phase] = []
         for role in (each for each in self._roles.loading if each.loaded):
             whole = self._size * role.model.total
             host = {f"{role.name}: weights as loaded": whole}
@@ -299,7 +300,8 @@ def checkpoint_bytes(plan: StagePlan) -> int:
     """
     total = 0
     for role in plan.roles.trained:
-        master = 0 if plan.size == 4 and role.zero.stage in (0, 3) else 4
+        zero = role.zero
+        master = 0 if plan.size == 4 and zero is not None and zero.stage in (0, 3) else 4
         total += role.model.trainable * (plan.size + master + 8)
     return total
 

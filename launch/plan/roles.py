@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
 from launch.plan.cluster import Cluster
 from launch.plan.models import EmptyModel, Sources, empty_model, without_training
@@ -12,7 +13,8 @@ from rlhf.core.errors import ModelError
 from rlhf.models.roles import REPLICATED, ModelRole, published_role
 from rlhf.train.workload import TrainingRecipe
 
-SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
+Precision = Literal["float32", "bfloat16", "float16"]
+SIZES: dict[Precision, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 SOME_FOLDER = "/nvme"
 """Where a plan takes NVMe to be, if the recipe does not say: nothing is written."""
 
@@ -93,7 +95,7 @@ class Roles:
         return (*self.trained, *self.asked)
 
 
-def precision_of_plan(config: TrainingRecipe, cluster: Cluster) -> str:
+def precision_of_plan(config: TrainingRecipe, cluster: Cluster) -> Precision:
     """What ``engine.precision = auto`` becomes on the cluster."""
     if config.engine.precision != "auto":
         return config.engine.precision
@@ -163,7 +165,7 @@ def _placed(role: ModelRole, model: EmptyModel, config: TrainingRecipe, cluster:
     return Role(recipe=role, model=model, placement=words, zero=zero)
 
 
-def _deepspeed(role: ModelRole, config: TrainingRecipe, cluster: Cluster, hidden: int) -> dict:
+def _deepspeed(role: ModelRole, config: TrainingRecipe, cluster: Cluster, hidden: int) -> dict[str, Any]:
     from rlhf.train.roles import deepspeed_settings
 
     engine = replace(

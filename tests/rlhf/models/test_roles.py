@@ -105,6 +105,12 @@ def test_each_run_publishes_one_trained_model_and_names_settings_that_there_are(
                 node = getattr(node, name)
 
 
-def test_roles_and_workloads_need_no_torch():
-    code = "import sys, rlhf.models.roles, rlhf.train.workload; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+@pytest.mark.parametrize("stage", NEEDED)
+def test_what_a_run_is_made_of_is_known_without_torch(stage):
+    code = (
+        "import sys\nfrom launch.stages import training\nfrom rlhf.config import load_config\n"
+        f"config = load_config(training()[{stage!r}].config_class(), [], {['output=o', *NEEDED[stage]]}, program='t')\n"
+        "assert config.models and config.workload\nsys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
