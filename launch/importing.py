@@ -24,7 +24,7 @@ class ImportConfig:
     output: Annotated[Path, NoResult()]
     """The folder to write."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the weights."""
+    """Type of the weights."""
 
     @property
     def models(self) -> tuple[ModelRole, ...]:

@@ -110,7 +110,7 @@ def run_lint(options: argparse.Namespace) -> int:
 
 
 def _lint_reports(sources: list[str], role: Any) -> list[tuple[str, list[str]]]:
-    """By file: a heading, and the problems."""
+    """Reports by file: a heading, and the problems."""
     from rlhf.engine.deepspeed_config import lint
     from rlhf.engine.deepspeed_ops import op_problems
 

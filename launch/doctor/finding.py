@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 GIB = 2**30
+Status = Literal["ok", "warning", "failure"]
 
 
 @dataclass(frozen=True)
@@ -11,7 +12,7 @@ class Finding:
     """One line of the report."""
 
     check: str
-    status: Literal["ok", "warning", "failure"]
+    status: Status
     """warning: a run may go on, with less than it could have. failure: it will not get far."""
     text: str
     remedy: str | None = None

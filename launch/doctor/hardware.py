@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 SHARED_MEMORY = Path("/dev/shm")
 LEAST_SHARED = GIB // 2
-"""Below this NCCL and data loaders run out of it (Docker's default is 64 MiB)."""
+"""Shared memory in bytes that NCCL and data loaders run out of below (Docker's default is 64 MiB)."""
 LEAST_DISK, LOW_DISK = GIB, 20 * GIB
-"""Without a recipe to go by: too little for anything, and little for checkpoints of a real model."""
+"""Free disk, without a recipe to go by, that is too little for anything, and little for checkpoints of a real model."""
 LOW_MEMORY = 4 * GIB
 BUSY_SHARE = 0.1
-"""Of a GPU's memory: more than this in use before the run starts is somebody else's."""
+"""Share of a GPU's memory that may be in use before the run starts; more than this is somebody else's."""
 
 
 # ---- devices

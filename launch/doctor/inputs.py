@@ -14,7 +14,7 @@ from rlhf.core.errors import DataError
 
 CHECK = "input files"
 _SAVED = ("dataset_dict.json", "state.json")
-"""In folders that save_to_disk wrote: these are not opened, for that takes seconds."""
+"""Files by which a folder of save_to_disk is known: it is not opened, for that takes seconds."""
 
 Read = tuple[str, str, Callable[[], str | None]]
 """Setting, path, and what asks for its fault."""
@@ -32,9 +32,9 @@ def inputs(subject: Subject) -> Iterator[Finding]:
             found = fault()
             if found is not None:
                 faults.setdefault(found, []).append(stage.setting(key))
-    for fault, settings in faults.items():
+    for words, settings in faults.items():
         remedy = f"put it there, or name another one (paths count from {Path.cwd()})"
-        yield Finding(CHECK, "failure", f"{', '.join(dict.fromkeys(settings))}: {fault}", remedy)
+        yield Finding(CHECK, "failure", f"{', '.join(dict.fromkeys(settings))}: {words}", remedy)
     if count and not faults:
         yield Finding(CHECK, "ok", f"{count} path(s) that the recipe reads: each is there, or may be a name on the hub")
 

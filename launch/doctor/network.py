@@ -8,7 +8,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from launch.doctor.finding import Finding
+from launch.doctor.finding import Finding, Status
 from launch.doctor.inputs import can_be_hub_model
 from launch.doctor.subject import Subject
 from launch.jobs.hostfile import read_hostfile, unreachable_hosts
@@ -37,7 +37,7 @@ def hub(subject: Subject) -> Iterator[Finding]:
         yield Finding("hub", "ok", f"{endpoint} answers")
         return
     remedy = "set HTTPS_PROXY or HF_ENDPOINT; or, without a hub, HF_HUB_OFFLINE=1 and folders in the recipes"
-    status = "failure" if names else "warning"
+    status: Status = "failure" if names else "warning"
     yield Finding("hub", status, f"{endpoint} does not answer: {fault}{needed}", remedy)
 
 
@@ -52,7 +52,7 @@ def _http_fault(address: str) -> str | None:
 
 
 def _model_paths(subject: Subject) -> list[str]:
-    """Of the models that no stage of the run makes and the hub could have, each once."""
+    """Paths of the models that no stage of the run makes and the hub could have, each once."""
     models = [role for stage in subject.trained for role in stage.models if role.hub and not role.inside]
     paths = dict.fromkeys(role.backbone.path for role in models)
     return [path for path in paths if can_be_hub_model(path) and not subject.will_make(path)]

@@ -6,19 +6,19 @@ import platform
 from collections.abc import Iterator
 from typing import Any
 
-from launch.doctor.finding import Finding
+from launch.doctor.finding import Finding, Status
 from launch.doctor.subject import Subject
 from rlhf.core.errors import ConfigError
 
 DISTRIBUTION = "margin-rlhf"
 SOME_WIDTH = 1024
-"""Of a model: what follows from it is no fault of a configuration."""
+"""Width of a model that is not known: what follows from it is no fault of a configuration."""
 NAMED = ("torch", "transformers", "deepspeed", "peft", "pot")
 """Packages whose versions are worth naming when all is well."""
 
 
 def tested_versions() -> dict[str, str]:
-    """By package: the version that the tests ran with. The file is constraints.txt of the sources."""
+    """Versions that the tests ran with, by package. The file is constraints.txt of the sources."""
     lines = _constraints().read_text(encoding="utf-8").splitlines()
     pairs = (line.split("==") for line in lines if "==" in line and not line.startswith("#"))
     return {name.strip().lower(): version.strip() for name, version in pairs}
@@ -67,9 +67,9 @@ def ops(subject: Subject) -> Iterator[Finding]:
     from rlhf.engine.deepspeed_ops import ASYNC_IO, PIN_MEMORY, PURPOSES, find_op
 
     needed, refused = _configurations(subject)
-    for fault, settings in refused.items():
+    for fault, refusing in refused.items():
         way_out = "rlhf ds show --config RECIPE (--critic, --frozen) resolves them; rlhf ds lint looks at a file"
-        yield Finding("DeepSpeed ops", "failure", f"{', '.join(settings)}: {fault}", way_out)
+        yield Finding("DeepSpeed ops", "failure", f"{', '.join(refusing)}: {fault}", way_out)
     for lock in [lock for name in (*PURPOSES, PIN_MEMORY) for lock in find_op(name).locks]:
         text = f"{lock} is there: a build runs, or was killed, and runs would wait for it without an end"
         yield Finding("DeepSpeed ops", "warning", text, f"if no build runs: rm {lock}")
@@ -85,14 +85,14 @@ def ops(subject: Subject) -> Iterator[Finding]:
         if subject.stages and not settings:
             yield Finding("DeepSpeed ops", "ok", f"{text}; not needed by this recipe")
             continue
-        status = "failure" if name == ASYNC_IO and settings else "warning"
+        status: Status = "failure" if name == ASYNC_IO and settings else "warning"
         without = "take zero3_offload" if name == ASYNC_IO else "go on with torch's AdamW, which is slower"
         text += f"; {settings} needs it" if settings else ""
         yield Finding("DeepSpeed ops", status, text, f"install what is missing, or {without}")
 
 
 def _configurations(subject: Subject) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """By op, the settings that need it; by fault, the settings that are refused for it."""
+    """The settings that need an op, by op; and the settings that are refused, by fault."""
     from rlhf.engine.deepspeed_ops import needed_ops
     from rlhf.train.roles import deepspeed_settings
 

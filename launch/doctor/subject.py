@@ -23,7 +23,7 @@ class PlannedStage:
     config: Any
     """Its recipe."""
     name: str = ""
-    """In a pipeline; empty for a recipe that stands alone."""
+    """Name of the stage in a pipeline; empty for a recipe that stands alone."""
     ranks: int | None = None
     """Processes of this stage on one machine; ``None`` for those of the run."""
 

@@ -16,7 +16,7 @@ ORDER = ("zero0", "zero1", "zero2", "zero3_hpz", "zero3", "zero2_offload", "zero
 """Configurations of ds_configs from the least sharding to the most, offloading last: it costs the most time."""
 ENGINE = "engine.deepspeed"
 LEAST_TOKENS = 1024
-"""Below this a micro-batch is too small to keep a device busy."""
+"""Tokens below which a micro-batch is too small to keep a device busy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class Knob:
 
     @property
     def words(self) -> str:
-        """As a command line takes them."""
+        """The settings as a command line takes them."""
         return " ".join(f"{key}={_word(value)}" for key, value in self.settings.items())
 
     def turned(self, config: TrainingRecipe) -> TrainingRecipe | None:

@@ -30,7 +30,7 @@ class Lengths:
 def lengths_of(
     workload: Workload, model: BackboneConfig, *, step_items: int, rows: int | None, mean_tokens: float | None
 ) -> Lengths:
-    """Of the training data of a recipe.
+    """Lengths of the rows of a recipe's training data.
 
     Args:
         workload: of the recipe.

@@ -46,7 +46,7 @@ class EmptyModel:
     """Elements of every parameter tensor."""
     trained_sizes: tuple[int, ...]
     matrix_parameters: int
-    """Of the layers' linear maps, adapters included: what every token is multiplied by."""
+    """Parameters of the layers' linear maps, adapters included: what every token is multiplied by."""
     active_layers: int
     """Layers that a backward pass goes through."""
     trained: Trained
@@ -63,7 +63,7 @@ class EmptyModel:
         return sum(self.trained_sizes)
 
     def numbers(self, persistent: int = 0) -> Numbers:
-        """For the formulas of the states; ``persistent`` is stage 3's threshold."""
+        """Parameter counts for the formulas of the states; ``persistent`` is stage 3's threshold."""
         return Numbers(
             total=self.total,
             trainable=self.trainable,
@@ -104,7 +104,7 @@ def _built(config: BackboneConfig, kind: Kind, sources: Sources, setting: str) -
 
 
 def _with_head(model: EmptyModel, config: BackboneConfig) -> EmptyModel:
-    """With the two layers of a reward head that no Transformers class has."""
+    """The model with the two layers of a reward head that no Transformers class has."""
     from reward.config import RewardModelConfig
 
     if not isinstance(config, RewardModelConfig) or config.head != "mlp":
@@ -204,7 +204,7 @@ def _bare_model(settings: Any, config: BackboneConfig, kind: Kind) -> Any:
 
 
 def _freeze_and_adapt(model: Any, config: BackboneConfig) -> None:
-    """By the functions that the stages use."""
+    """Freeze and adapt the model by the functions that the stages use."""
     from rlhf.models.backbones import HEAD_NAMES, add_lora, freeze_lower_layers
 
     if config.lora is None:

@@ -21,12 +21,13 @@ from launch.plan.phases import (
     training_phases,
     work_of,
 )
-from launch.plan.roles import SIZES, Precision, Role, Roles, precision_of_plan, roles_of
+from launch.plan.roles import SIZES, Role, Roles, precision_of_plan, roles_of
 from launch.plan.states import States
+from rlhf.engine.options import Precision
 from rlhf.train.workload import RolloutLoad, TrainingRecipe, Workload
 
 COPY_SHARE = 0.5
-"""Of free memory, what a copy of the weights for rollouts may take (policy/generation/weights.py)."""
+"""Share of free memory that a copy of the weights for rollouts may take (policy/generation/weights.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,7 @@ class StagePlan:
     states: dict[str, States]
     phases: tuple[Phase, ...]
     publishing: Phase | None
-    """Of the main rank's host."""
+    """Memory of the main rank's host while it publishes."""
     batches: BatchPlan
     lengths: Lengths
     notes: tuple[str, ...]
@@ -70,12 +71,12 @@ class StagePlan:
 
     @property
     def host_peak(self) -> Phase:
-        """Of one rank; publishing counts on the main rank only."""
+        """Host memory of one rank at its peak; publishing counts on the main rank only."""
         return max(self.phases, key=lambda phase: phase.host_bytes)
 
     @property
     def node_host_bytes(self) -> int:
-        """Of the node that holds the main rank."""
+        """Host memory of the node that holds the main rank."""
         ranks = self.cluster.devices_per_node
         together = ranks * self.host_peak.host_bytes
         if self.publishing is None:
@@ -101,7 +102,7 @@ class StagePlan:
 
     @property
     def peak(self) -> Phase:
-        """Of a rank, where it matters: the device's, or the host's on a CPU."""
+        """Peak of a rank where it matters: the device's, or the host's on a CPU."""
         return self.host_peak if self.cluster.on_cpu else self.device_peak
 
     @property
@@ -269,7 +270,7 @@ class _Planner:
         return zero is not None and zero.stage == 3 and rollout.gather != "never"
 
     def _rollout_copy(self, rollout: RolloutLoad) -> Phase:
-        """Under ZeRO-3 a whole copy of the policy to sample from; auto is taken to find the memory for it."""
+        """A whole copy of the policy to sample from, under ZeRO-3; auto is taken to find the memory for it."""
         whole = self._size * self._roles.main.model.total
         too_large = rollout.gather == "auto" and whole > COPY_SHARE * self._cluster.device_memory
         if not self._gathers_once(rollout) or too_large:
@@ -294,7 +295,7 @@ class _Planner:
 
 
 def checkpoint_bytes(plan: StagePlan) -> int:
-    """Of one checkpoint, over all ranks: trained weights, float32 master copies and moments.
+    """Bytes of one checkpoint, over all ranks: trained weights, float32 master copies and moments.
 
     Weights that are not trained are left out (engine.save excludes them); ZeRO-0 in float32 has no master copy.
     """

@@ -3,17 +3,17 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from launch.plan.cluster import Cluster
 from launch.plan.models import EmptyModel, Sources, empty_model, without_training
 from launch.plan.shapes import Attention
 from launch.plan.states import States, ZeroSettings, frozen_states, trained_states, zero_settings
 from rlhf.core.errors import ModelError
+from rlhf.engine.options import Precision
 from rlhf.models.roles import REPLICATED, ModelRole, published_role
 from rlhf.train.workload import TrainingRecipe
 
-Precision = Literal["float32", "bfloat16", "float16"]
 SIZES: dict[Precision, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 SOME_FOLDER = "/nvme"
 """Where a plan takes NVMe to be, if the recipe does not say: nothing is written."""
@@ -26,7 +26,7 @@ class Role:
     recipe: ModelRole
     model: EmptyModel
     placement: str
-    """In words: ZeRO-2, whole on every rank, the policy's own weights."""
+    """Placement in words: ZeRO-2, whole on every rank, the policy's own weights."""
     zero: ZeroSettings | None
     """``None``: whole on every rank, or without weights of its own."""
 
@@ -75,7 +75,7 @@ class Roles:
     """The models of a run."""
 
     loading: tuple[Role, ...]
-    """In the order in which they are loaded."""
+    """The roles in the order in which they are loaded."""
     main: Role
     """The one that is published."""
     notes: tuple[str, ...] = ()

@@ -6,7 +6,7 @@ from launch.plan.roles import Role
 from rlhf.train.workload import RolloutLoad
 
 HEAD_SHARE = 0.5
-"""Of the tokens of a row that its output projection reads, taken as responses, where only lengths are known."""
+"""Share of a row's tokens that its output projection reads, as responses, where only lengths are known."""
 
 
 def step_seconds(plan: StagePlan) -> dict[str, float]:
@@ -26,7 +26,7 @@ def step_seconds(plan: StagePlan) -> dict[str, float]:
 
 
 def reference_seconds(plan: StagePlan) -> float | None:
-    """Of the pass that fills the reference cache, once for the data; ``None`` if there is none or nobody knows."""
+    """Seconds of the pass that fills the reference cache, once for the data; ``None`` without one, or if not known."""
     fills = [role for role in plan.roles.asked if not role.stays]
     rate = plan.cluster.rate
     if not fills or rate is None or plan.batches.steps_per_epoch is None:
@@ -36,7 +36,7 @@ def reference_seconds(plan: StagePlan) -> float | None:
 
 
 def run_seconds(plan: StagePlan) -> float | None:
-    """Of all steps, and of the reference cache."""
+    """Seconds of all steps, and of the reference cache."""
     parts = step_seconds(plan)
     if not parts or plan.batches.total_steps is None:
         return None

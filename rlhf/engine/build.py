@@ -7,9 +7,9 @@ from torch import nn
 
 from rlhf.core.errors import ConfigError
 from rlhf.engine.api import Engine
-from rlhf.engine.deepspeed_config import Precision, RunValues, resolve
+from rlhf.engine.deepspeed_config import RunValues, resolve
 from rlhf.engine.local import LocalEngine
-from rlhf.engine.options import EngineConfig, OptimizerConfig
+from rlhf.engine.options import EngineConfig, OptimizerConfig, Precision
 from rlhf.engine.ranks import Ranks
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -7,16 +7,16 @@ top-level keys, so both are settled here.
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from rlhf.core.errors import ConfigError
 from rlhf.engine import deepspeed_checks as checks
 from rlhf.engine.deepspeed_checks import AUTO, BATCH_KEYS
 from rlhf.engine.deepspeed_files import Role, Source, read, role_of, shipped_names, shown
+from rlhf.engine.options import Precision
 
-__all__ = ["Lint", "Precision", "Role", "RunValues", "lint", "resolve", "role_of", "shipped_names"]
+__all__ = ["Lint", "Role", "RunValues", "lint", "resolve", "role_of", "shipped_names"]
 
-Precision = Literal["float32", "bfloat16", "float16"]
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "float16")
 _KEPT_AUTO = {"data_types.keep_in_fp32_modules"}  # the one "auto" with a meaning of its own in DeepSpeed
 _OWN_BOUNDARY = "micro-batches are packed by tokens, and the run decides after which one it updates"

@@ -7,6 +7,8 @@ from annotated_types import Ge, Gt, Lt
 
 from rlhf.core.annotations import NoResult
 
+Precision = Literal["float32", "bfloat16", "float16"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
