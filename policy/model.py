@@ -19,7 +19,7 @@ from rlhf.data.batching import LengthBucket
 from rlhf.engine.frozen import Frozen
 from rlhf.models import backbones
 from rlhf.models.adapters import absolute_base, adapter_base, merge_adapters
-from rlhf.models.hidden_states import last_states
+from rlhf.models.hidden_states import backbone_of, last_states
 from rlhf.models.options import BackboneConfig
 
 
@@ -106,7 +106,7 @@ class PolicyModel(nn.Module):
 
     def _next_logits(self, step: DecodeStep) -> Tensor:
         """``(B, V)`` logits of the token after the last of ``step``."""
-        states = self.hf.base_model(
+        states = backbone_of(self.hf)(
             input_ids=step.tokens,
             attention_mask=step.attention_mask,
             position_ids=step.position_ids,

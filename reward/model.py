@@ -26,7 +26,7 @@ from rlhf.core.masking import last_token_index
 from rlhf.data.batching import LengthBucket
 from rlhf.models import backbones
 from rlhf.models.adapters import merge_adapters
-from rlhf.models.hidden_states import last_states
+from rlhf.models.hidden_states import backbone_of, last_states
 from rlhf.models.options import BackboneConfig
 
 
@@ -87,7 +87,7 @@ class RewardModel(nn.Module):
         if not self.is_decoder:
             return self._score_encoder(tokens, token_mask).rewards
         positions = (token_mask.long().cumsum(dim=1) - 1).clamp_min(0)
-        output = self.hf.base_model(
+        output = backbone_of(self.hf)(
             input_ids=tokens, attention_mask=token_mask.long(), position_ids=positions, use_cache=False
         )
         return self._pool(output.last_hidden_state, token_mask).rewards

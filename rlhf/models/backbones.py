@@ -4,6 +4,7 @@ import importlib.util
 import json
 import logging
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from rlhf.models.adapters import adapter_base, with_adapter
 from rlhf.models.options import BackboneConfig, LoraOptions, cut_layers
 
 HEAD_NAMES = ("score", "classifier")
+TEXT_PART = {r"^language_model\.": "", r"^model\.language_model\.": "model."}
+"""Names of weights in the files of a model that also sees or hears, and what its text model calls them."""
 
 log = logging.getLogger(__name__)
 
@@ -77,9 +80,11 @@ def _load(
     chatter = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # a new head and dropped layers are no news here
     try:
-        model = loader.from_pretrained(
+        model, report = loader.from_pretrained(
             origin,
             config=settings,
+            output_loading_info=True,
+            key_mapping=TEXT_PART if hasattr(_whole_config(config), "text_config") else None,
             revision=revision,
             dtype=dtype,
             attn_implementation=attention_implementation(config.attention, dtype),
@@ -89,6 +94,7 @@ def _load(
         raise ModelError(f"model.path = {config.path}: cannot be loaded as {what}: {error}") from error
     finally:
         transformers_logging.set_verbosity(chatter)
+    _refuse_missing(model, report["missing_keys"], f"model.path = {config.path}: cannot be loaded as {what}")
     if origin != config.path:
         with_adapter(model, Path(config.path))
     if vocabulary > embedding_rows(model):
@@ -96,6 +102,15 @@ def _load(
     if not config.dropout:
         switch_dropout_off(model)
     return model
+
+
+def _refuse_missing(model: PreTrainedModel, missing: Iterable[str], said: str) -> None:
+    """Transformers fills what the files do not have with random numbers; of a decoder only a new head may be so."""
+    lacking = sorted(name for name in missing if not name.startswith("score."))
+    decoder = hasattr(model, "score") or model.get_output_embeddings() is not None
+    if lacking and decoder and not hasattr(model, "classifier"):
+        few = ", ".join(lacking[:3]) + (", ..." if len(lacking) > 3 else "")
+        raise ModelError(f"{said}: its files lack {len(lacking)} weights of {type(model).__name__} ({few})")
 
 
 def _origin(config: BackboneConfig) -> tuple[str, str | None]:
@@ -207,20 +222,25 @@ def hide_loading_bars() -> None:
 
 
 def load_model_config(config: BackboneConfig) -> PretrainedConfig:
-    """The model's configuration, cut to ``config.layers``."""
+    """The model's configuration, cut to ``config.layers``; of a model that also sees or hears, its text part's."""
+    settings = _whole_config(config)
+    if hasattr(settings, "text_config"):
+        whole, settings = settings, settings.get_text_config()
+        settings.tie_word_embeddings = whole.tie_word_embeddings  # the whole model decides
+    return cut_layers(settings, config)
+
+
+def _whole_config(config: BackboneConfig) -> PretrainedConfig:
     if Path(config.path).suffix == ".gguf":
         way_out = f"turn it into a folder: rlhf import-gguf {config.path} FOLDER"
         raise ModelError(f"model.path = {config.path} is a GGUF file; {way_out}")
     origin, revision = _origin(config)
     try:
-        settings = AutoConfig.from_pretrained(
-            origin, revision=revision, trust_remote_code=config.trust_remote_code
-        )
+        return AutoConfig.from_pretrained(origin, revision=revision, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"model.path = {config.path}: neither a Transformers folder nor a model of the hub: {error}"
         ) from error
-    return cut_layers(settings, config)
 
 
 def attention_implementation(wanted: str, dtype: torch.dtype) -> str | None:

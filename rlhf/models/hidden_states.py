@@ -14,7 +14,7 @@ def last_states(model: PreTrainedModel, blocks: Sequence[Tensor]) -> Iterator[Te
     A causal model never looks right, so right padding needs no mask: attention kernels are faster without. In training
     all blocks share one call of the embedding: the gradient of each call is as large as the whole table.
     """
-    backbone: Any = model.base_model
+    backbone = backbone_of(model)
     if len(blocks) < 2 or not _trains_plain_embedding(backbone):
         for tokens in blocks:
             yield backbone(input_ids=tokens, use_cache=False).last_hidden_state
@@ -23,6 +23,11 @@ def last_states(model: PreTrainedModel, blocks: Sequence[Tensor]) -> Iterator[Te
     parts = embedded.split([tokens.numel() for tokens in blocks])
     for tokens, part in zip(blocks, parts, strict=True):
         yield backbone(inputs_embeds=part.view(*tokens.shape, -1), use_cache=False).last_hidden_state
+
+
+def backbone_of(model: PreTrainedModel) -> Any:
+    """The part of a model below its head; some (Llama 4) do not name it as Transformers does elsewhere."""
+    return model.base_model if model.base_model is not model else model.get_submodule("model")
 
 
 def _trains_plain_embedding(backbone: Any) -> bool:
