@@ -11,7 +11,7 @@ import difflib
 import json
 import re
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -105,16 +105,28 @@ def parse_command_line(
 
 
 def load_config(
-    config_class: type[ConfigT], recipes: Sequence[Path], overrides: Sequence[str], *, program: str
+    config_class: type[ConfigT],
+    recipes: Sequence[Path],
+    overrides: Sequence[str],
+    *,
+    program: str,
+    settings: Mapping[str, Any] | None = None,
 ) -> ConfigT:
-    """Merge defaults, ``recipes`` and ``overrides`` (later ones win) and validate them.
+    """Merge defaults, ``recipes``, ``settings`` and ``overrides`` (later ones win) and validate them.
 
+    Args:
+        config_class: the dataclass of the recipe.
+        recipes: YAML files.
+        overrides: ``key=value``, the value being YAML.
+        program: start of messages.
+        settings: plain values by dotted key or nested, in which nothing is a reference any more.
     Raises:
         ConfigError: listing every problem, one a line, each with its dotted path and the value found.
     """
     files = ", ".join(str(recipe) for recipe in recipes)
-    origin = " + ".join(filter(None, [files, "command line" if overrides else ""])) or "no recipe"
-    tree = _merge(config_class, recipes, overrides, program, origin)
+    parts = [files, "settings" if settings else "", "command line" if overrides else ""]
+    origin = " + ".join(filter(None, parts)) or "no recipe"
+    tree = _merge(config_class, recipes, settings or {}, overrides, program, origin)
     try:
         merged = OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as error:
@@ -140,7 +152,12 @@ def to_yaml(config: Any) -> str:
 
 
 def _merge(
-    config_class: type, recipes: Sequence[Path], overrides: Sequence[str], program: str, origin: str
+    config_class: type,
+    recipes: Sequence[Path],
+    settings: Mapping[str, Any],
+    overrides: Sequence[str],
+    program: str,
+    origin: str,
 ) -> DictConfig:
     """Defaults, recipes and overrides in one tree; what cannot even be read is reported here, all at once."""
     tree = OmegaConf.create(escaped(default_values(config_class)))
@@ -150,6 +167,11 @@ def _merge(
             tree = typing.cast(DictConfig, OmegaConf.merge(tree, read_recipe(Path(recipe))))
         except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
             faults.append(f"{recipe}: {_first_line(error)}")
+    for key, value in _leaves(settings):
+        try:
+            OmegaConf.update(tree, key, escaped(value), merge=True)
+        except (IndexError, ValueError, TypeError, OmegaConfBaseException) as error:
+            faults.append(f"{key}: {_first_line(error)}")
     for override in overrides:
         try:
             _apply_override(tree, override)
@@ -158,6 +180,15 @@ def _merge(
     if faults:
         raise _failure(program, origin, faults)
     return tree
+
+
+def _leaves(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Values by dotted key; an empty mapping is a value, too."""
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
 
 
 def read_recipe(path: Path) -> DictConfig:

@@ -1,25 +1,15 @@
-"""What the log of a stage says about where it stands."""
+"""The end of a log, for showing to people, and exit codes in words. What a run says of itself is in its status."""
 
 import re
 from pathlib import Path
 
 TAIL_BYTES = 8192
-_PROGRESS = re.compile(r"^(\w+(?:: \w+)? \d+/\d+  ETA \S+.*)", flags=re.MULTILINE)
 _CHATTER = re.compile(r"\[\d{4}-\d\d-\d\d |\[rank\d+\]:\[W|\[W\d+ ")
 """How lines of the launcher and of torch's process groups begin."""
-_GONE = re.compile(r"RemoteError|[Cc]onnection (was )?(closed|reset|refused)|Broken pipe|closed by peer")
-"""What a rank says when another one has ended."""
-
 
 def size(log: Path) -> int:
     """Bytes in a log, 0 if it is not there yet."""
     return log.stat().st_size if log.exists() else 0
-
-
-def progress_line(log: Path, start: int = 0) -> str | None:
-    """Step, time left and metrics, as the stage wrote them last after ``start`` bytes."""
-    found = _PROGRESS.findall(_tail(log, start))
-    return found[-1].strip() if found else None
 
 
 def last_line(log: Path, start: int = 0) -> str:
@@ -32,12 +22,6 @@ def last_line(log: Path, start: int = 0) -> str:
         if not message[0].startswith("  "):
             break
     return "\n".join(message)
-
-
-def broke(log: Path, start: int = 0) -> bool:
-    """Whether the rank of this log ended by an exception of its own, not because another was gone."""
-    tail = _tail(log, start)
-    return "Traceback (most recent call last)" in tail and not _GONE.search(last_line(log, start))
 
 
 def meaning(code: int) -> str:

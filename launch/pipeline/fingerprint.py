@@ -15,8 +15,7 @@ from typing import Any
 import launch
 from launch.pipeline.recipe import Pipeline, PipelineStage, flat, texts
 from rlhf.config import result_values
-from rlhf.core.files import digest, file_checksum, is_in, write_json
-from rlhf.train.done import MARKER
+from rlhf.core.files import DONE, RUN_FILES, digest, file_checksum, is_in, write_json
 
 CHANGES_SHOWN = 4
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -138,9 +137,10 @@ def _module_file(module: str) -> Iterator[Path]:
 
 
 def files_in(folder: Path) -> list[Path]:
-    """What counts as the content of a folder: no hidden files, and no marker, which says how long a run took."""
+    """What counts as the content of a folder: no hidden files, and in a run folder not those that tell how it went."""
+    no_content = {folder / name for name in RUN_FILES if (folder / DONE).is_file()} | {folder / DONE}
 
     def counts(path: Path) -> bool:
-        return path.name != MARKER and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        return path not in no_content and not any(part.startswith(".") for part in path.relative_to(folder).parts)
 
     return sorted(path for path in folder.rglob("*") if path.is_file() and counts(path))

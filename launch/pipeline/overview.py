@@ -1,6 +1,5 @@
 """What a pipeline shows: a live table in a terminal, lines elsewhere, and a report at the end."""
 
-import json
 import os
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from rich.text import Text
 
 from launch.pipeline.recipe import Pipeline, PipelineStage
 from rlhf.core.clock import clock
+from rlhf.train.status import Status, read_status
 
 SECONDS_BETWEEN_LINES = 30.0
 STYLES = {"finished": "green", "running": "bold cyan", "failed": "bold red", "stopped": "yellow"}
@@ -91,9 +91,9 @@ class Overview:
             self.say(f"{name}: {state}" + (f"  {detail}" if detail else ""))
         self._refresh()
 
-    def tick(self, name: str, progress: str | None, seconds: float) -> None:
+    def tick(self, name: str, status: Status | None, seconds: float) -> None:
         """What the running stage has come to; in a log file a line now and then."""
-        line = self.lines[name]
+        line, progress = self.lines[name], status.where if status is not None else None
         line.detail, line.seconds = progress or line.detail, seconds
         now, (then, before) = time.monotonic(), self._printed
         if self._live is None and progress and progress != before and now - then > SECONDS_BETWEEN_LINES:
@@ -121,8 +121,6 @@ class Overview:
 
 def outcome(stage: PipelineStage) -> str:
     """The key metrics of a finished stage."""
-    latest: dict[str, float] = {}
-    path = stage.output / "metrics.jsonl"
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        latest |= json.loads(line)
-    return ", ".join(f"{name} {value:.4f}" for name, value in stage.stage.key_metrics(latest).items())
+    status = read_status(stage.output)
+    metrics = {} if status is None else {name: value for name, value in status.metrics.items() if value is not None}
+    return ", ".join(f"{name} {value:.4f}" for name, value in stage.stage.key_metrics(metrics).items())

@@ -81,19 +81,6 @@ def alone(pipeline: Pipeline) -> Iterator[None]:
         yield
 
 
-def is_running(pipeline: Pipeline) -> bool:
-    """Whether a pipeline holds the folder."""
-    path = pipeline.output / ".pipeline" / "lock"
-    if not path.exists():
-        return False
-    with path.open("a+") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
-
-
 def mark(folder: Path) -> dict[str, str]:
     """The environment variable by which leftovers are known."""
     return {MARK: str(folder.resolve())}

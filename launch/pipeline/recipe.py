@@ -3,7 +3,6 @@
 import dataclasses
 import difflib
 import graphlib
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,9 +14,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from launch.stages import STAGES, Stage
-from rlhf.config import escaped, load_config, read_recipe, to_dict, validate
+from rlhf.config import load_config, read_recipe, to_dict, to_yaml, validate
 from rlhf.core.errors import ConfigError
-from rlhf.core.files import is_in
+from rlhf.core.files import RECIPE, is_in, write_text
 
 PROGRAM = "pipeline"
 _REFERENCE = re.compile(r"\$\{stages\.([^.}\s]+)")
@@ -64,8 +63,6 @@ class PipelineStage:
     stage: Stage
     config: Any
     """Its resolved recipe, accepted by the stage's own parser."""
-    recipes: tuple[Path, ...]
-    settings: tuple[str, ...]
     output: Path
     final: Path
     needs: tuple[str, ...]
@@ -77,10 +74,18 @@ class PipelineStage:
         return self.stage.module
 
     @property
+    def recipe(self) -> Path:
+        """The file that the stage is started with: its resolved recipe, in its run folder."""
+        return self.output / RECIPE
+
+    @property
     def arguments(self) -> tuple[str, ...]:
-        """Of the stage's command."""
-        files = [part for recipe in self.recipes for part in ("--config", str(recipe))]
-        return (*files, *self.settings)
+        """The arguments of the command that starts the stage."""
+        return "--config", str(self.recipe)
+
+    def write_recipe(self) -> None:
+        """Put the recipe where :attr:`arguments` say that it is."""
+        write_text(self.recipe, to_yaml(self.config))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,39 +263,18 @@ def _stage(name: str, spec: StageSpec, needs: tuple[str, ...]) -> PipelineStage:
     if kind not in STAGES:
         raise ConfigError(f"stages.{name}.kind = {kind}: expected one of {', '.join(STAGES)}")
     stage = STAGES[kind]
-    settings = (f"output={_text(spec.output)}", *_settings({k: v for k, v in spec.set.items() if k != "output"}))
-    config = load_config(stage.config_class(), spec.recipe, settings, program=f"stages.{name}")
+    settings = spec.set | {"output": spec.output}
+    config = load_config(stage.config_class(), spec.recipe, (), settings=settings, program=f"stages.{name}")
     return PipelineStage(
         name=name,
         kind=kind,
         stage=stage,
         config=config,
-        recipes=spec.recipe,
-        settings=settings,
         output=Path(spec.output),
         final=Path(spec.final),
         needs=needs,
         ranks=spec.ranks,
     )
-
-
-def _settings(tree: Mapping[str, Any], parent: str = "") -> Iterator[str]:
-    """``key=value`` for every leaf."""
-    for key, value in tree.items():
-        path = f"{parent}{key}"
-        if isinstance(value, Mapping) and value:
-            yield from _settings(value, f"{path}.")
-        else:
-            yield f"{path}={_text(value)}"
-
-
-def _text(value: Any) -> str:
-    """``value`` as a stage's command line takes it: plain where YAML cannot take it for something else."""
-    if isinstance(value, str) and re.fullmatch(r"[A-Za-z_/][A-Za-z0-9._/:+-]*|\.[./][A-Za-z0-9._/:+-]*", value):
-        plain = OmegaConf.from_dotlist([f"x={value}"]).x
-        if plain == value:
-            return value
-    return json.dumps(escaped(value), ensure_ascii=False)
 
 
 def _doubled_folders(stages: Sequence[PipelineStage]) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """Runs the stages of a pipeline: each as a job of its own, skipped, continued or redone as its marker says."""
 
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,9 +19,9 @@ from launch.pipeline.state import Action, Decision, Progress
 from launch.pipeline.subject import pipeline_subject
 from launch.stages import load
 from rlhf.core.clock import clock
-from rlhf.core.errors import STOP_FILE, STOPPED, STOPPED_EXIT_CODE, UserError
+from rlhf.core.errors import STOP_FILE, STOPPED_EXIT_CODE, UserError
 from rlhf.core.files import naming_full_disk
-from rlhf.train.done import MARKER
+from rlhf.train.status import Status, read_status
 
 FAILED_EXIT_CODE = 1
 KILLED_EXIT_CODE = 130
@@ -109,24 +110,25 @@ class PipelineRun:
         if decision.action is Action.REDO:
             view.say(f"{stage.name}: done again: {decision.reason}")
         view.show(stage.name, "running", "from its last checkpoint" if decision.action is Action.CONTINUE else "")
-        view.say(f"  {' '.join(map(_shown, command))}")
         self._progress.start(stage, decision)
+        view.say(f"  {shlex.join(map(_shown, command))}")
         began, logs = time.monotonic(), _Logs(folder)
         code = self._watch(stage, command, logs, view, stop)
         if code is None and self.options.machine.over_ssh:
             self._end_on_hosts()
         seconds = time.monotonic() - began
-        if (stage.output / MARKER).is_file():  # the exit code proves nothing: deepspeed's can be 0 after a kill
+        status = read_status(stage.output)
+        state = status.state if status is not None else ""
+        if state == "finished":  # the exit code proves nothing: deepspeed's can be 0 after a kill
             self._progress.finish(stage, seconds)
             view.show(stage.name, "finished", outcome(stage), (self._progress.read(stage) or {})["seconds"])
             return
         self._progress.interrupt(stage, seconds)
-        if code in (STOPPED_EXIT_CODE, None) or STOPPED in logs.last_line():
+        if code is None or state == "stopped":
             self.stopped = stop.reason or "the stage was asked to stop"
-            view.show(stage.name, "stopped", logs.last_line(), seconds)
+            view.show(stage.name, "stopped", status.reason if status is not None else "", seconds)
             return
-        path, cause = logs.cause()
-        self.failures[stage.name] = f"{log.meaning(code)}: {cause or 'no output'}\n  its log: {path}"
+        self.failures[stage.name] = f"{log.meaning(code)}: {logs.cause(status)}"
         view.show(stage.name, "failed", log.meaning(code), seconds)
 
     def _check_machine(self, first: PipelineStage, view: Overview) -> None:
@@ -158,7 +160,7 @@ class PipelineRun:
         began, asked, again = time.monotonic(), None, 0.0
         with Job(command, logs.launcher, COLUMNS="120", **mark(self.pipeline.output)) as job:
             while (code := job.wait(0.5)) is None:
-                view.tick(stage.name, log.progress_line(logs.main, logs.start), time.monotonic() - began)
+                view.tick(stage.name, read_status(stage.output), time.monotonic() - began)
                 if not stop.reason:
                     continue
                 if asked is None:
@@ -210,30 +212,18 @@ class _Logs:
         object.__setattr__(self, "starts", {path: log.size(path) for path in self.folder.glob("*.log")})
 
     @property
-    def start(self) -> int:
-        return self.starts.get(self.main, 0)
-
-    @property
-    def main(self) -> Path:
-        return self.folder / "rank0.log"
-
-    @property
     def launcher(self) -> Path:
         return self.folder / "launcher.log"
 
-    def last_line(self) -> str:
-        """Of the main rank; of the launcher where no rank came to speak."""
-        return self._last_line_of(self.main) or self._last_line_of(self.launcher)
-
-    def cause(self) -> tuple[Path, str]:
-        """The log that tells why the stage failed, and its last words: of a rank that broke, else of the main rank."""
-        for path in sorted(self.folder.glob("rank*.log")):
-            if log.broke(path, self.starts.get(path, 0)):
-                return path, self._last_line_of(path)
-        return self.main, self.last_line()
-
-    def _last_line_of(self, path: Path) -> str:
-        return log.last_line(path, self.starts.get(path, 0))
+    def cause(self, status: Status | None) -> str:
+        """Why the stage failed, and the log that tells more: by its status, else by what was said last."""
+        if status is not None and status.state == "failed":
+            of_rank = f"rank {status.rank}: " if status.rank else ""
+            return f"{of_rank}{status.reason}\n  its log: {self.folder / f'rank{status.rank}.log'}"
+        there = [path for path in (self.folder / "rank0.log", self.launcher) if path.exists()]
+        words = {path: log.last_line(path, self.starts.get(path, 0)) for path in there}
+        path = next((path for path in there if words[path]), next(iter(there), self.launcher))
+        return f"{words.get(path) or 'no output'}\n  its log: {path}"
 
 
 def _touch_stop(stage: PipelineStage) -> None:

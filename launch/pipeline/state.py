@@ -10,8 +10,8 @@ from typing import Any
 from launch.pipeline.fingerprint import Inputs, Parts, changes, files_in, fingerprint, parts_of
 from launch.pipeline.recipe import Pipeline, PipelineStage
 from rlhf.core.errors import STOP_FILE, UserError
-from rlhf.core.files import digest, write_json
-from rlhf.train.done import MARKER
+from rlhf.core.files import DONE, RUN_FILES, digest, write_json
+from rlhf.train.status import new_status, read_status, remove_status, write_status
 
 STARTED, FINISHED = "started", "finished"
 
@@ -81,18 +81,25 @@ class Progress:
     def settle(self, stage: PipelineStage) -> None:
         """Note that a stage has finished whose pipeline was killed before it could write that down."""
         marker = self.read(stage)
-        if marker is not None and marker["state"] == STARTED and (stage.output / MARKER).is_file():
+        status = read_status(stage.output)
+        ended_well = status is not None and status.state == "finished"
+        if marker is not None and marker["state"] == STARTED and ended_well:
             self.finish(stage, 0.0)
 
     def start(self, stage: PipelineStage, decision: Decision) -> None:
         """Note that ``stage`` is begun. An earlier result that no longer counts is put aside first."""
         if decision.action is Action.REDO:
             self._put_aside(stage)
-        for leftover in (MARKER, STOP_FILE):
+        for leftover in (DONE, STOP_FILE):
             (stage.output / leftover).unlink(missing_ok=True)
-        earlier = self.read(stage) if decision.action is Action.CONTINUE else None
+        goes_on = decision.action is Action.CONTINUE
+        earlier, status = (self.read(stage), read_status(stage.output)) if goes_on else (None, None)
         seconds = (earlier or {}).get("seconds", 0.0)
         self._write(stage, {"state": STARTED, "parts": decision.parts, "seconds": seconds})
+        remove_status(stage.output)
+        # Until the stage itself speaks, the pipeline speaks for it: killed by then, both are gone.
+        write_status(stage.output, new_status(stage.kind, metrics=status.metrics if status is not None else {}))
+        stage.write_recipe()
 
     def interrupt(self, stage: PipelineStage, seconds: float) -> None:
         """Note that ``stage`` has worked for ``seconds`` and is not finished."""
@@ -130,14 +137,16 @@ class Progress:
         if not stage.stage.trains or not stage.output.exists():
             return
         aside = stage.output.with_name(f"{stage.output.name}.before")
-        if (aside / MARKER).is_file() and not (stage.output / MARKER).is_file():
+        if (aside / DONE).is_file() and not (stage.output / DONE).is_file():
             shutil.rmtree(stage.output)
             return
         shutil.rmtree(aside, ignore_errors=True)
         stage.output.rename(aside)
 
     def _check_free(self, stage: PipelineStage) -> None:
-        if stage.stage.trains and stage.output.is_dir() and files_in(stage.output):
+        if not stage.stage.trains or not stage.output.is_dir():
+            return
+        if any(path.name not in RUN_FILES for path in files_in(stage.output)):
             raise UserError(
                 f"{stage.output} holds something that this pipeline did not start: move it away, or give the stage "
                 f"another folder: {stage.name}.output=FOLDER"

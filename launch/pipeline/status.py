@@ -3,30 +3,32 @@
 from rich.console import Console
 from rich.table import Table
 
-from launch.jobs import log
 from launch.pipeline.overview import Overview, outcome
-from launch.pipeline.processes import is_running
 from launch.pipeline.recipe import Pipeline, PipelineStage
 from launch.pipeline.state import Action, Progress
+from rlhf.train.status import read_status
 
 
 def status_table(pipeline: Pipeline, *, any_code: bool = False) -> Table:
     """The table that a run would show, with what it would do."""
     view = Overview(pipeline, Console(quiet=True))
-    progress, at_work = Progress(pipeline, any_code=any_code), is_running(pipeline)
+    progress = Progress(pipeline, any_code=any_code)
     for stage in pipeline.stages:
         marker = progress.read(stage) or {}
-        state, detail = _standing(stage, progress, at_work)
-        at_work = at_work and state != "running"
+        state, detail = _standing(stage, progress)
         view.show(stage.name, state, detail, marker.get("seconds"))
     return view.table()
 
 
-def _standing(stage: PipelineStage, progress: Progress, at_work: bool) -> tuple[str, str]:
+def _standing(stage: PipelineStage, progress: Progress) -> tuple[str, str]:
     decision = progress.decide(stage)
     if decision.action is Action.SKIP:
         return Action.SKIP.value, outcome(stage)
     if decision.action is Action.CONTINUE:
-        where = log.progress_line(progress.log_folder(stage) / "rank0.log") or ""
-        return ("running" if at_work else decision.action.value), where
+        status = read_status(stage.output)
+        if status is None:
+            return decision.action.value, ""
+        if status.state == "running" and not status.is_gone:
+            return "running", status.where
+        return decision.action.value, status.reason or status.where
     return decision.action.value, decision.reason

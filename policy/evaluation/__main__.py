@@ -4,6 +4,7 @@ import sys
 
 from policy.evaluation.config import EvaluationConfig
 from rlhf.train.single import single_main
+from rlhf.train.status import report_metrics
 
 DESCRIPTION = "Compare policies by a reward function on fresh samples for held-out prompts."
 
@@ -27,6 +28,7 @@ def run(config: EvaluationConfig) -> None:
         settings=config.sampling,
         output=config.output,
     )
+    report_metrics({f"reward/{each.name}": each.reward.value for each in found})
     Console().print(evaluation_table(found))
 
 

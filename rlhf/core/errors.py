@@ -6,9 +6,6 @@ One is no fault: a run that was asked to stop exits with :data:`STOPPED_EXIT_COD
 REFUSED_EXIT_CODE = 2
 STOPPED_EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h: what the run has done is saved, and the same command goes on from there."""
-
-STOPPED = "the same command goes on from there"
-"""How the last words of a run end that was asked to stop."""
 STOP_FILE = "STOP"
 """Name of the file that, put into a run folder, asks the run to save and stop."""
 
@@ -17,6 +14,8 @@ class UserError(Exception):
     """Something the user can mend. The message names the thing, what was found and the way out."""
 
     exit_code = REFUSED_EXIT_CODE
+    of_another_rank = False
+    """Only passed on: the rank that broke says why."""
 
 
 class ConfigError(UserError):
@@ -50,5 +49,5 @@ class RunStopped(UserError):
 
     def __init__(self, reason: str, place: str, step: int = 0) -> None:
         """``place``: where it stopped, in words; ``step``: of its newest checkpoint, 0 where there is none yet."""
-        super().__init__(f"stopped {place} by {reason}; {STOPPED}")
+        super().__init__(f"stopped {place} by {reason}; the same command goes on from there")
         self.reason, self.step = reason, step

@@ -20,9 +20,20 @@ from rlhf.core.errors import DiskFull
 LITTLE_BYTES = 2**20
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace ``path`` by ``text`` in one step; readers see the old or the new file, never half of it."""
-    write_bytes(path, text.encode())
+STATUS, RECIPE, DONE = "status.json", "recipe.yaml", "done.json"
+RUN_FILES = frozenset({STATUS, RECIPE, DONE})
+"""Files at the top of a run folder that tell how the run goes and went. They are no part of its result."""
+
+
+def write_text(path: Path, text: str, *, durable: bool = True) -> None:
+    """Replace ``path`` by ``text`` in one step; readers see the old or the new file, never half of it.
+
+    Args:
+        path: the file; its folder is made if it is not there.
+        text: the whole content.
+        durable: wait until the content is on the disk; without it, a machine that loses power may lose the file.
+    """
+    write_bytes(path, text.encode(), durable=durable)
 
 
 def write_array(path: Path, values: np.ndarray) -> None:
@@ -32,20 +43,22 @@ def write_array(path: Path, values: np.ndarray) -> None:
     write_bytes(path, buffer.getbuffer())
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
     """Replace ``path`` by indented JSON with sorted keys, as :func:`write_text` does; NaN and infinity are refused."""
-    write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n")
+    text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False)
+    write_text(path, text + "\n", durable=durable)
 
 
-def write_bytes(path: Path, content: bytes | memoryview) -> None:
+def write_bytes(path: Path, content: bytes | memoryview, *, durable: bool = True) -> None:
     """Replace ``path`` by ``content`` in one step, as :func:`write_text` does."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         with temporary.open("wb") as handle:
             handle.write(content)
-            handle.flush()
-            os.fsync(handle.fileno())
+            if durable:
+                handle.flush()
+                os.fsync(handle.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -24,6 +24,8 @@ _environment_before: dict[str, str | None] = {}
 class RemoteError(UserError):
     """Another rank failed; its own message says why."""
 
+    of_another_rank = True
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:

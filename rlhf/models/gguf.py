@@ -4,11 +4,12 @@ import hashlib
 import importlib.util
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
 from rlhf.core.errors import ModelError
-from rlhf.core.files import staged_directory, write_json
+from rlhf.core.files import RUN_FILES, staged_directory, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +89,9 @@ def import_gguf(source: Path, output: Path, *, dtype: str = "float32") -> bool:
         tokenizer.save_pretrained(staged)
         _check_reload(staged, model)
         write_json(staged / RECORD_NAME, record)
+        for path in (output / name for name in RUN_FILES):  # where a pipeline has begun in this folder
+            if path.exists():
+                shutil.copy2(path, staged)
     return True
 
 
@@ -129,7 +133,7 @@ def _describe(source: Path, dtype: str) -> dict[str, Any]:
 
 def _already_imported(output: Path, record: dict[str, Any]) -> bool:
     """Whether ``output`` holds this very import; refuses a folder that holds anything else."""
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+    if not output.exists() or (output.is_dir() and all(path.name in RUN_FILES for path in output.iterdir())):
         return False
     way_out = "name another output folder, or delete this one first"
     if not (output / RECORD_NAME).is_file():

@@ -18,6 +18,7 @@ from rlhf.models.options import BackboneConfig
 from rlhf.train.done import Completion, config_digest, read_completion, write_completion
 from rlhf.train.options import TrainConfig
 from rlhf.train.output import print_to, this_rank
+from rlhf.train.status import recording
 
 if TYPE_CHECKING:
     from rlhf.engine.ranks import Ranks
@@ -74,7 +75,8 @@ def stage_main(
             print(to_yaml(invocation.config), end="")
             return 0
         print_to(invocation.log_folder)
-        _run_on_all_ranks(invocation.config, run, program)
+        with recording(invocation.config.output, program.rpartition(".")[2]):
+            _run_on_all_ranks(invocation.config, run, program)
         return 0
     except UserError as error:
         # Ranks agree before one raises, so the first one knows of every fault: it speaks for all.

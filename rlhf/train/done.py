@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config import to_dict
+from rlhf.core.files import DONE as MARKER
 from rlhf.core.files import digest, write_json
-
-MARKER = "done.json"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ from rlhf.train.done import remove_completion
 from rlhf.train.metrics import MetricLog, SkipLog
 from rlhf.train.options import TrainConfig
 from rlhf.train.progress import Progress
+from rlhf.train.status import MINUTES, report_phase, take_over_metrics
 
 
 class Watched(Protocol):
@@ -92,6 +93,8 @@ class LoopState:
     skipped_in_a_row: int = 0
     stopped_early: bool = False
     last_evaluation: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    """In training steps alone, over all starts of the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +134,8 @@ def iterate(
 ) -> LoopState:
     """Around ``take_step(step, progress)``: resume, log, evaluate, save, stop; as :func:`fit`, for any kind of step."""
     state = restore(engine, task, config, run)
+    if state.step:
+        take_over_metrics()
     finished = state.step >= total_steps or state.stopped_early
     engine.ranks.on_main(lambda: _begin(run, finished))
     requests = StopRequests(run.folder, engine.ranks, config.max_minutes)
@@ -147,17 +152,20 @@ def iterate(
                 if state.step != saved:
                     save(engine, task, run, state)
                 raise RunStopped(reason, f"at step {state.step} of {total_steps}", state.step)
+            report_phase("training")
             started = time.perf_counter()
             outcome = take_step(state.step, progress)
             state.step += 1
             state.stopped_early = outcome.end
             metrics = outcome.metrics | {"step_skipped": float(not outcome.applied)}
-            metrics |= _rates(metrics, time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            state.seconds += seconds
+            metrics |= _rates(metrics, seconds)
             _count_skips(state, outcome, run.max_skipped_steps)
             last = state.step == total_steps or outcome.end
             if last or state.step % config.log_every == 0:
                 log.write(state.step, metrics)
-            progress.advance(state.step, metrics)
+            progress.advance(state.step, metrics | {MINUTES: state.seconds / 60})
             due = config.evaluate_every and state.step % config.evaluate_every == 0
             improved = (due or last) and _evaluate(task, config, state, log, progress)
             due = config.checkpoint_every and state.step % config.checkpoint_every == 0
@@ -210,6 +218,7 @@ def load_checkpoint(engine: Stateful, task: Watched, run: Run, path: Path) -> No
 
 def save(engine: Stateful, task: Watched, run: Run, state: LoopState) -> None:
     """Write a full-state checkpoint of ``state.step``."""
+    report_phase("saving a checkpoint")
 
     def write(folder: Path) -> None:
         engine.save(folder)
@@ -271,6 +280,7 @@ def _rates(metrics: dict[str, float], seconds: float) -> dict[str, float]:
 
 def _evaluate_first(task: Watched, log: MetricLog, progress: Progress) -> None:
     """What the run starts from; it is no candidate for the best."""
+    report_phase("evaluating the start")
     progress.note("evaluating the start")
     metrics = task.evaluate()
     if metrics:
@@ -280,6 +290,7 @@ def _evaluate_first(task: Watched, log: MetricLog, progress: Progress) -> None:
 
 def _evaluate(task: Watched, config: TrainConfig, state: LoopState, log: MetricLog, progress: Progress) -> bool:
     """Evaluate, log, and note whether the best metric improved."""
+    report_phase("evaluating")
     progress.note(f"evaluating at step {state.step}")
     metrics = task.evaluate()
     if not metrics:

@@ -9,9 +9,8 @@ from rich.progress import Progress as Bar
 
 from rlhf.core.clock import clock
 from rlhf.engine.ranks import Ranks
+from rlhf.train.status import describe, report_metrics, report_progress, report_status
 
-RATES = tuple(f"time/{name}_per_second" for name in ("pairs", "conversations", "rollouts", "tokens"))
-SHOWN = ("loss", "perplexity", "accuracy", "reward", "kl", "entropy", "margin/mean", *RATES)
 SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -40,6 +39,7 @@ class Progress:
             self._task = self._bar.add_task("train", total=self._total, completed=self._start, metrics="")
             self._bar.start()
         self._began = time.monotonic()
+        report_status(unit=self._what, step=self._start, total=self._total, eta_seconds=None)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -49,18 +49,19 @@ class Progress:
     def advance(self, step: int, metrics: dict[str, float]) -> None:
         if not self._active:
             return
-        text = _describe(metrics)
+        text, now = describe(metrics), time.monotonic()
+        left = (now - self._began) / max(step - self._start, 1) * (self._total - step)
+        report_metrics(metrics, unit=self._what, step=step, total=self._total, eta_seconds=left)
         if self._bar is not None:
             self._bar.update(self._task, completed=step, metrics=text)
             return
-        now = time.monotonic()
         if step == self._total or now - self._printed > SECONDS_BETWEEN_LINES:
             self._printed = now
-            left = (now - self._began) / (step - self._start) * (self._total - step)
             self._console.print(f"{self._what} {step}/{self._total}  ETA {clock(left)}  {text}", soft_wrap=True)
 
     def phase(self, text: str) -> None:
         """What is going on inside a long step."""
+        report_progress(phase=text)
         if self._bar is not None:
             self._bar.update(self._task, metrics=text)
             return
@@ -70,20 +71,10 @@ class Progress:
             self._console.print(text, soft_wrap=True)
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        report_metrics(metrics)
         shown = "  ".join(f"{name.removeprefix('eval/')} {value:.4f}" for name, value in metrics.items())
         self.note(f"held-out at step {step}: {shown}")
 
     def note(self, text: str) -> None:
         if self._active:
             self._console.print(text, soft_wrap=True)
-
-
-def _describe(metrics: dict[str, float]) -> str:
-    parts = []
-    for name in SHOWN:
-        if name in metrics:
-            unit = name.removeprefix("time/").replace("_per_second", "/s")
-            digits = 1 if "/s" in unit else 4
-            parts.append(f"{unit} {metrics[name]:.{digits}f}")
-    return "  ".join(parts)
-

@@ -13,6 +13,7 @@ from rlhf.core.errors import UserError
 from rlhf.core.files import naming_full_disk
 from rlhf.train.done import Completion, config_digest, remove_completion, write_completion
 from rlhf.train.output import print_to
+from rlhf.train.status import recording
 
 
 class WithOutput(Protocol):
@@ -46,13 +47,18 @@ def single_main(
             print(to_yaml(config), end="")
             return 0
         print_to(invocation.log_folder)
-        remove_completion(config.output)
-        with naming_full_disk(config.output):
-            run(config)
-        seconds = round(time.time() - process_started(), 1)
         stage = program.rpartition(".")[2]
-        write_completion(config.output, Completion(stage=stage, config=config_digest(config), step=0, seconds=seconds))
+        with recording(config.output, stage):
+            _run(run, config, stage)
         return 0
     except UserError as error:
         print(error, file=sys.stderr, flush=True)
         return error.exit_code
+
+
+def _run(run: Callable[[ConfigT], Any], config: ConfigT, stage: str) -> None:
+    remove_completion(config.output)
+    with naming_full_disk(config.output):
+        run(config)
+        seconds = round(time.time() - process_started(), 1)
+        write_completion(config.output, Completion(stage=stage, config=config_digest(config), step=0, seconds=seconds))

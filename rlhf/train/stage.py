@@ -29,6 +29,7 @@ from rlhf.train.command import StageConfig
 from rlhf.train.loop import LoopState, Run, Stateful, Task, Watched, fit, load_checkpoint
 from rlhf.train.options import TrainConfig
 from rlhf.train.roles import engine_of
+from rlhf.train.status import report_metrics, report_phase, report_status
 
 
 class Dataset(Protocol):
@@ -114,7 +115,9 @@ def load_data(load: Callable[[Path | None], DataT], config: StageConfig, ranks: 
             raise ConfigError("data.train: no usable row is left; see quarantine.jsonl in the run folder")
         return data
 
+    report_phase("reading data")
     data = ranks.main_first(action)
+    report_phase("loading models")
     stop_requests(config, ranks).check("before training")
     return data
 
@@ -187,14 +190,15 @@ def run_and_take(
         documents={"config.yaml": to_yaml(config), **documents},
     )
     state = loop(run)
+    report_phase("finishing")
     best = state.best_step
     if config.train.publish == "best" and best is not None and best != state.step:
         load_checkpoint(engine, task, run, run.store.path(best))
         say(ranks, f"taking step {best}, the best by {config.train.best_metric}")
-        task.evaluate()
+        report_metrics(task.evaluate())
         return best
     if task.evaluation is None:  # a finished run that was started again
-        task.evaluate()
+        report_metrics(task.evaluate())
     return state.step
 
 
@@ -211,7 +215,9 @@ def report(
         say(ranks, "no held-out data: nothing to evaluate")
     elif ranks.is_main:
         show(evaluation)
-        write_json(config.output / "evaluation.json", {"step": step, **evaluation.to_dict()})
+        record = {"step": step, **evaluation.to_dict()}
+        write_json(config.output / "evaluation.json", record)
+        report_status(evaluation=record)
 
 
 def say(ranks: Ranks, text: str) -> None:

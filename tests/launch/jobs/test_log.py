@@ -1,4 +1,4 @@
-"""What is read from the log of a stage."""
+"""What is shown of the log of a stage."""
 
 from launch.jobs import log as joblog
 
@@ -20,13 +20,6 @@ def test_the_last_message_is_whole_and_none_of_the_launcher(tmp_path):
     log.write_text(LOG)
     said = joblog.last_line(log)
     assert said.startswith("reward: recipe.yaml: 2 problems") and said.endswith("learning_rte = 1.0: unknown key")
-
-
-def test_progress_is_the_line_written_last(tmp_path):
-    log = tmp_path / "rank0.log"
-    log.write_text(LOG)
-    assert joblog.progress_line(log) == "reference: sample 5/9  ETA 0:00:02"
-    assert joblog.progress_line(log, start=log.stat().st_size) is None
 
 
 def test_what_an_earlier_start_wrote_does_not_count(tmp_path):

@@ -1,9 +1,11 @@
 """Pipeline recipes: what they may refer to, and what is refused before anything starts."""
 
+import json
 from pathlib import Path
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
 from launch.pipeline.recipe import load_pipeline
 from rlhf.config import parse_command_line
@@ -34,16 +36,44 @@ def test_after_makes_one_wait_for_another(toys):
     assert [stage.name for stage in toys.load().stages] == ["b", "a"]
 
 
-def test_the_command_of_a_stage_gives_its_config_to_the_stage_itself(toys):
-    odd = {"number": 7, "data": "a, b: {c} ${x} 'd' 1e5", "source": "true"}
-    odd["data"] = odd["data"].replace("${x}", "\\${x}")
-    toys.write({"a": {"set": odd}})
+ODD = {
+    "plain": "a, b: {c} \\${x} 'd' 1e5",
+    "escaped": "\\\\\\${x} \\${y}",
+    "lines": "one\ntwo: 'three'\n",
+    "number": "1e-5",
+    "truth": "true",
+    "nothing": "null",
+    "unicode": "ä # no comment",
+    "empty": "",
+}
+
+
+@pytest.mark.parametrize("text", ODD.values(), ids=ODD)
+def test_the_command_of_a_stage_gives_its_config_to_the_stage_itself(toys, text):
+    toys.write({"a": {"set": {"number": 7, "data": text, "source": text}}})
+    toys.path.write_text(json.dumps(yaml.safe_load(toys.path.read_text())))  # all text in quotes
     stage = toys.load().named("a")
+    stage.write_recipe()
     from toy_stage import ToyConfig
 
     again = parse_command_line(ToyConfig, stage.arguments, program="toy", description="").config
     assert again == stage.config
-    assert again.data == "a, b: {c} ${x} 'd' 1e5" and again.source == "true"
+    assert again.data == OmegaConf.create({"x": text}).x
+
+
+def test_settings_may_be_nested_or_dotted_and_reach_into_lists(tmp_path):
+    recipe = tmp_path / "reward.yaml"
+    recipe.write_text("output: o\nmodel: {path: m}\ndata: {train: [{path: a}, {path: b, weight: 2}]}\n")
+    entry = {
+        "recipe": str(recipe),
+        "set": {"data": {"max_tokens": 99}, "optim.learning_rate": 1e-3, "data.train[1].path": "c", "model.lora": {}},
+    }
+    path = tmp_path / "one.yaml"
+    path.write_text(yaml.safe_dump({"output": "runs/one", "stages": {"reward": entry}}))
+    (stage,) = load_pipeline(path).stages
+    config = stage.config
+    assert (config.data.max_tokens, config.optim.learning_rate, config.model.lora.rank) == (99, 1e-3, 32)
+    assert [(each.path, each.weight) for each in config.data.train] == [("a", 1.0), ("c", 2.0)]
 
 
 def test_settings_on_the_command_line_win(toys):

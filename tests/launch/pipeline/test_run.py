@@ -14,6 +14,7 @@ from launch.pipeline.run import _Logs
 from launch.pipeline.state import Progress
 from launch.pipeline.status import status_table
 from rlhf.core.errors import UserError
+from rlhf.train.status import new_status
 
 WORKERS = Path(__file__).parent / "workers"
 NO_PARTS = {"settings": {}, "inputs": {}, "code": {}}
@@ -204,7 +205,6 @@ def test_each_stage_is_looked_at_once_however_many_build_on_it(toys, monkeypatch
     progress = Progress(pipeline)
     for stage in pipeline.stages:
         progress.start(stage, progress.decide(stage))
-        (stage.output).mkdir(parents=True)
         progress.finish(stage, 1.0)
     looked.clear()
     status_table(pipeline)
@@ -217,13 +217,18 @@ def test_each_stage_is_looked_at_once_however_many_build_on_it(toys, monkeypatch
 # Why a stage failed
 
 
-def test_the_rank_that_broke_is_quoted_not_the_one_that_waited_for_it(tmp_path):
+def test_the_rank_that_broke_is_quoted_with_its_log(tmp_path):
+    status = new_status("toy", state="failed", rank=1, reason="torch.OutOfMemoryError: CUDA out of memory")
+    said = f"rank 1: torch.OutOfMemoryError: CUDA out of memory\n  its log: {tmp_path / 'rank1.log'}"
+    assert _Logs(tmp_path).cause(status) == said
+
+
+@pytest.mark.parametrize("name", ["rank0", "launcher"])
+def test_a_stage_that_was_killed_without_a_word_is_shown_by_the_end_of_its_log(tmp_path, name):
     logs = _Logs(tmp_path)
-    gone = "Traceback (most recent call last):\nRuntimeError: [gloo] Connection closed by peer [127.0.0.1]\n"
-    (tmp_path / "rank0.log").write_text(f"step 3/9  ETA 0:00:08  loss 0.5\n{gone}")
-    broken = "Traceback (most recent call last):\n  File x\ntorch.OutOfMemoryError: CUDA out of memory\n"
-    (tmp_path / "rank1.log").write_text(broken)
-    assert logs.cause() == (tmp_path / "rank1.log", "torch.OutOfMemoryError: CUDA out of memory")
+    (tmp_path / f"{name}.log").write_text("step 1/9\nlast words\n")
+    for status in (None, new_status("toy", phase="training")):
+        assert logs.cause(status) == f"last words\n  its log: {tmp_path / f'{name}.log'}"
 
 
 def test_a_killed_rank_is_no_riddle():

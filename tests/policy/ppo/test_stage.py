@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from policy.ppo.__main__ import main
 from policy.ppo.config import WatchConfig
 from policy.ppo.stage import run
+from rlhf.core.files import RUN_FILES
 from rlhf.models.manifest import MANIFEST_NAME, read_manifest
 from rlhf.train.done import read_completion
 
@@ -201,7 +202,7 @@ def test_the_published_weights_are_the_average_of_the_chosen_step(local_run, tin
 
 def test_a_finished_run_started_again_changes_nothing(capsys, recipe, local_run):
     def written():
-        return {path: path.read_bytes() for path in local_run.glob("*.json*") if path.name != "done.json"}
+        return {path: path.read_bytes() for path in local_run.glob("*.json*") if path.name not in RUN_FILES}
 
     before, done = written(), read_completion(local_run)
     assert main(local(recipe, local_run, "train.publish=none")) == 0

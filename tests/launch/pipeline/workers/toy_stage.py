@@ -11,6 +11,7 @@ from typing import Annotated
 from rlhf.core.annotations import NoResult
 from rlhf.core.errors import ConfigError, RunStopped
 from rlhf.train.single import single_main
+from rlhf.train.status import report_metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,7 @@ def run(config: ToyConfig) -> None:
 def wait(output: Path, behave: str) -> None:
     """Until asked to stop; a deaf stage does not care."""
     (output / "pid").write_text(str(os.getpid()))
-    print("step 1/9  ETA 0:00:08  loss 0.5", flush=True)
+    report_metrics({"loss": 0.5}, phase="training", step=1, total=9, eta_seconds=8.0)
     while not (output / "STOP").exists() or behave == "deaf":
         time.sleep(0.05)
     (output / "STOP").unlink()
