@@ -29,22 +29,32 @@ class Stage:
     published: str = "final"
     """What later stages use, below the run folder; empty for the folder itself."""
     metric: str = ""
-    """The metric that tells most about a result: of this name, or all below it (``NAME/...``)."""
+    """The metric that tells most about a result: of this name, or all below it (``NAME/...``). Higher is better, or
+    lower with a leading minus."""
     reads: Mapping[str, str] = field(default_factory=dict)
     """What a stage that does not train reads: ``file`` or ``folder`` by setting (a mapping: each of its values)."""
     code: tuple[str, ...] = ("rlhf", "reward", "policy", "ds_configs")
     """Packages whose source decides on its result."""
     report: str = ""
     """``module:name`` of a function of the run folder: what a pipeline shows of it at its end."""
+    comparison: str = ""
+    """``module:name`` of a :class:`rlhf.train.comparison.Comparison`, where its metrics alone do not say how runs
+    compare."""
+
+    @property
+    def key_metric(self) -> str:
+        """The name in :attr:`metric`."""
+        return self.metric.removeprefix("-")
 
     def config_class(self) -> type:
         return load(self.config)
 
     def key_metrics(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Those of ``metrics`` that tell most, by their names without the part that all share."""
-        if self.metric in metrics:
-            return {self.metric.rpartition("/")[2]: metrics[self.metric]}
-        below = f"{self.metric}/"
+        wanted = self.key_metric
+        if wanted in metrics:
+            return {wanted.rpartition("/")[2]: metrics[wanted]}
+        below = f"{wanted}/"
         return {name.removeprefix(below): value for name, value in metrics.items() if name.startswith(below)}
 
 
@@ -60,7 +70,7 @@ STAGES = {
             reads={"source": FILE},
             code=("rlhf",),
         ),
-        Stage(name="sft", module="policy.sft", config="policy.sft.config:SftConfig", metric="eval/perplexity"),
+        Stage(name="sft", module="policy.sft", config="policy.sft.config:SftConfig", metric="-eval/perplexity"),
         Stage(
             name="reward",
             module="reward",
@@ -73,6 +83,7 @@ STAGES = {
             module="policy.preference",
             config="policy.preference.config:PreferenceConfig",
             metric="eval/accuracy",
+            comparison="policy.preference.comparison:COMPARISON",
         ),
         Stage(
             name="ppo",

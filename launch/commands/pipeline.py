@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from launch.pipeline.recipe import Pipeline
+    from launch.pipeline.run import RunOptions
 
+ANY_CODE = "results of another version of the code count, too"
 _DESCRIPTION = """\
 Run the stages of a pipeline recipe in their order, each as a job of its own under the deepspeed launcher. A stage
 that is finished with the same settings, inputs and code is skipped; one that was begun goes on from its checkpoint;
@@ -34,49 +36,61 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    running.add_argument("--ranks", type=positive_int, help="processes (default: all GPUs, or 2 on a CPU)")
-    running.add_argument("--hostfile", type=Path, help="machines to use over ssh, one 'HOST slots=N' a line")
-    only = "run this stage alone; may be given again"
-    running.add_argument("--only", action="append", default=[], metavar="STAGE", help=only)
-    running.add_argument("--no-doctor", action="store_true", help="do not check the machine first")
-    running.add_argument("--dry-run", action="store_true", help="show what would be done, and exit")
-    grace = "seconds that a stage which is asked to stop gets until it is ended (default %(default)s)"
-    running.add_argument("--grace", type=positive_int, default=600, metavar="SECONDS", help=grace)
+    add_run_options(running)
     running.set_defaults(run=run)
     status = actions.add_parser("status", help="where every stage stands, and what a run would do", allow_abbrev=False)
     status.set_defaults(run=show_status)
     for each in (running, status):
         each.add_argument("recipe", type=Path, metavar="RECIPE", help="the pipeline's YAML")
         each.add_argument("overrides", nargs="*", metavar="STAGE.key=value", help="settings; also vars.key=value")
-        each.add_argument("--any-code", action="store_true", help="results of another version of the code count, too")
+    status.add_argument("--any-code", action="store_true", help=ANY_CODE)
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """What every command takes that runs stages one after the other."""
+    parser.add_argument("--ranks", type=positive_int, help="processes (default: all GPUs, or 2 on a CPU)")
+    parser.add_argument("--hostfile", type=Path, help="machines to use over ssh, one 'HOST slots=N' a line")
+    only = "run this one alone, by its name; may be given again"
+    parser.add_argument("--only", action="append", default=[], metavar="NAME", help=only)
+    parser.add_argument("--no-doctor", action="store_true", help="do not check the machine first")
+    parser.add_argument("--dry-run", action="store_true", help="show what would be done, and exit")
+    grace = "seconds that a stage which is asked to stop gets until it is ended (default %(default)s)"
+    parser.add_argument("--grace", type=positive_int, default=600, metavar="SECONDS", help=grace)
+    parser.add_argument("--any-code", action="store_true", help=ANY_CODE)
 
 
 def run(options: argparse.Namespace) -> int:
-    from launch.jobs.launcher import find_machine
     from launch.pipeline.recipe import load_pipeline
-    from launch.pipeline.run import PipelineRun, RunOptions
+    from launch.pipeline.run import PipelineRun
 
     pipeline = load_pipeline(options.recipe, options.overrides)
     if options.dry_run:
-        return _show(pipeline, options.any_code)
-    machine = find_machine(options.ranks, options.hostfile, pipeline.output / ".pipeline")
-    settings = RunOptions(
-        machine=machine,
+        return show(pipeline, options.any_code)
+    return PipelineRun(pipeline, run_settings(options, pipeline.output), console()).run()
+
+
+def run_settings(options: argparse.Namespace, output: Path) -> "RunOptions":
+    """What :func:`add_run_options` were given, for a pipeline in ``output``."""
+    from launch.jobs.launcher import find_machine
+    from launch.pipeline.run import RunOptions
+
+    return RunOptions(
+        machine=find_machine(options.ranks, options.hostfile, output / ".pipeline"),
         only=tuple(options.only),
         any_code=options.any_code,
         grace_seconds=options.grace,
         doctor=not options.no_doctor,
     )
-    return PipelineRun(pipeline, settings, console()).run()
 
 
 def show_status(options: argparse.Namespace) -> int:
     from launch.pipeline.recipe import load_pipeline
 
-    return _show(load_pipeline(options.recipe, options.overrides), options.any_code)
+    return show(load_pipeline(options.recipe, options.overrides), options.any_code)
 
 
-def _show(pipeline: "Pipeline", any_code: bool) -> int:
+def show(pipeline: "Pipeline", any_code: bool) -> int:
+    """Print where every stage stands."""
     from launch.pipeline.status import status_table
 
     console().print(status_table(pipeline, any_code=any_code))

@@ -4,7 +4,7 @@ import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -122,11 +122,3 @@ class Job:
         with contextlib.suppress(OSError):
             os.close(self._lifeline)
         self._process.wait()
-
-
-def run_logged(command: Sequence[str], log: Path, tick: Callable[[], None]) -> int:
-    """Run ``command`` with its output added to ``log``, calling ``tick`` about every second; the exit code."""
-    with Job(command, log) as job:
-        while (code := job.wait(1.0)) is None:
-            tick()
-        return code

@@ -1,107 +1,78 @@
-"""Which runs a sweep consists of: axes, names, and configs that the stage's own parser has accepted."""
+"""Which runs a sweep consists of: a pipeline with one entry for each combination of values."""
 
 import itertools
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
-from policy.preference.config import PreferenceConfig
-from policy.preference.losses import LOSSES
-from rlhf.config import load_config, to_yaml
+from launch.pipeline.recipe import Pipeline, PipelineStage
+from launch.stages import Stage, load
+from rlhf.config import load_config
 from rlhf.core.errors import ConfigError
 from rlhf.core.files import digest
+from rlhf.data.options import RowsConfig
+from rlhf.train.comparison import Comparison
 
-PROGRAM = "rlhf sweep preference"
 KIND = "loss.kind"
+"""Names of runs have its value alone."""
 LONGEST_NAME = 80
 NAMES_SHOWN = 6
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepRun:
-    """One run of a sweep."""
+class Sweep:
+    """Runs of one stage that are compared."""
 
-    name: str
-    settings: Mapping[str, str]
-    """Its value on each axis."""
-    folder: Path
-    arguments: tuple[str, ...]
-    """Of the stage."""
-    config: PreferenceConfig
-
-    @property
-    def log(self) -> Path:
-        return self.folder / "log.txt"
-
-    @property
-    def evaluation(self) -> Path:
-        return self.folder / "evaluation.json"
-
-    @property
-    def marker(self) -> Path:
-        """Written when the run is finished, with :attr:`digest`."""
-        return self.folder / "sweep_done.json"
-
-    @property
-    def digest(self) -> str:
-        """Of all settings but the folder, so that a sweep that was moved is still finished."""
-        return digest(to_yaml(replace(self.config, output=Path(self.name))))
-
-    @property
-    def is_done(self) -> bool:
-        """Whether it finished with these very settings."""
-        try:
-            return self.evaluation.is_file() and json.loads(self.marker.read_text())["digest"] == self.digest
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
+    stage: Stage
+    pipeline: Pipeline
+    """One entry for each run; none needs another."""
+    points: Mapping[str, Mapping[str, str]]
+    """The value of each run on each axis, by the name of the run."""
 
 
-def paired_objectives() -> list[str]:
-    """What ``loss.kind=all`` stands for: no likelihood alone, and nothing that reads single responses."""
-    return [name for name, objective in LOSSES.items() if name != "sft" and not objective.unpaired]
+def comparison_of(stage: Stage) -> Comparison:
+    return load(stage.comparison) if stage.comparison else Comparison()
 
 
-def plan_sweep(recipes: Sequence[Path], overrides: Sequence[str], folder: Path) -> list[SweepRun]:
+def plan_sweep(stage: Stage, recipes: Sequence[Path], overrides: Sequence[str], folder: Path) -> Sweep:
     """All runs of a sweep; the first axis changes slowest.
 
     Args:
+        stage: of all runs.
         recipes: of every run.
         overrides: of every run; those whose value is a comma list are the axes.
-        folder: gets one folder for each run.
+        folder: gets one run folder for each run.
     Raises:
         ConfigError: naming the problems of all runs at once.
     """
-    axes = _axes(overrides)
+    program = f"rlhf sweep {stage.name}"
+    axes = _axes(overrides, comparison_of(stage).all_of, program)
     points = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
     names = run_names(points)
-    runs: list[SweepRun] = []
+    runs: list[PipelineStage] = []
     problems: dict[str, list[str]] = {}
     for name, point in zip(names, points, strict=True):
-        where = f"output={_yaml_text(str(folder / name))}"
         changed = [_with_value(override, point) for override in overrides]
+        place = {"output": str(folder / name)}
         try:
-            config = load_config(PreferenceConfig, recipes, [*changed, where], program=PROGRAM)
-            _check_comparable(config)
+            config = load_config(stage.config_class(), recipes, changed, settings=place, program=program)
+            _check_comparable(config, program)
         except ConfigError as error:
             for line in _problems(error):
                 problems.setdefault(line, []).append(name)
             continue
-        files = itertools.chain.from_iterable(("--config", str(recipe)) for recipe in recipes)
-        runs.append(
-            SweepRun(
-                name=name,
-                settings=point,
-                folder=folder / name,
-                arguments=(*files, *changed, where),
-                config=config,
-            )
+        final = config.output / stage.published
+        run = PipelineStage(
+            name=name, kind=stage.name, stage=stage, config=config, output=config.output, final=final, needs=()
         )
+        runs.append(run)
     if problems:
-        raise ConfigError(_refusal(problems, len(names)))
-    return runs
+        raise ConfigError(_refusal(problems, len(names), program))
+    pipeline = Pipeline(name=f"sweep {stage.name}", output=folder, stages=tuple(runs))
+    return Sweep(stage=stage, pipeline=pipeline, points=dict(zip(names, points, strict=True)))
 
 
 def split_values(text: str) -> list[str]:
@@ -135,34 +106,33 @@ def run_names(points: Sequence[Mapping[str, str]]) -> list[str]:
     ]
 
 
-def _axes(overrides: Sequence[str]) -> dict[str, list[str]]:
+def _axes(overrides: Sequence[str], all_of: Mapping[str, Sequence[str]], program: str) -> dict[str, list[str]]:
     """The values of each key that takes several."""
     axes: dict[str, list[str]] = {}
     keys = [override.partition("=")[0] for override in overrides]
     if "output" in keys:
-        raise ConfigError(f"{PROGRAM}: output=...: every run has its own; give the folder of them all as --output")
+        raise ConfigError(f"{program}: output=...: every run has its own; give the folder of them all as --output")
     for key, override in zip(keys, overrides, strict=True):
-        values = _values(override)
+        values = _values(override, all_of, program)
         if len(values) > 1 and keys.count(key) > 1:
-            raise ConfigError(f"{PROGRAM}: {key} is given twice; name all of its values in one comma list")
+            raise ConfigError(f"{program}: {key} is given twice; name all of its values in one comma list")
         if len(values) > 1:
             axes[key] = list(dict.fromkeys(values))
     if not axes:
         raise ConfigError(
-            f"{PROGRAM}: nothing to compare: give at least one setting several values, such as {KIND}=sigmoid,ipo "
-            f"or {KIND}=all"
+            f"{program}: nothing to compare: give at least one setting several values, such as "
+            "optim.learning_rate=1e-5,1e-6" + "".join(f", or {key}=all" for key in all_of)
         )
     return axes
 
 
-def _values(override: str) -> list[str]:
+def _values(override: str, all_of: Mapping[str, Sequence[str]], program: str) -> list[str]:
     key, _, text = override.partition("=")
-    parts = [part.strip() for part in split_values(text)]
-    if key == KIND:
-        kinds = [paired_objectives() if part == "all" else [part] for part in parts]
-        parts = list(itertools.chain.from_iterable(kinds))
+    parts: list[str] = []
+    for part in (part.strip() for part in split_values(text)):
+        parts += all_of[key] if part == "all" and key in all_of else [part]
     if len(parts) > 1 and not all(parts):
-        raise ConfigError(f"{PROGRAM}: {override}: a value between commas is missing")
+        raise ConfigError(f"{program}: {override}: a value between commas is missing")
     return parts
 
 
@@ -171,23 +141,26 @@ def _with_value(override: str, point: Mapping[str, str]) -> str:
     return f"{key}={point[key]}" if key in point else override
 
 
-def _check_comparable(config: PreferenceConfig) -> None:
-    if not config.rows.eval_sources and not config.rows.eval_share:
-        raise ConfigError(f"{PROGRAM}:\n  data.eval is empty and data.eval_share = 0: nothing to compare the runs on")
+def _check_comparable(config: Any, program: str) -> None:
+    sections = {field.name: getattr(config, field.name) for field in fields(config)}
+    rows = {name: section for name, section in sections.items() if isinstance(section, RowsConfig)}
+    if rows and not any(section.eval_sources or section.eval_share for section in rows.values()):
+        empty = ", ".join(f"{name}.eval is empty and {name}.eval_share = 0" for name in rows)
+        raise ConfigError(f"{program}:\n  {empty}: nothing to compare the runs on")
 
 
 def _problems(error: ConfigError) -> list[str]:
     return str(error).split("\n  ")[1:] or [str(error)]
 
 
-def _refusal(problems: Mapping[str, Sequence[str]], runs: int) -> str:
+def _refusal(problems: Mapping[str, Sequence[str]], runs: int, program: str) -> str:
     lines = []
     for problem, names in problems.items():
         more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
         where = f"all {runs} runs" if len(names) == runs else ", ".join(names[:NAMES_SHOWN]) + more
         lines.append(f"{problem}\n    in {where}")
     count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
-    return "\n  ".join([f"{PROGRAM}: {count}, no run was started", *lines])
+    return "\n  ".join([f"{program}: {count}, no run was started", *lines])
 
 
 def _name(point: Mapping[str, str]) -> str:
@@ -199,8 +172,3 @@ def _name(point: Mapping[str, str]) -> str:
 
 def _short_digest(point: Mapping[str, str]) -> str:
     return digest(*itertools.chain.from_iterable(point.items()))[:6]
-
-
-def _yaml_text(text: str) -> str:
-    """``text`` as a value on the command line, in quotes where YAML could take it for something else."""
-    return text if re.fullmatch(r"[A-Za-z0-9._/+~-]*", text) else json.dumps(text, ensure_ascii=False)

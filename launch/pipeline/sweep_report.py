@@ -1,231 +1,229 @@
 """What the finished runs of a sweep are worth beside each other: a table, its files and a plot."""
 
-import json
+import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from launch.pipeline.sweep import SweepRun
-from rlhf.config import to_dict
+from launch.pipeline.state import Action, Progress
+from launch.pipeline.sweep import Sweep, comparison_of
+from launch.stages import Stage
 from rlhf.core.files import write_json, write_text
-from rlhf.core.intervals import Accuracy
+from rlhf.train.comparison import Column
+from rlhf.train.status import MINUTES, read_status
 
-SIDES = ("chosen", "rejected")
-COLUMNS = ("run", "accuracy", "95 % interval", "loss", "gap", *(f"{side} drift" for side in SIDES))
-COLUMNS += ("zero gradient", "minutes")
-NOTES = (
-    "On held-out data, sorted by accuracy. Drift: log-probability of the responses against the model that training "
-    "started from (or the reference), in nats per token. Zero gradient: share of the pairs of the last step that "
-    "move nothing any more. Minutes: training steps alone.",
-    "Each run is measured by its own implicit reward. Loss and gap compare only where objective and beta agree. "
-    "Accuracy without a reference is that of the log-probabilities themselves, which order pairs before any training; "
-    "with one, that of their change.",
-)
-CHOSEN_COLOR, REJECTED_COLOR = "#0072B2", "#D55E00"
+MINUTES_NOTE = "Minutes: training steps alone, without start, evaluations and caches."
+FIRST_COLOR, SECOND_COLOR = "#0072B2", "#D55E00"
 LABEL_CHARACTERS = 34
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """A finished run. ``None``: not measured by this kind of run, or not finite."""
+    """A finished run."""
 
     name: str
     settings: Mapping[str, str]
+    """Its value on each axis."""
     step: int
-    """That the evaluated weights are of."""
-    accuracy: Accuracy
-    loss: float | None
-    gap: float | None
-    chosen_drift: float | None
-    """Nats per token."""
-    rejected_drift: float | None
-    zero_gradient_share: float | None
-    """Of the last step."""
-    minutes: float | None
-    """Of the training steps, without start, evaluations and reference cache."""
+    """The step whose weights were evaluated."""
+    metrics: Mapping[str, float]
+    """The latest of each; what was not measured or is not finite is left out."""
+    interval: tuple[float, float] | None
+    """The 95 % interval of the key metric, where the stage gives one."""
+    items: int | None
+    """Held-out pairs, where the stage says how many."""
 
 
 @dataclass(frozen=True)
-class _Finished:
-    """What a finished run left behind."""
+class Report:
+    """The finished runs of a sweep, the best first."""
 
-    run: SweepRun
-    evaluation: Mapping[str, Any]
-    rows: Sequence[Mapping[str, Any]]
-    """Of metrics.jsonl."""
-
-    @classmethod
-    def read(cls, run: SweepRun) -> "_Finished":
-        log = run.folder / "metrics.jsonl"
-        lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-        evaluation = json.loads(run.evaluation.read_text(encoding="utf-8"))
-        return cls(run, evaluation, [json.loads(line) for line in lines])
+    stage: Stage
+    results: Sequence[Result]
 
     @property
-    def held_out(self) -> Mapping[str, Any]:
-        """The held-out metrics of the step that was evaluated at the end; the latest ones if it has none."""
-        found = [row for row in self.rows if "eval/accuracy" in row]
-        at_step = [row for row in found if row["step"] == self.evaluation["step"]]
-        return [{}, *found, *at_step][-1]
+    def columns(self) -> tuple[Column, ...]:
+        """What is shown of each run. The key metric comes first."""
+        found = comparison_of(self.stage).columns
+        if found:
+            return found
+        names = dict.fromkeys(name for result in self.results for name in result.metrics if name.startswith("eval/"))
+        key = self.stage.key_metric
+        ordered = [key, *(name for name in names if name != key)] if key in names else [*names]
+        return tuple(Column(metric=name, label=_label(name)) for name in ordered)
 
     @property
-    def start_key(self) -> str:
-        """The log-probabilities of runs with the same key had the same start, on the same held-out data."""
-        config = self.run.config
-        model = [config.model.path, config.model.revision, config.model.layers]
-        return json.dumps([model, to_dict(config.rows), config.engine.precision, config.loss.tail_weight])
+    def title(self) -> str:
+        counts = sorted({result.items for result in self.results if result.items is not None})
+        shown = " to ".join(dict.fromkeys(map(str, (counts[0], counts[-1])))) if counts else ""
+        return f"Sweep: {len(self.results)} runs" + (f" on {shown} held-out pairs" if shown else "")
 
     @property
-    def start(self) -> dict[str, float] | None:
-        """Log-probabilities of the model that training started from by side, in nats per token, where that is known."""
-        reference = self.run.config.reference
-        if reference.path is not None or reference.sync_every or self.run.config.loss.tail_weight != 1:
-            return None
-        now, drifts = self._by_side("logprob"), self._by_side("drift")
-        if None in (*now.values(), *drifts.values()):
-            return None
-        return {side: now[side] - drifts[side] for side in SIDES}
+    def notes(self) -> tuple[str, ...]:
+        key = next(iter(self.columns), None)
+        order = f"On held-out data, sorted by {key.label}. {MINUTES_NOTE}" if key else MINUTES_NOTE
+        return order, *comparison_of(self.stage).notes
 
-    def result(self, start: Mapping[str, float] | None) -> Result:
-        """``start`` tells the drift of a run without a reference."""
-        now, drifts = self._by_side("logprob"), self._by_side("drift")
-        if start is not None and not self.run.config.loss.needs_reference and None not in now.values():
-            drifts = {side: now[side] - start[side] for side in SIDES}
-        last_shares = [row["zero_gradient_share"] for row in self.rows if "zero_gradient_share" in row][-1:]
-        return Result(
-            name=self.run.name,
-            settings=dict(self.run.settings),
-            step=self.evaluation["step"],
-            accuracy=Accuracy(**self.evaluation["accuracy"]),
-            loss=self.evaluation.get("mean_loss"),
-            gap=self.evaluation.get("mean_gap"),
-            chosen_drift=drifts["chosen"],
-            rejected_drift=drifts["rejected"],
-            zero_gradient_share=last_shares[0] if last_shares else None,
-            minutes=_training_minutes(self.rows),
+    @property
+    def headings(self) -> list[str]:
+        labels = [column.label for column in self.columns]
+        if self._has_intervals:
+            labels.insert(1, "95 % interval")
+        return ["run", *labels, "minutes"]
+
+    def cells(self, result: Result) -> list[str]:
+        shown = [_number(result.metrics.get(column.metric), column.layout) for column in self.columns]
+        if self._has_intervals:
+            layout = self.columns[0].layout
+            shown.insert(1, " to ".join(format(end, layout) for end in result.interval) if result.interval else "-")
+        return [result.name, *shown, _number(result.metrics.get(MINUTES), ".1f")]
+
+    @property
+    def _has_intervals(self) -> bool:
+        return any(result.interval for result in self.results)
+
+
+def report_of(sweep: Sweep, *, any_code: bool = False) -> Report:
+    """What the runs that are finished with the present settings, inputs and code came to."""
+    progress = Progress(sweep.pipeline, any_code=any_code)
+    finished = [run for run in sweep.pipeline.stages if progress.decide(run).action is Action.SKIP]
+    found = [(run, status) for run in finished if (status := read_status(run.output)) is not None]
+    metrics = [{name: value for name, value in each.metrics.items() if value is not None} for _, each in found]
+    completed = comparison_of(sweep.stage).complete(
+        [(run.config, each) for (run, _), each in zip(found, metrics, strict=True)]
+    )
+    key = sweep.stage.key_metric
+    results = []
+    for (run, status), values in zip(found, completed, strict=True):
+        measured = status.evaluation.get(key.rpartition("/")[2])
+        interval, items = _interval(measured)
+        result = Result(
+            name=run.name,
+            settings=dict(sweep.points[run.name]),
+            step=status.evaluation.get("step", status.step),
+            metrics=values,
+            interval=interval,
+            items=items,
         )
+        results.append(result)
+    sign = 1.0 if sweep.stage.metric.startswith("-") else -1.0
 
-    def _by_side(self, kind: str) -> dict[str, float | None]:
-        return {side: self.held_out.get(f"eval/{side}_{kind}_per_token") for side in SIDES}
+    def rank(result: Result) -> tuple[float, str]:
+        return (sign * result.metrics[key] if key in result.metrics else math.inf), result.name
 
-
-def results_of(runs: Sequence[SweepRun]) -> list[Result]:
-    """The finished ones of ``runs``, the most accurate first."""
-    finished = [_Finished.read(run) for run in runs if run.is_done]
-    starts = {each.start_key: each.start for each in finished if each.start is not None}
-    results = [each.result(starts.get(each.start_key)) for each in finished]
-    return sorted(results, key=lambda result: (-result.accuracy.value, result.name))
+    return Report(sweep.stage, sorted(results, key=rank))
 
 
-def comparison_table(results: Sequence[Result]) -> Table:
-    table = Table(title=_title(results), title_justify="left", collapse_padding=True)
-    table.add_column(COLUMNS[0], overflow="fold")
-    for name in COLUMNS[1:]:
+def comparison_table(report: Report) -> Table:
+    """The table for a terminal."""
+    table = Table(title=report.title, title_justify="left", collapse_padding=True)
+    first, *others = report.headings
+    table.add_column(first, overflow="fold")
+    for name in others:
         table.add_column("\n".join(name.rsplit(" ", 1)), justify="right")
-    for result in results:
-        table.add_row(*_cells(result))
+    for result in report.results:
+        table.add_row(*report.cells(result))
     return table
 
 
-def write_report(folder: Path, results: Sequence[Result], failures: Mapping[str, str]) -> None:
+def write_report(folder: Path, report: Report, failures: Mapping[str, str]) -> None:
     """Write ``sweep.json``, ``sweep.md`` and, if a run is finished, ``sweep.png``; ``failures``: why, by run."""
-    write_json(folder / "sweep.json", {"runs": [asdict(result) for result in results], "failed": dict(failures)})
-    write_text(folder / "sweep.md", _markdown(results, failures))
-    if results:
-        plot(results, folder / "sweep.png")
+    write_json(
+        folder / "sweep.json", {"runs": [asdict(result) for result in report.results], "failed": dict(failures)}
+    )
+    write_text(folder / "sweep.md", _markdown(report, failures))
+    if report.results:
+        plot(report, folder / "sweep.png")
 
 
-def plot(results: Sequence[Result], path: Path) -> None:
-    """A row for each run: its accuracy with the interval, and beside it where both log-probabilities went."""
+def plot(report: Report, path: Path) -> None:
+    """A row for each run: its key metric with the interval, and beside it where the two ends of its span went."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    labels = [_label(result.name) for result in results]
+    labels = ["\n".join(textwrap.wrap(result.name, LABEL_CHARACTERS)) for result in report.results]
     inches = 0.2 + 0.14 * max(label.count("\n") + 1 for label in labels)
-    figure = Figure(figsize=(10, 1.6 + inches * len(results)), layout="constrained")
+    span = comparison_of(report.stage).span
+    figure = Figure(figsize=(10 if span else 6, 1.6 + inches * len(labels)), layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, sharey=True)
-    _plot_accuracies(left, results)
-    _plot_drifts(right, results)
-    left.set_yticks(range(len(results)), labels, fontsize=9)
-    left.set_ylim(len(results) - 0.5, -0.5)  # the best on top
-    for axes in (left, right):
+    panels = [figure.subplots()] if span is None else [*figure.subplots(1, 2, sharey=True)]
+    _plot_key_metric(panels[0], report)
+    if span is not None:
+        _plot_span(panels[1], report, span)
+    panels[0].set_yticks(range(len(labels)), labels, fontsize=9)
+    panels[0].set_ylim(len(labels) - 0.5, -0.5)  # the best on top
+    for axes in panels:
         axes.grid(axis="x", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
 
 
-def _plot_accuracies(axes: Any, results: Sequence[Result]) -> None:
-    values = [100 * result.accuracy.value for result in results]
-    below = [100 * (result.accuracy.value - result.accuracy.low) for result in results]
-    above = [100 * (result.accuracy.high - result.accuracy.value) for result in results]
-    axes.errorbar(values, range(len(results)), xerr=(below, above), fmt="o", color="black", capsize=3)
-    axes.axvline(50, color="grey", linewidth=1, linestyle=":")
-    axes.set_xlabel("held-out accuracy, %, with 95 % interval")
+def _plot_key_metric(axes: Any, report: Report) -> None:
+    column = next(iter(report.columns), Column(metric=report.stage.key_metric, label=_label(report.stage.key_metric)))
+    scale, unit = (100, ", %") if column.layout.endswith("%") else (1, "")
+    for place, result in enumerate(report.results):
+        value = result.metrics.get(column.metric)
+        if value is None:
+            continue
+        low, high = result.interval or (value, value)
+        around = ([max(0.0, scale * (value - low))], [max(0.0, scale * (high - value))])
+        axes.errorbar([scale * value], [place], xerr=around, fmt="o", color="black", capsize=3)
+    chance = comparison_of(report.stage).chance
+    if chance is not None:
+        axes.axvline(scale * chance, color="grey", linewidth=1, linestyle=":")
+    interval = ", with 95 % interval" if any(result.interval for result in report.results) else ""
+    axes.set_xlabel(f"held-out {column.label}{unit}{interval}")
 
 
-def _plot_drifts(axes: Any, results: Sequence[Result]) -> None:
-    known = [place for place, each in enumerate(results) if each.chosen_drift is not None]
-    known = [place for place in known if results[place].rejected_drift is not None]
-    chosen, rejected = ([getattr(results[place], f"{side}_drift") for place in known] for side in SIDES)
-    axes.hlines(known, chosen, rejected, color="lightgrey", linewidth=3, zorder=1)
-    axes.scatter(chosen, known, color=CHOSEN_COLOR, label="chosen", zorder=2)
-    axes.scatter(rejected, known, color=REJECTED_COLOR, marker="D", label="rejected", zorder=2)
+def _plot_span(axes: Any, report: Report, span: tuple[str, str]) -> None:
+    known = [place for place, each in enumerate(report.results) if all(name in each.metrics for name in span)]
+    first, second = ([report.results[place].metrics[name] for place in known] for name in span)
+    labels = {column.metric: column.label for column in report.columns}
+    axes.hlines(known, first, second, color="lightgrey", linewidth=3, zorder=1)
+    axes.scatter(first, known, color=FIRST_COLOR, label=labels.get(span[0]), zorder=2)
+    axes.scatter(second, known, color=SECOND_COLOR, marker="D", label=labels.get(span[1]), zorder=2)
     axes.axvline(0, color="grey", linewidth=1, linestyle=":")
-    axes.set_xlabel("drift of log-probabilities, nats per token")
+    axes.set_xlabel(comparison_of(report.stage).span_label)
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
 
 
-def _label(name: str) -> str:
-    return "\n".join(textwrap.wrap(name, LABEL_CHARACTERS))
+def _interval(measured: Any) -> tuple[tuple[float, float] | None, int | None]:
+    """The ends of an interval and the number of pairs, where a held-out record has them."""
+    if not isinstance(measured, dict):
+        return None, None
+    ends = (measured.get("low"), measured.get("high"))
+    return (None if None in ends else ends), measured.get("pairs")
 
 
-def _training_minutes(rows: Sequence[Mapping[str, Any]]) -> float | None:
-    """Mean time of the logged steps (train.log_every may leave some out) times the number of steps."""
-    steps = [row for row in rows if row.get("time/step_seconds") is not None]
-    if not steps:
-        return None
-    return sum(row["time/step_seconds"] for row in steps) / len(steps) * steps[-1]["step"] / 60
-
-
-def _title(results: Sequence[Result]) -> str:
-    counts = sorted({result.accuracy.pairs for result in results})
-    shown = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    return f"Sweep: {len(results)} runs on {shown} held-out pairs"
-
-
-def _cells(result: Result) -> tuple[str, ...]:
-    accuracy = result.accuracy
-    return (
-        result.name,
-        f"{accuracy.value:.1%}",
-        f"{accuracy.low:.1%} to {accuracy.high:.1%}",
-        _number(result.loss, ".3f"),
-        _number(result.gap, ".3f"),
-        _number(result.chosen_drift, "+.3f"),
-        _number(result.rejected_drift, "+.3f"),
-        _number(result.zero_gradient_share, ".0%"),
-        _number(result.minutes, ".1f"),
-    )
+def _label(metric: str) -> str:
+    return metric.rpartition("/")[2].replace("_", " ")
 
 
 def _number(value: float | None, layout: str) -> str:
     return "-" if value is None else format(value, layout)
 
 
-def _markdown(results: Sequence[Result], failures: Mapping[str, str]) -> str:
-    lines: list[str] = []
-    if results:
-        lines += [f"# {_title(results)}", "", _row(COLUMNS), _row(["---", *["---:"] * (len(COLUMNS) - 1)])]
-        lines += [_row(_cells(result)) for result in results]
-        lines += ["", *(line for note in NOTES for line in (note, "")), "![accuracy and drift](sweep.png)", ""]
+def _markdown(report: Report, failures: Mapping[str, str]) -> str:
+    return "\n".join([*_markdown_table(report), *_markdown_failures(failures)])
+
+
+def _markdown_table(report: Report) -> Iterator[str]:
+    if not report.results:
+        return
+    yield from (f"# {report.title}", "", _row(report.headings), _row(["---", *["---:"] * (len(report.headings) - 1)]))
+    yield from (_row(report.cells(result)) for result in report.results)
+    for paragraph in (*report.notes, "![the runs beside each other](sweep.png)"):
+        yield from ("", paragraph)
+    yield ""
+
+
+def _markdown_failures(failures: Mapping[str, str]) -> Iterator[str]:
     if failures:
-        lines += ["Failed:", "", *(f"* `{name}`: {reason}" for name, reason in failures.items()), ""]
-    return "\n".join(lines)
+        yield from ("Failed:", "", *(f"* `{name}`: {' '.join(why.split())}" for name, why in failures.items()), "")
 
 
 def _row(cells: Sequence[str]) -> str:

@@ -172,7 +172,9 @@ CHECKS = {
     "slurm": slurm._read,
     "doctor": check_doctor,
     "pipeline": lambda options: load_pipeline(options.recipe, options.overrides),
-    "sweep": lambda options: plan_sweep(options.config, options.overrides, Path("runs/sweep")),
+    "sweep": lambda options: plan_sweep(
+        STAGES[options.stage], options.config, options.overrides, Path("runs/sweep")
+    ),
 }
 """What reads the settings, for commands that take some."""
 

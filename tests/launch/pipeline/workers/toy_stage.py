@@ -1,4 +1,4 @@
-"""A stage that takes no time: it copies its input's number into its result, or does what a test tells it."""
+"""A stage that takes no time: it adds its number to that of its input, step by step, or does what a test tells it."""
 
 import os
 import signal
@@ -13,6 +13,9 @@ from rlhf.core.errors import ConfigError, RunStopped
 from rlhf.train.single import single_main
 from rlhf.train.status import report_metrics
 
+KILL_AT = "TOY_KILL_AT"
+"""Environment variable: the step at which the stage dies, once for each run folder."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ToyConfig:
@@ -22,6 +25,7 @@ class ToyConfig:
     behave: str = "finish"
     data: str = ""
     cache_dir: Annotated[str, NoResult()] = ""
+    steps: int = 0
 
 
 def run(config: ToyConfig) -> None:
@@ -39,7 +43,21 @@ def run(config: ToyConfig) -> None:
         sys.exit(0)
     if config.behave in ("wait", "wait and crash", "deaf"):
         wait(config.output, config.behave)
+    train(config)
     (config.output / "final" / "number").write_text(str(before + config.number))
+    report_metrics({"eval/number": before + config.number, "eval/half": config.number / 2})
+
+
+def train(config: ToyConfig) -> None:
+    """Go on from the last step that was saved."""
+    saved = config.output / "checkpoints"
+    done = len(saved.read_text()) if saved.exists() else 0
+    for step in range(done + 1, config.steps + 1):
+        if str(step) == os.environ.get(KILL_AT) and (config.output / "starts").read_text() == "x":
+            os.kill(os.getpid(), signal.SIGKILL)
+        with saved.open("a") as steps:
+            steps.write("x")
+        report_metrics({"loss": 1 / step}, step=step, total=config.steps)
 
 
 def wait(output: Path, behave: str) -> None:

@@ -1,0 +1,41 @@
+"""Jobs: their output goes to a log, and nothing of them outlives who asked for them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def test_a_command_is_logged_and_its_whole_group_ends_with_it(tmp_path):
+    child = "import os, time; open('child', 'w').write(str(os.getpid())); time.sleep(60)"
+    parent = f"import subprocess, sys, time\nsubprocess.Popen([sys.executable, '-c', {child!r}])\nprint('here')\n"
+    parent += "time.sleep(60)"
+    script = (
+        "import sys, pathlib; from launch.jobs.launcher import Job\n"
+        f"with Job([sys.executable, '-uc', {parent!r}], pathlib.Path('log.txt')) as job:\n    job.wait(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    written = tmp_path / "child"
+    wait_until(lambda: written.exists() and written.read_text())
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) != 0
+    assert (tmp_path / "log.txt").read_text() == "here\n"
+    wait_until(lambda: not is_running(int(written.read_text())))
+
+
+def wait_until(condition, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
