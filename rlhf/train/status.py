@@ -167,7 +167,8 @@ class _Recorder:
         self._written = time.monotonic()
         self.status = replace(self.status, updated=time.time())
         with contextlib.suppress(OSError):  # a full disk is told by what matters more
-            write_status(self.folder, self.status)
+            if self.folder.is_dir():  # not while an import puts another one in its place
+                write_status(self.folder, self.status)
 
 
 _recorder: _Recorder | None = None
@@ -191,6 +192,8 @@ def recording(folder: Path, stage: str) -> Iterator[None]:
     recorder = _Recorder(folder, stage)
     if rank == 0:
         _recorder = recorder
+        with contextlib.suppress(OSError):  # the stage itself says what is wrong with it
+            folder.mkdir(parents=True, exist_ok=True)
         recorder.change(at_once=True)
         recorder.start()
     try:
