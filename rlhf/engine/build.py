@@ -24,7 +24,8 @@ def precision_of(config: EngineConfig) -> Precision:
 
 
 def check_precision(config: EngineConfig, device: torch.device) -> None:
-    """
+    """Refuse a precision that is not there on ``device``.
+
     Raises:
         ConfigError: if ranks on ``device`` cannot train in the precision of the recipe.
     """

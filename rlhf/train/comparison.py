@@ -37,4 +37,4 @@ class Comparison:
     chance: float | None = None
     """The key metric of a guess."""
     complete: Callable[[Sequence[tuple[Any, Metrics]]], list[Metrics]] = _as_they_are
-    """From configs and metrics of all runs to their metrics, with what only the others tell of a run."""
+    """Takes configs and metrics of all runs, and gives their metrics with what only the others tell of a run."""

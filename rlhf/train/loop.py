@@ -94,7 +94,7 @@ class LoopState:
     stopped_early: bool = False
     last_evaluation: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
-    """In training steps alone, over all starts of the run."""
+    """How long the training steps alone took, over all starts of the run."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -111,7 +111,7 @@ def write_status(folder: Path, status: Status) -> None:
 
 
 def remove_status(folder: Path) -> None:
-    """That of the main rank, and of all that broke."""
+    """Remove the status of the main rank and of all ranks that broke."""
     for path in (folder / STATUS, *folder.glob(_name("*"))):
         path.unlink(missing_ok=True)
 
@@ -176,7 +176,7 @@ _recorder: _Recorder | None = None
 
 @contextlib.contextmanager
 def recording(folder: Path, stage: str) -> Iterator[None]:
-    """Inside, what this process reports goes into the status of ``folder``, and so does how it ended.
+    """Keep the status of ``folder``: what this process reports while it is inside, and how it ended.
 
     Ranks other than the main one write only that they broke.
     """
@@ -229,7 +229,7 @@ def report_phase(text: str) -> None:
 
 
 def report_progress(**changes: Any) -> None:
-    """As :func:`report_status`, written about once a second at most."""
+    """Change fields as :func:`report_status` does, but write them about once a second at most."""
     if _recorder is not None:
         _recorder.change(at_once=False, **changes)
 
