@@ -4,7 +4,7 @@ Plain arrays in, a frozen record out: no ranks, no files. Rewards are plain rewa
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -121,17 +121,17 @@ def evaluate_held_out(
     Args:
         chosen_rewards, rejected_rewards: ``(N,)``.
         lengths: ``(N, 2)`` of chosen and rejected.
-        scores: ``(N, 2)`` likewise; left out if one of them is not a number.
+        scores: ``(N, 2)`` likewise, NaN where a pair has none; its buckets are of the pairs that have both.
     """
-    known = not np.isnan(scores).any()
-    return evaluate_pairs(
-        chosen_rewards,
-        rejected_rewards,
-        chosen_lengths=lengths[:, 0],
-        rejected_lengths=lengths[:, 1],
-        chosen_scores=scores[:, 0] if known else None,
-        rejected_scores=scores[:, 1] if known else None,
+    found = evaluate_pairs(
+        chosen_rewards, rejected_rewards, chosen_lengths=lengths[:, 0], rejected_lengths=lengths[:, 1]
     )
+    known = ~np.isnan(scores).any(axis=1)
+    if not known.any():
+        return found
+    gap = np.asarray(chosen_rewards, np.float64) - np.asarray(rejected_rewards, np.float64)
+    apart = np.abs(scores[:, 0] - scores[:, 1])
+    return replace(found, by_score_gap=_quartile_buckets(apart[known], gap[known]))
 
 
 def expected_calibration_error(gap: ArrayLike) -> float:

@@ -45,14 +45,13 @@ def detached_pairs(batch: Batch, chosen_rewards: Tensor, rejected_rewards: Tenso
     """
     chosen, rejected = chosen_rewards.detach().float(), rejected_rewards.detach().float()
     chosen_embeddings, rejected_embeddings = batch.sides(embeddings.detach().float())
-    margins = batch.margins if batch.margins is not None else batch.score_gaps
     return Pairs(
         positions=batch.positions,
         chosen_rewards=chosen,
         rejected_rewards=rejected,
         chosen_embeddings=chosen_embeddings,
         rejected_embeddings=rejected_embeddings,
-        data_margins=torch.full_like(chosen, torch.nan) if margins is None else margins,
+        data_margins=torch.full_like(chosen, torch.nan) if batch.margins is None else batch.margins,
     )
 
 

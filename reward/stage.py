@@ -5,6 +5,7 @@ from rich.console import Console
 from reward.config import RewardConfig
 from reward.evaluate import Evaluation, evaluation_table
 from reward.publish import PublishableRewardModel, new_model
+from reward.tables import MARGINS
 from reward.task import RewardTask
 from rlhf.data.preferences import load_preferences
 from rlhf.engine.build import DTYPES, precision_of
@@ -30,6 +31,8 @@ def run(config: RewardConfig, ranks: Ranks) -> Evaluation | None:
     """
     chat = open_chat(config, config.data.template_choice, ranks)
     data = load_data(lambda folder: load_preferences(config.data, chat, run_folder=folder), config, ranks)
+    if "data_margins" in MARGINS[config.margin.kind].inputs:
+        data.train.refuse_missing_margins()
     steps = total_steps(config.train, len(data.train))
     (role,) = config.models
     model = ranks.together(lambda: new_model(config, chat, DTYPES[precision_of(config.engine)]))

@@ -9,6 +9,7 @@ Mappings are merged key by key, so an option that holds a free mapping must defa
 import argparse
 import difflib
 import json
+import os
 import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,6 +36,7 @@ from rlhf.config_options import (
     to_dict,
 )
 from rlhf.core.errors import ConfigError
+from rlhf.core.paths import home_path
 from rlhf.core.table import REQUIRED, KindError
 
 __all__ = [
@@ -51,6 +53,13 @@ __all__ = [
 ]
 
 ConfigT = TypeVar("ConfigT")
+
+_OLD_NUMBER = re.compile(r"[-+]?(0[0-9_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")
+_HOME = re.compile(r"~(/|$)")
+
+
+class OldNumber(ValueError):
+    """A number that YAML 1.1 reads as another one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,10 +92,10 @@ def parse_command_line(
         allow_abbrev=False,
     )
     several = "a recipe (YAML); may be given again, later ones win"
-    parser.add_argument("--config", metavar="FILE", type=Path, action="append", default=[], help=several)
+    parser.add_argument("--config", metavar="FILE", type=home_path, action="append", default=[], help=several)
     parser.add_argument("--dry-run", action="store_true", help="print the resolved run and exit")
     logs = "write what each rank prints to DIR/rank<N>.log instead"
-    parser.add_argument("--log-folder", metavar="DIR", type=Path, help=logs)
+    parser.add_argument("--log-folder", metavar="DIR", type=home_path, help=logs)
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="a setting; wins over recipes")
     arguments, unknown = parser.parse_known_intermixed_args(list(argv))
@@ -141,7 +150,7 @@ def validate(config_class: type[ConfigT], merged: Any, *, program: str, origin: 
         ConfigError: as :func:`load_config`; it starts with ``program`` and ``origin``.
     """
     try:
-        return adapter(config_class).validate_json(json.dumps([merged]), strict=True)[0]
+        return adapter(config_class).validate_json(json.dumps([_at_home(merged)]), strict=True)[0]
     except ValidationError as error:
         raise _failure(program, origin, _explain(error, merged, config_class)) from None
 
@@ -200,6 +209,7 @@ def read_recipe(path: Path) -> DictConfig:
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [other.name for other in path.parent.glob("*.y*ml")], 1)
         raise ValueError("no such file" + (f" (did you mean {path.parent / near[0]}?)" if near else ""))
+    refuse_old_numbers(path.read_text(encoding="utf-8-sig"))
     tree = OmegaConf.load(path)
     if not isinstance(tree, DictConfig):
         raise ValueError("expected a mapping of options at the top level, found a list")
@@ -215,12 +225,33 @@ def _apply_override(tree: DictConfig, override: str) -> None:
         key, _, value = override.partition("=")
         if value.strip() == "{}":  # merged, it would leave a mapping as it is
             OmegaConf.update(tree, key, {}, merge=False)
+        refuse_old_numbers(value)
         tree.merge_with_dotlist([override])
     except yaml.YAMLError as error:
         raise ValueError(f"{_first_line(error)} (text may need quotes: key='\"text\"')") from None
+    except OldNumber:
+        raise
     except (IndexError, ValueError) as error:  # no such index, or a name where a list wants an index
         hint = "a list is set as a whole, or item by item as key[0].name=value"
         raise ValueError(f"{_first_line(error)} ({hint})") from None
+
+
+def refuse_old_numbers(text: str) -> None:
+    """Refuse what YAML 1.1 silently reads as another number than stands there: 0123 as 83, 12:30 as 750.
+
+    Raises:
+        OldNumber: naming the first one, with its line.
+        yaml.YAMLError: if ``text`` is no YAML.
+    """
+    for token in yaml.scan(text):
+        if not isinstance(token, yaml.ScalarToken) or not token.plain or not _OLD_NUMBER.fullmatch(token.value):
+            continue
+        read = yaml.safe_load(token.value)
+        if isinstance(read, int | float):
+            raise OldNumber(
+                f"line {token.start_mark.line + 1}: {token.value} would be read as {read} (YAML 1.1 takes a leading 0 "
+                f"for octal, and colons for base 60): write a decimal number, or '{token.value}' in quotes for a text"
+            )
 
 
 def escaped(value: Any) -> Any:
@@ -232,6 +263,15 @@ def escaped(value: Any) -> Any:
     if isinstance(value, str):
         return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
     return value
+
+
+def _at_home(value: Any) -> Any:
+    """The values with the home folder in place of a leading ~, as a shell does it for paths."""
+    if isinstance(value, dict):
+        return {key: _at_home(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_at_home(item) for item in value]
+    return os.path.expanduser(value) if isinstance(value, str) and _HOME.match(value) else value
 
 
 def _explain(error: ValidationError, merged: Any, config_class: type) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.commands.arguments import positive_int
+from rlhf.core.paths import home_path
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -71,7 +72,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--max-bad-share", type=float, default=0.01, help="bad rows that may be left out (0.01)"
     )
     check.add_argument(
-        "--quarantine", metavar="FILE", type=Path, help="write the list of all bad rows here, as jsonl"
+        "--quarantine", metavar="FILE", type=home_path, help="write the list of all bad rows here, as jsonl"
     )
     for name in _column_names():
         spelled = f"--{name.replace('_', '-')}-column"

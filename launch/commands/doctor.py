@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.commands.arguments import positive_int
 from launch.stages import training
+from rlhf.core.paths import home_path
 
 if TYPE_CHECKING:
     from launch.doctor import Finding, Subject
@@ -35,11 +36,11 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         allow_abbrev=False,
     )
     several = "a recipe of a stage (may be given again, later ones win) or of a pipeline"
-    parser.add_argument("--config", metavar="RECIPE", type=Path, action="append", default=[], help=several)
+    parser.add_argument("--config", metavar="RECIPE", type=home_path, action="append", default=[], help=several)
     which = "the stage of the recipe (default: the one that takes it)"
     parser.add_argument("--stage", choices=[*training()], help=which)
     parser.add_argument("--set", metavar="key=value", nargs="+", default=[], help="settings of the recipe")
-    parser.add_argument("--hostfile", type=Path, help="machines to use over ssh, one 'HOST slots=N' a line")
+    parser.add_argument("--hostfile", type=home_path, help="machines to use over ssh, one 'HOST slots=N' a line")
     parser.add_argument("--ranks", type=positive_int, help="processes here (default: all GPUs, or 2 on a CPU)")
     parser.add_argument("--quick", action="store_true", help="only what takes a few seconds in all")
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")

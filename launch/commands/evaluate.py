@@ -5,6 +5,7 @@ from pathlib import Path
 
 from launch.commands.arguments import positive_int
 from rlhf.core.errors import UserError
+from rlhf.core.paths import home_path
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -14,11 +15,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         description="Sample from the reference and from every policy, score with a Python function, and print mean "
         "rewards with 95 %% intervals, the gain over the reference for the same prompts, and the KL from it.",
     )
-    parser.add_argument("--reference", type=Path, required=True, help="folder of the model that training started from")
+    start = "folder of the model that training started from"
+    parser.add_argument("--reference", type=home_path, required=True, help=start)
     parser.add_argument(
         "--policy", action="append", default=[], metavar="NAME=FOLDER", help="a policy to compare; may be given again"
     )
-    parser.add_argument("--prompts", type=Path, required=True, help='jsonl file with a "prompt" in each line')
+    parser.add_argument("--prompts", type=home_path, required=True, help='jsonl file with a "prompt" in each line')
     parser.add_argument("--reward", required=True, help="module:function(prompts, responses) -> rewards")
     parser.add_argument("--template", help="as data.template of the recipe")
     parser.add_argument("--samples", type=positive_int, default=4, help="responses to a prompt (default %(default)s)")
@@ -26,7 +28,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--temperature", type=float, default=1.0, help="(default %(default)s)")
     parser.add_argument("--top-p", type=float, default=1.0, help="(default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
-    parser.add_argument("--output", type=Path, required=True, help="folder for samples and tables")
+    parser.add_argument("--output", type=home_path, required=True, help="folder for samples and tables")
     parser.set_defaults(run=run)
 
 

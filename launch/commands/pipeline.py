@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.commands.arguments import SettingsParser, positive_int
+from rlhf.core.paths import home_path
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,7 +42,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     status = actions.add_parser("status", help="where every stage stands, and what a run would do", allow_abbrev=False)
     status.set_defaults(run=show_status)
     for each in (running, status):
-        each.add_argument("recipe", type=Path, metavar="RECIPE", help="the pipeline's YAML")
+        each.add_argument("recipe", type=home_path, metavar="RECIPE", help="the pipeline's YAML")
         each.add_argument("overrides", nargs="*", metavar="STAGE.key=value", help="settings; also vars.key=value")
     status.add_argument("--any-code", action="store_true", help=ANY_CODE)
 
@@ -49,7 +50,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """What every command takes that runs stages one after the other."""
     parser.add_argument("--ranks", type=positive_int, help="processes (default: all GPUs, or 2 on a CPU)")
-    parser.add_argument("--hostfile", type=Path, help="machines to use over ssh, one 'HOST slots=N' a line")
+    parser.add_argument("--hostfile", type=home_path, help="machines to use over ssh, one 'HOST slots=N' a line")
     only = "run this one alone, by its name; may be given again"
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help=only)
     parser.add_argument("--no-doctor", action="store_true", help="do not check the machine first")

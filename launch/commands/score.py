@@ -1,10 +1,10 @@
 """``rlhf score``: rewards of texts or pairs from a published reward model."""
 
 import argparse
-from pathlib import Path
 
 from launch.commands.arguments import positive_int
 from rlhf.core.errors import UserError
+from rlhf.core.paths import home_path
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -14,9 +14,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         description="Write one JSON line per row: reward, or chosen_reward and rejected_reward. Started again with "
         "the same output, it goes on where it stopped.",
     )
-    parser.add_argument("--model", type=Path, required=True, help="final/ folder of a reward run")
+    parser.add_argument("--model", type=home_path, required=True, help="final/ folder of a reward run")
     parser.add_argument("--data", required=True, help="jsonl, json, csv, parquet, arrow, or a hub name")
-    parser.add_argument("--output", type=Path, required=True, help="jsonl file to write")
+    parser.add_argument("--output", type=home_path, required=True, help="jsonl file to write")
     at_once = "padded tokens at once (default %(default)s)"
     parser.add_argument("--batch-tokens", type=positive_int, default=8192, help=at_once)
     parser.add_argument("--max-tokens", type=positive_int, help="rows longer than this are reported, not scored")

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from rlhf.core.errors import ConfigError, UserError
 from rlhf.core.files import write_text
+from rlhf.core.paths import home_path
 
 CONNECT_SECONDS = 10.0
 """How long a node may take to answer."""
@@ -30,7 +31,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
         ConfigError: if the file is missing, empty or malformed, or names a host twice.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
         raise ConfigError(f"hostfile {path}: no such file; it has a line 'HOST slots=DEVICES' for each node") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -136,7 +137,7 @@ def _why_failed(command: list[str], timeout_seconds: float) -> str | None:
 def main(argv: list[str] | None = None) -> int:
     """``python -m launch.jobs.hostfile FILE``: read it and try to reach every host; exit code 2 if that fails."""
     parser = argparse.ArgumentParser(prog="launch.jobs.hostfile", description=main.__doc__)
-    parser.add_argument("hostfile", type=Path)
+    parser.add_argument("hostfile", type=home_path)
     try:
         check_hosts(parser.parse_args(argv).hostfile)
     except UserError as error:

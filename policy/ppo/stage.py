@@ -233,7 +233,7 @@ def check_template(config: PpoConfig, chat: ChatFormat) -> None:
     if config.data.template_choice != TemplateChoice():
         raise ModelError(
             f"policy.path = {folder} was trained with another chat template ({trained}) than data.template = "
-            f"{config.data.template} with its options ({chat.digest}); leave them unset to take the policy's own"
+            f"{config.data.template} with its options ({chat.digest}); leave data.template unset for the policy's own"
         )
     raise ModelError(
         f"policy.path = {folder}: its chat template ({chat.digest}) is not the one that it was trained with "

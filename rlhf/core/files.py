@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import secrets
 import shutil
 import stat
 import zlib
@@ -52,7 +53,7 @@ def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
 def write_bytes(path: Path, content: bytes | memoryview, *, durable: bool = True) -> None:
     """Replace ``path`` by ``content`` in one step, as :func:`write_text` does."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.tmp-{_own_mark()}")
     try:
         with temporary.open("wb") as handle:
             handle.write(content)
@@ -62,6 +63,11 @@ def write_bytes(path: Path, content: bytes | memoryview, *, durable: bool = True
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _own_mark() -> str:
+    """A part of a temporary name that no other process uses: containers on one disk may have equal process ids."""
+    return f"{os.getpid()}-{secrets.token_hex(4)}"
 
 
 def permit_as_new(folder: Path) -> None:
@@ -83,7 +89,7 @@ def permit_as_new(folder: Path) -> None:
 
 def replace_directory(staged: Path, target: Path) -> None:
     """Move ``staged`` to ``target``; an earlier ``target`` is put aside first and dropped after the move."""
-    aside = target.with_name(f".{target.name}.old-{os.getpid()}")
+    aside = target.with_name(f".{target.name}.old-{_own_mark()}")
     if target.exists():
         os.replace(target, aside)
     os.replace(staged, target)
@@ -93,7 +99,7 @@ def replace_directory(staged: Path, target: Path) -> None:
 @contextlib.contextmanager
 def staged_directory(target: Path) -> Iterator[Path]:
     """Yield an empty folder beside ``target`` that takes its place when the block ends without an error."""
-    staged = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    staged = target.with_name(f".{target.name}.tmp-{_own_mark()}")
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
     try:

@@ -24,9 +24,19 @@ def tokenizer_digest(tokenizer: Any, *, eos_token: str | None = None) -> str:
         named["eos_token"] = eos_token
     return digest(
         *_model_parts(tokenizer),
+        *_settings_beside(tokenizer),
         json.dumps(named, sort_keys=True),
         json.dumps(tokenizer(_PROBE, padding=False, truncation=False)["input_ids"]),
     )
+
+
+def _settings_beside(tokenizer: Any) -> list[str]:
+    """Settings that change tokens of texts that the probe does not have; only those that differ from the usual."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    model = json.loads(backend.to_str())["model"] if backend is not None else {}
+    found = {name: model.get(name) for name in ("ignore_merges", "dropout")}
+    found["split_special_tokens"] = getattr(tokenizer, "split_special_tokens", None)
+    return [f"{name}={value}" for name, value in sorted(found.items()) if value]
 
 
 def _model_parts(tokenizer: Any) -> list[str]:

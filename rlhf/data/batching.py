@@ -8,6 +8,7 @@ number of forwards.
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
@@ -37,7 +38,6 @@ class Item:
     row_id: str
     rows: tuple[Row, ...]
     margin: float | None = None
-    score_gap: float | None = None
     label: bool | None = None
 
 
@@ -102,8 +102,7 @@ class Batch:
     positions: Tensor  # (B,) int64, places of the items in the global batch
     indices: Tensor  # (B,) int64, places of the items in the dataset
     row_ids: tuple[str, ...]
-    margins: Tensor | None  # (B,) float32, the data's own margin column
-    score_gaps: Tensor | None  # (B,) float32, chosen score minus rejected score
+    margins: Tensor | None  # (B,) float32, the data's own margins, NaN where an item has none
     labels: Tensor | None  # (B,) bool, whether the response is a desirable one
 
     def __len__(self) -> int:
@@ -258,7 +257,6 @@ def collate(source: ItemSource, indices: np.ndarray, plan: MicroBatchPlan, bucke
         indices=torch.from_numpy(chosen),
         row_ids=tuple(item.row_id for item in items),
         margins=_column([item.margin for item in items], torch.float32),
-        score_gaps=_column([item.score_gap for item in items], torch.float32),
         labels=_column([item.label for item in items], torch.bool),
     )
 
@@ -288,5 +286,8 @@ FILLER = Row(np.zeros(1, dtype=np.int64), np.zeros(1, dtype=bool))
 """One token that weighs nothing. It is no response, so no vocabulary projection is made for it."""
 
 
-def _column(values: list, dtype: torch.dtype) -> Tensor | None:
-    return None if any(value is None for value in values) else torch.tensor(values, dtype=dtype)
+def _column(values: list[Any], dtype: torch.dtype) -> Tensor | None:
+    """One value an item, NaN where it has none; ``None`` where no item has one."""
+    if all(value is None for value in values):
+        return None
+    return torch.tensor([math.nan if value is None else value for value in values], dtype=dtype)

@@ -1,5 +1,6 @@
 """Preference pairs, from the sources of a recipe to tokens: checked, tokenized, split by prompt, mixed."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,7 @@ class PreferenceDataset:
         lengths: ``(N, 2)`` int32, tokens of the chosen and of the rejected row.
         prompt_keys: ``(N,)`` uint64; equal for equal prompts.
         margins: ``(N,)`` float64, the data's own margins, nan where there is none.
+        given_margins: ``(N,)`` float64, these, or where no pair has one, how far the scores are apart.
         scores: ``(N, 2)`` float64, of chosen and rejected, nan where there are none.
         flipped: ``(N,)`` bool, True where the answers have been swapped on purpose.
         source_index: ``(N,)`` int32, into ``source_names``.
@@ -52,6 +54,8 @@ class PreferenceDataset:
         self.prompt_keys = rows.records["prompt_key"]
         self.margins = rows.records["number"][:, 0]
         self.scores = rows.records["number"][:, 1:]
+        gaps = self.scores[:, 0] - self.scores[:, 1]
+        self.given_margins = gaps if np.isnan(self.margins).all() else self.margins
         self.fingerprint = rows.fingerprint(flipped)
 
     def __len__(self) -> int:
@@ -67,11 +71,23 @@ class PreferenceDataset:
     def item(self, index: int) -> Item:
         pair = self.pair(index)
         sides = ((pair.chosen, pair.chosen_response_start), (pair.rejected, pair.rejected_response_start))
-        gap = None
-        if pair.chosen_score is not None and pair.rejected_score is not None:
-            gap = pair.chosen_score - pair.rejected_score
         rows = tuple(Row(tokens, np.arange(len(tokens)) >= start) for tokens, start in sides)
-        return Item(pair.row_id, rows, margin=pair.margin, score_gap=gap)
+        margin = float(self.given_margins[index])
+        return Item(pair.row_id, rows, margin=None if math.isnan(margin) else margin)
+
+    def refuse_missing_margins(self) -> None:
+        """
+        Raises:
+            DataError: if the margins of the data are asked for, but some pairs have none.
+        """
+        missing = np.flatnonzero(np.isnan(self.given_margins))
+        if len(missing):
+            rows = ", ".join(self.row_id(int(index)) for index in missing[:3])
+            raise DataError(
+                f"margin.kind = column, but {len(missing)} of {len(self)} training pairs have neither a margin nor, "
+                f"where no pair has one, both scores, such as {rows}; name the columns in data.columns.margin or "
+                "data.columns.chosen_score and rejected_score, or leave these rows out"
+            )
 
     def pair(self, index: int) -> TokenizedPair:
         record = self._rows.records[index]

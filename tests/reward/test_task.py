@@ -80,7 +80,7 @@ def test_a_column_margin_is_the_gap_of_the_scores(make_task, tiny_data):
         task.loss(batch)
     seen = {int(p): float(m) for pairs, margins in task._seen for p, m in zip(pairs.positions, margins, strict=True)}
     for batch in batches:
-        for position, gap in zip(batch.positions.tolist(), batch.score_gaps.tolist(), strict=True):
+        for position, gap in zip(batch.positions.tolist(), batch.margins.tolist(), strict=True):
             assert seen[position] == pytest.approx(2 * gap)
 
 

@@ -409,3 +409,45 @@ def test_help_text_of_options_sections_and_lists():
     ]:
         assert expected in lines, expected
     assert not any(line.startswith("data.train[].") for line in lines)
+
+
+# ------------------------------------------------------------------------------------- numbers and home folders
+
+
+@pytest.mark.parametrize(
+    ("value", "read"), [("0123", 83), ("-017", -15), ("12:30", 750), ("1:30:00", 5400), ("0_17", 15), ("1:30.5", 90.5)]
+)
+def test_numbers_that_yaml_reads_as_others_are_refused_in_recipes_and_overrides(tmp_path, value, read):
+    path = tmp_path / "r.yaml"
+    path.write_text(f"# a recipe\nsteps: {value}\n")
+    for recipes, overrides in (([path], []), ([], [f"steps={value}"]), ([], [f"nested=[1, {value}]"])):
+        with pytest.raises(ConfigError, match=rf"line \d: {value} would be read as {read} .* or '{value}' in quotes"):
+            load_config(Numbers, recipes, overrides, program="test")
+
+
+@pytest.mark.parametrize("value", ["0", "10", "0.5", "1e-5", "-3", "0x1F", "'0123'", '"12:30"', "08", "a:01", "v0123"])
+def test_other_numbers_and_quoted_ones_are_left_alone(tmp_path, value):
+    path = tmp_path / "r.yaml"
+    path.write_text(f"anything: {value}\n")
+    load_config(Numbers, [path], [], program="test")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Numbers:
+    steps: int = 1
+    nested: tuple[int, ...] = ()
+    anything: int | float | str = 0
+    folder: Path = Path("x")
+    sources: tuple[str, ...] = ()
+
+
+def test_a_leading_tilde_is_the_home_folder_wherever_a_path_stands(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    overrides = ["folder=~/runs", "sources=[~/a.jsonl, b~/c]"]
+    config = load_config(Numbers, [], overrides, program="test")
+    assert config.folder == tmp_path / "runs"
+    assert config.sources == (f"{tmp_path}/a.jsonl", "b~/c")
+    (tmp_path / "r.yaml").write_text("\ufeffsteps: 3\n", encoding="utf-8")
+    argv = ["--config=~/r.yaml", "--log-folder=~/logs"]
+    invocation = parse_command_line(Numbers, argv, program="test", description="")
+    assert (invocation.config.steps, invocation.log_folder) == (3, tmp_path / "logs")

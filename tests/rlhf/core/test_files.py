@@ -95,3 +95,13 @@ def test_a_shared_folder_hands_its_group_down(tmp_path):
         save_file({"weight": torch.ones(3)}, staged / "inner" / "one.safetensors")
     modes = [stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "final", tmp_path / "final" / "inner")]
     assert [mode & stat.S_ISGID for mode in modes] == [stat.S_ISGID] * 2
+
+
+def test_two_processes_with_one_id_do_not_share_temporary_names(tmp_path, monkeypatch):
+    """As in two containers on one disk."""
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    with staged_directory(tmp_path / "cache") as first:
+        (first / "a").write_text("first")
+        with staged_directory(tmp_path / "cache") as second:
+            assert second != first
+        assert (first / "a").read_text() == "first"

@@ -5,6 +5,7 @@ import pytest
 
 from rlhf.core.errors import DataError
 from rlhf.data import tokenizing
+from rlhf.data.batching import MicroBatchPlan, collate
 from rlhf.data.options import ColumnConfig, DataConfig, SourceConfig
 from rlhf.data.preferences import load_preferences
 from rlhf.data.templates import ChatFormat, chat_format
@@ -508,3 +509,25 @@ def test_pairs_with_close_scores_are_passed_over_in_training_alone(load, write_r
     unscored = write_rows("plain.jsonl", [{"prompt": "p", "chosen": "good", "rejected": "bad"}] * 2)
     with pytest.raises(DataError, match="2 training pairs have no scores"):
         load([unscored], min_score_gap=0.45, eval_share=0)
+
+
+# ------------------------------------------------------------------------------------------ the data's margins
+
+
+def test_margins_belong_to_their_own_pair_whatever_its_neighbors_have(load, write_rows, make_rows):
+    rows = make_rows(6)
+    del rows[2]["margin"]
+    data = load([write_rows("pairs.jsonl", rows)], eval_share=0.0).train
+    assert [data.item(index).margin for index in range(6)] == [0.0, 0.25, None, 0.75, 1.0, 1.25]
+    with pytest.raises(DataError, match=r"1 of 6 training pairs have neither a margin nor.* such as pairs\.jsonl:3"):
+        data.refuse_missing_margins()
+    plan = MicroBatchPlan((1, 2, 3), ((0, 1, 2, 3, 4, 5),), 0)
+    margins = collate(data, np.arange(6), plan, 1).margins
+    np.testing.assert_array_equal(margins.numpy(), np.array([0.25, np.nan, 0.75], np.float32))
+
+
+def test_scores_stand_in_for_margins_only_where_no_pair_has_one(load, write_rows, make_rows):
+    rows = [{key: value for key, value in row.items() if key != "margin"} for row in make_rows(4)]
+    data = load([write_rows("pairs.jsonl", rows)], eval_share=0.0).train
+    data.refuse_missing_margins()
+    assert [data.item(index).margin for index in range(4)] == pytest.approx([0.65] * 4)
