@@ -4,23 +4,20 @@ The toolkit computes them from the last layer's states, so it must know all that
 That is read off its configuration, which has been wrong for some family. A few tokens show it.
 """
 
-import contextlib
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.core.errors import ModelError
 from rlhf.data.batching import Row, length_bucket
 from rlhf.models.backbones import embedding_rows
+from rlhf.train.probing import attention_of_any_device, probe_rows
 
 if TYPE_CHECKING:
     from policy.model import PolicyModel
 
-LENGTHS = 5, 9
 LOGITS_TOLERANCE = {torch.bfloat16: 0.05, torch.float16: 0.02}
 """Largest difference, as a share of the spread of the logits; other types: 1e-3."""
 
@@ -38,7 +35,7 @@ def check_logprobs(model: "PolicyModel", path: str) -> None:
     was_training = hf.training
     rows = probe_rows(embedding_rows(hf), hf.config.get_text_config().pad_token_id)
     try:
-        with _on_any_device(hf):
+        with attention_of_any_device(hf):
             hf.eval()
             with model.as_plain():
                 own = [_own_logits(hf, row) for row in rows]
@@ -68,14 +65,6 @@ def check_logprobs(model: "PolicyModel", path: str) -> None:
         )
 
 
-def probe_rows(vocabulary: int, pad: int | None) -> list[Row]:
-    """Two rows of tokens from all over the vocabulary, without the padding token, all response but the first."""
-    tokens = (np.arange(sum(LENGTHS) + 1) * 7919 + 11) % vocabulary
-    tokens = tokens[tokens != pad][: sum(LENGTHS)]
-    parts = np.split(tokens, [LENGTHS[0]])
-    return [Row(part, np.arange(len(part)) > 0) for part in parts]
-
-
 @torch.no_grad()
 def _own_logits(hf: PreTrainedModel, row: Row) -> Tensor:
     """``(T - 1, V)`` in float32."""
@@ -95,23 +84,3 @@ def _policy_logprobs(model: "PolicyModel", rows: list[Row]) -> list[list[Tensor]
         count = len(row.tokens) - 1
         found.append([together[place, :count].cpu(), apart[place][0, :count].detach().float().cpu()])
     return found
-
-
-@contextlib.contextmanager
-def _on_any_device(hf: PreTrainedModel) -> Iterator[None]:
-    """Let attention that needs a GPU give way to what the CPU has inside the block; logits are the same."""
-    plain = "sdpa" if getattr(hf, "_supports_sdpa", False) else "eager"
-    settings: dict[int, Any] = {id(part.config): part.config for part in hf.modules() if _needs_gpu(part)}
-    before = {key: each._attn_implementation_internal for key, each in settings.items()}
-    try:
-        for each in settings.values():
-            each._attn_implementation_internal = plain
-        yield
-    finally:
-        for key, each in settings.items():
-            each._attn_implementation_internal = before[key]
-
-
-def _needs_gpu(part: nn.Module) -> bool:
-    wanted = getattr(getattr(part, "config", None), "_attn_implementation", None)
-    return wanted not in (None, "sdpa", "eager")

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from reward.config import RewardModelConfig
+from reward.self_check import check_scores
 from rlhf.core.errors import ModelError
 from rlhf.core.files import write_json
 from rlhf.core.logprobs import response_logprobs
@@ -59,7 +60,10 @@ class RewardModel(nn.Module):
         self._head_input: list[Tensor] = []
         if not self.is_decoder:
             final = _linear_layers(_find_head(hf))[-1]
-            final.register_forward_pre_hook(lambda _, inputs: self._head_input.append(inputs[0]))
+            final.register_forward_pre_hook(self._note_head_input)
+
+    def _note_head_input(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self._head_input[:] = inputs[:1]
 
     def forward(self, buckets: Sequence[LengthBucket]) -> Scores:
         """Score right-padded length buckets, one after the other; rows come back in the order of the buckets."""
@@ -157,9 +161,10 @@ def build_reward_model(
     """
     torch.manual_seed(seed)
     hf = backbones.load_classifier(config, dtype=dtype, pad_token_id=pad_token_id, vocabulary=vocabulary)
-    _init_head(hf, config)
+    _init_head(hf, config, torch.Generator().manual_seed(seed))
     lm_head = LanguageModelHead(_output_projection(config, dtype), hf.config) if with_lm_head else None
     model = RewardModel(hf, lm_head)
+    check_scores(model, f"model.path = {config.path}")
     backbones.apply_kernels(hf, config)
     make_trainable(model, config)
     return model
@@ -257,17 +262,25 @@ def _with_float32_head(hf: PreTrainedModel) -> PreTrainedModel:
     return hf
 
 
-def _init_head(hf: PreTrainedModel, config: RewardModelConfig) -> None:
+def _init_head(hf: PreTrainedModel, config: RewardModelConfig, generator: torch.Generator) -> None:
     head = _find_head(hf)
     if config.head == "mlp":
         if not hasattr(hf, "score"):
             raise ModelError("model.head = mlp is for decoder backbones; encoders bring a head of their own")
         head = hf.score = _mlp_head(hf.config.hidden_size, config.head_hidden).to(hf.dtype)
     _with_float32_head(hf)
-    final = _linear_layers(head)[-1]
-    nn.init.normal_(final.weight, std=config.head_init_scale / (final.in_features + 1))
-    if final.bias is not None:
-        nn.init.zeros_(final.bias)
+    *inner, final = _linear_layers(head)
+    for layer in inner if config.head == "mlp" else ():
+        draw(layer, (3 * layer.in_features) ** -0.5, generator)
+    draw(final, config.head_init_scale / (final.in_features + 1), generator)
+
+
+@torch.no_grad()
+def draw(layer: nn.Linear, deviation: float, generator: torch.Generator) -> None:
+    """New weights of a layer of a head, bias 0: the same ones in every precision, whatever was drawn before."""
+    layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator, dtype=torch.float32) * deviation)
+    if layer.bias is not None:
+        layer.bias.zero_()
 
 
 def _find_head(hf: PreTrainedModel) -> nn.Module:

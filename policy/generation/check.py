@@ -10,12 +10,12 @@ import torch
 from policy.generation.hf import HfSampler
 from policy.generation.options import SamplingConfig
 from policy.model import policy_of
-from policy.self_check import probe_rows
 from rlhf.core.errors import ModelError
 from rlhf.data.batching import Row, length_bucket
 from rlhf.engine.frozen import Frozen
 from rlhf.models.backbones import embedding_rows
 from rlhf.train.batches import asking
+from rlhf.train.probing import probe_rows
 
 NEW_TOKENS = 3
 SAMPLER_TOLERANCE = {torch.bfloat16: 0.5, torch.float16: 0.2}

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from policy.model import PolicyModel
 from policy.ppo.critic import response_values
-from reward.model import Float32Linear
+from reward.model import Float32Linear, draw
 from rlhf.data.batching import LengthBucket
 from rlhf.models.backbones import freeze_adapters_below
 from rlhf.models.hidden_states import last_states
@@ -48,7 +48,7 @@ class SharedTrunkCritic(nn.Module):
         self._share(policy, wrapped)
         width = policy.hf.config.hidden_size
         self.score = Float32Linear(width, 1, bias=False)
-        nn.init.normal_(self.score.weight, std=1.0 / (width + 1))
+        draw(self.score, 1.0 / (width + 1), torch.Generator().manual_seed(seed))
         self.to(next(policy.parameters()).device)
 
     def _share(self, policy: PolicyModel, wrapped: PeftModel) -> None:

@@ -80,7 +80,7 @@ def _load(
     chatter = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # a new head and dropped layers are no news here
     try:
-        model, report = loader.from_pretrained(
+        loaded: Any = loader.from_pretrained(
             origin,
             config=settings,
             output_loading_info=True,
@@ -94,6 +94,7 @@ def _load(
         raise ModelError(f"model.path = {config.path}: cannot be loaded as {what}: {error}") from error
     finally:
         transformers_logging.set_verbosity(chatter)
+    model, report = loaded
     _refuse_missing(model, report["missing_keys"], f"model.path = {config.path}: cannot be loaded as {what}")
     if origin != config.path:
         with_adapter(model, Path(config.path))

@@ -120,7 +120,7 @@ def test_a_saved_model_scores_the_same_after_loading(tiny_model, tmp_path, optio
     before = model.score(*padded("right"))
     save_reward_model(model, tmp_path / "saved")
     after = load_reward_model(tmp_path / "saved").eval().score(*padded("left"))
-    torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
+    torch.testing.assert_close(after, before, rtol=3e-5, atol=1e-5)
 
 
 def test_plain_transformers_refuses_a_two_layer_head(tiny_model, tmp_path):

@@ -1,0 +1,52 @@
+"""A reward model's scores against those of plain Transformers, before anything is trained on them."""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from rlhf.core.errors import ModelError
+from rlhf.data.batching import length_bucket
+from rlhf.models.backbones import embedding_rows
+from rlhf.train.probing import attention_of_any_device, probe_rows
+
+if TYPE_CHECKING:
+    from reward.model import RewardModel
+
+TOLERANCE = {torch.bfloat16: 0.2, torch.float16: 0.05}
+"""Of the largest score; other types: 1e-3."""
+
+
+@torch.no_grad()
+def check_scores(model: "RewardModel", path: str) -> None:
+    """Compare scores with those of ``AutoModelForSequenceClassification``, which finds the end by the padding token.
+
+    Args:
+        model: it stays as it is.
+        path: its name, for messages.
+    Raises:
+        ModelError: if they differ, or the model cannot be asked in one of the two ways.
+    """
+    hf = model.hf
+    was_training = hf.training
+    bucket = length_bucket(probe_rows(embedding_rows(hf), hf.config.get_text_config().pad_token_id))
+    tokens = bucket.tokens.masked_fill(~bucket.token_mask, hf.config.pad_token_id)
+    try:
+        with attention_of_any_device(hf):
+            hf.eval()
+            own = hf(input_ids=tokens, attention_mask=bucket.token_mask.long()).logits[:, 0].float()
+            ours = model((bucket,)).rewards
+    except Exception as error:  # whatever a model's own code raises
+        raise ModelError(
+            f"{path} ({type(hf).__name__}) cannot be asked for scores of plain text "
+            f"({type(error).__name__}: {str(error)[:300]}); take a model of another family (docs/models.md)"
+        ) from error
+    finally:
+        hf.train(was_training)
+    worst = float((ours - own).abs().max())
+    allowed = TOLERANCE.get(hf.dtype, 1e-3) * max(float(own.abs().max()), float(ours.abs().max()), 1e-6)
+    if not worst <= allowed:
+        raise ModelError(
+            f"{path} ({type(hf).__name__}): scores from its last layer are up to {worst:.3g} off those that plain "
+            f"Transformers gives (expected at most {allowed:.2g}): it pools or scores in a way that this toolkit does "
+            "not know. Take a model of another family (docs/models.md)"
+        )
