@@ -19,7 +19,7 @@ class Stage:
     """One stage. What is written ``module:name`` is imported on demand: it may bring torch along."""
 
     name: str
-    """In recipes and on command lines."""
+    """Name of the stage in recipes and on command lines."""
     module: str
     """What a launcher starts."""
     config: str
@@ -46,7 +46,7 @@ class Stage:
         """The name in :attr:`metric`."""
         return self.metric.removeprefix("-")
 
-    def config_class(self) -> type:
+    def config_class(self) -> type[Any]:
         return load(self.config)
 
     def key_metrics(self, metrics: Mapping[str, float]) -> dict[str, float]:
@@ -131,7 +131,8 @@ def read_stage(
     """
     from rlhf.config import load_config
 
-    fitting, faults = [], {}
+    fitting: list[tuple[Stage, Any]] = []
+    faults: dict[str, ConfigError] = {}
     for stage in [STAGES[name]] if name is not None else training().values():
         try:
             fitting.append((stage, load_config(stage.config_class(), recipes, overrides, program=program)))

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from reward.model import RewardModel
 
 TOLERANCE = {torch.bfloat16: 0.2, torch.float16: 0.05}
-"""Of the largest score; other types: 1e-3."""
+"""Largest difference as a share of the largest score; other types: 1e-3."""
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("rlhf", "reward", "policy", "benchmarks")
+PACKAGES = ("rlhf", "reward", "policy", "launch", "benchmarks")
 _PREPOSITIONS = """
 about above after also among and as at because before behind below beneath beside besides between beyond but
 by during for from if in inside into like near of off on onto or out outside over per since so than that

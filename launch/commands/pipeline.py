@@ -3,7 +3,7 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from launch.commands.arguments import SettingsParser, positive_int
 from rlhf.core.paths import home_path
@@ -103,7 +103,8 @@ def console() -> "Console":
 
     from launch.pipeline.overview import OutputThatMayEnd
 
-    found = Console(highlight=False, file=OutputThatMayEnd(sys.stdout))
+    output: Any = OutputThatMayEnd(sys.stdout)  # a stream in all that a console does with it
+    found = Console(highlight=False, file=output)
     if not found.is_terminal:
         found.width = max(found.width, 120)  # of the table in a log file
     return found

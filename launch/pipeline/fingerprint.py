@@ -78,7 +78,7 @@ def fingerprint(parts: Parts) -> str:
 
 
 def changes(before: Parts, now: Parts) -> str:
-    """In words, what differs."""
+    """What differs, in words."""
     lines = []
     for section in ("settings", "inputs", "code"):
         old, new = before.get(section, {}), now[section]

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -28,7 +29,7 @@ class StopRequest:
         self._first_signal: float | None = None
         self.at_once = False
         """Somebody asked again: signals of one moment are one request (a closing terminal sends two)."""
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Any] = {}
 
     @property
     def reason(self) -> str:
@@ -98,7 +99,7 @@ def processes_of(folder: Path) -> list[psutil.Process]:
 
 
 def kill_all(processes: Sequence[psutil.Process]) -> None:
-    """And wait until they are gone."""
+    """Kill ``processes``, and wait until they are gone."""
     for process in processes:
         with contextlib.suppress(psutil.Error):
             process.kill()

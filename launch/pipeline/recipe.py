@@ -27,7 +27,7 @@ class StageSpec:
     """One entry under ``stages``."""
 
     kind: str = ""
-    """Of launch.stages.STAGES; the name of the entry if left out."""
+    """A name of launch.stages.STAGES; the name of the entry if left out."""
     recipe: tuple[Path, ...] = ()
     """Ordinary recipes of such a stage; later ones win."""
     set: dict[str, Any] = field(default_factory=dict)
@@ -97,7 +97,8 @@ class Pipeline:
     stages: tuple[PipelineStage, ...]
 
     def named(self, name: str) -> PipelineStage:
-        """
+        """The stage of this name.
+
         Raises:
             ConfigError: if there is no such stage.
         """
@@ -149,16 +150,18 @@ def _with_overrides(tree: DictConfig, path: Path, overrides: Sequence[str]) -> D
     stages = tree.get("stages")
     if not isinstance(stages, DictConfig) or not stages:
         raise ConfigError(f"{PROGRAM}: {path}: expected stages: with an entry or more, such as reward: {{recipe: ...}}")
-    for name in stages:
-        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", str(name)):
+    names = [str(name) for name in stages]
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
             raise ConfigError(f"{PROGRAM}: {path}: stages.{name}: expected a name of letters, digits, _ and -")
-        if stages._get_node(name)._is_none():
+        node = stages._get_node(name)
+        if node is not None and node._is_none():
             stages[name] = {}
         if isinstance(stages[name], DictConfig) and isinstance(stages[name].get("recipe"), str):
             stages[name].recipe = [stages[name].recipe]
     for override in overrides:
-        _override(tree, override, [str(name) for name in stages])
-    for name in stages:
+        _override(tree, override, names)
+    for name in [str(name) for name in stages]:
         if isinstance(stages[name], DictConfig):
             own = OmegaConf.select(tree, f"stages.{name}.set.output")
             stages[name].output = own or f"${{output}}/{name}"
@@ -227,7 +230,7 @@ def _references(node: Any) -> set[str]:
 
 
 def _needs(name: str, tree: DictConfig, spec: PipelineSpec) -> tuple[str, ...]:
-    """In the order of the recipe."""
+    """Names of the stages that a stage needs, in the order of the recipe."""
     wanted = _wanted(tree, name) | {*spec.stages[name].after}
     for other in wanted - {*spec.stages}:
         raise ConfigError(f"{PROGRAM}: stages.{name}.after = {other}: no such stage")
@@ -235,7 +238,7 @@ def _needs(name: str, tree: DictConfig, spec: PipelineSpec) -> tuple[str, ...]:
 
 
 def _with_needs(stage: PipelineStage, others: Sequence[PipelineStage], names: Sequence[str]) -> PipelineStage:
-    """With the stages whose files its settings name, however the path came there: by a variable, or in the recipe."""
+    """The stage with its needs: stages whose files its settings name, by a variable or in the recipe."""
     values = [Path(os.path.expanduser(text)) for text in texts(_without_output(stage.config))]
     read = {each.name for each in others if each is not stage and any(is_in(path, each.output) for path in values)}
     return dataclasses.replace(stage, needs=tuple(name for name in names if name in {*stage.needs, *read}))

@@ -1,4 +1,4 @@
-"""From a pipeline to what the checks look at."""
+"""What the checks look at in a pipeline."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -43,6 +43,6 @@ def pipeline_subject(
 
 
 def made_models(pipeline: "Pipeline") -> "dict[str, BackboneConfig]":
-    """By folder that a stage publishes, what the model there starts from: its shape is known before it is there."""
+    """Where the models start that stages publish, by folder: their shapes are known before they are there."""
     published = ((each, published_role(models_of(each.config))) for each in pipeline.stages)
     return {str(each.final): role.backbone for each, role in published if role is not None}

@@ -195,8 +195,8 @@ def _interval(measured: Any) -> tuple[tuple[float, float] | None, int | None]:
     """The ends of an interval and the number of pairs, where a held-out record has them."""
     if not isinstance(measured, dict):
         return None, None
-    ends = (measured.get("low"), measured.get("high"))
-    return (None if None in ends else ends), measured.get("pairs")
+    low, high = measured.get("low"), measured.get("high")
+    return (None if low is None or high is None else (low, high)), measured.get("pairs")
 
 
 def _label(metric: str) -> str:

@@ -38,21 +38,24 @@ def _start(config: PreferenceConfig, metrics: Metrics) -> Metrics | None:
     reference = config.reference
     if reference.path is not None or reference.sync_every or config.loss.tail_weight != 1:
         return None
-    now, drifts = _logprobs(metrics), {side: metrics.get(name) for side, name in zip(SIDES, DRIFTS, strict=True)}
-    if None in (*now.values(), *drifts.values()):
+    now, drifts = _logprobs(metrics), dict(zip(SIDES, DRIFTS, strict=True))
+    if now is None or any(metrics.get(name) is None for name in drifts.values()):
         return None
-    return {side: now[side] - drifts[side] for side in SIDES}
+    return {side: now[side] - metrics[name] for side, name in drifts.items()}
 
 
 def _drifts(config: PreferenceConfig, metrics: Metrics, start: Metrics | None) -> Metrics:
     now = _logprobs(metrics)
-    if start is None or config.loss.needs_reference or None in now.values():
+    if start is None or config.loss.needs_reference or now is None:
         return {}
     return {name: now[side] - start[side] for side, name in zip(SIDES, DRIFTS, strict=True)}
 
 
-def _logprobs(metrics: Metrics) -> dict[str, float | None]:
-    return {side: metrics.get(f"eval/{side}_logprob_per_token") for side in SIDES}
+def _logprobs(metrics: Metrics) -> dict[str, float] | None:
+    names = {side: f"eval/{side}_logprob_per_token" for side in SIDES}
+    if any(metrics.get(name) is None for name in names.values()):
+        return None
+    return {side: metrics[name] for side, name in names.items()}
 
 
 COMPARISON = Comparison(

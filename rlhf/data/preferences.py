@@ -76,7 +76,8 @@ class PreferenceDataset:
         return Item(pair.row_id, rows, margin=None if math.isnan(margin) else margin)
 
     def refuse_missing_margins(self) -> None:
-        """
+        """Refuse data without margins, where margins are the data's.
+
         Raises:
             DataError: if the margins of the data are asked for, but some pairs have none.
         """
