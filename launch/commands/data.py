@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.commands.arguments import positive_int
+from launch.commands.arguments import SettingsParser, positive_int
 from rlhf.core.paths import home_path
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ _FROM_COLUMNS = (
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Register ``data`` and its one action ``check``."""
     actions = subparsers.add_parser("data", help="look at data").add_subparsers(
-        title="actions", dest="action", required=True
+        title="actions", dest="action", required=True, parser_class=SettingsParser
     )
     check = actions.add_parser(
         "check",
@@ -77,7 +77,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     for name in _column_names():
         spelled = f"--{name.replace('_', '-')}-column"
         check.add_argument(spelled, metavar="NAME", help=f"as data.columns.{name} in a recipe")
-    check.set_defaults(run=run)
+    check.set_defaults(run=run, overrides=[])
 
 
 def run(options: argparse.Namespace) -> int:
@@ -92,8 +92,9 @@ def run(options: argparse.Namespace) -> int:
     from rlhf.core.files import write_text
     from rlhf.data.doctor import KINDS, Ruler, examine, serious_faults
 
-    settings = [part for part in options.files if part.startswith("data.") and "=" in part]
-    files = [part for part in options.files if part not in settings]
+    given = [*options.files, *options.overrides]
+    settings = [part for part in given if part.startswith("data.") and "=" in part]
+    files = [part for part in given if part not in settings]
     kind = _ALIASES.get(options.kind, options.kind) or _guessed_kind(files, options.split)
     config = _config(kind, files, settings, options)
     ruler = Ruler(

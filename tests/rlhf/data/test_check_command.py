@@ -4,7 +4,7 @@ import json
 import pytest
 
 from launch.commands import data
-from rlhf.core.errors import DataError, ModelError
+from rlhf.core.errors import ConfigError, DataError, ModelError
 
 
 @pytest.fixture
@@ -79,3 +79,55 @@ def test_a_model_folder_gives_tokens(check, write_rows, make_rows, tokenizer, tm
 def test_a_missing_file_is_a_fault_of_input(check, tmp_path):
     with pytest.raises(DataError, match="no such file"):
         check(tmp_path / "x.jsonl")
+
+
+def test_every_kind_of_rows_can_be_checked_and_is_guessed_from_its_columns(check, write_rows, capsys):
+    talk = [{"from": "human", "value": "tea?"}, {"from": "gpt", "value": "no"}]
+    rows = {
+        "conversations": {"conversations": talk},
+        "prompts": {"prompt": "tea?"},
+        "labeled": {"prompt": "tea?", "completion": "no", "label": True},
+        "pairs": {"prompt": "tea?", "chosen": "no", "rejected": "yes"},
+    }
+    for kind, row in rows.items():
+        path = write_rows(f"{kind}.jsonl", [row, {**row, "extra": 1}])
+        assert check(path) == 0
+        printed = capsys.readouterr().out
+        assert f"read as {kind}" in printed
+        assert "columns that are not read: extra" in printed
+        assert check(path, "--kind", kind) == 0
+    assert check(write_rows("sft.jsonl", [rows["conversations"]]), "--kind", "sft") == 0
+    assert check(write_rows("kto.jsonl", [rows["labeled"]]), "--kind", "unpaired") == 0
+    assert check(write_rows("sft.jsonl", [rows["conversations"]]), "--kind", "pairs") == 1
+    assert "--kind conversations" in "".join(capsys.readouterr().out.split("\n")).replace("  ", "")
+
+
+def test_settings_are_spelled_as_in_recipes(check, write_rows, tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path / "model")
+    path = write_rows("x.jsonl", [{"q": "tea?", "more": "hot", "chosen": "no", "rejected": "yes"}])
+    assert check(path, "data.columns.prompt=q", "data.columns.input=more") == 0
+    model = ("--model", tmp_path / "model", "data.columns.prompt=q")
+    assert check(path, *model, "data.template=chatml", "data.max_tokens=64") == 0
+    with pytest.raises(ConfigError, match=r"columns\.promt"):
+        check(path, "data.columns.promt=q")
+
+
+def test_scores_that_contradict_the_pairs_make_data_unfit(check, write_rows, make_rows, capsys):
+    rows = make_rows(20)
+    for row in rows[:3]:
+        row["chosen_score"], row["rejected_score"] = row["rejected_score"], row["chosen_score"]
+    path = write_rows("x.jsonl", rows)
+    assert check(path) == 1
+    assert "in 15.0% of the pairs with scores, chosen has the lower one: are columns" in capsys.readouterr().out
+    assert check(path, "--chosen-score-column", "", "--rejected-score-column", "") == 0
+
+
+def test_answers_of_several_messages_and_a_single_prompt_are_named(check, write_rows, capsys):
+    long = [{"role": role, "content": "so"} for role in ("assistant", "user", "assistant")]
+    other = [[{"role": "assistant", "content": f"{number}"}] for number in range(3)]
+    rows = [{"prompt": "tea?", "chosen": long, "rejected": each} for each in other]
+    assert check(write_rows("x.jsonl", rows)) == 0
+    printed = capsys.readouterr().out
+    assert "answers of several messages count as a whole" in printed
+    assert "all 3 pairs have the same prompt" in printed
+    assert printed.endswith("Fit to train on, but see the warnings above.\n")
