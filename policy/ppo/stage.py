@@ -47,7 +47,12 @@ def run(config: PpoConfig, ranks: Ranks) -> HeldOut | None:
         The held-out evaluation of the weights that were taken; ``None`` without held-out prompts.
     """
     chat = open_chat(config, config.data.template_choice, ranks, config.rollout.stop_token_ids)
-    data = load_data(lambda folder: load_prompts(config.data, chat, run_folder=folder), config, ranks)
+    data = load_data(
+        lambda folder: load_prompts(config.data, chat, run_folder=folder),
+        config,
+        ranks,
+        new_tokens=config.rollout.max_new_tokens,
+    )
     steps = total_steps(replace(config.train, global_batch_size=config.rollout.prompts), len(data.train))
     builder = _Builder(config, ranks, chat, steps)
     roles, identity = builder.roles(), builder.identity(data)

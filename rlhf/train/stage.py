@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
 from torch import nn
 
 from rlhf.config import to_yaml
@@ -22,7 +23,8 @@ from rlhf.engine.checkpoint import CheckpointStore, checkpoint_folder
 from rlhf.engine.deepspeed_ops import optimizer_is_on_nvme
 from rlhf.engine.ranks import Ranks
 from rlhf.engine.stop import StopRequests
-from rlhf.models.backbones import hide_loading_bars
+from rlhf.models.backbones import hide_loading_bars, load_model_config
+from rlhf.models.positions import check_positions
 from rlhf.models.roles import ModelRole
 from rlhf.train.chat import load_chat
 from rlhf.train.command import StageConfig
@@ -39,6 +41,10 @@ class Dataset(Protocol):
     def fingerprint(self) -> str:
         """A name for the contents: equal rows in equal order have equal names."""
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of the rows, one number or several for each."""
+
     def __len__(self) -> int: ...
 
 
@@ -47,6 +53,9 @@ class LoadedRows(Protocol):
 
     @property
     def train(self) -> Dataset: ...
+
+    @property
+    def evals(self) -> Dataset: ...
 
     @property
     def report(self) -> DataReport: ...
@@ -98,11 +107,15 @@ def open_chat(
     )
 
 
-def load_data(load: Callable[[Path | None], DataT], config: StageConfig, ranks: Ranks) -> DataT:
+def load_data(
+    load: Callable[[Path | None], DataT], config: StageConfig, ranks: Ranks, *, new_tokens: int = 0
+) -> DataT:
     """Let every rank ``load(run_folder)``, the first of each node first, and print the report.
 
+    ``new_tokens`` may be written behind each row.
+
     Raises:
-        ConfigError: if nothing to train on is left.
+        ConfigError: if nothing to train on is left, or a row is longer than the model can read.
         RunStopped: if the run was asked to stop in the meantime.
     """
 
@@ -113,6 +126,8 @@ def load_data(load: Callable[[Path | None], DataT], config: StageConfig, ranks: 
                 print(line, flush=True)
         if not len(data.train):
             raise ConfigError("data.train: no usable row is left; see quarantine.jsonl in the run folder")
+        longest = max(int(part.lengths.max()) for part in (data.train, data.evals) if len(part))
+        check_positions(load_model_config(config.model), longest + new_tokens, config.model.path)
         return data
 
     report_phase("reading data")
