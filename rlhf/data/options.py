@@ -36,7 +36,7 @@ class ColumnConfig:
     """A list of rated answers, each an object with a text and a score or rank, in place of chosen and rejected: the
     best makes a pair with every worse one (usual names: answers, completions; as in Nectar and UltraFeedback)."""
     group: str | None = None
-    """What kind of pair a row is, to report on every kind (RewardBench's subset)."""
+    """What kind of pair a row is (RewardBench's subset); ``rlhf score`` writes it beside each reward."""
     margin: str | None = None
     """How much better chosen is, a number (usual name: margin)."""
     chosen_score: str | None = None
