@@ -100,21 +100,23 @@ class PipelineRun:
         self._work(stage, decision, view, stop)
 
     def _work(self, stage: PipelineStage, decision: Decision, view: Overview, stop: StopRequest) -> None:
-        if self._to_check:
+        """Start one stage, watch it to its end, and note how that was."""
+        if self._to_check:  # only once, and only where something is to be done
             self._check_machine(stage, view)
         folder = self._progress.log_folder(stage)
         if self.options.machine.over_ssh:
             folder = folder.absolute()  # by which the ranks of other hosts are known
-            self._end_on_hosts()
+            self._end_on_hosts()  # an earlier pipeline may have been killed: its ranks would meet ours in the folder
         command = stage_command(stage.stage, (*stage.arguments, "--log-folder", str(folder)), self._machine(stage))
         if decision.action is Action.REDO:
             view.say(f"{stage.name}: done again: {decision.reason}")
         view.show(stage.name, "running", "from its last checkpoint" if decision.action is Action.CONTINUE else "")
+        # Noted before the process exists: if this pipeline is killed from here on, the next one sees a stage begun.
         self._progress.start(stage, decision)
         view.say(f"  {shlex.join(map(_shown, command))}")
         began, logs = time.monotonic(), _Logs(folder)
         code = self._watch(stage, command, logs, view, stop)
-        if code is None and self.options.machine.over_ssh:
+        if code is None and self.options.machine.over_ssh:  # the launcher was killed, and cannot end what it started
             self._end_on_hosts()
         seconds = time.monotonic() - began
         status = read_status(stage.output)
