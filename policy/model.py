@@ -4,10 +4,9 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
@@ -21,6 +20,9 @@ from rlhf.models import backbones
 from rlhf.models.adapters import absolute_base, adapter_base, merge_adapters
 from rlhf.models.hidden_states import backbone_of, last_states
 from rlhf.models.options import BackboneConfig
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ class PolicyModel(nn.Module):
         return self.hf.get_output_embeddings()(states[:, -1], None, None, self._logits)
 
     @property
-    def adapters(self) -> tuple[PeftModel, ...]:
+    def adapters(self) -> "tuple[PeftModel, ...]":
         """The peft wrapper under LoRA; else nothing."""
         return self._adapters
 

@@ -4,9 +4,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -29,6 +29,9 @@ from rlhf.models import backbones
 from rlhf.models.adapters import merge_adapters
 from rlhf.models.hidden_states import backbone_of, last_states
 from rlhf.models.options import BackboneConfig
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,8 @@ def normalized_weights(name: str, weights: Tensor | None, count: int, *, like: T
 
 
 def _solve(cost: Tensor, epsilon: float, iterations: int, rows: Tensor, columns: Tensor) -> tuple[Tensor, int]:
+    from ot.bregman import sinkhorn_log  # brings scipy along, which other margins have no use for
+
     check_finite(cost=cost)
     check_finite(cost_over_epsilon=cost / epsilon)
     rounding = torch.finfo(cost.dtype).eps

@@ -107,6 +107,19 @@ def test_a_launcher_counts_devices_and_finds_a_port_without_torch(tmp_path):
     assert not {"torch", "deepspeed"} & {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
 
 
+@pytest.mark.parametrize(
+    ("module", "unused"),
+    [("reward.stage", {"ot"}), ("reward.reload_check", {"ot", "peft"}), ("policy.reload_check", {"ot", "peft"})],
+)
+def test_a_process_imports_adapters_and_transport_only_when_it_uses_them(module, unused):
+    """POT brings scipy's statistics along, which margins other than ot have no use for. (Schedules bring peft.)"""
+    command = [sys.executable, "-c", f"import json, sys, {module}; print(json.dumps(sorted(sys.modules)))"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    imported = json.loads(done.stdout.splitlines()[-1])
+    assert "torch" in imported
+    assert not (unused | {"datasets", "matplotlib", "tensorboard"}) & set(imported)
+
+
 @pytest.mark.parametrize("arguments", [(), ("pipeline",), ("plan",), ("slurm",), ("sweep",)], ids=" ".join)
 def test_help_of_the_commands_imports_no_torch(arguments):
     end, printed = started("launch.cli", *arguments, "--help")

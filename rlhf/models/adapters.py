@@ -3,15 +3,16 @@
 import json
 import warnings
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from rlhf.core.errors import ModelError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -64,6 +65,8 @@ def with_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     Raises:
         ModelError: if the adapter does not fit.
     """
+    from peft import PeftModel
+
     rows = saved_embedding_rows(folder)
     if rows is not None:
         model.resize_token_embeddings(rows)
@@ -77,8 +80,10 @@ def with_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     return model.requires_grad_(True)  # peft had frozen it
 
 
-def merge_adapters(wrapped: PeftModel) -> None:
+def merge_adapters(wrapped: "PeftModel") -> None:
     """Put adapters into the weights of the wrapped model; computed in float32 and rounded once."""
+    from peft.tuners.lora import LoraLayer
+
     layers: list[Any] = [module for module in wrapped.modules() if isinstance(module, LoraLayer)]
     for layer in layers:
         dtype: torch.dtype = layer.get_base_layer().weight.dtype

@@ -6,10 +6,9 @@ import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -25,6 +24,9 @@ from rlhf.core.files import digest, file_checksum
 from rlhf.core.memory import free_memory
 from rlhf.models.adapters import adapter_base, with_adapter
 from rlhf.models.options import BackboneConfig, LoraOptions, cut_layers
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 HEAD_NAMES = ("score", "classifier")
 TEXT_PART = {r"^language_model\.": "", r"^model\.language_model\.": "model."}
@@ -272,12 +274,14 @@ def freeze_lower_layers(model: PreTrainedModel, count: int) -> None:
         layer.requires_grad_(False)
 
 
-def add_lora(model: PreTrainedModel, options: LoraOptions, *, freeze_layers: int) -> PeftModel:
+def add_lora(model: PreTrainedModel, options: LoraOptions, *, freeze_layers: int) -> "PeftModel":
     """Put adapters into ``model`` (in place) above the frozen layers; everything else but the head is frozen.
 
     Returns:
         The peft wrapper: keep it to merge the adapters later.
     """
+    from peft import LoraConfig, get_peft_model
+
     count = len(decoder_layers(model))
     above = list(range(freeze_layers, count)) if freeze_layers else None
     heads = [name for name in HEAD_NAMES if hasattr(model, name)]
