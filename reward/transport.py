@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from rlhf.core.checks import check_finite, check_positive
-from rlhf.core.pot import sinkhorn_log
 
 CONVERGED_RESIDUAL = 1e-4
 """A plan counts as converged when at most this share of its unit mass misses its marginals."""
@@ -91,7 +90,7 @@ def normalized_weights(name: str, weights: Tensor | None, count: int, *, like: T
 
 
 def _solve(cost: Tensor, epsilon: float, iterations: int, rows: Tensor, columns: Tensor) -> tuple[Tensor, int]:
-    from ot.bregman import sinkhorn_log  # brings scipy along, which other margins have no use for
+    from rlhf.core.pot import sinkhorn_log  # brings scipy along, which other margins have no use for
 
     check_finite(cost=cost)
     check_finite(cost_over_epsilon=cost / epsilon)

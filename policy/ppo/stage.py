@@ -13,6 +13,7 @@ from policy.ppo.reference import ReferenceModel
 from policy.ppo.replay import Replay
 from policy.ppo.reports import HeldOut, print_held_out
 from policy.ppo.scoring import ScorerParts, build_scorer
+from policy.ppo.shared_trunk import SharedTrunkCritic
 from policy.ppo.task import Engines, PpoTask, Roles
 from policy.publish import PublishablePolicy
 from rlhf.config import to_dict
@@ -185,8 +186,6 @@ class _Builder:
         if role.inside:
             if any(hasattr(parameter, "ds_id") for parameter in policy.module.parameters()):
                 raise not_inside_shares(role)
-            from policy.ppo.shared_trunk import SharedTrunkCritic  # brings peft along
-
             freeze_layers, seed = backbone.freeze_layers, config.train.seed
             return SharedTrunkCritic(policy_of(policy), freeze_layers=freeze_layers, seed=seed), "the policy's own base"
         self._check_tokens("critic.path", config.critic.path)
