@@ -76,6 +76,14 @@ class ChatFormat:
         self._refuse_unshown([*prompt, *response], whole)
         return before, self._ended(whole)
 
+    def render_whole(self, messages: Sequence[Message]) -> str:
+        """A conversation that is over, as the template shows it in one piece.
+
+        Raises:
+            TemplateFault: if the template refuses the messages.
+        """
+        return self._ended(self._apply(messages, generate=False))
+
     def render_turns(self, messages: Sequence[Message], *, first: int = 0) -> tuple[str, list[Span]]:
         """The text of a conversation that ends with an assistant message, and what of it a model is to write.
 

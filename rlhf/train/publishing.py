@@ -210,7 +210,7 @@ def text_cases(chat: ChatFormat) -> list[dict]:
     cases = []
     for messages in CONVERSATIONS:
         try:
-            begun, whole = chat.render(messages[:-1], messages[-1:])
+            begun, whole = chat.render_prompt(messages[:-1]), chat.render_whole(messages)
         except TemplateFault:
             continue
         tokens = chat.tokenizer(whole, add_special_tokens=False)["input_ids"]
