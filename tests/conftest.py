@@ -184,7 +184,8 @@ def _kill(processes: list[Rank]) -> None:
 
 
 NOTHING = 1e-6
-"""A gap that is rounding: its correlation with anything is chance."""
+CHANCE = ("accuracy", "margin/gap_correlation", "margin/misranked_share")
+"""What the sign of a gap decides, where it is rounding: a policy that still is its reference."""
 NOT_COMPARED = ("time/", "padding_share", "margin/residual", "margin/transport_cost")
 
 
@@ -193,8 +194,9 @@ def metric_rows(folder: Path, kind: str = "train") -> list[dict]:
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     wanted = [row for row in found if any(name.startswith("eval/") for name in row) == (kind == "eval")]
     for row in wanted:
-        if abs(row.get("gap", 1.0)) < NOTHING:  # of a policy that still is its reference
-            row.pop("margin/gap_correlation", None)
+        if abs(row.get("gap", 1.0)) < NOTHING:
+            for name in CHANCE:
+                row.pop(name, None)
     return [{k: v for k, v in row.items() if not k.startswith(NOT_COMPARED)} for row in wanted]
 
 

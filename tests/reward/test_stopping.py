@@ -216,6 +216,6 @@ def test_a_run_that_fails_to_publish_is_not_done(recipe, monkeypatch):
         assert read_completion(folder) is None
         raise ModelError("the saved model differs")
 
-    monkeypatch.setattr(stage, "publish", fail)
+    monkeypatch.setattr(stage, "publish_run", fail)
     assert main(local(recipe, folder, "train.max_steps=2")) == 2
     assert read_completion(folder) is None

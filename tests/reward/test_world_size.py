@@ -51,6 +51,7 @@ def folders(recipe, run_ranks):
     return get
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("then", "now"), WAYS, ids=["2 to 1", "1 to 2"])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_curve_is_that_of_a_run_that_never_changed(folders, runs, name, then, now):

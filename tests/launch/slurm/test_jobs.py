@@ -66,13 +66,16 @@ def test_two_nodes_under_zero2_and_zero3_train_as_two_ranks_on_one(
 
 @pytest.mark.dist
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "ways", [[()], pytest.param([("--batch",), ("--full",)], marks=pytest.mark.full)], ids=["steps", "shell, all"]
+)
 def test_every_way_to_signal_a_job_saves_requeues_and_goes_on_to_the_same_result(
-    cluster, jobs, submit, undisturbed, runs, tmp_path
+    cluster, jobs, submit, undisturbed, runs, tmp_path, ways
 ):
-    """Signals go to the steps, to the batch shell, and to both with all their processes."""
+    """Signals go to the steps, to the batch shell, or to both with all their processes."""
     number, output = submit(tmp_path / "run", *LONG)
     log = jobs.log(output, number)
-    for restart, options in enumerate([(), ("--batch",), ("--full",)], start=1):
+    for restart, options in enumerate(ways, start=1):
         seen = jobs.steps(output)
         cluster.until(lambda seen=seen: jobs.steps(output) > seen + 3, log)
         cluster.run("scancel", "--signal=USR1", *options, number)
@@ -81,7 +84,7 @@ def test_every_way_to_signal_a_job_saves_requeues_and_goes_on_to_the_same_result
         assert not (output / "done.json").exists()
     cluster.wait(number, "COMPLETED", log)
     text = log.read_text()
-    assert text.count("saved and stopped on SIGUSR1: back into the queue") == cluster.restarts(number) == 3
+    assert text.count("saved and stopped on SIGUSR1: back into the queue") == cluster.restarts(number) == len(ways)
     assert text.count("resuming from") == cluster.restarts(number)
     assert_same_run(runs, output, undisturbed)
 

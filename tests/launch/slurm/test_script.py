@@ -51,7 +51,7 @@ def test_a_profile_that_describes_no_job_is_refused_with_the_key(tmp_path, setti
 def test_a_time_that_yaml_reads_as_a_number_is_refused_with_the_remedy(tmp_path):
     path = tmp_path / "cluster.yaml"
     path.write_text("time: 24:00:00\n")  # 86400 in YAML 1.1
-    with pytest.raises(ConfigError, match="put it in quotes"):
+    with pytest.raises(ConfigError, match=r"'24:00:00' in quotes"):
         load_profile([path], [])
 
 

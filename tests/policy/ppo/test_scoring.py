@@ -206,7 +206,7 @@ def test_a_published_policy_keeps_the_form_of_text_that_it_was_trained_with(
     check_template(config, own)
     assert own.digest == chat.digest == read_manifest(reward_folder).template_digest
     other = replace(config, data=replace(config.data, template="plain"))
-    with pytest.raises(ModelError, match="leave them unset to take the policy's own"):
+    with pytest.raises(ModelError, match=r"leave data\.template unset for the policy's own"):
         check_template(other, load_chat(config.policy.path, "plain"))
 
 

@@ -101,6 +101,7 @@ def test_two_nodes_that_each_keep_a_copy_of_the_weights_equal_one_rank(train, ru
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_states_that_are_swapped_to_disk_train_alike_and_lie_in_a_folder_of_their_engine(run_ranks, tmp_path):
     skip_without_async_io()
     run_ranks([str(Path(WORKER).with_name("swap_to_disk.py")), str(tmp_path)], 1, timeout=1200)
