@@ -1,4 +1,4 @@
-# Two commands need nothing but Python 3.10+, make and a C++ compiler:
+# Two commands need nothing but Python 3.11+, make and a C++ compiler:
 #   make quickstart   reward model, preference policy and PPO policy from a small real language model
 #   make test         run the tests; "make test-all" has further cases of what these prove, and takes longer
 PYTHON ?= python3
@@ -7,6 +7,15 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
 JOBS ?= 2
 PYTEST := $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile
+
+# setup.cfg says which Python is needed; another one ends in this line, before anything is installed.
+OLDEST := $(shell sed -n 's/^python_requires = >=//p' setup.cfg)
+define CHECK_PYTHON
+import sys
+have, oldest = sys.version_info[:2], tuple(map(int, '$(OLDEST)'.split('.')))
+have >= oldest or sys.exit('$(PYTHON) is Python %d.%d: margin-rlhf needs $(OLDEST) or later; make PYTHON=python$(OLDEST)' % have)
+endef
+export CHECK_PYTHON
 
 .PHONY: quickstart test test-all lint install clean
 
@@ -27,6 +36,7 @@ lint: $(STAMP)
 install: $(STAMP)
 
 $(STAMP): setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c "$$CHECK_PYTHON"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --upgrade pip
 	$(PIP) install --quiet -c constraints.txt torch

@@ -45,3 +45,15 @@ def test_top_level_names(wheel):
 )
 def test_data_files_are_inside(wheel, name):
     assert name in wheel
+
+
+def test_a_python_that_is_too_old_is_named_before_anything_is_installed(tmp_path):
+    old = tmp_path / "python3.10"
+    old.write_text(
+        f"#!/bin/sh\nexec {sys.executable} -c 'import sys; sys.version_info = (3, 10, 4); exec(sys.argv[1])' \"$2\"\n"
+    )
+    old.chmod(0o755)
+    command = ["make", "--directory", str(ROOT), "install", f"PYTHON={old}", f"VENV={tmp_path / 'venv'}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0 and "is Python 3.10: margin-rlhf needs 3.11 or later" in done.stderr
+    assert not (tmp_path / "venv").exists()
