@@ -6,7 +6,7 @@ breaks leaves a file of its own beside it; :func:`read_status` takes it into acc
 """
 
 import contextlib
-import json
+import functools
 import math
 import os
 import threading
@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import psutil
+from pydantic import TypeAdapter
 
 from rlhf.core.clock import clock, process_started
-from rlhf.core.errors import RunStopped, UserError
+from rlhf.core.errors import ConfigError, RunStopped, UserError
 from rlhf.core.files import STATUS, write_json
 from rlhf.train.output import this_rank
 
@@ -107,7 +108,8 @@ def new_status(stage: str, **more: Any) -> Status:
 
 
 def write_status(folder: Path, status: Status) -> None:
-    write_json(folder / STATUS, asdict(status), durable=False)
+    """Write ``status`` as that of the main rank of ``folder``. What JSON does not have in it becomes null or text."""
+    write_json(folder / STATUS, _plain(asdict(status)), durable=False)
 
 
 def remove_status(folder: Path) -> None:
@@ -179,11 +181,17 @@ def recording(folder: Path, stage: str) -> Iterator[None]:
     """Keep the status of ``folder``: what this process reports while it is inside, and how it ended.
 
     Ranks other than the main one write only that they broke.
+
+    Raises:
+        ConfigError: if ``folder`` is a file.
     """
     global _recorder
     rank = int(this_rank())
     own = folder / _name(str(rank))
-    own.unlink(missing_ok=True)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output = {folder}: a file, expected the folder of the run; give another output=FOLDER")
+    with contextlib.suppress(OSError):
+        own.unlink(missing_ok=True)
     if rank == 0:
         for path in folder.glob(_name("*")):  # of an earlier start, perhaps of more ranks
             with contextlib.suppress(OSError):
@@ -209,7 +217,8 @@ def recording(folder: Path, stage: str) -> Iterator[None]:
             report_status(**broken)
         else:
             with contextlib.suppress(OSError):
-                write_json(own, asdict(replace(recorder.status, updated=time.time(), **broken)), durable=False)
+                said = asdict(replace(recorder.status, updated=time.time(), **broken))
+                write_json(own, _plain(said), durable=False)
         raise
     finally:
         recorder.end()
@@ -252,10 +261,31 @@ def _name(rank: str) -> str:
 
 
 def _read(path: Path) -> Status | None:
+    """A status, also one of another version: fields that this one does not know are passed over."""
     try:
-        return Status(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        return _adapter().validate_json(path.read_bytes())
+    except (OSError, ValueError):
         return None
+
+
+@functools.cache
+def _adapter() -> TypeAdapter[Status]:
+    return TypeAdapter(Status)
+
+
+def _plain(value: Any) -> Any:
+    """``value`` as JSON can hold it, at any depth: null for a number that is not finite, else text for the unknown."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return str(value)
+    return number if math.isfinite(number) else None
 
 
 def _machine() -> str:
@@ -267,7 +297,9 @@ def _machine() -> str:
 def _reason(error: BaseException) -> str:
     if isinstance(error, UserError):
         return str(error)
-    return traceback.format_exception_only(error)[-1].strip()
+    said = traceback.TracebackException(type(error), error, None)
+    said.__notes__ = None  # they come behind the cause
+    return [*said.format_exception_only()][-1].strip()
 
 
 def _waited(error: BaseException) -> bool:

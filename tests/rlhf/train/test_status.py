@@ -208,6 +208,52 @@ def test_a_long_step_is_no_silence(tmp_path, monkeypatch, writes):
         assert status.SECONDS_UNTIL_GONE >= 3 * 10.0
 
 
+@pytest.mark.parametrize("more", [{"added_later": 1}, {"removed": {"a": []}, "metrics": {"eval/accuracy": 0.5}}])
+def test_a_status_of_another_version_is_read_without_the_fields_that_are_unknown_here(tmp_path, more):
+    known = dataclasses.asdict(new_status("toy", state="finished"))
+    (tmp_path / STATUS).write_text(json.dumps(known | more))
+    assert read_status(tmp_path).state == "finished"
+    assert read_status(tmp_path).metrics == more.get("metrics", {})
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"metrics": []}, {"metrics": {"a": {}}}, {"evaluation": 3}, {"state": "dancing"}, {"step": "x"}]
+)
+def test_a_status_whose_fields_hold_something_else_is_none(tmp_path, wrong):
+    (tmp_path / STATUS).write_text(json.dumps(dataclasses.asdict(new_status("toy")) | wrong))
+    assert read_status(tmp_path) is None
+
+
+def test_a_note_does_not_take_the_place_of_the_cause(tmp_path, monkeypatch):
+    error = ValueError("bad row")
+    error.add_note("while reading rows.jsonl")
+    run(tmp_path, error=error, monkeypatch=monkeypatch)
+    assert read_status(tmp_path).reason == "ValueError: bad row"
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_run_folder_that_is_a_file_is_refused_in_words(tmp_path, monkeypatch, rank):
+    monkeypatch.setenv("RANK", str(rank))
+    path = tmp_path / "run"
+    path.write_text("mine")
+    with pytest.raises(ConfigError, match=f"output = {path}: a file"), recording(path, "toy"):
+        raise AssertionError
+    assert path.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "evaluation", [{"accuracy": {"low": float("nan")}}, {"rows": [1, (float("inf"), 2)]}, {"path": object}]
+)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_json_does_not_have_hides_no_failure(tmp_path, monkeypatch, evaluation, rank):
+    monkeypatch.setenv("RANK", str(rank))
+    write_status(tmp_path, new_status("toy"))
+    with pytest.raises(ZeroDivisionError), recording(tmp_path, "toy"):
+        report_status(evaluation=evaluation)
+        raise ZeroDivisionError("the true failure")
+    assert read_status(tmp_path).reason == "ZeroDivisionError: the true failure"
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"stage": "toy"}', '{"unknown": 1}'])
 def test_what_is_no_status_is_none(tmp_path, content):
     (tmp_path / STATUS).write_text(content)
