@@ -61,7 +61,7 @@ class Prompt:
 
 def read_topics() -> dict[str, list[str]]:
     """Topic group -> subjects, as shipped beside this file."""
-    return json.loads((HERE / "topics.json").read_text(encoding="utf-8"))
+    return json.loads((Path(__file__).parent / "topics.json").read_text(encoding="utf-8"))
 
 
 def make_prompts(topics: dict[str, list[str]], seed: int) -> list[Prompt]:

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -128,7 +128,8 @@ def load_config(
         recipes: YAML files.
         overrides: ``key=value``, the value being YAML.
         program: start of messages.
-        settings: plain values by dotted key or nested, in which nothing is a reference any more.
+        settings: plain values in which nothing is a reference any more, by dotted key; those inside of mappings by
+            their own keys.
     Raises:
         ConfigError: listing every problem, one a line, each with its dotted path and the value found.
     """
@@ -176,9 +177,9 @@ def _merge(
             tree = typing.cast(DictConfig, OmegaConf.merge(tree, read_recipe(Path(recipe))))
         except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
             faults.append(f"{recipe}: {_first_line(error)}")
-    for key, value in _leaves(settings):
+    for key, value in settings.items():
         try:
-            OmegaConf.update(tree, key, escaped(value), merge=True)
+            _set(tree, key, value)
         except (IndexError, ValueError, TypeError, OmegaConfBaseException) as error:
             faults.append(f"{key}: {_first_line(error)}")
     for override in overrides:
@@ -191,13 +192,21 @@ def _merge(
     return tree
 
 
-def _leaves(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Values by dotted key; an empty mapping is a value, too."""
-    for key, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{above}{key}.")
-        else:
-            yield f"{above}{key}", value
+def _set(tree: DictConfig, key: str, value: Any) -> None:
+    """Merge ``value`` into ``tree`` at the dotted ``key``. Inside of it keys are taken as they are, dots and all."""
+    OmegaConf.update(tree, key, escaped(value), merge=value != {})  # merged, {} would leave a mapping as it is
+    if isinstance(value, Mapping) and value:
+        _empty(OmegaConf.select(tree, key), value)
+
+
+def _empty(node: Any, value: Mapping[str, Any]) -> None:
+    """Empty the mappings below ``node`` that are empty in ``value``."""
+    for key, item in value.items():
+        if isinstance(item, Mapping) and isinstance(node, DictConfig):
+            if item:
+                _empty(node._get_node(key), item)
+            else:
+                node[key] = {}
 
 
 def read_recipe(path: Path) -> DictConfig:

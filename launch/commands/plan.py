@@ -121,7 +121,7 @@ def _pipeline(options: argparse.Namespace) -> "tuple[dict[str, tuple[str, Any]],
     if len(options.config) != 1:
         raise ConfigError(f"rlhf plan pipeline: {len(options.config)} recipes; expected one --config PIPELINE.yaml")
     pipeline = load_pipeline(options.config[0], options.overrides)
-    stages = {each.name: (each.kind, each.config) for each in pipeline.stages if each.stage.trains}
+    stages = {each.name: (each.stage.name, each.config) for each in pipeline.stages if each.stage.trains}
     return stages, made_models(pipeline)
 
 

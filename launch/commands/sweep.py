@@ -55,11 +55,13 @@ def run(options: argparse.Namespace) -> int:
         return show(sweep.pipeline, options.any_code)
     screen = console()
     training_runs = PipelineRun(sweep.pipeline, run_settings(options, folder), screen)
-    code = training_runs.run()
-    report = report_of(sweep, any_code=options.any_code)
-    write_report(folder, report, training_runs.failures)
-    if report.results:
-        screen.print(comparison_table(report))
-        screen.print(*report.notes, sep="\n", markup=False)
-        screen.print(f"written: {folder}/sweep.md, sweep.json, sweep.png", soft_wrap=True, markup=False)
-    return code
+    try:
+        return training_runs.run()
+    finally:  # also where a run cannot be started: those before it are finished
+        report = report_of(sweep, any_code=options.any_code)
+        if folder.is_dir():
+            write_report(folder, report, training_runs.failures)
+        if report.results:
+            screen.print(comparison_table(report))
+            screen.print(*report.notes, sep="\n", markup=False)
+            screen.print(f"written: {folder}/sweep.md, sweep.json, sweep.png", soft_wrap=True, markup=False)

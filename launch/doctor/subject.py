@@ -10,6 +10,7 @@ from launch.stages import Stage, models_of
 from rlhf.core.files import is_in
 
 if TYPE_CHECKING:
+    from launch.plan.models import Sources
     from launch.plan.planner import StagePlan
     from rlhf.models.options import BackboneConfig
     from rlhf.models.roles import ModelRole
@@ -86,15 +87,21 @@ class Subject:
         """Those of :attr:`plans` that there are."""
         return tuple((stage, plan) for stage, plan in self.plans if not isinstance(plan, Exception))
 
+    @cached_property
+    def _sources(self) -> "Sources":
+        """One for all stages: runs of a sweep have the same models."""
+        from launch.plan.models import Sources
+
+        return Sources(made=self.made)
+
     def _plan(self, stage: PlannedStage) -> "StagePlan | Exception":
         from launch.plan.cluster import cluster_of
-        from launch.plan.models import Sources
         from launch.plan.planner import Request, plan_stage
 
         _, ranks = self.world(stage)
         try:
             here = cluster_of(nodes=max(len(self.hosts), 1), devices_per_node=ranks)
-            return plan_stage(stage.stage.name, stage.config, here, Request(sources=Sources(made=self.made)))
+            return plan_stage(stage.stage.name, stage.config, here, Request(sources=self._sources))
         except Exception as error:  # a model's own code may raise anything; the other checks are still worth having
             return error
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import launch
 from launch.pipeline.recipe import Pipeline, PipelineStage, flat, texts
-from rlhf.config import result_values
+from launch.stages import FOLDER, Stage, models_of
+from rlhf.config import result_values, to_dict
 from rlhf.core.files import DONE, RUN_FILES, digest, file_checksum, is_in, write_json
 
 CHANGES_SHOWN = 4
@@ -64,12 +65,11 @@ def parts_of(stage: PipelineStage, pipeline: Pipeline, inputs: Inputs, results: 
     settings = flat(result_values(stage.config))
     upstream = {name: results.get(name, "not finished") for name in stage.needs}
     made = [each.output for each in pipeline.stages]
+    named = [*_paths(settings), *_folders(stage)]
     outside = {
-        str(path): inputs.checksum(path)
-        for path in _paths(settings)
-        if not any(is_in(path, folder) for folder in made)
+        str(path): inputs.checksum(path) for path in named if not any(is_in(path, folder) for folder in made)
     }
-    code = {name: code_digest(name) for name in stage.stage.code}
+    code = {name: code_digest(name) for name in _code(stage.stage)}
     return {"settings": settings, "inputs": upstream | outside, "code": code}
 
 
@@ -101,10 +101,33 @@ def _change(section: str, key: str, old: Mapping[str, Any], new: Mapping[str, An
 
 @functools.cache
 def code_digest(package: str) -> str:
-    """A name for the sources of a package: Python files and JSON."""
-    root = Path(launch.__file__).resolve().parents[1] / package
+    """A name for the sources of a package, or of a module: Python files and JSON."""
+    root = Path(launch.__file__).resolve().parents[1].joinpath(*package.split("."))
+    if not root.is_dir():
+        return digest(*(file.read_bytes() for file in _module_file(package)))
     files = sorted(path for path in root.rglob("*") if path.suffix in (".py", ".json", ".jinja"))
     return digest(*(part for file in files for part in (str(file.relative_to(root)), file.read_bytes())))
+
+
+def _code(stage: Stage) -> tuple[str, ...]:
+    """What decides on the result of a stage: its packages, and the module that it is if that lies in none of them."""
+    inside = any(f"{stage.module}.".startswith(f"{package}.") for package in stage.code)
+    return stage.code if inside else (*stage.code, stage.module)
+
+
+def _folders(stage: PipelineStage) -> Iterator[Path]:
+    """Folders that a stage reads by the meaning of its settings: there a bare word is a folder, too."""
+    settings = to_dict(stage.config)
+    reads = [settings.get(key) for key, what in stage.stage.reads.items() if what == FOLDER]
+    for text in texts([*(role.backbone.path for role in models_of(stage.config)), *reads]):
+        if _is_folder(text):
+            yield Path(os.path.expanduser(text))
+
+
+def _is_folder(text: str) -> bool:
+    """Whether ``text`` names a folder whose content can be looked at: no whole disk, nor the working folder."""
+    path = os.path.expanduser(text)
+    return os.path.isdir(path) and os.path.realpath(path) not in (os.path.realpath(os.getcwd()), "/")
 
 
 def _paths(settings: Mapping[str, Any]) -> Iterator[Path]:
@@ -117,8 +140,7 @@ def _paths(settings: Mapping[str, Any]) -> Iterator[Path]:
             yield from _module_file(text.partition(":")[0])
             continue
         path = os.path.expanduser(text)
-        is_folder = "/" in text and os.path.isdir(path) and os.path.realpath(path) not in (os.getcwd(), "/")
-        if is_folder or os.path.isfile(path):
+        if ("/" in text and _is_folder(text)) or os.path.isfile(path):
             yield Path(path)
         elif glob.has_magic(path):
             yield from (Path(each) for each in sorted(glob.glob(path, recursive=True)) if os.path.isfile(each))

@@ -13,8 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from launch.pipeline.recipe import Pipeline, PipelineStage
+from launch.pipeline.state import Measured
 from rlhf.core.clock import clock
-from rlhf.train.status import Status, read_status
+from rlhf.train.status import Status
 
 SECONDS_BETWEEN_LINES = 30.0
 STYLES = {"finished": "green", "running": "bold cyan", "failed": "bold red", "stopped": "yellow"}
@@ -67,7 +68,7 @@ class Overview:
     _printed: tuple[float, str | None] = (0.0, None)
 
     def __post_init__(self) -> None:
-        self.lines = {stage.name: Line(stage.kind) for stage in self.pipeline.stages}
+        self.lines = {stage.name: Line(stage.stage.name) for stage in self.pipeline.stages}
 
     def __enter__(self) -> "Overview":
         if self.console.is_terminal:
@@ -119,8 +120,7 @@ class Overview:
             self._live.update(self.table())
 
 
-def outcome(stage: PipelineStage) -> str:
+def outcome(stage: PipelineStage, measured: Measured | None) -> str:
     """The key metrics of a finished stage."""
-    status = read_status(stage.output)
-    metrics = {} if status is None else {name: value for name, value in status.metrics.items() if value is not None}
+    metrics = {} if measured is None else {name: each for name, each in measured.metrics.items() if each is not None}
     return ", ".join(f"{name} {value:.4f}" for name, value in stage.stage.key_metrics(metrics).items())

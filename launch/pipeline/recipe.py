@@ -59,7 +59,6 @@ class PipelineStage:
     """A stage, ready to be started."""
 
     name: str
-    kind: str
     stage: Stage
     config: Any
     """Its resolved recipe, accepted by the stage's own parser."""
@@ -68,10 +67,6 @@ class PipelineStage:
     needs: tuple[str, ...]
     """Names of the stages that must be finished before."""
     ranks: int | None = None
-
-    @property
-    def module(self) -> str:
-        return self.stage.module
 
     @property
     def recipe(self) -> Path:
@@ -95,6 +90,8 @@ class Pipeline:
     name: str
     output: Path
     stages: tuple[PipelineStage, ...]
+    elsewhere: str = "{stage}.output=FOLDER"
+    """What to add to the command for another folder of a stage."""
 
     def named(self, name: str) -> PipelineStage:
         """The stage of this name.
@@ -270,7 +267,6 @@ def _stage(name: str, spec: StageSpec, needs: tuple[str, ...]) -> PipelineStage:
     config = load_config(stage.config_class(), spec.recipe, (), settings=settings, program=f"stages.{name}")
     return PipelineStage(
         name=name,
-        kind=kind,
         stage=stage,
         config=config,
         output=Path(spec.output),

@@ -62,11 +62,13 @@ class PipelineRun:
         """Run what is to be run; the exit code.
 
         Raises:
-            UserError: if another pipeline works in the folder, or a stage cannot be started.
+            UserError: if another pipeline works in the folder, a folder of a stage holds something else, or a stage
+                cannot be started.
         """
         chosen = [self.pipeline.named(name) for name in self.options.only] or self.pipeline.stages
         began = time.monotonic()
         with naming_full_disk(self.pipeline.output), alone(self.pipeline), StopRequest(self.pipeline.output) as stop:
+            self._progress.check_free(chosen)
             with Overview(self.pipeline, self.console) as view:
                 for stage in self.pipeline.stages:
                     if stage in chosen and not self.stopped:
@@ -91,7 +93,7 @@ class PipelineRun:
             raise UserError(f"{stage.name} waits {decision.reason}: run that first, or leave --only out")
         if decision.action is Action.SKIP:
             seconds = (self._progress.read(stage) or {}).get("seconds", 0.0)
-            view.show(stage.name, "finished", outcome(stage), seconds)
+            view.show(stage.name, "finished", outcome(stage, self._progress.measured(stage)), seconds)
             return
         if stop.reason:
             self.stopped = stop.reason
@@ -123,14 +125,17 @@ class PipelineRun:
         state = status.state if status is not None else ""
         if state == "finished":  # the exit code proves nothing: deepspeed's can be 0 after a kill
             self._progress.finish(stage, seconds)
-            view.show(stage.name, "finished", outcome(stage), (self._progress.read(stage) or {})["seconds"])
+            measured = self._progress.measured(stage)
+            view.show(stage.name, "finished", outcome(stage, measured), (self._progress.read(stage) or {})["seconds"])
             return
         self._progress.interrupt(stage, seconds)
         if code is None or state == "stopped":
             self.stopped = stop.reason or "the stage was asked to stop"
+            self._progress.speak_for(stage, "stopped", self.stopped)
             view.show(stage.name, "stopped", status.reason if status is not None else "", seconds)
             return
         self.failures[stage.name] = f"{log.meaning(code)}: {logs.cause(status)}"
+        self._progress.speak_for(stage, "failed", self.failures[stage.name])
         view.show(stage.name, "failed", log.meaning(code), seconds)
 
     def _check_machine(self, first: PipelineStage, view: Overview) -> None:

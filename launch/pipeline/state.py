@@ -1,16 +1,19 @@
 """Where each stage of a pipeline stands: a marker file by stage, and what follows from it."""
 
+import contextlib
 import json
 import shutil
-from dataclasses import dataclass
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from launch.pipeline.fingerprint import Inputs, Parts, changes, files_in, fingerprint, parts_of
 from launch.pipeline.recipe import Pipeline, PipelineStage
 from rlhf.core.errors import STOP_FILE, UserError
-from rlhf.core.files import DONE, RUN_FILES, digest, write_json
+from rlhf.core.files import DONE, RUN_FILES, STATUS, digest, write_json
 from rlhf.train.status import new_status, read_status, remove_status, write_status
 
 STARTED, FINISHED = "started", "finished"
@@ -35,6 +38,18 @@ class Decision:
     parts: Parts
 
 
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What a finished stage said of itself. It is kept in the marker: the next start of any kind resets its status."""
+
+    step: int
+    """The step that it had come to."""
+    metrics: Mapping[str, float | None]
+    """The latest of each, as in its status."""
+    evaluation: Mapping[str, Any]
+    """What was measured on held-out data at the end."""
+
+
 class Progress:
     """The markers of a pipeline, in the folder ``.pipeline`` of its output."""
 
@@ -49,9 +64,6 @@ class Progress:
         """What is to be done with ``stage``, as things stood when a stage last began or ended.
 
         Each stage is looked at once in between, however many build on it.
-
-        Raises:
-            UserError: if its folder holds something that no pipeline put there.
         """
         if stage.name not in self._decided:
             self._decided[stage.name] = self._decision(stage)
@@ -63,7 +75,6 @@ class Progress:
         upstream = self._pipeline.upstream(stage)
         waiting = [each.name for each in upstream if self.decide(each).action is not Action.SKIP]
         if marker is None:
-            self._check_free(stage)
             action = Action.WAIT if waiting else Action.START
             return Decision(action=action, reason=f"for {', '.join(waiting)}" if waiting else "", parts=parts)
         if waiting:
@@ -82,7 +93,7 @@ class Progress:
         """Note that a stage has finished whose pipeline was killed before it could write that down."""
         marker = self.read(stage)
         status = read_status(stage.output)
-        ended_well = status is not None and status.state == "finished"
+        ended_well = status is not None and status.state == "finished" and (stage.output / DONE).is_file()
         if marker is not None and marker["state"] == STARTED and ended_well:
             self.finish(stage, 0.0)
 
@@ -95,10 +106,10 @@ class Progress:
         goes_on = decision.action is Action.CONTINUE
         earlier, status = (self.read(stage), read_status(stage.output)) if goes_on else (None, None)
         seconds = (earlier or {}).get("seconds", 0.0)
+        remove_status(stage.output)  # before the marker: killed in between, nothing there says that it has finished
         self._write(stage, {"state": STARTED, "parts": decision.parts, "seconds": seconds})
-        remove_status(stage.output)
         # Until the stage itself speaks, the pipeline speaks for it: killed by then, both are gone.
-        write_status(stage.output, new_status(stage.kind, metrics=status.metrics if status is not None else {}))
+        write_status(stage.output, new_status(stage.stage.name, metrics=status.metrics if status is not None else {}))
         stage.write_recipe()
 
     def interrupt(self, stage: PipelineStage, seconds: float) -> None:
@@ -106,9 +117,20 @@ class Progress:
         marker = self.read(stage) or {}
         self._write(stage, marker | {"seconds": marker.get("seconds", 0.0) + seconds})
 
+    def speak_for(self, stage: PipelineStage, state: Literal["stopped", "failed"], reason: str) -> None:
+        """Say how ``stage`` ended that is gone, and left behind that it runs."""
+        status = read_status(stage.output) or new_status(stage.stage.name)
+        if status.state == "running":
+            ended = replace(status, state=state, phase=state, reason=reason, eta_seconds=None, updated=time.time())
+            with contextlib.suppress(OSError):  # the disk may be what it died of
+                write_status(stage.output, ended)
+
     def finish(self, stage: PipelineStage, seconds: float) -> None:
-        """Note that ``stage`` has finished, and what it published."""
-        marker = self.read(stage) or {}
+        """Note that ``stage`` has finished, what it published, and what it measured."""
+        marker, status = self.read(stage) or {}, read_status(stage.output)
+        if status is not None:
+            said = {"step": status.step, "metrics": status.metrics, "evaluation": status.evaluation}
+            marker["measured"] = said
         stats = _stats(stage.final)
         result = digest(json.dumps([self._inputs.checksum(stage.final)]))
         total = marker.get("seconds", 0.0) + seconds
@@ -116,6 +138,26 @@ class Progress:
 
     def read(self, stage: PipelineStage) -> dict[str, Any] | None:
         return _read(self._path(stage))
+
+    def measured(self, stage: PipelineStage) -> Measured | None:
+        """What ``stage`` said of itself when it finished; ``None`` if it has not."""
+        said = (self.read(stage) or {}).get("measured")
+        return None if said is None else Measured(**said)
+
+    def check_free(self, stages: Sequence[PipelineStage]) -> None:
+        """Refuse to begin in folders of ``stages`` that hold something which no pipeline put there.
+
+        Raises:
+            UserError: naming all of them.
+        """
+        new = [stage for stage in stages if stage.stage.trains and stage.output.is_dir() and self.read(stage) is None]
+        taken = [each for each in new if any(path.name not in RUN_FILES for path in files_in(each.output))]
+        if taken:
+            elsewhere = " ".join(dict.fromkeys(self._pipeline.elsewhere.format(stage=each.name) for each in taken))
+            raise UserError(
+                f"{', '.join(str(each.output) for each in taken)}: holds something that this did not start: move it "
+                f"away, or give another folder: {elsewhere}"
+            )
 
     def log_folder(self, stage: PipelineStage) -> Path:
         return self.logs / stage.name
@@ -143,15 +185,6 @@ class Progress:
         shutil.rmtree(aside, ignore_errors=True)
         stage.output.rename(aside)
 
-    def _check_free(self, stage: PipelineStage) -> None:
-        if not stage.stage.trains or not stage.output.is_dir():
-            return
-        if any(path.name not in RUN_FILES for path in files_in(stage.output)):
-            raise UserError(
-                f"{stage.output} holds something that this pipeline did not start: move it away, or give the stage "
-                f"another folder: {stage.name}.output=FOLDER"
-            )
-
     def _path(self, stage: PipelineStage) -> Path:
         return self._folder / f"{stage.name}.json"
 
@@ -171,6 +204,8 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def _fault(stage: PipelineStage, marker: dict[str, Any]) -> str | None:
     """What is wrong with the files of a finished stage."""
+    if not any((stage.output / name).is_file() for name in (DONE, STATUS)):
+        return f"{stage.output} is gone"  # also where it published nothing that could be missed
     now = _stats(stage.final)
     for name, state in marker["files"].items():
         if name not in now:

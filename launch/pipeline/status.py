@@ -10,9 +10,14 @@ from rlhf.train.status import read_status
 
 
 def status_table(pipeline: Pipeline, *, any_code: bool = False) -> Table:
-    """The table that a run would show, with what it would do."""
+    """The table that a run would show, with what it would do.
+
+    Raises:
+        UserError: if a run would be refused, as a folder of its stages holds something else.
+    """
     view = Overview(pipeline, Console(quiet=True))
     progress = Progress(pipeline, any_code=any_code)
+    progress.check_free(pipeline.stages)
     for stage in pipeline.stages:
         marker = progress.read(stage) or {}
         state, detail = _standing(stage, progress)
@@ -23,7 +28,7 @@ def status_table(pipeline: Pipeline, *, any_code: bool = False) -> Table:
 def _standing(stage: PipelineStage, progress: Progress) -> tuple[str, str]:
     decision = progress.decide(stage)
     if decision.action is Action.SKIP:
-        return Action.SKIP.value, outcome(stage)
+        return Action.SKIP.value, outcome(stage, progress.measured(stage))
     if decision.action is Action.CONTINUE:
         status = read_status(stage.output)
         if status is None:

@@ -65,13 +65,13 @@ def plan_sweep(stage: Stage, recipes: Sequence[Path], overrides: Sequence[str], 
                 problems.setdefault(line, []).append(name)
             continue
         final = config.output / stage.published
-        run = PipelineStage(
-            name=name, kind=stage.name, stage=stage, config=config, output=config.output, final=final, needs=()
-        )
+        run = PipelineStage(name=name, stage=stage, config=config, output=config.output, final=final, needs=())
         runs.append(run)
     if problems:
         raise ConfigError(_refusal(problems, len(names), program))
-    pipeline = Pipeline(name=f"sweep {stage.name}", output=folder, stages=tuple(runs))
+    pipeline = Pipeline(
+        name=f"sweep {stage.name}", output=folder, stages=tuple(runs), elsewhere="--output FOLDER"
+    )
     return Sweep(stage=stage, pipeline=pipeline, points=dict(zip(names, points, strict=True)))
 
 

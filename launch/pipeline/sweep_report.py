@@ -14,7 +14,7 @@ from launch.pipeline.sweep import Sweep, comparison_of
 from launch.stages import Stage
 from rlhf.core.files import write_json, write_text
 from rlhf.train.comparison import Column
-from rlhf.train.status import MINUTES, read_status
+from rlhf.train.status import MINUTES
 
 MINUTES_NOTE = "Minutes: training steps alone, without start, evaluations and caches."
 FIRST_COLOR, SECOND_COLOR = "#0072B2", "#D55E00"
@@ -91,20 +91,19 @@ def report_of(sweep: Sweep, *, any_code: bool = False) -> Report:
     """What the runs that are finished with the present settings, inputs and code came to."""
     progress = Progress(sweep.pipeline, any_code=any_code)
     finished = [run for run in sweep.pipeline.stages if progress.decide(run).action is Action.SKIP]
-    found = [(run, status) for run in finished if (status := read_status(run.output)) is not None]
+    found = [(run, said) for run in finished if (said := progress.measured(run)) is not None]
     metrics = [{name: value for name, value in each.metrics.items() if value is not None} for _, each in found]
     completed = comparison_of(sweep.stage).complete(
         [(run.config, each) for (run, _), each in zip(found, metrics, strict=True)]
     )
     key = sweep.stage.key_metric
     results = []
-    for (run, status), values in zip(found, completed, strict=True):
-        measured = status.evaluation.get(key.rpartition("/")[2])
-        interval, items = _interval(measured)
+    for (run, said), values in zip(found, completed, strict=True):
+        interval, items = _interval(said.evaluation.get(key.rpartition("/")[2]))
         result = Result(
             name=run.name,
             settings=dict(sweep.points[run.name]),
-            step=status.evaluation.get("step", status.step),
+            step=said.evaluation.get("step", said.step),
             metrics=values,
             interval=interval,
             items=items,

@@ -451,3 +451,36 @@ def test_a_leading_tilde_is_the_home_folder_wherever_a_path_stands(monkeypatch, 
     argv = ["--config=~/r.yaml", "--log-folder=~/logs"]
     invocation = parse_command_line(Numbers, argv, program="test", description="")
     assert (invocation.config.steps, invocation.log_folder) == (3, tmp_path / "logs")
+
+
+# Settings of a caller
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Inner:
+    parameters: dict[str, float] = field(default_factory=dict)
+    kind: str = "a"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Outer:
+    loss: _Inner = field(default_factory=_Inner)
+    policies: dict[str, str] = field(default_factory=dict)
+
+
+@pytest.mark.parametrize("settings", [{"loss": {"parameters": {}}}, {"loss.parameters": {}}])
+def test_an_empty_mapping_among_settings_empties_that_of_the_recipe(tmp_path, settings):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("loss: {kind: b, parameters: {beta: 1.0}}\n")
+    config = load_config(_Outer, [recipe], [], settings=settings, program="x")
+    assert config.loss == _Inner(kind="b")
+
+
+@pytest.mark.parametrize("name", ["smollm2-1.7b", "a.b.c"])
+def test_a_key_inside_of_settings_may_have_dots_and_one_at_the_top_is_a_path(tmp_path, name):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("loss: {parameters: {beta: 1.0}}\npolicies: {before: x}\n")
+    settings = {"policies": {name: "final"}, "loss.kind": "c", "loss": {"parameters": {"tau": 2.0}}}
+    config = load_config(_Outer, [recipe], [], settings=settings, program="x")
+    assert config.policies == {"before": "x", name: "final"}
+    assert config.loss == _Inner(kind="c", parameters={"beta": 1.0, "tau": 2.0})

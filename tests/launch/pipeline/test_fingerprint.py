@@ -2,7 +2,10 @@ from pathlib import Path
 
 import pytest
 
-from launch.pipeline.fingerprint import _paths
+from launch.pipeline.fingerprint import Inputs, _paths, parts_of
+from launch.pipeline.recipe import Pipeline, PipelineStage
+from launch.stages import STAGES
+from rlhf.config import load_config
 
 
 @pytest.fixture
@@ -42,3 +45,31 @@ def test_a_home_folder_and_an_installed_module_are_found(folder):
     (module,) = _paths({"reward": "launch.quickstart.gold:gold_reward"})
     assert module.name == "gold.py"
     assert [*_paths({"reward": "no.such.module:function"})] == []
+
+
+def parts(folder: Path, name: str, *overrides: str) -> dict:
+    config = load_config(STAGES[name].config_class(), [], [*overrides, f"output={folder}/out"], program="")
+    stage = PipelineStage(name=name, stage=STAGES[name], config=config, output=folder / "out", final=folder, needs=())
+    pipeline = Pipeline(name="p", output=folder / "runs", stages=(stage,))
+    return parts_of(stage, pipeline, Inputs(folder / "memory.json"), {})
+
+
+@pytest.mark.parametrize(
+    ("stage", "overrides"),
+    [
+        ("sft", ["model.path=model", "data.train=rows.jsonl"]),
+        ("ppo", ["policy.path=nowhere", "reward.path=model", "data.train=rows.jsonl"]),
+        ("evaluate", ["prompts=rows.jsonl", "policies={after: model}", "reference=nowhere", "reward=x"]),
+    ],
+)
+def test_a_model_folder_is_an_input_also_by_a_bare_word(folder, stage, overrides):
+    before = parts(folder, stage, *overrides)["inputs"]
+    assert "model" in before
+    (folder / "model" / "config.json").write_text("trained again")
+    assert parts(folder, stage, *overrides)["inputs"]["model"] != before["model"]
+
+
+@pytest.mark.parametrize(("stage", "module"), [("import", "launch.importing"), ("sft", "policy")])
+def test_the_code_of_a_stage_holds_the_module_that_it_starts(folder, stage, module):
+    overrides = ["model.path=model", "data.train=rows.jsonl"] if stage == "sft" else ["source=rows.jsonl"]
+    assert module in parts(folder, stage, *overrides)["code"]

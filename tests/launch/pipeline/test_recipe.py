@@ -90,7 +90,7 @@ def test_a_variable_that_nobody_knows_is_refused(toys):
 
 def test_a_stage_may_be_left_empty(toys):
     toys.path.write_text(f"output: {toys.folder}/out\nstages:\n  toy:\n")
-    assert toys.load().named("toy").kind == "toy"
+    assert toys.load().named("toy").stage.name == "toy"
 
 
 @pytest.mark.parametrize(
@@ -147,6 +147,6 @@ def test_shipped_pipelines_resolve(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     path = ROOT / "launch" / "recipes" / f"{name}.yaml"
     pipeline = load_pipeline(path)
-    assert [stage.kind for stage in pipeline.stages][-3:] == ["preference", "ppo", "evaluate"]
+    assert [stage.stage.name for stage in pipeline.stages][-3:] == ["preference", "ppo", "evaluate"]
     assert pipeline.named("ppo").config.policy.path == str(pipeline.named("preference").final)
     assert yaml.safe_load(path.read_text())["stages"].keys() == {stage.name for stage in pipeline.stages}

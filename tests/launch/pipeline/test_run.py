@@ -1,6 +1,8 @@
 """What a pipeline does with its stages: skip, start, continue, redo; and how it ends."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +16,7 @@ from launch.pipeline.run import _Logs
 from launch.pipeline.state import Progress
 from launch.pipeline.status import status_table
 from rlhf.core.errors import UserError
-from rlhf.train.status import new_status
+from rlhf.train.status import new_status, read_status, write_status
 
 WORKERS = Path(__file__).parent / "workers"
 NO_PARTS = {"settings": {}, "inputs": {}, "code": {}}
@@ -193,6 +195,64 @@ def test_a_pipeline_killed_while_it_puts_a_run_aside_loses_none(training_toys, m
     assert (toys.folder / "out" / "a.before" / "final" / "number").read_text() == "1"
 
 
+@pytest.mark.parametrize("call", ["remove_status", "write_json", "write_status"])
+def test_a_pipeline_killed_while_it_starts_a_stage_takes_no_earlier_result_for_the_new_one(toys, monkeypatch, call):
+    toys.write({"a": {"set": {"number": 1}}})
+    assert toys.run() == 0
+
+    def killed(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(f"launch.pipeline.state.{call}", killed)
+        with pytest.raises(KeyboardInterrupt):
+            toys.run("a.number=2")
+    assert toys.run("a.number=2") == 0 and toys.number("a") == 2
+
+
+def test_a_status_without_the_completion_marker_is_no_end(toys):
+    toys.write({"a": {}})
+    progress, (stage,) = Progress(toys.load()), toys.load().stages
+    progress.start(stage, progress.decide(stage))
+    write_status(stage.output, new_status("toy", state="finished"))
+    progress.settle(stage)
+    assert progress.read(stage)["state"] == "started"
+    (stage.output / "done.json").write_text("{}")
+    progress.settle(stage)
+    assert progress.read(stage)["state"] == "finished"
+
+
+@pytest.mark.parametrize("published", ["nothing", "a number"])
+def test_a_finished_run_whose_folder_is_gone_is_made_again(toys, published):
+    toys.write({"a": {"set": {"number": 4}}})
+    assert toys.run() == 0
+    if published == "nothing":
+        path = toys.folder / "out" / ".pipeline" / "a.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"files": {}}))
+    shutil.rmtree(toys.folder / "out" / "a")
+    assert toys.run() == 0
+    assert toys.number("a") == 4 and "is gone" in toys.said
+
+
+def test_folders_that_hold_something_else_are_refused_before_the_first_stage_starts(training_toys):
+    toys = training_toys
+    toys.write({"a": {}, "b": {}, "c": {}})
+    for name in "bc":
+        (toys.folder / "out" / name).mkdir(parents=True)
+        (toys.folder / "out" / name / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"out/b, .*out/c: holds something.*b.output=FOLDER c.output=FOLDER"):
+        toys.run()
+    assert toys.starts("a") == 0
+    assert toys.run(only=("a",)) == 0
+
+
+def test_a_stage_that_died_without_a_word_is_shown_as_failed(toys):
+    toys.write({"a": {"set": {"behave": "crash"}}})
+    assert toys.run() == 1
+    found = read_status(toys.folder / "out" / "a")
+    assert found.state == "failed" and found.reason.startswith("exit code 137")
+
+
 # How much work deciding is
 
 
@@ -325,6 +385,7 @@ def test_grace_has_an_end(toys):
     process.communicate(timeout=60)
     assert process.returncode == 75
     assert not is_running(pid) and toys.processes() == []
+    assert read_status(toys.folder / "out" / "a").state == "stopped"
 
 
 def test_a_crash_on_the_way_to_a_stop_is_a_failure(toys):

@@ -14,7 +14,7 @@ from launch.pipeline.sweep_report import report_of
 from launch.stages import STAGES, training
 from policy.preference.comparison import paired_objectives
 from rlhf.config import load_config
-from rlhf.core.errors import ConfigError
+from rlhf.core.errors import ConfigError, UserError
 from rlhf.train.status import MINUTES, new_status, write_status
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -262,6 +262,28 @@ def test_a_sweep_of_a_stage_that_says_nothing_of_comparing_shows_its_metrics(tra
     assert (training_toys.folder / "out" / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_folder_that_holds_something_else_is_refused_before_the_first_run(training_toys, sweep, capsys):
+    there = training_toys.folder / "out" / "number_2"
+    there.mkdir(parents=True)
+    (there / "mine.txt").write_text("mine")
+    assert sweep("number=1,2,3") == 2
+    assert f"{there}: holds something" in (said := capsys.readouterr().err) and "--output FOLDER" in said
+    assert training_toys.starts("number_1") == 0
+
+
+def test_runs_are_reported_also_where_a_later_one_cannot_be_started(training_toys, sweep, monkeypatch):
+    start = Progress.start
+
+    def refused(self, stage, decision):
+        if stage.name == "number_2":
+            raise UserError("not today")
+        start(self, stage, decision)
+
+    monkeypatch.setattr(Progress, "start", refused)
+    assert sweep("number=1,2") == 2
+    assert [row["name"] for row in report(training_toys)["runs"]] == ["number_1"]
+
+
 def test_where_less_is_better_the_least_comes_first(training_toys, sweep, monkeypatch):
     monkeypatch.setitem(STAGES, "toy", dataclasses.replace(STAGES["toy"], metric="-eval/number"))
     assert sweep("number=3,11,7") == 0
@@ -315,6 +337,14 @@ def test_a_run_of_other_settings_or_without_a_status_is_no_result(recipe):
     assert {result.name for result in report_of(sweep).results} == {"ipo", "sigmoid"}
     changed = plan(recipe, "loss.kind=sigmoid,ipo,hinge", "train.seed=7")
     assert report_of(changed).results == []
+
+
+def test_a_result_stays_when_its_run_is_started_again_by_hand(recipe):
+    sweep = prepared(recipe, sigmoid=0.6, ipo=0.8)
+    before = report_of(sweep).results
+    for run in sweep.pipeline.stages:
+        write_status(run.output, new_status("preference"))
+    assert report_of(sweep).results == before and before[0].items == 50
 
 
 def test_the_drift_of_an_objective_without_reference_starts_where_that_of_the_others_does(recipe):

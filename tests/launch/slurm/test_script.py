@@ -1,6 +1,7 @@
 """Cluster profiles and the scripts that become of them, without a SLURM."""
 
 import itertools
+import os
 import re
 import shlex
 import shutil
@@ -249,6 +250,49 @@ def test_a_script_that_was_submitted_from_elsewhere_makes_its_folder_and_a_copy_
     here = tmp_path / "my run" / "slurm"
     assert (here / "hostfile-12").read_text() == "NodeAddr=n1 slots=8\n"
     assert (here / "job.sh").read_text() == script.read_text()
+
+
+def functions_of(text: str, *names: str) -> str:
+    """The functions of a script by these names, each of one line."""
+    lines = [line for line in text.splitlines() if line.startswith(tuple(f"{name}()" for name in names))]
+    assert len(lines) == len(names)
+    return "\n".join(lines)
+
+
+def test_a_start_has_made_progress_if_it_left_a_checkpoint_and_not_if_it_counted_steps(tmp_path):
+    check = functions_of(render(job(), ClusterProfile(requeue=True)), "progress") + "\nprogress"
+
+    def progress() -> str:
+        return subprocess.run(["bash", "-c", f"run={tmp_path}\n{check}"], capture_output=True, text=True).stdout
+
+    status = tmp_path / "status.json"
+    status.write_text('{\n  "state": "stopped",\n  "step": 9,\n  "unit": "step"\n}\n')
+    before = progress()
+    status.write_text('{\n  "state": "stopped",\n  "step": 0,\n  "unit": "step"\n}\n')
+    assert progress() == before
+    (tmp_path / "checkpoints" / "step-00000009").mkdir(parents=True)
+    saved = progress()
+    assert saved != before
+    (tmp_path / "stage" / "checkpoints" / "step-00000003").mkdir(parents=True)
+    assert progress() != saved
+
+
+def test_a_job_is_finished_if_this_start_said_so(tmp_path):
+    check = functions_of(render(job(), ClusterProfile()), "finished") + "\nfinished"
+    status, began = tmp_path / "status.json", tmp_path / "began"
+
+    def finished(code: int) -> bool:
+        return subprocess.run(["bash", "-c", f"run={tmp_path} began={began}\n{check} {code}"]).returncode == 0
+
+    status.write_text('{\n  "state": "finished",\n  "step": 9\n}\n')
+    began.touch()
+    os.utime(status, (began.stat().st_mtime - 5,) * 2)
+    assert not finished(0), "an earlier start has said it"
+    os.utime(status, (began.stat().st_mtime + 5,) * 2)
+    assert finished(0) and not finished(1)
+    status.write_text('{\n  "state": "running",\n  "step": 9\n}\n')
+    os.utime(status, (began.stat().st_mtime + 5,) * 2)
+    assert not finished(0)
 
 
 def test_bad_recipes_are_refused_before_they_wait_in_a_queue(capsys, monkeypatch):
