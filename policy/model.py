@@ -205,7 +205,16 @@ def policy_of(model: Frozen) -> PolicyModel:
     return model.module
 
 
-def build_policy(config: BackboneConfig, *, dtype: torch.dtype, vocabulary: int, seed: int) -> PolicyModel:
+def build_policy(
+    config: BackboneConfig,
+    *,
+    dtype: torch.dtype,
+    vocabulary: int,
+    seed: int,
+    checked: bool = True,
+    setting: str = "model.path",
+    processes: int | None = None,
+) -> PolicyModel:
     """The policy on the CPU, the same on every rank for one seed.
 
     Args:
@@ -213,6 +222,9 @@ def build_policy(config: BackboneConfig, *, dtype: torch.dtype, vocabulary: int,
         dtype: of all weights.
         vocabulary: tokens of the tokenizer; the embedding grows to it, never to a rounder number.
         seed: of new weights (adapters, added tokens).
+        checked: whether to compare it with its own logits: once for each model is enough, on one rank.
+        setting: of the recipe, where the path comes from; for messages.
+        processes: see :func:`rlhf.models.backbones.check_host_memory`.
     Raises:
         ModelError: if the model cannot be loaded or has not the parts asked for.
     """
@@ -223,11 +235,12 @@ def build_policy(config: BackboneConfig, *, dtype: torch.dtype, vocabulary: int,
             f"model.publish_lora = adapter: model.path = {config.path} is an adapter itself, so that a second one "
             "would need a base that is on no disk; set model.publish_lora=merged"
         )
-    hf = backbones.load_causal_lm(config, dtype=dtype, vocabulary=vocabulary)
+    hf = backbones.load_causal_lm(config, dtype=dtype, vocabulary=vocabulary, processes=processes)
     model = PolicyModel(hf)
     on_disk = getattr(backbones.load_model_config(config).get_text_config(), "vocab_size", None)
     model.grown = on_disk is not None and backbones.embedding_rows(hf) > on_disk
-    check_logprobs(model, f"model.path = {config.path}")
+    if checked:
+        check_logprobs(model, f"{setting} = {config.path}")
     backbones.apply_kernels(hf, config)
     adapter = None
     if config.lora is not None:

@@ -16,6 +16,7 @@ from policy.options import PolicyConfig
 from rlhf.data.batching import Row
 from rlhf.data.templates import ChatFormat
 from rlhf.engine.build import DTYPES, precision_of
+from rlhf.models.backbones import plain_copy
 from rlhf.models.manifest import Manifest
 from rlhf.models.tokenizer import required_embedding_rows
 from rlhf.train.command import StageConfig
@@ -83,7 +84,9 @@ class PublishablePolicy:
 
     def build(self, dtype: torch.dtype) -> PolicyModel:
         vocabulary = required_embedding_rows(self.chat.tokenizer)
-        return build_policy(self.model, dtype=dtype, vocabulary=vocabulary, seed=self.seed)
+        return build_policy(
+            plain_copy(self.model), dtype=dtype, vocabulary=vocabulary, seed=self.seed, checked=False, processes=1
+        )
 
     def tolerance(self, expected: Tensor) -> float:
         return 0.1

@@ -59,7 +59,10 @@ def open_policy(folder: Path) -> PreTrainedModel:
     """Open a policy as a plain user would; the base of an adapter with a larger embedding must be grown first."""
     base = adapter_base(folder)
     if base is None or saved_embedding_rows(folder) is None:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        if base is not None:  # plain Transformers takes the settings of the adapter's base
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        return model
     model = AutoModelForCausalLM.from_pretrained(base.path, revision=base.revision, dtype=torch.float32)
     model.generation_config = GenerationConfig.from_pretrained(folder)
     return with_adapter(model, folder)

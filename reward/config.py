@@ -51,6 +51,13 @@ class MarginConfig:
     """Share of the run over which the scale rises from 0."""
 
     def __post_init__(self) -> None:
+        reading = self.values.get("reading")
+        unused = [name for name in ("epsilon", "max_iterations") if name in self.parameters]
+        if reading in ("pair", "max") and unused:
+            raise ValueError(
+                f"parameters.{unused[0]} = {self.parameters[unused[0]]} is of the transport plan, and "
+                f"parameters.reading = {reading} reads none: leave it out, or read row or row_sum"
+            )
         if self.queue_pairs and self.over_all_pairs:
             raise ValueError(
                 f"parameters.queue_pairs = {self.queue_pairs} needs parameters.scope = micro_step, not global_batch"

@@ -109,6 +109,11 @@ class RewardModel(nn.Module):
         logits = self.hf(input_ids=tokens, attention_mask=token_mask.long()).logits
         return Scores(logits.float().squeeze(-1), self._head_input.pop())
 
+    @property
+    def head(self) -> nn.Module:
+        """What makes a score of a state."""
+        return _find_head(self.hf)
+
     def merged(self) -> PreTrainedModel:
         """The Transformers model with adapters merged into its weights. Ends training of this object."""
         for adapter in self._adapters:
@@ -148,6 +153,9 @@ def build_reward_model(
     vocabulary: int,
     seed: int,
     with_lm_head: bool = False,
+    checked: bool = True,
+    setting: str = "model.path",
+    processes: int | None = None,
 ) -> RewardModel:
     """A fresh reward model on the CPU, the same on every rank for one seed.
 
@@ -158,16 +166,22 @@ def build_reward_model(
         vocabulary: tokens of the tokenizer; the embedding grows to it, never to a rounder number.
         seed: of new weights.
         with_lm_head: also keep a frozen language-model head, for the GRM losses.
+        checked: whether to compare it with plain Transformers: once for each model is enough, on one rank.
+        setting: of the recipe, where the path comes from; for messages.
+        processes: see :func:`rlhf.models.backbones.check_host_memory`.
 
     Raises:
         ModelError: if the backbone cannot be loaded or has not the parts asked for.
     """
     torch.manual_seed(seed)
-    hf = backbones.load_classifier(config, dtype=dtype, pad_token_id=pad_token_id, vocabulary=vocabulary)
+    hf = backbones.load_classifier(
+        config, dtype=dtype, pad_token_id=pad_token_id, vocabulary=vocabulary, processes=processes
+    )
     _init_head(hf, config, torch.Generator().manual_seed(seed))
     lm_head = LanguageModelHead(_output_projection(config, dtype), hf.config) if with_lm_head else None
     model = RewardModel(hf, lm_head)
-    check_scores(model, f"model.path = {config.path}")
+    if checked:
+        check_scores(model, f"{setting} = {config.path}")
     backbones.apply_kernels(hf, config)
     make_trainable(model, config)
     return model

@@ -14,6 +14,7 @@ from reward.model import RewardModel, Scores, build_reward_model, save_reward_mo
 from rlhf.data.batching import Row
 from rlhf.data.templates import ChatFormat
 from rlhf.engine.build import DTYPES, precision_of
+from rlhf.models.backbones import plain_copy
 from rlhf.models.manifest import Manifest, RewardStatistics
 from rlhf.models.tokenizer import required_embedding_rows
 from rlhf.train.publishing import Weights, text_form
@@ -59,7 +60,7 @@ class PublishableRewardModel:
         )
 
     def build(self, dtype: torch.dtype) -> RewardModel:
-        return new_model(self.config, self.chat, dtype)
+        return new_model(self.config, self.chat, dtype, copied=True)
 
     def tolerance(self, expected: Tensor) -> float:
         """A tenth of the standard deviation of held-out rewards, or of the sample's where none were held out."""
@@ -79,17 +80,30 @@ class PublishableRewardModel:
         return saved.float()
 
 
-def new_model(config: RewardConfig, chat: ChatFormat, dtype: torch.dtype) -> RewardModel:
-    """The untrained model of a recipe; with a language-model head where the loss asks for one."""
+def new_model(
+    config: RewardConfig, chat: ChatFormat, dtype: torch.dtype, *, checked: bool = True, copied: bool = False
+) -> RewardModel:
+    """The untrained model of a recipe; with a language-model head where the loss asks for one.
+
+    Args:
+        config: the recipe.
+        chat: the format of the run.
+        dtype: of all weights.
+        checked: see :func:`build_reward_model`.
+        copied: whether this process alone makes a copy to be asked on the CPU, of a model that was checked.
+    """
     (role,) = config.models
     assert isinstance(role.backbone, RewardModelConfig)
     return build_reward_model(
-        role.backbone,
+        plain_copy(role.backbone) if copied else role.backbone,
         dtype=dtype,
         pad_token_id=chat.tokenizer.pad_token_id,
         vocabulary=required_embedding_rows(chat.tokenizer),
         seed=config.train.seed,
         with_lm_head=role.with_lm_head,
+        checked=checked and not copied,
+        setting=role.setting,
+        processes=1 if copied else None,
     )
 
 

@@ -96,7 +96,7 @@ def load_scorer(folder: Path) -> tuple[RewardModel, ChatFormat]:
             ("tokenizer", chat.tokenizer_digest, manifest.tokenizer_digest),
             ("chat template", chat.digest, manifest.template_digest),
         ):
-            if found != trained:
+            if found != trained and trained not in chat.former_tokenizer_digests:
                 raise ModelError(
                     f"{folder}: the {name} ({found}) is not the one that the model was trained with ({trained}): it "
                     "was changed since, or published by an earlier version; copy the folder or publish the model anew"
@@ -135,11 +135,11 @@ def _score_rows(
     for place, row in enumerate(rows):
         try:
             found = _tokens_of(row, chat, options)
+            if options.columns.group is not None:
+                lines[place]["group"] = RowReader(row.value, options.columns).word("group")
         except (BadRow, TemplateFault) as error:
             lines[place]["error"] = str(error)
             continue
-        if options.columns.group is not None:
-            lines[place]["group"] = RowReader(row.value, options.columns).word("group")
         for name, answers in found.items():
             tokens += answers
             places.append((place, name, len(answers)))

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor, nn
 
 from rlhf.core.errors import ModelError
 from rlhf.data.batching import length_bucket
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from reward.model import RewardModel
 
 TOLERANCE = {torch.bfloat16: 0.2, torch.float16: 0.05}
-"""Largest difference as a share of the largest score; other types: 1e-3."""
+"""Largest difference as a share of the size that scores have; other types: 1e-3."""
 
 
 @torch.no_grad()
@@ -30,6 +31,9 @@ def check_scores(model: "RewardModel", path: str) -> None:
     was_training = hf.training
     bucket = length_bucket(probe_rows(embedding_rows(hf), hf.config.get_text_config().pad_token_id))
     tokens = bucket.tokens.masked_fill(~bucket.token_mask, hf.config.pad_token_id)
+    sizes: list[float] = []
+    final = [module for module in model.head.modules() if isinstance(module, nn.Linear)][-1]
+    watched = final.register_forward_pre_hook(lambda layer, inputs: sizes.append(_usual_score(layer, inputs[0])))
     try:
         with attention_of_any_device(hf):
             hf.eval()
@@ -41,12 +45,19 @@ def check_scores(model: "RewardModel", path: str) -> None:
             f"({type(error).__name__}: {str(error)[:300]}); take a model of another family (docs/models.md)"
         ) from error
     finally:
+        watched.remove()
         hf.train(was_training)
     worst = float((ours - own).abs().max())
-    allowed = TOLERANCE.get(hf.dtype, 1e-3) * max(float(own.abs().max()), float(ours.abs().max()), 1e-6)
+    allowed = TOLERANCE.get(hf.dtype, 1e-3) * max(float(own.abs().max()), float(ours.abs().max()), *sizes, 1e-6)
     if not worst <= allowed:
         raise ModelError(
             f"{path} ({type(hf).__name__}): scores from its last layer are up to {worst:.3g} off those that plain "
             f"Transformers gives (expected at most {allowed:.2g}): it pools or scores in a way that this toolkit does "
             "not know. Take a model of another family (docs/models.md)"
         )
+
+
+def _usual_score(layer: nn.Linear, states: Tensor) -> float:
+    """The deviation of scores over directions of the weight: one score may be near 0, and says nothing of rounding."""
+    rms = states.float().square().mean(dim=-1).sqrt()
+    return float(layer.weight.float().norm() * rms.max())

@@ -30,12 +30,15 @@ def run(config: RewardConfig, ranks: Ranks) -> Evaluation | None:
         The held-out evaluation of what was published; ``None`` without held-out data.
     """
     chat = open_chat(config, config.data.template_choice, ranks)
-    data = load_data(lambda folder: load_preferences(config.data, chat, run_folder=folder), config, ranks)
+    data = load_data(
+        lambda folder: load_preferences(config.data, chat, run_folder=folder), config, ranks, readers=config.models
+    )
     if "data_margins" in MARGINS[config.margin.kind].inputs:
         data.train.refuse_missing_margins()
     steps = total_steps(config.train, len(data.train))
     (role,) = config.models
-    model = ranks.together(lambda: new_model(config, chat, DTYPES[precision_of(config.engine)]))
+    dtype = DTYPES[precision_of(config.engine)]
+    model = ranks.together(lambda: new_model(config, chat, dtype, checked=ranks.is_main))
     engine = start_engine(model, role, config, ranks, steps=steps, hidden_size=model.hf.config.hidden_size)
     task = RewardTask(engine, config, data.train, data.evals, steps)
     identity = run_identity(config, data.train, steps)

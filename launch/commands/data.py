@@ -217,7 +217,7 @@ def _rows_table(groups: "dict[str, Examination]") -> "Table":
     columns = {
         role: {
             "rows": found.rows,
-            "bad": len(found.bad),
+            "bad": found.bad_rows,
             found.kind.unit: found.usable,
             **({} if found.kind.unit == "prompts" else {"prompts": len(found.prompts)}),
             **({"ties": found.left_out} if found.left_out else {}),

@@ -30,7 +30,12 @@ def check_sampling(model: Frozen, path: str) -> None:
         path: its name, for messages.
     Raises:
         ModelError: if the sampler draws from another distribution.
+        RemoteError: if it does so on another rank.
     """
+    model.ranks.together(lambda: _check(model, path))
+
+
+def _check(model: Frozen, path: str) -> None:
     policy = policy_of(model)
     sharded = any(hasattr(parameter, "ds_id") for parameter in policy.parameters())
     settings = SamplingConfig(max_new_tokens=NEW_TOKENS)

@@ -25,10 +25,20 @@ class TrainingSampler:
         config: SamplingConfig,
         build: Callable[[], PolicyModel],
         gather: Literal["auto", "once", "never"],
+        origin: str = "the policy",
     ) -> None:
-        """``build`` makes a policy of the same shape, and ``gather`` says whether; see :class:`RolloutWeights`."""
+        """Every rank must call it.
+
+        Args:
+            engine: the policy under training.
+            chat: the format of the run.
+            config: how to sample.
+            build: makes a policy of the same shape; see :class:`RolloutWeights`.
+            gather: whether to; see :class:`RolloutWeights`.
+            origin: of the policy, for messages.
+        """
         self._weights = RolloutWeights(engine, build, gather)
-        check_sampling(self._weights.model, "the policy")
+        check_sampling(self._weights.model, origin)
         self._sampler = HfSampler(
             self._weights.model,
             config,

@@ -40,7 +40,7 @@ class RolloutWeights:
         self._copy: ReplicatedModel | None = None
         sharded = any(hasattr(parameter, "ds_id") for parameter in engine.module.parameters())
         if sharded and _wants_copy(engine, choice):
-            self._copy = ReplicatedModel(build(), engine.ranks)
+            self._copy = ReplicatedModel(engine.ranks.together(build), engine.ranks)
         self.model: Frozen = engine if self._copy is None else self._copy
         self.synced = sharded and self._copy is None
 

@@ -79,10 +79,20 @@ def critic_start(backbone: BackboneConfig, *, standardized: bool) -> CriticStart
 
 
 def build_critic(
-    start: CriticStart, *, dtype: torch.dtype, pad_token_id: int, vocabulary: int, seed: int
+    start: CriticStart,
+    *,
+    dtype: torch.dtype,
+    pad_token_id: int,
+    vocabulary: int,
+    seed: int,
+    checked: bool = True,
+    setting: str = "critic.path",
 ) -> ValueModel:
     """The critic on the CPU, the same on every rank for one seed.
 
+    Args:
+        start: where it begins.
+        dtype, pad_token_id, vocabulary, seed, checked, setting: see :func:`reward.model.build_reward_model`.
     Raises:
         ModelError: if the model cannot be loaded or does not know the policy's tokens.
     """
@@ -95,7 +105,13 @@ def build_critic(
     )
     if not start.is_reward_model:
         scorer = build_reward_model(
-            options, dtype=dtype, pad_token_id=pad_token_id, vocabulary=vocabulary, seed=seed
+            options,
+            dtype=dtype,
+            pad_token_id=pad_token_id,
+            vocabulary=vocabulary,
+            seed=seed,
+            checked=checked,
+            setting=setting,
         )
         return ValueModel(scorer)
     torch.manual_seed(seed)

@@ -190,7 +190,7 @@ def check_same_text(folder: Path, manifest: Manifest, parts: ScorerParts) -> Non
         ModelError: naming what differs and the way out.
     """
     differ = []
-    if manifest.tokenizer_digest != parts.chat.tokenizer_digest:
+    if manifest.tokenizer_digest not in {parts.chat.tokenizer_digest, *parts.chat.former_tokenizer_digests}:
         differ.append(f"its tokenizer ({manifest.tokenizer_digest}, the policy's is {parts.chat.tokenizer_digest})")
     if manifest.template_digest != parts.chat.digest:
         differ.append(f"its chat template ({manifest.template_digest}, the policy's is {parts.chat.digest})")

@@ -51,6 +51,7 @@ def run(config: PpoConfig, ranks: Ranks) -> HeldOut | None:
         lambda folder: load_prompts(config.data, chat, run_folder=folder),
         config,
         ranks,
+        readers=_readers(config),
         new_tokens=config.rollout.max_new_tokens,
     )
     steps = total_steps(replace(config.train, global_batch_size=config.rollout.prompts), len(data.train))
@@ -74,6 +75,13 @@ def run(config: PpoConfig, ranks: Ranks) -> HeldOut | None:
     if config.train.publish != "none":
         _publish(config, engines, chat, task, data)
     return task.evaluation
+
+
+def _readers(config: PpoConfig) -> list[ModelRole]:
+    """All models but those that get texts in tokens of their own."""
+    sources = {"reward": config.reward, "watch.second": config.watch.second}
+    own_tokens = {name for name, source in sources.items() if source is not None and source.retokenize}
+    return [role for role in config.models if role.section not in own_tokens]
 
 
 def _publish(config: PpoConfig, engines: Engines, chat: ChatFormat, task: PpoTask, data: PromptData) -> None:
@@ -115,7 +123,14 @@ class _Builder:
         policy = self._policy_engine()
         return Roles(
             engines=Engines(policy, self._critic_engine(policy)),
-            sampler=TrainingSampler(policy, self._chat, config.rollout, self._new_policy, config.rollout.gather),
+            sampler=TrainingSampler(
+                policy,
+                self._chat,
+                config.rollout,
+                self._policy_copy,
+                config.rollout.gather,
+                origin=f"policy.path = {config.policy.path}",
+            ),
             reference=self._reference(policy),
             scorer=scorer,
             second=second,
@@ -195,6 +210,8 @@ class _Builder:
             pad_token_id=self._chat.tokenizer.pad_token_id,
             vocabulary=self._vocabulary,
             seed=config.train.seed,
+            checked=self._ranks.is_main,
+            setting=role.setting,
         )
         return critic, backbone.path
 
@@ -213,8 +230,21 @@ class _Builder:
         check_same_tokens(setting, path, self._chat, owner, trust_remote_code=policy.trust_remote_code)
 
     def _new_policy(self, name: str = "policy") -> PolicyModel:
+        role = self._role(name)
         return build_policy(
-            self._role(name).backbone, dtype=self._dtype, vocabulary=self._vocabulary, seed=self._config.train.seed
+            role.backbone,
+            dtype=self._dtype,
+            vocabulary=self._vocabulary,
+            seed=self._config.train.seed,
+            checked=self._ranks.is_main,
+            setting=role.setting,
+        )
+
+    def _policy_copy(self) -> PolicyModel:
+        """Another policy, only to sample from: with the kernels of the trained one, which was checked."""
+        backbone = replace(self._role("policy").backbone, gradient_checkpointing=False)
+        return build_policy(
+            backbone, dtype=self._dtype, vocabulary=self._vocabulary, seed=self._config.train.seed, checked=False
         )
 
     def _role(self, name: str) -> ModelRole:

@@ -21,7 +21,6 @@ from rlhf.engine.build import DTYPES, precision_of
 from rlhf.engine.frozen import Frozen
 from rlhf.engine.ranks import Ranks
 from rlhf.models.backbones import weights_digest
-from rlhf.models.options import BackboneConfig
 from rlhf.models.roles import ModelRole
 from rlhf.models.tokenizer import required_embedding_rows
 from rlhf.train.batches import BatchMaker
@@ -49,10 +48,10 @@ def run(config: PreferenceConfig, ranks: Ranks) -> HeldOut | None:
         The held-out evaluation of the weights that were taken; ``None`` without held-out data.
     """
     chat = open_chat(config, config.rows.template_choice, ranks)
-    data = load_data(lambda folder: _load(config, chat, folder), config, ranks)
+    data = load_data(lambda folder: _load(config, chat, folder), config, ranks, readers=config.models)
     steps = total_steps(config.train, len(data.train))
     policy, *others = config.models
-    model = ranks.together(lambda: _build(policy.backbone, config, chat))
+    model = ranks.together(lambda: _build(policy, config, chat, ranks))
     engine = start_engine(model, policy, config, ranks, steps=steps, hidden_size=model.hf.config.hidden_size)
     references = _References(config, next(iter(others), None), engine, chat, data)
     task = PreferenceTask(engine, config, data.train, data.evals, references.open(), steps)
@@ -73,12 +72,14 @@ def _load(config: PreferenceConfig, chat: ChatFormat, folder: Path | None) -> Lo
     return load_examples(config.unpaired, chat, kind="unpaired", run_folder=folder)
 
 
-def _build(model: BackboneConfig, config: PreferenceConfig, chat: ChatFormat) -> PolicyModel:
+def _build(role: ModelRole, config: PreferenceConfig, chat: ChatFormat, ranks: Ranks) -> PolicyModel:
     return build_policy(
-        model,
+        role.backbone,
         dtype=DTYPES[precision_of(config.engine)],
         vocabulary=required_embedding_rows(chat.tokenizer),
         seed=config.train.seed,
+        checked=ranks.is_main,
+        setting=role.setting,
     )
 
 
@@ -121,7 +122,7 @@ class _References:
             ranks.together(
                 lambda: check_same_tokens("reference.path", path, self._chat, owner, trust_remote_code=remote)
             )
-            module = ranks.together(lambda: _build(role.backbone, config, self._chat))
+            module = ranks.together(lambda: _build(role, config, self._chat, ranks))
             width = module.hf.config.hidden_size
             self._other = frozen_of(role, module, config.engine, ranks, hidden_size=width)
         return self._other

@@ -21,7 +21,10 @@ def run(config: SftConfig, ranks: Ranks) -> SftEvaluation | None:
     """
     chat = open_chat(config, config.data.template_choice, ranks)
     data = load_data(
-        lambda folder: load_examples(config.data, chat, kind="conversation", run_folder=folder), config, ranks
+        lambda folder: load_examples(config.data, chat, kind="conversation", run_folder=folder),
+        config,
+        ranks,
+        readers=config.models,
     )
     steps = total_steps(config.train, len(data.train))
     (role,) = config.models
@@ -31,6 +34,8 @@ def run(config: SftConfig, ranks: Ranks) -> SftEvaluation | None:
             dtype=DTYPES[precision_of(config.engine)],
             vocabulary=required_embedding_rows(chat.tokenizer),
             seed=config.train.seed,
+            checked=ranks.is_main,
+            setting=role.setting,
         )
     )
     engine = start_engine(model, role, config, ranks, steps=steps, hidden_size=model.hf.config.hidden_size)

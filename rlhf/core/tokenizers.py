@@ -19,12 +19,26 @@ def tokenizer_digest(tokenizer: Any, *, eos_token: str | None = None) -> str:
         tokenizer: of Transformers.
         eos_token: the name as if this were its end token.
     """
+    return _digest(tokenizer, eos_token, _settings_beside(tokenizer))
+
+
+def former_tokenizer_digests(tokenizer: Any, *, eos_token: str) -> frozenset[str]:
+    """The names that earlier versions gave, without some settings and by the tokenizer's own end token.
+
+    Args:
+        tokenizer: of Transformers.
+        eos_token: what ends an answer.
+    """
+    return frozenset(_digest(tokenizer, end, []) for end in (None, eos_token))
+
+
+def _digest(tokenizer: Any, eos_token: str | None, settings: list[str]) -> str:
     named = {name: getattr(tokenizer, name, None) for name in _NAMED_TOKENS}
     if eos_token is not None:
         named["eos_token"] = eos_token
     return digest(
         *_model_parts(tokenizer),
-        *_settings_beside(tokenizer),
+        *settings,
         json.dumps(named, sort_keys=True),
         json.dumps(tokenizer(_PROBE, padding=False, truncation=False)["input_ids"]),
     )

@@ -104,7 +104,7 @@ class Examination:
     notices: list[str] = field(default_factory=list)
     rows: int = 0
     shapes: Counter[str] = field(default_factory=Counter)
-    bad: list[LeftOut] = field(default_factory=list)
+    bad: list[LeftOut] = field(default_factory=list)  # once for each reason, however many items a row makes
     lengths: list[tuple[int, ...]] = field(default_factory=list)  # of the kind's parts of each item
     prompts: Counter[int] = field(default_factory=Counter)
     pairs: dict[tuple[int, str, str], list[str]] = field(
@@ -117,6 +117,7 @@ class Examination:
     against_scores: list[str] = field(default_factory=list)  # rows whose chosen answer has the lower score
     cut: int = 0  # pairs longer than the limit
     too_long: int = 0  # of these, pairs with a response that alone is longer
+    _bad_keys: set[tuple[str, int, str]] = field(default_factory=set)
 
     @property
     def usable(self) -> int:
@@ -138,8 +139,18 @@ class Examination:
     def against_scores_share(self) -> float:
         return len(self.against_scores) / max(self.with_scores, 1)
 
+    def add_bad(self, row: LeftOut) -> None:
+        key = (row.file, row.line, row.reason)
+        if key not in self._bad_keys:
+            self._bad_keys.add(key)
+            self.bad.append(row)
+
+    @property
+    def bad_rows(self) -> int:
+        return len({(row.file, row.line) for row in self.bad})
+
     def bad_share(self) -> float:
-        return len(self.bad) / max(self.rows, 1)
+        return self.bad_rows / max(self.rows, 1)
 
     def longer_wins(self) -> tuple[int, int]:
         """Pairs whose chosen answer is the longer one, and pairs whose answers differ in length."""
@@ -168,7 +179,7 @@ def examine(entries: Sequence[RowSource], ruler: Ruler) -> Examination:
         while chunk := list(islice(records, _CHUNK_ROWS)):
             for (record, place), sizes in zip(chunk, ruler.measure([r for r, _ in chunk]), strict=True):
                 if isinstance(sizes, BadRow):
-                    found.bad.append(_left_out(place, record.row_id, sizes.reason, sizes.detail))
+                    found.add_bad(_left_out(place, record.row_id, sizes.reason, sizes.detail))
                 else:
                     _add(found, record, sizes, ruler)
         found.notices += [*source.notices, *noticed(counts, [names[file] for file in source.files])]
@@ -233,7 +244,7 @@ def _usable_records(
             if fault.reason in NOT_BAD:
                 found.left_out += 1
             else:
-                found.bad.append(_left_out(place, row_id, fault.reason, fault.detail))
+                found.add_bad(_left_out(place, row_id, fault.reason, fault.detail))
             continue
         found.shapes[shape] += 1
         for note in dict.fromkeys((*records[0].notes, *(note for each in records for note in ruler.noteworthy(each)))):

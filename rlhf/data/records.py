@@ -51,8 +51,6 @@ class PreferenceRecord:
     margin: float | None
     chosen_score: float | None
     rejected_score: float | None
-    group: str = ""
-    """What kind of pair it is; empty where no column says so."""
     notes: tuple[str, ...] = ()
     """What a reader of the report should know of the row."""
     unread: tuple[str, ...] = ()
@@ -112,7 +110,7 @@ def to_records(
         pair.check()
     margin = row.number("margin")
     strength = abs(row.number("strength") or 0) or None
-    group = row.word("group")
+    row.word("group")  # of no use here, but no stray column: `rlhf score` writes it
     prompts = [row.with_system(pair.prompt) for pair in candidates]
     if any(len(side) > 1 for pair in candidates for side in (pair.chosen, pair.rejected)):
         row.note("note: answers of several messages count as a whole, with what others say in between")
@@ -127,7 +125,6 @@ def to_records(
             margin=strength if margin is None else margin,
             chosen_score=pair.scores[0],
             rejected_score=pair.scores[1],
-            group=group,
             notes=notes,
             unread=unread,
         )
@@ -280,7 +277,10 @@ def _rated_pairs(row: RowReader) -> list[_Pair]:
     for text, score in worse:
         scores = (None, None) if ranked else (best[1], score)
         pairs.append(_Pair(prompt, (_assistant(best[0]),), (_assistant(text),), scores))
-    return [pair for pair in pairs if _stripped(pair.chosen) != _stripped(pair.rejected)]
+    differing = [pair for pair in pairs if _stripped(pair.chosen) != _stripped(pair.rejected)]
+    if not differing:
+        raise BadRow("identical pair", "all answers are the same text as the best one")
+    return differing
 
 
 def _rated(place: str, entry: Any) -> tuple[str, float]:
@@ -314,16 +314,16 @@ def _second_is_better(row: RowReader) -> bool:
         return False
     word = str(better).strip().lower()
     first, second = ({str(row.column(name)).lower(), *words} for name, words in _SIDES.items())
-    if word in first | second and not isinstance(better, bool):
+    if word in first | second:
         return word in second
-    if "tie" in word or word in ("-1", "both", "neither", "none", "same"):
+    if "tie" in word or word in ("-1", "-1.0", "both", "neither", "none", "same"):
         raise BadRow(TIE, f"the better answer is {better!r}")
     raise BadRow("wrong type", f"better is {better!r}, expected 0 or 1, a or b, or the name of a column")
 
 
 _SIDES = {
-    "chosen": ("0", "a", "model_a", "first", "chosen", "response_a"),
-    "rejected": ("1", "b", "model_b", "second", "rejected", "response_b"),
+    "chosen": ("0", "0.0", "false", "a", "model_a", "first", "chosen", "response_a"),
+    "rejected": ("1", "1.0", "true", "b", "model_b", "second", "rejected", "response_b"),
 }
 
 

@@ -72,18 +72,22 @@ class SourceReport:
     @property
     def dropped(self) -> int:
         """Rows left out because ``over_length`` says so."""
-        return sum(row.reason == OVER_LENGTH for row in self.left_out)
+        return self._count(OVER_LENGTH)
 
     @property
     def ties(self) -> int:
         """Rows left out because they prefer neither answer."""
-        return sum(row.reason == TIE for row in self.left_out)
+        return self._count(TIE)
 
     @property
     def bad(self) -> dict[str, int]:
         """Bad rows by reason, most frequent first."""
-        reasons = Counter(row.reason for row in self.left_out if row.reason not in NOT_BAD)
-        return dict(reasons.most_common())
+        reasons = dict.fromkeys(row.reason for row in self.left_out if row.reason not in NOT_BAD)
+        return dict(Counter({reason: self._count(reason) for reason in reasons}).most_common())
+
+    def _count(self, reason: str) -> int:
+        """Rows left out for that reason: one that makes several pairs may be listed for each."""
+        return len({(row.file, row.line) for row in self.left_out if row.reason == reason})
 
     def line(self) -> str:
         shapes = ", ".join(f"{count} {shape}" for shape, count in self.shapes.items())
@@ -219,7 +223,10 @@ def _nothing_in(source: SourceReport) -> list[str]:
 
 
 def _too_many_bad(sources: list[SourceReport], max_share: float) -> list[str]:
-    bad, rows = sum(sum(source.bad.values()) for source in sources), sum(source.rows for source in sources)
+    rows = sum(source.rows for source in sources)
+    bad = sum(
+        len({(row.file, row.line) for row in source.left_out if row.reason not in NOT_BAD}) for source in sources
+    )
     if bad <= max_share * rows:
         return []
     head = (
@@ -231,5 +238,6 @@ def _too_many_bad(sources: list[SourceReport], max_share: float) -> list[str]:
 def _reasons(sources: list[SourceReport]) -> list[str]:
     """Counts by reason and the first three examples, as indented lines."""
     rows = [row for source in sources for row in source.left_out]
-    counts = [f"  {count} x {reason}" for reason, count in Counter(row.reason for row in rows).most_common()]
+    listed = dict.fromkeys((row.file, row.line, row.reason) for row in rows)
+    counts = [f"  {count} x {reason}" for reason, count in Counter(reason for *_, reason in listed).most_common()]
     return [*counts, *(f"  {row}" for row in [row for row in rows if row.reason not in NOT_BAD][:3])]

@@ -82,17 +82,10 @@ class StoreCounts:
     """What is noteworthy, with the number of rows, and file and line of the first few."""
     unread: dict[str, int] = field(default_factory=dict)
     """Columns that were not read, with the number of rows in which they hold something."""
-    groups: list[str] = field(default_factory=list)
-    """What the numbers of groups in the records mean."""
 
     def notice(self, note: str, place: tuple[int, int]) -> None:
         count, places = self.notes.get(note, (0, []))
         self.notes[note] = (count + 1, [*places, place][:FIRST_PLACES])
-
-    def group_number(self, name: str) -> int:
-        if name not in self.groups:
-            self.groups.append(name)
-        return self.groups.index(name)
 
 
 class RowStore:

@@ -21,7 +21,7 @@ import numpy as np
 
 from rlhf.core.errors import DataError, ModelError
 from rlhf.core.files import digest
-from rlhf.core.tokenizers import tokenizer_digest
+from rlhf.core.tokenizers import former_tokenizer_digests, tokenizer_digest
 from rlhf.data.built_in_templates import BUILT_IN_TEMPLATES, CHATML_TEMPLATE, PLAIN_TEMPLATE
 from rlhf.data.ending import Ending, find_ending
 from rlhf.data.messages import (
@@ -73,7 +73,7 @@ class ChatFormat:
         if not whole.startswith(before):
             whole = before + self._behind(before, whole, prompt, response)
         self._refuse_dropped(whole[len(before) :], response, "response")
-        self._refuse_unshown([*prompt, *response], whole)
+        self._refuse_unshown([*prompt, *response], generate=False)
         return before, self._ended(whole)
 
     def render_whole(self, messages: Sequence[Message]) -> str:
@@ -110,7 +110,7 @@ class ChatFormat:
         """
         before = self._apply(prompt, generate=True)
         self._refuse_dropped(before, [_what_stays(message) for message in prompt], "prompt")
-        self._refuse_unshown(prompt, None)
+        self._refuse_unshown(prompt, generate=True)
         return before
 
     def markup(self, messages: Sequence[Message]) -> tuple[str, ...]:
@@ -164,6 +164,11 @@ class ChatFormat:
     def tokenizer_digest(self) -> str:
         """A name for what the tokenizer does to text; whether EOS or another token ends an answer does not matter."""
         return tokenizer_digest(self.tokenizer, eos_token=self.ending.token)
+
+    @functools.cached_property
+    def former_tokenizer_digests(self) -> frozenset[str]:
+        """What earlier versions called the tokenizer, and wrote into manifests."""
+        return former_tokenizer_digests(self.tokenizer, eos_token=self.ending.token)
 
     @functools.cached_property
     def ending(self) -> Ending:
@@ -265,7 +270,7 @@ class ChatFormat:
                 if not any(form in text for form in forms):
                     raise TemplateFault(self._dropped(message, piece, part))
 
-    def _refuse_unshown(self, messages: Sequence[Message], whole: str | None) -> None:
+    def _refuse_unshown(self, messages: Sequence[Message], *, generate: bool) -> None:
         """Refuse messages that the template shows only by chance.
 
         Raises:
@@ -274,7 +279,7 @@ class ChatFormat:
         """
         roles = tuple(message["role"] for message in messages if not message.get("tool_calls"))
         if len(roles) == len(messages):
-            for place in self._left_out(roles, whole is None):
+            for place in self._left_out(roles, generate):
                 message = messages[place]
                 if message["content"].strip():
                     raise TemplateFault(self._dropped(message, message["content"].strip(), "conversation"))
@@ -373,8 +378,9 @@ def chat_format(
     missing = [token for token in needed if token not in tokenizer.get_vocab()]
     if missing:
         raise ModelError(f"data.template={origin}: the tokenizer has no token {', '.join(missing)}")
-    head = _settings_head(text, origin, choice.options) + (_FOLDING if choice.fold_system else "")
-    text = text if not head or text.startswith(head) or f"\n{head}" in text else head + text
+    head = _settings_head(text, origin, choice.options)
+    head += _FOLDING if choice.fold_system and _FOLDING not in text else ""
+    text = head + text
     return ChatFormat(tokenizer, text, origin, _wanted_bos(tokenizer), tuple(sorted(special)), tuple(stop_token_ids))
 
 
@@ -443,13 +449,31 @@ _FOLDING = (
 
 
 def _settings_head(text: str, origin: str, options: Mapping[str, bool | int | float | str]) -> str:
-    """Statements that set variables of a template."""
-    head = ""
+    """Statements that set variables of a template; without those that a published one has already.
+
+    Raises:
+        DataError: if there is no such variable, or the model was published with another value, which would win.
+    """
+    head, published = "", _published_options(text)
     for name, value in options.items():
+        found = published.get(name)
+        if found == json.dumps(value):
+            continue
+        if found is not None:
+            raise DataError(
+                f"data.template_options.{name} = {json.dumps(value)}: the template ({origin}) was published with "
+                f"{found}; leave the option out, or give data.template the original one"
+            )
         if not re.fullmatch(r"[A-Za-z_]\w*", name) or not re.search(rf"\b{name}\b", text):
             raise DataError(f"data.template_options.{name}: the template ({origin}) has no such variable")
         head += f"{{%- set {name} = {json.dumps(value)} %}}"
     return head + "{{ '' }}" if head else ""
+
+
+def _published_options(text: str) -> dict[str, str]:
+    """Variables that a template sets as :func:`_settings_head` does, and their values as JSON."""
+    heads = re.findall(r"^(?:\{%- set \w+ = [^\n]*? %\})+\{\{ '' \}\}", text, re.MULTILINE)
+    return dict(pair for head in heads for pair in re.findall(r"\{%- set (\w+) = (.*?) %\}", head))
 
 
 def _special(tokenizer: Any) -> set[str]:

@@ -5,8 +5,9 @@ import json
 import logging
 import os
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -32,11 +33,13 @@ HEAD_NAMES = ("score", "classifier")
 TEXT_PART = {r"^language_model\.": "", r"^model\.language_model\.": "model."}
 """Names of weights in the files of a model that also sees or hears, and what its text model calls them."""
 
+BackboneT = TypeVar("BackboneT", bound=BackboneConfig)
+
 log = logging.getLogger(__name__)
 
 
 def load_classifier(
-    config: BackboneConfig, *, dtype: torch.dtype, pad_token_id: int, vocabulary: int
+    config: BackboneConfig, *, dtype: torch.dtype, pad_token_id: int, vocabulary: int, processes: int | None = None
 ) -> PreTrainedModel:
     """``AutoModelForSequenceClassification`` with one label, on the CPU.
 
@@ -45,26 +48,31 @@ def load_classifier(
         dtype: of all weights.
         pad_token_id: written into the configuration; it must never end a text (see rlhf.models.tokenizer).
         vocabulary: tokens of the tokenizer; the embedding grows to it, never to a rounder number.
+        processes: see :func:`check_host_memory`.
     Raises:
         ModelError: if the folder or name cannot be loaded as a classifier.
     """
     settings = load_model_config(config)
     settings.num_labels = 1
+    check_host_memory(config, dtype, processes)
     what = "a sequence classifier"
     model = _load(AutoModelForSequenceClassification, what, config, settings, dtype=dtype, vocabulary=vocabulary)
     model.config.pad_token_id = pad_token_id
     return model
 
 
-def load_causal_lm(config: BackboneConfig, *, dtype: torch.dtype, vocabulary: int) -> PreTrainedModel:
+def load_causal_lm(
+    config: BackboneConfig, *, dtype: torch.dtype, vocabulary: int, processes: int | None = None
+) -> PreTrainedModel:
     """``AutoModelForCausalLM``, on the CPU.
 
     Args:
-        config, dtype, vocabulary: see :func:`load_classifier`.
+        config, dtype, vocabulary, processes: see :func:`load_classifier`.
     Raises:
         ModelError: if the folder or name cannot be loaded as a causal language model.
     """
     settings = load_model_config(config)
+    check_host_memory(config, dtype, processes)
     return _load(AutoModelForCausalLM, "a causal language model", config, settings, dtype=dtype, vocabulary=vocabulary)
 
 
@@ -77,7 +85,6 @@ def _load(
     dtype: torch.dtype,
     vocabulary: int,
 ) -> PreTrainedModel:
-    check_host_memory(config, dtype)
     origin, revision = _origin(config)
     chatter = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # a new head and dropped layers are no news here
@@ -160,6 +167,13 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
     model.disable_input_require_grads()
 
 
+def plain_copy(config: BackboneT) -> BackboneT:
+    """The settings for a copy that is only asked on the CPU: nothing for GPUs, no activations to recompute."""
+    on_gpus = attention_implementation(config.attention, torch.bfloat16) == "flash_attention_2"
+    attention = "eager" if on_gpus else config.attention
+    return replace(config, kernels="none", gradient_checkpointing=False, attention=attention)
+
+
 def apply_kernels(model: PreTrainedModel, config: BackboneConfig) -> None:
     """Give a loaded and checked model the fused kernels that the recipe asks for: they run on a GPU only."""
     if config.kernels == "liger":
@@ -212,7 +226,9 @@ def weights_digest(config: BackboneConfig) -> str:
     if not folder.is_dir():
         settings = load_model_config(config)
         return digest(config.path, str(getattr(settings, "_commit_hash", None) or config.revision), str(config.layers))
-    parts = [str(config.layers)]
+    base = adapter_base(folder)
+    of_base = [] if base is None else [weights_digest(replace(config, path=base.path, revision=base.revision))]
+    parts = [str(config.layers), *of_base]
     for file in sorted(folder.iterdir()):
         if file.name in ("config.json", "adapter_config.json") or file.suffix in (".safetensors", ".bin"):
             parts += [file.name, file_checksum(file)]
@@ -316,10 +332,19 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     raise ModelError(f"{type(model).__name__}: no stack of {count} layers found; freeze_layers cannot be used with it")
 
 
-def check_host_memory(config: BackboneConfig, dtype: torch.dtype) -> None:
-    """Refuse to load what this host cannot hold: a killed process (exit code -9) would not say why."""
+def check_host_memory(config: BackboneConfig, dtype: torch.dtype, processes: int | None = None) -> None:
+    """Refuse to load what this host cannot hold: a killed process (exit code -9) would not say why.
+
+    Args:
+        config: which model.
+        dtype: of all weights.
+        processes: how many of this host load it at once; ``None``: all ranks of the host.
+    Raises:
+        ModelError: if it does not fit.
+    """
     bytes_here = checkpoint_bytes(Path(_origin(config)[0]), dtype)
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    if processes is None:
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     available = free_memory()
     if bytes_here is None or available is None or bytes_here * processes < available:
         return

@@ -1,11 +1,49 @@
 """How long a text may be for a model."""
 
-from transformers import PretrainedConfig
+import json
+from collections.abc import Iterable
+from pathlib import Path
 
-from rlhf.core.errors import ConfigError
+from transformers import AutoConfig, PretrainedConfig
+
+from rlhf.core.errors import ConfigError, ModelError
+from rlhf.models.backbones import load_model_config
+from rlhf.models.options import BackboneConfig
+from rlhf.models.roles import ModelRole
+
+BEHIND_PADDING = frozenset(
+    {
+        "camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer", "luke", "markuplm", "mpnet",
+        "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
+    }
+)  # fmt: skip
+"""Types of models that count places from behind the id of the padding token, as RoBERTa does."""
 
 
-def check_positions(settings: PretrainedConfig, longest: int, path: str) -> None:
+def check_places(roles: Iterable[ModelRole], longest: int) -> None:
+    """Refuse texts that one of the models of a run cannot read; see :func:`check_positions`.
+
+    A model that is not there, or no model, is passed over: its own loading says so better.
+    """
+    for role in roles:
+        try:
+            settings = _settings(role.backbone)
+        except ModelError:
+            continue
+        check_positions(settings, longest, f"{role.setting} = {role.backbone.path}")
+
+
+def _settings(backbone: BackboneConfig) -> PretrainedConfig:
+    """The configuration of a model; also of a reward model with a head of two layers, which has a type of its own."""
+    file = Path(backbone.path) / "config.json"
+    content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if "backbone_model_type" not in content:
+        return load_model_config(backbone)
+    kept = {name: value for name, value in content.items() if name not in ("model_type", "backbone_model_type")}
+    return AutoConfig.for_model(content["backbone_model_type"], **kept)
+
+
+def check_positions(settings: PretrainedConfig, longest: int, origin: str) -> None:
     """Refuse texts that a model has no places for, or reads in another way depending on what stands beside them.
 
     LongRoPE takes other factors for a whole block of rows as soon as its longest row passes the length of the first
@@ -14,22 +52,26 @@ def check_positions(settings: PretrainedConfig, longest: int, path: str) -> None
     Args:
         settings: of the model.
         longest: tokens of the longest text, those still to be written included.
-        path: name of the model, for the message.
+        origin: setting and name of the model, for the message.
     Raises:
         ConfigError: with the length that fits.
     """
     limit = getattr(settings, "max_position_embeddings", None)
-    if isinstance(limit, int) and 0 < limit < longest:
+    taken = 0
+    if settings.model_type in BEHIND_PADDING and getattr(settings, "position_embedding_type", "absolute") == "absolute":
+        taken = (getattr(settings, "pad_token_id", None) or 0) + 1
+    if isinstance(limit, int) and limit > 0 and limit - taken < longest:
+        behind = f" less the first {taken}" if taken else ""
         raise ConfigError(
-            f"model.path = {path} has places for {limit} tokens (max_position_embeddings), and the longest text, with "
-            f"new tokens, takes {longest}: lower max_tokens of the data or rollout.max_new_tokens"
+            f"{origin} has places for {limit - taken} tokens (max_position_embeddings{behind}), and the longest text, "
+            f"with new tokens, takes {longest}: lower max_tokens of the data or rollout.max_new_tokens"
         )
     rope = getattr(settings, "rope_parameters", None) or getattr(settings, "rope_scaling", None) or {}
     kind = rope.get("rope_type", rope.get("type"))
     first = rope.get("original_max_position_embeddings") or getattr(settings, "original_max_position_embeddings", None)
     if kind == "longrope" and isinstance(first, int) and first < longest:
         raise ConfigError(
-            f"model.path = {path} uses LongRoPE, whose factors change for a whole block once a row passes {first} "
+            f"{origin} uses LongRoPE, whose factors change for a whole block once a row passes {first} "
             f"tokens, and the longest text, with new tokens, takes {longest}: results would depend on the "
             f"micro-batches. Keep texts within {first} tokens"
         )

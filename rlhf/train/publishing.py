@@ -88,7 +88,7 @@ class Publishable(Protocol[ModelT]):
         """
 
     def build(self, dtype: torch.dtype) -> ModelT:
-        """An untrained copy on the CPU, adapters apart."""
+        """An untrained copy on the CPU of this process alone, adapters apart, without kernels for GPUs."""
 
     def has_value(self, row: Row) -> bool:
         """Whether the model says anything about ``row``."""
@@ -160,6 +160,7 @@ def _write(
         if publishable.dtype != torch.float32:
             expected = _values(publishable, publishable.in_float32(model, weights), rows)
             check_low_precision(live, expected, publishable.tolerance(expected), publishable.unit)
+        del model  # the fresh process holds one too
         request = {"texts": text_cases(publishable.chat), "rows": value_cases(rows, expected)}
         return check_in_fresh_process(publishable.reload_module, staged, {**publishable.details, **request})
 
@@ -266,7 +267,9 @@ def check_low_precision(live: Tensor, expected: Tensor, tolerance: float, unit: 
 
 def _plain_environment() -> dict[str, str]:
     """The environment without what a launcher set: the fresh process is nobody's rank, and it reads files only."""
-    launched = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "CROSS_", "TORCHELASTIC_", "DS_", "SLURM_")
+    launched: tuple[str, ...] = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "CROSS_", "TORCHELASTIC_", "DS_", "SLURM_")
+    if "LOCAL_RANK" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
+        launched += ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # shares of the ranks, which wait for this one now
     kept = {name: value for name, value in os.environ.items() if not name.startswith(launched)}
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [root, kept.get("PYTHONPATH", "")]))

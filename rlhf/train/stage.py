@@ -23,8 +23,8 @@ from rlhf.engine.checkpoint import CheckpointStore, checkpoint_folder
 from rlhf.engine.deepspeed_ops import optimizer_is_on_nvme
 from rlhf.engine.ranks import Ranks
 from rlhf.engine.stop import StopRequests
-from rlhf.models.backbones import hide_loading_bars, load_model_config
-from rlhf.models.positions import check_positions
+from rlhf.models.backbones import hide_loading_bars
+from rlhf.models.positions import check_places
 from rlhf.models.roles import ModelRole
 from rlhf.train.chat import load_chat
 from rlhf.train.command import StageConfig
@@ -108,14 +108,23 @@ def open_chat(
 
 
 def load_data(
-    load: Callable[[Path | None], DataT], config: StageConfig, ranks: Ranks, *, new_tokens: int = 0
+    load: Callable[[Path | None], DataT],
+    config: StageConfig,
+    ranks: Ranks,
+    *,
+    readers: Sequence[ModelRole],
+    new_tokens: int = 0,
 ) -> DataT:
     """Let every rank ``load(run_folder)``, the first of each node first, and print the report.
 
-    ``new_tokens`` may be written behind each row.
-
+    Args:
+        load: reads the rows.
+        config: the recipe.
+        ranks: every rank must call this.
+        readers: the models that are shown the tokens of the rows.
+        new_tokens: how many may be written behind each row.
     Raises:
-        ConfigError: if nothing to train on is left, or a row is longer than the model can read.
+        ConfigError: if nothing to train on is left, or a row is longer than a model can read.
         RunStopped: if the run was asked to stop in the meantime.
     """
 
@@ -127,7 +136,7 @@ def load_data(
         if not len(data.train):
             raise ConfigError("data.train: no usable row is left; see quarantine.jsonl in the run folder")
         longest = max(int(part.lengths.max()) for part in (data.train, data.evals) if len(part))
-        check_positions(load_model_config(config.model), longest + new_tokens, config.model.path)
+        check_places(readers, longest + new_tokens)
         return data
 
     report_phase("reading data")

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -5,6 +7,7 @@ from transformers import AutoModelForCausalLM
 from policy.model import build_policy
 from policy.options import PolicyConfig
 from policy.publish import PublishablePolicy
+from policy.reload_check import check_ends, open_policy
 from rlhf.core.errors import ModelError
 from rlhf.data.options import DataConfig
 from rlhf.data.preferences import load_preferences
@@ -13,7 +16,7 @@ from rlhf.engine.options import OptimizerConfig
 from rlhf.engine.ranks import Ranks
 from rlhf.models.options import LoraOptions
 from rlhf.train.chat import load_chat
-from rlhf.train.publishing import publish
+from rlhf.train.publishing import _plain_environment, publish
 
 ALONE = Ranks(rank=0, world_size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
 
@@ -62,3 +65,38 @@ def test_weights_that_were_not_saved_are_found_out_and_an_earlier_final_stays(tr
     with pytest.raises(ModelError, match="does not reproduce the live values"):
         publish(*trained(), tmp_path / "final")
     assert [path.name for path in tmp_path.joinpath("final").iterdir()] == ["earlier"]
+
+
+def test_an_adapter_ends_where_training_did_though_its_base_does_not(trained, tiny_model, tmp_path):
+    _, _, published = trained()
+    model = build_policy(
+        replace(published.model, publish_lora="adapter"), dtype=torch.float32, vocabulary=1, seed=0
+    )
+    tokenizer = published.chat.tokenizer
+    other = tokenizer.convert_tokens_to_ids("a")
+    assert other not in AutoModelForCausalLM.from_pretrained(tiny_model).generation_config.to_dict().values()
+    model.hf.generation_config.eos_token_id = [tokenizer.eos_token_id, other]
+    model.save(tmp_path, "adapter")
+    check_ends(open_policy(tmp_path).eval(), tokenizer, [5, 6, 7], [tokenizer.eos_token_id, other])
+
+
+def test_what_is_published_is_built_without_kernels_checkpoints_and_checks(trained, monkeypatch):
+    _, _, published = trained()
+    asked = replace(published, model=replace(published.model, kernels="liger", gradient_checkpointing=True))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    seen = []
+    monkeypatch.setattr("policy.model.check_logprobs", lambda *_: pytest.fail("checked again"))
+    monkeypatch.setattr("rlhf.models.backbones.check_host_memory", lambda *args: seen.append(args[2]))
+    monkeypatch.setattr("rlhf.models.backbones.apply_liger", lambda *_: pytest.fail("kernels for a GPU"))
+    assert not asked.build(torch.float32).hf.is_gradient_checkpointing
+    assert seen == [1]
+
+
+@pytest.mark.parametrize("launcher", [None, "LOCAL_RANK", "TORCHELASTIC_RUN_ID"])
+def test_the_fresh_process_has_the_threads_of_all_ranks(monkeypatch, launcher):
+    for name in ("LOCAL_RANK", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    if launcher is not None:
+        monkeypatch.setenv(launcher, "0")
+    assert ("OMP_NUM_THREADS" in _plain_environment()) == (launcher is None)

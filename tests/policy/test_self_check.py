@@ -1,5 +1,7 @@
 """Models of many families, asked in the toolkit's ways and in their own."""
 
+from dataclasses import fields
+
 import pytest
 import torch
 from torch import nn
@@ -11,7 +13,7 @@ from policy.options import PolicyConfig
 from policy.self_check import check_logprobs
 from rlhf.core.errors import ModelError
 from rlhf.engine.frozen import ReplicatedModel
-from rlhf.engine.ranks import single_rank
+from rlhf.engine.ranks import Ranks, single_rank
 
 SMALL = {
     "vocab_size": 120, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -142,3 +144,27 @@ def test_a_check_leaves_mode_weights_and_random_numbers_alone(tiny_model):
     assert torch.equal(torch.rand(3), expected)
     assert all(torch.equal(value, before[name]) for name, value in policy.state_dict().items())
     assert all(parameter.grad is None for parameter in policy.parameters())
+
+
+def test_a_fault_of_another_rank_is_everybodys():
+    model = PolicyModel(make("llama"))
+    here = ReplicatedModel(model, single_rank())
+    agreed = []
+
+    class Watched(Ranks):
+        def together(self, action):
+            agreed.append(True)
+            return super().together(action)
+
+    ranks = single_rank()
+    here.ranks = Watched(**{field.name: getattr(ranks, field.name) for field in fields(ranks)})
+    check_sampling(here, "here")
+    assert agreed
+
+
+def test_a_policy_that_is_not_the_trained_one_is_named_by_its_setting(tiny_model, monkeypatch):
+    monkeypatch.setattr("rlhf.models.backbones.logit_options", lambda settings: {"logit_scale": 0.5, "softcap": None})
+    config = PolicyConfig(path=str(tiny_model))
+    build_policy(config, dtype=torch.float32, vocabulary=10, seed=0, checked=False)
+    with pytest.raises(ModelError, match=f"reference.path = {tiny_model}.*nats off"):
+        build_policy(config, dtype=torch.float32, vocabulary=10, seed=0, setting="reference.path")

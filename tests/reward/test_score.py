@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from transformers import AutoModelForSequenceClassification
 from launch.cli import main
 from reward.config import RewardModelConfig
 from reward.model import build_reward_model, save_reward_model
+from rlhf.core import tokenizers
+from rlhf.core.files import digest
 from rlhf.data.portable import portable_tokenizer
 from rlhf.data.templates import chat_format
 from rlhf.models.manifest import Manifest, write_manifest
@@ -154,3 +157,33 @@ def test_an_output_of_other_data_is_not_overwritten(final, rows, tmp_path, capsy
     assert score(final, rows, output) == 2
     assert "holds 9 rows" in capsys.readouterr().err
     assert output.read_text() == '{"row": 1}\n' * 9
+
+
+def test_a_missing_group_is_the_fault_of_its_row(final, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    row = {"prompt": "the sun", "response": "is good"}
+    path.write_text(json.dumps(row) + "\n" + json.dumps(row | {"subset": "x"}) + "\n")
+    assert score(final, path, tmp_path / "scores.jsonl", "--group-column", "subset") == 1
+    first, second = read(tmp_path / "scores.jsonl")
+    assert "group should be in 'subset'" in first["error"]
+    assert second["group"] == "x" and "reward" in second
+
+
+@pytest.mark.parametrize("eos", [None, "<|im_end|>"])
+def test_a_manifest_of_an_earlier_version_is_accepted(final, rows, tmp_path, eos):
+    shutil.copytree(final, tmp_path / "final")
+    path = tmp_path / "final" / "tokenizer.json"
+    settings = json.loads(path.read_text())
+    settings["model"]["ignore_merges"] = True  # as Llama 3's, which earlier versions did not look at
+    path.write_text(json.dumps(settings))
+    chat = load_chat(tmp_path / "final")
+    named = {name: getattr(chat.tokenizer, name, None) for name in tokenizers._NAMED_TOKENS}
+    named["eos_token"] = eos or named["eos_token"]
+    former = digest(
+        *tokenizers._model_parts(chat.tokenizer),
+        json.dumps(named, sort_keys=True),
+        json.dumps(chat.tokenizer(tokenizers._PROBE)["input_ids"]),
+    )
+    assert former != chat.tokenizer_digest
+    write_manifest(tmp_path / "final", replace(manifest_of(chat), tokenizer_digest=former))
+    assert score(tmp_path / "final", rows, tmp_path / "scores.jsonl") == 1  # for the one bad row

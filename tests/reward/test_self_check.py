@@ -1,10 +1,16 @@
+import itertools
+
 import pytest
 import torch
 from transformers import LlamaConfig
 
 from reward.config import RewardModelConfig
 from reward.model import build_reward_model
+from reward.self_check import check_scores
 from rlhf.core.errors import ModelError
+from rlhf.data.batching import length_bucket
+from rlhf.models.backbones import embedding_rows
+from rlhf.train.probing import probe_rows
 
 
 def build(path, dtype=torch.float32, **options):
@@ -38,3 +44,42 @@ def test_the_last_layer_starts_small(tiny_model):
     width = LlamaConfig.from_pretrained(tiny_model).hidden_size
     weight = build(tiny_model, head_init_scale=2.0).hf.score.weight
     assert float(weight.std()) == pytest.approx(2.0 / (width + 1), rel=0.4)
+
+
+def test_scores_near_0_are_no_reason_to_refuse_a_model_in_low_precision(tiny_model):
+    """What one seed in a hundred was refused for: both probes score near 0 by chance, and kernels round apart."""
+    model = build(tiny_model, torch.bfloat16)
+    bucket = length_bucket(probe_rows(embedding_rows(model.hf), None))
+    with torch.no_grad():
+        states = model((bucket,)).embeddings.float()
+        weight = model.hf.score.weight
+        direction = weight.float()[0]
+        basis = torch.linalg.qr(states.T).Q  # both scores 0, but for rounding
+        weight.copy_((direction - basis @ (basis.T @ direction))[None])
+    hook = model.hf.model.register_forward_hook(every_other_call_off_by(2**-7))
+    check_scores(model, "here")
+    hook.remove()
+    model.hf.model.register_forward_hook(every_other_call_off_by(2.0))
+    with pytest.raises(ModelError, match="up to"):
+        check_scores(model, "here")
+
+
+def every_other_call_off_by(share):
+    calls = itertools.count()
+
+    def change(module, args, output):
+        if next(calls) % 2 == 0:
+            states = output.last_hidden_state
+            noise = torch.randn(states.shape, generator=torch.Generator().manual_seed(0))
+            output.last_hidden_state = states + (share * states.float().square().mean().sqrt() * noise).to(states.dtype)
+        return output
+
+    return change
+
+
+def test_a_copy_is_not_checked_again(tiny_model, monkeypatch):
+    monkeypatch.setattr("reward.model.last_token_index", lambda mask: torch.zeros(len(mask), dtype=torch.long))
+    config = RewardModelConfig(path=str(tiny_model))
+    build_reward_model(config, dtype=torch.float32, pad_token_id=0, vocabulary=0, seed=3, checked=False)
+    with pytest.raises(ModelError, match=r"critic\.path = "):
+        build_reward_model(config, dtype=torch.float32, pad_token_id=0, vocabulary=0, seed=3, setting="critic.path")

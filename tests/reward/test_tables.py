@@ -132,3 +132,11 @@ def test_values_are_those_given_and_the_defaults():
         "reward_cost": "abs",
     }
     assert LossConfig(kind="grm_sft", parameters={"beta": 1}).values == {"weight": 0.01, "beta": 1.0}
+
+
+@pytest.mark.parametrize("name", ["epsilon", "max_iterations"])
+@pytest.mark.parametrize("reading", ["pair", "max"])
+def test_a_reading_without_a_plan_refuses_what_makes_the_plan(reading, name):
+    text = refusal(f"margin.parameters={{reading: {reading}, {name}: 3}}")
+    assert f"parameters.{name} = 3 is of the transport plan" in text
+    assert parse(f"margin.parameters={{reading: {reading}}}").margin.values[name] > 0

@@ -531,3 +531,16 @@ def test_scores_stand_in_for_margins_only_where_no_pair_has_one(load, write_rows
     data = load([write_rows("pairs.jsonl", rows)], eval_share=0.0).train
     data.refuse_missing_margins()
     assert [data.item(index).margin for index in range(4)] == pytest.approx([0.65] * 4)
+
+
+def test_a_row_of_several_bad_pairs_is_one_bad_row(load, write_rows, make_rows):
+    long = "a very long answer " * 40
+    row = {"prompt": "why?", "chosen": [long + "x", long + "y"], "rejected": [long, long + "z", long + "q"]}
+    path = write_rows("several.jsonl", [*make_rows(3), row])
+    with pytest.raises(DataError, match=r"1 of 4 rows are bad \(25.0%") as caught:
+        load([path], max_tokens=100, over_length="truncate_prompt_left", quarantine_max_share=0.1)
+    assert "  1 x response too long" in str(caught.value)
+    report = load(
+        [path], max_tokens=100, over_length="truncate_prompt_left", quarantine_max_share=0.5
+    ).report.sources[0]
+    assert report.bad == {"response too long": 1}

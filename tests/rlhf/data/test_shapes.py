@@ -100,7 +100,7 @@ def test_lists_of_texts_pair_every_chosen_with_every_rejected():
     row = {"prompt": "rain?", "chosen": ["Yes."], "rejected": ["No.", "Snow.", "Tea."], "subset": "weather"}
     assert [rejected for _, _, rejected in pairs(row)] == ["No.", "Snow.", "Tea."]
     [first, *_], _ = to_records(row, ColumnConfig(group="subset"), row_id="x:1", source="x")
-    assert (first.group, first.unread) == ("weather", ())
+    assert first.unread == ()
     found = to_conversations(row, ColumnConfig())
     assert [len(found[side]) for side in ("chosen", "rejected")] == [1, 3]
 
@@ -144,3 +144,20 @@ def test_alpaca_rows_are_named_with_their_settings():
     row = {"instruction": "Answer.", "input": "rain?", "output": "Yes."}
     with pytest.raises(BadRow, match=r"Alpaca: set data\.columns\.prompt=instruction data\.columns\.input=input"):
         to_example(row, ExampleColumns(), labeled=False, row_id="", source="")
+
+
+def test_ratings_of_one_and_the_same_text_are_no_pair():
+    answers = [{"response": text, "score": score} for text, score in (("a", 3), ("a ", 2), ("a", 1))]
+    with pytest.raises(BadRow) as caught:
+        pairs({**ULTRAFEEDBACK, "completions": answers}, prompt="instruction")
+    assert caught.value.reason == "identical pair"
+
+
+@pytest.mark.parametrize("second", [1.0, "1.0", True])
+def test_the_better_answer_may_be_a_whole_number_of_any_kind(second):
+    columns = {"chosen": "response_0", "rejected": "response_1", "better": "better_response_id"}
+    assert pairs({**PKU, "better_response_id": second}, **columns) == [("rain?", "Yes.", "No.")]
+    first = False if second is True else type(second)("0.0")
+    assert pairs({**PKU, "better_response_id": first}, **columns) == [("rain?", "No.", "Yes.")]
+    with pytest.raises(BadRow, match=TIE):
+        pairs({**PKU, "better_response_id": -1.0}, **columns)

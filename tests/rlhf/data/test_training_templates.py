@@ -150,3 +150,15 @@ def test_rows_that_carry_markup_are_named_in_the_report(base_tokenizer, write_ro
         assert line.startswith("warning: ")
         assert mark in line
         assert line.endswith("1 rows, such as x.jsonl:2")
+
+
+@pytest.mark.parametrize("fold", [False, True])
+def test_an_option_that_a_published_template_has_already_may_be_given_again_but_not_changed(tokenizer, fold):
+    def options(**values):
+        return TemplateChoice(options=values, fold_system=fold)
+
+    chat = chat_format(tokenizer, TemplateChoice(text="qwen3", options={"enable_thinking": False}, fold_system=fold))
+    published = portable_tokenizer(chat)
+    assert chat_format(published, options(enable_thinking=False)).digest == chat.digest
+    with pytest.raises(DataError, match=r"template_options\.enable_thinking = true: .* was published with false"):
+        chat_format(published, options(enable_thinking=True))

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -7,6 +8,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf.core.errors import ModelError
 from rlhf.models.adapters import adapter_base, merge_adapters, with_adapter
+from rlhf.models.backbones import weights_digest
+from rlhf.models.options import BackboneConfig
 
 
 def adapted(path, dtype=torch.float32):
@@ -64,3 +67,16 @@ def test_a_base_that_is_not_here_is_named(tmp_path, tiny_model):
     assert adapter_base(tmp_path) == ("owner/name", "v1")
     assert adapter_base(tiny_model) is None
     assert adapter_base("owner/name") is None
+
+
+def test_the_weights_of_an_adapter_are_those_of_its_base_too(tiny_model, tmp_path):
+    base, folder = tmp_path / "base", tmp_path / "adapter"
+    shutil.copytree(tiny_model, base)
+    adapted(base).save_pretrained(folder)
+    before = weights_digest(BackboneConfig(path=str(folder)))
+    assert weights_digest(BackboneConfig(path=str(folder))) == before
+    other = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        other.lm_head.weight += 1
+    other.save_pretrained(base)
+    assert weights_digest(BackboneConfig(path=str(folder))) != before

@@ -5,7 +5,7 @@ import torch
 
 from rlhf.core import memory
 from rlhf.core.errors import ModelError
-from rlhf.models.backbones import check_host_memory, checkpoint_bytes
+from rlhf.models.backbones import check_host_memory, checkpoint_bytes, load_causal_lm
 from rlhf.models.options import BackboneConfig
 
 GIB = 2**30
@@ -38,3 +38,12 @@ def test_a_model_beyond_the_limit_of_the_container_is_refused(tiny_model, contai
         check_host_memory(BackboneConfig(path=str(tiny_model)), torch.float32)
     container(needed + 1)
     check_host_memory(BackboneConfig(path=str(tiny_model)), torch.float32)
+
+
+def test_a_process_that_loads_alone_needs_the_memory_of_one(tiny_model, container, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    container(2 * checkpoint_bytes(tiny_model, torch.float32))
+    settings = {"dtype": torch.float32, "vocabulary": 1}
+    with pytest.raises(ModelError, match=r"8 process\(es\)"):
+        load_causal_lm(BackboneConfig(path=str(tiny_model)), **settings)
+    load_causal_lm(BackboneConfig(path=str(tiny_model)), **settings, processes=1)
