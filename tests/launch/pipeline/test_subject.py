@@ -13,6 +13,8 @@ from launch.jobs.launcher import Machine
 from launch.pipeline import run as running
 from launch.pipeline.recipe import load_pipeline
 from launch.pipeline.subject import pipeline_subject
+from launch.pipeline.sweep import plan_sweep
+from launch.stages import STAGES
 from rlhf.core.errors import UserError
 
 
@@ -286,3 +288,13 @@ def test_a_model_that_can_be_no_hub_name_is_missing_and_not_asked_of_the_hub(sta
     assert finding.remedy
     (finding,) = network.hub(subject)
     assert finding.status == "ok"
+
+
+def test_runs_of_a_sweep_share_the_models_that_their_plans_are_made_of(monkeypatch, tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("model: {path: m}\ndata: {train: d.jsonl}\n")
+    seen = []
+    monkeypatch.setattr("launch.plan.planner.plan_stage", lambda *words: seen.append(words[-1].sources))
+    sweep = plan_sweep(STAGES["preference"], [recipe], ["loss.kind=sigmoid,ipo,hinge"], tmp_path / "sweep")
+    assert len(pipeline_subject(sweep.pipeline, ranks=1).plans) == 3
+    assert len(seen) == 3 and len({id(sources) for sources in seen}) == 1
