@@ -15,6 +15,7 @@ from rlhf.models.options import LoraOptions
 WORKER = str(Path(__file__).parent / "workers" / "sample.py")
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_two_unequal_ranks_under_zero3_draw_what_one_rank_draws(run_ranks, tiny_model, tmp_path):
     (_,) = run_ranks([WORKER, str(tiny_model), "local", str(tmp_path / "one.json")], ranks=1)
