@@ -99,9 +99,10 @@ def test_a_job_near_its_time_limit_saves_and_goes_on_until_a_stop_file_ends_it(c
     cluster.until(lambda: jobs.steps(output) > 3, log)
     minutes = cluster.run_seconds(number) // 60 + 3
     cluster.run("scontrol", "update", f"JobId={number}", f"TimeLimit={minutes}")
-    cluster.wait_for_restart(number, 1, log)
+    cluster.until(lambda: "saved and stopped on SIGUSR1: back into the queue" in log.read_text(), log)
+    # Before it starts again: SLURM may send the signal a minute early, which would be at the next start.
     cluster.run("scontrol", "update", f"JobId={number}", "TimeLimit=60")
-    assert "saved and stopped on SIGUSR1: back into the queue" in log.read_text()
+    cluster.wait_for_restart(number, 1, log)
     saved = max(int(path.name.partition("-")[2]) for path in (output / "checkpoints").glob("step-*"))
     cluster.until(lambda: jobs.steps(output) > saved + 3, log)
     assert f"at step {saved}" in log.read_text().partition("resuming from")[2]
