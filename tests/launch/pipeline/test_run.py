@@ -423,7 +423,7 @@ def test_the_next_pipeline_ends_what_an_earlier_one_left_and_goes_on(toys):
     process = start(toys, "train")
     pid = waiting_stage(toys)
     guard = [other for other in toys.processes() if other != pid]
-    for each in (process.pid, *guard):  # the guard as well: nobody is left to end the stage
+    for each in (*guard, process.pid):  # the guard first: nobody is left to end the stage
         os.kill(each, signal.SIGKILL)
     process.wait()
     assert is_running(pid)

@@ -169,7 +169,7 @@ class Cluster:
 
     def _alive(self, number: str, log: Path, wanted: str = "RUNNING") -> str:
         found = self.state(number)
-        allowed = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", wanted)
+        allowed = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "SIGNALING", wanted)
         assert found in allowed, f"job {number} is {found}, expected {wanted}\n{_text(log)}"
         return found
 
