@@ -104,6 +104,7 @@ def two_ranks(recipe, run_ranks):
     return get
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ZERO)
 def test_two_ranks_of_any_zero_stage_give_the_curve_of_one(runs, one_rank, two_ranks, name):
     folder = two_ranks(name)
