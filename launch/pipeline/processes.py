@@ -1,7 +1,6 @@
 """One pipeline at a time in a folder, told to stop by signal or file, and with nothing left of an earlier one."""
 
 import contextlib
-import fcntl
 import os
 import signal
 import time
@@ -13,7 +12,8 @@ import psutil
 
 from launch.pipeline.recipe import Pipeline
 from rlhf.core.clock import process_started
-from rlhf.core.errors import STOP_FILE, UserError
+from rlhf.core.errors import STOP_FILE
+from rlhf.core.owner import owning
 
 MARK = "RLHF_PIPELINE"
 """Environment variable that the processes of a pipeline carry: its folder."""
@@ -62,22 +62,10 @@ def alone(pipeline: Pipeline) -> Iterator[None]:
     """Hold the pipeline's folder; what an earlier pipeline left running there is ended.
 
     Raises:
-        UserError: if another pipeline works in it.
+        Owned: if another pipeline works in it.
+        ConfigError: if it cannot be written to.
     """
-    path = pipeline.output / ".pipeline" / "lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            handle.seek(0)
-            raise UserError(
-                f"{pipeline.output}: another pipeline is at work here ({handle.read().strip()}); wait for it, or stop "
-                f"it: touch {pipeline.output / STOP_FILE}"
-            ) from None
-        handle.truncate(0)
-        handle.write(f"process {os.getpid()} on {os.uname().nodename}\n")
-        handle.flush()
+    with owning(pipeline.output, "a pipeline", place=pipeline.output / ".pipeline"):
         kill_all(processes_of(pipeline.output))  # its pipeline is gone, and it would write where this one does
         yield
 

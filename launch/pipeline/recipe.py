@@ -277,9 +277,9 @@ def _stage(name: str, spec: StageSpec, needs: tuple[str, ...]) -> PipelineStage:
 
 
 def _doubled_folders(stages: Sequence[PipelineStage]) -> Iterator[str]:
-    seen: dict[Path, str] = {}
+    seen: dict[str, str] = {}
     for stage in stages:
-        other = seen.setdefault(stage.output, stage.name)
+        other = seen.setdefault(os.path.realpath(os.path.expanduser(stage.output)), stage.name)
         if other != stage.name:
             yield f"stages.{other} and stages.{stage.name} have the same output: {stage.output}"
 

@@ -21,6 +21,7 @@ from launch.stages import load
 from rlhf.core.clock import clock
 from rlhf.core.errors import STOP_FILE, STOPPED_EXIT_CODE, UserError
 from rlhf.core.files import naming_full_disk
+from rlhf.core.owner import check_not_owned
 from rlhf.train.status import Status, read_status
 
 FAILED_EXIT_CODE = 1
@@ -105,6 +106,7 @@ class PipelineRun:
         """Start one stage, watch it to its end, and note how that was."""
         if self._to_check:  # only once, and only where something is to be done
             self._check_machine(stage, view)
+        check_not_owned(stage.output)  # by somebody who started that stage alone
         folder = self._progress.log_folder(stage)
         if self.options.machine.over_ssh:
             folder = folder.absolute()  # by which the ranks of other hosts are known

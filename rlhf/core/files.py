@@ -21,8 +21,8 @@ from rlhf.core.errors import DiskFull
 LITTLE_BYTES = 2**20
 
 
-STATUS, RECIPE, DONE = "status.json", "recipe.yaml", "done.json"
-RUN_FILES = frozenset({STATUS, RECIPE, DONE})
+STATUS, RECIPE, DONE, OWNER = "status.json", "recipe.yaml", "done.json", "owner.json"
+RUN_FILES = frozenset({STATUS, RECIPE, DONE, OWNER})
 """Files at the top of a run folder that tell how the run goes and went. They are no part of its result."""
 
 

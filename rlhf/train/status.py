@@ -17,12 +17,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
 from pydantic import TypeAdapter
 
 from rlhf.core.clock import clock, process_started
 from rlhf.core.errors import ConfigError, RunStopped, UserError
 from rlhf.core.files import STATUS, write_json
+from rlhf.core.owner import is_running, machine, owning
 from rlhf.train.output import this_rank
 
 SECONDS_BETWEEN_WRITES = 1.0
@@ -73,12 +73,9 @@ class Status:
         """It says that it runs, and does not: it was killed, or its machine is off."""
         if self.state != "running":
             return False
-        if self.machine != _machine():
+        if self.machine != machine():
             return time.time() - self.updated > SECONDS_UNTIL_GONE
-        try:
-            return abs(psutil.Process(self.process).create_time() - self.started) > 1.0
-        except psutil.Error:
-            return True
+        return not is_running(self.process, self.started)
 
     @property
     def where(self) -> str:
@@ -103,7 +100,7 @@ def new_status(stage: str, **more: Any) -> Status:
     """The status of this process, which has just begun with ``stage``."""
     started = process_started()
     return Status(
-        stage=stage, started=started, updated=time.time(), machine=_machine(), process=os.getpid(), **more
+        stage=stage, started=started, updated=time.time(), machine=machine(), process=os.getpid(), **more
     )
 
 
@@ -180,16 +177,23 @@ _recorder: _Recorder | None = None
 def recording(folder: Path, stage: str) -> Iterator[None]:
     """Keep the status of ``folder``: what this process reports while it is inside, and how it ended.
 
-    Ranks other than the main one write only that they broke.
+    The main rank owns the folder meanwhile. Ranks other than the main one write only that they broke.
 
     Raises:
-        ConfigError: if ``folder`` is a file.
+        ConfigError: if ``folder`` is a file, or cannot be written to.
+        Owned: if another run is at work in it.
     """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output = {folder}: a file, expected the folder of the run; give another output=FOLDER")
+    with owning(folder, stage) if this_rank() == "0" else contextlib.nullcontext(), _recorded(folder, stage):
+        yield
+
+
+@contextlib.contextmanager
+def _recorded(folder: Path, stage: str) -> Iterator[None]:
     global _recorder
     rank = int(this_rank())
     own = folder / _name(str(rank))
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"output = {folder}: a file, expected the folder of the run; give another output=FOLDER")
     with contextlib.suppress(OSError):
         own.unlink(missing_ok=True)
     if rank == 0:
@@ -200,8 +204,6 @@ def recording(folder: Path, stage: str) -> Iterator[None]:
     recorder = _Recorder(folder, stage)
     if rank == 0:
         _recorder = recorder
-        with contextlib.suppress(OSError):  # the stage itself says what is wrong with it
-            folder.mkdir(parents=True, exist_ok=True)
         recorder.change(at_once=True)
         recorder.start()
     try:
@@ -286,12 +288,6 @@ def _plain(value: Any) -> Any:
     except (TypeError, ValueError):
         return str(value)
     return number if math.isfinite(number) else None
-
-
-def _machine() -> str:
-    """Where process ids mean the same: containers on one host may have their own."""
-    space = os.readlink("/proc/self/ns/pid") if os.path.exists("/proc/self/ns/pid") else ""
-    return f"{os.uname().nodename} {space}".strip()
 
 
 def _reason(error: BaseException) -> str:

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 
 from launch.jobs.log import meaning
+from launch.pipeline.processes import alone
 from launch.pipeline.run import _Logs
 from launch.pipeline.state import Progress
 from launch.pipeline.status import status_table
 from rlhf.core.errors import UserError
-from rlhf.train.status import new_status, read_status, write_status
+from rlhf.train.status import new_status, read_status, recording, write_status
 
 WORKERS = Path(__file__).parent / "workers"
 NO_PARTS = {"settings": {}, "inputs": {}, "code": {}}
@@ -122,19 +123,22 @@ def test_only_runs_what_is_named_and_needs_its_inputs(toys):
 
 def test_a_second_pipeline_in_the_same_folder_is_refused(toys):
     toys.write({"a": {}})
-    held = toys.folder / "out" / ".pipeline"
-    held.mkdir(parents=True)
-    script = f"import fcntl, time; f = open({str(held / 'lock')!r}, 'a'); fcntl.flock(f, fcntl.LOCK_EX); "
-    script += "print('held', flush=True); time.sleep(60)"
-    other = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-    assert other.stdout.readline() == "held\n"
-    try:
-        with pytest.raises(UserError, match="another pipeline is at work here"):
-            toys.run()
-    finally:
-        other.kill()
-        other.wait()
+    with alone(toys.load()), pytest.raises(UserError, match=rf"a pipeline, process {os.getpid()} on .*at work here"):
+        toys.run()
     assert toys.run() == 0
+
+
+def test_a_stage_that_somebody_runs_by_hand_is_left_alone(training_toys):
+    toys = training_toys
+    toys.write({"a": {"set": {"number": 1}}})
+    assert toys.run() == 0
+    folder = toys.folder / "out" / "a"
+    with recording(folder, "toy"):
+        before = (folder / "status.json").read_bytes()
+        with pytest.raises(UserError, match=rf"out/a: toy, process {os.getpid()} on .*at work here"):
+            toys.run("a.number=2")
+        assert (folder / "status.json").read_bytes() == before and (folder / "done.json").exists()
+    assert toys.run("a.number=2") == 0 and toys.number("a") == 2
 
 
 # References that are not written as such
