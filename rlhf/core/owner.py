@@ -61,9 +61,9 @@ class Owner:
 
     def is_known_gone(self) -> bool | None:
         """Whether it is gone, as far as this process can tell at once; ``None`` if its heartbeat has to tell."""
-        if self.job and self.job == os.environ.get("SLURM_JOB_ID"):
-            if self.restart < int(os.environ.get("SLURM_RESTART_COUNT", "0")):
-                return True  # a job is started again only when nothing of it runs
+        is_own_job = self.job != "" and self.job == os.environ.get("SLURM_JOB_ID")
+        if is_own_job and self.restart < int(os.environ.get("SLURM_RESTART_COUNT", "0")):
+            return True  # a job is started again only when nothing of it runs
         return not is_running(self.process, self.started) if self.machine == machine() else None
 
 

@@ -99,9 +99,7 @@ def describe(metrics: Mapping[str, float | None]) -> str:
 def new_status(stage: str, **more: Any) -> Status:
     """The status of this process, which has just begun with ``stage``."""
     started = process_started()
-    return Status(
-        stage=stage, started=started, updated=time.time(), machine=machine(), process=os.getpid(), **more
-    )
+    return Status(stage=stage, started=started, updated=time.time(), machine=machine(), process=os.getpid(), **more)
 
 
 def write_status(folder: Path, status: Status) -> None:
