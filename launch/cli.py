@@ -5,10 +5,10 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from launch.commands import data, doctor, ds, evaluate, import_gguf, pipeline, plan, score, slurm, sweep
+from launch.commands import data, doctor, ds, evaluate, import_gguf, init, pipeline, plan, score, slurm, sweep
 from rlhf.core.errors import UserError
 
-COMMANDS = (pipeline, plan, data, doctor, ds, evaluate, import_gguf, score, slurm, sweep)
+COMMANDS = (init, pipeline, plan, data, doctor, ds, evaluate, import_gguf, score, slurm, sweep)
 
 
 def build_parser() -> argparse.ArgumentParser:

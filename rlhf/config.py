@@ -36,7 +36,7 @@ from rlhf.config_options import (
     to_dict,
 )
 from rlhf.core.errors import ConfigError
-from rlhf.core.paths import home_path
+from rlhf.core.paths import beside, home_path, recipe_path
 from rlhf.core.table import REQUIRED, KindError
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "option_help",
     "parse_command_line",
     "read_recipe",
+    "read_tree",
     "result_values",
     "to_dict",
     "to_yaml",
@@ -91,8 +92,8 @@ def parse_command_line(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    several = "a recipe (YAML); may be given again, later ones win"
-    parser.add_argument("--config", metavar="FILE", type=home_path, action="append", default=[], help=several)
+    several = "a recipe (YAML), or shipped:NAME; may be given again, later ones win"
+    parser.add_argument("--config", metavar="FILE", type=recipe_path, action="append", default=[], help=several)
     parser.add_argument("--dry-run", action="store_true", help="print the resolved run and exit")
     logs = "write what each rank prints to DIR/rank<N>.log instead"
     parser.add_argument("--log-folder", metavar="DIR", type=home_path, help=logs)
@@ -151,7 +152,8 @@ def validate(config_class: type[ConfigT], merged: Any, *, program: str, origin: 
         ConfigError: as :func:`load_config`; it starts with ``program`` and ``origin``.
     """
     try:
-        return adapter(config_class).validate_json(json.dumps([_at_home(merged)]), strict=True)[0]
+        values = beside(_at_home(merged), Path())
+        return adapter(config_class).validate_json(json.dumps([values]), strict=True)[0]
     except ValidationError as error:
         raise _failure(program, origin, _explain(error, merged, config_class)) from None
 
@@ -212,9 +214,16 @@ def _empty(node: Any, value: Mapping[str, Any]) -> None:
 def read_recipe(path: Path) -> DictConfig:
     """The tree of a YAML file, with its references unresolved.
 
+    Texts that begin with ``./`` or ``../`` are paths that start in the folder of the file.
+
     Raises:
         OSError, ValueError, yaml.YAMLError: if it is not there, or holds no mapping.
     """
+    return OmegaConf.create(beside(OmegaConf.to_container(read_tree(path)), path.parent))
+
+
+def read_tree(path: Path) -> DictConfig:
+    """The tree of a YAML file with all texts as they stand, else as :func:`read_recipe`."""
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [other.name for other in path.parent.glob("*.y*ml")], 1)
         raise ValueError("no such file" + (f" (did you mean {path.parent / near[0]}?)" if near else ""))

@@ -1,5 +1,6 @@
 """What a wheel holds: the folders of the project, and no more."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ TOP_LEVEL = {"rlhf", "reward", "policy", "launch", "ds_configs"}
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> list[str]:
+def wheel(tmp_path_factory) -> zipfile.ZipFile:
     source = tmp_path_factory.mktemp("source") / "tree"
     source.mkdir()
     for name in TOP_LEVEL:
@@ -26,11 +27,11 @@ def wheel(tmp_path_factory) -> list[str]:
     subprocess.run([sys.executable, "-c", script], cwd=source, check=True, capture_output=True)
     (path,) = (source / "dist").glob("*.whl")
     assert path.name.startswith("margin_rlhf-")
-    return zipfile.ZipFile(path).namelist()
+    return zipfile.ZipFile(path)
 
 
 def test_top_level_names(wheel):
-    assert {name.split("/")[0] for name in wheel if ".dist-info/" not in name} == TOP_LEVEL
+    assert {name.split("/")[0] for name in wheel.namelist() if ".dist-info/" not in name} == TOP_LEVEL
 
 
 @pytest.mark.parametrize(
@@ -44,7 +45,7 @@ def test_top_level_names(wheel):
     ],
 )
 def test_data_files_are_inside(wheel, name):
-    assert name in wheel
+    assert name in wheel.namelist()
 
 
 def test_a_python_that_is_too_old_is_named_before_anything_is_installed(tmp_path):
@@ -57,3 +58,20 @@ def test_a_python_that_is_too_old_is_named_before_anything_is_installed(tmp_path
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode != 0 and "is Python 3.10: margin-rlhf needs 3.11 or later" in done.stderr
     assert not (tmp_path / "venv").exists()
+
+
+def test_what_is_installed_runs_a_shipped_recipe_from_anywhere(wheel, tmp_path):
+    installed, folder = tmp_path / "installed", tmp_path / "elsewhere"
+    wheel.extractall(installed)
+    folder.mkdir()
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def rlhf(*words: str) -> str:
+        command = [sys.executable, "-P", "-c", "import sys; from launch.cli import main; sys.exit(main())", *words]
+        given = environment | {"PYTHONPATH": str(installed)}
+        return subprocess.run(command, cwd=folder, env=given, check=True, capture_output=True, text=True).stdout
+
+    rlhf("init", "mine", "--recipe", "quickstart")
+    assert "sentiment_pairs_train.jsonl" in {path.name for path in (folder / "mine").iterdir()}
+    assert "waiting" in rlhf("pipeline", "status", "shipped:quickstart")
+    assert "waiting" in rlhf("pipeline", "status", "mine/quickstart.yaml")

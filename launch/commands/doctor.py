@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.commands.arguments import positive_int
 from launch.stages import training
-from rlhf.core.paths import home_path
+from rlhf.core.paths import home_path, recipe_path
 
 if TYPE_CHECKING:
     from launch.doctor import Finding, Subject
@@ -36,7 +36,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         allow_abbrev=False,
     )
     several = "a recipe of a stage (may be given again, later ones win) or of a pipeline"
-    parser.add_argument("--config", metavar="RECIPE", type=home_path, action="append", default=[], help=several)
+    parser.add_argument("--config", metavar="RECIPE", type=recipe_path, action="append", default=[], help=several)
     which = "the stage of the recipe (default: the one that takes it)"
     parser.add_argument("--stage", choices=[*training()], help=which)
     parser.add_argument("--set", metavar="key=value", nargs="+", default=[], help="settings of the recipe")

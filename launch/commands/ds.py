@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from launch.commands.arguments import SettingsParser, positive_int
 from launch.stages import training
 from rlhf.core.errors import ConfigError
-from rlhf.core.paths import home_path
+from rlhf.core.paths import recipe_path
 from rlhf.models.roles import REPLICATED, ModelRole, published_role, role_named
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "overrides", nargs="*", metavar="CONFIG | key=value", help="the configuration, and settings of the recipe"
     )
     several = "a recipe of a stage; may be given again, later ones win"
-    show.add_argument("--config", metavar="RECIPE", type=home_path, action="append", required=True, help=several)
+    show.add_argument("--config", metavar="RECIPE", type=recipe_path, action="append", required=True, help=several)
     show.add_argument("--stage", choices=[*training()], help="the stage of the recipe (default: the one that takes it)")
     role = show.add_mutually_exclusive_group()
     role.add_argument("--frozen", action="store_true", help="as for a model that is only asked")

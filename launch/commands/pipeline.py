@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.commands.arguments import SettingsParser, positive_int
-from rlhf.core.paths import home_path
+from rlhf.core.paths import home_path, recipe_path
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,7 +42,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     status = actions.add_parser("status", help="where every stage stands, and what a run would do", allow_abbrev=False)
     status.set_defaults(run=show_status)
     for each in (running, status):
-        each.add_argument("recipe", type=home_path, metavar="RECIPE", help="the pipeline's YAML")
+        each.add_argument("recipe", type=recipe_path, metavar="RECIPE", help="the pipeline's YAML, or shipped:NAME")
         each.add_argument("overrides", nargs="*", metavar="STAGE.key=value", help="settings; also vars.key=value")
     status.add_argument("--any-code", action="store_true", help=ANY_CODE)
 

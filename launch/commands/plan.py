@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.commands.arguments import SettingsParser, positive_int
 from launch.stages import STAGES, training
-from rlhf.core.paths import home_path
+from rlhf.core.paths import recipe_path
 
 if TYPE_CHECKING:
     from launch.plan.cluster import Cluster
@@ -49,7 +49,7 @@ def _add_arguments(
     recipe: str = "a recipe of the stage; may be given again, later ones win",
     setting: str = "key=value",
 ) -> None:
-    parser.add_argument("--config", metavar="RECIPE", type=home_path, action="append", default=[], help=recipe)
+    parser.add_argument("--config", metavar="RECIPE", type=recipe_path, action="append", default=[], help=recipe)
     parser.add_argument("--nodes", type=positive_int, default=1, help="(default: 1)")
     devices = "ranks of each node (default: 8; on this machine, what it has)"
     parser.add_argument("--devices-per-node", metavar="M", type=positive_int, help=devices)

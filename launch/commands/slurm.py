@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from launch.commands.arguments import SettingsParser
 from launch.stages import STAGES, training
-from rlhf.core.paths import home_path
+from rlhf.core.paths import home_path, recipe_path
 
 if TYPE_CHECKING:
     from launch.slurm.profile import ClusterProfile
@@ -49,7 +49,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     jobs = "of a pipeline: one job for all stages (default), or one a stage, each after those that it needs"
     settings = "settings as the stage or pipeline takes them; profile.key=value changes the profile"
     parser.add_argument("stage", choices=[*training(), PIPELINE], help="what to run")
-    parser.add_argument("--config", metavar="RECIPE", type=home_path, action="append", required=True, help=recipe)
+    parser.add_argument("--config", metavar="RECIPE", type=recipe_path, action="append", required=True, help=recipe)
     parser.add_argument("--profile", metavar="CLUSTER", type=home_path, action="append", required=True, help=profile)
     parser.add_argument("--jobs", choices=["one", "dependent"], default="one", help=jobs)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=settings)

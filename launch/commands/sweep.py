@@ -6,7 +6,7 @@ from pathlib import Path
 from launch.commands.arguments import SettingsParser
 from launch.commands.pipeline import add_run_options, console, run_settings, show
 from launch.stages import STAGES, training
-from rlhf.core.paths import home_path
+from rlhf.core.paths import home_path, recipe_path
 
 FOLDER = Path("runs/sweep")
 _DESCRIPTION = """\
@@ -35,7 +35,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
             allow_abbrev=False,
         )
         several = "a recipe of the stage; may be given again, later ones win"
-        stage.add_argument("--config", metavar="RECIPE", type=home_path, action="append", required=True, help=several)
+        stage.add_argument("--config", metavar="RECIPE", type=recipe_path, action="append", required=True, help=several)
         place = f"(default: {FOLDER}/ and the recipe's name)"
         stage.add_argument("--output", metavar="FOLDER", type=home_path, help=place)
         add_run_options(stage)

@@ -14,9 +14,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from launch.stages import STAGES, Stage
-from rlhf.config import load_config, read_recipe, to_dict, to_yaml, validate
+from rlhf.config import load_config, read_tree, to_dict, to_yaml, validate
 from rlhf.core.errors import ConfigError
 from rlhf.core.files import RECIPE, is_in, write_text
+from rlhf.core.paths import SHIPPED, beside, recipe_path
 
 PROGRAM = "pipeline"
 _REFERENCE = re.compile(r"\$\{stages\.([^.}\s]+)")
@@ -29,7 +30,7 @@ class StageSpec:
     kind: str = ""
     """A name of launch.stages.STAGES; the name of the entry if left out."""
     recipe: tuple[Path, ...] = ()
-    """Ordinary recipes of such a stage; later ones win."""
+    """Ordinary recipes of such a stage; later ones win. shipped:NAME is one that is installed with the program."""
     set: dict[str, Any] = field(default_factory=dict)
     """Settings on top of them. May hold ${stages.NAME.final} and ${stages.NAME.output} of other entries."""
     after: tuple[str, ...] = ()
@@ -136,10 +137,24 @@ def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> Pipeline:
 
 
 def _read(path: Path) -> DictConfig:
+    """The tree, with the paths of recipes, and others that begin with ./ or ../, as those of the file's folder."""
     try:
-        return read_recipe(path)
+        tree: Any = OmegaConf.to_container(read_tree(path))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{PROGRAM}: {path}: {error}") from None
+    stages = tree.get("stages")
+    for entry in stages.values() if isinstance(stages, dict) else ():
+        if isinstance(entry, dict) and isinstance(entry.get("recipe"), str):
+            entry["recipe"] = [entry["recipe"]]
+        if isinstance(entry, dict) and isinstance(entry.get("recipe"), list):
+            entry["recipe"] = [_from_here(recipe) for recipe in entry["recipe"]]
+    return OmegaConf.create(beside(tree, path.parent))
+
+
+def _from_here(recipe: Any) -> Any:
+    """A path without a root, as one of the folder of the pipeline's recipe."""
+    rooted = not isinstance(recipe, str) or recipe.startswith(("/", "~", "./", "../", "${", SHIPPED))
+    return recipe if rooted else f"./{recipe}"
 
 
 def _with_overrides(tree: DictConfig, path: Path, overrides: Sequence[str]) -> DictConfig:
@@ -154,8 +169,6 @@ def _with_overrides(tree: DictConfig, path: Path, overrides: Sequence[str]) -> D
         node = stages._get_node(name)
         if node is not None and node._is_none():
             stages[name] = {}
-        if isinstance(stages[name], DictConfig) and isinstance(stages[name].get("recipe"), str):
-            stages[name].recipe = [stages[name].recipe]
     for override in overrides:
         _override(tree, override, names)
     for name in [str(name) for name in stages]:
@@ -264,7 +277,8 @@ def _stage(name: str, spec: StageSpec, needs: tuple[str, ...]) -> PipelineStage:
         raise ConfigError(f"stages.{name}.kind = {kind}: expected one of {', '.join(STAGES)}")
     stage = STAGES[kind]
     settings = spec.set | {"output": spec.output}
-    config = load_config(stage.config_class(), spec.recipe, (), settings=settings, program=f"stages.{name}")
+    recipes = [recipe_path(str(recipe)) for recipe in spec.recipe]
+    config = load_config(stage.config_class(), recipes, (), settings=settings, program=f"stages.{name}")
     return PipelineStage(
         name=name,
         stage=stage,

@@ -98,7 +98,8 @@ def program(line: str) -> str | None:
 
 
 SHOWN = sorted({line for line in shown() if stage_and_arguments(line) or (program(line) and not NOT_OURS.match(line))})
-RLHF = [line for line in SHOWN if program(line) == "rlhf"]
+HELP = [line for line in SHOWN if program(line) == "rlhf" and "--help" in line.split()]
+RLHF = [line for line in SHOWN if program(line) == "rlhf" and line not in HELP]
 STAGE = [line for line in SHOWN if stage_and_arguments(line)]
 BENCHMARK = [line for line in SHOWN if re.match(r"python benchmarks/", line)]
 MODULE = [line for line in SHOWN if re.match(r"\S*python -m (pytest|launch|benchmarks)\b", line)]
@@ -191,6 +192,13 @@ def test_rlhf_commands_and_their_settings_are_taken(command):
         CHECKS[options.command](options)
 
 
+@pytest.mark.parametrize("command", HELP)
+def test_a_command_that_is_asked_for_help_is_there(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        build_parser().parse_args(shlex.split(command)[1:])
+    assert end.value.code == 0
+
+
 @pytest.mark.parametrize("command", [line for line in RLHF if " vars." in line])
 def test_variables_on_command_lines_are_those_of_the_pipeline(command):
     words = shlex.split(command)
@@ -273,7 +281,7 @@ def test_modules_take_their_commands(command):
 
 
 def test_every_kind_of_command_is_shown_and_parsed():
-    assert [line for line in SHOWN if line not in {*RLHF, *STAGE, *BENCHMARK, *MODULE}] == []
+    assert [line for line in SHOWN if line not in {*HELP, *RLHF, *STAGE, *BENCHMARK, *MODULE}] == []
     assert {stage_and_arguments(line)[0] for line in STAGE} >= {stage.module for stage in training().values()}
     assert {rlhf_options(line).command for line in RLHF} >= {*CHECKS}
     assert {shlex.split(line)[2] for line in MODULE} == {*MODULES}

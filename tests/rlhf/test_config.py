@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from rlhf.config import load_config, option_help, parse_command_line, to_dict, to_yaml
 from rlhf.core.errors import ConfigError
+from rlhf.core.paths import beside, recipe_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,9 +259,7 @@ def test_a_key_like_no_other_is_refused_without_a_guess():
 
 
 def test_a_check_across_fields_is_reported_with_the_path_of_its_section():
-    assert problems(None, "optim.warmup_steps=200") == [
-        "optim: warmup_steps 200 is more than total_steps 100"
-    ]
+    assert problems(None, "optim.warmup_steps=200") == ["optim: warmup_steps 200 is more than total_steps 100"]
 
 
 def test_malformed_yaml_is_one_problem_with_line_and_column():
@@ -270,9 +269,7 @@ def test_malformed_yaml_is_one_problem_with_line_and_column():
 
 
 def test_a_key_written_twice_in_a_recipe_is_refused():
-    assert problems("seed: 1\nseed: 2\n") == [
-        "tiny.yaml: invalid YAML at line 2, column 1: found duplicate key seed"
-    ]
+    assert problems("seed: 1\nseed: 2\n") == ["tiny.yaml: invalid YAML at line 2, column 1: found duplicate key seed"]
 
 
 def test_a_recipe_that_is_no_mapping_is_refused():
@@ -283,9 +280,7 @@ def test_a_recipe_that_is_no_mapping_is_refused():
 def test_a_missing_recipe_is_named_with_the_nearest_file_beside_it():
     Path("recipes").mkdir()
     Path("recipes/tiny.yaml").write_text("seed: 1\n")
-    with pytest.raises(
-        ConfigError, match=r"recipes/tny.yaml: no such file \(did you mean recipes/tiny.yaml\?\)"
-    ):
+    with pytest.raises(ConfigError, match=r"recipes/tny.yaml: no such file \(did you mean recipes/tiny.yaml\?\)"):
         load_config(RunConfig, [Path("recipes/tny.yaml")], [TRAIN], program="reward")
 
 
@@ -322,9 +317,7 @@ configs = st.builds(
     data=st.builds(
         DataConfig,
         train=st.lists(
-            st.builds(
-                SourceConfig, path=st.just(Path("p.jsonl")), columns=st.dictionaries(st.just("prompt"), texts)
-            ),
+            st.builds(SourceConfig, path=st.just(Path("p.jsonl")), columns=st.dictionaries(st.just("prompt"), texts)),
             min_size=1,
             max_size=2,
         ).map(tuple),
@@ -355,9 +348,7 @@ def test_launcher_arguments_in_front_and_options_between_overrides_are_understoo
     assert invocation.dry_run and invocation.recipes == (recipe,)
     assert invocation.overrides == ("seed=3", TRAIN, "name=x")
     assert (invocation.config.seed, invocation.config.epochs, invocation.config.name) == (3, 2, "x")
-    assert not parse_command_line(
-        RunConfig, ["--local-rank", "1", TRAIN], program="r", description=""
-    ).dry_run
+    assert not parse_command_line(RunConfig, ["--local-rank", "1", TRAIN], program="r", description="").dry_run
 
 
 def test_several_recipes_may_be_given_on_the_command_line():
@@ -484,3 +475,44 @@ def test_a_key_inside_of_settings_may_have_dots_and_one_at_the_top_is_a_path(tmp
     config = load_config(_Outer, [recipe], [], settings=settings, program="x")
     assert config.policies == {"before": "x", name: "final"}
     assert config.loss == _Inner(kind="c", parameters={"beta": 1.0, "tau": 2.0})
+
+
+def source_read(recipe: str, *overrides: str) -> str:
+    """The path of the one source of data that a recipe names."""
+    return str(load_config(RunConfig, [Path(recipe)], overrides, program="reward").data.train[0].path)
+
+
+@pytest.mark.parametrize(("written", "read"), [("./a.jsonl", "sub/a.jsonl"), ("../b/*.jsonl", "b/*.jsonl")])
+def test_a_path_that_begins_with_dots_starts_in_the_folder_of_the_recipe(tmp_path, monkeypatch, written, read):
+    for name in ("sub", "other"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "sub" / "recipe.yaml").write_text(f"data: {{train: [{{path: '{written}'}}]}}")
+    monkeypatch.chdir(tmp_path)
+    assert source_read("sub/recipe.yaml") == source_read(f"{tmp_path}/sub/recipe.yaml") == read
+    monkeypatch.chdir(tmp_path / "other")
+    assert source_read("../sub/recipe.yaml") == str(tmp_path / read)
+
+
+def test_other_paths_start_where_the_command_is_typed_and_a_saved_recipe_keeps_them(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "recipe.yaml").write_text("data: {train: [{path: a.jsonl}]}")
+    monkeypatch.chdir(tmp_path / "run")
+    assert source_read("../recipe.yaml") == "a.jsonl"
+    above = "data.train=[{path: ../b.jsonl}]"
+    assert source_read("../recipe.yaml", above) == str(tmp_path / "b.jsonl")
+    config = load_config(RunConfig, [], [above], program="reward")
+    (tmp_path / "saved.yaml").write_text(to_yaml(config))
+    assert source_read("../saved.yaml") == str(tmp_path / "b.jsonl")
+
+
+@pytest.mark.parametrize("text", [".../a", "..", ".hidden", "./a\nb", "not ./a"])
+def test_a_text_that_is_no_such_path_stays(tmp_path, monkeypatch, text):
+    monkeypatch.chdir(tmp_path)
+    assert beside({"a": [text]}, Path("sub")) == {"a": [text]}
+
+
+def test_a_shipped_recipe_is_found_by_name_and_another_name_answered_with_those_there_are():
+    assert recipe_path("shipped:reward_smollm2") == recipe_path("shipped:reward_smollm2.yaml")
+    assert "SmolLM2" in recipe_path("shipped:reward_smollm2").read_text()
+    with pytest.raises(ConfigError, match=r"^shipped:rewrad: no recipe of this name ships; there are .*reward_smollm2"):
+        recipe_path("shipped:rewrad")

@@ -151,3 +151,18 @@ def test_shipped_pipelines_resolve(name, monkeypatch):
     assert [stage.stage.name for stage in pipeline.stages][-3:] == ["preference", "ppo", "evaluate"]
     assert pipeline.named("ppo").config.policy.path == str(pipeline.named("preference").final)
     assert yaml.safe_load(path.read_text())["stages"].keys() == {stage.name for stage in pipeline.stages}
+
+
+@pytest.mark.parametrize("recipe", ["own.yaml", "[own.yaml, ../above.yaml]", "./own.yaml", "shipped:sft_smollm2"])
+def test_recipes_of_stages_lie_beside_that_of_the_pipeline_or_ship(recipe, tmp_path, monkeypatch):
+    folder = tmp_path / "pipelines"
+    folder.mkdir()
+    (folder / "own.yaml").write_text("{model: {path: ./base}, data: {train: a.jsonl}, optim: {learning_rate: 3e-5}}")
+    (tmp_path / "above.yaml").write_text("optim: {learning_rate: 4e-5}")
+    (folder / "pipeline.yaml").write_text(f"{{output: out, stages: {{sft: {{recipe: {recipe}}}}}}}")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    config = load_pipeline(folder / "pipeline.yaml").named("sft").config
+    expected = {"own": 3e-5, "above": 4e-5, "shipped": 2e-5}
+    assert config.optim.learning_rate == expected[next(name for name in ("above", "shipped", "own") if name in recipe)]
+    assert ("shipped" in recipe) or config.model.path == str(folder / "base")
