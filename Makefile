@@ -23,7 +23,7 @@ quickstart: $(STAMP)
 	$(VENV)/bin/rlhf pipeline run launch/recipes/quickstart.yaml
 
 test: $(STAMP)
-	$(PYTEST) -m "not full"
+	$(PYTEST) -m "not full" --file-times=15
 
 test-all: $(STAMP)
 	$(PYTEST) --durations=20 --file-times=30

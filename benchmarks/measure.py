@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,8 @@ def main(argv: Sequence[str]) -> int:
 
     stage, report, *rest = (part for part in argv if not part.startswith(("--local_rank", "--local-rank")))
     chosen = STAGES[stage]
-    module = importlib.import_module(f"{chosen.module}.stage")
+    module = f"{chosen.module}.stage"
+    importlib.import_module(module)  # before anything in it is replaced
     found: dict[str, Any] = {}
     _watch_loading(found)
     _stop_at_checkpoint(found, Path(report))
@@ -79,7 +80,7 @@ def main(argv: Sequence[str]) -> int:
     settings += ["train.publish=none", "train.tensorboard=false"]
     try:
         return stage_main(
-            chosen.config_class(), _entry(module.run), settings, program="measure", description="Measure two steps."
+            chosen.config_class(), module, settings, program="measure", description="Measure two steps."
         )
     except _Measured:
         return 0
@@ -87,10 +88,6 @@ def main(argv: Sequence[str]) -> int:
 
 class _Measured(BaseException):
     """The peak is known; what follows is of no interest."""
-
-
-def _entry(run: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda config, ranks: run(config, ranks)
 
 
 def _watch_loading(found: dict[str, Any]) -> None:

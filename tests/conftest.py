@@ -119,6 +119,19 @@ def zygote() -> Iterator[Zygote]:
     found.stop()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def forked_reload_checks(zygote) -> Iterator[None]:
+    """Where a test publishes in its own process, a fork of the zygote reloads; for ranks, a fresh process does."""
+
+    def start(arguments: list[str], environment: dict[str, str]) -> ForkedProcess:
+        return zygote.start(arguments, environment, Path.cwd())
+
+    with pytest.MonkeyPatch.context() as patched:
+        if not torch.cuda.is_available():  # CUDA does not survive a fork
+            patched.setattr("rlhf.train.publishing.start_fresh", start)
+        yield
+
+
 def _start_ranks(zygote: Zygote, arguments: list[str], ranks: int, cold: bool, environment: dict) -> list[Rank]:
     common = os.environ | {
         "WORLD_SIZE": str(ranks),

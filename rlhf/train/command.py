@@ -4,24 +4,22 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from rlhf.config import parse_command_line, to_yaml
 from rlhf.core.clock import process_started
 from rlhf.core.errors import UserError
 from rlhf.core.files import naming_full_disk
+from rlhf.core.importing import import_all_of
 from rlhf.engine.options import EngineConfig, OptimizerConfig
 from rlhf.models.options import BackboneConfig
 from rlhf.train.done import Completion, config_digest, read_completion, write_completion
 from rlhf.train.options import TrainConfig
 from rlhf.train.output import print_to, this_rank
 from rlhf.train.status import recording
-
-if TYPE_CHECKING:
-    from rlhf.engine.ranks import Ranks
 
 
 class StageConfig(Protocol):
@@ -48,7 +46,7 @@ ConfigT = TypeVar("ConfigT", bound=StageConfig)
 
 def stage_main(
     config_class: type[ConfigT],
-    run: "Callable[[ConfigT, Ranks], Any]",
+    module: str,
     argv: Sequence[str] | None,
     *,
     program: str,
@@ -58,8 +56,8 @@ def stage_main(
 
     Args:
         config_class: the stage's recipe.
-        run: the stage; called on every rank. It imports what the stage is made of when it is called: torch and its
-            company take seconds, and a faulty recipe is refused, or shown, without them.
+        module: the stage, whose ``run(config, ranks)`` is called on every rank. It is not imported before: torch and
+            its company take seconds, and a faulty recipe is refused, or shown, without them.
         argv: arguments; ``None`` for those of the process.
         program: name in messages.
         description: one line of help.
@@ -76,7 +74,7 @@ def stage_main(
             return 0
         print_to(invocation.log_folder)
         with recording(invocation.config.output, program.rpartition(".")[2]):
-            _run_on_all_ranks(invocation.config, run, program)
+            _run_on_all_ranks(invocation.config, module, program)
         return 0
     except UserError as error:
         # Ranks agree before one raises, so the first one knows of every fault: it speaks for all.
@@ -85,7 +83,8 @@ def stage_main(
         return error.exit_code
 
 
-def _run_on_all_ranks(config: ConfigT, run: "Callable[[ConfigT, Ranks], Any]", program: str) -> None:
+def _run_on_all_ranks(config: StageConfig, module: str, program: str) -> None:
+    import_all_of("rlhf.engine.build")
     from rlhf.engine.build import check_precision
     from rlhf.engine.ranks import start_ranks, stop_ranks
     from rlhf.engine.stop import noting_signals
@@ -94,7 +93,7 @@ def _run_on_all_ranks(config: ConfigT, run: "Callable[[ConfigT, Ranks], Any]", p
         ranks = start_ranks(timeout_seconds=config.engine.timeout_minutes * 60)
         ranks.together(lambda: check_precision(config.engine, ranks.device))
         with noting_signals(), naming_full_disk(config.output):
-            run(config, ranks)
+            import_all_of(module).run(config, ranks)
             ranks.on_main(lambda: _mark_finished(config, program))
     finally:
         stop_ranks()

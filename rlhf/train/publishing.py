@@ -228,11 +228,8 @@ def check_in_fresh_process(module: str, folder: Path, request: dict) -> dict[str
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "request.json"
         path.write_text(json.dumps(request))
-        command = [sys.executable, "-m", module, str(folder), str(path)]
         with sheltering_children():  # who asks the run to stop signals all its processes
-            process = subprocess.Popen(
-                command, text=True, env=_plain_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
-            )
+            process = start_fresh(["-m", module, str(folder), str(path)], _plain_environment())
         said, complaint = process.communicate()
     report = said.strip().splitlines()[-1:] or [complaint[-2000:]]
     if process.returncode != 0:
@@ -241,6 +238,12 @@ def check_in_fresh_process(module: str, folder: Path, request: dict) -> dict[str
             "the checkpoints are intact"
         )
     return json.loads(report[0])
+
+
+def start_fresh(arguments: Sequence[str], environment: Mapping[str, str]) -> "subprocess.Popen[str]":
+    """Start ``python arguments``."""
+    command = [sys.executable, *arguments]
+    return subprocess.Popen(command, text=True, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def check_low_precision(live: Tensor, expected: Tensor, tolerance: float, unit: str) -> None:

@@ -63,6 +63,7 @@ def test_ranks_stages_and_packing_give_one_curve(run_ranks, runs, recipe, one_ra
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_killed_and_resumed_equals_never_stopped(run_ranks, start_ranks, runs, recipe, tmp_path):
     run_ranks(arguments(recipe, tmp_path / "straight"))
     processes = start_ranks(arguments(recipe, tmp_path / "killed"), 2)

@@ -230,6 +230,7 @@ def ranks_of(folder: Path) -> list[psutil.Process]:
 
 @pytest.mark.dist
 @pytest.mark.slow
+@pytest.mark.full
 def test_a_pipeline_over_ssh_goes_on_when_it_was_killed_and_its_ranks_were_not(
     two_hosts, tiny_recipe, run_ranks, runs, tmp_path
 ):

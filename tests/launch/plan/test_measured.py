@@ -50,7 +50,12 @@ def benchmark():
         param("reward", (SLICE, "engine.deepspeed=zero3"), 2, marks=full),
         param("reward", (SLICE, "engine.deepspeed=zero2", *CHECKPOINTING), 1, marks=full),
         param("sft", ("engine.deepspeed=zero2", "model.freeze_layers=20", "train.global_batch_size=8"), 1, marks=full),
-        ("preference", (SLICE, "engine.deepspeed=zero2", "model.lora={rank: 16}", "reference.kind=live"), 1),
+        param(
+            "preference",
+            (SLICE, "engine.deepspeed=zero2", "model.lora={rank: 16}", "reference.kind=live"),
+            1,
+            marks=full,
+        ),
     ],
 )
 def test_the_predicted_peak_is_within_15_percent_of_the_measured_one(benchmark, model, stage, settings, ranks):

@@ -28,6 +28,15 @@ def submit(cluster, jobs, profile, tiny_recipe):
     return act
 
 
+@pytest.fixture(scope="module")
+def one_node(tiny_recipe, run_ranks, runs, tmp_path_factory) -> Path:
+    """The folder of a short run of two ranks without SLURM."""
+    output = tmp_path_factory.mktemp("one_node")
+    run_ranks(["-m", "reward", *tiny_recipe, f"output={output}", "train.publish=none"])
+    assert len(runs.rows(output)) == 12
+    return output
+
+
 def assert_same_run(runs, found: Path, expected: Path) -> None:
     assert runs.rows(found) == runs.rows(expected)
     assert runs.rows(found, "eval") == runs.rows(expected, "eval")
@@ -47,21 +56,23 @@ def undisturbed(cluster, jobs, profile, tiny_recipe, tmp_path_factory) -> Path:
 
 @pytest.mark.dist
 @pytest.mark.slow
-def test_two_nodes_under_zero2_and_zero3_train_as_two_ranks_on_one(
-    cluster, jobs, submit, undisturbed, tiny_recipe, run_ranks, runs, tmp_path
-):
+def test_two_nodes_train_as_two_ranks_on_one(undisturbed, jobs, one_node, runs):
     """The learning rate is constant, so that a short run is the beginning of a long one."""
-    run_ranks(["-m", "reward", *tiny_recipe, f"output={tmp_path}/one", "train.publish=none"])
+    runs.assert_close(runs.rows(undisturbed)[:12], runs.rows(one_node), 2e-4)
+    (hostfile,) = (undisturbed / "slurm").glob("hostfile-*")
+    assert hostfile.read_text() == "node1 slots=1\nnode2 slots=1\n"
+    log = jobs.log(undisturbed, hostfile.name.partition("-")[2]).read_text()
+    assert "nnodes=2, num_local_procs=1, node_rank=0" in log and "node_rank=1" in log
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.full
+def test_two_nodes_under_zero3_train_as_two_ranks_on_one(cluster, jobs, submit, one_node, runs, tmp_path):
     number, output = submit(tmp_path / "zero3", "engine.deepspeed=zero3", "train.publish=none")
     cluster.wait(number, "COMPLETED", jobs.log(output, number))
     assert json.loads((output / "done.json").read_text())["step"] == 12
-    expected = runs.rows(tmp_path / "one")
-    assert len(expected) == 12
-    for folder in (undisturbed, output):
-        runs.assert_close(runs.rows(folder)[:12], expected, 2e-4)
-    log = jobs.log(output, number).read_text()
-    assert "nnodes=2, num_local_procs=1, node_rank=0" in log and "node_rank=1" in log
-    assert (output / "slurm" / f"hostfile-{number}").read_text() == "node1 slots=1\nnode2 slots=1\n"
+    runs.assert_close(runs.rows(output), runs.rows(one_node), 2e-4)
 
 
 @pytest.mark.dist
@@ -114,6 +125,7 @@ def test_a_job_near_its_time_limit_saves_and_goes_on_until_a_stop_file_ends_it(c
 
 @pytest.mark.dist
 @pytest.mark.slow
+@pytest.mark.full
 def test_a_job_that_loses_a_node_goes_on_from_its_checkpoint(cluster, jobs, submit, undisturbed, runs, tmp_path):
     """The first loss is noticed by the job itself, the second by SLURM."""
     patience = ("profile.probe_seconds=15", "profile.srun_options=[--wait=15]")

@@ -62,6 +62,7 @@ def test_ranks_stages_and_references_give_one_curve(run_ranks, runs, recipe, one
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_killed_while_caching_and_while_training_equals_never_stopped(run_ranks, start_ranks, runs, recipe, tmp_path):
     lora = ["model.lora={rank: 4, alpha: 8, dropout: 0.1}", "optim.learning_rate=1e-2"]
     straight = [*lora, f"reference.cache={tmp_path / 'cache_straight'}"]

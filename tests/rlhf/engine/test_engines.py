@@ -17,7 +17,7 @@ ENGINES = [
     "zero2",
     "zero3",
     "zero3_hpz",
-    pytest.param("zero2_offload", marks=pytest.mark.slow),
+    pytest.param("zero2_offload", marks=[pytest.mark.slow, pytest.mark.full]),  # compiled first
 ]
 AND_NVME = [*ENGINES, pytest.param(NVME, marks=[pytest.mark.slow, pytest.mark.full])]
 
