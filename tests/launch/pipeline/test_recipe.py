@@ -106,7 +106,7 @@ def test_a_stage_may_be_left_empty(toys):
         ({"a": {"sett": {}}}, r"stages.a.sett.*unknown key"),
         ({"a": {"recipe": "nowhere.yaml"}}, "nowhere.yaml: no such file"),
         (SAME_FOLDER, "stages.a and stages.b have the same output: x"),
-        ({"a": {"set": {"output": "x"}}, "b": {"set": {"output": "./y/../x"}}}, "b have the same output: y/../x"),
+        ({"a": {"set": {"output": "x"}}, "b": {"set": {"output": "y/../x"}}}, "b have the same output: y/../x"),
         ({"a b": {}}, "expected a name of letters"),
         ({}, "expected stages: with an entry or more"),
     ],
