@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from reward.model import RewardModel, load_reward_model
 from rlhf.core.errors import DataError, ModelError
-from rlhf.core.files import digest, write_json
+from rlhf.core.files import digest, weights_checksum, write_json
 from rlhf.core.masking import length_mask
 from rlhf.data.messages import BadRow
 from rlhf.data.options import ColumnConfig, SourceConfig
@@ -27,7 +27,6 @@ from rlhf.models.manifest import MANIFEST_NAME, read_manifest
 from rlhf.train.chat import load_chat
 
 CHUNK_ROWS = 256
-_END_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,15 +174,9 @@ def _origin(source: Source, options: ScoreOptions) -> dict[str, str]:
 
 
 def _model_digest(folder: Path) -> str:
-    """A name for a model by what is in its folder: small files whole, large ones by size and both ends."""
-    parts: list[bytes] = []
-    for path in sorted(path for path in folder.iterdir() if path.is_file()):
-        size = path.stat().st_size
-        with path.open("rb") as handle:
-            start = handle.read(_END_BYTES)
-            handle.seek(max(size - _END_BYTES, 0))
-            parts += [path.name.encode(), str(size).encode(), start, handle.read(_END_BYTES)]
-    return digest(*parts)
+    """A name for a model by what is in its folder."""
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    return digest(*(part for path in files for part in (path.name, weights_checksum(path))))
 
 
 def _origin_file(output: Path) -> Path:

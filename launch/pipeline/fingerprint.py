@@ -8,7 +8,6 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import launch
 from launch.pipeline.recipe import Pipeline, PipelineStage, flat, texts
 from launch.stages import FOLDER, Stage, models_of
 from rlhf.config import result_values, to_dict
-from rlhf.core.files import DONE, RUN_FILES, digest, file_checksum, is_in, write_json
+from rlhf.core.files import DONE, RUN_FILES, digest, is_in, weights_checksum, write_json
 
 CHANGES_SHOWN = 4
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -26,34 +25,41 @@ Parts = dict[str, dict[str, Any]]
 """settings, inputs and code, each a flat mapping."""
 
 
-@dataclass(frozen=True)
 class Inputs:
-    """Checksums of files, remembered by size and time of change, so that large ones are read once."""
+    """Checksums of files, remembered by place on the disk, size and time of change, so that each is read once."""
 
-    memory: Path
+    def __init__(self, memory: Path) -> None:
+        """``memory``: the file that keeps them from one start to the next."""
+        self._memory, self._read_now = memory, False
+
+    @functools.cached_property
+    def _known(self) -> dict[str, list]:
+        try:
+            known = json.loads(self._memory.read_text())
+            return known if isinstance(known, dict) else {}
+        except (OSError, ValueError):
+            return {}
 
     def checksum(self, path: Path) -> str:
         """A name for the content of a file, or of all files in a folder (hidden ones left out)."""
+        self._read_now = False
         if path.is_file():
-            return self._of_file(path)
-        files = files_in(path)
-        return digest(*(part for file in files for part in (str(file.relative_to(path)), self._of_file(file))))
+            found = self._of_file(path)
+        else:
+            names = {str(file.relative_to(path)): self._of_file(file) for file in files_in(path)}
+            found = digest(*(part for item in names.items() for part in item))
+        if self._read_now:
+            write_json(self._memory, self._known)
+        return found
 
     def _of_file(self, path: Path) -> str:
         stat = path.stat()
-        key, state = str(path), [stat.st_size, stat.st_mtime_ns]
-        known = self._known()
-        if key in known and known[key][:2] == state:
-            return known[key][2]
-        found = file_checksum(path)
-        write_json(self.memory, known | {key: [*state, found]})
-        return found
-
-    def _known(self) -> dict[str, list]:
-        try:
-            return json.loads(self.memory.read_text())
-        except (OSError, ValueError):
-            return {}
+        state = [stat.st_ino, stat.st_size, stat.st_mtime_ns]
+        known = self._known.get(str(path))
+        if known is None or known[:-1] != state:
+            known = self._known[str(path)] = [*state, weights_checksum(path)]
+            self._read_now = True
+        return known[-1]
 
 
 def parts_of(stage: PipelineStage, pipeline: Pipeline, inputs: Inputs, results: Mapping[str, str]) -> Parts:
@@ -66,9 +72,7 @@ def parts_of(stage: PipelineStage, pipeline: Pipeline, inputs: Inputs, results: 
     upstream = {name: results.get(name, "not finished") for name in stage.needs}
     made = [each.output for each in pipeline.stages]
     named = [*_paths(settings), *_folders(stage)]
-    outside = {
-        str(path): inputs.checksum(path) for path in named if not any(is_in(path, folder) for folder in made)
-    }
+    outside = {str(path): inputs.checksum(path) for path in named if not any(is_in(path, folder) for folder in made)}
     code = {name: code_digest(name) for name in _code(stage.stage)}
     return {"settings": settings, "inputs": upstream | outside, "code": code}
 

@@ -21,7 +21,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from rlhf.core.errors import ModelError
-from rlhf.core.files import digest, file_checksum
+from rlhf.core.files import digest, weights_checksum
 from rlhf.core.memory import free_memory
 from rlhf.models.adapters import adapter_base, with_adapter
 from rlhf.models.options import BackboneConfig, LoraOptions, cut_layers
@@ -231,7 +231,7 @@ def weights_digest(config: BackboneConfig) -> str:
     parts = [str(config.layers), *of_base]
     for file in sorted(folder.iterdir()):
         if file.name in ("config.json", "adapter_config.json") or file.suffix in (".safetensors", ".bin"):
-            parts += [file.name, file_checksum(file)]
+            parts += [file.name, weights_checksum(file)]
     return digest(*parts)
 
 

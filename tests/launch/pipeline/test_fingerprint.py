@@ -2,10 +2,12 @@ from pathlib import Path
 
 import pytest
 
+from launch.pipeline import fingerprint
 from launch.pipeline.fingerprint import Inputs, _paths, parts_of
 from launch.pipeline.recipe import Pipeline, PipelineStage
 from launch.stages import STAGES
 from rlhf.config import load_config
+from rlhf.core.files import file_checksum, write_json
 
 
 @pytest.fixture
@@ -73,3 +75,26 @@ def test_a_model_folder_is_an_input_also_by_a_bare_word(folder, stage, overrides
 def test_the_code_of_a_stage_holds_the_module_that_it_starts(folder, stage, module):
     overrides = ["model.path=model", "data.train=rows.jsonl"] if stage == "sft" else ["source=rows.jsonl"]
     assert module in parts(folder, stage, *overrides)["code"]
+
+
+def test_thousands_of_files_are_read_once_and_noted_once(tmp_path, monkeypatch):
+    folder, memory = tmp_path / "rows", tmp_path / "memory.json"
+    folder.mkdir()
+    for number in range(300):
+        (folder / f"{number}.jsonl").write_text(f"{number}\n")
+    written, read = [], []
+    monkeypatch.setattr(fingerprint, "write_json", lambda path, value: written.append(write_json(path, value)))
+    monkeypatch.setattr(fingerprint, "weights_checksum", lambda path: read.append(path) or file_checksum(path))
+    name = Inputs(memory).checksum(folder)
+    assert (len(read), len(written)) == (300, 1)
+    assert Inputs(memory).checksum(folder) == name
+    assert (len(read), len(written)) == (300, 1)
+    (folder / "7.jsonl").write_text("8\n")
+    assert Inputs(memory).checksum(folder) != name
+    assert (len(read), len(written)) == (301, 2)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"rows.jsonl": [1, 2, "old"]}'])
+def test_a_memory_that_is_broken_or_of_another_version_is_passed_over(folder, content):
+    Path("memory.json").write_text(content)
+    assert Inputs(Path("memory.json")).checksum(Path("rows.jsonl")) == file_checksum(Path("rows.jsonl"))
