@@ -22,7 +22,7 @@ LITTLE_BYTES = 2**20
 WHOLE_BYTES = 64 * 2**20
 """Up to this size a file of weights is read whole for its name."""
 PIECE_BYTES, PIECES = 64 * 2**10, 4
-"""Of each tensor of a larger one, so much is read at so many places."""
+"""How much of each tensor of a larger one is read, and at how many places."""
 
 STATUS, RECIPE, DONE, OWNER = "status.json", "recipe.yaml", "done.json", "owner.json"
 RUN_FILES = frozenset({STATUS, RECIPE, DONE, OWNER})
