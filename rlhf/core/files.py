@@ -20,7 +20,7 @@ from rlhf.core.errors import DiskFull
 
 LITTLE_BYTES = 2**20
 WHOLE_BYTES = 64 * 2**20
-"""Up to this size a file of weights is read whole for its name."""
+"""A larger file of weights is not read whole for its name."""
 PIECE_BYTES, PIECES = 64 * 2**10, 4
 """How much of each tensor of a larger one is read, and at how many places."""
 
