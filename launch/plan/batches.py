@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from launch.plan.activations import Load
-from rlhf.data.batching import MicroBatchPlan, global_batch, plan_micro_batches, steps_per_epoch
+from rlhf.core.epochs import steps_per_epoch
+from rlhf.data.batching import MicroBatchPlan, global_batch, plan_micro_batches
 from rlhf.train.options import TrainConfig
 
 SAMPLED_STEPS = 12
@@ -57,13 +58,14 @@ def batch_plan(
     """
     from rlhf.train.stage import total_steps
 
-    steps = steps_per_epoch(len(lengths), train.global_batch_size)
+    size, last = train.global_batch_size, train.last_batch
+    steps = steps_per_epoch(len(lengths), size, last)
     total = total_steps(train, len(lengths)) if known_items else train.max_steps
     planned = min(steps, total or steps)
     sampled = np.unique(np.linspace(0, planned - 1, min(planned, SAMPLED_STEPS)).astype(int))
     plans, real = [], 0.0
     for step in sampled.tolist():
-        chosen = global_batch(step, items=len(lengths), batch_size=train.global_batch_size, seed=train.seed)
+        chosen = global_batch(step, items=len(lengths), batch_size=size, seed=train.seed, last=last)
         real += float(lengths[chosen].sum())
         plans.append((lengths[chosen], _planned(lengths[chosen], train, ranks)))
     loads = [

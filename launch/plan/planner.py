@@ -23,6 +23,7 @@ from launch.plan.phases import (
 )
 from launch.plan.roles import SIZES, Role, Roles, precision_of_plan, roles_of
 from launch.plan.states import States
+from rlhf.core.epochs import steps_per_epoch
 from rlhf.engine.options import Precision
 from rlhf.train.workload import RolloutLoad, TrainingRecipe, Workload
 
@@ -177,7 +178,6 @@ class _Planner:
 
     def _rollout_batches(self, lengths: Lengths, rollout: RolloutLoad) -> BatchPlan:
         """Minibatches of rollouts that all run to the limit; epochs and steps are counted in prompts."""
-        from rlhf.data.batching import steps_per_epoch
         from rlhf.train.stage import total_steps
 
         train = self._config.train
@@ -187,7 +187,8 @@ class _Planner:
             return found
         count = len(lengths.values)
         steps = total_steps(replace(train, global_batch_size=rollout.prompts), count)
-        return replace(found, items=count, steps_per_epoch=steps_per_epoch(count, rollout.prompts), total_steps=steps)
+        an_epoch = steps_per_epoch(count, rollout.prompts, train.last_batch)
+        return replace(found, items=count, steps_per_epoch=an_epoch, total_steps=steps)
 
     # Memory
 

@@ -32,12 +32,14 @@ class Advantages(NamedTuple):
 # Rewards.
 
 
-def clip_scores(scores: Tensor, limit: float) -> Tensor:
-    """``(B,)`` scores kept within +-``limit``.
+def clip_scores(scores: Tensor, limit: float | None) -> Tensor:
+    """``(B,)`` scores kept within +-``limit``; as they are without one.
 
     Raises:
         ValueError: if ``limit`` is not positive.
     """
+    if limit is None:
+        return scores
     check_positive(limit=limit)
     return scores.clamp(-limit, limit)
 

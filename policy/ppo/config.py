@@ -11,12 +11,16 @@ from policy.options import PolicyConfig
 from policy.ppo.estimators import ESTIMATORS
 from policy.roles import policy_role, reference_role
 from rlhf.core.annotations import NoResult
+from rlhf.core.epochs import steps_per_epoch
 from rlhf.data.options import ExampleDataConfig, PromptDataConfig
 from rlhf.engine.options import EngineConfig, OptimizerConfig
 from rlhf.models.options import BackboneConfig, LoraOptions
 from rlhf.models.roles import ModelRole
 from rlhf.train.options import TrainConfig
 from rlhf.train.workload import RolloutLoad, Workload
+
+STANDARDIZED_LIMIT = 10.0
+"""Bound on scores of mean 0 and deviation 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +42,15 @@ class RewardSourceConfig:
     reward model whose tokenizer or template differ from the policy's is refused."""
     placement: str = "replicated"
     """Where the models live: replicated (whole on every rank), zero3, zero3_offload, or a DeepSpeed JSON."""
-    clip: Annotated[float, Gt(0)] | None = 10.0
-    """Bound on the score that enters the reward; null for none."""
+    clip: Annotated[float, Gt(0)] | Literal["auto"] | None = "auto"
+    """Bound on the score that enters the reward; null for none. auto: 10 deviations where scores are standardized, and
+    none for functions and raw scores, whose scale nobody knows. clipped_share of the log says how many it cuts."""
+    truncated: Literal["score", "end", "penalty", "mask"] = "end"
+    """How a response that ran into the length limit is scored, with own tokens as with retokenize. end: by what it says
+    so far, with an end token behind it, as reward models know texts. score: as it stands, cut off, which reward models
+    have not seen. penalty: not at all, its score is minus missing_end_penalty. mask: nothing is learned from it."""
     missing_end_penalty: Annotated[float, Ge(0)] = 0.0
-    """Taken off the score of a response that ran into the length limit."""
+    """Taken off the score of a response that ran into the length limit; with truncated = penalty, all of its score."""
     length_penalty: Annotated[float, Ge(0)] = 0.0
     """Taken off the score of a response of rollout.max_new_tokens; less, linearly, of one longer than
     `length_free_tokens`."""
@@ -53,10 +62,24 @@ class RewardSourceConfig:
             raise ValueError("give either path (the final/ folder of a reward run, or several) or function")
         if len(self.paths) < 2 and self.combine != "mean":
             raise ValueError(f"combine = {self.combine} needs an ensemble: several folders in path")
+        if self.truncated == "penalty" and not self.missing_end_penalty:
+            raise ValueError("truncated = penalty scores what was cut off minus missing_end_penalty: set that above 0")
+        if self.truncated == "mask" and self.missing_end_penalty:
+            raise ValueError(
+                f"truncated = mask learns nothing from responses that were cut off: missing_end_penalty = "
+                f"{self.missing_end_penalty} would count for nothing"
+            )
 
     @property
     def paths(self) -> tuple[str, ...]:
         return (self.path,) if isinstance(self.path, str) else self.path
+
+    @property
+    def score_limit(self) -> float | None:
+        """The bound of ``clip``; ``None`` for none."""
+        if self.clip != "auto":
+            return self.clip
+        return STANDARDIZED_LIMIT if self.paths and self.standardize else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,8 +173,9 @@ class KlConfig:
     """adaptive: steers the coefficient so that the KL of a response stays near `target`."""
     target: Annotated[float, Gt(0)] = 6.0
     """Nats per response."""
-    horizon: Annotated[float, Gt(0)] = 10000.0
-    """Responses over which the adaptive controller corrects an error of 1."""
+    horizon: Annotated[float, Gt(0)] | None = None
+    """Responses over which an error of 0.2 or more changes the adaptive coefficient by about a fifth. Null: a fiftieth
+    of those of the run, at least those of one step."""
 
     def __post_init__(self) -> None:
         if self.place == "loss" and self.estimator == "k1":
@@ -255,6 +279,7 @@ class PpoConfig:
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
             global_batch_size=32,
+            last_batch="merge",
             best_metric="eval/selection",
             evaluate_every=10,
             evaluate_first=True,
@@ -275,8 +300,9 @@ class PpoConfig:
                 f"train.global_batch_size = {self.train.global_batch_size} rollouts of a minibatch, but a step has "
                 f"only rollout.prompts x rollout.samples = {self.rollouts}"
             )
-        if self.kl.controller == "adaptive" and self.rollouts >= 5 * self.kl.horizon:
-            raise ValueError(f"kl.horizon = {self.kl.horizon} must be above a fifth of {self.rollouts} rollouts")
+        horizon = self.kl.horizon
+        if self.kl.controller == "adaptive" and horizon is not None and self.rollouts >= 5 * horizon:
+            raise ValueError(f"kl.horizon = {horizon} must be above a fifth of {self.rollouts} rollouts")
         if self.critic.share_trunk and (self.policy.lora is None or self.critic.lora is not None or self.critic.path):
             raise ValueError("critic.share_trunk needs policy.lora, and then has neither critic.lora nor critic.path")
         if self.critic.share_trunk and (self.policy.gradient_checkpointing or self.critic.gradient_checkpointing):
@@ -369,9 +395,10 @@ class PpoConfig:
         return self.rollout.prompts * self.rollout.samples
 
     @property
-    def minibatches(self) -> int:
-        """Optimizer steps of one pass over the rollouts."""
-        return -(-self.rollouts // self.train.global_batch_size)
+    def updates(self) -> int:
+        """Optimizer steps of a whole PPO step."""
+        train = self.train
+        return self.loss.epochs * steps_per_epoch(self.rollouts, train.global_batch_size, train.last_batch)
 
 
 def scorer_roles(name: str, section: str, config: RewardSourceConfig) -> tuple[ModelRole, ...]:

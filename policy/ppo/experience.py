@@ -18,7 +18,7 @@ from policy.ppo.estimators import ESTIMATORS
 from policy.ppo.losses import kl_estimates
 from policy.ppo.rollouts import Rollouts
 from policy.ppo.scoring import Scored
-from policy.ppo.telemetry import correlation, explained_variance, rollout_metrics, sampler_mismatch
+from policy.ppo.telemetry import correlation, explained_variance, response_kl, rollout_metrics, sampler_mismatch
 
 
 @dataclass(frozen=True)
@@ -42,17 +42,21 @@ class Experience:
     rollouts: Rollouts
     scored: Scored
     measured: Measured
+    clipped_share: float
+    """Share of the scores that were clipped."""
     rewards: Tensor
     """``(N,)`` scores after clipping and penalties."""
+    mask: Tensor
+    """``(N, W)`` bool, True on the tokens that are learned from: the rollouts' own, or some responses of them."""
     advantages: Tensor
-    """``(N, W)`` advantages; 0 behind a response."""
+    """``(N, W)`` advantages; 0 where nothing is learned."""
     returns: Tensor | None
     """``(N, W)`` targets of the critic; ``None`` without one."""
 
     def rows(self, indices: Tensor, width: int, device: torch.device) -> dict[str, Tensor]:
         """Columns ``(B, width)`` of the rollouts ``indices``, by name, with their mask."""
         columns = {
-            "mask": self.rollouts.mask,
+            "mask": self.mask,
             "old_logprobs": self.measured.logprobs,
             "reference": self.measured.reference,
             "advantages": self.advantages,
@@ -69,21 +73,37 @@ def make_experience(
     rollouts: Rollouts, scored: Scored, measured: Measured, config: PpoConfig, kl_coefficient: float
 ) -> Experience:
     """Make advantages and returns of scores and log-probabilities."""
-    mask = rollouts.mask
     rewards = shaped_scores(scored.scores, rollouts, config.reward, config.rollout.max_new_tokens)
+    limit = config.reward.score_limit
+    clipped = 0.0 if limit is None else float((scored.scores.abs() > limit).float().mean())
     kl = None
     if config.kl.place == "reward":
         kl = kl_estimates(measured.logprobs, measured.reference, config.kl.kind)
-    by_token = token_rewards(rewards, kl, mask, kl_coefficient)
-    advantages, returns = estimate(by_token, measured.values, rollouts, config.advantage)
-    return Experience(rollouts, scored, measured, rewards, advantages, returns)
+    by_token = token_rewards(rewards, kl, rollouts.mask, kl_coefficient)
+    learned = learned_responses(rollouts, config)
+    advantages, returns = estimate(by_token, measured.values, rollouts, learned, config.advantage)
+    mask = rollouts.mask & learned[:, None]
+    return Experience(rollouts, scored, measured, clipped, rewards, mask, advantages, returns)
+
+
+def learned_responses(rollouts: Rollouts, config: PpoConfig) -> Tensor:
+    """``(N,)`` bool: the responses that are learned from. Where those that were cut off are masked, neither they are,
+    nor is one that is left alone in its group with nothing to be compared with."""
+    if config.reward.truncated != "mask":
+        return torch.ones(len(rollouts), dtype=torch.bool)
+    ended = rollouts.ended
+    if ESTIMATORS[config.advantage.estimator].needs_groups:
+        counts = torch.zeros(int(rollouts.groups.max()) + 1, dtype=torch.long)
+        ended = ended & (counts.index_add(0, rollouts.groups, ended.long())[rollouts.groups] > 1)
+    return ended
 
 
 def shaped_scores(scores: Tensor, rollouts: Rollouts, config: RewardSourceConfig, max_tokens: int) -> Tensor:
     """``(N,)`` scores, clipped, minus the penalties for a missing end and for length."""
-    if config.clip is not None:
-        scores = clip_scores(scores, config.clip)
-    if config.missing_end_penalty:
+    scores = clip_scores(scores, config.score_limit)
+    if config.truncated == "penalty":
+        scores = torch.where(rollouts.ended, scores, -config.missing_end_penalty)
+    elif config.missing_end_penalty:
         scores = missing_end_penalty(scores, rollouts.ended, config.missing_end_penalty)
     if config.length_penalty:
         scores = scores + length_penalty(
@@ -96,14 +116,29 @@ def shaped_scores(scores: Tensor, rollouts: Rollouts, config: RewardSourceConfig
 
 
 def estimate(
-    rewards: Tensor, values: Tensor | None, rollouts: Rollouts, config: AdvantageConfig
+    rewards: Tensor, values: Tensor | None, rollouts: Rollouts, learned: Tensor, config: AdvantageConfig
 ) -> tuple[Tensor, Tensor | None]:
-    """``(N, W)`` advantages, whitened if the recipe says so, and returns."""
+    """``(N, W)`` advantages, whitened if the recipe says so, and returns.
+
+    They are those of the ``learned`` responses among themselves, and 0 for the others.
+    """
+    advantages = torch.zeros(rewards.shape)
+    returns = None if values is None else torch.zeros(rewards.shape)
+    if not bool(learned.any()):
+        return advantages, returns
+    mask = rollouts.mask[learned]
     found = ESTIMATORS[config.estimator](
-        rewards, values, rollouts.mask, rollouts.groups, gamma=config.gamma, lam=config.lam
+        rewards[learned],
+        None if values is None else values[learned],
+        mask,
+        rollouts.groups[learned],
+        gamma=config.gamma,
+        lam=config.lam,
     )
-    advantages = whiten(found.advantages, rollouts.mask) if config.whitened else found.advantages
-    return advantages, found.returns
+    advantages[learned] = whiten(found.advantages, mask) if config.whitened else found.advantages
+    if returns is not None and found.returns is not None:
+        returns[learned] = found.returns
+    return advantages, returns
 
 
 def not_finite(rollouts: Rollouts, scored: Scored, measured: Measured) -> dict[str, list[str]]:
@@ -123,20 +158,23 @@ def not_finite(rollouts: Rollouts, scored: Scored, measured: Measured) -> dict[s
 def experience_metrics(experience: Experience) -> dict[str, float]:
     """Metrics over the rollouts of all ranks."""
     rollouts, measured = experience.rollouts, experience.measured
-    mask, ratio = rollouts.mask, measured.logprobs - measured.reference
+    mask, learned = rollouts.mask, experience.mask
     tokens = [response.tokens for response in rollouts.responses]
     metrics = rollout_metrics(
         experience.scored.raw, experience.scored.scores, rollouts.response_lengths, rollouts.ended, tokens
     )
     metrics |= {
-        "kl": float(ratio.sum(dim=1).mean()),
-        "kl_k3": float(kl_estimates(measured.logprobs, measured.reference, "k3").mul(mask).sum(dim=1).mean()),
+        **response_kl(measured.logprobs, measured.reference),
         "entropy": float(measured.entropies[mask].mean()),
-        "advantage_deviation": float(experience.advantages[mask].std(correction=0)),
         "rewarded": float(experience.rewards.mean()),
+        "clipped_share": experience.clipped_share,
+        "masked_share": 1 - float(learned.any(dim=1).float().mean()),
     }
+    if not bool(learned.any()):
+        return metrics | sampler_mismatch(rollouts.sampler_logprobs, measured.logprobs, mask)
+    metrics["advantage_deviation"] = float(experience.advantages[learned].std(correction=0))
     if measured.values is not None and experience.returns is not None:
-        metrics["explained_variance"] = explained_variance(measured.values, experience.returns, mask)
-        metrics["value"] = float(measured.values[mask].mean())
-        metrics["value_correlation"] = correlation(measured.values[mask], experience.returns[mask])
+        metrics["explained_variance"] = explained_variance(measured.values, experience.returns, learned)
+        metrics["value"] = float(measured.values[learned].mean())
+        metrics["value_correlation"] = correlation(measured.values[learned], experience.returns[learned])
     return metrics | sampler_mismatch(rollouts.sampler_logprobs, measured.logprobs, mask)

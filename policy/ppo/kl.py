@@ -32,6 +32,16 @@ class FixedKl:
             raise ValueError("this is the state of an adaptive KL coefficient, and the coefficient is fixed")
 
 
+CORRECTIONS = 50
+"""Horizons in a run, where the recipe gives none: the coefficient can change by a factor of e in a tenth of the run. At
+500 steps this is the 0.1 of Ziegler et al.; the 10,000 responses of their code leave it where it is in short runs."""
+
+
+def horizon_of(steps: int, rollouts: int) -> float:
+    """Horizon for a run of so many steps of so many responses, in responses: no step changes more than a fifth."""
+    return rollouts * max(1.0, steps / CORRECTIONS)
+
+
 class AdaptiveKl:
     r"""A coefficient that steers the KL of a response towards a target.
 

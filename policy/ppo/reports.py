@@ -15,6 +15,7 @@ from torch import Tensor
 from policy.ppo.experience import Experience
 from policy.ppo.rollouts import Rollouts
 from policy.ppo.scoring import Scored
+from policy.ppo.telemetry import response_kl
 from rlhf.core.intervals import Estimate, mean_with_interval
 from rlhf.engine.ranks import Ranks
 from rlhf.train.metrics import drop_rows_after
@@ -38,6 +39,7 @@ class HeldOut:
     kl: float
     """KL from the reference in nats per response (k1)."""
     kl_k3: float
+    """The same by another estimate; see :func:`policy.ppo.telemetry.response_kl`."""
     tokens: float
     """Mean tokens of a response."""
     ended_share: float
@@ -61,7 +63,7 @@ class HeldOut:
 
 
 def held_out(
-    rollouts: Rollouts, scored: Scored, second: Scored | None, log_ratios: Tensor, *, kl_budget: float
+    rollouts: Rollouts, scored: Scored, second: Scored | None, logprobs: Tensor, reference: Tensor, *, kl_budget: float
 ) -> HeldOut:
     """Sum up responses to held-out prompts.
 
@@ -69,11 +71,12 @@ def held_out(
         rollouts: one response to each prompt.
         scored: their rewards.
         second: those of the second scorer, if there is one.
-        log_ratios: ``(N,)`` of policy against reference, of whole responses.
+        logprobs: ``(N, W)`` of the policy; 0 behind a response.
+        reference: the same of the reference.
         kl_budget: nats per response.
     """
-    ratios = log_ratios.double().numpy()
-    kl = float(ratios.mean())
+    kls = response_kl(logprobs, reference)
+    kl = kls["kl"]
     score = _estimate(scored.scores)
     selection = score.value if kl <= kl_budget else OVER_BUDGET - kl
     return HeldOut(
@@ -81,7 +84,7 @@ def held_out(
         score=score,
         second=None if second is None else _estimate(second.raw),
         kl=kl,
-        kl_k3=float((np.expm1(-ratios) + ratios).mean()),
+        kl_k3=kls["kl_k3"],
         tokens=float(rollouts.response_lengths.float().mean()),
         ended_share=float(rollouts.ended.float().mean()),
         prompts=len(rollouts),

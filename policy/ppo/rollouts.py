@@ -4,7 +4,7 @@ Per-token columns are aligned with the response: ``(N, W)``, place j is the resp
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -85,20 +85,37 @@ class Rollouts:
         return values
 
 
-class Reencoded:
-    """Rollouts as text, shown and tokenized as ``chat`` does it; each ends with an end token. An ItemSource.
+def closed(rollouts: Rollouts, chat: ChatFormat, *, cut: bool) -> Rollouts:
+    """Rollouts with the end token of ``chat`` behind each response that has none, as reward models know texts.
 
-    Where the template drops or rewrites part of a response (thoughts, white space), the response is put behind the
-    prompt as it is.
+    Responses that a stop string ended have none, nor have those that ran into the limit: with ``cut`` these stay as
+    they are.
+    """
+    end = np.array([chat.tokenizer.convert_tokens_to_ids(chat.ending.token)])
+
+    def close(response: Response) -> Response:
+        if response.tokens[-1] in chat.end_token_ids or (cut and not response.ended):
+            return response
+        logprobs = np.append(response.logprobs, np.float32(0))
+        return Response(np.concatenate([response.tokens, end]), logprobs, response.ended)
+
+    return replace(rollouts, responses=[close(response) for response in rollouts.responses])
+
+
+class Reencoded:
+    """Rollouts as text, shown and tokenized as ``chat`` does it. An ItemSource.
+
+    Each ends with an end token; with ``cut``, not those that ran into the limit. Where the template drops or rewrites
+    part of a response (thoughts, white space), the response is put behind the prompt as it is.
 
     Raises:
         ModelError: if the template cannot show one of the prompts.
     """
 
-    def __init__(self, rollouts: Rollouts, chat: ChatFormat) -> None:
-        pairs = zip(rollouts.prompts, rollouts.texts, strict=True)
+    def __init__(self, rollouts: Rollouts, chat: ChatFormat, *, cut: bool) -> None:
+        rows = zip(rollouts.prompts, rollouts.texts, rollouts.responses, strict=True)
         try:
-            rendered = [_shown(chat, prompt, text) for prompt, text in pairs]
+            rendered = [_shown(chat, prompt, text, cut=cut and not response.ended) for prompt, text, response in rows]
         except TemplateFault as error:
             raise ModelError(f"the chat template ({chat.origin}) cannot show a prompt: {error}") from error
         self._rows = [Row(tokens, np.arange(len(tokens)) >= start) for tokens, start in chat.tokenize(rendered)]
@@ -113,13 +130,14 @@ class Reencoded:
         return Item(self._names[index], (self._rows[index],))
 
 
-def _shown(chat: ChatFormat, prompt: Prompt, text: str) -> tuple[str, str]:
-    """What stands before a response, and the whole text."""
+def _shown(chat: ChatFormat, prompt: Prompt, text: str, *, cut: bool) -> tuple[str, str]:
+    """What stands before a response, and the whole text; with ``cut``, without what ends a response."""
     try:
-        return chat.render(prompt.messages, [{"role": "assistant", "content": text}])
+        before, whole = chat.render(prompt.messages, [{"role": "assistant", "content": text}])
     except TemplateFault:
         before = chat.render_prompt(prompt.messages)
-        return before, before + text + chat.ending.token
+        whole = before + text + chat.ending.token
+    return before, whole.removesuffix(chat.ending.token).rstrip() if cut and text else whole
 
 
 def roll_out(

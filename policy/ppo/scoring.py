@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from policy.ppo.config import RewardSourceConfig
-from policy.ppo.rollouts import Reencoded, Rollouts, ask
+from policy.ppo.rollouts import Reencoded, Rollouts, ask, closed
 from reward.function import RewardFunction, load_reward
 from reward.model import Scores, load_reward_model
 from rlhf.core.errors import DataError, ModelError, UserError
@@ -116,7 +116,8 @@ class ModelScorer:
         manifest = ranks.together(lambda: read_manifest(folder))
         self._maker, self._standardize = parts.maker, config.standardize
         self._statistics = manifest.rewards if config.standardize else None
-        self._chat: ChatFormat | None = None
+        self._retokenize, self._chat = config.retokenize, parts.chat
+        self._cut = config.truncated == "score"
         ranks.together(lambda: self._check(folder, manifest))
         if config.retokenize:
             self._chat = ranks.together(lambda: load_chat(role.backbone.path))
@@ -130,7 +131,8 @@ class ModelScorer:
         self.identity = ranks.on_main(lambda: weights_digest(role.backbone))
 
     def score(self, rollouts: Rollouts) -> Scored:
-        rows = rollouts if self._chat is None else Reencoded(rollouts, self._chat)
+        shown = Reencoded if self._retokenize else closed
+        rows = shown(rollouts, self._chat, cut=self._cut)
         raw = ask(self._model, self._maker, rows, _rewards, 1).squeeze(1)
         if self._statistics is None:
             return Scored(raw, raw)

@@ -58,7 +58,7 @@ def run(config: PpoConfig, ranks: Ranks) -> HeldOut | None:
     builder = _Builder(config, ranks, chat, steps)
     roles, identity = builder.roles(), builder.identity(data)
     replay = Replay(config.output / "replay", ranks, digest(json.dumps(identity, sort_keys=True)))
-    task = PpoTask(config, roles, data, chat, replay, builder.pretraining())
+    task = PpoTask(config, roles, data, chat, replay, steps, builder.pretraining())
     engines = roles.engines
 
     def loop(run: Run) -> LoopState:
@@ -106,7 +106,7 @@ class _Builder:
         self._dtype = DTYPES[precision_of(config.engine)]
         self._vocabulary = required_embedding_rows(chat.tokenizer)
         self._maker = BatchMaker(ranks, config.train)
-        self._updates = steps * config.loss.epochs * config.minibatches
+        self._updates = steps * config.updates
         self._scorer_identity: dict[str, str | None] = {}
 
     def roles(self) -> Roles:

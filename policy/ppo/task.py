@@ -16,7 +16,7 @@ from policy.model import PolicyOutput
 from policy.ppo.config import PpoConfig
 from policy.ppo.ema import MovingAverage
 from policy.ppo.experience import Measured, experience_metrics, make_experience, not_finite
-from policy.ppo.kl import AdaptiveKl, FixedKl
+from policy.ppo.kl import AdaptiveKl, FixedKl, horizon_of
 from policy.ppo.reference import ReferenceModel
 from policy.ppo.replay import Replay
 from policy.ppo.reports import HeldOut, RolloutLog, held_out
@@ -85,14 +85,16 @@ class PpoTask:
         data: PromptData,
         chat: ChatFormat,
         replay: Replay,
+        steps: int,
         pretraining: ItemSource | None = None,
     ) -> None:
+        """``steps`` of the run."""
         self._config, self._roles, self._data, self._chat, self._replay = config, roles, data, chat, replay
         self._policy, self._critic = roles.engines.policy, roles.engines.critic
         self._ranks = self._policy.ranks
         self._maker = BatchMaker(self._ranks, config.train)
         self._updater = Updater(self._policy, self._critic, config, pretraining)
-        self._kl = _kl_controller(config)
+        self._kl = _kl_controller(config, steps)
         self._ema = MovingAverage(self._policy, config.ema) if config.ema else None
         self._watch = Watch(config.watch, self._ranks)
         self._skips = SkipLog(config.output, self._ranks)
@@ -127,6 +129,7 @@ class PpoTask:
             measured = self._measure(rollouts)
         faults = not_finite(rollouts, scored, measured)
         if faults:
+            self._updater.count(step)
             return self._skip(step, rollouts, scored, faults)
         # 6. KL and rewards per token; 7. advantages and returns.
         coefficient = self._kl.coefficient
@@ -135,6 +138,7 @@ class PpoTask:
         progress.phase(f"step {step + 1}: updates")
         with clock("update"):
             report = self._updater.run(step, experience, coefficient)
+            self._updater.count(step)
         if self._ema is not None:
             self._ema.update()
         # 9. Adapt the KL coefficient; 10. log, and look for trouble.
@@ -151,7 +155,11 @@ class PpoTask:
     def _prompts(self, step: int) -> list[Prompt]:
         train = self._data.train
         places = global_batch(
-            step, items=len(train), batch_size=self._config.rollout.prompts, seed=self._config.train.seed
+            step,
+            items=len(train),
+            batch_size=self._config.rollout.prompts,
+            seed=self._config.train.seed,
+            last=self._config.train.last_batch,
         )
         return [train.prompt(int(place)) for place in places]
 
@@ -214,19 +222,16 @@ class PpoTask:
         second = None if self._roles.second is None else self._roles.second.score(rollouts)
         for each in (scored, second):
             _check_held_out(rollouts, each)
-        self.evaluation = held_out(
-            rollouts, scored, second, self._log_ratios(rollouts), kl_budget=self._config.watch.kl_budget
-        )
-        return self.evaluation.metrics()
-
-    def _log_ratios(self, rollouts: Rollouts) -> torch.Tensor:
-        """``(N,)`` of whole responses, at the temperature of training."""
         options = {"temperature": self._config.rollout.temperature}
         width = rollouts.mask.shape[1]
-        policy = ask(
+        logprobs = ask(
             self._policy, self._maker, rollouts, lambda out, batch: by_response(out.logprobs, batch), width, **options
         )
-        return (policy - self._roles.reference.logprobs(self._maker, rollouts, **options)).sum(dim=1)
+        reference = self._roles.reference.logprobs(self._maker, rollouts, **options)
+        self.evaluation = held_out(
+            rollouts, scored, second, logprobs, reference, kl_budget=self._config.watch.kl_budget
+        )
+        return self.evaluation.metrics()
 
     def sample(self, count: int) -> Rollouts:
         """A few responses, for publishing; every rank must call it."""
@@ -272,10 +277,11 @@ class _Clock:
         return {f"time/{phase}_seconds": seconds for phase, seconds in self._seconds.items()}
 
 
-def _kl_controller(config: PpoConfig) -> FixedKl | AdaptiveKl:
-    if config.kl.controller == "fixed":
-        return FixedKl(config.kl.coefficient)
-    return AdaptiveKl(config.kl.coefficient, config.kl.target, config.kl.horizon)
+def _kl_controller(config: PpoConfig, steps: int) -> FixedKl | AdaptiveKl:
+    kl = config.kl
+    if kl.controller == "fixed":
+        return FixedKl(kl.coefficient)
+    return AdaptiveKl(kl.coefficient, kl.target, kl.horizon or horizon_of(steps, config.rollouts))
 
 
 def _check_held_out(rollouts: Rollouts, scored: Scored | None) -> None:

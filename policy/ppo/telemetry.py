@@ -5,7 +5,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from policy.ppo.losses import kl_estimates
+
 NGRAM = 4
+
+
+def response_kl(logprobs: Tensor, reference: Tensor) -> dict[str, float]:
+    """Two estimates of a response's KL from the reference, in nats: each that of its tokens, added up.
+
+    Args:
+        logprobs: ``(N, W)`` of the policy that wrote the responses; 0 behind them.
+        reference: the same of the reference.
+    Returns:
+        ``kl`` (k1) and ``kl_k3``, means over the responses; see :func:`policy.ppo.losses.kl_estimates`.
+    """
+    kinds = {"kl": "k1", "kl_k3": "k3"}
+    # k3 of the sum of a response's log-ratios has the same mean, and a variance that grows exponentially with it.
+    return {
+        name: float(kl_estimates(logprobs, reference, kind).double().sum(dim=1).mean()) for name, kind in kinds.items()
+    }
 
 
 def rollout_metrics(raw: Tensor, scores: Tensor, lengths: Tensor, ended: Tensor, tokens: Sequence) -> dict[str, float]:

@@ -19,7 +19,8 @@ from policy.ppo.losses import (
     token_ratios,
 )
 from policy.ppo.rollouts import by_response
-from rlhf.data.batching import Batch, ItemSource, steps_per_epoch
+from rlhf.core.epochs import steps_per_epoch
+from rlhf.data.batching import Batch, ItemSource
 from rlhf.engine.api import Engine, StepInfo
 from rlhf.train.batches import BatchMaker
 
@@ -44,7 +45,7 @@ class UpdateReport:
     def metrics(self) -> dict[str, float]:
         """Means over tokens and minibatches."""
         sums = self.sums
-        found = {"epochs_stopped_early": float(self.stopped_early), "minibatches": sums["minibatches"]}
+        found = {"epochs_stopped_early": float(self.stopped_early), "minibatches": sums.get("minibatches", 0.0)}
         if sums.get("policy_tokens"):
             tokens = sums["policy_tokens"]
             found |= {
@@ -80,9 +81,14 @@ class Updater:
         config, report = self._config, UpdateReport()
         warming_up = self._critic is not None and step < config.critic.warmup_steps
         # Of the rollouts at hand: the last step of an epoch may have fewer.
-        count = config.loss.epochs * steps_per_epoch(len(experience.rollouts), config.train.global_batch_size)
+        train = config.train
+        count = config.loss.epochs * steps_per_epoch(
+            len(experience.rollouts), train.global_batch_size, train.last_batch
+        )
         for number in range(step * count, (step + 1) * count):
             batches = self._maker.step(experience.rollouts, number)
+            if not self._counts(experience)["tokens"]:  # all of it is masked
+                continue
             report.add({"minibatches": 1.0})
             gap = None
             if not warming_up:
@@ -94,6 +100,12 @@ class Updater:
                 report.stopped_early = True
                 break
         return report
+
+    def count(self, step: int) -> None:
+        """Have the learning rates stand where they belong after ``step``, whether or not all of its updates were made:
+        schedules end with the run, also of a policy that rested while the critic warmed up. Every rank must call it."""
+        for engine in filter(None, (self._policy, self._critic)):
+            engine.move_schedule((step + 1) * self._config.updates)
 
     # The policy
 
@@ -181,10 +193,9 @@ class Updater:
     # Both
 
     def _counts(self, experience: Experience) -> dict[str, int]:
-        """Tokens and sequences of the minibatch over all ranks."""
-        indices = torch.from_numpy(self._maker.indices)
-        tokens = int(experience.rollouts.response_lengths[indices].sum())
-        return {"tokens": tokens, "sequences": len(indices)}
+        """Tokens and sequences of the minibatch that are learned from, over all ranks."""
+        mask = experience.mask[torch.from_numpy(self._maker.indices)]
+        return {"tokens": int(mask.sum()), "sequences": int(mask.any(dim=1).sum())}
 
     def _close(
         self, name: str, engine: Engine, batches: list[Batch], experience: Experience, report: UpdateReport

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlhf.core.epochs import LastBatch, steps_per_epoch
 from rlhf.core.masking import length_mask
 
 PADDING_SLACK = 1.04
@@ -121,20 +122,17 @@ class Batch:
         return replace(self, buckets=tuple(bucket.to(device) for bucket in self.buckets), **moved)
 
 
-def global_batch(step: int, *, items: int, batch_size: int, seed: int) -> np.ndarray:
+def global_batch(step: int, *, items: int, batch_size: int, seed: int, last: LastBatch = "keep") -> np.ndarray:
     """Dataset indices of the global batch of ``step`` (counted from 0 over all epochs).
 
-    Every epoch is a new seeded order of all items; its last batch may be smaller. The position in
+    Every epoch is a new seeded order of all items; ``last`` says what its last batch is. The position in
     the data is the step number alone, so resuming needs no other state.
     """
-    steps = steps_per_epoch(items, batch_size)
+    steps = steps_per_epoch(items, batch_size, last)
     epoch, place = divmod(step, steps)
     order = np.random.default_rng((seed, epoch)).permutation(items)
-    return order[place * batch_size : (place + 1) * batch_size]
-
-
-def steps_per_epoch(items: int, batch_size: int) -> int:
-    return -(-items // batch_size)
+    takes_the_rest = place + 1 == steps and last != "drop"
+    return order[place * batch_size : None if takes_the_rest else (place + 1) * batch_size]
 
 
 def plan_micro_batches(

@@ -47,6 +47,9 @@ class Engine(Protocol):
     def step(self) -> StepInfo:
         """Clip, update and move the schedule; or drop the step on all ranks if it is not finite."""
 
+    def move_schedule(self, steps: int) -> None:
+        """Have the learning rate stand where it is after ``steps`` steps, some of which were not taken."""
+
     def save(self, folder: Path) -> None:
         """Write weights, optimizer and schedule into ``folder``. Every rank must call it."""
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.engine.api import StepInfo
-from rlhf.engine.optimizers import build_optimizer, build_schedule
+from rlhf.engine.optimizers import build_optimizer, build_schedule, move_schedule
 from rlhf.engine.options import OptimizerConfig
 from rlhf.engine.ranks import Ranks
 
@@ -51,6 +51,9 @@ class LocalEngine:
             self._schedule.step()
         self._optimizer.zero_grad()
         return StepInfo(applied, norm, rate)
+
+    def move_schedule(self, steps: int) -> None:
+        move_schedule(self._schedule, steps)
 
     def save(self, folder: Path) -> None:
         if self.ranks.is_main:

@@ -1,5 +1,6 @@
 """AdamW, its parameter groups and its learning-rate schedule."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -45,3 +46,12 @@ def build_schedule(optimizer: Optimizer, config: OptimizerConfig, total_steps: i
     name = "constant_with_warmup" if config.schedule == "constant" else config.schedule
     warmup = round(config.warmup_share * total_steps)
     return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps)
+
+
+def move_schedule(schedule: LRScheduler, steps: int) -> None:
+    """Move ``schedule`` on to where it is after ``steps`` steps; never back."""
+    with warnings.catch_warnings():
+        # torch takes a schedule that moves before the first step of the optimizer for a mistake.
+        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
+        while schedule.last_epoch < steps:
+            schedule.step()

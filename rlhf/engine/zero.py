@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from rlhf.core.errors import CheckpointError
 from rlhf.engine.api import StepInfo
 from rlhf.engine.deepspeed_ops import optimizer_is_on_nvme, require_ops
-from rlhf.engine.optimizers import build_optimizer, build_schedule
+from rlhf.engine.optimizers import build_optimizer, build_schedule, move_schedule
 from rlhf.engine.options import OptimizerConfig
 from rlhf.engine.ranks import Ranks
 from rlhf.engine.universal import load_on_other_ranks, ranks_written_on, remove_converted
@@ -106,6 +106,9 @@ class ZeroEngine:
             return StepInfo(False, norm, rate)
         self._engine.step()
         return StepInfo(True, norm, rate)
+
+    def move_schedule(self, steps: int) -> None:
+        move_schedule(self._schedule, steps)
 
     def save(self, folder: Path) -> None:
         self._engine.save_checkpoint(

@@ -34,7 +34,9 @@ class BatchMaker:
     def step(self, data: ItemSource, step: int) -> list[Batch]:
         """The micro-batches of training ``step``."""
         config = self._config
-        indices = global_batch(step, items=len(data), batch_size=config.global_batch_size, seed=config.seed)
+        indices = global_batch(
+            step, items=len(data), batch_size=config.global_batch_size, seed=config.seed, last=config.last_batch
+        )
         self.items, self.indices, self.tokens, self.padded_tokens = len(indices), indices, 0.0, 0.0
         return list(self._batches(data, indices, count=True))
 

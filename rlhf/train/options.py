@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt
 
 from rlhf.core.annotations import Formerly, NoResult
+from rlhf.core.epochs import LastBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,8 +14,11 @@ class TrainConfig:
     """Length of the run, batches, evaluation, checkpoints and logs."""
 
     global_batch_size: Annotated[int, Gt(0)] = 64
-    """Pairs (conversations in SFT, rollouts in PPO) per optimizer step, over all ranks; the last batch of an epoch may
-    be smaller."""
+    """Pairs (conversations in SFT, rollouts in PPO) per optimizer step, over all ranks; of the last batch of an epoch,
+    see last_batch."""
+    last_batch: LastBatch = "keep"
+    """What is left at the end of an epoch, be it one row, which would take a whole optimizer step. keep: a batch like
+    any other. merge: joined to the batch before, if it is less than half of one. drop: left out of this epoch."""
     micro_batch_tokens: Annotated[int, Gt(0)] = 8192
     """Padded tokens that one rank computes at once. Lower it when memory runs out: results do not change."""
     length_buckets: Annotated[int, Gt(0), Formerly("row_groups")] = 4

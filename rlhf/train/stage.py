@@ -11,9 +11,10 @@ import numpy as np
 from torch import nn
 
 from rlhf.config import to_yaml
+from rlhf.core.epochs import steps_per_epoch
 from rlhf.core.errors import ConfigError
 from rlhf.core.files import write_json
-from rlhf.data.batching import ItemSource, steps_per_epoch
+from rlhf.data.batching import ItemSource
 from rlhf.data.options import TemplateChoice
 from rlhf.data.report import DataReport
 from rlhf.data.templates import ChatFormat
@@ -148,7 +149,7 @@ def load_data(
 
 def total_steps(train: TrainConfig, items: int) -> int:
     """Optimizer steps of the run."""
-    steps = math.ceil(train.epochs * steps_per_epoch(items, train.global_batch_size))
+    steps = math.ceil(train.epochs * steps_per_epoch(items, train.global_batch_size, train.last_batch))
     return steps if train.max_steps is None else min(steps, train.max_steps)
 
 
@@ -159,6 +160,7 @@ def run_identity(config: StageConfig, data: Dataset, steps: int) -> dict[str, An
         "model": asdict(config.model),
         "optim": asdict(config.optim),
         "train.global_batch_size": config.train.global_batch_size,
+        "train.last_batch": config.train.last_batch,
         "train.seed": config.train.seed,
         "total steps": steps,
         "engine.deepspeed": config.engine.deepspeed if config.engine.kind == "deepspeed" else "local",

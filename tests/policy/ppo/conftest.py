@@ -176,11 +176,12 @@ class Workshop:
 def make_task(tiny_config):
     """``make_task(noise=0.0, scorer=..., second=None, conversations=None, change=None, **sections)`` gives a Workshop.
 
-    ``noise`` moves the policy away from its reference, ``change`` is called with the policy before anything is asked.
+    ``noise`` moves the policy away from its reference, ``change`` is called with the policy before anything is asked,
+    ``total_steps`` are those of the schedules.
     """
 
     def make(
-        *, noise: float = 0.0, scorer=None, second=None, conversations=None, change=None, **sections
+        *, noise: float = 0.0, scorer=None, second=None, conversations=None, change=None, total_steps=1000, **sections
     ) -> Workshop:
         config = replace(tiny_config, **sections)
         config.output.mkdir(parents=True, exist_ok=True)
@@ -195,7 +196,7 @@ def make_task(tiny_config):
         move(model, noise)
         if change is not None:
             change(model)
-        policy = LocalEngine(model, ranks=ALONE, optimizer=config.optim, total_steps=1000)
+        policy = LocalEngine(model, ranks=ALONE, optimizer=config.optim, total_steps=total_steps)
         critic = None
         role = role_named(config.models, "critic")
         if role is not None:
@@ -206,7 +207,7 @@ def make_task(tiny_config):
                 vocabulary=vocabulary,
                 seed=0,
             )
-            critic = LocalEngine(module, ranks=ALONE, optimizer=config.critic.optim, total_steps=1000)
+            critic = LocalEngine(module, ranks=ALONE, optimizer=config.critic.optim, total_steps=total_steps)
         if config.policy.lora is not None:
             reference = ReferenceModel(policy, adapters_off=True)
         else:
@@ -219,7 +220,7 @@ def make_task(tiny_config):
             second=second,
         )
         replay = Replay(config.output / "replay", ALONE, "a test")
-        task = PpoTask(config, roles, data, chat, replay, conversations)
+        task = PpoTask(config, roles, data, chat, replay, 1000, conversations)
         return Workshop(config, task, policy, critic, roles, data, chat)
 
     return make

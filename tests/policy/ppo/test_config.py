@@ -45,6 +45,8 @@ def parse(*overrides, reward=REWARD):
         ),
         (["watch.second.combine=min", "watch.second.function=m:f"], r"combine = min needs an ensemble"),
         (["watch.second.retokenize=true"], r"give either path"),
+        (["reward.truncated=penalty"], r"minus missing_end_penalty: set that above 0"),
+        (["reward.truncated=mask", "reward.missing_end_penalty=1"], r"penalty = 1\.0 would count for nothing"),
         (["loss.clip_low=0"], r"greater than 0"),
         (["loss.dual_clip=1"], r"greater than 1"),
         (["advantage.gamma=1.1"], r"less than or equal to 1"),
@@ -108,6 +110,22 @@ def test_one_folder_is_an_ensemble_of_one():
     assert parse().reward.paths == ("runs/reward/final",)
 
 
-@pytest.mark.parametrize(("size", "minibatches"), [(64, 1), (32, 2), (25, 3), (1, 64)])
+@pytest.mark.parametrize(("size", "minibatches"), [(64, 1), (32, 2), (25, 3), (63, 1), (1, 64)])
 def test_minibatches_cover_the_rollouts(size, minibatches):
-    assert parse(f"train.global_batch_size={size}").minibatches == minibatches
+    assert parse(f"train.global_batch_size={size}").updates == 2 * minibatches
+
+
+@pytest.mark.parametrize(
+    ("given", "limit"),
+    [
+        (["reward.path=r"], 10.0),
+        (["reward.path=[r, s]"], 10.0),
+        (["reward.path=r", "reward.standardize=false"], None),
+        (["reward.function=m:f"], None),
+        (["reward.function=m:f", "reward.clip=3"], 3.0),
+        (["reward.path=r", "reward.clip=null"], None),
+    ],
+    ids=str,
+)
+def test_only_standardized_scores_are_clipped_unless_asked_for(given, limit):
+    assert parse(*given, reward=None).reward.score_limit == limit

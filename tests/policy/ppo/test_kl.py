@@ -1,6 +1,6 @@
 import pytest
 
-from policy.ppo.kl import AdaptiveKl, FixedKl
+from policy.ppo.kl import AdaptiveKl, FixedKl, horizon_of
 
 
 def test_a_fixed_coefficient_stays():
@@ -18,6 +18,16 @@ def test_an_adaptive_coefficient_follows_the_error_up_to_a_bound(measured, facto
     kl = AdaptiveKl(0.2, target=6.0, horizon=10_000)
     kl.update(measured, 1000)
     assert kl.coefficient == pytest.approx(0.2 * factor)
+
+
+@pytest.mark.parametrize(("steps", "rollouts", "factor"), [(7, 48, 1.2**7), (100, 64, 1.1**100), (500, 8, 1.02**500)])
+def test_within_a_run_of_any_length_the_coefficient_can_change_by_much(steps, rollouts, factor):
+    """With the 10,000 responses of a fixed horizon, 7 steps of 48 would change it by less than one percent."""
+    kl = AdaptiveKl(0.1, target=6.0, horizon=horizon_of(steps, rollouts))
+    for _ in range(steps):
+        kl.update(60.0, rollouts)
+    assert kl.coefficient == pytest.approx(0.1 * factor)
+    assert rollouts < 5 * horizon_of(1, rollouts), "one step may not turn it negative"
 
 
 def test_a_response_to_the_coefficient_is_steered_to_the_target():

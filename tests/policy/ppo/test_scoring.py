@@ -51,9 +51,10 @@ def scorer_for(tiny_config, alone):
     return build
 
 
-def token_rows(rollouts):
+def token_rows(rollouts, end):
+    """Prompts with their responses, and ``end`` behind those that have no end token."""
     return [
-        np.concatenate([prompt.tokens, response.tokens])
+        np.concatenate([prompt.tokens, response.tokens, [] if response.tokens[-1] == end else [end]]).astype(np.int64)
         for prompt, response in zip(rollouts.prompts, rollouts.responses, strict=True)
     ]
 
@@ -63,8 +64,9 @@ def token_rows(rollouts):
 
 def test_a_reward_model_says_what_rlhf_score_says_of_the_same_tokens(scorer_for, reward_folder, rollouts):
     scored = scorer_for(path=str(reward_folder)).score(rollouts)
-    model, _ = load_scorer(reward_folder)
-    expected = torch.tensor(score_tokens(model, token_rows(rollouts), batch_tokens=500))
+    model, chat = load_scorer(reward_folder)
+    rows = token_rows(rollouts, chat.tokenizer.eos_token_id)
+    expected = torch.tensor(score_tokens(model, rows, batch_tokens=500))
     torch.testing.assert_close(scored.raw, expected, rtol=1e-4, atol=1e-5)
     assert float(expected.std()) > 0.01
     statistics = read_manifest(reward_folder).rewards
@@ -140,22 +142,45 @@ def test_retokenized_texts_are_scored_as_rlhf_score_would(scorer_for, foreign_re
     assert float(expected.std()) > 0.01
 
 
-def test_retokenizing_for_a_reward_model_of_the_same_family_changes_nothing(
-    scorer_for, reward_folder, rollouts, tiny_config
-):
-    """This holds for responses that end with an end token and survive decoding and encoding."""
+@pytest.fixture
+def clean(rollouts, tiny_config):
+    """Responses that survive decoding and encoding: with an end token, with a stop string in its place, cut off."""
     chat = load_chat(tiny_config.policy.path, tiny_config.data.template)
     texts = ["the sun is good", "a bad day", "happy"] * 5 + ["rain"]
     responses = []
-    for prompt, text in zip(rollouts.prompts, texts, strict=True):
+    for place, (prompt, text) in enumerate(zip(rollouts.prompts, texts, strict=True)):
         tokens, _ = chat.encode(prompt.messages, [{"role": "assistant", "content": text}])
-        written = tokens[len(prompt.tokens) :].astype(np.int64)
         assert np.array_equal(tokens[: len(prompt.tokens)], prompt.tokens)
-        responses.append(Response(written, np.zeros(len(written), np.float32), ended=True))
-    clean = Rollouts(rollouts.prompts, responses, texts, rollouts.groups)
-    direct = scorer_for(path=str(reward_folder)).score(clean).raw
-    again = scorer_for(path=str(reward_folder), retokenize=True).score(clean).raw
+        assert tokens[-1] in chat.end_token_ids
+        written = tokens[len(prompt.tokens) : None if place % 4 < 2 else -1].astype(np.int64)
+        responses.append(Response(written, np.zeros(len(written), np.float32), ended=place % 4 < 3))
+    return Rollouts(rollouts.prompts, responses, texts, rollouts.groups)
+
+
+@pytest.mark.parametrize("truncated", ["end", "score", "mask"])
+def test_own_tokens_and_retokenized_texts_are_scored_by_one_rule(scorer_for, reward_folder, clean, truncated):
+    direct, again = (
+        scorer_for(path=str(reward_folder), retokenize=retokenize, truncated=truncated).score(clean).raw
+        for retokenize in (False, True)
+    )
     torch.testing.assert_close(again, direct, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("retokenize", [False, True])
+def test_only_what_was_cut_off_is_scored_by_its_rule(scorer_for, reward_folder, clean, retokenize):
+    """As rlhf score would score the text with an end token, and the text that goes on."""
+    scored = {
+        rule: scorer_for(path=str(reward_folder), truncated=rule, retokenize=retokenize).score(clean).raw
+        for rule in ("end", "score")
+    }
+    model, chat = load_scorer(reward_folder)
+    rows = token_rows(clean, chat.tokenizer.eos_token_id)
+    ended = torch.tensor(score_tokens(model, rows, batch_tokens=500))
+    cut = torch.tensor(score_tokens(model, [row[:-1] for row in rows], batch_tokens=500))
+    assert float((ended - cut).abs().min()) > 1e-3
+    assert not bool(clean.ended.all())
+    torch.testing.assert_close(scored["end"], ended, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(scored["score"], torch.where(clean.ended, ended, cut), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("stage", ["preference", "sft", "ppo"])

@@ -136,6 +136,114 @@ def experience_of(shop, step=0):
     return make_experience(rollouts, scored, measured, shop.config, shop.config.kl.coefficient)
 
 
+# How scores become rewards.
+
+
+def test_a_rule_of_0_to_100_is_not_clipped_unless_asked_for(make_task, text_scorer):
+    judge = text_scorer(lambda text: 100 * sum(letter in "aeiou" for letter in text) / max(len(text), 1))
+    shop = make_task(scorer=judge)
+    experience = experience_of(shop)
+    assert torch.equal(experience.rewards, experience.scored.scores)
+    share = float((experience.scored.scores > 10).float().mean())
+    assert share > 0.2 and shop.step().metrics["clipped_share"] == 0
+    clipped = make_task(scorer=judge, reward=RewardSourceConfig(function="rules:length", clip=10.0))
+    assert float(experience_of(clipped).rewards.max()) == 10
+    assert clipped.step().metrics["clipped_share"] == pytest.approx(share)
+
+
+def cut_off_at_random(shop, monkeypatch):
+    """Rollouts of which some ran into the limit: in one group all, in one all but one."""
+    rollouts = shop.rollouts()
+    assert rollouts.groups.tolist() == [place for place in range(8) for _ in range(2)]
+    cut = {0, 1, 3, 8}
+    responses = [replace(each, ended=place not in cut) for place, each in enumerate(rollouts.responses)]
+    rollouts = replace(rollouts, responses=responses)
+    monkeypatch.setattr(shop.task, "_roll_out", lambda *_: rollouts)
+    return rollouts
+
+
+class Judge:
+    """Scores that depend on the text, moved where a response was cut off."""
+
+    identity = "a rule of the test"
+
+    def __init__(self, moved: float) -> None:
+        self._moved = moved
+
+    def score(self, rollouts):
+        values = torch.tensor([float(len(text)) for text in rollouts.texts])
+        values = torch.where(rollouts.ended, values, values + self._moved)
+        return Scored(values, values)
+
+
+@pytest.mark.parametrize("estimator", ["gae", "rloo", "grpo", "reinforce_pp", "reinforce_pp_baseline"])
+@pytest.mark.parametrize(
+    ("rule", "differs"),
+    [({"truncated": "mask"}, False), ({"truncated": "penalty", "missing_end_penalty": 0.5}, False), ({}, True)],
+    ids=["mask", "penalty", "end"],
+)
+def test_what_a_cut_off_response_is_worth_counts_for_nothing_where_it_should(
+    make_task, monkeypatch, estimator, rule, differs
+):
+    found = []
+    for moved in (0.0, 5.0):
+        reward = RewardSourceConfig(function="rules:length", **rule)
+        shop = make_task(scorer=Judge(moved), reward=reward, advantage=AdvantageConfig(estimator=estimator))
+        cut_off_at_random(shop, monkeypatch)
+        shop.step()
+        found.append(shop.weights() | ({} if shop.critic is None else shop.critic_weights()))
+    assert any(not torch.equal(value, found[1][name]) for name, value in found[0].items()) == differs
+
+
+@pytest.mark.parametrize("estimator", ["gae", "grpo"])
+def test_masked_responses_have_no_part_in_the_loss_nor_in_its_mean(make_task, monkeypatch, estimator):
+    """The advantages are those of the others alone; of a group with one response left, that one is masked too."""
+    reward = RewardSourceConfig(function="rules:length", truncated="mask")
+    shop = make_task(scorer=Judge(0.0), reward=reward, advantage=AdvantageConfig(estimator=estimator))
+    rollouts = cut_off_at_random(shop, monkeypatch)
+    experience = experience_of(shop)
+    masked = {0, 1, 3, 8} | ({2, 9} if estimator == "grpo" else set())
+    learned = torch.tensor([place not in masked for place in range(16)])
+    assert torch.equal(experience.mask, rollouts.mask & learned[:, None])
+    assert not experience.advantages[~learned].any()
+    if estimator == "gae":
+        tokens = experience.advantages[experience.mask]
+        assert float(tokens.mean()) == pytest.approx(0, abs=1e-5) and float(tokens.std()) == pytest.approx(1, abs=1e-4)
+    metrics = shop.step().metrics
+    assert metrics["masked_share"] == pytest.approx(len(masked) / 16)
+
+
+def test_a_penalty_is_all_of_the_score_of_what_was_cut_off(make_task, monkeypatch):
+    reward = RewardSourceConfig(function="rules:length", truncated="penalty", missing_end_penalty=0.5)
+    shop = make_task(scorer=Judge(0.0), reward=reward)
+    rollouts = cut_off_at_random(shop, monkeypatch)
+    experience = experience_of(shop)
+    assert torch.equal(experience.rewards, torch.where(rollouts.ended, experience.scored.scores, -0.5))
+
+
+def test_a_step_of_masked_responses_alone_changes_nothing_and_says_so(make_task, tiny_config):
+    rollout = replace(tiny_config.rollout, stop=(), max_new_tokens=3)
+    reward = RewardSourceConfig(function="rules:length", truncated="mask")
+    shop = make_task(rollout=rollout, reward=reward)
+    rollouts = shop.rollouts()
+    assert not rollouts.ended.any(), "a response ended: nothing was tested"
+    before, critic = shop.weights(), shop.critic_weights()
+    outcome = shop.step()
+    assert outcome.applied and outcome.metrics["masked_share"] == 1 and outcome.metrics["minibatches"] == 0
+    assert all(torch.equal(value, before[name]) for name, value in shop.weights().items())
+    assert all(torch.equal(value, critic[name]) for name, value in shop.critic_weights().items())
+
+
+def test_kl_k3_is_one_quantity_in_training_and_on_held_out_prompts(make_task, tiny_config):
+    shop = make_task(noise=0.05, data=replace(tiny_config.data, eval_share=0.4))
+    rollouts = shop.task._roll_out([shop.data.evals.prompt(i) for i in range(len(shop.data.evals))], 1, ("held-out",))
+    measured = shop.task._measure(rollouts)
+    ratios = (measured.logprobs - measured.reference)[rollouts.mask]
+    by_hand = float((torch.exp(-ratios) - 1 + ratios).sum()) / len(rollouts)
+    shop.task.evaluate()
+    assert shop.task.evaluation.kl_k3 == pytest.approx(by_hand, rel=1e-4) and by_hand > 0.01
+
+
 # What is updated.
 
 LOSSES = {
@@ -293,6 +401,38 @@ def test_while_the_critic_warms_up_the_policy_rests(make_task, tiny_config):
     assert any(not torch.equal(value, policy[name]) for name, value in shop.weights().items())
 
 
+@pytest.mark.parametrize("warmup_steps", [0, 1, 3])
+def test_schedules_end_with_the_run_whatever_was_skipped(make_task, tiny_config, text_scorer, warmup_steps):
+    """Four steps of two epochs of two minibatches: policy updates skipped at first, all of one step in the end."""
+    falling = OptimizerConfig(learning_rate=1e-2, schedule="linear", warmup_share=0.0)
+    last = math.inf
+
+    def judge(text):
+        return len(text) if math.isinf(last) else last
+
+    shop = make_task(
+        scorer=text_scorer(judge),
+        optim=falling,
+        critic=replace(tiny_config.critic, optim=falling, warmup_steps=warmup_steps),
+        loss=SurrogateConfig(epochs=2, stop_epoch_kl=1e-9),
+        total_steps=4 * 4,
+    )
+    rates = {"policy": [], "critic": []}
+    for number in range(3):
+        metrics = shop.step(number).metrics
+        for name, seen in rates.items():
+            seen.append(metrics.get(f"{name}/learning_rate"))
+    # A step ends after its second update where the policy is trained, after its fourth where it rests.
+    expected = [1e-2 * (1 - (4 * number + (3 if number < warmup_steps else 1)) / 16) for number in range(3)]
+    assert rates["critic"] == pytest.approx(expected)
+    assert rates["policy"][:warmup_steps] == [None] * warmup_steps
+    assert rates["policy"][warmup_steps:] == pytest.approx(expected[warmup_steps:])
+    last = math.nan
+    assert not shop.step(3).applied
+    for engine in (shop.policy, shop.critic):
+        assert engine._schedule.get_last_lr()[0] == pytest.approx(0, abs=1e-9)
+
+
 def test_the_critic_learns_to_expect_a_constant_score(make_task, tiny_config, text_scorer):
     from_nothing = make_task(scorer=text_scorer(lambda text: 2.0), kl=KlConfig(coefficient=0.0))
     losses = [from_nothing.step(number).metrics for number in range(8)]
@@ -313,6 +453,21 @@ def test_epochs_end_once_the_policy_is_far_from_where_it_was(make_task, tiny_con
     assert never["epochs_stopped_early"] == far["epochs_stopped_early"] == 0
     assert at_once["minibatches"] == 2, "the first minibatch starts at a distance of 0, the second does not"
     assert at_once["epochs_stopped_early"] == 1
+
+
+@pytest.mark.parametrize(("last", "sizes"), [("keep", [15, 1]), ("merge", [16]), ("drop", [15])])
+def test_a_minibatch_of_one_rollout_is_no_update_of_its_own(make_task, tiny_config, last, sizes):
+    shop = make_task(train=train_of(tiny_config, global_batch_size=15, last_batch=last))
+    seen, step = [], shop.task._updater._maker.step
+
+    def watched(data, number):
+        batches = step(data, number)
+        seen.append(shop.task._updater._maker.items)
+        return batches
+
+    shop.task._updater._maker.step = watched
+    assert shop.step().metrics["minibatches"] == len(sizes)
+    assert seen == sizes and shop.config.updates == len(sizes)
 
 
 @pytest.mark.parametrize("prompts", [24, 64], ids=["last step of an epoch", "more asked for than there are"])

@@ -1,8 +1,10 @@
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlhf.core.epochs import steps_per_epoch
 from rlhf.data.batching import (
     Item,
     MicroBatchPlan,
@@ -11,7 +13,6 @@ from rlhf.data.batching import (
     collate,
     global_batch,
     plan_micro_batches,
-    steps_per_epoch,
 )
 
 
@@ -102,6 +103,36 @@ def test_an_epoch_is_every_pair_once_with_a_smaller_last_batch():
     batches = [global_batch(step, items=10, batch_size=4, seed=3) for step in range(steps)]
     assert [len(batch) for batch in batches] == [4, 4, 2]
     assert sorted(np.concatenate(batches).tolist()) == list(range(10))
+
+
+@pytest.mark.parametrize(
+    ("items", "last", "sizes"),
+    [
+        (9, "keep", [4, 4, 1]),
+        (9, "merge", [4, 5]),
+        (9, "drop", [4, 4]),
+        (10, "merge", [4, 4, 2]),
+        (11, "drop", [4, 4]),
+        (8, "merge", [4, 4]),
+        (8, "drop", [4, 4]),
+        (1, "merge", [1]),
+        (3, "drop", [3]),
+        (5, "merge", [5]),
+    ],
+)
+def test_what_is_left_of_an_epoch_is_a_batch_of_its_own_joined_to_another_or_left_out(items, last, sizes):
+    steps = steps_per_epoch(items, 4, last)
+    for epoch in range(2):
+        batches = [
+            global_batch(epoch * steps + place, items=items, batch_size=4, seed=3, last=last) for place in range(steps)
+        ]
+        assert [len(batch) for batch in batches] == sizes
+        assert len(set(np.concatenate(batches).tolist())) == sum(sizes)
+
+
+def test_what_one_epoch_leaves_out_another_has():
+    seen = np.concatenate([global_batch(step, items=9, batch_size=4, seed=3, last="drop") for step in range(8)])
+    assert set(seen.tolist()) == set(range(9))
 
 
 def test_epochs_and_seeds_have_orders_of_their_own():
