@@ -124,6 +124,9 @@ def load_config(
 ) -> ConfigT:
     """Merge defaults, ``recipes``, ``settings`` and ``overrides`` (later ones win) and validate them.
 
+    A config class may have a static method ``defaults_given(values) -> {dotted key: value}``: further defaults, which
+    depend on the values of a recipe that was merged, and were not validated yet.
+
     Args:
         config_class: the dataclass of the recipe.
         recipes: YAML files.
@@ -137,7 +140,14 @@ def load_config(
     files = ", ".join(str(recipe) for recipe in recipes)
     parts = [files, "settings" if settings else "", "command line" if overrides else ""]
     origin = " + ".join(filter(None, parts)) or "no recipe"
-    tree = _merge(config_class, recipes, settings or {}, overrides, program, origin)
+    defaults = OmegaConf.create(escaped(default_values(config_class)))
+    tree = _merge(defaults, recipes, settings or {}, overrides, program, origin)
+    defaults_given = getattr(config_class, "defaults_given", None)
+    if defaults_given is not None:
+        for _ in range(2):  # such a default may depend on another one
+            for key, value in defaults_given(OmegaConf.to_container(tree)).items():
+                OmegaConf.update(defaults, key, escaped(value))
+            tree = _merge(defaults, recipes, settings or {}, overrides, program, origin)
     try:
         merged = OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as error:
@@ -164,7 +174,7 @@ def to_yaml(config: Any) -> str:
 
 
 def _merge(
-    config_class: type,
+    defaults: DictConfig,
     recipes: Sequence[Path],
     settings: Mapping[str, Any],
     overrides: Sequence[str],
@@ -172,7 +182,7 @@ def _merge(
     origin: str,
 ) -> DictConfig:
     """Defaults, recipes and overrides in one tree; what cannot even be read is reported here, all at once."""
-    tree = OmegaConf.create(escaped(default_values(config_class)))
+    tree = OmegaConf.create(defaults)
     faults: list[str] = []
     for recipe in recipes:
         try:

@@ -1,14 +1,16 @@
 """The recipe of a PPO run."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le
 
 from policy.generation.options import SamplingConfig
 from policy.options import PolicyConfig
 from policy.ppo.estimators import ESTIMATORS
+from policy.ppo.presets import preset_values
 from policy.roles import policy_role, reference_role
 from rlhf.core.annotations import NoResult
 from rlhf.core.epochs import steps_per_epoch
@@ -260,6 +262,9 @@ class PpoConfig:
 
     output: Annotated[Path, NoResult()]
     """Run folder: config, logs, rollouts, checkpoints, and final/ when done."""
+    preset: Literal["grpo", "dr_grpo", "rloo", "reinforce_pp"] | None = None
+    """Settings of a method as its paper has them, in the place of defaults; what the recipe sets itself wins, and the
+    log says where that differs from the paper. Null: PPO, or what the recipe makes of it."""
     policy: PolicyConfig
     reward: RewardSourceConfig
     data: PromptDataConfig
@@ -318,6 +323,11 @@ class PpoConfig:
                 f"reward.length_free_tokens = {self.reward.length_free_tokens} must be below rollout.max_new_tokens = "
                 f"{rollout.max_new_tokens}"
             )
+
+    @staticmethod
+    def defaults_given(values: Mapping[str, Any]) -> dict[str, Any]:
+        """Defaults that depend on what a recipe says; see :func:`rlhf.config.load_config`."""
+        return preset_values(values)
 
     @property
     def model(self) -> PolicyConfig:

@@ -9,6 +9,7 @@ from policy.generation.training import TrainingSampler
 from policy.model import PolicyModel, build_policy, policy_of
 from policy.ppo.config import PpoConfig
 from policy.ppo.critic import ValueModel, build_critic, critic_start
+from policy.ppo.presets import PRESETS, differences
 from policy.ppo.reference import ReferenceModel
 from policy.ppo.replay import Replay
 from policy.ppo.reports import HeldOut, print_held_out
@@ -46,6 +47,8 @@ def run(config: PpoConfig, ranks: Ranks) -> HeldOut | None:
     Returns:
         The held-out evaluation of the weights that were taken; ``None`` without held-out prompts.
     """
+    for line in preset_lines(config):
+        say(ranks, line)
     chat = open_chat(config, config.data.template_choice, ranks, config.rollout.stop_token_ids)
     data = load_data(
         lambda folder: load_prompts(config.data, chat, run_folder=folder),
@@ -75,6 +78,17 @@ def run(config: PpoConfig, ranks: Ranks) -> HeldOut | None:
     if config.train.publish != "none":
         _publish(config, engines, chat, task, data)
     return task.evaluation
+
+
+def preset_lines(config: PpoConfig) -> list[str]:
+    """What the log says of the preset: where the recipe differs from the paper, or that it does not."""
+    if config.preset is None:
+        return []
+    found = list(differences(config.preset, config))
+    told = f"preset {config.preset} ({PRESETS[config.preset].source})"
+    if not found:
+        return [f"{told}: the paper's settings in all that makes the method"]
+    return [f"{told}: this run differs from it in", *(f"  {line}" for line in found)]
 
 
 def _readers(config: PpoConfig) -> list[ModelRole]:

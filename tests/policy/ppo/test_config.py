@@ -1,9 +1,13 @@
 """Settings that cannot work are refused with the reason, before anything is loaded."""
 
+import typing
+
 import pytest
 
 from policy.ppo.config import PpoConfig
 from policy.ppo.estimators import ESTIMATORS
+from policy.ppo.presets import PRESETS
+from policy.ppo.stage import preset_lines
 from rlhf.config import load_config, parse_command_line, to_yaml
 from rlhf.core.errors import ConfigError
 
@@ -104,6 +108,75 @@ def test_a_recipe_survives_writing_and_reading(tmp_path):
     assert config.reward.paths == ("a", "b") and config.watch.second.function == "m:f"
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert load_config(PpoConfig, [tmp_path / "config.yaml"], [], program="policy.ppo") == config
+
+
+FOR_GRPO = {"kl.coefficient": 0.04, "kl.place": "loss", "kl.kind": "k3", "loss.normalize": "sequence"}
+METHODS = {
+    "grpo": FOR_GRPO | {"advantage.estimator": "grpo", "rollout.samples": 64, "updates": 1, "minibatch": 64 * 64},
+    "dr_grpo": {
+        "advantage.estimator": "grpo_unscaled", "kl.coefficient": 0, "loss.normalize": "constant",
+        "rollout.samples": 8, "updates": 8, "minibatch": 64,
+    },
+    "rloo": {
+        "advantage.estimator": "rloo", "kl.coefficient": 0.03, "kl.place": "reward", "kl.kind": "k1",
+        "rollout.samples": 4, "updates": 1, "minibatch": 256,
+    },
+    "reinforce_pp": {
+        "advantage.estimator": "reinforce_pp", "advantage.whitened": True, "kl.coefficient": 0.01, "kl.kind": "k1",
+        "kl.place": "reward", "loss.normalize": "token", "rollout.samples": 1, "updates": 2, "minibatch": 32,
+    },
+}  # fmt: skip
+
+
+def looked_up(config, key):
+    for part in {"minibatch": "train.global_batch_size"}.get(key, key).split("."):
+        config = getattr(config, part)
+    return config
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_preset_is_the_method_of_its_paper(name, tmp_path):
+    config = parse(f"preset={name}")
+    assert {key: looked_up(config, key) for key in METHODS[name]} == METHODS[name]
+    assert config.loss.epochs == 1 and config.advantage.whitened == (name == "reinforce_pp")
+    (line,) = preset_lines(config)
+    assert line.endswith("the paper's settings in all that makes the method") and PRESETS[name].source in line
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load_config(PpoConfig, [tmp_path / "config.yaml"], [], program="policy.ppo") == config
+
+
+def test_every_preset_is_tried():
+    assert METHODS.keys() == PRESETS.keys()
+    kinds = typing.get_args(typing.get_args(PpoConfig.__annotations__["preset"])[0])
+    assert set(kinds) == set(PRESETS)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_a_recipe_sets_wins_and_the_log_says_where_that_is_another_method(name, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(f"preset: {name}\nkl: {{coefficient: 0.3}}\nrollout: {{prompts: 16}}\n")
+    given = [*BASE, REWARD, "loss.epochs=3", "rollout.samples=2"]
+    config = load_config(PpoConfig, [tmp_path / "recipe.yaml"], given, program="policy.ppo")
+    assert (config.kl.coefficient, config.loss.epochs, config.rollouts) == (0.3, 3, 32)
+    assert config.train.global_batch_size == 32 // PRESETS[name].updates, "the minibatch follows the rollouts"
+    assert config.advantage.estimator == METHODS[name]["advantage.estimator"]
+    head, *lines = preset_lines(config)
+    assert name in head and head.endswith("this run differs from it in")
+    assert f"  kl.coefficient = 0.3 ({name}: {float(METHODS[name]['kl.coefficient'])})" in lines
+    assert f"  loss.epochs = 3 ({name}: 1)" in lines
+    assert f"  rollout.samples = 2 ({name}: {METHODS[name]['rollout.samples']})" in lines
+    assert len(lines) == 3
+
+
+@pytest.mark.parametrize("change", ["loss.clip_high=0.28", "loss.entropy=0.01", "reward.length_penalty=1"])
+def test_any_setting_of_the_method_that_differs_is_told(change):
+    _, line = preset_lines(parse("preset=grpo", change))
+    assert line.strip().startswith(change.replace("=", " = "))
+
+
+def test_without_a_preset_nothing_is_said_and_an_unknown_one_is_refused():
+    assert preset_lines(parse()) == []
+    with pytest.raises(ConfigError, match='preset = "gprpo"'):
+        parse("preset=gprpo")
 
 
 def test_one_folder_is_an_ensemble_of_one():

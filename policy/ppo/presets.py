@@ -1,0 +1,127 @@
+"""Methods by name: settings as their papers have them, below what a recipe says. Known without torch.
+
+What makes a method is here: estimator, KL, loss, updates, samples to a prompt. How large a run is (prompts, tokens,
+learning rates) is not.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Settings = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A row of :data:`PRESETS`."""
+
+    source: str
+    settings: Settings
+    """Values by dotted key."""
+    updates: int
+    """Optimizer steps of one pass over the rollouts of a step: what train.global_batch_size comes from."""
+
+    def values(self, prompts: int, samples: int) -> dict[str, Any]:
+        """All settings of the method, for so many prompts with so many responses each."""
+        return {**self.settings, "train.global_batch_size": max(1, prompts * samples // self.updates)}
+
+
+PLAIN_LOSS = {
+    "loss.epochs": 1,
+    "loss.ratio": "token",
+    "loss.clip_low": 0.2,
+    "loss.clip_high": None,
+    "loss.dual_clip": None,
+    "loss.entropy": 0.0,
+    "loss.stop_epoch_kl": None,
+}
+PLAIN_SAMPLING = {"rollout.temperature": 1.0, "rollout.top_p": 1.0, "rollout.top_k": 0}
+PLAIN_REWARD = {"reward.length_penalty": 0.0, "reward.missing_end_penalty": 0.0}
+PLAIN = {**PLAIN_LOSS, **PLAIN_SAMPLING, **PLAIN_REWARD, "kl.controller": "fixed"}
+
+PRESETS: Mapping[str, Preset] = {
+    "grpo": Preset(
+        source="Shao et al., arXiv:2402.03300, sec. 4.1 and 4.2, outcome supervision",
+        settings={
+            **PLAIN,
+            "advantage.estimator": "grpo",
+            "advantage.whiten": False,
+            "rollout.samples": 64,
+            "kl.place": "loss",
+            "kl.estimator": "k3",
+            "kl.coefficient": 0.04,
+            "loss.normalize": "sequence",
+        },
+        updates=1,
+    ),
+    "dr_grpo": Preset(
+        source="Liu et al., arXiv:2503.20783, with the numbers of their code",
+        settings={
+            **PLAIN,
+            "advantage.estimator": "grpo_unscaled",
+            "advantage.whiten": False,
+            "rollout.samples": 8,
+            "kl.place": "reward",
+            "kl.estimator": None,
+            "kl.coefficient": 0.0,
+            "loss.normalize": "constant",
+        },
+        updates=8,
+    ),
+    "rloo": Preset(
+        source="Ahmadian et al., arXiv:2402.14740; a constant factor in the loss, which Adam does not see, is ours",
+        settings={
+            **PLAIN,
+            "advantage.estimator": "rloo",
+            "advantage.whiten": False,
+            "rollout.samples": 4,
+            "kl.place": "reward",
+            "kl.estimator": "k1",
+            "kl.coefficient": 0.03,
+            "loss.normalize": "constant",
+        },
+        updates=1,
+    ),
+    "reinforce_pp": Preset(
+        source="Hu et al., arXiv:2501.03262, one response to a prompt",
+        settings={
+            **PLAIN,
+            "advantage.estimator": "reinforce_pp",
+            "advantage.gamma": 1.0,
+            "advantage.whiten": True,
+            "rollout.samples": 1,
+            "kl.place": "reward",
+            "kl.estimator": "k1",
+            "kl.coefficient": 0.01,
+            "loss.normalize": "token",
+        },
+        updates=2,
+    ),
+}
+"""RLOO takes one update, so its ratios are 1 and no clip is ever met. GRPO's paper states no clip: 0.2 is PPO's."""
+
+
+def preset_values(values: Settings) -> dict[str, Any]:
+    """The settings of the preset that a recipe names, by dotted key; none where it names none that is there.
+
+    Args:
+        values: of the recipe, as nested mappings, not validated yet.
+    """
+    name, rollout = values.get("preset"), values.get("rollout")
+    preset = PRESETS.get(name) if isinstance(name, str) else None
+    if preset is None:
+        return {}
+    prompts, samples = (rollout.get(key) if isinstance(rollout, Mapping) else None for key in ("prompts", "samples"))
+    if not isinstance(prompts, int) or not isinstance(samples, int):  # it will be refused
+        return dict(preset.settings)
+    return preset.values(prompts, samples)
+
+
+def differences(name: str, config: Any) -> Iterator[str]:
+    """Where ``config`` is not the method of the preset, in words."""
+    expected = PRESETS[name].values(config.rollout.prompts, config.rollout.samples)
+    for key, value in expected.items():
+        section, _, setting = key.partition(".")
+        found = getattr(getattr(config, section), setting)
+        if found != value:
+            yield f"{key} = {'null' if found is None else found} ({name}: {'null' if value is None else value})"
