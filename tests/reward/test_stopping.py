@@ -134,15 +134,21 @@ def assert_same_runs(runs, found: Path, expected: Path) -> None:
 
 
 @pytest.mark.slow
-def test_signals_stop_all_ranks_under_any_launcher(run_ranks, stop_ranks, stop_launched, runs, recipe):
+def test_signals_stop_all_ranks_with_and_without_a_launcher(run_ranks, stop_ranks, stop_launched, runs, recipe):
     straight, folder = recipe.parent / "straight", recipe.parent / "stopped"
     run_ranks(arguments(recipe, straight))
     stop_ranks(folder, lambda ranks: ranks[1].send_signal(signal.SIGTERM), "SIGTERM")
-    # The launcher passes SIGTERM on, to one rank after another, and then has an exit code of its own.
-    assert stop_launched(folder, lambda family: family[0].terminate(), "SIGTERM") == 1
     assert stop_launched(folder, lambda family: family[-1].send_signal(signal.SIGUSR1), "SIGUSR1") == STOPPED_EXIT_CODE
     run_ranks(arguments(recipe, folder))
     assert_same_runs(runs, folder, straight)
+
+
+@pytest.mark.slow
+@pytest.mark.full
+def test_a_launcher_that_is_told_to_end_lets_its_ranks_save(stop_launched, recipe):
+    """It passes SIGTERM on, to one rank after another, and then has an exit code of its own."""
+    (folder := recipe.parent / "told").mkdir()
+    assert stop_launched(folder, lambda family: family[0].terminate(), "SIGTERM") == 1
 
 
 # One rank of plain torch in this process.

@@ -147,6 +147,7 @@ def test_a_pipeline_killed_in_every_stage_publishes_the_same_models(finished, re
     assert published(folder) == published(finished[0])
 
 
+@pytest.mark.full
 def test_a_signal_stops_the_whole_tree_and_the_next_run_goes_on(recipe, processes_of, tmp_path):
     folder = tmp_path / "stopped"
     settings = [str(recipe), "--ranks", "2", f"output={folder}", "sft.train.max_steps=2000", "sft.train.epochs=2000"]

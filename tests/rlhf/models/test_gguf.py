@@ -228,6 +228,14 @@ def test_the_message_of_transformers_names_an_unsupported_architecture(tmp_path)
         import_gguf(path, tmp_path / "model")
 
 
+def test_a_file_is_parsed_once(source, tmp_path, monkeypatch):
+    """Transformers would do it for the configuration, the tokenizer and the weights: seconds for a real vocabulary."""
+    parse, parsed = gguf.GGUFReader.__init__, []
+    monkeypatch.setattr(gguf.GGUFReader, "__init__", lambda self, path: parsed.append(path) or parse(self, path))
+    import_gguf(source, tmp_path / "model")
+    assert len(parsed) == 1
+
+
 def test_a_folder_that_reloads_to_other_logits_is_not_published(source, tmp_path, monkeypatch):
     from transformers import LlamaForCausalLM
 
