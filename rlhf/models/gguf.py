@@ -168,7 +168,7 @@ def _reading_once() -> Iterator[None]:
     model how tensors of its architecture are named. Both are half of the time that an import takes."""
     import gguf
 
-    kept = {name: functools.cache(getattr(gguf, name)) for name in ("GGUFReader", "get_tensor_name_map")}
+    kept: Any = {name: functools.cache(getattr(gguf, name)) for name in ("GGUFReader", "get_tensor_name_map")}
     with mock.patch.multiple(gguf, **kept):
         yield
 
