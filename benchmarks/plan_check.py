@@ -90,24 +90,14 @@ def _caches(case: Case) -> bool:
 
 def predicted(case: Case, settings: list[str]) -> Any:
     """The plan of a case on CPUs."""
-    from launch.plan.cluster import Cluster, host_bytes
+    from launch.plan.cluster import cluster_of
     from launch.plan.planner import Request, plan_stage
     from launch.stages import STAGES
     from rlhf.config import load_config
 
     quick = [*settings, "train.max_steps=2", "train.publish=none", "output=runs/unused"]
     config = load_config(STAGES[case.stage].config_class(), [], quick, program="plan_check")
-    memory = host_bytes()
-    cluster = Cluster(
-        nodes=1,
-        devices_per_node=case.ranks,
-        name="cpu",
-        device_memory=memory,
-        host_memory=memory,
-        flops=None,
-        utilization=1.0,
-        on_cpu=True,
-    )
+    cluster = cluster_of(device="cpu", devices_per_node=case.ranks)
     return plan_stage(case.stage, config, cluster, Request())
 
 

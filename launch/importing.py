@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from rlhf.core.annotations import NoResult
+from rlhf.models import gguf
 from rlhf.models.gguf import EMBEDDED
 from rlhf.models.options import BackboneConfig
 from rlhf.models.roles import ModelRole
@@ -29,29 +30,28 @@ class ImportConfig:
     @property
     def models(self) -> tuple[ModelRole, ...]:
         """What it leaves behind; a plan knows the shape of the embedded model by its name."""
-        path = EMBEDDED_SHAPE if self.source == EMBEDDED else self.source
-        backbone = BackboneConfig(path=path)
-        return (
-            ModelRole(
-                name="model",
-                section="",
-                setting="source",
-                backbone=backbone,
-                kind="language model",
-                published=True,
-            ),
+        backbone = BackboneConfig(path=EMBEDDED_SHAPE if self.source == EMBEDDED else self.source)
+        own = ModelRole(
+            name="model", section="", setting="source", backbone=backbone, kind="language model", published=True
         )
+        return (own,)
 
 
-def run(config: ImportConfig) -> None:
-    from rlhf.models.gguf import embedded_model, import_gguf
+def import_model(config: ImportConfig) -> None:
+    """Import, unless it was done before.
 
-    source = embedded_model() if config.source == EMBEDDED else Path(config.source)
-    import_gguf(source, config.output, dtype=config.dtype)
+    Raises:
+        ModelError: as :func:`rlhf.models.gguf.import_gguf`.
+    """
+    source = gguf.embedded_model() if config.source == EMBEDDED else Path(config.source)
+    if gguf.import_gguf(source, config.output, dtype=config.dtype):
+        print(f"{source.name} -> {config.output}")
+    else:
+        print(f"{config.output} already holds this import of {source.name}: nothing to do")
 
 
 def main(argv: list[str] | None = None) -> int:
-    return single_main(ImportConfig, run, argv, program="import", description=DESCRIPTION)
+    return single_main(ImportConfig, import_model, argv, program="import", description=DESCRIPTION)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,14 @@
-"""Types of command-line arguments that several commands take."""
+"""How the commands of ``rlhf`` are declared: their parsers, and arguments that several of them take."""
 
 import argparse
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias
 
+from launch.stages import training
+from rlhf.core.paths import home_path, recipe_path
 
-def positive_int(text: str) -> int:
-    """A whole number above 0; anything else is the parser's error."""
-    value = int(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"{value}: expected a number above 0")
-    return value
+Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+SEVERAL = "a recipe of the stage; may be given again, later ones win"
 
 
 class SettingsParser(argparse.ArgumentParser):
@@ -20,3 +18,89 @@ class SettingsParser(argparse.ArgumentParser):
         options, rest = super().parse_known_args(args, namespace)
         options.overrides = [*options.overrides, *(part for part in rest if not part.startswith("-"))]
         return options, [part for part in rest if part.startswith("-")]
+
+
+def command(
+    subparsers: Subparsers, name: str, run: Callable[[argparse.Namespace], int], *, help: str, description: str = ""
+) -> argparse.ArgumentParser:
+    """A command that calls ``run``; its description is shown with the line breaks that it has."""
+    parser = subparsers.add_parser(
+        name,
+        help=help,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def group(subparsers: Subparsers, name: str, *, help: str, of: str = "action") -> Subparsers:
+    """A command that is made of commands, which take settings; the chosen one is the option ``of``."""
+    parser = subparsers.add_parser(name, help=help)
+    return parser.add_subparsers(title=f"{of}s", dest=of, required=True, parser_class=SettingsParser)
+
+
+def add_recipes(parser: argparse.ArgumentParser, help: str = SEVERAL, *, required: bool = True) -> None:
+    own: dict[str, Any] = {"required": True} if required else {"default": []}
+    parser.add_argument("--config", metavar="RECIPE", type=recipe_path, action="append", help=help, **own)
+
+
+def add_settings(
+    parser: argparse.ArgumentParser, help: str = "settings; they win over recipes", metavar: str = "key=value"
+) -> None:
+    parser.add_argument("overrides", nargs="*", metavar=metavar, help=help)
+
+
+def add_stage(parser: argparse.ArgumentParser) -> None:
+    which = "the stage of the recipe (default: the one that takes it)"
+    parser.add_argument("--stage", choices=[*training()], help=which)
+
+
+def add_model_config(parser: argparse.ArgumentParser) -> None:
+    shape = "a config.json or a known name, for models that are not on disk"
+    parser.add_argument("--model-config", metavar="SHAPE", help=shape)
+
+
+def add_machine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ranks", type=positive_int, help="processes here (default: all GPUs, or 2 on a CPU)")
+    parser.add_argument("--hostfile", type=home_path, help="machines to use over ssh, one 'HOST slots=N' a line")
+
+
+def add_columns(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
+    """``--NAME-column`` for each; :func:`given_columns` reads them."""
+    for name in names:
+        meaning = f"as data.columns.{name} in a recipe"
+        parser.add_argument(f"--{name.replace('_', '-')}-column", metavar="NAME", help=meaning)
+
+
+def given_columns(options: argparse.Namespace, names: Iterable[str]) -> dict[str, str]:
+    columns = {name: getattr(options, f"{name}_column") for name in names}
+    return {name: column for name, column in columns.items() if column is not None}
+
+
+def chosen(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """What the options called ``names`` were given."""
+    return {name: getattr(options, name) for name in names}
+
+
+def positive_int(text: str) -> int:
+    """A whole number above 0; anything else is the parser's error."""
+    return above_zero(int(text))
+
+
+def positive(text: str) -> float:
+    return above_zero(float(text))
+
+
+def above_zero(value: Any) -> Any:
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{value}: expected a number above 0")
+    return value
+
+
+def share(text: str) -> float:
+    value = positive(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a share, above 0 and up to 1")
+    return value

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.commands.arguments import SettingsParser, positive_int
+from launch.commands.arguments import Subparsers, add_columns, command, given_columns, group, positive_int
+from launch.screen import titled_table
 from rlhf.core.paths import home_path
 
 if TYPE_CHECKING:
@@ -38,46 +39,27 @@ _FROM_COLUMNS = (
 """What rows are taken for that have one of these columns."""
 
 
-def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Register ``data`` and its one action ``check``."""
-    actions = subparsers.add_parser("data", help="look at data").add_subparsers(
-        title="actions", dest="action", required=True, parser_class=SettingsParser
+def add_parser(subparsers: Subparsers) -> None:
+    actions = group(subparsers, "data", help="look at data")
+    check = command(actions, "check", run, help="report on data, without a model in memory", description=_DESCRIPTION)
+    files = "training data: files, folders, globs or hub names; also settings, such as data.columns.prompt=question"
+    check.add_argument("files", nargs="+", metavar="FILES", help=files)
+    kind = (
+        "what rows are: preference pairs (reward models, DPO), conversations (SFT), prompts (PPO) or answers with a "
+        "label (KTO); default: as the columns of the first row suggest"
     )
-    check = actions.add_parser(
-        "check",
-        help="report on data, without a model in memory",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    check.add_argument(
-        "files",
-        nargs="+",
-        metavar="FILES",
-        help="training data: files, folders, globs or hub names; also settings, such as data.columns.prompt=question",
-    )
-    check.add_argument(
-        "--kind",
-        choices=["pairs", "conversations", "prompts", "labeled", *_ALIASES],
-        help="what rows are: preference pairs (reward models, DPO), conversations (SFT), prompts (PPO) or answers "
-        "with a label (KTO); default: as the columns of the first row suggest",
-    )
+    check.add_argument("--kind", choices=["pairs", "conversations", "prompts", "labeled", *_ALIASES], help=kind)
     check.add_argument("--eval", nargs="+", metavar="FILES", default=[], help="evaluation data")
     check.add_argument("--split", help="split of hub datasets and of folders (train)")
     check.add_argument("--model", metavar="DIR", help="folder or hub name whose tokenizer measures lengths")
     check.add_argument("--template", help="as data.template in a recipe; with --model")
-    check.add_argument(
-        "--max-tokens", type=positive_int, help="limit of prompt plus response (1024; prompts: 512); with --model"
-    )
-    check.add_argument(
-        "--max-bad-share", type=float, default=0.01, help="bad rows that may be left out (0.01)"
-    )
-    check.add_argument(
-        "--quarantine", metavar="FILE", type=home_path, help="write the list of all bad rows here, as jsonl"
-    )
-    for name in _column_names():
-        spelled = f"--{name.replace('_', '-')}-column"
-        check.add_argument(spelled, metavar="NAME", help=f"as data.columns.{name} in a recipe")
-    check.set_defaults(run=run, overrides=[])
+    limit = "limit of prompt plus response (1024; prompts: 512); with --model"
+    check.add_argument("--max-tokens", type=positive_int, help=limit)
+    check.add_argument("--max-bad-share", type=float, default=0.01, help="bad rows that may be left out (0.01)")
+    quarantine = "write the list of all bad rows here, as jsonl"
+    check.add_argument("--quarantine", metavar="FILE", type=home_path, help=quarantine)
+    add_columns(check, _column_names())
+    check.set_defaults(overrides=[])
 
 
 def run(options: argparse.Namespace) -> int:
@@ -158,17 +140,13 @@ def _config(kind: str, files: list[str], settings: list[str], options: argparse.
     classes = {"pairs": DataConfig, "prompts": PromptDataConfig}
     given = OmegaConf.to_container(OmegaConf.from_dotlist(settings), resolve=True)
     section: dict[str, Any] = given.get("data", {}) if isinstance(given, dict) else {}
-    columns = {name: getattr(options, f"{name}_column") for name in _column_names()}
     split = {} if options.split is None else {"split": options.split}
     section = {
         "train": [{"path": path, **split} for path in files],
         "eval": [{"path": path, **split} for path in options.eval],
         **{name: value for name in ("template", "max_tokens") if (value := getattr(options, name)) is not None},
         **section,
-        "columns": {
-            **{name: column for name, column in columns.items() if column is not None},
-            **section.get("columns", {}),
-        },
+        "columns": given_columns(options, _column_names()) | section.get("columns", {}),
     }
     return validate(classes.get(kind, ExampleDataConfig), section, program="rlhf data check", origin="command line")
 
@@ -199,15 +177,6 @@ def _print_report(
             console.print(_bad_table(role, found))
 
 
-def _table(title: str, *headings: str) -> "Table":
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    for number, heading in enumerate(headings):
-        table.add_column(heading, overflow="fold", justify="left" if number == 0 else "right")
-    return table
-
-
 def _source_lines(role: str, found: "Examination") -> list[str]:
     shapes = ", ".join(f"{count} x {shape}" for shape, count in found.shapes.items())
     return [*(f"{role}: {name}" for name in found.names), f"  shapes of rows: {shapes or 'none usable'}"]
@@ -226,7 +195,7 @@ def _rows_table(groups: "dict[str, Examination]") -> "Table":
         for role, found in groups.items()
     }
     headings = list(dict.fromkeys(name for counts in columns.values() for name in counts))
-    table = _table("Rows", "", *headings)
+    table = titled_table("Rows", "", *headings)
     for role, counts in columns.items():
         table.add_row(role, *(str(counts.get(name, 0)) for name in headings))
     return table
@@ -240,19 +209,17 @@ def _counts_of_kind(found: "Examination") -> dict[str, int]:
 
 def _lengths_table(groups: "dict[str, Examination]") -> "Table":
     unit = groups["train"].unit
-    table = _table(f"Lengths in {unit}", "", "median", "95 %", "99 %", "longest")
+    table = titled_table(f"Lengths in {unit}", "", "median", "95 %", "99 %", "longest")
     for role, found in groups.items():
         for part, values in found.quantiles().items():
             table.add_row(f"{role}: {part}", *map(str, values))
     return table
 
 
-def _checks_table(
-    groups: "dict[str, Examination]", options: argparse.Namespace, max_tokens: int
-) -> "Table":
+def _checks_table(groups: "dict[str, Examination]", options: argparse.Namespace, max_tokens: int) -> "Table":
     from rlhf.data.doctor import shared_prompts
 
-    table = _table("Checks", "", *groups)
+    table = titled_table("Checks", "", *groups)
     columns = [_checks(found, options, max_tokens) for found in groups.values()]
     for name in columns[0]:
         table.add_row(name, *(column[name] for column in columns))
@@ -297,7 +264,7 @@ def _bad_table(role: str, found: "Examination") -> "Table":
 
     from rlhf.data.doctor import reasons
 
-    table = _table(f"Bad rows of {role}", "reason", "rows", "first examples")
+    table = titled_table(f"Bad rows of {role}", "reason", "rows", "first examples")
     for reason, rows in reasons(found.bad).items():
         examples = "\n".join(f"{row.row_id}: {row.detail}" for row in rows[:_EXAMPLES])
         table.add_row(reason, str(len(rows)), escape(examples))

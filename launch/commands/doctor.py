@@ -9,9 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.commands.arguments import positive_int
-from launch.stages import training
-from rlhf.core.paths import home_path, recipe_path
+from launch.commands.arguments import Subparsers, add_machine, add_recipes, add_stage, command
 
 if TYPE_CHECKING:
     from launch.doctor import Finding, Subject
@@ -27,24 +25,14 @@ Exit status: 0 without failures (warnings do not count); 1 with; 2 if the recipe
 _STYLES = {"ok": "green", "warning": "yellow", "failure": "bold red"}
 
 
-def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = subparsers.add_parser(
-        "doctor",
-        help="check this machine before a run",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    several = "a recipe of a stage (may be given again, later ones win) or of a pipeline"
-    parser.add_argument("--config", metavar="RECIPE", type=recipe_path, action="append", default=[], help=several)
-    which = "the stage of the recipe (default: the one that takes it)"
-    parser.add_argument("--stage", choices=[*training()], help=which)
+def add_parser(subparsers: Subparsers) -> None:
+    parser = command(subparsers, "doctor", run, help="check this machine before a run", description=_DESCRIPTION)
+    add_recipes(parser, "a recipe of a stage (may be given again, later ones win) or of a pipeline", required=False)
+    add_stage(parser)
     parser.add_argument("--set", metavar="key=value", nargs="+", default=[], help="settings of the recipe")
-    parser.add_argument("--hostfile", type=home_path, help="machines to use over ssh, one 'HOST slots=N' a line")
-    parser.add_argument("--ranks", type=positive_int, help="processes here (default: all GPUs, or 2 on a CPU)")
+    add_machine(parser)
     parser.add_argument("--quick", action="store_true", help="only what takes a few seconds in all")
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -55,9 +43,7 @@ def run(options: argparse.Namespace) -> int:
     console, working = Console(highlight=False, markup=False), Console(stderr=True, markup=False)
     with contextlib.redirect_stdout(sys.stderr), working.status("starting") as status:  # DeepSpeed talks on stdout
         subject = _subject(options)
-        findings = run_checks(
-            subject, quick=options.quick, notice=lambda name: status.update(f"looking at: {name}")
-        )
+        findings = run_checks(subject, quick=options.quick, notice=lambda name: status.update(f"looking at: {name}"))
     if options.json:
         print(json.dumps([dataclasses.asdict(each) for each in findings], indent=2))
     elif console.is_terminal:
@@ -101,19 +87,19 @@ def _print_table(findings: Sequence["Finding"], console: Any) -> None:
 
 def _subject(options: argparse.Namespace) -> "Subject":
     """The run of the recipes; any run, if there is none."""
-    from launch.doctor import PlannedStage, Subject
+    from launch.doctor import Subject
+    from launch.pipeline.recipe import load_pipeline
+    from launch.runs import PipelineStage
     from launch.stages import read_stage
 
     machine = {"ranks": options.ranks, "hostfile": options.hostfile, "hosts": _hosts(options.hostfile)}
     if not options.config:
         return Subject(**machine)
     if len(options.config) == 1 and _is_pipeline(options.config[0]):
-        from launch.pipeline.recipe import load_pipeline
-        from launch.pipeline.subject import pipeline_subject
-
-        return pipeline_subject(load_pipeline(options.config[0], options.set), **machine)
+        pipeline = load_pipeline(options.config[0], options.set)
+        return Subject(output=pipeline.output, stages=pipeline.stages, pipeline=pipeline, **machine)
     stage, config = read_stage(options.config, options.set, options.stage, program="rlhf doctor")
-    return Subject(output=config.output, stages=(PlannedStage(stage=stage, config=config),), **machine)
+    return Subject(output=config.output, stages=(PipelineStage(stage=stage, config=config),), **machine)
 
 
 def _hosts(hostfile: Path | None) -> dict[str, int]:

@@ -6,10 +6,17 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from launch.commands.arguments import SettingsParser, positive_int
-from launch.stages import training
+from launch.commands.arguments import (
+    Subparsers,
+    add_model_config,
+    add_recipes,
+    add_settings,
+    add_stage,
+    command,
+    group,
+    positive_int,
+)
 from rlhf.core.errors import ConfigError
-from rlhf.core.paths import recipe_path
 from rlhf.models.roles import REPLICATED, ModelRole, published_role, role_named
 
 if TYPE_CHECKING:
@@ -31,22 +38,12 @@ Exit status: 0 if no file has a problem; 1 if one has; 2 if one cannot be read.
 """
 
 
-def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = subparsers.add_parser("ds", help="DeepSpeed configurations: show as resolved, or check")
-    actions = parser.add_subparsers(title="actions", dest="action", required=True, parser_class=SettingsParser)
-    show = actions.add_parser(
-        "show",
-        help="print the JSON that a run would use",
-        description=_SHOW,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    show.add_argument(
-        "overrides", nargs="*", metavar="CONFIG | key=value", help="the configuration, and settings of the recipe"
-    )
-    several = "a recipe of a stage; may be given again, later ones win"
-    show.add_argument("--config", metavar="RECIPE", type=recipe_path, action="append", required=True, help=several)
-    show.add_argument("--stage", choices=[*training()], help="the stage of the recipe (default: the one that takes it)")
+def add_parser(subparsers: Subparsers) -> None:
+    actions = group(subparsers, "ds", help="DeepSpeed configurations: show as resolved, or check")
+    show = command(actions, "show", run_show, help="print the JSON that a run would use", description=_SHOW)
+    add_settings(show, "the configuration, and settings of the recipe", "CONFIG | key=value")
+    add_recipes(show)
+    add_stage(show)
     role = show.add_mutually_exclusive_group()
     role.add_argument("--frozen", action="store_true", help="as for a model that is only asked")
     which = "for another model of the run, by its name in rlhf plan (default: the one that it publishes)"
@@ -54,19 +51,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     role.add_argument("--critic", action="store_const", const="critic", dest="role", help="as --role critic")
     show.add_argument("--ranks", type=positive_int, help="processes in all (default: all GPUs, or 2 on a CPU)")
     show.add_argument("--nodes", type=positive_int, default=1, help="that they are spread over (default: 1)")
-    shape = "config.json or well-known name, for a model that is not on this machine"
-    show.add_argument("--model-config", metavar="SHAPE", help=shape)
-    show.set_defaults(run=run_show)
-    lint = actions.add_parser(
-        "lint",
-        help="list what is wrong with configurations",
-        description=_LINT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    add_model_config(show)
+    lint = command(actions, "lint", run_lint, help="list what is wrong with configurations", description=_LINT)
     lint.add_argument("overrides", nargs="+", metavar="CONFIG", help="path of a JSON, or name of a shipped one")
     lint.add_argument("--frozen", action="store_true", help="short names mean configurations for models that are asked")
-    lint.set_defaults(run=run_lint)
 
 
 def run_show(options: argparse.Namespace) -> int:

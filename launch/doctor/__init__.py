@@ -2,6 +2,6 @@
 
 from launch.doctor.checks import run_checks
 from launch.doctor.finding import Finding
-from launch.doctor.subject import PlannedStage, Subject
+from launch.doctor.subject import Subject
 
-__all__ = ["Finding", "PlannedStage", "Subject", "run_checks"]
+__all__ = ["Finding", "Subject", "run_checks"]

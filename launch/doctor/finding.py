@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-GIB = 2**30
 Status = Literal["ok", "warning", "failure"]
 
 
@@ -18,7 +17,3 @@ class Finding:
     remedy: str | None = None
     values: dict[str, Any] = field(default_factory=dict)
     """Measured numbers, for programs."""
-
-
-def gibibytes(count: float) -> str:
-    return f"{count / GIB:.1f} GiB"

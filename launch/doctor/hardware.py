@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.doctor.finding import GIB, Finding, gibibytes
-from launch.doctor.subject import PlannedStage, Subject
+from launch.doctor.finding import Finding
+from launch.doctor.subject import Subject
+from launch.runs import PipelineStage
+from launch.screen import GIB, gib
 from rlhf.core.memory import host_memory as read_memory
 
 if TYPE_CHECKING:
@@ -55,9 +57,9 @@ def _gpus(count: int, present: list[dict[str, Any]], subject: Subject) -> Iterat
         return
     for gpu in _visible(present):
         if gpu["used"] > BUSY_SHARE * gpu["total"]:
-            busy = f"GPU {gpu['index']}: {gibibytes(gpu['used'])} of {gibibytes(gpu['total'])} are in use already"
+            busy = f"GPU {gpu['index']}: {gib(gpu['used'])} of {gib(gpu['total'])} are in use already"
             yield Finding("devices", "warning", busy, "end the processes that nvidia-smi shows, or choose other GPUs")
-    names = {gpu["name"]: gibibytes(gpu["total"]) for gpu in present}
+    names = {gpu["name"]: gib(gpu["total"]) for gpu in present}
     kinds = ", ".join(f"{name} ({size})" for name, size in names.items()) or "of a kind that nvidia-smi does not list"
     yield Finding("devices", "ok", f"{count} GPU(s): {kinds}", values={"gpus": count})
 
@@ -99,7 +101,7 @@ def device_memory(subject: Subject) -> Iterator[Finding]:
         if plan.cluster.on_cpu:
             continue
         need, memory = plan.device_peak.device_bytes, plan.cluster.device_memory
-        text = f"{stage.title} takes {gibibytes(need)} of each device's {gibibytes(memory)} ({plan.device_peak.name})"
+        text = f"{stage.title} takes {gib(need)} of each device's {gib(memory)} ({plan.device_peak.name})"
         values = {"stage": stage.title, "needed_bytes": need, "device_bytes": memory}
         if need > memory:
             yield Finding("device memory", "failure", f"{text}: it does not fit", _what_to_change(stage), values)
@@ -120,7 +122,7 @@ def host_memory(subject: Subject) -> Iterator[Finding]:
         return
     free = memory.free
     where = "up to the limit of this container or job" if memory.limited else "of this host"
-    text = f"{gibibytes(free)} free, {where} ({gibibytes(memory.total)} in all)"
+    text = f"{gib(free)} free, {where} ({gib(memory.total)} in all)"
     largest = max(subject.planned, key=lambda each: each[1].node_host_bytes, default=None)
     if largest is None:
         if free < LOW_MEMORY:
@@ -131,7 +133,7 @@ def host_memory(subject: Subject) -> Iterator[Finding]:
         return
     stage, plan = largest
     need, ranks = plan.node_host_bytes, plan.cluster.devices_per_node
-    text += f"; {stage.title} takes {gibibytes(need)} with {ranks} rank(s)"
+    text += f"; {stage.title} takes {gib(need)} with {ranks} rank(s)"
     values = {"free_bytes": free, "needed_bytes": need}
     if need > free:
         text += ": the system would kill the run (exit code -9)"
@@ -140,7 +142,7 @@ def host_memory(subject: Subject) -> Iterator[Finding]:
         yield Finding("host memory", "ok", text, values=values)
 
 
-def _what_to_change(stage: PlannedStage) -> str:
+def _what_to_change(stage: PipelineStage) -> str:
     return f"rlhf plan {stage.stage.name} says what takes it and which setting helps; or fewer ranks on this host"
 
 
@@ -155,9 +157,9 @@ def shared_memory(subject: Subject) -> Iterator[Finding]:
     except OSError as error:
         yield Finding("shared memory", "warning", f"{SHARED_MEMORY}: {error.strerror}", remedy)
         return
-    text = f"{gibibytes(free)} free in {SHARED_MEMORY}"
+    text = f"{gib(free)} free in {SHARED_MEMORY}"
     if free < LEAST_SHARED:
-        text += f": less than {gibibytes(LEAST_SHARED)}, NCCL may end with a bus error"
+        text += f": less than {gib(LEAST_SHARED)}, NCCL may end with a bus error"
         yield Finding("shared memory", "warning", text, remedy)
     else:
         yield Finding("shared memory", "ok", text)
@@ -193,7 +195,7 @@ def _room(folder: Path, need: int) -> Finding:
     while not place.exists():
         place = place.parent
     usage = shutil.disk_usage(place)
-    text = f"{gibibytes(usage.free)} free for {folder}"
+    text = f"{gib(usage.free)} free for {folder}"
     values = {"free_bytes": usage.free, "needed_bytes": need}
     fault = _write_fault(place)
     if fault is not None:
@@ -201,7 +203,7 @@ def _room(folder: Path, need: int) -> Finding:
         return Finding("disk", "failure", f"{folder}: cannot be written to: {fault}", remedy, values)
     remedy = "free some, choose another output=FOLDER, or lower train.keep_checkpoints"
     if need:
-        text += f"; checkpoints and weights take about {gibibytes(need)}"
+        text += f"; checkpoints and weights take about {gib(need)}"
     if usage.free < (need or LEAST_DISK):
         return Finding("disk", "failure", f"{text}: not enough", remedy, values)
     if not need and usage.free < LOW_DISK:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from launch.doctor.finding import Finding
-from launch.doctor.subject import PlannedStage, Subject
+from launch.doctor.subject import Subject
+from launch.runs import PipelineStage
 from launch.stages import FILE, FOLDER
 from rlhf.core.errors import DataError
 
@@ -44,7 +45,7 @@ def can_be_hub_model(path: str) -> bool:
     return not path.startswith(("/", ".", "~")) and path.count("/") < 2
 
 
-def _reads(stage: PlannedStage) -> Iterator[Read]:
+def _reads(stage: PipelineStage) -> Iterator[Read]:
     config = stage.config
     for section, rows in _row_sections(config):
         for role, sources in (("train", rows.train_sources), ("eval", rows.eval_sources)):
@@ -67,7 +68,7 @@ def _row_sections(node: Any, above: str = "") -> Iterator[tuple[str, Any]]:
             yield from _row_sections(value, f"{key}.")
 
 
-def _listed(stage: PlannedStage) -> Iterator[tuple[str, str, str]]:
+def _listed(stage: PipelineStage) -> Iterator[tuple[str, str, str]]:
     """What the table of stages says that a stage reads, but for functions and for what is in a package."""
     from rlhf.models.gguf import EMBEDDED
 
@@ -79,9 +80,9 @@ def _listed(stage: PlannedStage) -> Iterator[tuple[str, str, str]]:
                 yield setting, str(path), kind
 
 
-def _models(stage: PlannedStage) -> Iterator[tuple[str, str, str]]:
+def _models(stage: PipelineStage) -> Iterator[tuple[str, str, str]]:
     """Folders that models are loaded from, by setting, where the hub could have no such name or will not be asked."""
-    for role in stage.models if stage.trains else ():
+    for role in stage.models if stage.stage.trains else ():
         path = role.backbone.path
         if not role.inside and not (role.hub and can_be_hub_model(path)):
             yield role.setting, path, FOLDER

@@ -1,50 +1,21 @@
 """What a pipeline shows: a live table in a terminal, lines elsewhere, and a report at the end."""
 
-import os
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, TextIO
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from launch.pipeline.recipe import Pipeline, PipelineStage
-from launch.pipeline.state import Measured
+from launch.pipeline.state import Action, Measured, Progress
+from launch.runs import Pipeline, PipelineStage
 from rlhf.core.clock import clock
-from rlhf.train.status import Status
+from rlhf.train.status import Status, read_status
 
 SECONDS_BETWEEN_LINES = 30.0
 STYLES = {"finished": "green", "running": "bold cyan", "failed": "bold red", "stopped": "yellow"}
-
-
-class OutputThatMayEnd:
-    """A stream whose reader may be gone, as when Ctrl-C ends ``| tee`` as well, or a terminal is closed.
-
-    What nobody can read is left out; the work goes on.
-    """
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        self._try(lambda: self._stream.write(text))
-        return len(text)
-
-    def flush(self) -> None:
-        self._try(self._stream.flush)
-
-    def _try(self, action: Callable[[], object]) -> None:
-        try:
-            action()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())  # also for what Python flushes at its end
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
 
 
 @dataclass
@@ -124,3 +95,33 @@ def outcome(stage: PipelineStage, measured: Measured | None) -> str:
     """The key metrics of a finished stage."""
     metrics = {} if measured is None else {name: each for name, each in measured.metrics.items() if each is not None}
     return ", ".join(f"{name} {value:.4f}" for name, value in stage.stage.key_metrics(metrics).items())
+
+
+def status_table(pipeline: Pipeline, *, any_code: bool = False) -> Table:
+    """The table that a run would show, with what it would do.
+
+    Raises:
+        UserError: if a run would be refused, as a folder of its stages holds something else.
+    """
+    view = Overview(pipeline, Console(quiet=True))
+    progress = Progress(pipeline, any_code=any_code)
+    progress.check_free(pipeline.stages)
+    for stage in pipeline.stages:
+        marker = progress.read(stage) or {}
+        state, detail = _standing(stage, progress)
+        view.show(stage.name, state, detail, marker.get("seconds"))
+    return view.table()
+
+
+def _standing(stage: PipelineStage, progress: Progress) -> tuple[str, str]:
+    decision = progress.decide(stage)
+    if decision.action is Action.SKIP:
+        return Action.SKIP.value, outcome(stage, progress.measured(stage))
+    if decision.action is Action.CONTINUE:
+        status = read_status(stage.output)
+        if status is None:
+            return decision.action.value, ""
+        if status.state == "running" and not status.is_gone:
+            return "running", status.where
+        return decision.action.value, status.reason or status.where
+    return decision.action.value, decision.reason

@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 
-from launch.pipeline.recipe import Pipeline
+from launch.runs import Pipeline
 from rlhf.core.clock import process_started
 from rlhf.core.errors import STOP_FILE
 from rlhf.core.owner import owning

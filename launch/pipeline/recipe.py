@@ -5,7 +5,7 @@ import difflib
 import graphlib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from launch.stages import STAGES, Stage
-from rlhf.config import load_config, read_tree, to_dict, to_yaml, validate
+from launch.runs import Pipeline, PipelineStage
+from launch.stages import STAGES
+from rlhf.config import load_config, read_tree, to_dict, validate
 from rlhf.core.errors import ConfigError
-from rlhf.core.files import RECIPE, is_in, write_text
+from rlhf.core.files import is_in
 from rlhf.core.paths import SHIPPED, beside, recipe_path
 
 PROGRAM = "pipeline"
@@ -55,60 +56,6 @@ class PipelineSpec:
     """The stages by name."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class PipelineStage:
-    """A stage, ready to be started."""
-
-    name: str
-    stage: Stage
-    config: Any
-    """Its resolved recipe, accepted by the stage's own parser."""
-    output: Path
-    final: Path
-    needs: tuple[str, ...]
-    """Names of the stages that must be finished before."""
-    ranks: int | None = None
-
-    @property
-    def recipe(self) -> Path:
-        """The file that the stage is started with: its resolved recipe, in its run folder."""
-        return self.output / RECIPE
-
-    @property
-    def arguments(self) -> tuple[str, ...]:
-        """The arguments of the command that starts the stage."""
-        return "--config", str(self.recipe)
-
-    def write_recipe(self) -> None:
-        """Put the recipe where :attr:`arguments` say that it is."""
-        write_text(self.recipe, to_yaml(self.config))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pipeline:
-    """Stages in the order in which they run."""
-
-    name: str
-    output: Path
-    stages: tuple[PipelineStage, ...]
-    elsewhere: str = "{stage}.output=FOLDER"
-    """What to add to the command for another folder of a stage."""
-
-    def named(self, name: str) -> PipelineStage:
-        """The stage of this name.
-
-        Raises:
-            ConfigError: if there is no such stage.
-        """
-        for stage in self.stages:
-            if stage.name == name:
-                return stage
-        raise ConfigError(f"{PROGRAM}: no stage {name}; there are {', '.join(each.name for each in self.stages)}")
-
-    def upstream(self, stage: PipelineStage) -> list[PipelineStage]:
-        return [self.named(name) for name in stage.needs]
-
-
 def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> Pipeline:
     """Read, resolve and check a pipeline recipe; every stage is checked by its own parser.
 
@@ -119,21 +66,21 @@ def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> Pipeline:
         ConfigError: naming every problem that can be found before anything runs.
     """
     tree = _with_overrides(_read(path), path, overrides)
-    spec = _resolved(tree, path)
-    needs = {name: _needs(name, tree, spec) for name in spec.stages}
-    order = _order(needs, path)
-    stages, problems = {}, []
-    for name in order:
+    references = _references(tree, path)
+    spec = _resolved(tree, references, path)
+    stages: dict[str, PipelineStage] = {}
+    problems = []
+    for name, entry in spec.stages.items():
         try:
-            stages[name] = _stage(name, spec.stages[name], needs[name])
+            stages[name] = _stage(name, entry)
         except ConfigError as error:
             problems.append(str(error).replace("\n", "\n  "))
     problems += _doubled_folders([*stages.values()])
     if problems:
         raise ConfigError("\n  ".join([f"{PROGRAM}: {path}: nothing was started", *problems]))
-    stages = {name: _with_needs(stage, [*stages.values()], [*spec.stages]) for name, stage in stages.items()}
-    order = _order({name: stages[name].needs for name in spec.stages}, path)
-    return Pipeline(name=path.stem, output=spec.output, stages=tuple(stages[name] for name in order))
+    needs = {name: _needs(stages[name], references[name] | {*spec.stages[name].after}, stages) for name in stages}
+    ordered = (dataclasses.replace(stages[name], needs=needs[name]) for name in _order(needs, path))
+    return Pipeline(name=path.stem, output=spec.output, stages=tuple(ordered))
 
 
 def _read(path: Path) -> DictConfig:
@@ -207,58 +154,52 @@ def _published(name: str, node: DictConfig) -> str:
     return kind.published if kind else ""
 
 
-def _resolved(tree: DictConfig, path: Path) -> PipelineSpec:
-    # References among stages are checked first: omegaconf would call a misspelled one a missing key of the tree.
-    names = [str(name) for name in tree.stages]
-    for name in names:
-        for target in sorted(_wanted(tree, name)):
-            if target not in names:
-                hint = _hint(target, names)
-                raise ConfigError(f"{PROGRAM}: {path}: stages.{name} refers to stages.{target}: no such stage{hint}")
+def _references(tree: DictConfig, path: Path) -> dict[str, set[str]]:
+    """The stages that the settings and recipes of each entry refer to, by name of the entry.
+
+    They are checked before omegaconf resolves them: it would call a misspelled one a missing key of the tree.
+    """
+    found: dict[str, set[str]] = {}
+    entries: Any = OmegaConf.to_container(tree.stages)
+    for name, entry in entries.items():
+        named = [entry.get(key) for key in ("set", "recipe")] if isinstance(entry, dict) else []
+        found[name] = set(_REFERENCE.findall(str(named)))
+    for name, targets in found.items():
+        for target in sorted(targets - found.keys()):
+            hint = _hint(target, [*found])
+            raise ConfigError(f"{PROGRAM}: {path}: stages.{name} refers to stages.{target}: no such stage{hint}")
+    return found
+
+
+def _resolved(tree: DictConfig, references: Mapping[str, set[str]], path: Path) -> PipelineSpec:
     try:
         plain = OmegaConf.to_container(tree, resolve=True)
     except (OmegaConfBaseException, RecursionError) as error:
-        _order({name: tuple(_wanted(tree, name)) for name in names}, path)
+        _order(references, path)
         where = getattr(error, "full_key", "")
         raise ConfigError(f"{PROGRAM}: {path}: {where}: {str(error).partition(chr(10))[0]}") from None
     return validate(PipelineSpec, plain, program=PROGRAM, origin=str(path))
 
 
-def _wanted(tree: DictConfig, name: str) -> set[str]:
-    """Names of the stages that the settings of an entry refer to."""
-    return _references(tree.stages[name]._get_node("set")) | _references(tree.stages[name]._get_node("recipe"))
+def _needs(stage: PipelineStage, named: set[str], stages: Mapping[str, PipelineStage]) -> tuple[str, ...]:
+    """Stages that must be finished before ``stage``, in the order of the recipe.
+
+    They are those that the recipe names, and those whose files the settings name without saying so: by a variable, or
+    in the stage's own recipe.
+    """
+    for other in named - stages.keys():
+        raise ConfigError(f"{PROGRAM}: stages.{stage.name}.after = {other}: no such stage")
+    settings = {key: value for key, value in flat(stage.config).items() if key != "output"}
+    paths = [Path(os.path.expanduser(text)) for text in texts(settings)]
+    read = {
+        name
+        for name, other in stages.items()
+        if other is not stage and any(is_in(path, other.output) for path in paths)
+    }
+    return tuple(name for name in stages if name in named | read)
 
 
-def _references(node: Any) -> set[str]:
-    """Names of the stages that the unresolved values in ``node`` refer to."""
-    if isinstance(node, DictConfig):
-        return set().union(*(_references(node._get_node(key)) for key in node))
-    if OmegaConf.is_list(node):
-        return set().union(*(_references(node._get_node(place)) for place in range(len(node))))
-    value = node._value() if hasattr(node, "_value") else node
-    return set(_REFERENCE.findall(value)) if isinstance(value, str) else set()
-
-
-def _needs(name: str, tree: DictConfig, spec: PipelineSpec) -> tuple[str, ...]:
-    """Names of the stages that a stage needs, in the order of the recipe."""
-    wanted = _wanted(tree, name) | {*spec.stages[name].after}
-    for other in wanted - {*spec.stages}:
-        raise ConfigError(f"{PROGRAM}: stages.{name}.after = {other}: no such stage")
-    return tuple(other for other in spec.stages if other in wanted)
-
-
-def _with_needs(stage: PipelineStage, others: Sequence[PipelineStage], names: Sequence[str]) -> PipelineStage:
-    """The stage with its needs: stages whose files its settings name, by a variable or in the recipe."""
-    values = [Path(os.path.expanduser(text)) for text in texts(_without_output(stage.config))]
-    read = {each.name for each in others if each is not stage and any(is_in(path, each.output) for path in values)}
-    return dataclasses.replace(stage, needs=tuple(name for name in names if name in {*stage.needs, *read}))
-
-
-def _without_output(config: Any) -> dict[str, Any]:
-    return {key: value for key, value in flat(config).items() if key != "output"}
-
-
-def _order(needs: Mapping[str, Sequence[str]], path: Path) -> list[str]:
+def _order(needs: Mapping[str, Iterable[str]], path: Path) -> list[str]:
     """Every stage after those that it needs, else as in the recipe."""
     try:
         graphlib.TopologicalSorter(needs).prepare()
@@ -271,23 +212,14 @@ def _order(needs: Mapping[str, Sequence[str]], path: Path) -> list[str]:
     return order
 
 
-def _stage(name: str, spec: StageSpec, needs: tuple[str, ...]) -> PipelineStage:
+def _stage(name: str, spec: StageSpec) -> PipelineStage:
     kind = spec.kind or name
     if kind not in STAGES:
         raise ConfigError(f"stages.{name}.kind = {kind}: expected one of {', '.join(STAGES)}")
-    stage = STAGES[kind]
     settings = spec.set | {"output": spec.output}
     recipes = [recipe_path(str(recipe)) for recipe in spec.recipe]
-    config = load_config(stage.config_class(), recipes, (), settings=settings, program=f"stages.{name}")
-    return PipelineStage(
-        name=name,
-        stage=stage,
-        config=config,
-        output=Path(spec.output),
-        final=Path(spec.final),
-        needs=needs,
-        ranks=spec.ranks,
-    )
+    config = load_config(STAGES[kind].config_class(), recipes, (), settings=settings, program=f"stages.{name}")
+    return PipelineStage(name=name, stage=STAGES[kind], config=config, ranks=spec.ranks)
 
 
 def _doubled_folders(stages: Sequence[PipelineStage]) -> Iterator[str]:

@@ -8,15 +8,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from launch.doctor import run_checks
+from launch.doctor import Subject, run_checks
 from launch.jobs import log
 from launch.jobs.hostfile import end_on_hosts
 from launch.jobs.launcher import Job, Machine, stage_command
 from launch.pipeline.overview import Overview, outcome
 from launch.pipeline.processes import StopRequest, alone, mark
-from launch.pipeline.recipe import Pipeline, PipelineStage
 from launch.pipeline.state import Action, Decision, Progress
-from launch.pipeline.subject import pipeline_subject
+from launch.runs import Pipeline, PipelineStage
 from launch.stages import load
 from rlhf.core.clock import clock
 from rlhf.core.errors import STOP_FILE, STOPPED_EXIT_CODE, UserError
@@ -148,11 +147,16 @@ class PipelineRun:
         """
         self._to_check = False
         stages, only = self.pipeline.stages, self.options.only
-        ahead = [each for each in stages[stages.index(first) :] if not only or each.name in only]
+        ahead = tuple(each for each in stages[stages.index(first) :] if not only or each.name in only)
         machine = self.options.machine  # the nodes of a hostfile have been asked before
-        findings = run_checks(
-            pipeline_subject(self.pipeline, ahead, ranks=machine.ranks, hosts=machine.hosts), quick=True
+        subject = Subject(
+            output=self.pipeline.output,
+            stages=ahead,
+            pipeline=self.pipeline,
+            ranks=machine.ranks,
+            hosts=machine.hosts,
         )
+        findings = run_checks(subject, quick=True)
         for each in findings:
             if each.status == "warning":
                 view.say(f"warning: {each.text}" + (f" ({each.remedy})" if each.remedy else ""))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from launch.pipeline.fingerprint import Inputs, Parts, changes, files_in, fingerprint, parts_of
-from launch.pipeline.recipe import Pipeline, PipelineStage
+from launch.runs import Pipeline, PipelineStage
 from rlhf.core.errors import STOP_FILE, UserError
 from rlhf.core.files import DONE, RUN_FILES, STATUS, digest, write_json
 from rlhf.train.status import new_status, read_status, remove_status, write_status

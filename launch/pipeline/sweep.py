@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from launch.pipeline.recipe import Pipeline, PipelineStage
+from launch.runs import Pipeline, PipelineStage
 from launch.stages import Stage, load
 from rlhf.config import load_config
 from rlhf.core.errors import ConfigError
@@ -64,14 +64,10 @@ def plan_sweep(stage: Stage, recipes: Sequence[Path], overrides: Sequence[str], 
             for line in _problems(error):
                 problems.setdefault(line, []).append(name)
             continue
-        final = config.output / stage.published
-        run = PipelineStage(name=name, stage=stage, config=config, output=config.output, final=final, needs=())
-        runs.append(run)
+        runs.append(PipelineStage(name=name, stage=stage, config=config))
     if problems:
         raise ConfigError(_refusal(problems, len(names), program))
-    pipeline = Pipeline(
-        name=f"sweep {stage.name}", output=folder, stages=tuple(runs), elsewhere="--output FOLDER"
-    )
+    pipeline = Pipeline(name=f"sweep {stage.name}", output=folder, stages=tuple(runs), elsewhere="--output FOLDER")
     return Sweep(stage=stage, pipeline=pipeline, points=dict(zip(names, points, strict=True)))
 
 

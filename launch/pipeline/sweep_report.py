@@ -131,9 +131,7 @@ def comparison_table(report: Report) -> Table:
 
 def write_report(folder: Path, report: Report, failures: Mapping[str, str]) -> None:
     """Write ``sweep.json``, ``sweep.md`` and, if a run is finished, ``sweep.png``; ``failures``: why, by run."""
-    write_json(
-        folder / "sweep.json", {"runs": [asdict(result) for result in report.results], "failed": dict(failures)}
-    )
+    write_json(folder / "sweep.json", {"runs": [asdict(result) for result in report.results], "failed": dict(failures)})
     write_text(folder / "sweep.md", _markdown(report, failures))
     if report.results:
         plot(report, folder / "sweep.png")

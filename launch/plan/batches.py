@@ -17,6 +17,17 @@ GAMMA_SHAPE = 4.0
 
 
 @dataclass(frozen=True, kw_only=True)
+class Lengths:
+    """``(N, S)`` tokens of the rows of each item; of PPO, of the prompts."""
+
+    values: np.ndarray
+    known_items: bool
+    """Whether they are as many as the data has; else only the sizes of a step follow from them."""
+    origin: str
+    """Where they come from, in words."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class BatchPlan:
     """What a step of one optimizer is made of."""
 
@@ -35,7 +46,6 @@ class BatchPlan:
     """Sum over rows of their padded length squared, over all ranks."""
     load: Load
     """The largest micro-batch of a rank."""
-    lengths_from: str
 
 
 def assumed_lengths(rows: int, mean_tokens: float, rows_per_item: int, longest: int) -> np.ndarray:
@@ -44,38 +54,27 @@ def assumed_lengths(rows: int, mean_tokens: float, rows_per_item: int, longest: 
     return np.clip(np.round(drawn), 2, longest).astype(np.int64)
 
 
-def batch_plan(
-    lengths: np.ndarray, train: TrainConfig, *, ranks: int, known_items: bool, lengths_from: str
-) -> BatchPlan:
-    """Plan steps as :class:`rlhf.train.batches.BatchMaker` does.
-
-    Args:
-        lengths: ``(N, S)`` tokens of the rows of each item.
-        train: the recipe's section.
-        ranks: data-parallel ranks.
-        known_items: whether ``lengths`` are as many as the data has; else only the sizes of a step come out.
-        lengths_from: in words.
-    """
+def batch_plan(lengths: Lengths, train: TrainConfig, *, ranks: int) -> BatchPlan:
+    """Plan steps as :class:`rlhf.train.batches.BatchMaker` does, for a recipe's section ``train``."""
     from rlhf.train.stage import total_steps
 
+    values, count = lengths.values, len(lengths.values)
     size, last = train.global_batch_size, train.last_batch
-    steps = steps_per_epoch(len(lengths), size, last)
-    total = total_steps(train, len(lengths)) if known_items else train.max_steps
+    steps = steps_per_epoch(count, size, last)
+    total = total_steps(train, count) if lengths.known_items else train.max_steps
     planned = min(steps, total or steps)
     sampled = np.unique(np.linspace(0, planned - 1, min(planned, SAMPLED_STEPS)).astype(int))
-    plans, real = [], 0.0
+    counts, loads, real = [], [], 0.0
     for step in sampled.tolist():
-        chosen = global_batch(step, items=len(lengths), batch_size=size, seed=train.seed, last=last)
-        real += float(lengths[chosen].sum())
-        plans.append((lengths[chosen], _planned(lengths[chosen], train, ranks)))
-    loads = [
-        load_of(batch, plan) for batch, micro_steps in plans for micro_step in micro_steps for plan in micro_step
-    ]
-    counts = [len(micro_steps) for _, micro_steps in plans]
+        batch = values[global_batch(step, items=count, batch_size=size, seed=train.seed, last=last)]
+        micro_steps = _planned(batch, train, ranks)
+        real += float(batch.sum())
+        counts.append(len(micro_steps))
+        loads += [load_of(batch, plan) for micro_step in micro_steps for plan in micro_step]
     return BatchPlan(
-        items=len(lengths) if known_items else None,
+        items=count if lengths.known_items else None,
         global_batch=train.global_batch_size,
-        steps_per_epoch=steps if known_items else None,
+        steps_per_epoch=steps if lengths.known_items else None,
         total_steps=total,
         micro_batches=float(np.mean(counts)),
         most_micro_batches=max(counts),
@@ -83,7 +82,6 @@ def batch_plan(
         padded_per_step=sum(load.tokens for load in loads) / len(sampled),
         squares_per_step=sum(load.squares for load in loads) / len(sampled),
         load=_largest(loads),
-        lengths_from=lengths_from,
     )
 
 

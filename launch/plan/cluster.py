@@ -4,10 +4,10 @@ import os
 import re
 from dataclasses import dataclass
 
+from launch.screen import gib
 from rlhf.core.errors import ConfigError
 from rlhf.core.memory import host_memory
 
-GIB = 2**30
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
@@ -39,8 +39,8 @@ class Cluster:
 
     nodes: int
     devices_per_node: int
-    name: str
-    """Name of the device, in words."""
+    device: str
+    """Its name, in words."""
     device_memory: int
     """Memory in bytes of one device; on CPUs, of a node."""
     host_memory: int | None
@@ -89,66 +89,45 @@ def cluster_of(
     Raises:
         ConfigError: for a device that nobody knows.
     """
-    if device is not None and device not in (*DEVICES, "cpu"):
+    if device not in (None, "cpu", *DEVICES):
         raise ConfigError(f"--device {device}: expected one of {', '.join(DEVICES)}, cpu; or give --device-memory")
-    if device is not None and device != "cpu":
-        listed = DEVICES[device]
-        return Cluster(
-            nodes=nodes,
-            devices_per_node=devices_per_node or 8,
-            name=device,
-            device_memory=device_memory or listed.memory,
-            host_memory=host_memory,
-            flops=flops or listed.flops,
-            utilization=utilization,
-            bandwidth=listed.bandwidth,
-        )
-    if device_memory is not None and device is None:
-        return Cluster(
-            nodes=nodes,
-            devices_per_node=devices_per_node or 8,
-            name=f"device of {device_memory / GIB:.1f} GiB",
-            device_memory=device_memory,
-            host_memory=host_memory,
-            flops=flops,
-            utilization=utilization,
-        )
-    here = None if device == "cpu" else _device_here()
-    if here is not None:
-        name, bytes_here, count = here
-        known = next((DEVICES[key] for key in DEVICES if key.partition("-")[0] in name.lower()), None)
-        return Cluster(
-            nodes=nodes,
-            devices_per_node=devices_per_node or count,
-            name=name,
-            device_memory=bytes_here,
-            host_memory=host_memory or host_bytes(),
-            flops=flops or (None if known is None else known.flops),
-            utilization=utilization,
-            bandwidth=None if known is None else known.bandwidth,
-        )
-    memory = host_memory or device_memory or host_bytes()
-    if memory is None:
-        raise ConfigError("the memory of this machine is not known; give --host-memory, for example 64GiB")
+    listed = DEVICES.get(device or "")
+    here = _gpus_here() if device is None and device_memory is None else None
+    memory, count, name = device_memory, 8, device or ""
+    if listed is not None:
+        memory = memory or listed.memory
+    elif here is not None:
+        name, memory, count = here
+        listed = next((DEVICES[key] for key in DEVICES if key.partition("-")[0] in name.lower()), None)
+        host_memory = host_memory or _host_bytes()
+    elif memory is not None and device is None:
+        name = f"device of {gib(memory)}"
+    else:
+        name, count = "cpu", min(2, len(os.sched_getaffinity(0)))
+        memory = host_memory = host_memory or memory or _host_bytes()
+        if memory is None:
+            raise ConfigError("the memory of this machine is not known; give --host-memory, for example 64GiB")
     return Cluster(
         nodes=nodes,
-        devices_per_node=devices_per_node or min(2, len(os.sched_getaffinity(0))),
-        name="cpu",
+        devices_per_node=devices_per_node or count,
+        device=name,
         device_memory=memory,
-        host_memory=memory,
-        flops=flops,
+        host_memory=host_memory,
+        flops=flops or (None if listed is None else listed.flops),
         utilization=utilization,
-        on_cpu=True,
+        bandwidth=None if listed is None else listed.bandwidth,
+        on_cpu=name == "cpu",
     )
 
 
-def host_bytes() -> int | None:
+def _host_bytes() -> int | None:
     """All memory that this machine, or the control group around this process, has to give."""
     found = host_memory()
     return None if found is None else found.total
 
 
-def _device_here() -> tuple[str, int, int] | None:
+def _gpus_here() -> tuple[str, int, int] | None:
+    """Name, memory and number of the GPUs of this machine, if it has some."""
     import torch
 
     if not torch.cuda.is_available():

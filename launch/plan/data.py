@@ -3,28 +3,18 @@
 import contextlib
 import glob
 import io
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from launch.plan.batches import assumed_lengths
+from launch.plan.batches import Lengths, assumed_lengths
 from rlhf.core.errors import UserError
 from rlhf.models.options import BackboneConfig
 from rlhf.train.workload import Workload
 
 UNKNOWN_ITEMS_PER_BATCH = 8
 """Steps that are planned when nobody knows how many rows there are."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lengths:
-    """``(N, S)`` tokens of the rows of each item; of PPO, of the prompts."""
-
-    values: np.ndarray
-    known_items: bool
-    origin: str
 
 
 def lengths_of(
@@ -45,10 +35,10 @@ def lengths_of(
             return Lengths(values=counted, known_items=True, origin="counted")
     items = rows or UNKNOWN_ITEMS_PER_BATCH * step_items
     if mean_tokens is None:
-        values = np.full((items, rows_per_item), longest, np.int64)
-        return Lengths(values=values, known_items=rows is not None, origin=f"every row at the limit of {longest}")
-    values = assumed_lengths(items, mean_tokens, rows_per_item, longest)
-    origin = f"assumed, {mean_tokens:g} tokens a row on average"
+        values, origin = np.full((items, rows_per_item), longest, np.int64), f"every row at the limit of {longest}"
+    else:
+        values = assumed_lengths(items, mean_tokens, rows_per_item, longest)
+        origin = f"assumed, {mean_tokens:g} tokens a row on average"
     return Lengths(values=values, known_items=rows is not None, origin=origin)
 
 

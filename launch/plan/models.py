@@ -69,7 +69,6 @@ class EmptyModel:
             trainable=self.trainable,
             largest=max(self.sizes),
             largest_trainable=max(self.trained_sizes, default=0),
-            layers=self.shape.layers,
             vectors=sum(each for each in self.sizes if each <= persistent),
         )
 

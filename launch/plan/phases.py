@@ -148,9 +148,9 @@ def training_phases(role: str, states: States, work: Work, *, on_cpu: bool) -> l
     return phases
 
 
-def forward_phase(role: str, states: States, work: Work, *, trained: bool) -> Phase:
+def forward_phase(role: str, states: States, work: Work) -> Phase:
     """A forward pass of a model that is only asked."""
-    device = {**states.device, **(states.moments if trained else {}), "gathered weights": states.gathered}
+    device = {**states.device, "gathered weights": states.gathered}
     items = {f"{role}: activations": work.working, f"{role}: logits": work.forward_head}
     return Phase(name=f"{role}: forward pass", device=named(role, device) | items, host=named(role, states.host))
 
@@ -169,9 +169,7 @@ def beside(phases: Iterable[Phase], others: Sequence[Phase]) -> list[Phase]:
     """Each of ``phases`` with what rests beside it."""
     device = {name: value for other in others for name, value in other.device.items()}
     host = {name: value for other in others for name, value in other.host.items()}
-    return [
-        Phase(name=each.name, device=device | dict(each.device), host=host | dict(each.host)) for each in phases
-    ]
+    return [Phase(name=each.name, device=device | dict(each.device), host=host | dict(each.host)) for each in phases]
 
 
 def on_this_machine(phase: Phase, *, on_cpu: bool) -> Phase:

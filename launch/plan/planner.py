@@ -1,13 +1,14 @@
 """The plan of one stage: its phases, batches, times and disk, and whether it fits."""
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 
-from launch.plan.activations import FLOAT32, Load, cache_bytes, next_token_bytes
-from launch.plan.batches import BatchPlan, batch_plan
+from launch.plan.activations import FLOAT32, cache_bytes, next_token_bytes
+from launch.plan.batches import BatchPlan, Lengths, batch_plan
 from launch.plan.cluster import Cluster
-from launch.plan.data import Lengths, lengths_of
+from launch.plan.data import lengths_of
 from launch.plan.models import Sources
 from launch.plan.phases import (
     HOST_BASE_CPU,
@@ -42,21 +43,19 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class StagePlan:
-    """What one stage needs."""
+    """What one stage needs: all of it follows from the recipe, the cluster and the request. See :func:`plan_stage`."""
 
     stage: str
     """Its name, for titles."""
     config: TrainingRecipe
     cluster: Cluster
-    precision: Precision
-    roles: Roles
-    states: dict[str, States]
-    phases: tuple[Phase, ...]
-    publishing: Phase | None
-    """Memory of the main rank's host while it publishes."""
-    batches: BatchPlan
-    lengths: Lengths
-    notes: tuple[str, ...]
+    request: Request
+
+    # What it is made of
+
+    @property
+    def precision(self) -> Precision:
+        return precision_of_plan(self.config, self.cluster)
 
     @property
     def size(self) -> int:
@@ -65,6 +64,150 @@ class StagePlan:
     @property
     def workload(self) -> Workload:
         return self.config.workload
+
+    @cached_property
+    def roles(self) -> Roles:
+        return roles_of(self.config, self.cluster, self.request.sources)
+
+    @cached_property
+    def lengths(self) -> Lengths:
+        rollout = self.workload.rollout
+        return lengths_of(
+            self.workload,
+            self.roles.main.recipe.backbone,
+            step_items=self.config.train.global_batch_size if rollout is None else rollout.prompts,
+            rows=self.request.rows,
+            mean_tokens=self.request.mean_tokens,
+        )
+
+    @cached_property
+    def batches(self) -> BatchPlan:
+        """Steps; of rollouts, minibatches of rows that all run to the limit, with steps counted in prompts."""
+        from rlhf.train.stage import total_steps
+
+        train, lengths, rollout = self.config.train, self.lengths, self.workload.rollout
+        if rollout is None:
+            return batch_plan(lengths, train, ranks=self.cluster.ranks)
+        rows = np.repeat(lengths.values, rollout.samples, axis=0) + rollout.max_new_tokens
+        found = batch_plan(replace(lengths, values=rows, known_items=False), train, ranks=self.cluster.ranks)
+        if not lengths.known_items:
+            return found
+        count = len(lengths.values)
+        steps = total_steps(replace(train, global_batch_size=rollout.prompts), count)
+        an_epoch = steps_per_epoch(count, rollout.prompts, train.last_batch)
+        return replace(found, items=count, steps_per_epoch=an_epoch, total_steps=steps)
+
+    @cached_property
+    def states(self) -> dict[str, States]:
+        """Bytes of each model's states on one rank."""
+        sizes = {"size": self.size, "ranks": self.cluster.ranks, "micro_batches": self.batches.most_micro_batches}
+        return {role.name: role.states(on_cpu=self.cluster.on_cpu, **sizes) for role in self.roles.all}
+
+    # Memory
+
+    @cached_property
+    def phases(self) -> tuple[Phase, ...]:
+        found = [*self._loading(), *self._asking(), *self._rollout(), *self._training()]
+        return tuple(on_this_machine(phase, on_cpu=self.cluster.on_cpu) for phase in found)
+
+    @cached_property
+    def publishing(self) -> Phase | None:
+        """Memory of the main rank's host while it publishes.
+
+        It collects all weights, rebuilds the model with them, and a fresh process reads it again.
+        """
+        if self.config.train.publish == "none":
+            return None
+        main = self.roles.main
+        whole = self.size * main.model.total
+        base = HOST_BASE_CPU if self.cluster.on_cpu else HOST_BASE_CUDA
+        items = {
+            f"{main.name}: all weights collected": whole,
+            f"{main.name}: model to be saved": whole,
+            "fresh process that reads it again": base + 2 * whole if self.size == 2 else base + whole,
+        }
+        (phase,) = beside([Phase(name="publishing", device={}, host=items)], self._resting())
+        return on_this_machine(phase, on_cpu=self.cluster.on_cpu)
+
+    def _loading(self) -> list[Phase]:
+        """Models are loaded one after the other, whole and on the CPU of each rank; DeepSpeed first puts all of one
+        on its device, whatever the stage, and then shares it out."""
+        phases: list[Phase] = []
+        there: list[Phase] = []
+        for role in (each for each in self.roles.loading if each.loaded):
+            whole = self.size * role.model.total
+            host = {f"{role.name}: weights as loaded": whole}
+            on_host = Phase(name=f"{role.name}: loading", device={}, host=host)
+            on_device = Phase(name=f"{role.name}: placing", device={f"{role.name}: weights whole": whole}, host={})
+            phases += beside([on_host] if self.cluster.on_cpu else [on_host, on_device], there)
+            there.append(self._rest(role, trained=False))
+        return phases
+
+    def _asking(self) -> list[Phase]:
+        """Forward passes of models that are only asked; a cache is filled before the first step, without moments."""
+        phases = []
+        for role in self.roles.asked:
+            there = [self._rest(each, trained=role.stays) for each in self.roles.trained]
+            there += [self._rest(each) for each in self.roles.asked if each is not role and each.stays]
+            phases += beside([forward_phase(role.name, self.states[role.name], self._work(role))], there)
+        return phases
+
+    def _rollout(self) -> list[Phase]:
+        """Responses are written beside all resting models."""
+        rollout, policy = self.workload.rollout, self.roles.main
+        if rollout is None:
+            return []
+        rows = min(rollout.batch_rows, -(-rollout.prompts * rollout.samples // self.cluster.ranks))
+        room = int(self.lengths.values.max()) + rollout.max_new_tokens
+        items = {
+            "rollout: KV cache": cache_bytes(policy.model.shape, rows, room, size=self.size),
+            "rollout: logits": next_token_bytes(policy.model.shape, rows),
+            "policy: gathered weights": 0 if self._gathers_once(rollout) else self.states[policy.name].gathered,
+        }
+        return beside([Phase(name="rollout", device=items)], [*self._resting(), self._rollout_copy()])
+
+    def _training(self) -> list[Phase]:
+        phases = []
+        for role in self.roles.trained:
+            own = training_phases(role.name, self.states[role.name], self._work(role), on_cpu=self.cluster.on_cpu)
+            phases += beside(own, [*self._resting(but=role), self._rollout_copy()])
+        return phases
+
+    def _work(self, role: Role) -> Work:
+        from rlhf.core.logprobs import CHUNK_TOKENS
+
+        return work_of(
+            role.model,
+            self.batches.load,
+            size=self.size,
+            attention=role.attention,
+            checkpointing=role.checkpointing,
+            on_cpu=self.cluster.on_cpu,
+            chunk_tokens=CHUNK_TOKENS,
+        )
+
+    def _resting(self, but: Role | None = None) -> list[Phase]:
+        """What is there during training, besides the model that works."""
+        return [self._rest(role) for role in self.roles.all if role is not but and role.stays]
+
+    def _rest(self, role: Role, trained: bool = True) -> Phase:
+        found = self.states[role.name]
+        return resting(role.name, found if trained else replace(found, moments={}))
+
+    def _gathers_once(self, rollout: RolloutLoad) -> bool:
+        zero = self.roles.main.zero
+        return zero is not None and zero.stage == 3 and rollout.gather != "never"
+
+    def _rollout_copy(self) -> Phase:
+        """A whole copy of the policy to sample from, under ZeRO-3; auto is taken to find the memory for it."""
+        rollout = self.workload.rollout
+        whole = self.size * self.roles.main.model.total
+        if rollout is None or not self._gathers_once(rollout):
+            return Phase(name="copy", device={})
+        too_large = rollout.gather == "auto" and whole > COPY_SHARE * self.cluster.device_memory
+        return Phase(name="copy", device={} if too_large else {"rollout: copy of the policy": whole})
+
+    # What comes of it
 
     @property
     def device_peak(self) -> Phase:
@@ -101,16 +244,15 @@ class StagePlan:
     def fits(self) -> bool:
         return self.device_free >= 0 and (self.host_free is None or self.host_free >= 0)
 
-    @property
-    def peak(self) -> Phase:
-        """Peak of a rank where it matters: the device's, or the host's on a CPU."""
-        return self.host_peak if self.cluster.on_cpu else self.device_peak
+    def rank_bytes(self, phase: Phase) -> int:
+        """Bytes on a rank where they matter: on the device, or on the host of a CPU."""
+        return phase.host_bytes if self.cluster.on_cpu else phase.device_bytes
 
     @property
     def largest_item(self) -> tuple[str, int]:
-        peak = self.peak
-        items = peak.host if self.cluster.on_cpu else peak.device
-        return max(items.items(), key=lambda item: item[1])
+        """The largest item of a rank's peak, where it matters."""
+        peak = max(self.phases, key=self.rank_bytes)
+        return max((peak.host if self.cluster.on_cpu else peak.device).items(), key=lambda item: item[1])
 
 
 def plan_stage(stage: str, config: TrainingRecipe, cluster: Cluster, request: Request) -> StagePlan:
@@ -120,179 +262,13 @@ def plan_stage(stage: str, config: TrainingRecipe, cluster: Cluster, request: Re
         ModelError: if nothing says what shape a model has.
         ConfigError: if the recipe cannot be run like that.
     """
-    return _Planner(stage, config, cluster, request).plan()
+    return worked_out(StagePlan(stage=stage, config=config, cluster=cluster, request=request))
 
 
-class _Planner:
-    def __init__(self, stage: str, config: TrainingRecipe, cluster: Cluster, request: Request) -> None:
-        self._stage, self._config, self._cluster, self._request = stage, config, cluster, request
-        self._precision = precision_of_plan(config, cluster)
-        self._size = SIZES[self._precision]
-        self._workload = config.workload
-        self._roles = roles_of(config, cluster, request.sources)
-        self._notes = list(self._roles.notes)
-
-    def plan(self) -> StagePlan:
-        lengths = self._lengths()
-        batches = self._batches(lengths)
-        states = {role.name: self._states(role, batches) for role in self._roles.all}
-        works = {role.name: self._work(role, batches.load) for role in self._roles.all}
-        phases = [*self._loading(states), *self._steps(states, works, lengths)]
-        return StagePlan(
-            stage=self._stage,
-            config=self._config,
-            cluster=self._cluster,
-            precision=self._precision,
-            roles=self._roles,
-            states=states,
-            phases=tuple(on_this_machine(phase, on_cpu=self._cluster.on_cpu) for phase in phases),
-            publishing=self._publishing(states),
-            batches=batches,
-            lengths=lengths,
-            notes=tuple(self._notes),
-        )
-
-    # Batches
-
-    def _lengths(self) -> Lengths:
-        rollout = self._workload.rollout
-        return lengths_of(
-            self._workload,
-            self._roles.main.recipe.backbone,
-            step_items=self._config.train.global_batch_size if rollout is None else rollout.prompts,
-            rows=self._request.rows,
-            mean_tokens=self._request.mean_tokens,
-        )
-
-    def _batches(self, lengths: Lengths) -> BatchPlan:
-        rollout = self._workload.rollout
-        if rollout is not None:
-            return self._rollout_batches(lengths, rollout)
-        return batch_plan(
-            lengths.values,
-            self._config.train,
-            ranks=self._cluster.ranks,
-            known_items=lengths.known_items,
-            lengths_from=lengths.origin,
-        )
-
-    def _rollout_batches(self, lengths: Lengths, rollout: RolloutLoad) -> BatchPlan:
-        """Minibatches of rollouts that all run to the limit; epochs and steps are counted in prompts."""
-        from rlhf.train.stage import total_steps
-
-        train = self._config.train
-        rows = np.repeat(lengths.values, rollout.samples, axis=0) + rollout.max_new_tokens
-        found = batch_plan(rows, train, ranks=self._cluster.ranks, known_items=False, lengths_from=lengths.origin)
-        if not lengths.known_items:
-            return found
-        count = len(lengths.values)
-        steps = total_steps(replace(train, global_batch_size=rollout.prompts), count)
-        an_epoch = steps_per_epoch(count, rollout.prompts, train.last_batch)
-        return replace(found, items=count, steps_per_epoch=an_epoch, total_steps=steps)
-
-    # Memory
-
-    def _states(self, role: Role, batches: BatchPlan) -> States:
-        return role.states(
-            size=self._size,
-            ranks=self._cluster.ranks,
-            micro_batches=batches.most_micro_batches,
-            on_cpu=self._cluster.on_cpu,
-        )
-
-    def _work(self, role: Role, load: Load) -> Work:
-        from rlhf.core.logprobs import CHUNK_TOKENS
-
-        return work_of(
-            role.model,
-            load,
-            size=self._size,
-            attention=role.attention,
-            checkpointing=role.checkpointing,
-            on_cpu=self._cluster.on_cpu,
-            chunk_tokens=CHUNK_TOKENS,
-        )
-
-    def _loading(self, states: dict[str, States]) -> list[Phase]:
-        """Models are loaded one after the other, whole and on the CPU of each rank; DeepSpeed first puts all of one
-        on its device, whatever the stage, and then shares it out."""
-        phases: list[Phase] = []
-        there: list[Phase] = []
-        for role in (each for each in self._roles.loading if each.loaded):
-            whole = self._size * role.model.total
-            host = {f"{role.name}: weights as loaded": whole}
-            on_host = Phase(name=f"{role.name}: loading", device={}, host=host)
-            on_device = Phase(name=f"{role.name}: placing", device={f"{role.name}: weights whole": whole}, host={})
-            new = [on_host] if self._cluster.on_cpu else [on_host, on_device]
-            phases += beside(new, there)
-            first = states[role.name]
-            there.append(resting(role.name, replace(first, moments={})))
-        return phases
-
-    def _steps(self, states: dict[str, States], works: dict[str, Work], lengths: Lengths) -> list[Phase]:
-        roles, rollout = self._roles, self._workload.rollout
-        phases = []
-        for role in roles.asked:
-            # A cache is filled before the first step, beside states without moments.
-            there = [self._rest(each, states, role.stays) for each in roles.trained]
-            there += [self._rest(each, states, True) for each in roles.asked if each is not role and each.stays]
-            phases += beside([forward_phase(role.name, states[role.name], works[role.name], trained=False)], there)
-        copy = [] if rollout is None else [self._rollout_copy(rollout)]
-        if rollout is not None:
-            phases += self._rollout(states, lengths, rollout, copy)
-        for role in roles.trained:
-            there = [self._rest(each, states, True) for each in roles.all if each is not role and each.stays]
-            own = training_phases(role.name, states[role.name], works[role.name], on_cpu=self._cluster.on_cpu)
-            phases += beside(own, [*there, *copy])
-        return phases
-
-    def _rest(self, role: Role, states: dict[str, States], trained: bool) -> Phase:
-        found = states[role.name]
-        return resting(role.name, found if trained else replace(found, moments={}))
-
-    def _rollout(
-        self, states: dict[str, States], lengths: Lengths, rollout: RolloutLoad, copy: list[Phase]
-    ) -> list[Phase]:
-        """Responses are written beside all resting models."""
-        policy = self._roles.main
-        rows = min(rollout.batch_rows, -(-rollout.prompts * rollout.samples // self._cluster.ranks))
-        room = int(lengths.values.max()) + rollout.max_new_tokens
-        shape = policy.model.shape
-        items = {
-            "rollout: KV cache": cache_bytes(shape, rows, room, size=self._size),
-            "rollout: logits": next_token_bytes(shape, rows),
-            "policy: gathered weights": 0 if self._gathers_once(rollout) else states[policy.name].gathered,
-        }
-        there = [self._rest(role, states, True) for role in self._roles.all if role.stays]
-        return beside([Phase(name="rollout", device=items)], [*there, *copy])
-
-    def _gathers_once(self, rollout: RolloutLoad) -> bool:
-        zero = self._roles.main.zero
-        return zero is not None and zero.stage == 3 and rollout.gather != "never"
-
-    def _rollout_copy(self, rollout: RolloutLoad) -> Phase:
-        """A whole copy of the policy to sample from, under ZeRO-3; auto is taken to find the memory for it."""
-        whole = self._size * self._roles.main.model.total
-        too_large = rollout.gather == "auto" and whole > COPY_SHARE * self._cluster.device_memory
-        if not self._gathers_once(rollout) or too_large:
-            return Phase(name="copy", device={})
-        return Phase(name="copy", device={"rollout: copy of the policy": whole})
-
-    def _publishing(self, states: dict[str, States]) -> Phase | None:
-        """The main rank collects all weights, rebuilds the model with them, and a fresh process reads it again."""
-        if self._config.train.publish == "none":
-            return None
-        main = self._roles.main
-        whole = self._size * main.model.total
-        base = HOST_BASE_CPU if self._cluster.on_cpu else HOST_BASE_CUDA
-        items = {
-            f"{main.name}: all weights collected": whole,
-            f"{main.name}: model to be saved": whole,
-            "fresh process that reads it again": base + 2 * whole if self._size == 2 else base + whole,
-        }
-        there = [self._rest(role, states, True) for role in self._roles.all if role.stays]
-        (phase,) = beside([Phase(name="publishing", device={}, host=items)], there)
-        return on_this_machine(phase, on_cpu=self._cluster.on_cpu)
+def worked_out(plan: StagePlan) -> StagePlan:
+    """The plan, after all of it that can be refused has been made; raises as :func:`plan_stage`."""
+    _ = plan.phases
+    return plan
 
 
 def checkpoint_bytes(plan: StagePlan) -> int:

@@ -1,45 +1,37 @@
 """A plan as tables for people, and as JSON."""
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from launch.plan.advice import fewest_nodes, next_knob, smallest_config
 from launch.plan.phases import Phase
-from launch.plan.planner import Request, StagePlan, disk
+from launch.plan.planner import StagePlan, disk
+from launch.plan.roles import Role
 from launch.plan.times import reference_seconds, run_seconds, step_seconds
+from launch.screen import gib, titled_table
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-GIB = 2**30
 
-
-def as_json(plan: StagePlan, request: Request) -> dict[str, Any]:
+def as_json(plan: StagePlan) -> dict[str, Any]:
     """Bytes and seconds as numbers."""
-    cluster, batches = plan.cluster, plan.batches
+    batches = plan.batches
+    on_device = None if plan.cluster.on_cpu else _phase_json(plan.device_peak.name, plan.device_peak.device)
     return {
         "stage": plan.stage,
         "fits": plan.fits,
-        "cluster": {
-            "nodes": cluster.nodes,
-            "devices_per_node": cluster.devices_per_node,
-            "device": cluster.name,
-            "device_memory": cluster.device_memory,
-            "host_memory": cluster.host_memory,
-            "flops": cluster.flops,
-            "utilization": cluster.utilization,
-        },
+        "cluster": asdict(plan.cluster),
         "precision": plan.precision,
         "models": [_model_json(plan, role) for role in plan.roles.all],
-        "device_peak": None if cluster.on_cpu else _phase_json(plan.device_peak.name, plan.device_peak.device),
+        "device_peak": on_device,
         "device_free": plan.device_free,
         "host_peak_per_rank": _phase_json(plan.host_peak.name, plan.host_peak.host),
         "host_peak_per_node": plan.node_host_bytes,
         "host_free": plan.host_free,
         "publishing": None if plan.publishing is None else _phase_json("publishing", plan.publishing.host),
-        "phases": [
-            {"name": each.name, "device": each.device_bytes, "host": each.host_bytes} for each in _peaks(plan)
-        ],
+        "phases": [{"name": each.name, "device": each.device_bytes, "host": each.host_bytes} for each in _peaks(plan)],
         "batches": {
             "items": batches.items,
             "global_batch": batches.global_batch,
@@ -49,21 +41,21 @@ def as_json(plan: StagePlan, request: Request) -> dict[str, Any]:
             "tokens_per_step": batches.tokens_per_step,
             "padded_tokens_per_step": batches.padded_per_step,
             "largest_micro_batch_tokens": batches.load.tokens,
-            "lengths": batches.lengths_from,
+            "lengths": plan.lengths.origin,
         },
         "seconds_per_step": step_seconds(plan),
         "seconds_of_reference_cache": reference_seconds(plan),
         "seconds_of_run": run_seconds(plan),
         "disk": disk(plan),
         "largest_item": list(plan.largest_item),
-        "next_knob": next_knob(plan, request),
-        "smallest_config": smallest_config(plan, request),
-        "fits_on_nodes": None if plan.fits else fewest_nodes(plan, request),
-        "notes": list(plan.notes),
+        "next_knob": next_knob(plan),
+        "smallest_config": smallest_config(plan),
+        "fits_on_nodes": None if plan.fits else fewest_nodes(plan),
+        "notes": list(plan.roles.notes),
     }
 
 
-def _model_json(plan: StagePlan, role: Any) -> dict[str, Any]:
+def _model_json(plan: StagePlan, role: Role) -> dict[str, Any]:
     states = plan.states[role.name]
     return {
         "role": role.name,
@@ -85,19 +77,16 @@ def _phase_json(name: str, items: Any) -> dict[str, Any]:
 
 def _peaks(plan: StagePlan) -> list[Phase]:
     """The largest phase of each name, in the order of the run."""
-    by_name: dict[str, Phase] = {}
+    largest: dict[str, Phase] = {}
     for phase in plan.phases:
-        best = by_name.get(phase.name)
-        size = phase.host_bytes if plan.cluster.on_cpu else phase.device_bytes
-        if best is None or size > (best.host_bytes if plan.cluster.on_cpu else best.device_bytes):
-            by_name[phase.name] = phase
-    return list(by_name.values())
+        largest[phase.name] = max(largest.get(phase.name, phase), phase, key=plan.rank_bytes)
+    return list(largest.values())
 
 
 def print_plan(console: "Console", found: dict[str, Any]) -> None:
     """Show what :func:`as_json` gave."""
 
-    def say(text: str = "") -> None:
+    def say(text: str) -> None:
         console.print(text, markup=False, soft_wrap=True)
 
     cluster = found["cluster"]
@@ -110,25 +99,11 @@ def print_plan(console: "Console", found: dict[str, Any]) -> None:
         f"{found['stage']} on {cluster['nodes']} x {cluster['devices_per_node']} = {ranks} rank(s) "
         f"({device}; {host}), {found['precision']}"
     )
-    console.print(_models_table(found))
-    console.print(_memory_table(found))
-    console.print(_phases_table(found))
-    console.print(_batches_table(found))
-    for line in [*_time_lines(found), *_disk_lines(found)]:
+    for table in (_models_table, _memory_table, _phases_table, _batches_table):
+        console.print(table(found))
+    notes = [f"note: {note}" for note in found["notes"]]
+    for line in (*_time_lines(found), _disk_line(found), *notes, *verdict(found)):
         say(line)
-    for note in found["notes"]:
-        say(f"note: {note}")
-    for line in verdict(found):
-        say(line)
-
-
-def gib(count: float | None) -> str:
-    """``1.50 GiB``; less than a hundredth of it in MiB."""
-    if count is None:
-        return "-"
-    if 0 < abs(count) < GIB / 100:
-        return f"{count / 2**20:.2f} MiB"
-    return f"{count / GIB:.2f} GiB" if abs(count) < 100 * GIB else f"{count / GIB:,.0f} GiB"
 
 
 def verdict(found: dict[str, Any]) -> list[str]:
@@ -156,17 +131,8 @@ def verdict(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _table(title: str, *headings: str) -> "Table":
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    for number, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if number == 0 else "right", overflow="fold")
-    return table
-
-
 def _models_table(found: dict[str, Any]) -> "Table":
-    table = _table("Models", "role", "parameters", "trained", "placement", "device", "host", "NVMe")
+    table = titled_table("Models", "role", "parameters", "trained", "placement", "device", "host", "NVMe")
     for model in found["models"]:
         table.add_row(
             model["role"],
@@ -184,7 +150,7 @@ def _memory_table(found: dict[str, Any]) -> "Table":
     """What is there at the peak, device beside host."""
     peak, host = found["device_peak"], found["host_peak_per_rank"]
     where = f"device: {peak['phase']}" if peak else ""
-    table = _table("Peak of one rank", "item", where or f"memory: {host['phase']}", *(["host"] if peak else []))
+    table = titled_table("Peak of one rank", "item", where or f"memory: {host['phase']}", *(["host"] if peak else []))
     items = peak["items"] if peak else host["items"]
     for name, size in items.items():
         table.add_row(name, gib(size), *([""] if peak else []))
@@ -198,7 +164,7 @@ def _memory_table(found: dict[str, Any]) -> "Table":
 
 
 def _phases_table(found: dict[str, Any]) -> "Table":
-    table = _table("Phases of one rank", "phase", "device", "host")
+    table = titled_table("Phases of one rank", "phase", "device", "host")
     for phase in found["phases"]:
         table.add_row(phase["name"], gib(phase["device"]) if phase["device"] else "-", gib(phase["host"]))
     if found["publishing"]:
@@ -209,7 +175,7 @@ def _phases_table(found: dict[str, Any]) -> "Table":
 def _batches_table(found: dict[str, Any]) -> "Table":
     batches = found["batches"]
     unknown = "not known: give --rows"
-    table = _table("Batches", "", "")
+    table = titled_table("Batches", "", "")
     rows = {
         "rows of the data": unknown if batches["items"] is None else f"{batches['items']:,}",
         "lengths": batches["lengths"],
@@ -247,6 +213,6 @@ def clock(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def _disk_lines(found: dict[str, Any]) -> list[str]:
+def _disk_line(found: dict[str, Any]) -> str:
     parts = ", ".join(f"{name} {gib(size)}" for name, size in found["disk"].items())
-    return [f"disk: {gib(sum(found['disk'].values()))} ({parts})"]
+    return f"disk: {gib(sum(found['disk'].values()))} ({parts})"

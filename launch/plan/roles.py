@@ -119,9 +119,7 @@ def roles_of(config: TrainingRecipe, cluster: Cluster, sources: Sources) -> Role
     notes: list[str] = []
     for role in sorted(config.models, key=lambda role: role is not main):  # others may live in it, or be like it
         found[role.name] = _placed(role, _counted(role, main, found, sources, notes), config, cluster)
-    return Roles(
-        loading=tuple(found[role.name] for role in config.models), main=found[main.name], notes=tuple(notes)
-    )
+    return Roles(loading=tuple(found[role.name] for role in config.models), main=found[main.name], notes=tuple(notes))
 
 
 def _counted(

@@ -7,67 +7,32 @@ from rlhf.core.errors import ModelError
 
 Attention = Literal["eager", "sdpa", "flash"]
 
-LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu"}
-KNOWN: dict[str, dict[str, Any]] = {
-    "smollm2-135m": {
-        **LLAMA,
-        "vocab_size": 49152,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "max_position_embeddings": 8192,
-        "tie_word_embeddings": True,
-    },
-    "llama-3.2-1b": {
-        **LLAMA,
-        "vocab_size": 128256,
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-        "max_position_embeddings": 131072,
-        "tie_word_embeddings": True,
-    },
-    "llama-3-8b": {
-        **LLAMA,
-        "vocab_size": 128256,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 8192,
-        "tie_word_embeddings": False,
-    },
-    "llama-3-70b": {
-        **LLAMA,
-        "vocab_size": 128256,
-        "hidden_size": 8192,
-        "intermediate_size": 28672,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 8192,
-        "tie_word_embeddings": False,
-    },
-    "qwen2.5-7b": {
-        "model_type": "qwen2",
-        "architectures": ["Qwen2ForCausalLM"],
-        "vocab_size": 152064,
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 32768,
-        "tie_word_embeddings": False,
-    },
+
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+)
+
+
+def _published(model_type: str, *sizes: int, tied: bool = False, **more: int) -> dict[str, Any]:
+    """A model's own config.json, as far as it decides on sizes: ``sizes`` in the order of :data:`SIZES`."""
+    own = {"model_type": model_type, "architectures": [f"{model_type.capitalize()}ForCausalLM"], "hidden_act": "silu"}
+    return own | dict(zip(SIZES, sizes, strict=True)) | {"tie_word_embeddings": tied} | more
+
+
+KNOWN = {
+    "smollm2-135m": _published("llama", 49152, 576, 1536, 30, 9, 3, 8192, tied=True),
+    "llama-3.2-1b": _published("llama", 128256, 2048, 8192, 16, 32, 8, 131072, tied=True, head_dim=64),
+    "llama-3-8b": _published("llama", 128256, 4096, 14336, 32, 32, 8, 8192),
+    "llama-3-70b": _published("llama", 128256, 8192, 28672, 80, 64, 8, 8192),
+    "qwen2.5-7b": _published("qwen2", 152064, 3584, 18944, 28, 28, 4, 32768),
 }
-"""Published shapes (the models' own config.json files), for plans without a folder on disk."""
+"""Published shapes, for plans without a folder on disk."""
 
 
 @dataclass(frozen=True, kw_only=True)

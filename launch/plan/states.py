@@ -65,7 +65,6 @@ class Numbers:
     largest: int
     """Parameters of the largest single tensor."""
     largest_trainable: int
-    layers: int
     vectors: int = 0
     """Parameters of tensors that stage 3 keeps whole."""
 

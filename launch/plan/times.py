@@ -1,6 +1,17 @@
-"""Expected seconds of a plan, from a stated rate. Evaluation, checkpoints, communication and loading come on top."""
+"""Expected seconds of a plan, from a stated rate. Evaluation, checkpoints, communication and loading come on top.
 
-from launch.plan.compute import decode_seconds, head_flops, layer_flops, training_flops
+A forward pass over n tokens in rows of T_r takes, for P numbers in the matrices of L layers, a query width of A, hidden
+states of width D and a vocabulary of V, if m tokens (those of responses) pass the output projection:
+
+    2 P n  +  2 L A sum_r T_r^2 (causal: half of the square)  +  2 V D m
+
+A backward pass takes once that for the gradients of activations, and once for those of the weights where they are
+trained; checkpointing adds a forward pass of the layers, and rlhf.core.logprobs projects once more.
+
+References:
+    Kaplan et al. (2020), arXiv:2001.08361, section 2.1.
+"""
+
 from launch.plan.planner import StagePlan
 from launch.plan.roles import Role
 from rlhf.train.workload import RolloutLoad
@@ -14,15 +25,24 @@ def step_seconds(plan: StagePlan) -> dict[str, float]:
     rate = plan.cluster.rate
     if rate is None:
         return {}
-    everything = rate * plan.cluster.ranks
+    everything, roles = rate * plan.cluster.ranks, plan.roles
     rollout = plan.workload.rollout
-    if rollout is not None:
-        return _rollout_step_seconds(plan, rollout, everything)
-    found = {"training": sum(_training_flops(plan, role) for role in plan.roles.trained) / everything}
-    found |= {role.name: _forward_flops(plan, role) / everything for role in plan.roles.asked if role.stays}
-    if plan.workload.first_pass:
-        found["first pass over the batch"] = _forward_flops(plan, plan.roles.main) / everything
-    return found
+    asked = {role.name: _forward_flops(plan, role) / everything for role in roles.asked if role.stays}
+    training = {role.name: _training_flops(plan, role) / everything for role in roles.trained}
+    if rollout is None:
+        found = {"training": sum(training.values()), **asked}
+        if plan.workload.first_pass:
+            found["first pass over the batch"] = _forward_flops(plan, roles.main) / everything
+        return found
+    # A step's rollouts are all its minibatches together, gone through once by every model that is asked.
+    passes = -(-rollout.prompts * rollout.samples // plan.config.train.global_batch_size)
+    measured = sum(asked.values()) + sum(_forward_flops(plan, role) for role in roles.trained) / everything
+    updates = rollout.epochs * passes
+    return {
+        "rollout, at least": _rollout_seconds(plan, rollout, rate),
+        "scores, log-probabilities, values": passes * measured,
+        **{f"{name}: updates": updates * seconds for name, seconds in training.items()},
+    }
 
 
 def reference_seconds(plan: StagePlan) -> float | None:
@@ -43,58 +63,45 @@ def run_seconds(plan: StagePlan) -> float | None:
     return plan.batches.total_steps * sum(parts.values()) + (reference_seconds(plan) or 0.0)
 
 
-def _training_flops(plan: StagePlan, role: Role) -> float:
-    batches, model = plan.batches, role.model
-    return training_flops(
-        model.shape,
-        model.matrix_parameters,
-        batches.padded_per_step,
-        batches.squares_per_step,
-        HEAD_SHARE * batches.tokens_per_step if model.kind == "language model" else 0.0,
-        active_share=model.active_layers / model.shape.layers,
-        weights_trained=model.trained == "full",
-        head_trained=model.head_trained,
-        checkpointing=role.checkpointing,
-    )
-
-
 def _forward_flops(plan: StagePlan, role: Role) -> float:
-    batches, model = plan.batches, role.model
-    layers = layer_flops(model.shape, model.matrix_parameters, batches.padded_per_step, batches.squares_per_step)
-    has_head = model.kind == "language model"
-    return layers + (head_flops(model.shape, HEAD_SHARE * batches.tokens_per_step) if has_head else 0.0)
+    """Operations of a step's forward passes."""
+    return _layer_flops(plan, role) + _head_flops(plan, role)
 
 
-def _rollout_step_seconds(plan: StagePlan, rollout: RolloutLoad, everything: float) -> dict[str, float]:
-    """A step's rollouts are all its minibatches together, gone through once by every model that is asked."""
-    roles = plan.roles
-    passes = -(-rollout.prompts * rollout.samples // plan.config.train.global_batch_size)
-    asked = [role for role in roles.asked if role.stays]
-    measured = sum(_forward_flops(plan, role) for role in (*asked, *roles.trained))
-    updates = rollout.epochs * passes
-    found = {
-        "rollout, at least": _rollout_seconds(plan, rollout),
-        "scores, log-probabilities, values": passes * measured / everything,
-    }
-    found |= {f"{role.name}: updates": updates * _training_flops(plan, role) / everything for role in roles.trained}
-    return found
+def _training_flops(plan: StagePlan, role: Role) -> float:
+    """Operations of a step's forward and backward passes; with LoRA the matrices need no gradient."""
+    model = role.model
+    active = model.active_layers / model.shape.layers
+    passes = 1.0 + active * (1.0 + (model.trained == "full") + role.checkpointing)
+    return _layer_flops(plan, role) * passes + _head_flops(plan, role) * (4.0 if model.head_trained else 2.0)
 
 
-def _rollout_seconds(plan: StagePlan, rollout: RolloutLoad) -> float:
-    cluster = plan.cluster
-    assert cluster.rate is not None
-    rows = -(-rollout.prompts * rollout.samples // cluster.ranks)
+def _layer_flops(plan: StagePlan, role: Role) -> float:
+    """Operations of all layers forward, for all rows of a step."""
+    model, batches = role.model, plan.batches
+    attention = 2.0 * model.shape.layers * model.shape.query_width * batches.squares_per_step
+    return 2.0 * model.matrix_parameters * batches.padded_per_step + attention
+
+
+def _head_flops(plan: StagePlan, role: Role) -> float:
+    """Operations of the output projection forward, for all rows of a step."""
+    tokens = HEAD_SHARE * plan.batches.tokens_per_step if role.model.kind == "language model" else 0.0
+    return 2.0 * role.model.shape.vocabulary * role.model.shape.hidden * tokens
+
+
+def _rollout_seconds(plan: StagePlan, rollout: RolloutLoad, rate: float) -> float:
+    """Seconds in which each rank writes its share of a step's responses.
+
+    A token of all rows that are decoded together reads all weights and the cache once, and multiplies: the slower of
+    ``bytes / bandwidth`` and ``2 P rows / flops``. Launches of small kernels come on top, so this is a lower bound;
+    rows that end early make it less.
+    """
+    model, bandwidth = plan.roles.main.model, plan.cluster.bandwidth
+    rows = -(-rollout.prompts * rollout.samples // plan.cluster.ranks)
     together = min(rows, rollout.batch_rows)
-    model = plan.roles.main.model
-    head = model.shape.vocabulary * model.shape.hidden
-    once = decode_seconds(
-        model.shape,
-        model.matrix_parameters + head,
-        rows=together,
-        prompt_tokens=float(plan.lengths.values.mean()),
-        new_tokens=rollout.max_new_tokens,
-        size=plan.size,
-        flops=cluster.rate,
-        bandwidth=cluster.bandwidth,
-    )
-    return once * -(-rows // together)
+    parameters = model.matrix_parameters + model.shape.vocabulary * model.shape.hidden
+    mean_tokens = float(plan.lengths.values.mean()) + rollout.max_new_tokens / 2
+    cache = 2.0 * model.shape.layers * model.shape.kv_width * plan.size * together * mean_tokens
+    reading = 0.0 if bandwidth is None else (plan.size * parameters + cache) / bandwidth
+    multiplying = 2.0 * parameters * together / rate
+    return rollout.max_new_tokens * max(reading, multiplying) * -(-rows // together)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.doctor import PlannedStage
+from launch.runs import PipelineStage
 from launch.stages import STAGES
 from reward.config import RewardConfig
 from rlhf.config import load_config
@@ -57,8 +57,8 @@ def no_programs(tmp_path, monkeypatch) -> Path:
 def stage(tiny_recipe):
     """``stage(key=value, ...)``: a tiny reward run with its validated recipe."""
 
-    def load(*overrides: str) -> PlannedStage:
+    def load(*overrides: str) -> PipelineStage:
         config = load_config(RewardConfig, [Path(tiny_recipe[1])], overrides, program="test")
-        return PlannedStage(stage=STAGES["reward"], config=config)
+        return PipelineStage(stage=STAGES["reward"], config=config)
 
     return load

@@ -6,11 +6,12 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from launch.doctor import hardware
-from launch.doctor.finding import GIB
-from launch.doctor.subject import PlannedStage, Subject
+from launch.doctor.subject import Subject
 from launch.plan import cluster
 from launch.plan.cluster import cluster_of
 from launch.plan.planner import Request, plan_stage
+from launch.runs import PipelineStage
+from launch.screen import GIB
 from launch.stages import STAGES
 from rlhf.config import load_config
 from rlhf.core.memory import HostMemory
@@ -122,7 +123,7 @@ def test_what_does_not_fit_by_the_plan_is_not_ready_for_the_doctor(free_memory, 
     """On a host of which the plan's need is one byte short: the doctor once counted the weights of one model alone."""
     given = ["output=o", "data.train=absent.jsonl", *settings]
     config = load_config(STAGES[name].config_class(), [], given, program="test")
-    own = PlannedStage(stage=STAGES[name], config=config)
+    own = PipelineStage(stage=STAGES[name], config=config)
     plan = planned(own, 2)
     assert plan.node_host_bytes > 2 * 4 * plan.roles.main.model.total
     free_memory(plan.node_host_bytes - 1)
@@ -136,7 +137,7 @@ def test_every_model_of_ppo_counts(free_memory):
     def needed(*settings: str) -> int:
         given = ["output=o", "data.train=absent.jsonl", "policy.path=llama-3.2-1b", *settings]
         config = load_config(STAGES["ppo"].config_class(), [], given, program="test")
-        subject = Subject(ranks=1, stages=(PlannedStage(stage=STAGES["ppo"], config=config),))
+        subject = Subject(ranks=1, stages=(PipelineStage(stage=STAGES["ppo"], config=config),))
         return only(hardware.host_memory(subject)).values["needed_bytes"]
 
     one, two = needed("reward.path=llama-3.2-1b"), needed("reward.path=[llama-3.2-1b, llama-3.2-1b]")
@@ -156,7 +157,7 @@ def test_what_no_plan_can_be_made_of_is_a_warning_that_says_why(free_memory, sta
 
 @pytest.mark.parametrize(("memory", "status"), [(80 * GIB, "ok"), (8 * GIB, "failure")])
 def test_device_memory_is_what_the_plan_says(monkeypatch, stage, memory, status):
-    monkeypatch.setattr(cluster, "_device_here", lambda: ("NVIDIA H100 80GB HBM3", memory, 2))
+    monkeypatch.setattr(cluster, "_gpus_here", lambda: ("NVIDIA H100 80GB HBM3", memory, 2))
     own = stage("model.path=someone/Llama-3.2-1B", "engine.precision=bfloat16")
     finding = only(hardware.device_memory(Subject(ranks=2, stages=(own,))))
     assert finding.status == status

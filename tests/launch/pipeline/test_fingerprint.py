@@ -4,7 +4,7 @@ import pytest
 
 from launch.pipeline import fingerprint
 from launch.pipeline.fingerprint import Inputs, _paths, parts_of
-from launch.pipeline.recipe import Pipeline, PipelineStage
+from launch.runs import Pipeline, PipelineStage
 from launch.stages import STAGES
 from rlhf.config import load_config
 from rlhf.core.files import file_checksum, write_json
@@ -51,7 +51,7 @@ def test_a_home_folder_and_an_installed_module_are_found(folder):
 
 def parts(folder: Path, name: str, *overrides: str) -> dict:
     config = load_config(STAGES[name].config_class(), [], [*overrides, f"output={folder}/out"], program="")
-    stage = PipelineStage(name=name, stage=STAGES[name], config=config, output=folder / "out", final=folder, needs=())
+    stage = PipelineStage(name=name, stage=STAGES[name], config=config)
     pipeline = Pipeline(name="p", output=folder / "runs", stages=(stage,))
     return parts_of(stage, pipeline, Inputs(folder / "memory.json"), {})
 

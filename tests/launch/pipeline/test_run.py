@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from launch.jobs.log import meaning
+from launch.pipeline.overview import status_table
 from launch.pipeline.processes import alone
 from launch.pipeline.run import _Logs
 from launch.pipeline.state import Progress
-from launch.pipeline.status import status_table
 from rlhf.core.errors import UserError
 from rlhf.train.status import new_status, read_status, recording, write_status
 

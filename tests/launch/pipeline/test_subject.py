@@ -12,8 +12,8 @@ from launch.doctor import Subject, inputs, network
 from launch.jobs.launcher import Machine
 from launch.pipeline import run as running
 from launch.pipeline.recipe import load_pipeline
-from launch.pipeline.subject import pipeline_subject
 from launch.pipeline.sweep import plan_sweep
+from launch.runs import Pipeline
 from launch.stages import STAGES
 from rlhf.core.errors import UserError
 
@@ -46,6 +46,10 @@ def pipeline(tmp_path, tiny_model, tiny_pairs):
         return path
 
     return write
+
+
+def subject_of(pipeline: Pipeline) -> Subject:
+    return Subject(ranks=1, output=pipeline.output, stages=pipeline.stages, pipeline=pipeline)
 
 
 def _nested(flat: dict) -> dict:
@@ -95,9 +99,7 @@ def test_a_pipeline_of_sound_stages_has_no_failure(pipeline, found):
         ({"reward.placement": "{folder}/two.json"}, "ppo.reward.placement", "sharded by ZeRO-3, and this is stage 2"),
     ],
 )
-def test_a_configuration_that_only_the_last_stage_uses_is_a_failure(
-    pipeline, found, tmp_path, changes, setting, fault
-):
+def test_a_configuration_that_only_the_last_stage_uses_is_a_failure(pipeline, found, tmp_path, changes, setting, fault):
     (tmp_path / "half.json").write_text('{"zero_optimization": {')
     (tmp_path / "two.json").write_text('{"zero_optimization": {"stage": 2}}')
     rows = found(pipeline({"ppo": {key: text.format(folder=tmp_path) for key, text in changes.items()}}))
@@ -177,10 +179,10 @@ def test_plan_doctor_and_pipeline_know_a_folder_however_it_is_spelled(
 def test_what_a_stage_is_to_make_is_no_hub_name(pipeline, tmp_path, monkeypatch, output):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    subject = pipeline_subject(load_pipeline(pipeline(output=output.format(folder=tmp_path))))
+    subject = subject_of(load_pipeline(pipeline(output=output.format(folder=tmp_path))))
     (finding,) = network.hub(subject)
     assert finding.status == "ok", finding
-    other = pipeline_subject(load_pipeline(pipeline(), ["reward.model.path=some/model"]))
+    other = subject_of(load_pipeline(pipeline(), ["reward.model.path=some/model"]))
     (finding,) = network.hub(other)
     assert finding.status == "warning" and "(some/model are not folders here)" in finding.text
 
@@ -188,9 +190,11 @@ def test_what_a_stage_is_to_make_is_no_hub_name(pipeline, tmp_path, monkeypatch,
 def test_a_stage_that_is_done_still_counts_as_what_others_start_from(pipeline):
     """A pipeline that goes on asks for what is ahead; the folder of an earlier stage may have been moved."""
     recipe = load_pipeline(pipeline())
-    ahead = pipeline_subject(recipe, [recipe.named("ppo")])
-    assert [stage.name for stage in ahead.stages] == ["ppo"]
-    assert ahead.made[str(recipe.named("sft").final)].path == recipe.named("sft").config.model.path
+    ahead = Subject(output=recipe.output, stages=(recipe.named("ppo"),), pipeline=recipe)
+    assert ahead.will_make(recipe.named("sft").final)
+    assert [plan.roles.main.model.origin for _, plan in ahead.planned] == [
+        f"{recipe.named('sft').config.model.path}/config.json"
+    ]
 
 
 # ---- what stages read
@@ -296,5 +300,5 @@ def test_runs_of_a_sweep_share_the_models_that_their_plans_are_made_of(monkeypat
     seen = []
     monkeypatch.setattr("launch.plan.planner.plan_stage", lambda *words: seen.append(words[-1].sources))
     sweep = plan_sweep(STAGES["preference"], [recipe], ["loss.kind=sigmoid,ipo,hinge"], tmp_path / "sweep")
-    assert len(pipeline_subject(sweep.pipeline, ranks=1).plans) == 3
+    assert len(subject_of(sweep.pipeline).plans) == 3
     assert len(seen) == 3 and len({id(sources) for sources in seen}) == 1

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from launch.plan.batches import assumed_lengths, batch_plan
+from launch.plan.batches import Lengths, assumed_lengths, batch_plan
 from rlhf.data.options import DataConfig
 from rlhf.data.preferences import load_preferences
 from rlhf.engine.ranks import Ranks
@@ -34,7 +34,7 @@ def real_batches(data, train, ranks, steps):
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_micro_batches_and_tokens_are_those_of_the_run(pairs, ranks):
     train = TrainConfig(global_batch_size=20, micro_batch_tokens=400, epochs=1.5)
-    found = batch_plan(pairs.lengths, train, ranks=ranks, known_items=True, lengths_from="counted")
+    found = batch_plan(Lengths(values=pairs.lengths, known_items=True, origin="counted"), train, ranks=ranks)
     steps = -(-len(pairs) // 20)
     counts, largest, real, padded = [], 0, 0.0, 0.0
     for batches, makers in real_batches(pairs, train, ranks, steps):
@@ -61,7 +61,7 @@ def test_assumed_lengths_have_the_mean_and_the_limit():
 
 def test_without_a_count_of_rows_no_steps_are_invented():
     train = TrainConfig(global_batch_size=8, micro_batch_tokens=400)
-    found = batch_plan(np.full((64, 2), 100), train, ranks=2, known_items=False, lengths_from="")
+    found = batch_plan(Lengths(values=np.full((64, 2), 100), known_items=False, origin=""), train, ranks=2)
     assert (found.items, found.steps_per_epoch, found.total_steps) == (None, None, None)
     assert found.micro_batches == 2
     assert found.load.tokens == 400

@@ -6,7 +6,7 @@ from launch.plan.states import Numbers, States, ZeroSettings, frozen_states, tra
 from rlhf.engine.deepspeed_config import RunValues, resolve
 
 MILLION = 1_000_000
-MODEL = Numbers(total=100 * MILLION, trainable=100 * MILLION, largest=MILLION, largest_trainable=MILLION, layers=10)
+MODEL = Numbers(total=100 * MILLION, trainable=100 * MILLION, largest=MILLION, largest_trainable=MILLION)
 
 
 def states(name="zero2", *, size=2, ranks=1, micro_batches=1, numbers=MODEL):
@@ -68,7 +68,7 @@ def test_offloading_moves_bytes_to_the_host():
 
 
 def test_only_what_is_trained_has_gradients_and_moments():
-    adapters = Numbers(total=100 * MILLION, trainable=MILLION, largest=MILLION, largest_trainable=1000, layers=10)
+    adapters = Numbers(total=100 * MILLION, trainable=MILLION, largest=MILLION, largest_trainable=1000)
     assert resting(states("zero2", ranks=2, numbers=adapters)) == 100 * 2 + (4 + 8) / 2
 
 

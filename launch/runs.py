@@ -1,0 +1,95 @@
+"""Stages with their recipes, ready to be started: one alone, or those of a pipeline in the order in which they run."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launch.stages import Stage, models_of
+from rlhf.config import to_yaml
+from rlhf.core.errors import ConfigError
+from rlhf.core.files import RECIPE, write_text
+from rlhf.models.options import BackboneConfig
+from rlhf.models.roles import ModelRole, published_role
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineStage:
+    """A stage, ready to be started."""
+
+    name: str = ""
+    """Its name in a pipeline; empty for a recipe that stands alone."""
+    stage: Stage
+    config: Any
+    """Its resolved recipe, accepted by the stage's own parser."""
+    needs: tuple[str, ...] = ()
+    """Names of the stages that must be finished before."""
+    ranks: int | None = None
+    """Processes of this stage on one machine; ``None`` for those of the run."""
+
+    @property
+    def title(self) -> str:
+        return self.name or self.stage.name
+
+    @property
+    def output(self) -> Path:
+        return self.config.output
+
+    @property
+    def final(self) -> Path:
+        """What other stages use."""
+        return self.output / self.stage.published
+
+    @property
+    def models(self) -> tuple[ModelRole, ...]:
+        """Those that it loads."""
+        return models_of(self.config)
+
+    @property
+    def recipe(self) -> Path:
+        """The file that the stage is started with: its resolved recipe, in its run folder."""
+        return self.output / RECIPE
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """The arguments of the command that starts the stage."""
+        return "--config", str(self.recipe)
+
+    def write_recipe(self) -> None:
+        """Put the recipe where :attr:`arguments` say that it is."""
+        write_text(self.recipe, to_yaml(self.config))
+
+    def setting(self, key: str) -> str:
+        """``key`` as a command line has it: ``NAME.key`` in a pipeline."""
+        return f"{self.name}.{key}" if self.name else key
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pipeline:
+    """Stages in the order in which they run."""
+
+    name: str
+    output: Path
+    stages: tuple[PipelineStage, ...]
+    elsewhere: str = "{stage}.output=FOLDER"
+    """What to add to the command for another folder of a stage."""
+
+    @property
+    def made(self) -> Mapping[str, BackboneConfig]:
+        """Where the models start that stages publish, by folder: their shapes are known before they are there."""
+        published = ((stage.final, published_role(stage.models)) for stage in self.stages)
+        return {str(folder): role.backbone for folder, role in published if role is not None}
+
+    def named(self, name: str) -> PipelineStage:
+        """The stage of this name.
+
+        Raises:
+            ConfigError: if there is no such stage.
+        """
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        raise ConfigError(f"pipeline: no stage {name}; there are {', '.join(each.name for each in self.stages)}")
+
+    def upstream(self, stage: PipelineStage) -> list[PipelineStage]:
+        return [self.named(name) for name in stage.needs]
