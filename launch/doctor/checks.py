@@ -1,7 +1,7 @@
 """All checks, in the order in which a run would meet their subjects."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from launch.doctor import collectives, hardware, inputs, network, software
 from launch.doctor.finding import Finding
@@ -49,7 +49,7 @@ def run_checks(
         if quick and not check.quick:
             continue
         notice(check.name)
-        findings += _made(check, subject)
+        findings += (replace(found, check=check.name) for found in _made(check, subject))
     return findings
 
 
@@ -59,5 +59,4 @@ def _made(check: Check, subject: Subject) -> list[Finding]:
         return list(check.look(subject))
     except Exception as error:
         text = f"the check itself broke: {type(error).__name__}: {error}"
-        remedy = "an installation that is not whole, or a fault of rlhf: report it"
-        return [Finding(check.name, "failure", text, remedy)]
+        return [Finding("failure", text, "an installation that is not whole, or a fault of rlhf: report it")]

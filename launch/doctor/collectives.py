@@ -25,7 +25,7 @@ def all_reduce(subject: Subject) -> Iterator[Finding]:
     """Start all ranks, let them add up a tensor, and time it."""
     if subject.hostfile is not None and not _is_usable(subject.hostfile):
         text = "not tried: the nodes of the hostfile cannot be used"
-        yield Finding("all-reduce", "warning", text, "see the check of the hostfile")
+        yield Finding("warning", text, "see the check of the hostfile")
         return
     # Beside the run, for all nodes must see the hostfile that is made of an allocation.
     output = subject.output.absolute()
@@ -34,7 +34,7 @@ def all_reduce(subject: Subject) -> Iterator[Finding]:
         made = tempfile.TemporaryDirectory(prefix=".doctor-", dir=place, ignore_cleanup_errors=True)
     except OSError as error:
         text = f"not tried: {place} cannot be written to: {error.strerror}"
-        yield Finding("all-reduce", "warning", text, "see the check of the disk")
+        yield Finding("warning", text, "see the check of the disk")
         return
     with made as folder:
         yield _tried(subject, Path(folder))
@@ -46,7 +46,7 @@ def _tried(subject: Subject, folder: Path) -> Finding:
     outcome = _run(stage_command(MODULE, [], machine), log, subject.seconds)
     measured = _measured(log)
     if measured is None:
-        return Finding("all-reduce", "failure", f"{outcome}; the ranks said: {_tail(log)}", _remedy())
+        return Finding("failure", f"{outcome}; the ranks said: {_tail(log)}", _remedy())
     return _judged(measured, machine)
 
 
@@ -88,13 +88,13 @@ def _judged(measured: dict, machine: Machine) -> Finding:
     wanted = len(machine.hosts) or 1
     if not measured["correct"]:
         remedy = "a fault of network or memory: leave out nodes one by one until it is gone"
-        return Finding("all-reduce", "failure", f"the sum is wrong: {text}", remedy, measured)
+        return Finding("failure", f"the sum is wrong: {text}", remedy, measured)
     if nodes < wanted:
         remedy = "see that host names differ and that the launcher starts all nodes"
-        return Finding("all-reduce", "failure", f"only {nodes} of {wanted} nodes took part: {text}", remedy, measured)
+        return Finding("failure", f"only {nodes} of {wanted} nodes took part: {text}", remedy, measured)
     if ranks == 1:
         text = "one rank: nothing to reduce with"
-    return Finding("all-reduce", "ok", text, values=measured)
+    return Finding("ok", text, values=measured)
 
 
 def _remedy() -> str:

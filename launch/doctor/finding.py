@@ -10,10 +10,11 @@ Status = Literal["ok", "warning", "failure"]
 class Finding:
     """One line of the report."""
 
-    check: str
     status: Status
     """warning: a run may go on, with less than it could have. failure: it will not get far."""
     text: str
     remedy: str | None = None
     values: dict[str, Any] = field(default_factory=dict)
     """Measured numbers, for programs."""
+    check: str = ""
+    """Name of the check that has found it, filled in for it."""

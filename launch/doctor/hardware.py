@@ -40,12 +40,12 @@ def devices(subject: Subject) -> Iterator[Finding]:
         yield from _gpus(count, present, subject)
     elif present and os.environ.get("CUDA_VISIBLE_DEVICES") is not None:
         hidden = f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']} hides the {len(present)} GPU(s)"
-        yield Finding("devices", "warning", hidden, "unset CUDA_VISIBLE_DEVICES, unless the run is to use the CPU")
+        yield Finding("warning", hidden, "unset CUDA_VISIBLE_DEVICES, unless the run is to use the CPU")
     elif present:
         build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs"
         text = f"{len(present)} GPU(s) are here, torch sees none: torch {torch.__version__} is built for {build}"
         remedy = "install a torch build for the driver's CUDA version (nvidia-smi shows it), or update the driver"
-        yield Finding("devices", "failure", text, remedy)
+        yield Finding("failure", text, remedy)
     else:
         yield _cores(subject)
 
@@ -53,23 +53,23 @@ def devices(subject: Subject) -> Iterator[Finding]:
 def _gpus(count: int, present: list[dict[str, Any]], subject: Subject) -> Iterator[Finding]:
     if subject.ranks is not None and subject.ranks > count:
         text = f"{subject.ranks} ranks for {count} GPU(s): one GPU takes one rank"
-        yield Finding("devices", "failure", text, f"--ranks {count}")
+        yield Finding("failure", text, f"--ranks {count}")
         return
     for gpu in _visible(present):
         if gpu["used"] > BUSY_SHARE * gpu["total"]:
             busy = f"GPU {gpu['index']}: {gib(gpu['used'])} of {gib(gpu['total'])} are in use already"
-            yield Finding("devices", "warning", busy, "end the processes that nvidia-smi shows, or choose other GPUs")
+            yield Finding("warning", busy, "end the processes that nvidia-smi shows, or choose other GPUs")
     names = {gpu["name"]: gib(gpu["total"]) for gpu in present}
     kinds = ", ".join(f"{name} ({size})" for name, size in names.items()) or "of a kind that nvidia-smi does not list"
-    yield Finding("devices", "ok", f"{count} GPU(s): {kinds}", values={"gpus": count})
+    yield Finding("ok", f"{count} GPU(s): {kinds}", values={"gpus": count})
 
 
 def _cores(subject: Subject) -> Finding:
     cores = len(os.sched_getaffinity(0))
     if subject.ranks is not None and subject.ranks > cores:
         text = f"no GPU, and {subject.ranks} ranks for {cores} CPU core(s): they will wait for each other"
-        return Finding("devices", "warning", text, f"--ranks {cores}")
-    return Finding("devices", "ok", f"no GPU; {cores} CPU core(s), float32 over gloo", values={"gpus": 0})
+        return Finding("warning", text, f"--ranks {cores}")
+    return Finding("ok", f"no GPU; {cores} CPU core(s), float32 over gloo", values={"gpus": 0})
 
 
 def _listed_gpus() -> list[dict[str, Any]]:
@@ -104,9 +104,9 @@ def device_memory(subject: Subject) -> Iterator[Finding]:
         text = f"{stage.title} takes {gib(need)} of each device's {gib(memory)} ({plan.device_peak.name})"
         values = {"stage": stage.title, "needed_bytes": need, "device_bytes": memory}
         if need > memory:
-            yield Finding("device memory", "failure", f"{text}: it does not fit", _what_to_change(stage), values)
+            yield Finding("failure", f"{text}: it does not fit", _what_to_change(stage), values)
         else:
-            yield Finding("device memory", "ok", text, values=values)
+            yield Finding("ok", text, values=values)
 
 
 def host_memory(subject: Subject) -> Iterator[Finding]:
@@ -115,31 +115,27 @@ def host_memory(subject: Subject) -> Iterator[Finding]:
         if isinstance(error, Exception):
             reason = " ".join(str(error).split())
             remedy = "rlhf plan says more; --model-config describes a model that is not here to it"
-            yield Finding("host memory", "warning", f"what {stage.title} takes is not known: {reason}", remedy)
+            yield Finding("warning", f"what {stage.title} takes is not known: {reason}", remedy)
     memory = read_memory()
     if memory is None:
-        yield Finding("host memory", "warning", "not known: no /proc/meminfo", "a Linux host tells how much is free")
+        yield Finding("warning", "not known: no /proc/meminfo", "a Linux host tells how much is free")
         return
-    free = memory.free
     where = "up to the limit of this container or job" if memory.limited else "of this host"
-    text = f"{gib(free)} free, {where} ({gib(memory.total)} in all)"
+    text = f"{gib(memory.free)} free, {where} ({gib(memory.total)} in all)"
     largest = max(subject.planned, key=lambda each: each[1].node_host_bytes, default=None)
+    values = {"free_bytes": memory.free, "needed_bytes": 0 if largest is None else largest[1].node_host_bytes}
     if largest is None:
-        if free < LOW_MEMORY:
-            remedy = "end other processes, or raise the limit of the container"
-            yield Finding("host memory", "warning", text, remedy, {"free_bytes": free, "needed_bytes": 0})
-        else:
-            yield Finding("host memory", "ok", text, values={"free_bytes": free, "needed_bytes": 0})
+        scarce = memory.free < LOW_MEMORY
+        remedy = "end other processes, or raise the limit of the container"
+        yield Finding("warning" if scarce else "ok", text, remedy if scarce else None, values)
         return
     stage, plan = largest
-    need, ranks = plan.node_host_bytes, plan.cluster.devices_per_node
-    text += f"; {stage.title} takes {gib(need)} with {ranks} rank(s)"
-    values = {"free_bytes": free, "needed_bytes": need}
-    if need > free:
+    text += f"; {stage.title} takes {gib(plan.node_host_bytes)} with {plan.cluster.devices_per_node} rank(s)"
+    if plan.node_host_bytes > memory.free:
         text += ": the system would kill the run (exit code -9)"
-        yield Finding("host memory", "failure", text, _what_to_change(stage), values)
+        yield Finding("failure", text, _what_to_change(stage), values)
     else:
-        yield Finding("host memory", "ok", text, values=values)
+        yield Finding("ok", text, values=values)
 
 
 def _what_to_change(stage: PipelineStage) -> str:
@@ -155,26 +151,22 @@ def shared_memory(subject: Subject) -> Iterator[Finding]:
     try:
         free = shutil.disk_usage(SHARED_MEMORY).free
     except OSError as error:
-        yield Finding("shared memory", "warning", f"{SHARED_MEMORY}: {error.strerror}", remedy)
+        yield Finding("warning", f"{SHARED_MEMORY}: {error.strerror}", remedy)
         return
     text = f"{gib(free)} free in {SHARED_MEMORY}"
     if free < LEAST_SHARED:
         text += f": less than {gib(LEAST_SHARED)}, NCCL may end with a bus error"
-        yield Finding("shared memory", "warning", text, remedy)
+        yield Finding("warning", text, remedy)
     else:
-        yield Finding("shared memory", "ok", text)
+        yield Finding("ok", text)
 
 
 def disk(subject: Subject) -> Iterator[Finding]:
     """Room and rights where the run writes."""
     needs = {subject.output: sum(_disk_bytes(plan) for _, plan in subject.planned)}
-    for stage in subject.trained:
-        path = stage.config.engine.nvme_path
-        if path is not None:
-            needs.setdefault(Path(path), 0)
-    for _, plan in subject.planned:
-        path = plan.config.engine.nvme_path
-        if path is not None:  # one run after the other uses it
+    needs |= {Path(path): 0 for stage in subject.trained if (path := stage.config.engine.nvme_path) is not None}
+    for stage, plan in subject.planned:
+        if (path := stage.config.engine.nvme_path) is not None:  # one run after the other uses it
             swapped = plan.cluster.devices_per_node * sum(states.nvme for states in plan.states.values())
             needs[Path(path)] = max(needs[Path(path)], swapped)
     for folder, need in needs.items():
@@ -200,15 +192,15 @@ def _room(folder: Path, need: int) -> Finding:
     fault = _write_fault(place)
     if fault is not None:
         remedy = "choose another output=FOLDER, or mend its rights, quota or mount"
-        return Finding("disk", "failure", f"{folder}: cannot be written to: {fault}", remedy, values)
+        return Finding("failure", f"{folder}: cannot be written to: {fault}", remedy, values)
     remedy = "free some, choose another output=FOLDER, or lower train.keep_checkpoints"
     if need:
         text += f"; checkpoints and weights take about {gib(need)}"
     if usage.free < (need or LEAST_DISK):
-        return Finding("disk", "failure", f"{text}: not enough", remedy, values)
+        return Finding("failure", f"{text}: not enough", remedy, values)
     if not need and usage.free < LOW_DISK:
-        return Finding("disk", "warning", f"{text}: little for checkpoints of a large model", remedy, values)
-    return Finding("disk", "ok", text, values=values)
+        return Finding("warning", f"{text}: little for checkpoints of a large model", remedy, values)
+    return Finding("ok", text, values=values)
 
 
 def _write_fault(place: Path) -> str | None:

@@ -13,7 +13,6 @@ from launch.runs import PipelineStage
 from launch.stages import FILE, FOLDER
 from rlhf.core.errors import DataError
 
-CHECK = "input files"
 _SAVED = ("dataset_dict.json", "state.json")
 """Files by which a folder of save_to_disk is known: it is not opened, for that takes seconds."""
 
@@ -35,9 +34,9 @@ def inputs(subject: Subject) -> Iterator[Finding]:
                 faults.setdefault(found, []).append(stage.setting(key))
     for words, settings in faults.items():
         remedy = f"put it there, or name another one (paths count from {Path.cwd()})"
-        yield Finding(CHECK, "failure", f"{', '.join(dict.fromkeys(settings))}: {words}", remedy)
+        yield Finding("failure", f"{', '.join(dict.fromkeys(settings))}: {words}", remedy)
     if count and not faults:
-        yield Finding(CHECK, "ok", f"{count} path(s) that the recipe reads: each is there, or may be a name on the hub")
+        yield Finding("ok", f"{count} path(s) that the recipe reads: each is there, or may be a name on the hub")
 
 
 def can_be_hub_model(path: str) -> bool:

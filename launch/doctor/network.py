@@ -27,18 +27,18 @@ def hub(subject: Subject) -> Iterator[Finding]:
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in _TRUE:
         remedy = "download them first (hf download NAME) and keep the cache, or name folders"
         if names:
-            yield Finding("hub", "warning", f"HF_HUB_OFFLINE is set{needed}: names must be in the cache", remedy)
+            yield Finding("warning", f"HF_HUB_OFFLINE is set{needed}: names must be in the cache", remedy)
         else:
-            yield Finding("hub", "ok", "HF_HUB_OFFLINE is set: only folders and what is in the cache")
+            yield Finding("ok", "HF_HUB_OFFLINE is set: only folders and what is in the cache")
         return
     endpoint = os.environ.get("HF_ENDPOINT", HUB)
     fault = _http_fault(endpoint)
     if fault is None:
-        yield Finding("hub", "ok", f"{endpoint} answers")
+        yield Finding("ok", f"{endpoint} answers")
         return
     remedy = "set HTTPS_PROXY or HF_ENDPOINT; or, without a hub, HF_HUB_OFFLINE=1 and folders in the recipes"
     status: Status = "failure" if names else "warning"
-    yield Finding("hub", status, f"{endpoint} does not answer: {fault}{needed}", remedy)
+    yield Finding(status, f"{endpoint} does not answer: {fault}{needed}", remedy)
 
 
 def _http_fault(address: str) -> str | None:
@@ -61,23 +61,23 @@ def _model_paths(subject: Subject) -> list[str]:
 def slurm(subject: Subject) -> Iterator[Finding]:
     """Whether there is a SLURM here that answers."""
     if shutil.which("sinfo") is None:
-        yield Finding("SLURM", "ok", "none here (no sinfo); rlhf slurm render still writes job scripts")
+        yield Finding("ok", "none here (no sinfo); rlhf slurm render still writes job scripts")
         return
     command = ["sinfo", "--noheader", "--format=%P %D %t"]
     remedy = "see that slurmctld and munge run (scontrol ping; munge -n | unmunge), and SLURM_CONF"
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=2 * SECONDS, check=False)
     except subprocess.TimeoutExpired:
-        yield Finding("SLURM", "warning", f"sinfo gives no answer within {2 * SECONDS:g} s", remedy)
+        yield Finding("warning", f"sinfo gives no answer within {2 * SECONDS:g} s", remedy)
         return
     if done.returncode:
         said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        yield Finding("SLURM", "warning", f"sinfo does not answer: {said}", remedy)
+        yield Finding("warning", f"sinfo does not answer: {said}", remedy)
         return
     rows = [line.split() for line in done.stdout.splitlines()]
     listed = "; ".join(f"{partition}: {count} {state}" for partition, count, state in rows) or "no partition"
     job = f", inside job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
-    yield Finding("SLURM", "ok", f"answers{job}; nodes by partition and state: {listed}")
+    yield Finding("ok", f"answers{job}; nodes by partition and state: {listed}")
 
 
 def hostfile(subject: Subject) -> Iterator[Finding]:
@@ -87,19 +87,19 @@ def hostfile(subject: Subject) -> Iterator[Finding]:
     try:
         hosts = read_hostfile(subject.hostfile)
     except ConfigError as error:
-        yield Finding("hostfile", "failure", str(error), "write a line 'HOST slots=DEVICES' for each node")
+        yield Finding("failure", str(error), "write a line 'HOST slots=DEVICES' for each node")
         return
     if shutil.which("pdsh") is None:
         text = "pdsh, with which DeepSpeed starts the nodes of a hostfile, is not installed"
-        yield Finding("hostfile", "failure", text, "install pdsh (Debian, Ubuntu: apt install pdsh)")
+        yield Finding("failure", text, "install pdsh (Debian, Ubuntu: apt install pdsh)")
     try:
         lost = unreachable_hosts(hosts)
     except ConfigError as error:
-        yield Finding("hostfile", "failure", str(error), "install an ssh client (Debian, Ubuntu: openssh-client)")
+        yield Finding("failure", str(error), "install an ssh client (Debian, Ubuntu: openssh-client)")
         return
     for host, reason in lost.items():
         remedy = f"'ssh {host} true' must work without a password: ssh-copy-id {host}, or take the line out"
-        yield Finding("hostfile", "failure", f"{host} cannot be reached over ssh: {reason}", remedy)
+        yield Finding("failure", f"{host} cannot be reached over ssh: {reason}", remedy)
     if not lost:
         slots = sum(hosts.values())
-        yield Finding("hostfile", "ok", f"{len(hosts)} node(s) with {slots} slot(s) in all, each answers over ssh")
+        yield Finding("ok", f"{len(hosts)} node(s) with {slots} slot(s) in all, each answers over ssh")

@@ -31,22 +31,22 @@ def versions(subject: Subject) -> Iterator[Finding]:
         name = requirement.name.lower()
         found = _installed(name)
         if found is None:
-            yield Finding("versions", "failure", f"{name} is not installed", f"pip install '{requirement}'")
+            yield Finding("failure", f"{name} is not installed", f"pip install '{requirement}'")
             continue
         known[name] = found
         if not requirement.specifier.contains(found, prereleases=True):
             remedy = f"pip install -c {_constraints()} {name}"
-            yield Finding("versions", "failure", f"{name} {found}: expected {requirement.specifier}", remedy)
+            yield Finding("failure", f"{name} {found}: expected {requirement.specifier}", remedy)
         elif name in tested and found.partition("+")[0] != tested[name]:
             differing.append((name, found))
     if differing:
         listed = ", ".join(f"{name} {found} ({tested[name]})" for name, found in differing)
         remedy = f"if anything behaves oddly: pip install -c {_constraints()} {' '.join(name for name, _ in differing)}"
-        yield Finding("versions", "warning", f"other than the tested versions (in brackets): {listed}", remedy)
+        yield Finding("warning", f"other than the tested versions (in brackets): {listed}", remedy)
         return
     named = ", ".join(f"{name} {known[name]}" for name in NAMED if name in known)
     text = f"Python {platform.python_version()}, {named}: all {len(known)} packages as tested"
-    yield Finding("versions", "ok", text, values=known)
+    yield Finding("ok", text, values=known)
 
 
 def tools(subject: Subject) -> Iterator[Finding]:
@@ -55,11 +55,11 @@ def tools(subject: Subject) -> Iterator[Finding]:
 
     missing = build_tools()
     if not missing:
-        yield Finding("build tools", "ok", "C++ compiler, ninja and Python headers are there")
+        yield Finding("ok", "C++ compiler, ninja and Python headers are there")
     for each in missing:
         tool, _, remedy = each.partition(" (")
         text = f"{tool} is missing: DeepSpeed cannot compile its ops"
-        yield Finding("build tools", "warning", text, remedy.removesuffix(")"))
+        yield Finding("warning", text, remedy.removesuffix(")"))
 
 
 def ops(subject: Subject) -> Iterator[Finding]:
@@ -69,26 +69,26 @@ def ops(subject: Subject) -> Iterator[Finding]:
     needed, refused = _configurations(subject)
     for fault, refusing in refused.items():
         way_out = "rlhf ds show --config RECIPE (--critic, --frozen) resolves them; rlhf ds lint looks at a file"
-        yield Finding("DeepSpeed ops", "failure", f"{', '.join(refusing)}: {fault}", way_out)
+        yield Finding("failure", f"{', '.join(refusing)}: {fault}", way_out)
     for lock in [lock for name in (*PURPOSES, PIN_MEMORY) for lock in find_op(name).locks]:
         text = f"{lock} is there: a build runs, or was killed, and runs would wait for it without an end"
-        yield Finding("DeepSpeed ops", "warning", text, f"if no build runs: rm {lock}")
+        yield Finding("warning", text, f"if no build runs: rm {lock}")
     for name, purpose in PURPOSES.items():
         if refused and name not in needed:
             continue  # what is refused does not say what it needs
         op, settings = find_op(name), ", ".join(needed.get(name, ()))
         if op.usable:
             state = "is compiled" if op.built else "can be compiled at its first use"
-            yield Finding("DeepSpeed ops", "ok", f"{name} ({purpose}) {state}")
+            yield Finding("ok", f"{name} ({purpose}) {state}")
             continue
         text = f"{name} ({purpose}) cannot be compiled: missing {' and '.join(op.missing)}"
         if subject.stages and not settings:
-            yield Finding("DeepSpeed ops", "ok", f"{text}; not needed by this recipe")
+            yield Finding("ok", f"{text}; not needed by this recipe")
             continue
         status: Status = "failure" if name == ASYNC_IO and settings else "warning"
         without = "take zero3_offload" if name == ASYNC_IO else "go on with torch's AdamW, which is slower"
         text += f"; {settings} needs it" if settings else ""
-        yield Finding("DeepSpeed ops", status, text, f"install what is missing, or {without}")
+        yield Finding(status, text, f"install what is missing, or {without}")
 
 
 def _configurations(subject: Subject) -> tuple[dict[str, list[str]], dict[str, list[str]]]:

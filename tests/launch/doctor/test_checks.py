@@ -102,7 +102,7 @@ def test_a_check_that_breaks_is_a_finding_and_the_others_are_made(monkeypatch):
         raise RuntimeError("no such thing")
         yield
 
-    fine = Check("fine", lambda subject: [Finding("fine", "ok", "well")], quick=True)
+    fine = Check("fine", lambda subject: [Finding("ok", "well")], quick=True)
     monkeypatch.setattr(checks, "CHECKS", (Check("odd", broken, quick=True), fine))
     odd, well = run_checks(Subject(), quick=True)
     assert odd.status == "failure" and "RuntimeError: no such thing" in odd.text and odd.remedy
@@ -133,17 +133,17 @@ def test_every_finding_that_is_not_ok_has_a_remedy(no_programs, tmp_path, monkey
 
 @pytest.fixture
 def found(monkeypatch):
-    """``found(findings)``: what the machine of the command is like."""
+    """``found(check=finding, ...)``: what the machine of the command is like."""
 
-    def set_findings(*findings: Finding) -> None:
-        made = (Check("stub", lambda subject: findings, quick=True),)
+    def set_findings(**findings: Finding) -> None:
+        made = [Check(name, lambda subject, each=each: [each], quick=True) for name, each in findings.items()]
         monkeypatch.setattr(checks, "CHECKS", made)
 
     return set_findings
 
 
 def test_failures_alone_make_the_exit_status(found, capsys):
-    found(Finding("disk", "ok", "roomy"), Finding("hub", "warning", "silent", "wait"))
+    found(disk=Finding("ok", "roomy"), hub=Finding("warning", "silent", "wait"))
     assert main(["doctor"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "ok       disk: roomy",
@@ -151,13 +151,13 @@ def test_failures_alone_make_the_exit_status(found, capsys):
         "           remedy: wait",
         "ready: 1 ok, 1 warning(s)",
     ]
-    found(Finding("disk", "failure", "full", "free some"))
+    found(disk=Finding("failure", "full", "free some"))
     assert main(["doctor", "--quick"]) == 1
     assert capsys.readouterr().out.splitlines()[-1] == "not ready: 1 failure(s), 0 warning(s)"
 
 
 def test_findings_are_printed_as_json(found, capsys):
-    found(Finding("disk", "ok", "roomy", values={"free_bytes": 5}))
+    found(disk=Finding("ok", "roomy", values={"free_bytes": 5}))
     assert main(["doctor", "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
     assert row == {"check": "disk", "status": "ok", "text": "roomy", "remedy": None, "values": {"free_bytes": 5}}
