@@ -30,13 +30,6 @@ than --max-bad-share, contradictory items above 1 %, scores against more than 10
 are also in the training data; 2 if a source cannot be read at all.
 """
 _ALIASES = {"sft": "conversations", "unpaired": "labeled", "labelled": "labeled"}
-_FROM_COLUMNS = (
-    ("pairs", ("chosen", "rejected", "chosen_response", "answers", "completions")),
-    ("labeled", ("label",)),
-    ("conversations", ("messages", "conversations", "completion", "response", "output")),
-    ("prompts", ("prompt",)),
-)
-"""What rows are taken for that have one of these columns."""
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -72,12 +65,12 @@ def run(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from rlhf.core.files import write_text
-    from rlhf.data.doctor import KINDS, Ruler, examine, serious_faults
+    from rlhf.data.doctor import KINDS, Ruler, examine, guessed_kind, serious_faults
 
     given = [*options.files, *options.overrides]
     settings = [part for part in given if part.startswith("data.") and "=" in part]
     files = [part for part in given if part not in settings]
-    kind = _ALIASES.get(options.kind, options.kind) or _guessed_kind(files, options.split)
+    kind = _ALIASES.get(options.kind, options.kind) or guessed_kind(files[:1], options.split)
     config = _config(kind, files, settings, options)
     ruler = Ruler(
         kind=KINDS[kind],
@@ -93,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
     console = Console(highlight=False)
     if options.kind is None:
         console.print(f"read as {kind} (--kind says otherwise)", markup=False)
-    _print_report(console, groups, options, config.max_tokens)
+    _print_report(console, groups, config.max_tokens if options.model else None)
     if options.quarantine:
         rows = [row for found in groups.values() for row in found.bad]
         write_text(options.quarantine, "".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows))
@@ -112,18 +105,6 @@ def _column_names() -> list[str]:
 
     kinds = (ColumnConfig, ExampleColumns, PromptColumns)
     return list(dict.fromkeys(field.name for kind in kinds for field in dataclasses.fields(kind)))
-
-
-def _guessed_kind(files: list[str], split: str | None) -> str:
-    """What the first readable row looks like."""
-    from rlhf.data.options import RowSource
-    from rlhf.data.sources import open_source
-
-    if not files:
-        return "pairs"
-    rows = open_source(RowSource(path=files[0], split=split)).rows()
-    first = next((row.value for row in rows if isinstance(row.value, dict)), {})
-    return next((kind for kind, names in _FROM_COLUMNS if any(first.get(name) is not None for name in names)), "pairs")
 
 
 def _config(kind: str, files: list[str], settings: list[str], options: argparse.Namespace) -> Any:
@@ -162,49 +143,32 @@ def _chat_format(options: argparse.Namespace, config: Any) -> Any:
     return load_chat(Path(options.model).expanduser(), config.template_choice)
 
 
-def _print_report(
-    console: "Console", groups: "dict[str, Examination]", options: argparse.Namespace, max_tokens: int
-) -> None:
+def _print_report(console: "Console", groups: "dict[str, Examination]", max_tokens: int | None) -> None:
+    def say(line: str) -> None:
+        console.print(line, markup=False, soft_wrap=True)
+
     for role, found in groups.items():
-        for line in _source_lines(role, found):
-            console.print(line, markup=False, soft_wrap=True)
-    console.print(_rows_table(groups), _lengths_table(groups), _checks_table(groups, options, max_tokens))
+        shapes = ", ".join(f"{count} x {shape}" for shape, count in found.shapes.items())
+        for line in (*(f"{role}: {name}" for name in found.names), f"  shapes of rows: {shapes or 'none usable'}"):
+            say(line)
+    console.print(_rows_table(groups), _lengths_table(groups), _checks_table(groups, max_tokens))
     for role, found in groups.items():
-        for line in (*_examples(role, found), *(notice.replace(": ", f": {role}: ", 1) for notice in found.notices)):
-            console.print(line, markup=False, soft_wrap=True)
+        for kind, rows in found.examples().items():
+            say(f"{role}, {kind}: {'; '.join(rows[:_EXAMPLES])}")
+        for notice in found.notices:
+            say(notice.replace(": ", f": {role}: ", 1))
     for role, found in groups.items():
         if found.bad:
             console.print(_bad_table(role, found))
 
 
-def _source_lines(role: str, found: "Examination") -> list[str]:
-    shapes = ", ".join(f"{count} x {shape}" for shape, count in found.shapes.items())
-    return [*(f"{role}: {name}" for name in found.names), f"  shapes of rows: {shapes or 'none usable'}"]
-
-
 def _rows_table(groups: "dict[str, Examination]") -> "Table":
-    columns = {
-        role: {
-            "rows": found.rows,
-            "bad": found.bad_rows,
-            found.kind.unit: found.usable,
-            **({} if found.kind.unit == "prompts" else {"prompts": len(found.prompts)}),
-            **({"ties": found.left_out} if found.left_out else {}),
-            **_counts_of_kind(found),
-        }
-        for role, found in groups.items()
-    }
+    columns = {role: found.counts() for role, found in groups.items()}
     headings = list(dict.fromkeys(name for counts in columns.values() for name in counts))
     table = titled_table("Rows", "", *headings)
     for role, counts in columns.items():
         table.add_row(role, *(str(counts.get(name, 0)) for name in headings))
     return table
-
-
-def _counts_of_kind(found: "Examination") -> dict[str, int]:
-    if found.kind.check == "pairs":
-        return {"with scores": found.with_scores, "with margin": found.with_margin}
-    return {"desirable": found.desirable} if found.kind.check == "labeled" else {}
 
 
 def _lengths_table(groups: "dict[str, Examination]") -> "Table":
@@ -216,47 +180,17 @@ def _lengths_table(groups: "dict[str, Examination]") -> "Table":
     return table
 
 
-def _checks_table(groups: "dict[str, Examination]", options: argparse.Namespace, max_tokens: int) -> "Table":
+def _checks_table(groups: "dict[str, Examination]", max_tokens: int | None) -> "Table":
     from rlhf.data.doctor import shared_prompts
 
     table = titled_table("Checks", "", *groups)
-    columns = [_checks(found, options, max_tokens) for found in groups.values()]
+    columns = [found.checks(max_tokens) for found in groups.values()]
     for name in columns[0]:
         table.add_row(name, *(column[name] for column in columns))
     if "eval" in groups:
         prompts, pairs = shared_prompts(groups["train"], groups["eval"])
         table.add_row("prompts also in the training data", "", f"{prompts} ({pairs} {groups['eval'].kind.unit})")
     return table
-
-
-def _checks(found: "Examination", options: argparse.Namespace, max_tokens: int) -> dict[str, str]:
-    from rlhf.core.intervals import wilson_interval
-
-    unit = found.kind.unit
-    checks = {f"{unit} that repeat an earlier one": str(sum(len(rows) - 1 for rows in found.duplicates()))}
-    if found.kind.check == "labeled":
-        checks["answers with both labels"] = str(len(found.contradictions()))
-    if found.kind.check == "pairs":
-        wins, differing = found.longer_wins()
-        low, high = wilson_interval(wins, differing)
-        checks |= {
-            "pairs that stand both ways round": str(len(found.contradictions())),
-            "chosen has the lower score": str(len(found.against_scores)),
-            "the longer answer wins": f"{wins / max(differing, 1):.1%} ({low:.1%}-{high:.1%})",
-        }
-    if options.model:
-        share = found.cut / max(found.usable, 1)
-        checks[f"longer than {max_tokens} tokens"] = f"{found.cut} ({share:.1%})"
-        if unit != "prompts":
-            checks["of these, by the response alone"] = str(found.too_long)
-    return checks
-
-
-def _examples(role: str, found: "Examination") -> list[str]:
-    repeated = [" = ".join(rows[:2]) for rows in found.duplicates()]
-    contradictory = [f"{one[0]} against {other[0]}" for one, other in found.contradictions()]
-    kinds = {"repeated": repeated, "both ways round": contradictory, "lower score": found.against_scores}
-    return [f"{role}, {kind}: {'; '.join(rows[:_EXAMPLES])}" for kind, rows in kinds.items() if rows]
 
 
 def _bad_table(role: str, found: "Examination") -> "Table":

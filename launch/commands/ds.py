@@ -4,7 +4,8 @@ import argparse
 import contextlib
 import json
 import sys
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 from launch.commands.arguments import (
     Subparsers,
@@ -18,9 +19,6 @@ from launch.commands.arguments import (
 )
 from rlhf.core.errors import ConfigError
 from rlhf.models.roles import REPLICATED, ModelRole, published_role, role_named
-
-if TYPE_CHECKING:
-    from rlhf.engine.deepspeed_config import RunValues
 
 _SHOW = """\
 Print the DeepSpeed JSON of a run of RECIPE, with every "auto" resolved, exactly as the run would save it. CONFIG is a
@@ -67,25 +65,39 @@ def run_show(options: argparse.Namespace) -> int:
 
 def _resolved(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     """The JSON, and what is to be said about it."""
+    from launch.jobs.devices import default_ranks
+    from launch.plan.models import Sources, model_settings
     from launch.stages import read_stage
-    from rlhf.engine.deepspeed_config import resolve, role_of
+    from rlhf.engine.build import precision_of
+    from rlhf.engine.deepspeed_config import role_of
     from rlhf.engine.deepspeed_ops import op_problems
+    from rlhf.train.roles import deepspeed_settings
 
+    ranks = options.ranks or default_ranks() * options.nodes
+    if ranks % options.nodes:
+        raise ConfigError(f"--ranks {ranks} --nodes {options.nodes}: expected as many ranks on every node")
     source, overrides = _configuration_and_settings(options.overrides)
     stage, config = read_stage(options.config, overrides, options.stage, program="rlhf ds show")
     if config.engine.kind != "deepspeed":
         raise ConfigError(f"engine.kind = {config.engine.kind}: such a run has no DeepSpeed JSON")
     chosen = _role(config, options.role, stage.name)
-    asked = options.frozen or not chosen.trained
-    source = source or (config.engine.deepspeed if options.frozen else chosen.placement)
-    if source == REPLICATED:
+    main = published_role(config.models)
+    sizing = main if chosen.trained and main is not None else chosen  # a critic is sized by the policy
+    settings, _ = model_settings(sizing.backbone, Sources(fallback=options.model_config), sizing.setting)
+    if options.frozen:
+        chosen = replace(chosen, placement=config.engine.deepspeed, optimizer=None)
+    if source is not None:
+        optimizer = {"train": chosen.optimizer or config.optim, "frozen": None, None: chosen.optimizer}[role_of(source)]
+        chosen = replace(chosen, placement=source, optimizer=optimizer)
+    if chosen.placement == REPLICATED:
         raise ConfigError(f"{chosen.name}: whole on every rank, without a DeepSpeed JSON; see {chosen.placed_by}")
-    role = role_of(source) or ("frozen" if asked else "train")
-    values = _run_values(config, role, chosen, options)
-    resolved = resolve(source, values, role=role)
+    sizes = {"world_size": ranks, "local_size": ranks // options.nodes, "hidden_size": settings.hidden_size}
+    resolved = deepspeed_settings(chosen, config.models, config.engine, **sizes)
     notes = [f"warning: {problem}" for problem in op_problems(resolved).values()]
     if config.engine.precision == "auto":
-        notes.append(f"note: engine.precision=auto is {values.precision} on this machine (stage {stage.name})")
+        notes.append(
+            f"note: engine.precision=auto is {precision_of(config.engine)} on this machine (stage {stage.name})"
+        )
     return resolved, notes
 
 
@@ -126,20 +138,3 @@ def _role(config: Any, name: str | None, stage: str) -> ModelRole:
         names = ", ".join(each.name for each in config.models)
         raise ConfigError(f"--role {name}: no model of its own in this run of stage {stage}, which has {names}")
     return found
-
-
-def _run_values(config: Any, role: str, chosen: ModelRole, options: argparse.Namespace) -> "RunValues":
-    from launch.jobs.devices import default_ranks
-    from launch.plan.models import Sources, model_settings
-    from rlhf.engine.build import frozen_values, run_values
-
-    ranks = options.ranks or default_ranks() * options.nodes
-    if ranks % options.nodes:
-        raise ConfigError(f"--ranks {ranks} --nodes {options.nodes}: expected as many ranks on every node")
-    main = published_role(config.models)
-    sizing = main if chosen.trained and main is not None else chosen  # a critic is sized by the policy
-    settings, _ = model_settings(sizing.backbone, Sources(fallback=options.model_config), sizing.setting)
-    sizes = {"world_size": ranks, "local_size": ranks // options.nodes, "hidden_size": settings.hidden_size}
-    if role == "frozen":
-        return frozen_values(config.engine, **sizes)
-    return run_values(config.engine, chosen.optimizer or config.optim, **sizes)

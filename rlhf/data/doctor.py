@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from rlhf.core.files import digest
+from rlhf.core.intervals import wilson_interval
 from rlhf.data.kinds import Examples, Pairs, Prompts
 from rlhf.data.messages import BadRow, Message
 from rlhf.data.options import Columns, RowSource
@@ -28,6 +29,13 @@ KINDS: dict[str, RowKind] = {
 }
 """What rows can be, by the names that ``rlhf data check`` takes."""
 
+_FROM_COLUMNS = (
+    ("pairs", ("chosen", "rejected", "chosen_response", "answers", "completions")),
+    ("labeled", ("label",)),
+    ("conversations", ("messages", "conversations", "completion", "response", "output")),
+    ("prompts", ("prompt",)),
+)
+"""What rows are taken for that have one of these columns."""
 _CHUNK_ROWS = 256
 
 Record = PreferenceRecord | ExampleRecord | PromptRecord
@@ -163,6 +171,53 @@ class Examination:
         values = np.percentile(table, [50, 95, 99, 100], axis=0, method="higher").T
         return dict(zip(self.kind.parts, values.astype(int).tolist(), strict=True))
 
+    def counts(self) -> dict[str, int]:
+        """How many rows there are, of which kinds."""
+        found = {"rows": self.rows, "bad": self.bad_rows, self.kind.unit: self.usable}
+        if self.kind.unit != "prompts":
+            found["prompts"] = len(self.prompts)
+        if self.left_out:
+            found["ties"] = self.left_out
+        if self.kind.check == "pairs":
+            found |= {"with scores": self.with_scores, "with margin": self.with_margin}
+        if self.kind.check == "labeled":
+            found["desirable"] = self.desirable
+        return found
+
+    def checks(self, max_tokens: int | None) -> dict[str, str]:
+        """What may be wrong, and how often; ``max_tokens``: the limit of a row, if rows were measured in tokens."""
+        unit = self.kind.unit
+        found = {f"{unit} that repeat an earlier one": str(sum(len(rows) - 1 for rows in self.duplicates()))}
+        if self.kind.check == "labeled":
+            found["answers with both labels"] = str(len(self.contradictions()))
+        if self.kind.check == "pairs":
+            wins, differing = self.longer_wins()
+            low, high = wilson_interval(wins, differing)
+            found |= {
+                "pairs that stand both ways round": str(len(self.contradictions())),
+                "chosen has the lower score": str(len(self.against_scores)),
+                "the longer answer wins": f"{wins / max(differing, 1):.1%} ({low:.1%}-{high:.1%})",
+            }
+        if max_tokens is not None:
+            found[f"longer than {max_tokens} tokens"] = f"{self.cut} ({self.cut / max(self.usable, 1):.1%})"
+            if unit != "prompts":
+                found["of these, by the response alone"] = str(self.too_long)
+        return found
+
+    def examples(self) -> dict[str, list[str]]:
+        """Row ids of what is noteworthy, by what it is."""
+        repeated = [" = ".join(rows[:2]) for rows in self.duplicates()]
+        contradictory = [f"{one[0]} against {other[0]}" for one, other in self.contradictions()]
+        found = {"repeated": repeated, "both ways round": contradictory, "lower score": self.against_scores}
+        return {name: rows for name, rows in found.items() if rows}
+
+
+def guessed_kind(paths: Sequence[str], split: str | None) -> str:
+    """One of :data:`KINDS`: what the first readable row of ``paths`` looks like."""
+    rows = (row for path in paths for row in open_source(RowSource(path=path, split=split)).rows())
+    first = next((row.value for row in rows if isinstance(row.value, dict)), {})
+    return next((kind for kind, names in _FROM_COLUMNS if any(first.get(name) is not None for name in names)), "pairs")
+
 
 def examine(entries: Sequence[RowSource], ruler: Ruler) -> Examination:
     """Read all rows of ``entries``.
@@ -203,13 +258,9 @@ def serious_faults(train: Examination, evals: Examination | None, max_bad_share:
         if not found.usable:
             faults.append(f"{role}: there is no usable {found.kind.unit.removesuffix('s')}")
         elif found.bad_share() > max_bad_share:
-            faults.append(
-                f"{role}: {found.bad_share():.1%} of the rows are bad, allowed are {max_bad_share:.1%}"
-            )
+            faults.append(f"{role}: {found.bad_share():.1%} of the rows are bad, allowed are {max_bad_share:.1%}")
         if found.contradictory_share() > CONTRADICTORY_LIMIT:
-            faults.append(
-                f"{role}: {found.contradictory_share():.1%} of the {found.kind.unit} contradict each other"
-            )
+            faults.append(f"{role}: {found.contradictory_share():.1%} of the {found.kind.unit} contradict each other")
         if found.against_scores_share() > AGAINST_SCORES_LIMIT:
             faults.append(
                 f"{role}: in {found.against_scores_share():.1%} of the pairs with scores, chosen has the lower one: "
