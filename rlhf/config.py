@@ -27,6 +27,7 @@ from rlhf.config_options import (
     UNSET,
     adapter,
     default_values,
+    flat,
     known_keys,
     nearest,
     option_help,
@@ -42,6 +43,7 @@ from rlhf.core.table import REQUIRED, KindError
 __all__ = [
     "Invocation",
     "escaped",
+    "flat",
     "load_config",
     "option_help",
     "parse_command_line",

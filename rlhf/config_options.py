@@ -73,6 +73,14 @@ def to_dict(config: Any) -> dict[str, Any]:
     return to_jsonable_python(config)
 
 
+def flat(node: Any, path: str = "") -> dict[str, Any]:
+    """All options by dotted key; an empty section counts as one."""
+    if not isinstance(node, dict) or not node:
+        return {path: node}
+    parts = (flat(value, f"{path}.{key}" if path else str(key)) for key, value in node.items())
+    return {key: value for part in parts for key, value in part.items()}
+
+
 def result_values(config: Any) -> Any:
     """The values of :func:`to_dict`, without the fields that change nothing in what a run publishes (``NoResult``)."""
     if dataclasses.is_dataclass(config):

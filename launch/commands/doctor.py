@@ -7,9 +7,10 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from launch.commands.arguments import Subparsers, add_machine, add_recipes, add_stage, command
+from launch.screen import console
 
 if TYPE_CHECKING:
     from launch.doctor import Finding, Subject
@@ -40,49 +41,32 @@ def run(options: argparse.Namespace) -> int:
 
     from launch.doctor import run_checks
 
-    console, working = Console(highlight=False, markup=False), Console(stderr=True, markup=False)
+    working = Console(stderr=True, markup=False)
     with contextlib.redirect_stdout(sys.stderr), working.status("starting") as status:  # DeepSpeed talks on stdout
         subject = _subject(options)
         findings = run_checks(subject, quick=options.quick, notice=lambda name: status.update(f"looking at: {name}"))
     if options.json:
         print(json.dumps([dataclasses.asdict(each) for each in findings], indent=2))
-    elif console.is_terminal:
-        _print_table(findings, console)
     else:
-        print(*plain_lines(findings), sep="\n")
+        _print(findings)
     return 1 if any(each.status == "failure" for each in findings) else 0
 
 
-def plain_lines(findings: Sequence["Finding"]) -> list[str]:
+def _print(findings: Sequence["Finding"]) -> None:
     """One line a finding and one for its remedy, then the count."""
-    lines = []
-    for each in findings:
-        lines.append(f"{each.status:<8} {each.check}: {each.text}")
-        if each.status != "ok" and each.remedy:
-            lines.append(f"{'':<8}   remedy: {each.remedy}")
-    return [*lines, verdict(findings)]
-
-
-def verdict(findings: Sequence["Finding"]) -> str:
-    """All of it in one line."""
-    counts = {status: sum(each.status == status for each in findings) for status in _STYLES}
-    if counts["failure"]:
-        return f"not ready: {counts['failure']} failure(s), {counts['warning']} warning(s)"
-    return f"ready: {counts['ok']} ok, {counts['warning']} warning(s)"
-
-
-def _print_table(findings: Sequence["Finding"], console: Any) -> None:
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table("", "check", "finding", show_lines=True)
+    screen = console()
     for each in findings:
-        text = Text(each.text)
+        status = Text(f"{each.status:<8}", style=_STYLES[each.status])
+        screen.print(status.append(f" {each.check}: {each.text}", style="default"), soft_wrap=True)
         if each.status != "ok" and each.remedy:
-            text.append(f"\nremedy: {each.remedy}", style="italic")
-        table.add_row(Text(each.status, style=_STYLES[each.status]), each.check, text)
-    console.print(table)
-    console.print(verdict(findings))
+            screen.print(Text(f"{'':<8}   remedy: {each.remedy}", style="italic"), soft_wrap=True)
+    counts = {status: sum(each.status == status for each in findings) for status in _STYLES}
+    if counts["failure"]:
+        screen.print(f"not ready: {counts['failure']} failure(s), {counts['warning']} warning(s)")
+    else:
+        screen.print(f"ready: {counts['ok']} ok, {counts['warning']} warning(s)")
 
 
 def _subject(options: argparse.Namespace) -> "Subject":

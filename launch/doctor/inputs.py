@@ -1,20 +1,15 @@
 """Whether what the recipes read is there, as far as its path alone says that it is on this machine."""
 
-import dataclasses
-import glob
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from launch.doctor.finding import Finding
 from launch.doctor.subject import Subject
 from launch.runs import PipelineStage
 from launch.stages import FILE, FOLDER
-from rlhf.core.errors import DataError
-
-_SAVED = ("dataset_dict.json", "state.json")
-"""Files by which a folder of save_to_disk is known: it is not opened, for that takes seconds."""
+from rlhf.core.paths import can_be_hub_name
+from rlhf.data.options import row_sections
 
 Read = tuple[str, str, Callable[[], str | None]]
 """Setting, path, and what asks for its fault."""
@@ -39,32 +34,15 @@ def inputs(subject: Subject) -> Iterator[Finding]:
         yield Finding("ok", f"{count} path(s) that the recipe reads: each is there, or may be a name on the hub")
 
 
-def can_be_hub_model(path: str) -> bool:
-    """Whether the hub could have a model of that name: NAME or OWNER/NAME."""
-    return not path.startswith(("/", ".", "~")) and path.count("/") < 2
-
-
 def _reads(stage: PipelineStage) -> Iterator[Read]:
-    config = stage.config
-    for section, rows in _row_sections(config):
+    from rlhf.data.sources import fault_of
+
+    for section, rows in row_sections(stage.config):
         for role, sources in (("train", rows.train_sources), ("eval", rows.eval_sources)):
             for source in sources:
-                yield f"{section}.{role}", source.path, partial(_data_fault, source)
+                yield f"{section}.{role}", source.path, partial(fault_of, source)
     for key, path, kind in dict.fromkeys((*_listed(stage), *_models(stage))):
-        is_there = Path.is_file if kind == FILE else Path.is_dir
-        yield key, path, partial(_fault, Path(path).expanduser(), is_there, f"no such {kind}")
-
-
-def _row_sections(node: Any, above: str = "") -> Iterator[tuple[str, Any]]:
-    """The sections of a recipe that name rows, wherever they stand, with their keys."""
-    from rlhf.data.options import RowsConfig
-
-    for field in dataclasses.fields(node):
-        value, key = getattr(node, field.name), f"{above}{field.name}"
-        if isinstance(value, RowsConfig):
-            yield key, value
-        elif dataclasses.is_dataclass(value):
-            yield from _row_sections(value, f"{key}.")
+        yield key, path, partial(_absence, Path(path).expanduser(), kind)
 
 
 def _listed(stage: PipelineStage) -> Iterator[tuple[str, str, str]]:
@@ -83,24 +61,10 @@ def _models(stage: PipelineStage) -> Iterator[tuple[str, str, str]]:
     """Folders that models are loaded from, by setting, where the hub could have no such name or will not be asked."""
     for role in stage.models if stage.stage.trains else ():
         path = role.backbone.path
-        if not role.inside and not (role.hub and can_be_hub_model(path)):
+        if not role.inside and not (role.hub and can_be_hub_name(path)):
             yield role.setting, path, FOLDER
 
 
-def _data_fault(source: Any) -> str | None:
-    """Why a stage would refuse it; ``None`` also for one that may be on the hub."""
-    from rlhf.data import sources
-
-    path = Path(source.path).expanduser()
-    is_here = path.exists() or glob.has_magic(source.path) or sources.looks_like_file(source.path)
-    if not is_here or any((path / name).is_file() for name in _SAVED):
-        return None
-    try:
-        sources.open_source(source)
-    except DataError as error:
-        return str(error)
-    return None
-
-
-def _fault(path: Path, is_there: Callable[[Path], bool], otherwise: str) -> str | None:
-    return None if is_there(path) else f"{path}: {otherwise}"
+def _absence(path: Path, kind: str) -> str | None:
+    is_there = path.is_file() if kind == FILE else path.is_dir()
+    return None if is_there else f"{path}: no such {kind}"

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from launch.doctor.finding import Finding, Status
-from launch.doctor.inputs import can_be_hub_model
 from launch.doctor.subject import Subject
 from launch.jobs.hostfile import read_hostfile, unreachable_hosts
 from rlhf.core.errors import ConfigError
+from rlhf.core.paths import can_be_hub_name
 
 HUB = "https://huggingface.co"
 SECONDS = 5.0
@@ -55,7 +55,7 @@ def _model_paths(subject: Subject) -> list[str]:
     """Paths of the models that no stage of the run makes and the hub could have, each once."""
     models = [role for stage in subject.trained for role in stage.models if role.hub and not role.inside]
     paths = dict.fromkeys(role.backbone.path for role in models)
-    return [path for path in paths if can_be_hub_model(path) and not subject.will_make(path)]
+    return [path for path in paths if can_be_hub_name(path) and not subject.will_make(path)]
 
 
 def slurm(subject: Subject) -> Iterator[Finding]:

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import launch
-from launch.pipeline.recipe import flat, texts
+from launch.pipeline.recipe import texts
 from launch.runs import Pipeline, PipelineStage
 from launch.stages import FOLDER, Stage, models_of
-from rlhf.config import result_values, to_dict
+from rlhf.config import flat, result_values, to_dict
 from rlhf.core.files import DONE, RUN_FILES, digest, is_in, weights_checksum, write_json
 
 CHANGES_SHOWN = 4

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from launch.runs import Pipeline, PipelineStage
 from launch.stages import STAGES
-from rlhf.config import load_config, read_tree, to_dict, validate
+from rlhf.config import flat, load_config, read_tree, to_dict, validate
 from rlhf.core.errors import ConfigError
 from rlhf.core.files import is_in
 from rlhf.core.paths import SHIPPED, beside, recipe_path
@@ -189,7 +189,7 @@ def _needs(stage: PipelineStage, named: set[str], stages: Mapping[str, PipelineS
     """
     for other in named - stages.keys():
         raise ConfigError(f"{PROGRAM}: stages.{stage.name}.after = {other}: no such stage")
-    settings = {key: value for key, value in flat(stage.config).items() if key != "output"}
+    settings = {key: value for key, value in flat(to_dict(stage.config)).items() if key != "output"}
     paths = [Path(os.path.expanduser(text)) for text in texts(settings)]
     read = {
         name
@@ -228,21 +228,6 @@ def _doubled_folders(stages: Sequence[PipelineStage]) -> Iterator[str]:
         other = seen.setdefault(os.path.realpath(os.path.expanduser(stage.output)), stage.name)
         if other != stage.name:
             yield f"stages.{other} and stages.{stage.name} have the same output: {stage.output}"
-
-
-def flat(config: Any) -> dict[str, Any]:
-    """All options of a resolved recipe by dotted key."""
-    found: dict[str, Any] = {}
-
-    def walk(node: Any, path: str) -> None:
-        if isinstance(node, dict) and node:
-            for key, value in node.items():
-                walk(value, f"{path}.{key}" if path else str(key))
-        else:
-            found[path] = node
-
-    walk(to_dict(config) if dataclasses.is_dataclass(config) else config, "")
-    return found
 
 
 def texts(node: Any) -> Iterator[str]:

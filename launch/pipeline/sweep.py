@@ -4,7 +4,7 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from launch.stages import Stage, load
 from rlhf.config import load_config
 from rlhf.core.errors import ConfigError
 from rlhf.core.files import digest
-from rlhf.data.options import RowsConfig
+from rlhf.data.options import row_sections
 from rlhf.train.comparison import Comparison
 
 KIND = "loss.kind"
@@ -138,8 +138,7 @@ def _with_value(override: str, point: Mapping[str, str]) -> str:
 
 
 def _check_comparable(config: Any, program: str) -> None:
-    sections = {field.name: getattr(config, field.name) for field in fields(config)}
-    rows = {name: section for name, section in sections.items() if isinstance(section, RowsConfig)}
+    rows = dict(row_sections(config))
     if rows and not any(section.eval_sources or section.eval_share for section in rows.values()):
         empty = ", ".join(f"{name}.eval is empty and {name}.eval_share = 0" for name in rows)
         raise ConfigError(f"{program}:\n  {empty}: nothing to compare the runs on")

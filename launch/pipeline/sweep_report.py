@@ -11,6 +11,7 @@ from rich.table import Table
 
 from launch.pipeline.state import Action, Progress
 from launch.pipeline.sweep import Sweep, comparison_of
+from launch.screen import titled_table
 from launch.stages import Stage
 from rlhf.core.files import write_json, write_text
 from rlhf.train.comparison import Column
@@ -119,11 +120,7 @@ def report_of(sweep: Sweep, *, any_code: bool = False) -> Report:
 
 def comparison_table(report: Report) -> Table:
     """The table for a terminal."""
-    table = Table(title=report.title, title_justify="left", collapse_padding=True)
-    first, *others = report.headings
-    table.add_column(first, overflow="fold")
-    for name in others:
-        table.add_column("\n".join(name.rsplit(" ", 1)), justify="right")
+    table = titled_table(report.title, *report.headings)
     for result in report.results:
         table.add_row(*report.cells(result))
     return table
@@ -132,7 +129,7 @@ def comparison_table(report: Report) -> Table:
 def write_report(folder: Path, report: Report, failures: Mapping[str, str]) -> None:
     """Write ``sweep.json``, ``sweep.md`` and, if a run is finished, ``sweep.png``; ``failures``: why, by run."""
     write_json(folder / "sweep.json", {"runs": [asdict(result) for result in report.results], "failed": dict(failures)})
-    write_text(folder / "sweep.md", _markdown(report, failures))
+    write_text(folder / "sweep.md", "\n".join(_markdown(report, failures)))
     if report.results:
         plot(report, folder / "sweep.png")
 
@@ -204,24 +201,14 @@ def _number(value: float | None, layout: str) -> str:
     return "-" if value is None else format(value, layout)
 
 
-def _markdown(report: Report, failures: Mapping[str, str]) -> str:
-    return "\n".join([*_markdown_table(report), *_markdown_failures(failures)])
-
-
-def _markdown_table(report: Report) -> Iterator[str]:
-    if not report.results:
-        return
-    yield from (f"# {report.title}", "", _row(report.headings), _row(["---", *["---:"] * (len(report.headings) - 1)]))
-    yield from (_row(report.cells(result)) for result in report.results)
-    for paragraph in (*report.notes, "![the runs beside each other](sweep.png)"):
-        yield from ("", paragraph)
-    yield ""
-
-
-def _markdown_failures(failures: Mapping[str, str]) -> Iterator[str]:
+def _markdown(report: Report, failures: Mapping[str, str]) -> Iterator[str]:
+    if report.results:
+        rule = ["---", *["---:"] * (len(report.headings) - 1)]
+        yield from (f"# {report.title}", "")
+        for cells in (report.headings, rule, *map(report.cells, report.results)):
+            yield f"| {' | '.join(cells)} |"
+        for paragraph in (*report.notes, "![the runs beside each other](sweep.png)"):
+            yield from ("", paragraph)
+        yield ""
     if failures:
         yield from ("Failed:", "", *(f"* `{name}`: {' '.join(why.split())}" for name, why in failures.items()), "")
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"

@@ -11,6 +11,7 @@ from launch.plan.activations import Trained
 from launch.plan.shapes import KNOWN, ModelShape, known_name, shape_of
 from launch.plan.states import Numbers
 from rlhf.core.errors import ModelError
+from rlhf.core.paths import can_be_hub_name
 from rlhf.models.options import BackboneConfig, cut_layers
 from rlhf.models.roles import Kind
 
@@ -123,13 +124,13 @@ def model_settings(config: BackboneConfig, sources: Sources, setting: str) -> tu
     from rlhf.models.backbones import load_model_config
 
     config = sources.origin(config)
-    path, fallback = Path(config.path).expanduser(), sources.fallback
+    fallback = sources.fallback
     if _config_file(config.path).is_file():
         content = _read_json(_config_file(config.path))
         if "backbone_model_type" not in content:
             return load_model_config(config), f"{config.path}/config.json"
         return _from_mapping(content | {"model_type": content["backbone_model_type"]}, config), config.path
-    cached = None if path.is_absolute() or config.path.startswith(".") else _from_hub_cache(config)
+    cached = _from_hub_cache(config) if can_be_hub_name(config.path) else None
     if fallback is not None:
         return _from_mapping(_named(fallback), config), f"--model-config {fallback}"
     if cached is not None:

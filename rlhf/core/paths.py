@@ -48,3 +48,8 @@ def beside(value: Any, folder: Path) -> Any:
         return value
     path, here = Path(os.path.abspath(folder / value)), Path.cwd()
     return str(path.relative_to(here) if here in path.parents else path)
+
+
+def can_be_hub_name(path: str) -> bool:
+    """Whether the hub could have something of that name, NAME or OWNER/NAME; else it is a place on this machine."""
+    return not path.startswith(("/", ".", "~")) and path.count("/") < 2

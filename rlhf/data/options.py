@@ -1,9 +1,9 @@
 """What a recipe says about its data: preference pairs, single rows, or prompts alone."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from annotated_types import Ge, Gt, Lt
 
@@ -256,3 +256,13 @@ class PromptDataConfig(RowsConfig):
 def _as_sources(value: str | tuple[str | SourceT, ...], kind: type[SourceT]) -> tuple[SourceT, ...]:
     entries = (value,) if isinstance(value, str) else value
     return tuple(kind(path=entry) if isinstance(entry, str) else entry for entry in entries)
+
+
+def row_sections(config: Any, above: str = "") -> Iterator[tuple[str, RowsConfig]]:
+    """The sections of a recipe that name rows, wherever they stand, with their keys."""
+    for option in fields(config):
+        value, key = getattr(config, option.name), f"{above}{option.name}"
+        if isinstance(value, RowsConfig):
+            yield key, value
+        elif is_dataclass(value):
+            yield from row_sections(value, f"{key}.")

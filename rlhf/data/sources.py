@@ -13,6 +13,7 @@ from typing import Any
 
 from rlhf.core.errors import DataError
 from rlhf.core.files import digest
+from rlhf.core.paths import can_be_hub_name
 from rlhf.data.formats import KINDS, one_line, read_rows, suffix_of
 from rlhf.data.options import RowSource
 
@@ -119,7 +120,23 @@ def _known(path: Path) -> str:
 
 
 def looks_like_file(path: str) -> bool:
-    return bool(suffix_of(Path(path))) or path.startswith((".", "/", "~")) or path.count("/") > 1
+    return bool(suffix_of(Path(path))) or not can_be_hub_name(path)
+
+
+def fault_of(config: RowSource) -> str | None:
+    """Why :func:`open_source` would refuse a source; ``None`` also for what may be on the hub.
+
+    A folder of save_to_disk is not opened, for that takes seconds: it is known by its files.
+    """
+    path = Path(config.path).expanduser()
+    is_here = path.exists() or glob.has_magic(config.path) or looks_like_file(config.path)
+    if not is_here or any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        return None
+    try:
+        open_source(config)
+    except DataError as error:
+        return str(error)
+    return None
 
 
 def _missing(path: Path) -> str:
