@@ -83,7 +83,6 @@ def _resolved(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     chosen = _role(config, options.role, stage.name)
     main = published_role(config.models)
     sizing = main if chosen.trained and main is not None else chosen  # a critic is sized by the policy
-    settings, _ = model_settings(sizing.backbone, Sources(fallback=options.model_config), sizing.setting)
     if options.frozen:
         chosen = replace(chosen, placement=config.engine.deepspeed, optimizer=None)
     if source is not None:
@@ -91,6 +90,7 @@ def _resolved(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         chosen = replace(chosen, placement=source, optimizer=optimizer)
     if chosen.placement == REPLICATED:
         raise ConfigError(f"{chosen.name}: whole on every rank, without a DeepSpeed JSON; see {chosen.placed_by}")
+    settings, _ = model_settings(sizing.backbone, Sources(fallback=options.model_config), sizing.setting)
     sizes = {"world_size": ranks, "local_size": ranks // options.nodes, "hidden_size": settings.hidden_size}
     resolved = deepspeed_settings(chosen, config.models, config.engine, **sizes)
     notes = [f"warning: {problem}" for problem in op_problems(resolved).values()]

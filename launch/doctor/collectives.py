@@ -41,13 +41,15 @@ def all_reduce(subject: Subject) -> Iterator[Finding]:
 
 
 def _tried(subject: Subject, folder: Path) -> Finding:
-    log = folder / "ranks.log"
+    import torch
+
+    log, result = folder / "ranks.log", folder / "measured.json"
     machine = find_machine(subject.ranks, subject.hostfile, folder)
-    outcome = _run(stage_command(MODULE, [], machine), log, subject.seconds)
-    measured = _measured(log)
-    if measured is None:
-        return Finding("failure", f"{outcome}; the ranks said: {_tail(log)}", _remedy())
-    return _judged(measured, machine)
+    outcome = _run(stage_command(MODULE, [str(result.absolute())], machine), log, subject.seconds)
+    if result.is_file():
+        return _judged(json.loads(result.read_text()), machine)
+    remedy = _REMEDY["nccl" if torch.cuda.is_available() else "gloo"]
+    return Finding("failure", f"{outcome}; the ranks said: {_tail(log)}", remedy)
 
 
 def _is_usable(hostfile: Path) -> bool:
@@ -68,16 +70,6 @@ def _run(command: list[str], log: Path, seconds: float) -> str:
     return f"the ranks did not meet within {seconds:g} s"
 
 
-def _measured(log: Path) -> dict | None:
-    """What the main rank printed; a launcher over ssh puts the host's name before it."""
-    from rlhf.engine.bandwidth import MARK
-
-    for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
-        if MARK in line:
-            return json.loads(line.partition(MARK)[2])
-    return None
-
-
 def _judged(measured: dict, machine: Machine) -> Finding:
     ranks, nodes, backend = measured["ranks"], measured["nodes"], measured["backend"]
     text = (
@@ -95,12 +87,6 @@ def _judged(measured: dict, machine: Machine) -> Finding:
     if ranks == 1:
         text = "one rank: nothing to reduce with"
     return Finding("ok", text, values=measured)
-
-
-def _remedy() -> str:
-    import torch
-
-    return _REMEDY["nccl" if torch.cuda.is_available() else "gloo"]
 
 
 def _tail(log: Path) -> str:

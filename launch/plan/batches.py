@@ -1,7 +1,7 @@
 """Batch arithmetic: the micro-batches that the run's own planner makes of real lengths, or of assumed ones."""
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -115,9 +115,4 @@ def _planned_once(
 
 def _largest(loads: list[Load]) -> Load:
     """The most of everything: a step that is short of memory once has failed."""
-    return Load(
-        tokens=max(load.tokens for load in loads),
-        bucket_tokens=max(load.bucket_tokens for load in loads),
-        squares=max(load.squares for load in loads),
-        bucket_squares=max(load.bucket_squares for load in loads),
-    )
+    return Load(**{each.name: max(getattr(load, each.name) for load in loads) for each in fields(Load)})

@@ -1,19 +1,22 @@
-"""``--module rlhf.engine.bandwidth`` under any launcher: how fast, and how rightly, the ranks add up a tensor."""
+"""``--module rlhf.engine.bandwidth FILE`` under any launcher: how fast, and how rightly, the ranks add up a tensor.
 
-import json
+The main rank writes FILE.
+"""
+
 import socket
 import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from rlhf.core.errors import UserError
+from rlhf.core.files import write_json
 from rlhf.engine.ranks import Ranks, start_ranks, stop_ranks
 
-MARK = "ALL-REDUCE "
 MEBIBYTES = {"cuda": 256, "cpu": 32}
 REPEATS = 5
 TIMEOUT_SECONDS = 120.0
@@ -80,7 +83,7 @@ def main() -> int:
         ranks = start_ranks(timeout_seconds=TIMEOUT_SECONDS)
         found = measure(ranks, MEBIBYTES[ranks.device.type])
         if ranks.is_main:
-            print(MARK + json.dumps(asdict(found)), flush=True)
+            write_json(Path(sys.argv[-1]), asdict(found))
         ranks.barrier()
         return 0
     except UserError as error:

@@ -74,8 +74,8 @@ def test_a_gpu_that_somebody_uses_is_a_warning_unless_the_run_does_not_see_it(se
     seen_by_torch(2)
     program("nvidia-smi", TWO_GPUS)
     busy, fine = hardware.devices(Subject())
-    assert busy.status == "warning" and busy.text == "GPU 0: 68.4 GiB of 79.6 GiB are in use already"
-    assert fine.status == "ok" and fine.text == "2 GPU(s): NVIDIA H100 80GB HBM3 (79.6 GiB)"
+    assert busy.status == "warning" and busy.text == "GPU 0: 68.36 GiB of 79.65 GiB are in use already"
+    assert fine.status == "ok" and fine.text == "2 GPU(s): NVIDIA H100 80GB HBM3 (79.65 GiB)"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     seen_by_torch(1)
     assert only(hardware.devices(Subject())).status == "ok"
@@ -178,14 +178,14 @@ def _weights(folder):
 def test_little_memory_is_a_warning_where_no_recipe_says_how_much_is_needed(free_memory):
     free_memory(GIB)
     finding = only(hardware.host_memory(Subject()))
-    assert finding.status == "warning" and "1.0 GiB free, of this host" in finding.text and finding.remedy
+    assert finding.status == "warning" and "1.00 GiB free, of this host" in finding.text and finding.remedy
 
 
 def test_the_limit_of_a_container_counts_before_the_memory_of_its_host(monkeypatch):
     found = HostMemory(total=3 * GIB, free=2 * GIB, limited=True)
     monkeypatch.setattr(hardware, "read_memory", lambda: found)
     finding = only(hardware.host_memory(Subject()))
-    assert finding.status == "warning" and "2.0 GiB free, up to the limit of this container" in finding.text
+    assert finding.status == "warning" and "2.00 GiB free, up to the limit of this container" in finding.text
 
 
 # ---- shared memory and disk
