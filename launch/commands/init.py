@@ -7,6 +7,7 @@ import shutil
 import textwrap
 from pathlib import Path
 
+from launch.commands.arguments import Subparsers, command
 from launch.stages import STAGES
 from rlhf.core.errors import ConfigError
 from rlhf.core.paths import SHIPPED, home_path, recipe_path, shipped_recipes
@@ -49,21 +50,15 @@ Before the first run:
 """
 
 
-def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_parser(subparsers: Subparsers) -> None:
     recipes = shipped_recipes()
     width = max(map(len, recipes))
     listed = "\n".join(f"  {name:<{width}}  {_first_sentence(_about(path))}" for name, path in recipes.items())
-    parser = subparsers.add_parser(
-        "init",
-        help="copy a shipped recipe into a folder, to edit and run",
-        description=_DESCRIPTION.format(recipes=listed),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    about = "copy a shipped recipe into a folder, to edit and run"
+    parser = command(subparsers, "init", run, help=about, description=_DESCRIPTION.format(recipes=listed))
     parser.add_argument("folder", type=home_path, metavar="FOLDER", help="the folder to write, new or empty")
     which = "one of the list above (default: %(default)s)"
     parser.add_argument("--recipe", metavar="NAME", default=DEFAULT, help=which)
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
