@@ -3,9 +3,9 @@
 import copy
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from policy.options import PolicyConfig
 from rlhf.data.batching import Row
 from rlhf.data.templates import ChatFormat
 from rlhf.engine.build import DTYPES, precision_of
-from rlhf.models.backbones import plain_copy
+from rlhf.models.backbones import cut_copy, load_causal_lm, plain_copy
 from rlhf.models.manifest import Manifest
 from rlhf.models.tokenizer import required_embedding_rows
 from rlhf.train.command import StageConfig
@@ -82,6 +82,20 @@ class PublishablePolicy:
             training_data=self.training_data,
         )
 
+    def rehearsed(self, layers: int, folder: Path) -> Self | None:
+        cut = cut_copy(self.model, layers)
+        if cut is None or not self._is_adapter:
+            return None if cut is None else replace(self, model=cut)
+        base = load_causal_lm(plain_copy(cut), dtype=self.dtype, vocabulary=1, processes=1)
+        base.generation_config = repaired_generation_config(base.generation_config or GenerationConfig())
+        base.save_pretrained(folder)
+        self.chat.tokenizer.save_pretrained(folder)
+        return replace(self, model=replace(cut, path=str(folder), revision=None, layers=None))
+
+    @property
+    def _is_adapter(self) -> bool:
+        return self.model.lora is not None and self.model.publish_lora == "adapter"
+
     def build(self, dtype: torch.dtype) -> PolicyModel:
         vocabulary = required_embedding_rows(self.chat.tokenizer)
         return build_policy(
@@ -102,7 +116,7 @@ class PublishablePolicy:
         model.save(folder, self.model.publish_lora)
 
     def in_float32(self, saved: PolicyModel, weights: Weights) -> PolicyModel:
-        if self.model.lora is None or self.model.publish_lora == "merged":
+        if not self._is_adapter:
             return PolicyModel(saved.hf).float()
         model = self.build(torch.float32)  # the base on disk may have more digits than the training had
         kept = {name: value for name, value in weights.items() if "lora_" in name or _is_saved(name, model)}

@@ -1,12 +1,9 @@
 """Run in a fresh process: does the saved folder, opened with plain Transformers, give the live log-probabilities?
 
-    python -m policy.reload_check FOLDER REQUEST.json
-
 Every row also has its response mask; its "value" is the mean log-probability of its response tokens, in nats. Behind
 each of the "ends" of the request, plain ``generate`` must stop.
 """
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +19,7 @@ from transformers import (
 )
 
 from rlhf.models.adapters import adapter_base, saved_embedding_rows, with_adapter
-from rlhf.train.reloading import check_texts, padded, reload_main
+from rlhf.train.reloading import check_texts, padded
 
 
 @torch.inference_mode()
@@ -95,7 +92,3 @@ def check_ends(model: Any, tokenizer: Any, prompt: list[int], ends: list[int]) -
         if written.tolist() != [end]:
             name = tokenizer.convert_ids_to_tokens(end)
             raise SystemExit(f"the saved model does not stop behind {name} (token {end}), as answers in training did")
-
-
-if __name__ == "__main__":
-    sys.exit(reload_main(check))

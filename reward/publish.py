@@ -1,9 +1,9 @@
 """A reward model on its way to ``final/``."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from reward.model import RewardModel, Scores, build_reward_model, save_reward_mo
 from rlhf.data.batching import Row
 from rlhf.data.templates import ChatFormat
 from rlhf.engine.build import DTYPES, precision_of
-from rlhf.models.backbones import plain_copy
+from rlhf.models.backbones import cut_copy, plain_copy
 from rlhf.models.manifest import Manifest, RewardStatistics
 from rlhf.models.tokenizer import required_embedding_rows
 from rlhf.train.publishing import Weights, text_form
@@ -58,6 +58,10 @@ class PublishableRewardModel:
             loss={"loss": config.loss.to_dict(), "margin": config.margin.to_dict()},
             training_data=self.training_data,
         )
+
+    def rehearsed(self, layers: int, folder: Path) -> Self | None:
+        cut = cut_copy(self.config.model, layers)
+        return None if cut is None else replace(self, config=replace(self.config, model=cut))
 
     def build(self, dtype: torch.dtype) -> RewardModel:
         return new_model(self.config, self.chat, dtype, copied=True)

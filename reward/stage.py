@@ -1,5 +1,7 @@
 """The reward stage from recipe to ``final/``."""
 
+from dataclasses import replace
+
 from rich.console import Console
 
 from reward.config import RewardConfig
@@ -10,7 +12,7 @@ from reward.task import RewardTask
 from rlhf.data.preferences import load_preferences
 from rlhf.engine.build import DTYPES, precision_of
 from rlhf.engine.ranks import Ranks
-from rlhf.train.publishing import publish_run
+from rlhf.train.publishing import publish_run, rehearse
 from rlhf.train.stage import (
     load_data,
     open_chat,
@@ -35,6 +37,10 @@ def run(config: RewardConfig, ranks: Ranks) -> Evaluation | None:
     )
     if "data_margins" in MARGINS[config.margin.kind].inputs:
         data.train.refuse_missing_margins()
+    published = PublishableRewardModel(
+        config=config, chat=chat, evaluation=None, margins={}, training_data=data.train.fingerprint
+    )
+    rehearse(config, ranks, published)
     steps = total_steps(config.train, len(data.train))
     (role,) = config.models
     dtype = DTYPES[precision_of(config.engine)]
@@ -46,12 +52,6 @@ def run(config: RewardConfig, ranks: Ranks) -> Evaluation | None:
         config, engine, task, identity | {"margin": config.margin.to_dict(), "loss": config.loss.to_dict()}, steps
     )
     report(config, ranks, task.evaluation, step, lambda found: Console().print(evaluation_table(found)))
-    published = PublishableRewardModel(
-        config=config,
-        chat=chat,
-        evaluation=task.evaluation,
-        margins=task.margin_statistics,
-        training_data=data.train.fingerprint,
-    )
-    publish_run(config, engine, sample_of(data), published)
+    measured = replace(published, evaluation=task.evaluation, margins=task.margin_statistics)
+    publish_run(config, engine, sample_of(data), measured)
     return task.evaluation

@@ -19,6 +19,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from rlhf.train import fresh
 from tests.forked import ForkedProcess, Zygote
 from tests.ports import free_port
 
@@ -120,16 +121,12 @@ def zygote() -> Iterator[Zygote]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def forked_reload_checks(zygote) -> Iterator[None]:
-    """Where a test publishes in its own process, a fork of the zygote reloads; for ranks, a fresh process does."""
-
-    def start(arguments: list[str], environment: dict[str, str]) -> ForkedProcess:
-        return zygote.start(arguments, environment, Path.cwd())
-
+def one_fresh_process() -> Iterator[None]:
+    """All that publish in the process of the tests ask the same fresh process; ranks have their own, as users have."""
     with pytest.MonkeyPatch.context() as patched:
-        if not torch.cuda.is_available():  # CUDA does not survive a fork
-            patched.setattr("rlhf.train.publishing.start_fresh", start)
+        patched.setattr(fresh, "end_fresh_process", lambda: None)
         yield
+    fresh.end_fresh_process()
 
 
 def _start_ranks(zygote: Zygote, arguments: list[str], ranks: int, cold: bool, environment: dict) -> list[Rank]:

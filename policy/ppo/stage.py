@@ -34,7 +34,7 @@ from rlhf.models.tokenizer import required_embedding_rows
 from rlhf.train.batches import BatchMaker
 from rlhf.train.chat import check_same_tokens
 from rlhf.train.loop import LoopState, Run, iterate
-from rlhf.train.publishing import publish_run
+from rlhf.train.publishing import publish_run, rehearse
 from rlhf.train.roles import engine_of, frozen_of, not_inside_shares
 from rlhf.train.stage import load_data, open_chat, report, run_and_take, run_identity, say, start_engine, total_steps
 
@@ -57,6 +57,11 @@ def run(config: PpoConfig, ranks: Ranks) -> HeldOut | None:
         readers=_readers(config),
         new_tokens=config.rollout.max_new_tokens,
     )
+    objective = {name: asdict(getattr(config, name)) for name in ("reward", "advantage", "kl", "loss")}
+    published = PublishablePolicy.of(
+        config, chat, stage="ppo", objective=objective, training_data=data.train.fingerprint
+    )
+    rehearse(config, ranks, published)
     steps = total_steps(replace(config.train, global_batch_size=config.rollout.prompts), len(data.train))
     builder = _Builder(config, ranks, chat, steps)
     roles, identity = builder.roles(), builder.identity(data)
@@ -76,7 +81,7 @@ def run(config: PpoConfig, ranks: Ranks) -> HeldOut | None:
         task.evaluate()
     report(config, ranks, task.evaluation, step, print_held_out)
     if config.train.publish != "none":
-        _publish(config, engines, chat, task, data)
+        _publish(config, engines, task, published)
     return task.evaluation
 
 
@@ -98,16 +103,12 @@ def _readers(config: PpoConfig) -> list[ModelRole]:
     return [role for role in config.models if role.section not in own_tokens]
 
 
-def _publish(config: PpoConfig, engines: Engines, chat: ChatFormat, task: PpoTask, data: PromptData) -> None:
+def _publish(config: PpoConfig, engines: Engines, task: PpoTask, published: PublishablePolicy) -> None:
     engine, rollouts = engines.policy, task.sample(PUBLISHED_ROWS)
     if config.critic.share_trunk and engines.critic is not None:
         critic = engines.critic.module
         assert isinstance(critic, SharedTrunkCritic)
         critic.remove()
-    objective = {name: asdict(getattr(config, name)) for name in ("reward", "advantage", "kl", "loss")}
-    published = PublishablePolicy.of(
-        config, chat, stage="ppo", objective=objective, training_data=data.train.fingerprint
-    )
     publish_run(config, engine, rollouts, published)
 
 

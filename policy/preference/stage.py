@@ -25,7 +25,7 @@ from rlhf.models.roles import ModelRole
 from rlhf.models.tokenizer import required_embedding_rows
 from rlhf.train.batches import BatchMaker
 from rlhf.train.chat import check_same_tokens
-from rlhf.train.publishing import publish_run
+from rlhf.train.publishing import publish_run, rehearse
 from rlhf.train.roles import frozen_of
 from rlhf.train.stage import (
     LoadedData,
@@ -49,6 +49,14 @@ def run(config: PreferenceConfig, ranks: Ranks) -> HeldOut | None:
     """
     chat = open_chat(config, config.rows.template_choice, ranks)
     data = load_data(lambda folder: _load(config, chat, folder), config, ranks, readers=config.models)
+    published = PublishablePolicy.of(
+        config,
+        chat,
+        stage="preference",
+        objective={"loss": asdict(config.loss)},
+        training_data=data.train.fingerprint,
+    )
+    rehearse(config, ranks, published)
     steps = total_steps(config.train, len(data.train))
     policy, *others = config.models
     model = ranks.together(lambda: _build(policy, config, chat, ranks))
@@ -57,10 +65,6 @@ def run(config: PreferenceConfig, ranks: Ranks) -> HeldOut | None:
     task = PreferenceTask(engine, config, data.train, data.evals, references.open(), steps)
     step = train(config, engine, task, _identity(config, data, references, steps), steps)
     report(config, ranks, task.evaluation, step, print_evaluation)
-    objective = {"loss": asdict(config.loss)}
-    published = PublishablePolicy.of(
-        config, chat, stage="preference", objective=objective, training_data=data.train.fingerprint
-    )
     publish_run(config, engine, sample_of(data), published)
     return task.evaluation
 

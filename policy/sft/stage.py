@@ -9,7 +9,7 @@ from rlhf.data.examples import load_examples
 from rlhf.engine.build import DTYPES, precision_of
 from rlhf.engine.ranks import Ranks
 from rlhf.models.tokenizer import required_embedding_rows
-from rlhf.train.publishing import publish_run
+from rlhf.train.publishing import publish_run, rehearse
 from rlhf.train.stage import load_data, open_chat, report, run_identity, sample_of, start_engine, total_steps, train
 
 
@@ -26,6 +26,10 @@ def run(config: SftConfig, ranks: Ranks) -> SftEvaluation | None:
         ranks,
         readers=config.models,
     )
+    published = PublishablePolicy.of(
+        config, chat, stage="sft", objective={"kind": "negative log-likelihood"}, training_data=data.train.fingerprint
+    )
+    rehearse(config, ranks, published)
     steps = total_steps(config.train, len(data.train))
     (role,) = config.models
     model = ranks.together(
@@ -42,8 +46,5 @@ def run(config: SftConfig, ranks: Ranks) -> SftEvaluation | None:
     task = SftTask(engine, config, data.train, data.evals)
     step = train(config, engine, task, run_identity(config, data.train, steps), steps)
     report(config, ranks, task.evaluation, step, print_evaluation)
-    published = PublishablePolicy.of(
-        config, chat, stage="sft", objective={"kind": "negative log-likelihood"}, training_data=data.train.fingerprint
-    )
     publish_run(config, engine, sample_of(data), published)
     return task.evaluation

@@ -113,6 +113,17 @@ def staged_directory(target: Path) -> Iterator[Path]:
         shutil.rmtree(staged, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def scratch_directory(path: Path) -> Iterator[Path]:
+    """Yield an empty folder of a hidden name like ``path`` that is gone after the block."""
+    scratch = path.with_name(f".{path.name}.tmp-{_own_mark()}")
+    scratch.mkdir(parents=True)
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
 def _full_disk(error: Exception, folder: Path) -> DiskFull | None:
     """What to say if ``error`` came of a full disk under ``folder``; ``None`` if it did not.
 

@@ -174,6 +174,20 @@ def plain_copy(config: BackboneT) -> BackboneT:
     return replace(config, kernels="none", gradient_checkpointing=False, attention=attention)
 
 
+LITTLE_BYTES = 64 * 2**20
+
+
+def cut_copy(config: BackboneT, layers: int) -> BackboneT | None:
+    """The settings for the first ``layers`` of a model alone; ``None`` for one that is little, or has not more."""
+    size = checkpoint_bytes(Path(_origin(config)[0]), torch.bfloat16)
+    if size is not None and size <= LITTLE_BYTES:
+        return None
+    count = getattr(load_model_config(config), "num_hidden_layers", None)
+    if count is None or count <= layers:
+        return None
+    return replace(config, layers=layers, freeze_layers=min(config.freeze_layers, layers))
+
+
 def apply_kernels(model: PreTrainedModel, config: BackboneConfig) -> None:
     """Give a loaded and checked model the fused kernels that the recipe asks for: they run on a GPU only."""
     if config.kernels == "liger":

@@ -88,6 +88,7 @@ def _run_on_all_ranks(config: StageConfig, module: str, program: str) -> None:
     from rlhf.engine.build import check_precision
     from rlhf.engine.ranks import start_ranks, stop_ranks
     from rlhf.engine.stop import noting_signals
+    from rlhf.train.fresh import end_fresh_process
 
     try:
         ranks = start_ranks(timeout_seconds=config.engine.timeout_minutes * 60)
@@ -96,6 +97,7 @@ def _run_on_all_ranks(config: StageConfig, module: str, program: str) -> None:
             import_all_of(module).run(config, ranks)
             ranks.on_main(lambda: _mark_finished(config, program))
     finally:
+        end_fresh_process()
         stop_ranks()
 
 

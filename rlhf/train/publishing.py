@@ -1,37 +1,40 @@
 """Publishing ``final/``: weights are saved, reloaded by a fresh process, compared, and only then named.
 
-The steps are the same for every kind of model; what differs is asked of a :class:`Publishable`.
+The steps are the same for every kind of model; what differs is asked of a :class:`Publishable`. They are rehearsed
+before the first step, with an untrained copy: nothing that publishing needs is tried for the first time after training.
 """
 
-import json
 import logging
 import math
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from rlhf.core.errors import ModelError
-from rlhf.core.files import staged_directory
+from rlhf.core.files import scratch_directory, staged_directory
 from rlhf.data.batching import ItemSource, Row, length_bucket
 from rlhf.data.portable import portable_tokenizer
 from rlhf.data.templates import ChatFormat, TemplateFault
 from rlhf.engine.api import Engine
-from rlhf.engine.stop import sheltering_children
+from rlhf.engine.ranks import Ranks
 from rlhf.models.manifest import Manifest, write_manifest
 from rlhf.models.tokenizer import pad_policy
 from rlhf.train.batches import asking
 from rlhf.train.command import StageConfig
+from rlhf.train.fresh import check_in_fresh_process
+from rlhf.train.probing import probe_rows
 from rlhf.train.stage import say
+from rlhf.train.status import report_phase
 
 CASES = 12
+LONGEST = 512
+"""Tokens of a row that are compared, the last ones: the fresh process computes on a CPU."""
+REHEARSED_LAYERS = 2
+REHEARSED_TOKENS = 24
 CONVERSATIONS = (
     [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because 12 + 30 = 42."}],
     [
@@ -87,6 +90,12 @@ class Publishable(Protocol[ModelT]):
         Values further off are published, with a warning: they are what readers in float32 get.
         """
 
+    def rehearsed(self, layers: int, folder: Path) -> Self | None:
+        """The same of a model that is cut to its first ``layers``; ``None`` if that would not make it much smaller.
+
+        Where what is published names a base that is on the disk, a cut one is written into the new ``folder``.
+        """
+
     def build(self, dtype: torch.dtype) -> ModelT:
         """An untrained copy on the CPU of this process alone, adapters apart, without kernels for GPUs."""
 
@@ -103,6 +112,68 @@ class Publishable(Protocol[ModelT]):
         """What a reader in float32 gets of the folder that ``saved`` was written to."""
 
 
+def rehearse(config: StageConfig, ranks: Ranks, publishable: Publishable[Any]) -> None:
+    """Publish an untrained copy of ``publishable`` into a folder that is dropped, unless the recipe publishes nothing.
+
+    Of a large model the first layers are enough. Where they alone fail, all of it decides: not every model can be cut.
+
+    Args:
+        config: the recipe.
+        ranks: every rank must call this.
+        publishable: what is going to be published, as far as it is known.
+    Raises:
+        ModelError: on all ranks, if it cannot be published.
+    """
+    if config.train.publish == "none":
+        return
+    report_phase("rehearsing the publication")
+    ranks.on_main(lambda: _rehearse(publishable, config.output))
+
+
+def _rehearse(publishable: Publishable[Any], output: Path) -> None:
+    with scratch_directory(output / "rehearsal") as scratch:
+        few = publishable.rehearsed(REHEARSED_LAYERS, scratch / "base")
+        if few is not None:
+            try:
+                return _publish_untrained(few, scratch / "few")
+            except Exception as error:
+                log.warning(
+                    "%d layers alone cannot be published (%s: %s): all of them are tried",
+                    REHEARSED_LAYERS,
+                    type(error).__name__,
+                    error,
+                )
+        try:
+            _publish_untrained(publishable, scratch / "whole")
+        except (ModelError, ValueError, RuntimeError) as error:
+            raise ModelError(
+                f"what this run would publish was tried before the first step, and cannot be published: {error}. Take "
+                "another model or data.template; train.publish=none trains all the same"
+            ) from error
+
+
+def _publish_untrained(publishable: Publishable[Any], target: Path) -> None:
+    model = publishable.build(publishable.dtype).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:  # adapters begin at zero, and would be missed by nobody
+                parameter += 0.02 * torch.randn(parameter.shape, generator=generator).to(parameter)
+    weights = dict(model.state_dict())
+    _write(publishable, model, weights, _rehearsed_rows(publishable.chat), None, target)
+
+
+def _rehearsed_rows(chat: ChatFormat) -> list[Row]:
+    rows = probe_rows(len(chat.tokenizer), chat.tokenizer.pad_token_id)
+    for messages in CONVERSATIONS:
+        try:
+            tokens, begin = chat.encode(messages[:-1], messages[-1:])
+        except TemplateFault:
+            continue
+        rows.append(_last_of(Row(tokens, np.arange(len(tokens)) >= begin), REHEARSED_TOKENS))
+    return rows
+
+
 def publish_run(config: StageConfig, engine: Engine, sample: ItemSource, publishable: Publishable[Any]) -> None:
     """Publish what ``engine`` holds as ``final/`` of the run folder, unless the recipe asks for none.
 
@@ -115,7 +186,12 @@ def publish_run(config: StageConfig, engine: Engine, sample: ItemSource, publish
     if config.train.publish == "none":
         return
     target = config.output / "final"
-    differences = publish(engine, sample, publishable, target)
+    try:
+        differences = publish(engine, sample, publishable, target)
+    except ModelError as error:
+        raise ModelError(
+            f"{target} is not published: {error}; the checkpoints are intact: rlhf publish {config.output} tries again"
+        ) from error
     worst = f"{max(differences.values()):.1e} {publishable.unit}"
     say(engine.ranks, f"published {target}: reloaded in a fresh process, largest difference {worst}")
 
@@ -130,11 +206,16 @@ def publish(engine: Engine, sample: ItemSource, publishable: Publishable[Any], t
     """
     rows = [row for row in sample_rows(sample) if publishable.has_value(row)]
     if not rows:
-        raise ModelError("no sample row has a value that a reloaded model could be compared by; train.publish=none")
+        raise ModelError("no sample row has a value that a reloaded model could be compared by")
     outputs = live_outputs(engine, rows)
     live = torch.stack([publishable.value(output, row) for output, row in zip(outputs, rows, strict=True)])
     weights = engine.full_state_dict()
-    return engine.ranks.on_main(lambda: _write(publishable, weights, rows, live.float().cpu(), target))
+
+    def write() -> dict[str, float]:
+        model = _rebuilt(publishable, weights)
+        return _write(publishable, model, weights, rows, live.float().cpu(), target)
+
+    return engine.ranks.on_main(write)
 
 
 def text_form(chat: ChatFormat) -> dict[str, Any]:
@@ -148,10 +229,20 @@ def text_form(chat: ChatFormat) -> dict[str, Any]:
 
 
 def _write(
-    publishable: Publishable[ModelT], weights: Weights, rows: Sequence[Row], live: Tensor, target: Path
+    publishable: Publishable[ModelT],
+    model: ModelT,
+    weights: dict[str, Tensor],
+    rows: Sequence[Row],
+    live: Tensor | None,
+    target: Path,
 ) -> dict[str, float]:
+    """Write and check ``target``. ``weights`` are emptied, and ``model`` is spoilt: the fresh process needs the memory.
+
+    Without ``live`` values the fresh process is compared with ``model`` alone.
+    """
     tokenizer = portable_tokenizer(publishable.chat)
-    model = _rebuilt(publishable, weights)
+    if live is None and publishable.dtype == torch.float32:
+        live = _values(publishable, model, rows)
     with staged_directory(target) as staged:
         publishable.save(model, staged)
         tokenizer.save_pretrained(staged)
@@ -159,8 +250,11 @@ def _write(
         expected = live
         if publishable.dtype != torch.float32:
             expected = _values(publishable, publishable.in_float32(model, weights), rows)
-            check_low_precision(live, expected, publishable.tolerance(expected), publishable.unit)
-        del model  # the fresh process holds one too
+            if live is not None:
+                check_low_precision(live, expected, publishable.tolerance(expected), publishable.unit)
+        assert expected is not None
+        del model
+        weights.clear()
         request = {"texts": text_cases(publishable.chat), "rows": value_cases(rows, expected)}
         return check_in_fresh_process(publishable.reload_module, staged, {**publishable.details, **request})
 
@@ -183,10 +277,14 @@ def _values(publishable: Publishable[ModelT], model: ModelT, rows: Sequence[Row]
 
 
 def sample_rows(data: ItemSource) -> list[Row]:
-    """Rows of very different lengths, whole items."""
+    """Rows of very different lengths, whole items; of long ones the end."""
     order = np.argsort(data.lengths.sum(axis=1), kind="stable")
     chosen = order[np.unique(np.linspace(0, len(order) - 1, CASES // data.lengths.shape[1]).astype(int))]
-    return [row for index in chosen for row in data.item(int(index)).rows]
+    return [_last_of(row, LONGEST) for index in chosen for row in data.item(int(index)).rows]
+
+
+def _last_of(row: Row, tokens: int) -> Row:
+    return Row(row.tokens[-tokens:], row.response[-tokens:])
 
 
 def live_outputs(engine: Engine, rows: Sequence[Row]) -> list[Any]:
@@ -219,33 +317,6 @@ def text_cases(chat: ChatFormat) -> list[dict]:
     return cases
 
 
-def check_in_fresh_process(module: str, folder: Path, request: dict) -> dict[str, float]:
-    """Run ``python -m module folder request.json``; the differences that it reports.
-
-    Raises:
-        ModelError: if it does not reproduce the values of ``request``.
-    """
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "request.json"
-        path.write_text(json.dumps(request))
-        with sheltering_children():  # who asks the run to stop signals all its processes
-            process = start_fresh(["-m", module, str(folder), str(path)], _plain_environment())
-        said, complaint = process.communicate()
-    report = said.strip().splitlines()[-1:] or [complaint[-2000:]]
-    if process.returncode != 0:
-        raise ModelError(
-            f"the saved model does not reproduce the live values, so it is not published: {report[0]}; "
-            "the checkpoints are intact"
-        )
-    return json.loads(report[0])
-
-
-def start_fresh(arguments: Sequence[str], environment: Mapping[str, str]) -> "subprocess.Popen[str]":
-    """Start ``python arguments``."""
-    command = [sys.executable, *arguments]
-    return subprocess.Popen(command, text=True, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
 def check_low_precision(live: Tensor, expected: Tensor, tolerance: float, unit: str) -> None:
     """Warn of weights whose values in the precision of training are far from those in float32.
 
@@ -255,8 +326,7 @@ def check_low_precision(live: Tensor, expected: Tensor, tolerance: float, unit: 
     worst = float((live - expected).abs().max())
     if not math.isfinite(worst):
         raise ModelError(
-            "values of the trained model are not finite, in training precision or in float32; it is not published, "
-            "the checkpoints are intact"
+            "values of the trained model are not finite, in training precision or in float32"
         )
     if worst > tolerance:
         log.warning(
@@ -266,14 +336,3 @@ def check_low_precision(live: Tensor, expected: Tensor, tolerance: float, unit: 
             unit,
             tolerance,
         )
-
-
-def _plain_environment() -> dict[str, str]:
-    """The environment without what a launcher set: the fresh process is nobody's rank, and it reads files only."""
-    launched: tuple[str, ...] = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "CROSS_", "TORCHELASTIC_", "DS_", "SLURM_")
-    if "LOCAL_RANK" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
-        launched += ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # shares of the ranks, which wait for this one now
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(launched)}
-    root = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join(filter(None, [root, kept.get("PYTHONPATH", "")]))
-    return kept | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}

@@ -1,14 +1,17 @@
-"""Check by a fresh process: does a published folder give the values of training?
+"""The fresh process: does a published folder, opened with plain Transformers, give the values of training?
 
-    python -m MODULE FOLDER REQUEST.json
+    python -m rlhf.train.reloading
 
-Every row of the request has its tokens and what the model in training said of it as "value"; every text has its
-messages, and how the run shows and splits them.
+It reads questions as lines of JSON, each with the "module" whose ``check(folder, request)`` answers it, and prints the
+"differences" that this finds or the "fault" that it meets. Every row of a request has its tokens and what the model in
+training said of it as "value"; every text has its messages, and how the run shows and splits them.
 """
 
+import importlib
 import json
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +22,28 @@ TOLERANCE = 1e-4
 """How far a value in float32 may be from the expected one, in its own unit."""
 
 
-def reload_main(check: Callable[[Path, dict[str, Any]], dict[str, float]]) -> int:
-    """The command: print what ``check(folder, request)`` finds as one JSON object; 1 if a difference is too large."""
-    folder, request = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
-    differences = check(folder, request)
-    print(json.dumps(differences))
-    return 0 if all(value <= TOLERANCE for value in differences.values()) else 1
+def main() -> int:
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # libraries may print
+    importlib.import_module("transformers.generation")  # takes seconds: not while somebody waits for the answer
+    for line in sys.stdin:
+        print(json.dumps(answer(**json.loads(line))), file=answers, flush=True)
+    return 0
+
+
+def answer(module: str, folder: str, request: dict[str, Any]) -> dict[str, Any]:
+    """The differences that ``module`` finds, or in words what is wrong."""
+    try:
+        differences = importlib.import_module(module).check(Path(folder), request)
+    except SystemExit as fault:
+        return {"fault": str(fault)}
+    except Exception as error:  # whatever a model's own code raises
+        return {"fault": f"{type(error).__name__}: {str(error)[-2000:]}"}
+    # Not "> TOLERANCE": no difference to a value that is not a number is small.
+    large = [f"{name} {value:.3g}" for name, value in differences.items() if not value <= TOLERANCE]
+    if large:
+        return {"fault": f"the saved model does not reproduce the live values ({', '.join(large)} off)"}
+    return {"differences": differences}
 
 
 def check_texts(tokenizer: Any, cases: Sequence[dict[str, Any]]) -> None:
@@ -54,3 +73,7 @@ def padded(rows: Sequence[list[int]], pad: int, side: str) -> tuple[Tensor, Tens
         tokens[place, span] = torch.tensor(row)
         mask[place, span] = 1
     return tokens, mask, (mask.cumsum(dim=1) - 1).clamp_min(0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -29,6 +29,7 @@ from rlhf.models.positions import check_places
 from rlhf.models.roles import ModelRole
 from rlhf.train.chat import load_chat
 from rlhf.train.command import StageConfig
+from rlhf.train.fresh import start_fresh_process
 from rlhf.train.loop import LoopState, Run, Stateful, Task, Watched, fit, load_checkpoint
 from rlhf.train.options import TrainConfig
 from rlhf.train.roles import engine_of
@@ -95,6 +96,8 @@ def open_chat(
     """Make the run folder, and open the tokenizer of the run's model with the template of its data."""
     hide_loading_bars()
     ranks.on_main(lambda: config.output.mkdir(parents=True, exist_ok=True))
+    if ranks.is_main and config.train.publish != "none":
+        start_fresh_process()
 
     model = config.model
     return ranks.main_first(

@@ -16,7 +16,8 @@ from rlhf.engine.options import OptimizerConfig
 from rlhf.engine.ranks import Ranks
 from rlhf.models.options import LoraOptions
 from rlhf.train.chat import load_chat
-from rlhf.train.publishing import _plain_environment, publish
+from rlhf.train.fresh import plain_environment
+from rlhf.train.publishing import publish
 
 ALONE = Ranks(rank=0, world_size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
 
@@ -99,4 +100,4 @@ def test_the_fresh_process_has_the_threads_of_all_ranks(monkeypatch, launcher):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     if launcher is not None:
         monkeypatch.setenv(launcher, "0")
-    assert ("OMP_NUM_THREADS" in _plain_environment()) == (launcher is None)
+    assert ("OMP_NUM_THREADS" in plain_environment()) == (launcher is None)

@@ -1,0 +1,113 @@
+"""The fresh process of a run: it opens folders as a plain user would, and says whether they give what was expected.
+
+It imports what it needs while the run reads its data, is asked once before the first step and once at the end, and in
+between waits for the pipe from this process to bring something, or to close. What it runs is
+:mod:`rlhf.train.reloading`.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rlhf.core.errors import ModelError
+from rlhf.engine.stop import sheltering_children
+
+SECONDS_TO_END = 10.0
+
+
+class _FreshProcess:
+    def __init__(self) -> None:
+        self._complaints = tempfile.TemporaryFile()  # noqa: SIM115  # it is there as long as the process
+        with sheltering_children():  # who asks the run to stop signals all its processes
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "rlhf.train.reloading"],
+                text=True,
+                env=plain_environment(),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._complaints,
+            )
+
+    @property
+    def lives(self) -> bool:
+        return self._process.poll() is None
+
+    def ask(self, question: dict[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(question) + "\n")
+            self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if answer:
+            return json.loads(answer)
+        code = self._process.wait()
+        said = f"the fresh process ended with exit code {code}{' (out of memory?)' if code == -9 else ''}"
+        return {"fault": f"{said} {self._last_words()}".rstrip()}
+
+    def end(self) -> None:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(SECONDS_TO_END)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+        self._complaints.close()
+
+    def _last_words(self) -> str:
+        size = self._complaints.seek(0, os.SEEK_END)
+        self._complaints.seek(max(0, size - 2000))
+        return self._complaints.read().decode(errors="replace").strip()
+
+
+_process: _FreshProcess | None = None  # a process has one run, and so one of these
+
+
+def start_fresh_process() -> None:
+    """Let it import what it needs from now on; it would be started when it is asked first."""
+    _living()
+
+
+def check_in_fresh_process(module: str, folder: Path, request: dict[str, Any]) -> dict[str, float]:
+    """What ``module.check(folder, request)`` says there: differences to what was expected, by name.
+
+    Raises:
+        ModelError: saying what is wrong, if it does not reproduce the values of ``request``.
+    """
+    answer = _living().ask({"module": module, "folder": str(folder.absolute()), "request": request})
+    if "fault" in answer:
+        raise ModelError(answer["fault"])
+    return answer["differences"]
+
+
+def end_fresh_process() -> None:
+    """End it, if there is one. It also ends by itself with this process, however that dies."""
+    global _process
+    if _process is not None:
+        _process.end()
+        _process = None
+
+
+def _living() -> _FreshProcess:
+    global _process
+    if _process is None or not _process.lives:
+        _process = _FreshProcess()
+    return _process
+
+
+def plain_environment() -> dict[str, str]:
+    """The environment without what a launcher set: the fresh process is nobody's rank, and it reads files only."""
+    launched: tuple[str, ...] = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "CROSS_", "TORCHELASTIC_", "DS_", "SLURM_")
+    if "LOCAL_RANK" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
+        launched += ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # shares of the ranks, which wait for this one now
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(launched)}
+    root = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join(filter(None, [root, kept.get("PYTHONPATH", "")]))
+    return kept | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
