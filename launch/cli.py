@@ -5,10 +5,11 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from launch.commands import data, doctor, ds, evaluate, import_gguf, init, pipeline, plan, score, slurm, sweep
+from launch.commands import data, doctor, ds, evaluate, import_gguf, init, pipeline, plan, publish, score, slurm, sweep
+from launch.commands.arguments import SettingsParser
 from rlhf.core.errors import UserError
 
-COMMANDS = (init, pipeline, plan, data, doctor, ds, evaluate, import_gguf, score, slurm, sweep)
+COMMANDS = (init, pipeline, plan, data, doctor, ds, evaluate, import_gguf, publish, score, slurm, sweep)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -18,7 +19,7 @@ def build_parser() -> argparse.ArgumentParser:
         "deepspeed --module reward --config RECIPE.yaml",
         allow_abbrev=False,
     )
-    subparsers = parser.add_subparsers(title="commands", dest="command", required=True)
+    subparsers = parser.add_subparsers(title="commands", dest="command", required=True, parser_class=SettingsParser)
     for command in COMMANDS:
         command.add_parser(subparsers)
     return parser

@@ -12,10 +12,12 @@ SEVERAL = "a recipe of the stage; may be given again, later ones win"
 
 
 class SettingsParser(argparse.ArgumentParser):
-    """Takes settings (``overrides``) before, between and after options, as the stages do."""
+    """Takes settings (``overrides``), if it has such, before, between and after options, as the stages do."""
 
     def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
         options, rest = super().parse_known_args(args, namespace)
+        if not hasattr(options, "overrides"):
+            return options, rest
         options.overrides = [*options.overrides, *(part for part in rest if not part.startswith("-"))]
         return options, [part for part in rest if part.startswith("-")]
 

@@ -34,7 +34,7 @@ class CheckpointStore:
     keep: int
 
     def path(self, step: int) -> Path:
-        return self.folder / f"step-{step:08d}"
+        return step_folder(self.folder, step)
 
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints, as the main rank sees them, oldest first."""
@@ -102,6 +102,11 @@ class CheckpointStore:
 def checkpoint_folder(output: Path) -> Path:
     """Where a run keeps its checkpoints, below its own folder."""
     return output / "checkpoints"
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    """The checkpoint of ``step`` in ``folder``."""
+    return folder / f"step-{step:08d}"
 
 
 def saved_steps(folder: Path) -> list[int]:

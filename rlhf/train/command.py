@@ -95,7 +95,8 @@ def _run_on_all_ranks(config: StageConfig, module: str, program: str) -> None:
         ranks.together(lambda: check_precision(config.engine, ranks.device))
         with noting_signals(), naming_full_disk(config.output):
             import_all_of(module).run(config, ranks)
-            ranks.on_main(lambda: _mark_finished(config, program))
+            if config.train.resume != "publish":  # the run itself may have to go on
+                ranks.on_main(lambda: _mark_finished(config, program))
     finally:
         end_fresh_process()
         stop_ranks()

@@ -136,6 +136,8 @@ def iterate(
     state = restore(engine, task, config, run)
     if state.step:
         take_over_metrics()
+    if config.resume == "publish":
+        return state
     finished = state.step >= total_steps or state.stopped_early
     engine.ranks.on_main(lambda: _begin(run, finished))
     requests = StopRequests(run.folder, engine.ranks, config.max_minutes)
@@ -185,7 +187,7 @@ def restore(engine: Stateful, task: Watched, config: TrainConfig, run: Run) -> L
         )
     path = run.store.newest_intact()
     if path is None:
-        if config.resume == "required" or found:
+        if config.resume in ("required", "publish") or found:
             raise CheckpointError(
                 f"{run.store.folder}: no intact checkpoint to resume from"
                 + (f" (damaged: steps {found}); remove the folder to start anew" if found else "")

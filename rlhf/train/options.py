@@ -40,9 +40,10 @@ class TrainConfig:
     """Steps between full-state checkpoints; 0 writes one at the end only."""
     keep_checkpoints: Annotated[int, Gt(0), NoResult()] = 2
     """How many of the latest checkpoints stay; the best one stays as well."""
-    resume: Annotated[Literal["auto", "never", "required"], NoResult()] = "auto"
+    resume: Annotated[Literal["auto", "never", "required", "publish"], NoResult()] = "auto"
     """auto: go on from the newest intact checkpoint if there is one. never: refuse a run folder with checkpoints.
-    required: refuse one without."""
+    required: refuse one without. publish: refuse one without, and publish what they hold without training on (rlhf
+    publish)."""
     best_metric: str = "eval/accuracy"
     """Held-out metric that decides which checkpoint is the best; higher is better, or lower with a leading minus
     (-eval/loss)."""

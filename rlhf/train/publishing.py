@@ -113,7 +113,7 @@ class Publishable(Protocol[ModelT]):
 
 
 def rehearse(config: StageConfig, ranks: Ranks, publishable: Publishable[Any]) -> None:
-    """Publish an untrained copy of ``publishable`` into a folder that is dropped, unless the recipe publishes nothing.
+    """Publish an untrained copy of ``publishable`` into a folder that is dropped, if it is published after training.
 
     Of a large model the first layers are enough. Where they alone fail, all of it decides: not every model can be cut.
 
@@ -124,7 +124,7 @@ def rehearse(config: StageConfig, ranks: Ranks, publishable: Publishable[Any]) -
     Raises:
         ModelError: on all ranks, if it cannot be published.
     """
-    if config.train.publish == "none":
+    if config.train.publish == "none" or config.train.resume == "publish":
         return
     report_phase("rehearsing the publication")
     ranks.on_main(lambda: _rehearse(publishable, config.output))
