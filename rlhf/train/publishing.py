@@ -325,9 +325,7 @@ def check_low_precision(live: Tensor, expected: Tensor, tolerance: float, unit: 
     """
     worst = float((live - expected).abs().max())
     if not math.isfinite(worst):
-        raise ModelError(
-            "values of the trained model are not finite, in training precision or in float32"
-        )
+        raise ModelError("values of the trained model are not finite, in training precision or in float32")
     if worst > tolerance:
         log.warning(
             "values in training precision and in float32 differ by up to %.3f %s, more than %.3f: what is published, "
