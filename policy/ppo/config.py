@@ -237,7 +237,8 @@ class WatchConfig:
     """Tripwires: what a run that goes wrong looks like."""
 
     action: Action = "warn"
-    """warn once for each symptom; stop with an error; or best: end the run and publish the best checkpoint."""
+    """warn once for each symptom; stop with an error; or best: end the run and publish the best checkpoint, which may
+    be the start."""
     kl_budget: Annotated[float, Gt(0)] = 20.0
     """Nats per response from the reference; a checkpoint beyond it is not the best one."""
     length_factor: Annotated[float, Gt(1)] = 2.0
@@ -308,6 +309,11 @@ class PpoConfig:
         horizon = self.kl.horizon
         if self.kl.controller == "adaptive" and horizon is not None and self.rollouts >= 5 * horizon:
             raise ValueError(f"kl.horizon = {horizon} must be above a fifth of {self.rollouts} rollouts")
+        if self.watch.action == "best" and (self.train.publish == "last" or not self.train.evaluate_first):
+            raise ValueError(
+                "watch.action = best takes the best step, the start included: it needs train.publish=best and "
+                "train.evaluate_first=true"
+            )
         if self.critic.share_trunk and (self.policy.lora is None or self.critic.lora is not None or self.critic.path):
             raise ValueError("critic.share_trunk needs policy.lora, and then has neither critic.lora nor critic.path")
         if self.critic.share_trunk and (self.policy.gradient_checkpointing or self.critic.gradient_checkpointing):

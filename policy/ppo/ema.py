@@ -1,5 +1,8 @@
 """A moving average of the trained weights of an engine."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -21,14 +24,27 @@ class MovingAverage:
         for mine, now in zip(self._weights, self._read(), strict=True):
             mine.lerp_(now, 1 - self._decay)
 
-    @torch.no_grad()
     def put_into_engine(self) -> None:
         """Overwrite the engine's weights by the average: it can be asked and published, no longer trained."""
+        self._put(self._weights)
+
+    @torch.no_grad()
+    def _put(self, weights: list[Tensor]) -> None:
         ranks = self._engine.ranks
         for place, parameter in enumerate(self._parameters):
-            value = ranks.broadcast_object(self._weights[place] if ranks.is_main else None)
+            value = ranks.broadcast_object(weights[place] if ranks.is_main else None)
             with self._engine.whole([parameter], modify=True):
                 parameter.copy_(value)
+
+    @contextlib.contextmanager
+    def in_engine(self) -> Iterator[None]:
+        """The engine has the average inside the block, and then the very weights that it had before."""
+        before = self._read(dtype=None)
+        self.put_into_engine()
+        try:
+            yield
+        finally:
+            self._put(before)
 
     def state_dict(self) -> list[Tensor]:
         return self._weights
@@ -37,10 +53,11 @@ class MovingAverage:
         if self._engine.ranks.is_main:
             self._weights = [value.clone() for value in state]
 
-    def _read(self) -> list[Tensor]:
+    def _read(self, dtype: torch.dtype | None = torch.float32) -> list[Tensor]:
+        """Copies on the CPU of the main rank; ``None`` keeps the type of the weights."""
         found = []
         for parameter in self._parameters:
             with self._engine.whole([parameter]):
                 if self._engine.ranks.is_main:
-                    found.append(parameter.detach().float().cpu().clone())
+                    found.append(parameter.detach().to("cpu", dtype, copy=True))
         return found

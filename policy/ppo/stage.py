@@ -1,6 +1,7 @@
 """The PPO stage from recipe to ``final/``."""
 
 import json
+import logging
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from policy.ppo.shared_trunk import SharedTrunkCritic
 from policy.ppo.task import Engines, PpoTask, Roles
 from policy.publish import PublishablePolicy
 from rlhf.config import to_dict
-from rlhf.core.errors import ModelError
+from rlhf.core.errors import ConfigError, ModelError
 from rlhf.core.files import digest
 from rlhf.data.examples import ExampleDataset, LoadedExamples, load_examples
 from rlhf.data.options import TemplateChoice
@@ -40,6 +41,8 @@ from rlhf.train.stage import load_data, open_chat, report, run_and_take, run_ide
 
 PUBLISHED_ROWS = 12
 
+log = logging.getLogger(__name__)
+
 
 def run(config: PpoConfig, ranks: Ranks) -> HeldOut | None:
     """Train, evaluate and publish; every rank calls it.
@@ -57,6 +60,11 @@ def run(config: PpoConfig, ranks: Ranks) -> HeldOut | None:
         readers=_readers(config),
         new_tokens=config.rollout.max_new_tokens,
     )
+    if config.watch.action == "best" and not len(data.evals):
+        raise ConfigError(
+            "watch.action = best: there are no held-out prompts to find the best step by; give data.eval or "
+            "data.eval_share, or set watch.action=stop"
+        )
     objective = {name: asdict(getattr(config, name)) for name in ("reward", "advantage", "kl", "loss")}
     published = PublishablePolicy.of(
         config, chat, stage="ppo", objective=objective, training_data=data.train.fingerprint
@@ -76,10 +84,9 @@ def run(config: PpoConfig, ranks: Ranks) -> HeldOut | None:
         f"deepspeed_{name}.json": json.dumps(engine.settings, indent=2) for name, engine in engines.by_name.items()
     }
     step = run_and_take(config, engines, task, identity, documents, loop)
-    if config.ema:
-        task.take_average()
-        task.evaluate()
+    task.take_average()
     report(config, ranks, task.evaluation, step, print_held_out)
+    _warn_of_drift(config, ranks, task.evaluation)
     if config.train.publish != "none":
         _publish(config, engines, task, published)
     return task.evaluation
@@ -94,6 +101,21 @@ def preset_lines(config: PpoConfig) -> list[str]:
     if not found:
         return [f"{told}: the paper's settings in all that makes the method"]
     return [f"{told}: this run differs from it in", *(f"  {line}" for line in found)]
+
+
+def _warn_of_drift(config: PpoConfig, ranks: Ranks, taken: HeldOut | None) -> None:
+    """Say so where the policy that is taken has left the texts that the reward model knows."""
+    budget = config.watch.kl_budget
+    if taken is not None and taken.kl > budget and ranks.is_main:
+        log.warning(
+            "the policy that is taken is %.3g nats per response from the reference, beyond watch.kl_budget = %g: its "
+            "rewards are not to be relied on. %s",
+            taken.kl,
+            budget,
+            "No evaluated step was within it: set train.evaluate_first=true, or lower train.evaluate_every"
+            if config.train.publish == "best" and config.train.best_metric == "eval/selection"
+            else "train.publish=best with train.best_metric=eval/selection takes one within it",
+        )
 
 
 def _readers(config: PpoConfig) -> list[ModelRole]:

@@ -213,10 +213,17 @@ class PpoTask:
     # Held-out evaluation
 
     def evaluate(self) -> dict[str, float]:
-        """Rewards of fresh responses to held-out prompts, from the same seeds each time; every rank must call it."""
+        """Rewards of fresh responses to held-out prompts, from the same seeds each time; every rank must call it.
+
+        Judged is what would be published: the moving average, where there is one.
+        """
         self.evaluation = None
         if not len(self._data.evals):
             return {}
+        with contextlib.nullcontext() if self._ema is None else self._ema.in_engine():
+            return self._evaluate()
+
+    def _evaluate(self) -> dict[str, float]:
         rollouts = self._roll_out(_all_prompts(self._data.evals), 1, ("held-out",))
         scored = self._roles.scorer.score(rollouts)
         second = None if self._roles.second is None else self._roles.second.score(rollouts)

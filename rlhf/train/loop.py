@@ -145,9 +145,10 @@ def iterate(
     log = MetricLog(run.folder, engine.ranks, config, resume_step=state.step)
     progress = Progress(engine.ranks, total_steps, state.step)
     with log, progress:
-        if state.step == 0 and config.evaluate_first:
+        if state.step == 0 and state.best_step is None and config.evaluate_first:
             requests.check(f"at step 0 of {total_steps}")
-            _evaluate_first(task, log, progress)
+            if _evaluate(task, config, state, log, progress):  # the start is a candidate like any other
+                save(engine, task, run, state)
         while state.step < total_steps and not state.stopped_early:
             reason = requests.agreed()
             if reason is not None:
@@ -280,20 +281,11 @@ def _rates(metrics: dict[str, float], seconds: float) -> dict[str, float]:
     return rates
 
 
-def _evaluate_first(task: Watched, log: MetricLog, progress: Progress) -> None:
-    """What the run starts from; it is no candidate for the best."""
-    report_phase("evaluating the start")
-    progress.note("evaluating the start")
-    metrics = task.evaluate()
-    if metrics:
-        log.write(0, metrics)
-        progress.evaluation(0, metrics)
-
-
 def _evaluate(task: Watched, config: TrainConfig, state: LoopState, log: MetricLog, progress: Progress) -> bool:
     """Evaluate, log, and note whether the best metric improved."""
-    report_phase("evaluating")
-    progress.note(f"evaluating at step {state.step}")
+    where = f"at step {state.step}" if state.step else "the start"
+    report_phase("evaluating" if state.step else "evaluating the start")
+    progress.note(f"evaluating {where}")
     metrics = task.evaluate()
     if not metrics:
         return False

@@ -35,7 +35,7 @@ class TrainConfig:
     evaluate_every: Annotated[int, Ge(0)] = 50
     """Steps between held-out evaluations; 0 evaluates at the end only."""
     evaluate_first: bool = False
-    """Evaluate before the first step as well: what training starts from."""
+    """Evaluate before the first step as well: what training starts from. It is a candidate for the best, and saved."""
     checkpoint_every: Annotated[int, Ge(0), NoResult()] = 100
     """Steps between full-state checkpoints; 0 writes one at the end only."""
     keep_checkpoints: Annotated[int, Gt(0), NoResult()] = 2

@@ -1,6 +1,7 @@
 """What the stages share around the loop: tokenizer and data, the engine, and the weights to publish."""
 
 import json
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -34,6 +35,8 @@ from rlhf.train.loop import LoopState, Run, Stateful, Task, Watched, fit, load_c
 from rlhf.train.options import TrainConfig
 from rlhf.train.roles import engine_of
 from rlhf.train.status import report_metrics, report_phase, report_status
+
+log = logging.getLogger(__name__)
 
 
 class Dataset(Protocol):
@@ -224,6 +227,12 @@ def run_and_take(
     if config.train.publish == "best" and best is not None and best != state.step:
         load_checkpoint(engine, task, run, run.store.path(best))
         say(ranks, f"taking step {best}, the best by {config.train.best_metric}")
+        if best == 0 and ranks.is_main:
+            log.warning(
+                "no step was as good as the start of the run by %s: what is taken is the model as it was before "
+                "training (train.publish=last takes the last step)",
+                config.train.best_metric,
+            )
         report_metrics(task.evaluate())
         return best
     if task.evaluation is None:  # a finished run that was started again

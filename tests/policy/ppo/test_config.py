@@ -55,6 +55,8 @@ def parse(*overrides, reward=REWARD):
         (["loss.dual_clip=1"], r"greater than 1"),
         (["advantage.gamma=1.1"], r"less than or equal to 1"),
         (["rollout.temperature=0"], r"greater than 0"),
+        (["watch.action=best", "train.publish=last"], r"it needs train\.publish=best and train\.evaluate_first=true"),
+        (["watch.action=best", "train.evaluate_first=false"], r"the start included"),
         (["ema=1.5"], r"less than or equal to 1"),
         (["rollout.sampels=2"], r"did you mean rollout\.samples"),
         (["model.path=p"], r"unknown key"),

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from policy.ppo.__main__ import main
 from policy.ppo.config import WatchConfig
 from policy.ppo.stage import run
+from rlhf.core.errors import ConfigError
 from rlhf.core.files import RUN_FILES
 from rlhf.models.manifest import MANIFEST_NAME, read_manifest
 from rlhf.train.done import read_completion
@@ -284,7 +285,7 @@ def test_a_tripped_wire_ends_the_run_with_its_best_checkpoint(tiny_config, alone
     config = replace(
         tiny_config,
         watch=WatchConfig(action="best", kl_budget=0.05),
-        train=replace(tiny_config.train, max_steps=9, evaluate_every=1, publish="best"),
+        train=replace(tiny_config.train, max_steps=9, evaluate_every=0, publish="best", evaluate_first=True),
     )
     run(config, alone)
     rows = lines(config.output / "metrics.jsonl")
@@ -292,5 +293,28 @@ def test_a_tripped_wire_ends_the_run_with_its_best_checkpoint(tiny_config, alone
     assert 1 < steps[-1] < 9 and "taking the best checkpoint" in caplog.text
     chosen = json.loads((config.output / "evaluation.json").read_text())
     selections = {row["step"]: row["eval/selection"] for row in rows if "eval/selection" in row}
+    assert len(selections) == 2 and selections[steps[-1]] < -1e5, "the end is over the budget"
     assert selections[chosen["step"]] == max(selections.values()) == chosen["selection"]
+    assert chosen["step"] == 0 and chosen["kl"] == pytest.approx(0, abs=1e-5)
+    assert "no step was as good as the start of the run" in caplog.text
     assert (config.output / "final" / MANIFEST_NAME).is_file()
+
+
+def test_a_policy_over_its_budget_is_not_published_without_a_word(tiny_config, alone, caplog):
+    config = replace(
+        tiny_config,
+        watch=WatchConfig(action="none", kl_budget=1e-3),
+        train=replace(tiny_config.train, max_steps=2, evaluate_every=0, publish="last"),
+    )
+    found = run(config, alone)
+    assert found.kl > 1e-3
+    assert re.search(r"is 0\.\d+ nats per response from the reference, beyond watch\.kl_budget = 0\.001", caplog.text)
+    assert "train.publish=best with" in caplog.text
+
+
+def test_the_best_step_needs_held_out_prompts(tiny_config, alone):
+    data = replace(tiny_config.data, eval=(), eval_share=0.0)
+    train = replace(tiny_config.train, evaluate_first=True, publish="best")
+    config = replace(tiny_config, data=data, watch=WatchConfig(action="best"), train=train)
+    with pytest.raises(ConfigError, match=r"watch\.action = best: there are no held-out prompts"):
+        run(config, alone)

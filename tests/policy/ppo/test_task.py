@@ -498,6 +498,26 @@ def test_the_average_is_that_of_the_weights_after_each_step(make_task):
     assert all(torch.equal(value, shop.weights()[name]) for name, value in again.weights().items())
 
 
+def test_what_is_judged_is_the_average_and_training_goes_on_with_the_weights_it_had(make_task, tiny_config):
+    shop = make_task(ema=0.8, train=train_of(tiny_config, evaluate_every=0))
+    for number in range(2):
+        shop.step(number)
+    trained = shop.weights()
+    judged = shop.task.evaluate()
+    assert all(torch.equal(value, trained[name]) for name, value in shop.weights().items())
+    shop.task.take_average()
+    assert any(not torch.equal(value, trained[name]) for name, value in shop.weights().items())
+    assert shop.task.evaluate() == judged
+    assert judged["eval/kl"] == pytest.approx(kl_by_hand(shop), rel=1e-4)
+
+
+def kl_by_hand(shop):
+    """Of the weights that the policy has now, on the responses to held-out prompts."""
+    task = shop.task
+    prompts = [task._data.evals.prompt(place) for place in range(len(task._data.evals))]
+    return float(task._log_ratios(task._roll_out(prompts, 1, ("held-out",))).mean())
+
+
 @pytest.fixture
 def conversations(tmp_path, prompt_cache, tiny_config):
     path = tmp_path / "chats.jsonl"

@@ -103,6 +103,27 @@ def test_the_best_checkpoint_stays_when_others_rotate(start):
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-00000002", "step-00000006"]
 
 
+def test_the_start_is_a_candidate_that_is_kept_and_judged_once(start, tmp_path):
+    config = replace(CONFIG, evaluate_first=True, keep_checkpoints=1, checkpoint_every=1)
+    scores = [0.9, 0.7, 0.8, 0.6]
+    state, engine, folder = start(config, scores=scores)
+    assert (state.best_step, state.best_value) == (0, 0.9)
+    assert saved_in(folder) == [0, 6]
+    other = tmp_path / "other"
+    with pytest.raises(ZeroDivisionError):
+        start(config, scores=scores, folder=other, ask=lambda step: 1 / 0)
+    assert saved_in(other) == [0]
+    again, resumed, _ = start(config, scores=scores, folder=other)
+    assert rows(other) == rows(folder) and torch.equal(resumed.module.weight, engine.module.weight)
+    assert (again.best_step, again.best_value) == (0, 0.9)
+
+
+def test_a_start_that_is_beaten_makes_room(start):
+    config = replace(CONFIG, evaluate_first=True, keep_checkpoints=1)
+    state, _, folder = start(config, scores=[0.5, 0.7, 0.6, 0.6])
+    assert state.best_step == 2 and saved_in(folder) == [2, 6]
+
+
 def test_patience_ends_the_run_and_keeps_it_ended(start):
     config = replace(CONFIG, patience=1)
     state, _, _ = start(config, scores=[0.9, 0.7, 0.6])
