@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf.core.importing import import_all_of
+
 TOLERANCE = 1e-4
 """How far a value in float32 may be from the expected one, in its own unit."""
 
@@ -25,7 +27,7 @@ TOLERANCE = 1e-4
 def main() -> int:
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # libraries may print
-    importlib.import_module("transformers.generation")  # takes seconds: not while somebody waits for the answer
+    import_all_of("transformers.generation")  # takes seconds: not while somebody waits for the answer
     for line in sys.stdin:
         print(json.dumps(answer(**json.loads(line))), file=answers, flush=True)
     return 0

@@ -107,7 +107,7 @@ def stop_launched(recipe):
         wait_for_a_step(folder, process)
         family = psutil.Process(process.pid).children(recursive=True)
         started.extend(family)
-        ask(family)
+        ask([each for each in family if "rlhf.train.reloading" not in each.cmdline()])
         output = process.communicate(timeout=200)[0]
         psutil.wait_procs(family, timeout=60)
         assert not [each for each in family if each.is_running()], "processes are left"
