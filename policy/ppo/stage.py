@@ -302,7 +302,11 @@ def check_template(config: PpoConfig, chat: ChatFormat) -> None:
     trained = read_manifest(folder).template_digest
     if trained == chat.digest:
         return
-    if config.data.template_choice != TemplateChoice():
+    choice = config.data.template_choice
+    if trained == chat_format(chat.tokenizer, replace(choice, system_prompt=None, drop_thoughts=False)).digest:
+        log.warning("policy.path = %s was trained without data.system_prompt and data.thoughts of this run", folder)
+        return
+    if choice != TemplateChoice():
         raise ModelError(
             f"policy.path = {folder} was trained with another chat template ({trained}) than data.template = "
             f"{config.data.template} with its options ({chat.digest}); leave data.template unset for the policy's own"

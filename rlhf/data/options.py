@@ -100,6 +100,10 @@ class TemplateChoice:
     """The recipe's ``data.template_options``."""
     fold_system: bool = False
     """The recipe's ``data.fold_system``."""
+    system_prompt: str | None = None
+    """The recipe's ``data.system_prompt``."""
+    drop_thoughts: bool = False
+    """Whether the recipe's ``data.thoughts`` is drop."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,10 +154,12 @@ class RowsConfig:
     for templates that have no system messages. It becomes part of the template, too."""
     thoughts: Literal["keep", "drop", "mask"] = "keep"
     """Thoughts before an answer (<think>...</think>, or reasoning_content): keep and learn them; drop them from all
-    answers; or mask them, to be read but not learned. Most templates leave out those of earlier turns themselves."""
+    answers; or mask them, to be read but not learned. Most templates leave out those of earlier turns themselves. drop
+    becomes part of the template: who reads with the published one drops them, too."""
     system_prompt: str | None = None
-    """Put in front of conversations that have no system message. Unset: left to the template, and some insert
-    a default of their own; choose another data.template to get rid of that."""
+    """Put in front of conversations that have no system message. It becomes part of the template: the published one
+    puts it there by itself. Unset: left to the template, and some insert a default of their own; choose another
+    data.template to get rid of that."""
     max_tokens: Annotated[int, Gt(1)] = 1024
     """Longest prompt plus response, in tokens."""
     over_length: Literal["truncate_prompt_left", "drop", "error"] = "truncate_prompt_left"
@@ -180,7 +186,13 @@ class RowsConfig:
 
     @property
     def template_choice(self) -> TemplateChoice:
-        return TemplateChoice(text=self.template, options=self.template_options, fold_system=self.fold_system)
+        return TemplateChoice(
+            text=self.template,
+            options=self.template_options,
+            fold_system=self.fold_system,
+            system_prompt=self.system_prompt,
+            drop_thoughts=self.thoughts == "drop",
+        )
 
     @property
     def train_sources(self) -> tuple[RowSource, ...]:

@@ -7,6 +7,7 @@ end token: all that a template puts behind its end-of-turn token is cut, and EOS
 the template has no such token. In a conversation every assistant turn is found in the same way.
 """
 
+import ast
 import functools
 import itertools
 import json
@@ -68,6 +69,8 @@ class ChatFormat:
         Raises:
             TemplateFault: if the template refuses the messages, or drops or rewrites some of them.
         """
+        if self.drops_thoughts:
+            prompt, response = ([without_thoughts(message) for message in part] for part in (prompt, response))
         before = self.render_prompt(prompt)
         whole = self._apply([*prompt, *response], generate=False)
         if not whole.startswith(before):
@@ -154,6 +157,18 @@ class ChatFormat:
         return digest("format 1", self.template, self.bos, *named.values(), *self.end_tokens, *cut)
 
     @functools.cached_property
+    def system_prompt(self) -> str | None:
+        """What the template puts in front of conversations without a system message, as ``data.system_prompt`` of the
+        run or of that which published the model; the first of several, which leaves the others nothing to do."""
+        _, _, rest = self.template.partition(_SYSTEM[0])
+        return ast.literal_eval(rest[: rest.index(_SYSTEM[1])]) if rest else None
+
+    @functools.cached_property
+    def drops_thoughts(self) -> bool:
+        """Whether the template shows answers without their thoughts, as ``data.thoughts=drop`` asks for."""
+        return _DROPPING in self.template
+
+    @functools.cached_property
     def header_tokens(self) -> int:
         """Tokens between the last words of a prompt and the response."""
         before = self.render_prompt([{"role": "user", "content": _PROBE}])
@@ -194,10 +209,12 @@ class ChatFormat:
         ids = [self.tokenizer.eos_token_id, self.tokenizer.convert_tokens_to_ids(self.ending.token)]
         return tuple(dict.fromkeys(map(int, [*ids, *self.stop_token_ids])))
 
-    def _apply(self, messages: Sequence[Message], *, generate: bool) -> str:
+    def _apply(self, messages: Sequence[Message], *, generate: bool, bare: bool = False) -> str:
+        """What the template makes of messages; ``bare``: without the system prompt of the run."""
+        options = {"bare": True} if bare else {}
         try:
             text = self.tokenizer.apply_chat_template(
-                list(messages), chat_template=self.template, tokenize=False, add_generation_prompt=generate
+                list(messages), chat_template=self.template, tokenize=False, add_generation_prompt=generate, **options
             )
         except jinja2.TemplateSyntaxError as error:
             raise DataError(f"data.template ({self.origin}): line {error.lineno}: {error.message}") from None
@@ -222,10 +239,10 @@ class ChatFormat:
         That is fine where it is the system message that it moves: Mistral's templates show it in the last message,
         and only if that is the user's. A model begins to write behind the prompt as it stands alone.
         """
-        if any(message["role"] == "system" for message in prompt):
+        if self.system_prompt is not None or any(message["role"] == "system" for message in prompt):
             question = {"role": "user", "content": _PROBE}
-            start = self._apply([question], generate=True)
-            answered = self._apply([question, *response], generate=False)
+            start = self._apply([question], generate=True, bare=True)
+            answered = self._apply([question, *response], generate=False, bare=True)
             if answered.startswith(start):
                 return answered[len(start) :]
         pairs = enumerate(zip(before, whole, strict=False))
@@ -239,9 +256,10 @@ class ChatFormat:
     def _turn(self, messages: Sequence[Message], place: int, text: str) -> Span:
         """The characters in ``text`` of the assistant message at ``place``, before the last one."""
         upto = messages[: place + 1]
-        for shown in (upto, [message for message in upto if message["role"] != "system"]):
-            before = self._apply(shown[:-1], generate=True)
-            after = self._without_surplus(self._apply(shown, generate=False))
+        without = [message for message in upto if message["role"] != "system"]
+        for shown, bare in ((upto, False), (without, True)):
+            before = self._apply(shown[:-1], generate=True, bare=bare)
+            after = self._without_surplus(self._apply(shown, generate=False, bare=bare))
             if len(shown) > 1 and text.startswith(before) and text.startswith(after):
                 self._refuse_dropped(text[len(before) : len(after)], [messages[place]], "response")
                 return len(before), len(after)
@@ -356,7 +374,7 @@ def chat_format(
 ) -> ChatFormat:
     """The format for ``data.template``: Jinja text, a file, a built-in name; ``None``: the tokenizer's own.
 
-    Options and folding become part of the template text, so that everybody who renders with it does the same.
+    What goes with it becomes part of the template text, so that everybody who renders with it does the same.
 
     Args:
         tokenizer: of the model.
@@ -379,8 +397,12 @@ def chat_format(
     if missing:
         raise ModelError(f"data.template={origin}: the tokenizer has no token {', '.join(missing)}")
     head = _settings_head(text, origin, choice.options)
-    head += _FOLDING if choice.fold_system and _FOLDING not in text else ""
-    text = head + text
+    wanted = (
+        _DROPPING if choice.drop_thoughts else "",
+        "" if choice.system_prompt is None else _system_head(choice.system_prompt),
+        _FOLDING if choice.fold_system else "",
+    )
+    text = head + "".join(part for part in wanted if part not in text) + text
     return ChatFormat(tokenizer, text, origin, _wanted_bos(tokenizer), tuple(sorted(special)), tuple(stop_token_ids))
 
 
@@ -446,6 +468,29 @@ _FOLDING = (
     " + messages[2:] %}{%- endif %}{{ '' }}"
 )
 """Goes in front of a template; the empty text at its end keeps a line feed that follows."""
+
+_SYSTEM = (
+    "{%- if bare is not defined and (not messages or messages[0]['role'] != 'system') %}"
+    "{%- set messages = [{'role': 'system', 'content': ",
+    "}] + messages %}{%- endif %}{{ '' }}",
+)
+"""The same for a system prompt, which stands in between as a literal of Python. Rendered ``bare``, there is none."""
+
+_DROPPING = (
+    "{{ '' }}{%- set shown = namespace(messages=[]) %}{%- for message in messages %}{%- set text = message['content'] %}"
+    "{%- if message['role'] == 'assistant' and text is string and (message['reasoning_content'] or '</think>' in text)"
+    " %}{%- set parts = text.split('</think>', 1) %}"
+    "{%- if not message['reasoning_content'] and parts | length > 1 and"
+    " (parts[0].lstrip().startswith('<think>') or '<think>' not in text) %}{%- set text = parts[1] %}{%- endif %}"
+    "{%- set message = dict(message.items() | rejectattr('0', 'equalto', 'reasoning_content'), content=text.strip()) %}"
+    "{%- endif %}{%- set shown.messages = shown.messages + [message] %}{%- endfor %}"
+    "{%- set messages = shown.messages %}{{ '' }}"
+)
+"""The same for answers without their thoughts, as :func:`rlhf.data.messages.without_thoughts` leaves them."""
+
+
+def _system_head(prompt: str) -> str:
+    return repr(prompt).join(_SYSTEM)
 
 
 def _settings_head(text: str, origin: str, options: Mapping[str, bool | int | float | str]) -> str:

@@ -63,6 +63,10 @@ class Manifest:
     """Loss and margin settings, in short."""
     training_data: str
     """Fingerprint of the training pairs."""
+    system_prompt: str | None = None
+    """What the template puts in front of conversations that have no system message; part of ``template_digest``."""
+    thoughts_dropped: bool = False
+    """Whether the template leaves the thoughts before answers out; part of ``template_digest``."""
     pooling: str = POOLING
     versions: dict[str, str] = field(default_factory=package_versions)
     format_version: int = FORMAT_VERSION

@@ -142,10 +142,11 @@ def iterate(
     engine.ranks.on_main(lambda: _begin(run, finished))
     requests = StopRequests(run.folder, engine.ranks, config.max_minutes)
     saved = state.step  # of the newest checkpoint; at 0 there is nothing to save
-    log = MetricLog(run.folder, engine.ranks, config, resume_step=state.step)
+    begun = state.step > 0 or state.best_step is not None  # at step 0, the start has been evaluated
+    log = MetricLog(run.folder, engine.ranks, config, resume_step=state.step if begun else -1)
     progress = Progress(engine.ranks, total_steps, state.step)
     with log, progress:
-        if state.step == 0 and state.best_step is None and config.evaluate_first:
+        if not begun and config.evaluate_first:
             requests.check(f"at step 0 of {total_steps}")
             if _evaluate(task, config, state, log, progress):  # the start is a candidate like any other
                 save(engine, task, run, state)

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class MetricLog:
-    """Writes on the main rank only. Rows past ``resume_step`` (of a killed run) are dropped first; at 0, all are."""
+    """Writes on the main rank only. Rows past ``resume_step`` (of a killed run) are dropped first; at -1, all are."""
 
     def __init__(self, folder: Path, ranks: Ranks, config: TrainConfig, resume_step: int) -> None:
         self._folder, self._config, self._step = folder, config, resume_step
@@ -94,7 +94,7 @@ def drop_rows_after(path: Path, step: int) -> None:
             row = json.loads(line)
         except ValueError:  # the last line of a killed run may be cut short
             continue
-        if step > 0 and row["step"] <= step:
+        if row["step"] <= step:
             kept.append(line)
     write_text(path, "".join(line + "\n" for line in kept))
 

@@ -225,6 +225,8 @@ def text_form(chat: ChatFormat) -> dict[str, Any]:
         "tokenizer_digest": chat.tokenizer_digest,
         "pad_policy": pad_policy(portable_tokenizer(chat)),
         "vocabulary_size": len(chat.tokenizer),
+        "system_prompt": chat.system_prompt,
+        "thoughts_dropped": chat.drops_thoughts,
     }
 
 

@@ -2,6 +2,7 @@
 
 import os
 import pkgutil
+import re
 from dataclasses import replace
 
 import pytest
@@ -10,8 +11,10 @@ import torch
 from reward.config import MarginConfig
 from reward.stage import run
 from reward.task import RewardTask
+from rlhf.data.preferences import load_preferences
 from rlhf.engine.ranks import Ranks
 from rlhf.models.manifest import read_manifest
+from rlhf.train.chat import load_chat
 
 ALONE = Ranks(rank=0, world_size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
 
@@ -88,6 +91,24 @@ def test_a_run_opens_its_tokenizer_and_its_template_once(stage, monkeypatch):
         monkeypatch.setattr(pkgutil.resolve_name(module), attribute, counted)
     stage("run")
     assert len(opened) == len(set(opened)) == 2
+
+
+def test_a_published_model_is_shown_the_system_prompt_of_its_training(stage, tiny_config, tmp_path, monkeypatch):
+    """`rlhf score` fed other text: -1.22 instead of -3.24."""
+    data = replace(tiny_config.data, system_prompt="be brief", thoughts="drop")
+    config = replace(tiny_config, data=data)
+    chat = load_chat(config.model.path, data.template_choice)
+    [row, _] = load_preferences(data, chat).train.item(0).rows
+    run(replace(config, output=tmp_path / "run", train=replace(config.train, max_steps=1, publish="last")), ALONE)
+    final = tmp_path / "run" / "final"
+    manifest = read_manifest(final)
+    assert (manifest.system_prompt, manifest.thoughts_dropped) == ("be brief", True)
+    text = chat.tokenizer.decode(row.tokens)
+    question, answer = re.fullmatch(r".*user\n(.*)<\|im_end\|>\n<\|im_start\|>assistant\n(.*)<\|im_end\|>", text, re.S).groups()
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": f"<think>hm</think>{answer}"}]
+    published = load_chat(final)
+    assert published.digest == manifest.template_digest == chat.digest
+    assert published.encode(messages[:1], messages[1:])[0].tolist() == row.tokens.tolist()
 
 
 def test_a_colleague_can_read_what_was_published(stage, tmp_path):

@@ -162,3 +162,72 @@ def test_an_option_that_a_published_template_has_already_may_be_given_again_but_
     assert chat_format(published, options(enable_thinking=False)).digest == chat.digest
     with pytest.raises(DataError, match=r"template_options\.enable_thinking = true: .* was published with false"):
         chat_format(published, options(enable_thinking=True))
+
+
+# What the recipe says of the system prompt and of thoughts is part of the template.
+
+MOVES_SYSTEM = (
+    "{% set talk = messages[1:] if messages[0]['role'] == 'system' else messages %}{% for m in talk %}"
+    "{% if m['role'] == 'user' %}[INST] {% if loop.last and messages[0]['role'] == 'system' %}"
+    "{{ messages[0]['content'] + '\n' }}{% endif %}{{ m['content'] }} [/INST]"
+    "{% else %}{{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+PROMPT = "Be 'brief' \u2013 {% if %} {{ x }} \"kind\"\n\u2615 \\n \U0001f600."
+SYSTEM = {"role": "system", "content": PROMPT}
+
+
+def plain_text(tokenizer, messages, **options):
+    return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+
+
+@pytest.mark.parametrize("template", ["chatml", "plain", "qwen3", MOVES_SYSTEM])
+@pytest.mark.parametrize("fold", [False, True])
+def test_a_published_template_puts_the_system_prompt_where_the_run_did(tokenizer, template, fold):
+    without = chat_format(tokenizer, TemplateChoice(text=template, fold_system=fold))
+    chat = chat_format(tokenizer, TemplateChoice(text=template, fold_system=fold, system_prompt=PROMPT))
+    assert (chat.system_prompt, without.system_prompt) == (PROMPT, None)
+    assert chat.digest != without.digest
+    published = portable_tokenizer(chat)
+    prompt, own = TALK[:1], [{"role": "system", "content": "own"}, *TALK[:1]]
+    expected = without.render_prompt([SYSTEM, *prompt])
+    assert PROMPT in expected
+    assert plain_text(published, prompt, add_generation_prompt=True) == expected
+    assert plain_text(published, own, add_generation_prompt=True) == without.render_prompt(own)
+    reader = chat_format(published, None)
+    answer = TALK[-1:]
+    assert reader.render(prompt, answer) == chat.render([SYSTEM, *prompt], answer)
+    assert reader.render(prompt, answer) == without.render([SYSTEM, *prompt], answer)
+    assert (reader.digest, reader.system_prompt) == (chat.digest, PROMPT)
+
+
+def test_a_system_prompt_may_be_given_again_and_another_one_wins(tokenizer):
+    chat = chat_format(tokenizer, TemplateChoice(system_prompt="be brief"))
+    published = portable_tokenizer(chat)
+    assert chat_format(published, TemplateChoice(system_prompt="be brief")).digest == chat.digest
+    other = chat_format(published, TemplateChoice(system_prompt="be kind"))
+    assert other.digest != chat.digest and other.system_prompt == "be kind"
+    again = portable_tokenizer(other)
+    text = plain_text(again, TALK[:1], add_generation_prompt=True)
+    assert "be kind" in text and "be brief" not in text
+    assert chat_format(again, None).digest == other.digest
+
+
+@pytest.mark.parametrize("template", ["chatml", "qwen3"])
+def test_a_published_template_drops_thoughts_that_the_run_has_dropped(family, template):
+    tokenizer = family("qwen3")
+    tokenizer.add_tokens(FAMILIES["r1-distill"], special_tokens=True)
+    kept = chat_format(tokenizer, template)
+    chat = chat_format(tokenizer, TemplateChoice(text=template, drop_thoughts=True))
+    assert chat.drops_thoughts and not kept.drops_thoughts and chat.digest != kept.digest
+    published = portable_tokenizer(chat)
+    apart = {"role": "assistant", "reasoning_content": "hm", "content": " no "}
+    open_end = {"role": "assistant", "content": "hm\n</think>no"}
+    expected = plain_text(published, [*TALK[:1], {"role": "assistant", "content": "no"}])
+    for thoughtful in (TALK[1], apart, open_end):
+        assert plain_text(published, [*TALK[:1], thoughtful]) == expected
+        for reader in (chat, chat_format(published, None)):
+            assert reader.render(TALK[:1], [thoughtful])[1] == expected
+    if template == "chatml":  # the others look for the tag anywhere
+        quoted = {"role": "assistant", "content": "the tag <think> ends with </think>, thus"}
+        assert quoted["content"] in plain_text(published, [*TALK[:1], quoted])
+    assert "hm" not in plain_text(published, TALK)
