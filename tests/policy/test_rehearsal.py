@@ -54,7 +54,7 @@ def publishables(tiny_model, chat):
 
 
 def recipe(folder, publish="last"):
-    return SimpleNamespace(output=folder, train=SimpleNamespace(publish=publish))
+    return SimpleNamespace(output=folder, train=SimpleNamespace(publish=publish, resume="auto"))
 
 
 @pytest.fixture
