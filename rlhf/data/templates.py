@@ -477,7 +477,8 @@ _SYSTEM = (
 """The same for a system prompt, which stands in between as a literal of Python. Rendered ``bare``, there is none."""
 
 _DROPPING = (
-    "{{ '' }}{%- set shown = namespace(messages=[]) %}{%- for message in messages %}{%- set text = message['content'] %}"
+    "{{ '' }}{%- set shown = namespace(messages=[]) %}{%- for message in messages %}"
+    "{%- set text = message['content'] %}"
     "{%- if message['role'] == 'assistant' and text is string and (message['reasoning_content'] or '</think>' in text)"
     " %}{%- set parts = text.split('</think>', 1) %}"
     "{%- if not message['reasoning_content'] and parts | length > 1 and"

@@ -104,7 +104,8 @@ def test_a_published_model_is_shown_the_system_prompt_of_its_training(stage, tin
     manifest = read_manifest(final)
     assert (manifest.system_prompt, manifest.thoughts_dropped) == ("be brief", True)
     text = chat.tokenizer.decode(row.tokens)
-    question, answer = re.fullmatch(r".*user\n(.*)<\|im_end\|>\n<\|im_start\|>assistant\n(.*)<\|im_end\|>", text, re.S).groups()
+    form = r".*user\n(.*)<\|im_end\|>\n<\|im_start\|>assistant\n(.*)<\|im_end\|>"
+    question, answer = re.fullmatch(form, text, re.DOTALL).groups()
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": f"<think>hm</think>{answer}"}]
     published = load_chat(final)
     assert published.digest == manifest.template_digest == chat.digest
