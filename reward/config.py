@@ -29,6 +29,8 @@ class RewardModelConfig(BackboneConfig):
     """Width of the mlp head."""
     head_init_scale: Annotated[float, Gt(0)] = 1.0
     """The last layer starts at a standard deviation of this over (D + 1): all rewards start near 0."""
+    new_head: bool = False
+    """Start from a new head also where the folder is a reward model, with one of its own (one label, head=linear)."""
 
 
 @dataclass(frozen=True, kw_only=True)

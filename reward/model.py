@@ -61,6 +61,8 @@ class RewardModel(nn.Module):
         self.is_decoder = hasattr(hf, "score")
         self._adapters: tuple[PeftModel, ...] = ()
         self._head_input: list[Tensor] = []
+        self.head_origin = ""
+        """Where the head that training starts from was taken from, in words; empty for a model that is only asked."""
         if not self.is_decoder:
             final = _linear_layers(_find_head(hf))[-1]
             final.register_forward_pre_hook(self._note_head_input)
@@ -174,12 +176,18 @@ def build_reward_model(
         ModelError: if the backbone cannot be loaded or has not the parts asked for.
     """
     torch.manual_seed(seed)
-    hf = backbones.load_classifier(
+    hf, has_head = backbones.load_classifier(
         config, dtype=dtype, pad_token_id=pad_token_id, vocabulary=vocabulary, processes=processes
     )
-    _init_head(hf, config, torch.Generator().manual_seed(seed))
+    if has_head and config.head == "linear" and not config.new_head:
+        _with_float32_head(hf)
+        origin = f"the one of {config.path} (model.new_head=true draws a new one)"
+    else:
+        _init_head(hf, config, torch.Generator().manual_seed(seed))
+        origin = f"a new one, in place of that of {config.path}" if has_head else "a new one"
     lm_head = LanguageModelHead(_output_projection(config, dtype), hf.config) if with_lm_head else None
     model = RewardModel(hf, lm_head)
+    model.head_origin = origin
     if checked:
         check_scores(model, f"{setting} = {config.path}")
     backbones.apply_kernels(hf, config)

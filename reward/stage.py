@@ -19,6 +19,7 @@ from rlhf.train.stage import (
     report,
     run_identity,
     sample_of,
+    say,
     start_engine,
     total_steps,
     train,
@@ -45,6 +46,7 @@ def run(config: RewardConfig, ranks: Ranks) -> Evaluation | None:
     (role,) = config.models
     dtype = DTYPES[precision_of(config.engine)]
     model = ranks.together(lambda: new_model(config, chat, dtype, checked=ranks.is_main))
+    say(ranks, f"reward head: {model.head_origin}")
     engine = start_engine(model, role, config, ranks, steps=steps, hidden_size=model.hf.config.hidden_size)
     task = RewardTask(engine, config, data.train, data.evals, steps)
     identity = run_identity(config, data.train, steps)

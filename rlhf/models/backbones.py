@@ -4,10 +4,10 @@ import importlib.util
 import json
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -38,9 +38,17 @@ BackboneT = TypeVar("BackboneT", bound=BackboneConfig)
 log = logging.getLogger(__name__)
 
 
+class LoadedClassifier(NamedTuple):
+    """A sequence classifier with one label."""
+
+    model: PreTrainedModel
+    has_head: bool
+    """Whether its head was read from its files; else it holds random numbers."""
+
+
 def load_classifier(
     config: BackboneConfig, *, dtype: torch.dtype, pad_token_id: int, vocabulary: int, processes: int | None = None
-) -> PreTrainedModel:
+) -> LoadedClassifier:
     """``AutoModelForSequenceClassification`` with one label, on the CPU.
 
     Args:
@@ -56,9 +64,10 @@ def load_classifier(
     settings.num_labels = 1
     check_host_memory(config, dtype, processes)
     what = "a sequence classifier"
-    model = _load(AutoModelForSequenceClassification, what, config, settings, dtype=dtype, vocabulary=vocabulary)
+    loader = AutoModelForSequenceClassification
+    model, missing = _load(loader, what, config, settings, dtype=dtype, vocabulary=vocabulary)
     model.config.pad_token_id = pad_token_id
-    return model
+    return LoadedClassifier(model, not any(name.split(".")[0] in HEAD_NAMES for name in missing))
 
 
 def load_causal_lm(
@@ -73,7 +82,8 @@ def load_causal_lm(
     """
     settings = load_model_config(config)
     check_host_memory(config, dtype, processes)
-    return _load(AutoModelForCausalLM, "a causal language model", config, settings, dtype=dtype, vocabulary=vocabulary)
+    what = "a causal language model"
+    return _load(AutoModelForCausalLM, what, config, settings, dtype=dtype, vocabulary=vocabulary)[0]
 
 
 def _load(
@@ -84,7 +94,8 @@ def _load(
     *,
     dtype: torch.dtype,
     vocabulary: int,
-) -> PreTrainedModel:
+) -> tuple[PreTrainedModel, Collection[str]]:
+    """The model, and names of its weights that its files do not have."""
     origin, revision = _origin(config)
     chatter = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # a new head and dropped layers are no news here
@@ -111,7 +122,7 @@ def _load(
         model.resize_token_embeddings(vocabulary)
     if not config.dropout:
         switch_dropout_off(model)
-    return model
+    return model, report["missing_keys"]
 
 
 def _refuse_missing(model: PreTrainedModel, missing: Iterable[str], said: str) -> None:

@@ -151,3 +151,24 @@ def test_the_embedding_grows_to_the_vocabulary_and_no_further(tiny_model):
     config = RewardModelConfig(path=str(tiny_model))
     model = build_reward_model(config, dtype=torch.float32, pad_token_id=347, vocabulary=348, seed=0)
     assert model.hf.get_input_embeddings().num_embeddings == 348
+
+
+@pytest.mark.parametrize("family", ["tiny_model", "bert"])
+@torch.no_grad()
+def test_the_head_of_a_reward_model_is_where_more_training_begins(request, family, tmp_path):
+    """Augmenting a reward model started from noise, unsaid."""
+    path = request.getfixturevalue(family)
+    first = build(path)
+    assert first.head_origin == "a new one"
+    asked = bucket(*padded("right"))
+    expected = first((asked,)).rewards
+    save_reward_model(first, tmp_path / "rm")
+    again = build(tmp_path / "rm")
+    torch.testing.assert_close(again((asked,)).rewards, expected)
+    assert again.head_origin.startswith(f"the one of {tmp_path}/rm")
+    fresh = build_reward_model(
+        RewardModelConfig(path=str(tmp_path / "rm"), head_init_scale=90.0, new_head=True),
+        dtype=torch.float32, pad_token_id=0, vocabulary=259, seed=1,
+    ).eval()  # fmt: skip
+    assert (fresh((asked,)).rewards - expected).abs().max() > 1e-2
+    assert fresh.head_origin == f"a new one, in place of that of {tmp_path}/rm"
