@@ -53,8 +53,10 @@ class View:
 
     columns: dict[str, Tensor]
     """``(B,)`` each, by the names of objectives' inputs (policy.preference.losses); with gradient."""
-    logprobs: Tensor
-    """``(S, B)`` summed log-probabilities, through which all gradient passes."""
+    plain: dict[str, Tensor]
+    """``chosen_logprobs`` and ``rejected_logprobs`` of whole responses, whatever the tail weight; with gradient."""
+    sums: RowSums
+    """Summed log-probabilities, through which all gradient passes."""
     drift: Tensor | None
     """``(S, B)`` plain log-ratios to the reference, without gradient; ``None`` without a reference."""
 
@@ -63,6 +65,7 @@ def view(policy: RowSums, reference: RowSums | None, batch: Batch, loss: LossCon
     """Put together what ``loss`` can read of ``batch``."""
     logprobs = length_desensitized(policy.head, policy.tail, loss.tail_weight)
     columns = _by_side("logprobs", logprobs) | _by_side("lengths", response_lengths(batch))
+    plain = _by_side("logprobs", policy.head + policy.tail)
     drift = None
     if reference is not None:
         ratios = logprobs - length_desensitized(reference.head, reference.tail, loss.tail_weight)
@@ -72,7 +75,7 @@ def view(policy: RowSums, reference: RowSums | None, batch: Batch, loss: LossCon
         columns["labels"] = batch.labels
         columns["logratios"] = columns.pop("chosen_logratios")
         columns["mismatched_logratios"] = columns.pop("rejected_logratios").detach()
-    return View(columns, logprobs, drift)
+    return View(columns, plain, policy, drift)
 
 
 def implicit_rewards(columns: Mapping[str, Tensor], loss: LossConfig, side: str) -> Tensor:

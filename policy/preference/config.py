@@ -1,5 +1,6 @@
 """The recipe of the preference stage."""
 
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -40,17 +41,40 @@ class TermConfig:
         return parameter_values(LOSSES, self.kind, self.parameters, noun="objective")
 
 
+def _check_rest(term: TermConfig) -> None:
+    """Have recipes say what smoothing does to the pairs that margin_sigmoid is to leave alone.
+
+    Raises:
+        ValueError: if they do not, or if no pair could come to rest.
+    """
+    values = term.values
+    delta, smoothing, gate = (values.get(name) for name in ("delta", "smoothing", "gate"))
+    if not delta or not smoothing:
+        return
+    if gate is None:
+        raise ValueError(
+            f"smoothing = {smoothing} with delta = {delta}: pairs that are told apart well enough would not rest, but "
+            "be pushed back. Set smoothing=0 or gate=true, with which they rest, or gate=false, with which none does"
+        )
+    least = -math.log1p(-smoothing)
+    if gate and delta <= least:
+        raise ValueError(
+            f"delta = {delta} with smoothing = {smoothing}: pairs stop where their loss is {least:.3f}, so that none "
+            "comes to rest; take a larger delta, or less smoothing"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class DeltaConfig:
     """How the tolerance delta of Adaptive Margin-Sigmoid moves during the run."""
 
     schedule: Literal["constant", "warmup", "quantile"] = "constant"
-    """constant. warmup: from 0 to the objective's delta. quantile: a moving average of a quantile of the pairs' losses,
-    never more than the objective's delta at the start nor log 2."""
+    """constant. warmup: from 0 to the objective's delta. quantile: the objective's delta, and less where more pairs
+    than `quantile` would fall below it: a moving average of that quantile of their losses."""
     warmup_share: Annotated[float, Gt(0), Le(1)] = 0.3
     """Share of the run over which warmup rises."""
     quantile: Annotated[float, Gt(0), Lt(1)] = 0.2
-    """Share of the pairs, about, that falls below delta and so rests."""
+    """Share of the pairs, about, that may fall below delta and so rest."""
     decay: Annotated[float, Ge(0), Lt(1)] = 0.9
     """Decay of the moving average per step."""
 
@@ -71,6 +95,8 @@ class LossConfig:
     """Weight of the negative log-likelihood per token of the chosen response (RPO): keeps it from falling."""
     wpo: bool = False
     """Weight pairs by how likely the policy is to write them (WPO)."""
+    wpo_max: Annotated[float, Gt(0)] | None = 1.0
+    """Bound on these weights, 1 in the authors' code; null for none."""
     tail_weight: Annotated[float, Ge(0), Le(1)] = 1.0
     """Weight of the tokens that the longer response has beyond the shorter one (LD-DPO's alpha); 1 is none."""
     divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = "reverse_kl"
@@ -98,6 +124,14 @@ class LossConfig:
             raise ValueError("kto stands alone: no add, nll_weight, wpo or tail_weight")
         if self.wpo and {term.kind for term in terms} & {"aot", "aot_unpaired"}:
             raise ValueError("wpo weights single pairs, and aot compares sorted ones")
+        beside = [term.kind for term in terms if LOSSES[term.kind].likelihood == "beside"]
+        if self.tail_weight != 1 and beside:
+            raise ValueError(
+                f"tail_weight = {self.tail_weight} would weight the likelihood term inside {beside[0]}, too; take "
+                "simpo or sigmoid, and nll_weight beside it"
+            )
+        for term in terms:
+            _check_rest(term)
 
     @cached_property
     def values(self) -> dict[str, Any]:

@@ -31,6 +31,9 @@ class Objective(Row):
     statistics: tuple[str, ...] = field(default=(), kw_only=True)
     """What it takes of the whole batch, of :data:`policy.preference.batch_losses.STATISTICS`."""
     takes_margins: bool = field(default=False, kw_only=True)
+    likelihood: Literal["", "alone", "beside"] = field(default="", kw_only=True)
+    """Whether the likelihood of the chosen response is all of it, or a term of its own. It is that of the whole text:
+    the tail weight of LD-DPO changes what pairs are compared by, and not this."""
     reward: Literal["sum", "mean"] = field(default="sum", kw_only=True)
     """Whether beta times the log-ratio (without reference: the log-probability) of a response is its implicit
     reward as a sum over tokens or as their mean."""
@@ -70,7 +73,8 @@ LOSSES: Mapping[str, Objective] = {
         parameters={
             "beta": Parameter(Positive, 0.1),
             "delta": Parameter(BelowLog2, 0.1),
-            "smoothing": Parameter(BelowHalf, 0.1),
+            "smoothing": Parameter(BelowHalf, 0.0),
+            "gate": Parameter(bool | None, None),
         },
     ),
     "apo_hinge_zero": Objective(
@@ -167,11 +171,13 @@ LOSSES: Mapping[str, Objective] = {
     "sft": Objective(
         "policy.preference.length_losses:sft_loss",
         inputs=("chosen_logprobs", "chosen_lengths"),
+        likelihood="alone",
         reward="mean",
     ),
     "cpo": Objective(
         "policy.preference.length_losses:cpo_loss",
         inputs=(*LOGPROBS, "chosen_lengths"),
+        likelihood="beside",
         parameters={
             "beta": Parameter(Positive, 0.1),
             "nll_weight": Parameter(NotNegative, 1.0),
@@ -181,6 +187,7 @@ LOSSES: Mapping[str, Objective] = {
     "orpo": Objective(
         "policy.preference.length_losses:orpo_loss",
         inputs=(*LOGPROBS, *LENGTHS),
+        likelihood="beside",
         reward="mean",
         parameters={"weight": Parameter(NotNegative, 0.1)},
     ),

@@ -52,22 +52,25 @@ def wpo_weights(
     rejected_logprobs: Tensor,
     rejected_square_sums: Tensor,
     rejected_lengths: Tensor,
+    *,
+    largest: float | None = None,
 ) -> Tensor:
     r"""WPO: how likely the policy would have been to write the pair itself; factors of the pairs' losses.
 
-        weight_i = w(chosen_i) w(rejected_i),   w(y) = exp(mean_t (log p(y_t) - log sum_v p(v)^2))
+        weight_i = min(largest, w(chosen_i) w(rejected_i)),   w(y) = exp(mean_t (log p(y_t) - log sum_v p(v)^2))
 
     Args:
         chosen_logprobs, rejected_logprobs: ``(B,)`` in nats, summed over response tokens.
         chosen_square_sums, rejected_square_sums: ``(B,)``, log sum_v p(v)^2 under the policy at each response token,
             summed over them.
         chosen_lengths, rejected_lengths: ``(B,)`` response tokens, at least 1.
+        largest: bound on the weights; ``None`` for none.
     Returns:
         ``(B,)`` weights, no gradient: 1 where every token has the probability that a sampled one has on average.
     Raises:
         ValueError: if the shapes differ.
     References:
-        Zhou et al., arXiv:2406.11827, eq. 2. Weights may exceed 1, as in TRL 1.16.
+        Zhou et al., arXiv:2406.11827, eq. 2. The authors' code has ``largest=1``; TRL 1.16 has no bound any more.
     """
     check_same_shape(
         chosen_logprobs=chosen_logprobs,
@@ -79,7 +82,8 @@ def wpo_weights(
     )
     chosen = (chosen_logprobs - chosen_square_sums) / chosen_lengths
     rejected = (rejected_logprobs - rejected_square_sums) / rejected_lengths
-    return torch.exp(chosen + rejected).detach()
+    weights = torch.exp(chosen + rejected).detach()
+    return weights if largest is None else weights.clamp(max=largest)
 
 
 def length_desensitized(head: Tensor, tail: Tensor, alpha: float) -> Tensor:

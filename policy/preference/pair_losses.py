@@ -43,22 +43,29 @@ def margin_sigmoid_loss(
     *,
     beta: float = 0.1,
     delta: float = 0.1,
-    smoothing: float = 0.1,
+    smoothing: float = 0.0,
+    gate: bool | None = None,
 ) -> Tensor:
     r"""Adaptive Margin-Sigmoid: both terms of cDPO, each cut off once it is below ``delta``.
 
         loss_i = (1 - smoothing) max(0, l+ - delta) + smoothing max(0, l- - delta),   l+- = -log s(+-beta d_i)
 
+    A pair rests (its loss has no gradient) once l+ is below ``delta``, as the report claims, if ``smoothing`` is 0.
+    With more than that no pair ever rests: l- is above log 2 where l+ is below it, so that the second term alone is
+    left, and pushes the pair back, the wrong way. ``gate`` takes that term away from pairs whose l+ is below delta.
+
     Args:
         chosen_logratios, rejected_logratios, beta: see :func:`sigmoid_loss`.
         delta: in nats, in [0, log 2); 0 is cDPO. A schedule passes each step's value.
         smoothing: see :func:`sigmoid_loss`.
+        gate: whether pairs below ``delta`` rest also with smoothing; false or ``None`` for the formula as printed.
     Returns:
         ``(B,)`` losses in nats.
     Raises:
         ValueError: if the shapes differ or a number is out of range.
     References:
-        Yao, Yuan and Chen, arXiv:2508.08466, which states neither ``delta`` nor ``smoothing``: these defaults are ours.
+        Yao, Yuan and Chen, arXiv:2508.08466, which states neither ``delta`` nor ``smoothing``: these defaults are ours,
+        as is ``gate``.
     """
     if not 0 <= delta < math.log(2):
         reason = "training starts at d = 0, where both terms are log 2: a larger delta would leave no gradient"
@@ -66,6 +73,8 @@ def margin_sigmoid_loss(
     check_smoothing(smoothing)
     gap = reward_gap(beta, chosen_logratios, rejected_logratios)
     kept, swapped = F.relu(-F.logsigmoid(gap) - delta), F.relu(-F.logsigmoid(-gap) - delta)
+    if gate:
+        swapped = swapped * (kept > 0)
     return (1 - smoothing) * kept + smoothing * swapped
 
 

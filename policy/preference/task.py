@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from policy.model import PolicyOutput
-from policy.preference.columns import SIDES, View, gathered_columns, implicit_rewards, row_sums, view
+from policy.preference.columns import SIDES, RowSums, View, gathered_columns, implicit_rewards, row_sums, view
 from policy.preference.config import PreferenceConfig
 from policy.preference.losses import LOSSES
 from policy.preference.modifiers import wpo_weights
@@ -72,19 +72,20 @@ class PreferenceTask:
             self._delta.start_step(step)
         if self._config.over_all_pairs:
             found = without_gradient(self._engine, batches, **self._wanted())
-            self._look([(batch, self._view(output, batch), output) for batch, output in found])
+            self._look([(batch, self._view(row_sums(output, batch), batch), output) for batch, output in found])
         return batches
 
     def loss(self, batch: Batch) -> Tensor:
         config = self._config.loss
-        output = self._engine.forward(batch.buckets, **self._wanted())
-        view = self._view(output, batch)
+        sums, output = self._ask(batch)
+        view = self._view(sums, batch)
         if self._gathers and not self._config.over_all_pairs:
             self._look([(batch, view, output)])
         columns = view.columns
-        losses = torch.zeros(len(batch), device=view.logprobs.device)
+        losses = torch.zeros(len(batch), device=sums.head.device)
         for term, objective, statistics in self._terms:
-            inputs: dict[str, Any] = {name: columns[name] for name in objective.inputs}
+            read = columns | view.plain if objective.likelihood == "alone" else columns
+            inputs: dict[str, Any] = {name: read[name] for name in objective.inputs}
             inputs |= term.values | statistics.arguments(batch.positions)
             if objective.takes_margins:
                 inputs["margins"] = self._margins.of(batch.positions)
@@ -92,9 +93,9 @@ class PreferenceTask:
                 inputs["delta"] = self._delta.value
             losses = losses + term.weight * objective(**inputs)
         if config.wpo:
-            losses = losses * self._wpo_weights(columns, output, batch)
+            losses = losses * self._wpo_weights(columns | view.plain, output, batch)
         if config.nll_weight:
-            losses = losses - config.nll_weight * columns["chosen_logprobs"] / columns["chosen_lengths"]
+            losses = losses - config.nll_weight * view.plain["chosen_logprobs"] / columns["chosen_lengths"]
         self._rows.add(batch, view, losses)
         # Filler rows keep the graph of this forward alive on ranks that have no pair.
         return losses.sum() / self._batches.items + 0.0 * sum(part.sum() for part in output.logprobs)
@@ -148,9 +149,24 @@ class PreferenceTask:
         loss = self._config.loss
         return {"with_square_sums": loss.wpo, "with_embeddings": loss.takes_margins}
 
-    def _view(self, output: PolicyOutput, batch: Batch) -> View:
+    def _ask(self, batch: Batch) -> tuple[RowSums, PolicyOutput]:
+        """What the policy says of the rows of ``batch``; of the output, what has a gradient.
+
+        The mismatched rows of kto, which only its KL reads, are asked without one.
+        """
+        if not self._config.loss.objective.unpaired:
+            output = self._engine.forward(batch.buckets, **self._wanted())
+            return row_sums(output, batch), output
+        answers, mismatched = batch.part(0), batch.part(1)
+        ((_, constant),) = without_gradient(self._engine, [mismatched])
+        output = self._engine.forward(answers.buckets)
+        parts = row_sums(output, answers), row_sums(constant, mismatched)
+        heads, tails = (torch.cat([getattr(part, name) for part in parts]) for name in ("head", "tail"))
+        return RowSums(heads, tails), output
+
+    def _view(self, sums: RowSums, batch: Batch) -> View:
         reference = None if self._reference is None else self._reference.of(batch)
-        return view(row_sums(output, batch), reference, batch, self._config.loss)
+        return view(sums, reference, batch, self._config.loss)
 
     def _look(self, seen: list[tuple[Batch, View, PolicyOutput]]) -> None:
         """Statistics and margins from the pairs of all ranks."""
@@ -174,7 +190,8 @@ class PreferenceTask:
         squares = batch.sides(torch.cat([part.sum(dim=1) for part in output.square_sums]))
         inputs = {f"{side}_square_sums": values for side, values in zip(SIDES, squares, strict=True)}
         names = ("chosen_logprobs", "chosen_lengths", "rejected_logprobs", "rejected_lengths")
-        return wpo_weights(**inputs, **{name: columns[name].detach() for name in names})
+        largest = self._config.loss.wpo_max
+        return wpo_weights(**inputs, **{name: columns[name].detach() for name in names}, largest=largest)
 
     # Held-out evaluation
 

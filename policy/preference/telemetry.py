@@ -11,7 +11,7 @@ from rich.table import Table
 from scipy.stats import mannwhitneyu
 from torch import Tensor
 
-from policy.preference.columns import SIDES, View, gathered_columns, implicit_rewards
+from policy.preference.columns import SIDES, RowSums, View, gathered_columns, implicit_rewards
 from policy.preference.config import LossConfig
 from reward.evaluate import Evaluation, evaluate_held_out, evaluation_table
 from rlhf.core.errors import TrainingStopped
@@ -38,12 +38,13 @@ class StepRows:
     def add(self, batch: Batch, view: View, losses: Tensor | None = None, offset: int = 0) -> None:
         """``losses`` ``(B,)`` in training; ``offset`` is added to the positions."""
         extra = {} if view.drift is None else dict(zip(_DRIFT, view.drift, strict=True))
+        extra |= {f"plain_{name}": values for name, values in view.plain.items()}
         if losses is not None:
-            extra |= {"loss": losses.detach(), "has_gradient": _has_gradient(losses, view.logprobs)}
+            extra |= {"loss": losses.detach(), "has_gradient": _has_gradient(losses, view.sums)}
         for name, values in extra.items():
-            self._extra.setdefault(name, []).append(values)
+            self._extra.setdefault(name, []).append(values.detach())
         detached = {name: values.detach() for name, values in view.columns.items()}
-        self._views.append(View(detached, view.logprobs.detach(), None))
+        self._views.append(View(detached, {}, view.sums.detach(), None))
         self._positions.append(batch.positions + offset)
 
     def gathered(self) -> dict[str, Tensor]:
@@ -55,11 +56,11 @@ class StepRows:
 _DRIFT = tuple(f"{side}_drift" for side in SIDES)
 
 
-def _has_gradient(losses: Tensor, logprobs: Tensor) -> Tensor:
-    (slopes,) = torch.autograd.grad(losses.sum(), logprobs, retain_graph=True, allow_unused=True)
-    if slopes is None:
-        return torch.zeros_like(losses)
-    return (slopes != 0).any(dim=0).float()
+def _has_gradient(losses: Tensor, sums: RowSums) -> Tensor:
+    parts = [part for part in (sums.head, sums.tail) if part.requires_grad]
+    found = torch.autograd.grad(losses.sum(), parts, retain_graph=True, allow_unused=True)
+    nonzero = [(slopes != 0).any(dim=0) for slopes in found if slopes is not None]
+    return torch.stack(nonzero).any(dim=0).float() if nonzero else torch.zeros_like(losses)
 
 
 def step_metrics(seen: Columns, loss: LossConfig, start: dict[str, float] | None) -> dict[str, float]:
@@ -77,8 +78,8 @@ def step_metrics(seen: Columns, loss: LossConfig, start: dict[str, float] | None
     metrics |= _unpaired_metrics(seen, loss) if "labels" in seen else _pair_metrics(seen, loss)
     for side in SIDES[: 1 if "labels" in seen else 2]:
         tokens = seen[f"{side}_lengths"].sum()
-        metrics[f"logprobs/{side}"] = seen[f"{side}_logprobs"].mean()
-        per_token = seen[f"{side}_logprobs"].sum() / tokens
+        metrics[f"logprobs/{side}"] = seen[f"plain_{side}_logprobs"].mean()
+        per_token = seen[f"plain_{side}_logprobs"].sum() / tokens
         metrics[f"logprobs/{side}_per_token"] = per_token
         if f"{side}_drift" in seen:
             metrics[f"logprobs/{side}_drift"] = seen[f"{side}_drift"].mean()
@@ -163,7 +164,7 @@ def held_out_evaluation(seen: Columns, data: ItemSource, loss: LossConfig) -> tu
     metrics = {"eval/accuracy": record.accuracy.value, "eval/loss": record.mean_loss, "eval/gap": record.mean_gap}
     for side in SIDES:
         tokens = seen[f"{side}_lengths"].sum()
-        metrics[f"eval/{side}_logprob_per_token"] = float(seen[f"{side}_logprobs"].sum() / tokens)
+        metrics[f"eval/{side}_logprob_per_token"] = float(seen[f"plain_{side}_logprobs"].sum() / tokens)
         if f"{side}_drift" in seen:
             metrics[f"eval/{side}_drift_per_token"] = float(seen[f"{side}_drift"].sum() / tokens)
     return record, metrics

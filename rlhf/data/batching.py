@@ -80,6 +80,15 @@ class LengthBucket:
     token_mask: Tensor  # (R, T) bool, True on real tokens
     response_mask: Tensor  # (R, T) bool, True on response tokens, the end token included
 
+    def rows(self, places: Tensor) -> "LengthBucket":
+        """Some of the rows, padded to the longest of them."""
+        width = int(self.token_mask[places].sum(dim=1).max())
+        return LengthBucket(
+            tokens=self.tokens[places, :width],
+            token_mask=self.token_mask[places, :width],
+            response_mask=self.response_mask[places, :width],
+        )
+
     def to(self, device: torch.device) -> "LengthBucket":
         return LengthBucket(
             tokens=self.tokens.to(device),
@@ -112,6 +121,21 @@ class Batch:
     def sides(self, values: Tensor) -> tuple[Tensor, ...]:
         """Outputs of all buckets, one by row, as S tensors of B: for pairs, of chosen and of rejected."""
         return values[self.order].view(self.rows_per_item, len(self), *values.shape[1:]).unbind()
+
+    def part(self, side: int) -> "Batch":
+        """The same items with one row each, the ``side``-th: in as many length buckets, of which some may be filler."""
+        wanted = self.order.view(self.rows_per_item, len(self))[side]
+        order, buckets = torch.empty_like(wanted), []
+        start = rows = 0
+        for bucket in self.buckets:
+            items = ((wanted >= start) & (wanted < start + len(bucket.tokens))).nonzero().flatten()
+            order[items] = rows + torch.arange(len(items), device=order.device)
+            if len(items):
+                buckets.append(bucket.rows(wanted[items] - start))
+            else:
+                buckets.append(length_bucket([FILLER]).to(bucket.tokens.device))
+            start, rows = start + len(bucket.tokens), rows + len(buckets[-1].tokens)
+        return replace(self, buckets=tuple(buckets), rows_per_item=1, order=order)
 
     def to(self, device: torch.device) -> "Batch":
         moved: dict[str, Any] = {

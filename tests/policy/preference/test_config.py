@@ -21,6 +21,20 @@ def parse(*overrides, base=BASE):
         (["loss.kind=sigmoid", "loss.parameters.margin=1"], "kind = sigmoid takes beta, smoothing; margin belongs to"),
         (["loss.kind=margin_sigmoid", "loss.parameters.delta=0.7"], r"log 2|log\(2\)|0\.69"),
         (["loss.kind=margin_sigmoid", "loss.parameters.smoothing=0.5"], "smoothing = 0.5: Input should be less than"),
+        (
+            ["loss.kind=margin_sigmoid", "loss.parameters.smoothing=0.1"],
+            r"would not rest, but be pushed back. Set smoothing=0 or gate=true",
+        ),
+        (
+            ["loss.kind=sigmoid", "loss.add=[{kind: margin_sigmoid, parameters: {smoothing: 0.2, delta: 0.4}}]"],
+            "smoothing = 0.2 with delta = 0.4",
+        ),
+        (
+            ["loss.kind=margin_sigmoid", "loss.parameters={smoothing: 0.1, gate: true}"],
+            r"pairs stop where their loss is 0\.105, so that none comes to rest",
+        ),
+        (["loss.kind=cpo", "loss.tail_weight=0.5"], "would weight the likelihood term inside cpo"),
+        (["loss.kind=sigmoid", "loss.tail_weight=0.5", "loss.add=[{kind: orpo}]"], "likelihood term inside orpo"),
         (["loss.kind=simpo", "reference.kind=cache"], "simpo has no reference"),
         (["loss.kind=simpo", "reference.cache=somewhere"], "simpo has no reference"),
         (["loss.kind=sigmoid", "reference.kind=none"], "compares with a reference"),

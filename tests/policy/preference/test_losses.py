@@ -81,7 +81,7 @@ def test_margin_objectives_have_the_values_worked_out_beforehand(
     assert value("apo_hinge_zero", pair) == pytest.approx(hinge_zero, abs=1e-6)
     assert value("apo_zero", pair) == pytest.approx(zero, abs=1e-6)
     assert value("apo_softplus_zero", pair, beta=0.1) == pytest.approx(softplus, abs=1e-6)
-    assert value("margin_sigmoid", pair) == pytest.approx(margin_sigmoid, abs=1e-6)
+    assert value("margin_sigmoid", pair, smoothing=0.1) == pytest.approx(margin_sigmoid, abs=1e-6)
 
 
 def ratios(chosen, rejected, chosen_length=None, rejected_length=None):
@@ -222,6 +222,35 @@ def test_margin_sigmoid_without_delta_is_cdpo_in_value_and_gradient(smoothing):
     LOSSES["sigmoid"](**twins, smoothing=smoothing).sum().backward()
     for key in inputs:
         torch.testing.assert_close(inputs[key].grad, twins[key].grad)
+
+
+GAPS_IN_NATS = torch.linspace(-60, 60, 241, dtype=torch.float64)
+
+
+def slopes_of(beta=0.1, delta=0.1, **options):
+    """What l+ is at each gap, and the slope of margin_sigmoid there."""
+    gaps = GAPS_IN_NATS.clone().requires_grad_(True)
+    losses = LOSSES["margin_sigmoid"](
+        chosen_logratios=gaps, rejected_logratios=torch.zeros_like(gaps), beta=beta, delta=delta, **options
+    )
+    losses.sum().backward()
+    return -torch.nn.functional.logsigmoid(beta * GAPS_IN_NATS), gaps.grad
+
+
+@pytest.mark.parametrize("delta", [0.05, 0.1, 0.3, 0.6])
+@pytest.mark.parametrize("options", [{}, {"smoothing": 0.04, "gate": True}], ids=str)
+def test_exactly_the_pairs_below_delta_rest_without_smoothing_or_with_the_gate(delta, options):
+    kept, slopes = slopes_of(delta=delta, **options)
+    assert torch.equal(slopes == 0, kept < delta)
+    assert 20 < int((slopes == 0).sum()) < 120
+    assert not bool((slopes > 0).any()), "no pair is pushed the wrong way"
+
+
+@pytest.mark.parametrize(("delta", "smoothing"), [(0.1, 0.1), (0.3, 0.2), (0.6, 0.01)])
+def test_as_printed_no_pair_rests_with_smoothing_and_those_below_delta_are_pushed_back(delta, smoothing):
+    kept, slopes = slopes_of(delta=delta, smoothing=smoothing)
+    assert not bool((slopes == 0).any())
+    assert bool((slopes[kept < delta] > 0).all()), "descent makes their gap smaller"
 
 
 @pytest.mark.parametrize(
@@ -491,7 +520,7 @@ def test_the_table_tells_what_each_objective_takes():
     assert LOSSES["kto"].inputs == ("logratios", "labels")
     assert LOSSES["kto"].statistics == ("kl",)
     defaults = parameter_values(LOSSES, "margin_sigmoid", {}, noun="objective")
-    assert defaults == {"beta": 0.1, "delta": 0.1, "smoothing": 0.1}
+    assert defaults == {"beta": 0.1, "delta": 0.1, "smoothing": 0.0, "gate": None}
     taken = {name for objective in LOSSES.values() for name in objective.statistics}
     assert taken == STATISTICS.keys() and taken > RUNNING.keys()
 

@@ -1,26 +1,38 @@
 """The step of the preference stage, objective by objective."""
 
+import itertools
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from policy.preference.columns import row_sums
-from policy.preference.config import DeltaConfig, LossConfig, ReferenceConfig, TermConfig, WatchConfig
+from policy.preference.config import (
+    DeltaConfig,
+    LossConfig,
+    PreferenceConfig,
+    ReferenceConfig,
+    TermConfig,
+    WatchConfig,
+)
 from policy.preference.losses import LOSSES
 from policy.preference.reference import LiveReference
-from policy.preference.schedules import BELOW_LOG_2
+from policy.preference.schedules import DeltaSchedule
 from policy.preference.task import PreferenceTask
 from policy.preference.watch import Watch
+from rlhf.config import load_config
 from rlhf.core.errors import TrainingStopped
 from rlhf.data.examples import load_examples
 from rlhf.data.options import ExampleDataConfig
 from rlhf.engine.frozen import ReplicatedModel
 from rlhf.engine.local import LocalEngine
+from rlhf.engine.options import OptimizerConfig
 from rlhf.train.chat import load_chat
 
+SHIPPED = Path(__file__).parents[3] / "launch" / "recipes"
 PAIRED = sorted(name for name, objective in LOSSES.items() if not objective.unpaired)
 
 
@@ -83,6 +95,60 @@ def test_a_scope_of_micro_steps_sees_only_the_pairs_at_hand(make_task):
     assert not math.isclose(loss_with("micro_step"), loss_with("global_batch"), rel_tol=1e-3)
 
 
+def test_likelihoods_are_those_of_whole_responses_whatever_the_tail_weight(make_task):
+    """nll_weight, sft and WPO beside LD-DPO: what they add does not depend on its alpha."""
+
+    def loss_of(**options):
+        return one_step(*make_task(5000, loss=LossConfig(kind="sigmoid", **options)))[1]["loss"]
+
+    sft = (TermConfig(kind="sft", weight=0.5),)
+    added = {
+        alpha: [
+            loss_of(tail_weight=alpha, **more) - loss_of(tail_weight=alpha)
+            for more in ({"nll_weight": 0.5}, {"add": sft})
+        ]
+        for alpha in (1.0, 0.3, 0.0)
+    }
+    assert loss_of(tail_weight=0.0) != pytest.approx(loss_of(), rel=1e-4)
+    for by_nll, by_sft in added.values():
+        assert by_nll == pytest.approx(by_sft, rel=1e-4) and by_nll == pytest.approx(added[1.0][0], rel=1e-4)
+
+
+@pytest.mark.parametrize("largest", [None, 1.0, 0.2])
+def test_wpo_weights_of_whole_responses_with_a_bound(make_task, largest):
+    def weights_of(alpha):
+        task = make_task(5000, loss=LossConfig(kind="sigmoid", wpo=True, wpo_max=largest, tail_weight=alpha))[1]
+        (batch,) = task.micro_batches(0)
+        sums, output = task._ask(batch)
+        view = task._view(sums, batch)
+        return task._wpo_weights(view.columns | view.plain, output, batch), task.loss(batch), view
+
+    plain, _, _ = weights_of(1.0)
+    cut, loss, view = weights_of(0.3)
+    torch.testing.assert_close(cut, plain)
+    gaps = view.columns["chosen_logratios"] - view.columns["rejected_logratios"]
+    expected = (plain * -torch.nn.functional.logsigmoid(0.1 * gaps)).mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
+    assert largest is None or float(plain.max()) <= largest + 1e-6
+    assert largest != 0.2 or torch.allclose(plain, torch.tensor(0.2)), "the bound was never met"
+
+
+def test_logged_log_probabilities_are_those_of_whole_responses(make_task):
+    found = [
+        one_step(*make_task(5000, loss=LossConfig(kind="sigmoid", tail_weight=alpha)))[1] for alpha in (1.0, 0.0)
+    ]
+    for name in ("logprobs/chosen", "logprobs/rejected_per_token", "logprobs/chosen_drift"):
+        assert found[0][name] == pytest.approx(found[1][name], rel=1e-5)
+
+
+def test_a_likelihood_alone_is_a_gradient(make_task):
+    """Also of pairs whose objective is at rest, and of the tail that LD-DPO leaves out."""
+    options = {"kind": "hinge", "parameters": {"width": 0.0}, "tail_weight": 0.0}
+    alone = one_step(*make_task(5000, loss=LossConfig(**options)))[1]
+    beside = one_step(*make_task(5000, loss=LossConfig(**options, nll_weight=0.1)))[1]
+    assert alone["zero_gradient_share"] > 0 == beside["zero_gradient_share"]
+
+
 MODIFIED = {
     "weighted sum": LossConfig(
         kind="sigmoid", weight=0.8, add=(TermConfig(kind="bco_pair", weight=0.2), TermConfig(kind="sft")),
@@ -125,13 +191,45 @@ def test_delta_warms_up_from_zero(make_task):
     assert [round(one_step(engine, task, step)[1]["delta"], 6) for step in (0, 5, 10, 15)] == [0, 0.05, 0.1, 0.1]
 
 
-def test_a_quantile_delta_lets_about_that_share_rest_and_stays_below_log_2(make_task):
-    loss = LossConfig(kind="margin_sigmoid", delta=DeltaConfig(schedule="quantile", quantile=0.5, decay=0.0))
-    engine, task = make_task(loss=loss)
-    one_step(engine, task, 0)
-    metrics = one_step(engine, task, 0)[1]
-    assert 0 < metrics["delta"] <= BELOW_LOG_2
-    assert metrics["delta"] != 0.1
+@pytest.mark.parametrize("peak", [0.1, 0.4])
+def test_a_quantile_delta_does_not_jump_and_never_lets_more_than_about_that_share_rest(peak):
+    """Pairs that start alike and are told apart better and better, some sooner than others."""
+    schedule = DeltaSchedule(DeltaConfig(schedule="quantile", quantile=0.2, decay=0.9), peak, 0.1, 200)
+    leads = 60 * torch.linspace(-0.2, 1.0, 101)
+    deltas, shares, fixed = [], [], []
+    for step in range(200):
+        schedule.start_step(step)
+        gaps = leads * (1 - math.exp(-step / 60))
+        losses = -torch.nn.functional.logsigmoid(0.1 * gaps)
+        deltas.append(schedule.value)
+        shares.append(float((losses < schedule.value).float().mean()))
+        fixed.append(float((losses < peak).float().mean()))
+        schedule.end_step(gaps)
+    assert deltas[:5] == [peak] * 5, "all losses are log 2 at first: there is nothing to follow yet"
+    moves = [before - after for before, after in itertools.pairwise(deltas)]
+    assert min(moves) >= 0 and max(moves) < 0.1 * peak
+    assert shares[0] == 0 and max(shares) < 0.4 and all(0.2 <= share < 0.25 for share in shares[120:])
+    assert fixed[-1] >= 0.5, "with a fixed delta half of them would rest, or more"
+
+
+def test_by_the_recipe_pairs_rest_that_are_told_apart_and_no_others(make_task):
+    """The report's claim, for the settings of the shipped recipe, in a run long enough to tell pairs apart."""
+    recipe = SHIPPED / "preference_margin_sigmoid.yaml"
+    loss = load_config(PreferenceConfig, [recipe], [], program="test").loss
+    engine, task = make_task(loss=replace(loss, delta=DeltaConfig()), optim=OptimizerConfig(learning_rate=1e-2))
+    delta, beta = loss.values["delta"], loss.values["beta"]
+    resting = []
+    for step in range(16):
+        batches = task.micro_batches(step)
+        for place, batch in enumerate(batches):
+            engine.backward(task.loss(batch), last=place == len(batches) - 1)
+        seen = task._rows.gathered()
+        losses = -torch.nn.functional.logsigmoid(beta * (seen["chosen_logratios"] - seen["rejected_logratios"]))
+        metrics = task.step_metrics()
+        engine.step()
+        assert metrics["zero_gradient_share"] == pytest.approx(float((losses < delta).float().mean()))
+        resting.append(metrics["zero_gradient_share"])
+    assert resting[0] == 0 and any(0 < share < 1 for share in resting), "none or all rested: nothing was tested"
 
 
 def test_held_out_metrics_do_not_depend_on_the_token_budget(make_task):
@@ -247,6 +345,29 @@ def test_kto_is_the_formula_on_matched_and_mismatched_rows(unpaired_task, tiny_p
     weights = torch.where(batch.labels, 1.0, 2.0)
     expected = (weights * (1 - torch.sigmoid(0.1 * signs * (ratios[0] - kl)))).mean()
     assert math.isclose(one_step(engine, task)[1]["loss"], float(expected), rel_tol=1e-4)
+
+
+def test_kto_goes_back_through_the_responses_alone(unpaired_task):
+    """Its mismatched rows are read by the KL, which is a constant: they have no backward pass."""
+    engine, task = unpaired_task(300)
+    forward, seen = engine.forward, []
+
+    def watched(buckets, **options):
+        seen.append((torch.is_grad_enabled(), [bucket.tokens for bucket in buckets]))
+        return forward(buckets, **options)
+
+    engine.forward = watched
+    for number in range(2):
+        seen.clear()
+        batches = task.micro_batches(number)
+        seen.clear()
+        for batch in batches:
+            task.loss(batch)
+        assert len(batches) > 1 and len(seen) == 2 * len(batches)
+        learned = [len(tokens) for with_gradient, buckets in seen if with_gradient for tokens in buckets]
+        rows = sum(len(batch) for batch in batches)
+        assert rows <= sum(learned) <= rows + len(learned), "one row for each response, and fillers"
+        assert len(learned) == sum(len(batch.buckets) for batch in batches), "ranks make equally many forwards"
 
 
 def test_held_out_labels_are_judged_by_auc(unpaired_task):
