@@ -17,7 +17,7 @@ have >= oldest or sys.exit('$(PYTHON) is Python %d.%d: margin-rlhf needs $(OLDES
 endef
 export CHECK_PYTHON
 
-.PHONY: quickstart test test-all lint install clean
+.PHONY: quickstart test test-all lint docs install clean
 
 quickstart: $(STAMP)
 	$(VENV)/bin/rlhf pipeline run launch/recipes/quickstart.yaml
@@ -32,6 +32,15 @@ lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/mypy
+	$(VENV)/bin/python docs/site/links.py
+
+# The documentation as a site, in build/site; look at it with: python -m http.server --directory build/site
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build
+
+$(VENV)/.docs: $(STAMP)
+	$(PIP) install --quiet -c constraints.txt -e '.[docs]'
+	touch $@
 
 install: $(STAMP)
 
