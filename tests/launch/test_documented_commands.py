@@ -39,7 +39,7 @@ BY_MODULE = {stage.module: stage for stage in STAGES.values()}
 EXAMPLES = {"STAGE": "reward", "key=value": "output=runs/example"}
 """Examples for words that stand for the reader's own, where any other word will not do."""
 COMMAND = re.compile(r"(\S*/)?(rlhf|deepspeed|python3?)\s")
-NOT_OURS = re.compile(r"python3? -m (venv|pip)\s")
+NOT_OURS = re.compile(r"(\S*/)?python3? -m (venv|pip|pydoc|http\.server)\s")
 
 
 # ---- what is shown, and where
@@ -123,8 +123,9 @@ def with_shipped(words: list[str], kind: str) -> list[str]:
 
 
 def is_own(word: str) -> bool:
-    """A bare name, such as RECIPE or cluster.yaml, of a file that is not here."""
-    return "/" not in word and not word.startswith("-") and not (ROOT / word).exists()
+    """A bare name, such as RECIPE or cluster.yaml, of a file that is not here; or a shipped recipe that was copied."""
+    copied = not word.startswith("launch/") and Path(word).name in {path.name for path in ALL_RECIPES}
+    return ("/" not in word or copied) and not word.startswith("-") and not (ROOT / word).exists()
 
 
 def kind_of(words: list[str]) -> str:
