@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 
 from launch.screen import gib
+from rlhf.core.devices import PEAK_FLOPS
 from rlhf.core.errors import ConfigError
 from rlhf.core.memory import host_memory
 
@@ -25,11 +26,11 @@ class Device:
 
 
 DEVICES = {
-    "h100-80gb": Device(memory=81_559 * 2**20, flops=989e12, bandwidth=3.35e12),
-    "h200": Device(memory=143_771 * 2**20, flops=989e12, bandwidth=4.8e12),
-    "a100-80gb": Device(memory=81_920 * 2**20, flops=312e12, bandwidth=2.0e12),
-    "a100-40gb": Device(memory=40_960 * 2**20, flops=312e12, bandwidth=1.555e12),
-    "l40s": Device(memory=46_068 * 2**20, flops=362e12, bandwidth=0.864e12),
+    "h100-80gb": Device(memory=81_559 * 2**20, flops=PEAK_FLOPS["H100"], bandwidth=3.35e12),
+    "h200": Device(memory=143_771 * 2**20, flops=PEAK_FLOPS["H200"], bandwidth=4.8e12),
+    "a100-80gb": Device(memory=81_920 * 2**20, flops=PEAK_FLOPS["A100"], bandwidth=2.0e12),
+    "a100-40gb": Device(memory=40_960 * 2**20, flops=PEAK_FLOPS["A100"], bandwidth=1.555e12),
+    "l40s": Device(memory=46_068 * 2**20, flops=PEAK_FLOPS["L40S"], bandwidth=0.864e12),
 }
 
 

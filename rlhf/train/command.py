@@ -89,10 +89,12 @@ def _run_on_all_ranks(config: StageConfig, module: str, program: str) -> None:
     from rlhf.engine.ranks import start_ranks, stop_ranks
     from rlhf.engine.stop import noting_signals
     from rlhf.train.fresh import end_fresh_process
+    from rlhf.train.trackers import check_trackers
 
     try:
         ranks = start_ranks(timeout_seconds=config.engine.timeout_minutes * 60)
         ranks.together(lambda: check_precision(config.engine, ranks.device))
+        ranks.together(lambda: check_trackers(config.train))
         with noting_signals(), naming_full_disk(config.output):
             import_all_of(module).run(config, ranks)
             if config.train.resume != "publish":  # the run itself may have to go on

@@ -24,6 +24,7 @@ from rlhf.train.metrics import MetricLog, SkipLog
 from rlhf.train.options import TrainConfig
 from rlhf.train.progress import Progress
 from rlhf.train.status import MINUTES, report_phase, take_over_metrics
+from rlhf.train.throughput import flops_per_token, throughput
 
 
 class Watched(Protocol):
@@ -97,6 +98,10 @@ class LoopState:
     """How long the training steps alone took, over all starts of the run."""
 
 
+CONFIG_TEXT = "config.yaml"
+"""Name of the document that holds all settings of a run."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """The run folder's side of a training run: checkpoints, logs, and what makes two runs the same."""
@@ -121,7 +126,12 @@ def fit(engine: Engine, task: Task, config: TrainConfig, run: Run, total_steps: 
         RunStopped: if any rank was asked to stop; a checkpoint of the step just finished is then there.
     """
     skips = SkipLog(run.folder, engine.ranks)
-    return iterate(engine, task, config, run, total_steps, lambda step, _: _train_step(engine, task, step, skips))
+    flops = flops_per_token(engine.module)
+
+    def take(step: int, _: Progress) -> Outcome:
+        return _train_step(engine, task, step, skips)
+
+    return iterate(engine, task, config, run, total_steps, take, token_flops=flops)
 
 
 def iterate(
@@ -131,8 +141,13 @@ def iterate(
     run: Run,
     total_steps: int,
     take_step: Callable[[int, Progress], Outcome],
+    *,
+    token_flops: float | None = None,
 ) -> LoopState:
-    """Around ``take_step(step, progress)``: resume, log, evaluate, save, stop; as :func:`fit`, for any kind of step."""
+    """Around ``take_step(step, progress)``: resume, log, evaluate, save, stop; as :func:`fit`, for any kind of step.
+
+    ``token_flops``: what training takes for a token, where a step is nothing else.
+    """
     state = restore(engine, task, config, run)
     if state.step:
         take_over_metrics()
@@ -143,7 +158,8 @@ def iterate(
     requests = StopRequests(run.folder, engine.ranks, config.max_minutes)
     saved = state.step  # of the newest checkpoint; at 0 there is nothing to save
     begun = state.step > 0 or state.best_step is not None  # at step 0, the start has been evaluated
-    log = MetricLog(run.folder, engine.ranks, config, resume_step=state.step if begun else -1)
+    recipe = run.documents.get(CONFIG_TEXT, "")
+    log = MetricLog(run.folder, engine.ranks, config, recipe=recipe, resume_step=state.step if begun else -1)
     progress = Progress(engine.ranks, total_steps, state.step)
     with log, progress:
         if not begun and config.evaluate_first:
@@ -164,7 +180,7 @@ def iterate(
             metrics = outcome.metrics | {"step_skipped": float(not outcome.applied)}
             seconds = time.perf_counter() - started
             state.seconds += seconds
-            metrics |= _rates(metrics, seconds)
+            metrics |= throughput(metrics, seconds, engine.ranks, token_flops=token_flops)
             _count_skips(state, outcome, run.max_skipped_steps)
             last = state.step == total_steps or outcome.end
             if last or state.step % config.log_every == 0:
@@ -272,14 +288,6 @@ def _count_skips(state: LoopState, outcome: Outcome, limit: int) -> None:
             "skipped.jsonl in the run folder names their rows. Try a lower optim.learning_rate, "
             "or engine.precision=bfloat16 instead of float16; earlier checkpoints are intact"
         )
-
-
-def _rates(metrics: dict[str, float], seconds: float) -> dict[str, float]:
-    rates = {"time/step_seconds": seconds}
-    for name in ("pairs", "conversations", "rollouts", "tokens"):
-        if name in metrics:
-            rates[f"time/{name}_per_second"] = metrics[name] / seconds
-    return rates
 
 
 def _evaluate(task: Watched, config: TrainConfig, state: LoopState, log: MetricLog, progress: Progress) -> bool:

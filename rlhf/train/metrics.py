@@ -1,4 +1,4 @@
-"""Metrics of a run: ``metrics.jsonl`` and TensorBoard always, W&B when asked."""
+"""Metrics of a run: ``metrics.jsonl`` always, and whatever else shows them."""
 
 import contextlib
 import json
@@ -6,15 +6,12 @@ import logging
 import math
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TextIO
 
-from rlhf.core.errors import ConfigError
 from rlhf.core.files import write_text
 from rlhf.engine.ranks import Ranks
 from rlhf.train.options import TrainConfig
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+from rlhf.train.trackers import TrackedRun, Trackers
 
 log = logging.getLogger(__name__)
 
@@ -22,32 +19,25 @@ log = logging.getLogger(__name__)
 class MetricLog:
     """Writes on the main rank only. Rows past ``resume_step`` (of a killed run) are dropped first; at -1, all are."""
 
-    def __init__(self, folder: Path, ranks: Ranks, config: TrainConfig, resume_step: int) -> None:
-        self._folder, self._config, self._step = folder, config, resume_step
-        self._active = ranks.is_main
+    def __init__(self, folder: Path, ranks: Ranks, config: TrainConfig, *, recipe: str, resume_step: int) -> None:
+        """``recipe``: all settings of the run, in YAML, for those who show them beside the metrics."""
+        self._folder, self._config, self._active = folder, config, ranks.is_main
+        self._run = TrackedRun(folder=folder, recipe=recipe, step=resume_step)
         self._open = contextlib.ExitStack()
         self._file: TextIO | None = None
-        self._board: SummaryWriter | None = None
-        self._wandb: Any = None
+        self._trackers: Trackers | None = None
 
     def __enter__(self) -> "MetricLog":
         if not self._active:
             return self
         path = self._folder / "metrics.jsonl"
-        drop_rows_after(path, self._step)
+        drop_rows_after(path, self._run.step)
         self._file = self._open.enter_context(path.open("a", encoding="utf-8"))
-        if self._config.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=self._step + 1)
-            self._open.callback(self._board.close)
-        if self._config.wandb_project:
-            self._wandb = _start_wandb(self._config.wandb_project, self._folder)
-            self._open.callback(self._wandb.finish)
+        self._trackers = self._open.enter_context(Trackers(self._config, self._run))
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._open.close()
+        self._open.__exit__(kind, error, trace)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         if self._file is None:
@@ -56,11 +46,8 @@ class MetricLog:
         row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         self._file.write(json.dumps({"step": step, **row}) + "\n")
         self._file.flush()
-        if self._board is not None:
-            for name, value in metrics.items():
-                self._board.add_scalar(name if "/" in name else f"train/{name}", value, step)
-        if self._wandb is not None:
-            self._wandb.log(metrics, step=step)
+        if self._trackers is not None:
+            self._trackers.write(step, metrics)
 
 
 class SkipLog:
@@ -97,13 +84,3 @@ def drop_rows_after(path: Path, step: int) -> None:
         if row["step"] <= step:
             kept.append(line)
     write_text(path, "".join(line + "\n" for line in kept))
-
-
-def _start_wandb(project: str, folder: Path) -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise ConfigError(
-            f"train.wandb_project = {project}, but wandb is not installed: pip install 'margin-rlhf[wandb]'"
-        ) from error
-    return wandb.init(project=project, dir=str(folder), id=folder.name, resume="allow")

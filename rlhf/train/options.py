@@ -1,6 +1,7 @@
 """What a recipe says about the optimizer loop, for every stage that uses it."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt
@@ -57,3 +58,9 @@ class TrainConfig:
     """Write TensorBoard event files into the run folder."""
     wandb_project: Annotated[str | None, NoResult()] = None
     """Weights & Biases project to log to as well (pip install 'margin-rlhf[wandb]')."""
+    mlflow_experiment: Annotated[str | None, NoResult()] = None
+    """MLflow experiment to log to as well, at MLFLOW_TRACKING_URI (pip install 'margin-rlhf[mlflow]')."""
+    trackio_project: Annotated[str | None, NoResult()] = None
+    """Trackio project to log to as well (pip install 'margin-rlhf[trackio]')."""
+    prometheus_file: Annotated[Path | None, NoResult()] = None
+    """File for the latest metrics in the text format of Prometheus, replaced at each line of metrics.jsonl."""

@@ -31,7 +31,7 @@ from rlhf.models.roles import ModelRole
 from rlhf.train.chat import load_chat
 from rlhf.train.command import StageConfig
 from rlhf.train.fresh import start_fresh_process
-from rlhf.train.loop import LoopState, Run, Stateful, Task, Watched, fit, load_checkpoint
+from rlhf.train.loop import CONFIG_TEXT, LoopState, Run, Stateful, Task, Watched, fit, load_checkpoint
 from rlhf.train.options import TrainConfig
 from rlhf.train.roles import engine_of
 from rlhf.train.status import report_metrics, report_phase, report_status
@@ -219,7 +219,7 @@ def run_and_take(
         store=CheckpointStore(checkpoint_folder(config.output), ranks, config.train.keep_checkpoints),
         identity=identity,
         max_skipped_steps=config.engine.max_skipped_steps,
-        documents={"config.yaml": to_yaml(config), **documents},
+        documents={CONFIG_TEXT: to_yaml(config), **documents},
     )
     state = loop(run)
     report_phase("finishing")

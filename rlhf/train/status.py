@@ -32,7 +32,9 @@ SECONDS_UNTIL_GONE = 60.0
 STARTING = "starting"
 MINUTES = "time/minutes"
 """Metric: how long the training steps of a run took together, over all of its starts."""
-RATES = tuple(f"time/{name}_per_second" for name in ("pairs", "conversations", "rollouts", "tokens"))
+COUNTED = ("pairs", "conversations", "rollouts", "tokens")
+"""Metrics of a step that say how much of something was in it."""
+RATES = tuple(f"time/{name}_per_second" for name in COUNTED)
 SHOWN = ("loss", "perplexity", "accuracy", "reward", "kl", "entropy", "margin/mean", *RATES)
 
 
