@@ -5,11 +5,24 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from launch.commands import data, doctor, ds, evaluate, import_gguf, init, pipeline, plan, publish, score, slurm, sweep
+from launch.commands import (
+    data,
+    doctor,
+    ds,
+    evaluate,
+    import_gguf,
+    init,
+    pipeline,
+    plan,
+    publish,
+    score,
+    slurm,
+    sweep,
+)
 from launch.commands.arguments import SettingsParser
 from rlhf.core.errors import UserError
 
-COMMANDS = (init, pipeline, plan, data, doctor, ds, evaluate, import_gguf, publish, score, slurm, sweep)
+COMMANDS = (init, pipeline, plan, data, doctor, ds, evaluate, import_gguf, prune, publish, score, slurm, sweep)
 
 
 def build_parser() -> argparse.ArgumentParser:
