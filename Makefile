@@ -1,4 +1,4 @@
-# Two commands need nothing but Python 3.11+, make and a C++ compiler:
+# Two commands need nothing but Python, make and a C++ compiler:
 #   make quickstart   reward model, preference policy and PPO policy from a small real language model
 #   make test         run the tests; "make test-all" has further cases of what these prove, and takes longer
 PYTHON ?= python3
@@ -9,15 +9,27 @@ JOBS ?= 2
 PYTEST := $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile
 
 # setup.cfg says which Python is needed; another one ends in this line, before anything is installed.
-OLDEST := $(shell sed -n 's/^python_requires = >=//p' setup.cfg)
+RANGE := $(shell sed -n 's/^python_requires = >=3\.\([0-9]*\), <3\.\([0-9]*\)$$/\1 \2/p' setup.cfg)
+OLDEST := $(word 1, $(RANGE))
+BEYOND := $(word 2, $(RANGE))
 define CHECK_PYTHON
 import sys
-have, oldest = sys.version_info[:2], tuple(map(int, '$(OLDEST)'.split('.')))
-have >= oldest or sys.exit('$(PYTHON) is Python %d.%d: margin-rlhf needs $(OLDEST) or later; make PYTHON=python$(OLDEST)' % have)
+have = sys.version_info[:2]
+(3, $(OLDEST)) <= have < (3, $(BEYOND)) or sys.exit(
+    '$(PYTHON) is Python %d.%d: margin-rlhf needs 3.$(OLDEST) or later, before 3.$(BEYOND); make PYTHON=python3.$(OLDEST)' % have
+)
 endef
 export CHECK_PYTHON
 
-.PHONY: quickstart test test-all lint docs install clean
+define REQUIREMENTS
+import configparser
+project = configparser.ConfigParser()
+project.read('setup.cfg')
+print(project['options']['install_requires'], *(project['options.extras_require'][name] for name in ('demo', 'test')))
+endef
+export REQUIREMENTS
+
+.PHONY: quickstart test test-all lint docs resolve install clean
 
 quickstart: $(STAMP)
 	$(VENV)/bin/rlhf pipeline run launch/recipes/quickstart.yaml
@@ -33,6 +45,20 @@ lint: $(STAMP)
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/mypy
 	$(VENV)/bin/python docs/site/links.py
+
+# The tested versions as each Python of the range would get them: a wheel of every package, but of those that have none.
+resolve: $(VENV)/.uv
+	@$(VENV)/bin/python -c "$$REQUIREMENTS" > $(VENV)/.requirements
+	@for minor in $$(seq $(OLDEST) $$(($(BEYOND) - 1))); do \
+		echo "Python 3.$$minor"; \
+		$(VENV)/bin/uv pip compile --quiet --no-header --only-binary :all: --no-binary deepspeed \
+			--python-version 3.$$minor --python-platform x86_64-manylinux_2_28 \
+			-c constraints.txt $(VENV)/.requirements > /dev/null || exit 1; \
+	done
+
+$(VENV)/.uv: $(STAMP)
+	$(PIP) install --quiet -c constraints.txt uv
+	touch $@
 
 # The documentation as a site, in build/site; look at it with: python -m http.server --directory build/site
 docs: $(VENV)/.docs

@@ -37,7 +37,7 @@ def ci(tmp_path):
 
 def test_without_ci_what_is_missing_is_said_and_all_else_is_tested(ci):
     done, asked = ci()
-    assert done.returncode == 0 and asked == ["lint", "test-all"]
+    assert done.returncode == 0 and asked == ["lint", "resolve", "test-all"]
     assert "E: no network" in done.stdout and "are skipped where those are missing" in done.stdout
 
 

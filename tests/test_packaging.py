@@ -48,16 +48,17 @@ def test_data_files_are_inside(wheel, name):
     assert name in wheel.namelist()
 
 
-def test_a_python_that_is_too_old_is_named_before_anything_is_installed(tmp_path):
-    old = tmp_path / "python3.10"
-    old.write_text(
-        f"#!/bin/sh\nexec {sys.executable} -c 'import sys; sys.version_info = (3, 10, 4); exec(sys.argv[1])' \"$2\"\n"
-    )
-    old.chmod(0o755)
-    command = ["make", "--directory", str(ROOT), "install", f"PYTHON={old}", f"VENV={tmp_path / 'venv'}"]
+@pytest.mark.parametrize("minor", [10, 15])
+def test_a_python_that_will_not_do_is_named_before_anything_is_installed(tmp_path, minor):
+    other = tmp_path / f"python3.{minor}"
+    version = f"import sys; sys.version_info = (3, {minor}, 4); exec(sys.argv[1])"
+    other.write_text(f"#!/bin/sh\nexec {sys.executable} -c '{version}' \"$2\"\n")
+    other.chmod(0o755)
+    command = ["make", "--directory", str(ROOT), "install", f"PYTHON={other}", f"VENV={tmp_path / 'venv'}"]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode != 0 and "is Python 3.10: margin-rlhf needs 3.11 or later" in done.stderr
+    assert done.returncode != 0 and f"is Python 3.{minor}: margin-rlhf needs 3.11 or later, before 3.15" in done.stderr
     assert not (tmp_path / "venv").exists()
+
 
 
 def test_what_is_installed_runs_a_shipped_recipe_from_anywhere(wheel, tmp_path):
