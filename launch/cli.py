@@ -14,6 +14,7 @@ from launch.commands import (
     init,
     pipeline,
     plan,
+    prune,
     publish,
     score,
     slurm,
