@@ -200,8 +200,8 @@ def check_same_text(folder: Path, manifest: Manifest, parts: ScorerParts) -> Non
         raise ModelError(
             f"reward.path = {folder} was trained on another form of text than the policy writes: "
             f"{' and '.join(differ)} differ(s). Give the data.template that it was trained with (data.system_prompt "
-            "and data.thoughts=drop are part of it), or set reward.retokenize=true to decode each response and encode it "
-            "anew"
+            "and data.thoughts=drop are part of it), or set reward.retokenize=true to decode each response and encode "
+            "it anew"
         )
 
 

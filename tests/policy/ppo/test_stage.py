@@ -207,11 +207,10 @@ def test_a_finished_run_started_again_changes_nothing(capsys, recipe, local_run)
         return {path: path.read_bytes() for path in local_run.glob("*.json*") if path.name not in RUN_FILES}
 
     before, done = written(), read_completion(local_run)
-    assert main(local(recipe, local_run, "train.publish=none")) == 0
+    assert main(local(recipe, local_run)) == 0
     assert "resuming from" in capsys.readouterr().out
     assert written() == before
-    assert done.stage == "ppo" and done.step == read_completion(local_run).step == 3
-    assert done.config != read_completion(local_run).config, "train.publish is a setting, too"
+    assert done.stage == "ppo" and done.step == 3 and done == read_completion(local_run)
 
 
 @pytest.mark.parametrize("change", ["kl.coefficient=0.2", "rollout.samples=3", "critic.optim.learning_rate=1e-5"])
@@ -308,7 +307,7 @@ def test_a_policy_over_its_budget_is_not_published_without_a_word(tiny_config, a
     )
     found = run(config, alone)
     assert found.kl > 1e-3
-    assert re.search(r"is 0\.\d+ nats per response from the reference, beyond watch\.kl_budget = 0\.001", caplog.text)
+    assert re.search(r"is \d+\.\d+ nats per response from the reference, beyond watch\.kl_budget = 0\.001", caplog.text)
     assert "train.publish=best with" in caplog.text
 
 
