@@ -174,7 +174,7 @@ class StagePlan:
         return phases
 
     def _work(self, role: Role) -> Work:
-        from rlhf.core.logprobs import CHUNK_TOKENS
+        from rlhf.core.logprobs import tokens_at_once
 
         return work_of(
             role.model,
@@ -183,7 +183,7 @@ class StagePlan:
             attention=role.attention,
             checkpointing=role.checkpointing,
             on_cpu=self.cluster.on_cpu,
-            chunk_tokens=CHUNK_TOKENS,
+            chunk_tokens=tokens_at_once(role.model.shape.vocabulary),
         )
 
     def _resting(self, but: Role | None = None) -> list[Phase]:

@@ -5,10 +5,11 @@ With P all and T trained parameters, N ranks, s bytes a number of the run's prec
     stage   weights        master        moments   gradients            in the optimizer's step, on top
     0       s P            4 T if s = 2  8 T       s T                  N > 1: s T (all-reduce); s = 2: 4 T
     1       s P            4 T / N       8 T / N   s T                  s T / N (+ 4 T / N if s = 2)
-    2       s P            4 T / N       8 T / N   s T / N              s T / N (+ 4 T / N if s = 2)
-    3       s P / N        4 T / N       8 T / N   s T / N              s T / N (+ 4 T / N if s = 2)
+    2       s P            4 T / N       8 T / N   4 T / N              s = 4: 4 T / N
+    3       s P / N        4 T / N       8 T / N   4 T / N              4 T / N
 
-Stages 1 to 3 keep a master copy of their share even in float32. The numbers were read off
+Gradients of stages 2 and 3 are those that are added up in float32, the default; in bfloat16 (or stage 2 offloaded) they
+are s T / N, and the step makes a float32 copy. Stages 1 to 3 keep a master copy of their share even in float32. The numbers were read off
 deepspeed/runtime/zero/stage_1_and_2.py, stage3.py and fp16/unfused_optimizer.py, and checked on live tensors.
 
 References:
@@ -50,6 +51,8 @@ class ZeroSettings:
     """Elements that stage 3 keeps gathered at most."""
     sub_group: int = 0
     """Elements that stage 3 updates at once."""
+    float32_gradients: bool = False
+    """Gradients of micro-batches are added up in float32, whatever the precision of the weights."""
     secondary_ranks: int = 1
     """zero_hpz_partition_size: ranks of a node that share a second copy of the weights; 1: none."""
     local: bool = False
@@ -111,6 +114,7 @@ def zero_settings(resolved: Mapping[str, Any]) -> ZeroSettings:
         persistent=int(zero.get("stage3_param_persistence_threshold", 1e5)),
         max_live=int(zero.get("stage3_max_live_parameters", 1e9)),
         sub_group=int(zero.get("sub_group_size", 1e9)),
+        float32_gradients=resolved.get("data_types", {}).get("grad_accum_dtype") == "fp32",
         secondary_ranks=int(zero.get("zero_hpz_partition_size", 1)),
     )
 
@@ -181,8 +185,13 @@ def _split_optimizer(
     if ranks > 1:
         buckets += size * min(zero.bucket, trained)  # flattened again to be reduced
     held = size * (share if split else trained)
+    # Stage 2 adds up micro-batches in a second tensor, beside the share that the last one reduces into.
+    added_up = held * (2 if split and micro_batches > 1 else 1)
     # The step flattens this rank's gradients, and in half precision makes a float32 copy for the master weights.
     step = size * share + (MASTER * share if size == 2 else 0)
+    if zero.float32_gradients and size == 2:  # one flat tensor that all micro-batches are added to, and the step takes
+        held = added_up = MASTER * share
+        step = 0
     device = {"weights": size * numbers.total}
     if zero.optimizer_place == "device":
         return States(
@@ -190,8 +199,7 @@ def _split_optimizer(
             moments={"optimizer states": MOMENTS * share},
             buckets=buckets,
             gradients_before=held if micro_batches > 1 else 0,
-            # Stage 2 adds up micro-batches in a second tensor, beside the share that the last one reduces into.
-            gradients_after=held * (2 if split and micro_batches > 1 else 1),
+            gradients_after=added_up,
             step=step,
         )
     # Offloaded gradients leave the device as soon as they are reduced, and are added up on the host.
@@ -223,6 +231,7 @@ def _split_weights(zero: ZeroSettings, numbers: Numbers, *, size: int, ranks: in
     else:
         nvme += weights
     gathered = size * min(numbers.total, zero.max_live + zero.prefetch)
+    gradient = MASTER if zero.float32_gradients else size
     # The gradient of a tensor that no bucket holds, its flat copy, and what comes of reducing that.
     buckets = size * (zero.bucket + 3 * numbers.largest_trainable)
     if zero.optimizer_place == "device":
@@ -231,14 +240,14 @@ def _split_weights(zero: ZeroSettings, numbers: Numbers, *, size: int, ranks: in
             moments={"optimizer states": MOMENTS * trained},
             gathered=gathered,
             buckets=buckets,
-            gradients_before=size * trained,
-            gradients_after=size * trained,
-            step=size * trained + (MASTER * trained if size == 2 else 0),
+            gradients_before=gradient * trained,
+            gradients_after=gradient * trained,
+            step=gradient * trained + (MASTER * trained if gradient == 2 else 0),
             host=host,
             nvme=nvme,
         )
     offloaded, swapped = _offloaded(zero, trained)
-    host |= offloaded | {"gradients": (MASTER + size) * trained}
+    host |= offloaded | {"gradients": (MASTER + gradient) * trained}
     return States(device=device, host=host, nvme=nvme + swapped, gathered=gathered, buckets=buckets)
 
 

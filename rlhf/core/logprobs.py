@@ -11,6 +11,10 @@ from rlhf.core.checks import check_positive, check_same_shape
 from rlhf.core.masking import check_mask
 
 CHUNK_TOKENS = 256
+"""Places that are projected at once, unless their logits alone would take more than CHUNK_BYTES."""
+CHUNK_BYTES = 256 * 2**20
+BLOCK_BYTES = 64 * 2**20
+"""Of a weight in low precision that a CPU multiplies in float32 at once."""
 
 
 class TokenLogprobs(NamedTuple):
@@ -31,7 +35,7 @@ def token_logprobs(
     response_mask: Tensor,
     *,
     head_bias: Tensor | None = None,
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
@@ -55,21 +59,24 @@ def token_logprobs(
         targets: ``(B, T)`` token ids; read only where ``response_mask`` is True.
         response_mask: ``(B, T)`` bool.
         head_bias: ``(V,)`` or ``None``.
-        chunk_tokens: places projected at once; memory against launches.
+        chunk_tokens: places projected at once; memory against launches. ``None``: see :func:`tokens_at_once`.
         logit_scale: factor on the logits (Cohere; for Granite, one over its ``logits_scaling``).
         softcap: bound on the logits (Gemma 2), or ``None``.
         temperature: the logits are divided by it, last of all: for tokens that were sampled at it.
         with_square_sums: also measure how peaked each distribution is (for WPO weights).
         with_entropies: also give the entropy of each distribution. With a frozen head, twice the memory is kept.
     Returns:
-        See :class:`TokenLogprobs`. The projection runs in the type of ``hidden``, all after it in float32
-        (float64 if it is that).
+        See :class:`TokenLogprobs`. The projection is added up and kept in float32, as is all after it (float64 if
+        ``hidden`` is that): logits that are rounded to bfloat16 would be .02 nats off. Gradients of states and weights
+        come in their own type.
     Raises:
         ValueError: if the shapes do not fit, the mask is not bool, or ``chunk_tokens``, ``softcap`` or
             ``temperature`` is not positive.
     """
     check_mask("response_mask", response_mask)
     check_same_shape(hidden=hidden[..., 0], targets=targets, response_mask=response_mask)
+    if chunk_tokens is None:
+        chunk_tokens = tokens_at_once(len(head_weight))
     check_positive(
         chunk_tokens=chunk_tokens, softcap=1.0 if softcap is None else softcap, temperature=temperature
     )
@@ -88,6 +95,11 @@ def token_logprobs(
         square_sums=placed(squares) if with_square_sums else None,
         entropies=placed(entropies) if with_entropies else None,
     )
+
+
+def tokens_at_once(vocabulary: int) -> int:
+    """How many places are projected at once: fewer for a vocabulary whose float32 logits would take too much memory."""
+    return max(1, min(CHUNK_TOKENS, CHUNK_BYTES // (4 * vocabulary)))
 
 
 def response_logprobs(
@@ -240,8 +252,13 @@ def _add_product(total: Tensor, slope: Tensor, hidden: Tensor) -> None:
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, shape: _LogitShape) -> Tensor:
     """``(n, V)`` in float32 at least; a tensor of its own, free to be overwritten."""
-    logits = F.linear(hidden, weight, bias)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    precision = torch.promote_types(hidden.dtype, torch.float32)
+    if hidden.dtype == precision:
+        logits = F.linear(hidden, weight, bias)
+    else:
+        logits = _float32_product(hidden, weight)
+        if bias is not None:
+            logits += bias
     if shape.scale != 1.0:
         logits *= shape.scale
     if shape.softcap is not None:
@@ -249,6 +266,17 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, shape: _LogitSh
     if shape.temperature != 1.0:
         logits /= shape.temperature
     return logits
+
+
+def _float32_product(hidden: Tensor, weight: Tensor) -> Tensor:
+    """``hidden weight^T`` of low precision, added up and kept in float32."""
+    if hidden.is_cuda and torch.version.hip is None:
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    wide = hidden.float()
+    product = wide.new_empty(len(hidden), len(weight))
+    for part in _chunks(len(weight), max(1, BLOCK_BYTES // (4 * weight.shape[1]))):
+        torch.mm(wide, weight[part].float().T, out=product[:, part])
+    return product
 
 
 def _chunks(count: int, size: int) -> list[slice]:

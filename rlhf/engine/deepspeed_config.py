@@ -189,6 +189,8 @@ def _fill_auto(config: dict[str, Any], run: RunValues) -> Iterator[str]:
     config.setdefault("steps_per_print", AUTO)
     values: dict[str, Any] = {"steps_per_print": 1_000_000_000, "log_level": "warning"}
     values["zero_optimization.zero_hpz_partition_size"] = run.local_size or run.world_size
+    config.setdefault("data_types", {}).setdefault("grad_accum_dtype", AUTO)
+    values["data_types.grad_accum_dtype"] = "fp32" if _adds_up_in_float32(config, run) else None
     missing = dict.fromkeys(_bucket_sizes(1), "the hidden size of the model is not known; give a number")
     if run.hidden_size is not None:
         values |= _bucket_sizes(run.hidden_size)
@@ -201,6 +203,18 @@ def _fill_auto(config: dict[str, Any], run: RunValues) -> Iterator[str]:
         elif path not in _KEPT_AUTO:
             reason = missing.get(path, "nothing in the run decides this; give a value or leave it out")
             yield f'{path} = "auto": {reason}'
+
+
+def _adds_up_in_float32(config: dict[str, Any], run: RunValues) -> bool:
+    """Whether gradients of micro-batches are added up in float32, not in the precision of the weights.
+
+    In bfloat16 alone: 256 micro-batches of it are 2 % off. DeepSpeed cannot do so without ZeRO, takes another optimizer
+    for ZeRO-1, and for ZeRO-2 with an offloaded optimizer would keep the sum on the device.
+    """
+    zero = config.get("zero_optimization", {})
+    offloaded = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
+    stage = zero.get("stage", 0)
+    return run.precision == "bfloat16" and (stage == 3 or (stage == 2 and not offloaded))
 
 
 def _bucket_sizes(width: int) -> dict[str, int]:

@@ -52,11 +52,15 @@ def test_float32_states_by_hand(name, ranks, expected):
 
 
 def test_gradients_by_hand():
+    """In bfloat16 stages 2 and 3 add up in float32, where nothing is offloaded; a quarter of 4 times 100 million."""
     assert states("zero1", ranks=4).gradients_after == 200 * MILLION
-    assert states("zero2", ranks=4).gradients_after == 50 * MILLION
+    assert states("zero2", ranks=4).gradients_after == 100 * MILLION
     accumulating = states("zero2", ranks=4, micro_batches=3)
-    assert (accumulating.gradients_before, accumulating.gradients_after) == (50 * MILLION, 100 * MILLION)
-    assert states("zero3", ranks=4, micro_batches=3).gradients_after == 50 * MILLION
+    assert (accumulating.gradients_before, accumulating.gradients_after) == (100 * MILLION, 100 * MILLION)
+    assert states("zero3", ranks=4, micro_batches=3).gradients_after == 100 * MILLION
+    assert states("zero3_offload", ranks=4).host["gradients"] == 200 * MILLION
+    accumulating = states("zero2", ranks=4, micro_batches=3, size=4)
+    assert (accumulating.gradients_before, accumulating.gradients_after) == (100 * MILLION, 200 * MILLION)
 
 
 def test_offloading_moves_bytes_to_the_host():

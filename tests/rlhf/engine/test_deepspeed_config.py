@@ -603,3 +603,24 @@ def test_deepspeed_trains_alike_with_every_shipped_configuration():
     assert losses["zero0"][0] > losses["zero0"][1] > losses["zero0"][2]
     for name in losses:
         assert losses[name] == pytest.approx(losses["zero0"], rel=1e-5), name
+
+
+@pytest.mark.parametrize(
+    ("source", "precision", "expected"),
+    [
+        ("zero0", "bfloat16", None),
+        ("zero1", "bfloat16", None),
+        ("zero2", "bfloat16", "fp32"),
+        ("zero2_offload", "bfloat16", None),
+        ("zero3", "bfloat16", "fp32"),
+        ("zero3_offload", "bfloat16", "fp32"),
+        ("zero2", "float32", None),
+        ("zero3", "float16", None),
+        ({"zero_optimization": {"stage": 2}, "data_types": {"grad_accum_dtype": "bf16"}}, "bfloat16", "bf16"),
+        ({"zero_optimization": {"stage": 3}, "data_types": {"grad_accum_dtype": "auto"}}, "bfloat16", "fp32"),
+    ],
+    ids=str,
+)
+def test_gradients_are_added_up_in_float32_where_deepspeed_can(source, precision, expected):
+    found = resolve(source, replace(RUN, precision=precision))["data_types"]["grad_accum_dtype"]
+    assert found == expected

@@ -122,3 +122,10 @@ def test_zero_3_on_cpus_asks_once_for_the_cores_of_this_machine(run_ranks, tmp_p
     path = f"{program.parent}:{os.environ['PATH']}"
     run_ranks([WORKER, "zero3", str(tmp_path)], 1, PATH=path, CUDA_VISIBLE_DEVICES="")
     assert (tmp_path / "asked").read_text().split() == ["asked"]
+
+
+@pytest.mark.parametrize("kind", ["zero2", "zero3"])
+def test_gradients_of_many_micro_batches_add_up_without_a_loss_of_digits(run_ranks, kind, tmp_path):
+    """In bfloat16 the sum of 256 micro-batches was 2 % off, and "results do not change" untrue."""
+    run_ranks([str(Path(WORKER).with_name("add_up.py")), kind, str(tmp_path)], ranks=1)
+    assert json.loads((tmp_path / "error.json").read_text()) < 1e-3
