@@ -9,8 +9,9 @@ With P all and T trained parameters, N ranks, s bytes a number of the run's prec
     3       s P / N        4 T / N       8 T / N   4 T / N              4 T / N
 
 Gradients of stages 2 and 3 are those that are added up in float32, the default; in bfloat16 (or stage 2 offloaded) they
-are s T / N, and the step makes a float32 copy. Stages 1 to 3 keep a master copy of their share even in float32. The numbers were read off
-deepspeed/runtime/zero/stage_1_and_2.py, stage3.py and fp16/unfused_optimizer.py, and checked on live tensors.
+are s T / N, and the step makes a float32 copy. Stages 1 to 3 keep a master copy of their share even in float32. The
+numbers were read off deepspeed/runtime/zero/stage_1_and_2.py, stage3.py and fp16/unfused_optimizer.py, and checked on
+live tensors.
 
 References:
     Rajbhandari et al. (2019), ZeRO, arXiv:1910.02054, section 5.

@@ -241,6 +241,9 @@ class WatchConfig:
     be the start."""
     kl_budget: Annotated[float, Gt(0)] = 20.0
     """Nats per response from the reference; a checkpoint beyond it is not the best one."""
+    sampler_gap: Annotated[float, Gt(0)] = 0.1
+    """Nats per token, on average, that the sampler's log-probabilities may be off those of training; rounding to
+    bfloat16 makes about .01."""
     length_factor: Annotated[float, Gt(1)] = 2.0
     """Mean response length may grow or shrink by this factor since the start."""
     ended_drop: Annotated[float, Gt(0), Le(1)] = 0.4

@@ -29,9 +29,21 @@ class Watch:
             if name in metrics:
                 self._start.setdefault(name, metrics[name])
         smooth = {name: self._wires.smoothed(name, metrics) for name in metrics}
+        self._look_at_sampler(step, smooth)
         self._look_at_kl(step, smooth)
         self._look_at_responses(step, smooth)
         self._look_at_scores(step, smooth)
+
+    def _look_at_sampler(self, step: int, smooth: dict[str, float]) -> None:
+        gap, limit = smooth.get("sampler_gap/mean", 0.0), self._config.sampler_gap
+        if gap > limit:
+            self._wires.speak(
+                "sampler",
+                f"step {step}: the sampler's log-probabilities are {gap:.3g} nats a token off those of training "
+                f"(watch.sampler_gap = {limit}): responses come from another policy than the one that is trained. Set "
+                "policy.attention=eager, engine.precision=float32 or, under ZeRO-3, rollout.gather=never, and report "
+                "the model",
+            )
 
     def _look_at_kl(self, step: int, smooth: dict[str, float]) -> None:
         budget = self._config.kl_budget

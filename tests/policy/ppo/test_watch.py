@@ -24,9 +24,14 @@ HEALTHY = {
     "length_correlation": 0.2,
     "second": 1.0,
     "second_deviation": 0.5,
+    "sampler_gap/mean": 0.01,
 }
 
 SYMPTOMS = {
+    "samples of another policy": (
+        {"sampler_gap/mean": 0.7},
+        ["nats a token off those of training (watch.sampler_gap = 0.1)", "policy.attention=eager"],
+    ),
     "far from the reference": (
         {"kl": 60.0},
         ["nats per response from the reference", "left the texts that the reward model knows", "kl.coefficient"],
@@ -92,6 +97,7 @@ def test_a_steady_second_scorer_may_fall_while_the_reward_falls(alone, caplog):
 def test_one_odd_step_is_no_symptom(alone, caplog, name):
     """A little beyond the limit, for one step."""
     mild = {
+        "sampler_gap/mean": 0.3,
         "kl": 30.0, "tokens_per_response": 90.0 if name == "much longer" else 15.0, "ended_share": 0.3,
         "repetition": 0.7, "score_deviation": 0.0, "length_correlation": -0.95, "second": 0.6, "score": 0.6,
     }  # fmt: skip
