@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -44,6 +45,17 @@ def adapter_base(path: str | Path) -> AdapterBase | None:
         )
     there = Path(base).expanduser()
     return AdapterBase(str(there) if there.is_dir() else base, settings.get("revision"))
+
+
+def holder_of(files: Sequence[str], path: str | Path, revision: str | None) -> tuple[str, str | None]:
+    """Folder or name, and revision, of the model whose ``files`` hold for ``path``.
+
+    That is the base of an adapter which brings none of them, as peft leaves it.
+    """
+    base = adapter_base(path)
+    if base is None or any((Path(path) / name).is_file() for name in files):
+        return str(path), revision
+    return base.path, base.revision
 
 
 def absolute_base(path: str) -> str:

@@ -7,6 +7,8 @@ from typing import Any
 from transformers import AutoConfig, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
+from rlhf.models.adapters import holder_of
+
 log = logging.getLogger(__name__)
 
 
@@ -40,13 +42,14 @@ def model_stop_tokens(
 
 
 def _named(path: str | Path, revision: str | None, trust_remote_code: bool) -> list[int]:
+    origin, revision = holder_of(("generation_config.json",), path, revision)
     chatter = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # of settings that contradict each other, none of which is used here
     try:
-        settings = GenerationConfig.from_pretrained(str(path), revision=revision or "main")
+        settings = GenerationConfig.from_pretrained(origin, revision=revision or "main")
     except OSError:
         try:
-            settings = AutoConfig.from_pretrained(str(path), revision=revision, trust_remote_code=trust_remote_code)
+            settings = AutoConfig.from_pretrained(origin, revision=revision, trust_remote_code=trust_remote_code)
         except (OSError, ValueError):
             return []
     finally:

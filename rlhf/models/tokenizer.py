@@ -13,11 +13,14 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf.core.errors import ModelError
+from rlhf.models.adapters import holder_of
 
 logger = logging.getLogger(__name__)
 
 RULE = "the padding token never ends a text"
 NEW_PAD_TOKEN = "<|pad|>"
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+"""Without any of them a folder has no tokenizer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,8 +49,9 @@ def load_tokenizer(
     Raises:
         ModelError: if there is no usable tokenizer at ``path``.
     """
+    origin, revision = holder_of(TOKENIZER_FILES, path, revision)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(origin, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # a damaged tokenizer.json is a bare Exception of the tokenizers package
         raise ModelError(
             f"{path}: no tokenizer can be loaded from here ({type(error).__name__}: {error}). Expected a "
