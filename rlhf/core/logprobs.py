@@ -14,7 +14,7 @@ CHUNK_TOKENS = 256
 """Places that are projected at once, unless their logits alone would take more than CHUNK_BYTES."""
 CHUNK_BYTES = 256 * 2**20
 BLOCK_BYTES = 64 * 2**20
-"""Of a weight in low precision that a CPU multiplies in float32 at once."""
+"""How much of a weight in low precision, in float32, a CPU multiplies at once."""
 
 
 class TokenLogprobs(NamedTuple):
