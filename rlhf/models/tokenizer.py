@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 RULE = "the padding token never ends a text"
 NEW_PAD_TOKEN = "<|pad|>"
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-"""Without any of them a folder has no tokenizer."""
+"""A folder without any of them has no tokenizer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
