@@ -3,6 +3,7 @@
 import sys
 
 from policy.evaluation.config import EvaluationConfig
+from rlhf.core.importing import import_all_of
 from rlhf.train.single import single_main
 from rlhf.train.status import report_metrics
 
@@ -10,6 +11,7 @@ DESCRIPTION = "Compare policies by a reward function on fresh samples for held-o
 
 
 def run(config: EvaluationConfig) -> None:
+    import_all_of("policy.evaluation.compare")
     from rich.console import Console
 
     from policy.evaluation.compare import evaluate_policies, read_prompts

@@ -72,7 +72,7 @@ def evaluate_policies(
         rewards = _rewards(reward, prompts, samples)
         ratios = np.zeros(len(samples))
         if model is not base:
-            ratios = _logprobs(model, samples) - _logprobs(base, samples)
+            ratios = _own_logprobs(model, samples, settings) - _logprobs(base, samples)
         by_prompt = rewards.reshape(len(prompts), settings.samples).mean(axis=1)
         found.append(_summary(name, samples, by_prompt, base_rewards, ratios))
         base_rewards = by_prompt if base_rewards is None else base_rewards
@@ -123,6 +123,13 @@ def _rewards(reward: RewardFunction, prompts: Sequence[str], samples: Sequence[S
             f"{int((~np.isfinite(values)).sum())} of them not finite; expected one finite number each"
         )
     return values
+
+
+def _own_logprobs(model: Frozen, samples: Sequence[Sample], settings: SamplingSettings) -> NDArray[np.float64]:
+    """What a model says of its own samples. It has said so when it drew them, if that was at temperature 1."""
+    if settings.temperature == 1.0:
+        return np.array([sample.logprob for sample in samples])
+    return _logprobs(model, samples)
 
 
 @torch.inference_mode()

@@ -26,6 +26,8 @@ class Sample:
     text: str
     ended: bool
     """Whether the model ended it, rather than the limit."""
+    logprob: float
+    """Of the response, in nats, at the temperature that it was drawn at."""
 
 
 def sample_responses(
@@ -70,7 +72,7 @@ def sample_responses(
         whole = np.concatenate([encoded[prompt], response.tokens])
         text = tokenizer.decode(response.tokens, skip_special_tokens=True).strip()
         row = Row(whole, np.arange(len(whole)) >= len(encoded[prompt]))
-        samples.append(Sample(prompt, row, text, response.ended))
+        samples.append(Sample(prompt, row, text, response.ended, float(response.logprobs.sum(dtype=np.float64))))
     return samples
 
 

@@ -9,6 +9,7 @@ from scipy import stats
 from transformers import AutoModelForCausalLM
 
 from launch.cli import build_parser
+from policy.evaluation import compare
 from policy.evaluation.compare import evaluate_policies, read_prompts
 from policy.evaluation.options import SamplingSettings
 from reward.function import load_reward
@@ -56,6 +57,14 @@ def test_kl_of_samples_is_positive_for_another_model_and_zero_for_a_copy(tiny_mo
     assert moved.kl > 0.01 and moved.kl_k3 > 0.01
     assert math.isclose(moved.kl, moved.kl_k3, rel_tol=0.5)
     assert copy.kl == copy.kl_k3 == 0
+
+
+@pytest.mark.parametrize("changes", [{}, {"top_p": 0.8}, {"temperature": 0.7}], ids=str)
+def test_the_kl_is_that_of_plain_log_probabilities(tiny_model, moved_model, tmp_path, monkeypatch, changes):
+    drawn = evaluate(tiny_model, {"moved": moved_model}, tmp_path / "drawn", **changes)[1]
+    monkeypatch.setattr(compare, "_own_logprobs", lambda model, samples, _: compare._logprobs(model, samples))
+    asked = evaluate(tiny_model, {"moved": moved_model}, tmp_path / "asked", **changes)[1]
+    assert (drawn.kl, drawn.kl_k3) == pytest.approx((asked.kl, asked.kl_k3), abs=1e-5)
 
 
 def test_one_seed_gives_one_result(tiny_model, tmp_path):
