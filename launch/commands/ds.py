@@ -102,25 +102,17 @@ def _resolved(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
 
 
 def run_lint(options: argparse.Namespace) -> int:
-    with contextlib.redirect_stdout(sys.stderr):
-        reports = _lint_reports(options.overrides, "frozen" if options.frozen else "train")
-    for heading, problems in reports:
-        print("\n  ".join([heading, *problems]))
-    return 1 if any(problems for _, problems in reports) else 0
-
-
-def _lint_reports(sources: list[str], role: Any) -> list[tuple[str, list[str]]]:
-    """Reports by file: a heading, and the problems."""
     from rlhf.engine.deepspeed_config import lint
     from rlhf.engine.deepspeed_ops import op_problems
 
-    reports = []
-    for found in [lint(source, role) for source in sources]:
-        problems = [*found.problems, *op_problems(found.config).values()]
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    with contextlib.redirect_stdout(sys.stderr):
+        reports = [lint(source, "frozen" if options.frozen else "train") for source in options.overrides]
+        problems = [[*found.problems, *op_problems(found.config).values()] for found in reports]
+    for found, listed in zip(reports, problems, strict=True):
+        count = "1 problem" if len(listed) == 1 else f"{len(listed)} problems"
         fits = f"fits runs with {', '.join(found.conditions)}" if found.conditions else "fits any run"
-        reports.append((f"{found.name}: {count if problems else fits}", problems))
-    return reports
+        print("\n  ".join([f"{found.name}: {count if listed else fits}", *listed]))
+    return 1 if any(problems) else 0
 
 
 def _configuration_and_settings(words: list[str]) -> tuple[str | None, list[str]]:

@@ -1,8 +1,8 @@
 """``rlhf plan STAGE``: what a run needs of memory, disk and time, before it is started. No GPU, no weights."""
 
 import argparse
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+import json
+from typing import TYPE_CHECKING
 
 from launch.commands.arguments import (
     Subparsers,
@@ -18,10 +18,12 @@ from launch.commands.arguments import (
 )
 from launch.screen import console
 from launch.stages import STAGES, training
+from rlhf.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from rlhf.models.options import BackboneConfig
+    from launch.runs import Pipeline
 
+PIPELINE = "pipeline"
 _DESCRIPTION = """\
 Read a recipe as the stage would, and say what it needs on a cluster of a given shape: parameters, ZeRO states,
 activations, caches, host memory, disk, batches and time; whether it fits, and what to change if not. No weights are
@@ -39,7 +41,7 @@ def add_parser(subparsers: Subparsers) -> None:
         add_recipes(stage, required=False)
         add_settings(stage)
         _add_cluster(stage)
-    pipeline = command(stages, "pipeline", run, help="all stages of a pipeline that train", description=_DESCRIPTION)
+    pipeline = command(stages, PIPELINE, run, help="all stages of a pipeline that train", description=_DESCRIPTION)
     add_recipes(pipeline, "the pipeline's recipe", required=False)
     add_settings(pipeline, metavar="NAME.key=value")
     _add_cluster(pipeline)
@@ -71,13 +73,7 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         UserError: if the recipe, a model's shape or the cluster cannot be made out.
     """
-    import json
-
-    made: Mapping[str, BackboneConfig] = {}
-    if options.stage == "pipeline":
-        stages, made = _pipeline(options)
-    else:
-        stages = {options.stage: (options.stage, _config(options))}
+    pipeline = _read(options)
 
     # What is wrong with the recipe has been said; from here on torch is needed.
     from launch.plan.cluster import cluster_of
@@ -89,36 +85,40 @@ def run(options: argparse.Namespace) -> int:
     shape = ("nodes", "devices_per_node", "device", "device_memory", "host_memory", "flops", "utilization")
     cluster = cluster_of(**chosen(options, shape))
     request = Request(
-        sources=Sources(fallback=options.model_config, made=made), rows=options.rows, mean_tokens=options.mean_tokens
+        sources=Sources(fallback=options.model_config, made=pipeline.made),
+        rows=options.rows,
+        mean_tokens=options.mean_tokens,
     )
-    found = {name: as_json(plan_stage(kind, config, cluster, request)) for name, (kind, config) in stages.items()}
+    found = {
+        each.title: as_json(plan_stage(each.stage.name, each.config, cluster, request))
+        for each in pipeline.stages
+        if each.stage.trains
+    }
     if options.json:
-        print(json.dumps(found if options.stage == "pipeline" else found[options.stage], indent=2))
+        print(json.dumps(found if options.stage == PIPELINE else found[options.stage], indent=2))
         return 0 if all(each["fits"] for each in found.values()) else 1
     screen = console()
     for name, plan in found.items():
-        if options.stage == "pipeline":
+        if options.stage == PIPELINE:
             screen.rule(name, align="left")
         print_plan(screen, plan)
     return 0 if all(each["fits"] for each in found.values()) else 1
 
 
-def _config(options: argparse.Namespace) -> Any:
+def _read(options: argparse.Namespace) -> "Pipeline":
+    """The pipeline, or the stage as a pipeline of one."""
+    from launch.pipeline.recipe import load_pipeline
+    from launch.runs import Pipeline, PipelineStage
     from rlhf.config import load_config
 
-    return load_config(STAGES[options.stage].config_class(), options.config, options.overrides, program="rlhf plan")
-
-
-def _pipeline(options: argparse.Namespace) -> "tuple[dict[str, tuple[str, Any]], Mapping[str, BackboneConfig]]":
-    """The stages that train, by name, and what they leave to each other."""
-    from launch.pipeline.recipe import load_pipeline
-    from rlhf.core.errors import ConfigError
-
+    if options.stage != PIPELINE:
+        stage = STAGES[options.stage]
+        config = load_config(stage.config_class(), options.config, options.overrides, program="rlhf plan")
+        alone = PipelineStage(stage=stage, config=config)
+        return Pipeline(name=stage.name, output=config.output, stages=(alone,))
     if len(options.config) != 1:
         raise ConfigError(f"rlhf plan pipeline: {len(options.config)} recipes; expected one --config PIPELINE.yaml")
-    pipeline = load_pipeline(options.config[0], options.overrides)
-    stages = {each.name: (each.stage.name, each.config) for each in pipeline.stages if each.stage.trains}
-    return stages, pipeline.made
+    return load_pipeline(options.config[0], options.overrides)
 
 
 def _quiet() -> None:

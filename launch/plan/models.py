@@ -121,18 +121,14 @@ def without_training(model: EmptyModel) -> EmptyModel:
 
 def model_settings(config: BackboneConfig, sources: Sources, setting: str) -> tuple[Any, str]:
     """The Transformers configuration cut to ``config.layers``, and where it came from."""
-    from rlhf.models.backbones import load_model_config
+    from rlhf.models.positions import settings_of
 
     config = sources.origin(config)
-    fallback = sources.fallback
     if _config_file(config.path).is_file():
-        content = _read_json(_config_file(config.path))
-        if "backbone_model_type" not in content:
-            return load_model_config(config), f"{config.path}/config.json"
-        return _from_mapping(content | {"model_type": content["backbone_model_type"]}, config), config.path
+        return settings_of(config), f"{config.path}/config.json"
+    if sources.fallback is not None:
+        return _from_mapping(_named(sources.fallback), config), f"--model-config {sources.fallback}"
     cached = _from_hub_cache(config) if can_be_hub_name(config.path) else None
-    if fallback is not None:
-        return _from_mapping(_named(fallback), config), f"--model-config {fallback}"
     if cached is not None:
         return cached, f"{config.path} in the hub's cache"
     name = known_name(config.path)
@@ -165,15 +161,9 @@ def _from_hub_cache(config: BackboneConfig) -> Any:
 def _named(fallback: str) -> Mapping[str, Any]:
     if fallback in KNOWN:
         return KNOWN[fallback]
-    path = Path(fallback)
-    if path.is_dir():
-        path = path / "config.json"
+    path = _config_file(fallback) if Path(fallback).is_dir() else Path(fallback)
     if not path.is_file():
         raise ModelError(f"--model-config {fallback}: no such file, and no known name ({', '.join(KNOWN)})")
-    return _read_json(path)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -186,7 +176,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _from_mapping(content: Mapping[str, Any], config: BackboneConfig) -> Any:
     from transformers import AutoConfig
 
-    kept = {key: value for key, value in content.items() if key not in ("model_type", "backbone_model_type")}
+    kept = {key: value for key, value in content.items() if key != "model_type"}
     try:
         settings = AutoConfig.for_model(content["model_type"], **kept)
     except (KeyError, ValueError) as error:

@@ -1,5 +1,6 @@
 """How long a text may be for a model."""
 
+import contextlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,7 +9,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from rlhf.core.errors import ConfigError, ModelError
 from rlhf.models.backbones import load_model_config
-from rlhf.models.options import BackboneConfig
+from rlhf.models.options import BackboneConfig, cut_layers
 from rlhf.models.roles import ModelRole
 
 BEHIND_PADDING = frozenset(
@@ -27,20 +28,26 @@ def check_places(roles: Iterable[ModelRole], longest: int) -> None:
     """
     for role in roles:
         try:
-            settings = _settings(role.backbone)
+            settings = settings_of(role.backbone)
         except ModelError:
             continue
         check_positions(settings, longest, f"{role.setting} = {role.backbone.path}")
 
 
-def _settings(backbone: BackboneConfig) -> PretrainedConfig:
-    """The configuration of a model; also of a reward model with a head of two layers, which has a type of its own."""
-    file = Path(backbone.path) / "config.json"
-    content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if "backbone_model_type" not in content:
-        return load_model_config(backbone)
-    kept = {name: value for name, value in content.items() if name not in ("model_type", "backbone_model_type")}
-    return AutoConfig.for_model(content["backbone_model_type"], **kept)
+def settings_of(backbone: BackboneConfig) -> PretrainedConfig:
+    """The configuration of a model, cut to its layers; also of a reward model with a head of two layers, which has a
+    type of its own.
+
+    Raises:
+        ModelError: if there is no model.
+    """
+    file = Path(backbone.path).expanduser() / "config.json"
+    with contextlib.suppress(OSError, ValueError):  # what loads it says better what is wrong
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if "backbone_model_type" in content:
+            kept = {name: each for name, each in content.items() if name not in ("model_type", "backbone_model_type")}
+            return cut_layers(AutoConfig.for_model(content["backbone_model_type"], **kept), backbone)
+    return load_model_config(backbone)
 
 
 def check_positions(settings: PretrainedConfig, longest: int, origin: str) -> None:
