@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.stages import Stage, models_of
+from launch.stages import Stage
 from rlhf.config import to_yaml
 from rlhf.core.errors import ConfigError
 from rlhf.core.files import RECIPE, write_text
@@ -42,8 +42,8 @@ class PipelineStage:
 
     @property
     def models(self) -> tuple[ModelRole, ...]:
-        """Those that it loads."""
-        return models_of(self.config)
+        """Those that its recipe lists; none for a stage whose recipe lists none."""
+        return getattr(self.config, "models", ())
 
     @property
     def recipe(self) -> Path:

@@ -4,12 +4,9 @@ import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rlhf.core.errors import ConfigError
-
-if TYPE_CHECKING:
-    from rlhf.models.roles import ModelRole
 
 FILE, FOLDER = "file", "folder"
 
@@ -151,8 +148,3 @@ def read_stage(
         f"{program}: {files}: no recipe of any stage ({', '.join(faults)}; --stage names one). As one of {nearest}:\n"
         f"{faults[nearest]}"
     )
-
-
-def models_of(config: Any) -> "tuple[ModelRole, ...]":
-    """The models that a recipe lists; none for stages whose recipe lists none."""
-    return getattr(config, "models", ())

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from launch.commands.arguments import Subparsers, add_recipes, add_settings, command, group
 from launch.stages import STAGES, training
+from rlhf.core.errors import ConfigError
 from rlhf.core.paths import home_path
 
 if TYPE_CHECKING:
@@ -49,12 +50,12 @@ def render_jobs(options: argparse.Namespace) -> int:
 
     profile, jobs = _read(options)
     if options.write:
-        for job, _ in jobs:
+        for job in jobs:
             write_script(job, profile)
             print(f"written: {job.script}")
         print("submit with:", *_by_hand(jobs), sep="\n  ")
         return 0
-    for number, (job, _) in enumerate(jobs, start=1):
+    for number, job in enumerate(jobs, start=1):
         if len(jobs) > 1:
             place = job.script.absolute()
             print(f"# {'=' * 20} {place} ({number} of {len(jobs)}; --write writes all of them)")
@@ -62,16 +63,16 @@ def render_jobs(options: argparse.Namespace) -> int:
     return 0
 
 
-def _by_hand(jobs: Sequence[tuple["Job", list[str]]]) -> Iterator[str]:
+def _by_hand(jobs: Sequence["Job"]) -> Iterator[str]:
     """Lines of shell that do what :func:`submit_jobs` does."""
     from launch.slurm.submit import waiting
 
     if len(jobs) == 1:
-        yield shlex.join(["sbatch", str(jobs[0][0].script)])
+        yield shlex.join(["sbatch", str(jobs[0].script)])
         return
     numbers: dict[str, str] = {}
-    for count, (job, needs) in enumerate(jobs, start=1):
-        waits = waiting([numbers[need] for need in needs], list(numbers.values())[-1:])
+    for count, job in enumerate(jobs, start=1):
+        waits = waiting([numbers[need] for need in job.needs], list(numbers.values())[-1:])
         yield f"job{count}=$({' '.join(['sbatch --parsable', *waits, shlex.quote(str(job.script))])})"
         numbers[job.label] = f"$job{count}"
 
@@ -81,15 +82,15 @@ def submit_jobs(options: argparse.Namespace) -> int:
 
     profile, jobs = _read(options)
     check_cluster(profile)
-    check_no_other(jobs[0][0])  # all have one folder
+    check_no_other(jobs[0])  # all have one folder
     numbers: dict[str, str] = {}
-    for job, needs in jobs:
+    for job in jobs:
         # One at a time, whatever they need: only one pipeline may work in a folder.
         behind = list(numbers.values())[-1:]
-        numbers[job.label] = submit(job, profile, after=[numbers[need] for need in needs], behind=behind)
+        numbers[job.label] = submit(job, profile, after=[numbers[need] for need in job.needs], behind=behind)
         waits = f", after {behind[0]}" if behind else ""
         print(f"submitted job {numbers[job.label]}{waits}: {job.title}")
-    print(_what_now(jobs[0][0], list(numbers.values())))
+    print(_what_now(jobs[0], list(numbers.values())))
     return 0
 
 
@@ -105,14 +106,13 @@ def _what_now(job: "Job", numbers: list[str]) -> str:
     )
 
 
-def _read(options: argparse.Namespace) -> tuple["ClusterProfile", list[tuple["Job", list[str]]]]:
-    """The profile, and jobs with the labels of those that they wait for.
+def _read(options: argparse.Namespace) -> tuple["ClusterProfile", list["Job"]]:
+    """The profile, and the jobs.
 
     Raises:
         ConfigError: if profile or recipes do not describe a valid run.
     """
     from launch.slurm.profile import PREFIX, load_profile
-    from rlhf.core.errors import ConfigError
 
     mine = [text for text in options.overrides if text.startswith(PREFIX)]
     options.written_by = _written_by(options)
@@ -122,7 +122,7 @@ def _read(options: argparse.Namespace) -> tuple["ClusterProfile", list[tuple["Jo
         return profile, list(_pipeline_jobs(options, profile))
     if options.jobs != "one":
         raise ConfigError(f"--jobs {options.jobs}: {options.stage} is one stage, hence one job; leave --jobs out")
-    return profile, [(_stage_job(options, profile), [])]
+    return profile, [_stage_job(options, profile)]
 
 
 def _stage_job(options: argparse.Namespace, profile: "ClusterProfile") -> "Job":
@@ -140,38 +140,30 @@ def _stage_job(options: argparse.Namespace, profile: "ClusterProfile") -> "Job":
     )
 
 
-def _pipeline_jobs(options: argparse.Namespace, profile: "ClusterProfile") -> Iterator[tuple["Job", list[str]]]:
+def _pipeline_jobs(options: argparse.Namespace, profile: "ClusterProfile") -> Iterator["Job"]:
     from launch.pipeline.recipe import load_pipeline
     from launch.slurm.script import Job
-    from rlhf.core.errors import ConfigError
 
     if len(options.config) > 1:
         raise ConfigError("--config: a pipeline has one recipe")
     (recipe,) = options.config
     pipeline = load_pipeline(recipe, options.overrides)
-    command = ("rlhf", "pipeline", "run", str(recipe))
+    command = ("rlhf", "pipeline", "run", str(recipe), *options.overrides)
     common = {"output": pipeline.output, "pipeline": True, "written_by": options.written_by}
+    where = f"in {pipeline.output}, on {_shape(profile)}"
     if options.jobs == "one":
-        title = f"pipeline {pipeline.name} ({', '.join(each.name for each in pipeline.stages)})"
-        yield (
-            Job(
-                name=pipeline.name,
-                title=f"{title} in {pipeline.output}, on {_shape(profile)}",
-                arguments=(*command, *options.overrides),
-                **common,
-            ),
-            [],
-        )
+        title = f"pipeline {pipeline.name} ({', '.join(each.name for each in pipeline.stages)}) {where}"
+        yield Job(name=pipeline.name, title=title, arguments=command, **common)
         return
     for stage in pipeline.stages:
-        job = Job(
+        yield Job(
             name=f"{pipeline.name}-{stage.name}",
-            title=f"stage {stage.name} of pipeline {pipeline.name} in {pipeline.output}, on {_shape(profile)}",
-            arguments=(*command, *options.overrides, "--only", stage.name),
+            title=f"stage {stage.name} of pipeline {pipeline.name} {where}",
+            arguments=(*command, "--only", stage.name),
             label=stage.name,
+            needs=stage.needs,
             **common,
         )
-        yield job, list(stage.needs)
 
 
 def _recipe_words(options: argparse.Namespace) -> list[str]:

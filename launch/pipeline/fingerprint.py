@@ -14,7 +14,7 @@ from typing import Any
 import launch
 from launch.pipeline.recipe import texts
 from launch.runs import Pipeline, PipelineStage
-from launch.stages import FOLDER, Stage, models_of
+from launch.stages import FOLDER, Stage
 from rlhf.config import flat, result_values, to_dict
 from rlhf.core.files import DONE, RUN_FILES, digest, is_in, weights_checksum, write_json
 
@@ -124,7 +124,7 @@ def _folders(stage: PipelineStage) -> Iterator[Path]:
     """Folders that a stage reads by the meaning of its settings: there a bare word is a folder, too."""
     settings = to_dict(stage.config)
     reads = [settings.get(key) for key, what in stage.stage.reads.items() if what == FOLDER]
-    for text in texts([*(role.backbone.path for role in models_of(stage.config)), *reads]):
+    for text in texts([*(role.backbone.path for role in stage.models), *reads]):
         if _is_folder(text):
             yield Path(os.path.expanduser(text))
 

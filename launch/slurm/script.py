@@ -34,6 +34,8 @@ class Job:
     written_by: str = ""
     label: str = "job"
     """Name of the script in its folder, where a run has several."""
+    needs: tuple[str, ...] = ()
+    """Labels of the jobs that it waits for."""
 
     @property
     def folder(self) -> Path:
