@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass, field
 from types import TracebackType
 
-from rich.console import Console, Group
+from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -43,13 +43,13 @@ class Overview:
 
     def __enter__(self) -> "Overview":
         if self.console.is_terminal:
-            self._live = Live(self.table(), console=self.console, refresh_per_second=2)
+            # Gone at the end: the report shows the table once more.
+            self._live = Live(console=self.console, get_renderable=self.table, refresh_per_second=2, transient=True)
             self._live.start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._live is not None:
-            self._live.update(Group())  # the report shows the table once more
             self._live.stop()
 
     def show(self, name: str, state: str, detail: str = "", seconds: float | None = None) -> None:
@@ -61,7 +61,6 @@ class Overview:
             line.seconds = seconds
         if changed and self._live is None:
             self.say(f"{name}: {state}" + (f"  {detail}" if detail else ""))
-        self._refresh()
 
     def tick(self, name: str, status: Status | None, seconds: float) -> None:
         """What the running stage has come to; in a log file a line now and then."""
@@ -71,7 +70,6 @@ class Overview:
         if self._live is None and progress and progress != before and now - then > SECONDS_BETWEEN_LINES:
             self._printed = now, progress
             self.say(f"{name}: {progress}")
-        self._refresh()
 
     def say(self, text: str) -> None:
         self.console.print(Text(text), soft_wrap=True)
@@ -85,10 +83,6 @@ class Overview:
             state = Text(line.state, style=STYLES.get(line.state, ""))
             table.add_row(name, line.kind if line.kind != name else "", state, took, Text(line.detail))
         return table
-
-    def _refresh(self) -> None:
-        if self._live is not None:
-            self._live.update(self.table())
 
 
 def outcome(stage: PipelineStage, measured: Measured | None) -> str:
