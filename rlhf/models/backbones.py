@@ -1,10 +1,12 @@
 """Load a Transformers backbone, freeze or adapt it, and know its parts."""
 
+import functools
 import importlib.util
 import json
 import logging
 import os
-from collections.abc import Collection, Iterable
+import sys
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -221,7 +223,25 @@ def apply_liger(model: PreTrainedModel) -> None:
         ) from error
     if model.config.model_type not in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN:
         raise ModelError(f"model.kernels = liger: Liger has no kernels for {model.config.model_type}; set it to none")
+    modeling = vars(sys.modules[type(model).__module__])
+    before = dict(modeling)
     monkey_patch._apply_liger_kernel_to_instance(model=model)
+    # It replaces classes and functions of the whole module, too, which models on the CPU need: publishing builds one.
+    for name, own in before.items():
+        fused = modeling[name]
+        if fused is not own:
+            modeling[name] = own if isinstance(own, type) else _on_gpus(fused, own)
+
+
+def _on_gpus(fused: Callable[..., Any], own: Callable[..., Any]) -> Callable[..., Any]:
+    """``fused`` for tensors on a GPU, ``own`` for others."""
+
+    @functools.wraps(own)
+    def chosen(*values: Any, **named: Any) -> Any:
+        on_gpu = any(getattr(value, "is_cuda", False) for value in (*values, *named.values()))
+        return (fused if on_gpu else own)(*values, **named)
+
+    return chosen
 
 
 LOGIT_FACTORS = {"hyperclovax": "logits_scaling", "falcon_h1": "lm_head_multiplier"}

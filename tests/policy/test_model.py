@@ -1,10 +1,16 @@
+import sys
+import types
+
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+from transformers.models.llama import modeling_llama
 
 from policy.model import build_policy
 from policy.options import PolicyConfig
 from rlhf.core.errors import ModelError
 from rlhf.data.batching import Row, length_bucket
+from rlhf.models import backbones
 from rlhf.models.options import LoraOptions
 
 
@@ -106,3 +112,39 @@ def test_the_reference_leaves_what_is_trained_as_it_was(tiny_model, bucket):
     assert {name for name, parameter in policy.named_parameters() if parameter.requires_grad} == trained
     logprobs.sum().backward()
     assert {name for name, parameter in policy.named_parameters() if parameter.grad is not None} == trained
+
+
+def test_fused_kernels_are_those_of_one_model_and_of_gpus(tiny_model, monkeypatch):
+    """Liger replaces classes and functions of the whole module: final/ was built of them, on a CPU, and failed."""
+    own = modeling_llama.LlamaRMSNorm, modeling_llama.apply_rotary_pos_emb
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    tokens = torch.arange(3, 9)[None]
+    expected = model(tokens).logits
+
+    class FusedNorm(torch.nn.Module):
+        def __init__(self, *_, **__):
+            raise ValueError("Pointer argument cannot be accessed from Triton")
+
+    def fused_rotation(*_):
+        raise ValueError("Pointer argument cannot be accessed from Triton")
+
+    def apply(model):
+        modeling_llama.LlamaRMSNorm, modeling_llama.apply_rotary_pos_emb = FusedNorm, fused_rotation
+        model.patched = True
+
+    patch = types.ModuleType("liger_kernel.transformers.monkey_patch")
+    patch.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": apply}
+    patch._apply_liger_kernel_to_instance = apply
+    package = types.ModuleType("liger_kernel.transformers")
+    package.monkey_patch = patch
+    monkeypatch.setitem(sys.modules, "liger_kernel", types.ModuleType("liger_kernel"))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", package)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(modeling_llama, "LlamaRMSNorm", own[0])
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", own[1])
+    backbones.apply_liger(model)
+    assert model.patched and modeling_llama.LlamaRMSNorm is own[0]
+    torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tiny_model)(tokens).logits, expected)
+    on_gpu = types.SimpleNamespace(is_cuda=True)
+    with pytest.raises(ValueError, match="accessed from Triton"):
+        modeling_llama.apply_rotary_pos_emb(on_gpu, None, None, None)
