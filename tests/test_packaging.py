@@ -60,7 +60,6 @@ def test_a_python_that_will_not_do_is_named_before_anything_is_installed(tmp_pat
     assert not (tmp_path / "venv").exists()
 
 
-
 def test_what_is_installed_runs_a_shipped_recipe_from_anywhere(wheel, tmp_path):
     installed, folder = tmp_path / "installed", tmp_path / "elsewhere"
     wheel.extractall(installed)

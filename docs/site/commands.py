@@ -6,7 +6,7 @@ import io
 import re
 
 from launch.cli import build_parser
-from launch.stages import STAGES
+from launch.stages import STAGES, training
 from rlhf.config import parse_command_line
 
 PAGE = "reference/commands.md"
@@ -21,13 +21,13 @@ of [settings](../reference.md).
 def page() -> str:
     parts = [_INTRODUCTION, *_stages()]
     for parser in _leaves(build_parser()):
-        parts.append(f"## {parser.prog}\n")
-        parts.append(_block(_help(parser)))
+        name = re.sub(rf" {next(iter(training()))}$", " STAGE", parser.prog)
+        parts += [f"## {name}\n", _block(_help(parser))]
     return "\n".join(parts)
 
 
 def _leaves(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
-    """The parsers below ``parser`` that have no further commands. Of stages that share one, the first."""
+    """The parsers below ``parser`` that have no further commands. Those of the stages differ by name only: the first stands for all."""
     chosen = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     if not chosen:
         return [parser]
