@@ -27,7 +27,7 @@ def page() -> str:
 
 
 def _leaves(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
-    """The parsers below ``parser`` that have no further commands. Those of the stages differ by name only: the first stands for all."""
+    """The parsers below ``parser`` that have no further commands; the first stage stands for all."""
     chosen = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     if not chosen:
         return [parser]
