@@ -1,6 +1,7 @@
 """The policy: a causal language model that says how likely the responses of its rows are."""
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,12 +109,12 @@ class PolicyModel(nn.Module):
 
     def _next_logits(self, step: DecodeStep) -> Tensor:
         """``(B, V)`` logits of the token after the last of ``step``."""
-        states = backbone_of(self.hf)(
-            input_ids=step.tokens,
-            attention_mask=step.attention_mask,
-            position_ids=step.position_ids,
-            past_key_values=step.cache,
-            use_cache=True,
+        backbone = backbone_of(self.hf)
+        mask, cache = step.attention_mask, {"past_key_values": step.cache}
+        if "cache_params" in inspect.signature(backbone.forward).parameters:  # Mamba: its state has no places to mask
+            mask, cache = None if step.tokens.shape[1] == 1 else mask, {"cache_params": step.cache}
+        states = backbone(
+            input_ids=step.tokens, attention_mask=mask, position_ids=step.position_ids, use_cache=True, **cache
         ).last_hidden_state
         return self.hf.get_output_embeddings()(states[:, -1], None, None, self._logits)
 

@@ -66,7 +66,7 @@ class PublishablePolicy:
 
     @property
     def details(self) -> Mapping[str, Any]:
-        return {"ends": list(self.chat.end_token_ids)}
+        return {"ends": list(self.chat.end_token_ids), "trust_remote_code": self.model.trust_remote_code}
 
     @property
     def manifest(self) -> Manifest:

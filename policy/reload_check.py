@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -19,16 +20,18 @@ from transformers import (
 )
 
 from rlhf.models.adapters import adapter_base, saved_embedding_rows, with_adapter
+from rlhf.models.backbones import exact_attention
 from rlhf.train.reloading import check_texts, padded
 
 
 @torch.inference_mode()
 def check(folder: Path, request: dict[str, Any]) -> dict[str, float]:
     """Largest differences from the expected values: one by one, and batched with either padding side."""
-    tokenizer, cases = AutoTokenizer.from_pretrained(folder), request["rows"]
+    trusted = request["trust_remote_code"]
+    tokenizer, cases = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted), request["rows"]
     check_texts(tokenizer, request["texts"])
     rows = [case["tokens"] for case in cases]
-    model = open_policy(folder).eval()
+    model = open_policy(folder, trusted).eval()
     check_ends(model, tokenizer, rows[0], request["ends"])
     expected = torch.tensor([case["value"] for case in cases])
     masks = [case["response"] for case in cases]
@@ -52,15 +55,19 @@ def check(folder: Path, request: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def open_policy(folder: Path) -> PreTrainedModel:
+def open_policy(folder: Path, trusted: bool = False) -> PreTrainedModel:
     """Open a policy as a plain user would; the base of an adapter with a larger embedding must be grown first."""
     base = adapter_base(folder)
+    origin, revision = (folder, None) if base is None else (base.path, base.revision)
+    settings = AutoConfig.from_pretrained(origin, revision=revision, trust_remote_code=trusted)
+    options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": trusted}
+    options["attn_implementation"] = exact_attention(settings)
     if base is None or saved_embedding_rows(folder) is None:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(folder, **options)
         if base is not None:  # plain Transformers takes the settings of the adapter's base
             model.generation_config = GenerationConfig.from_pretrained(folder)
         return model
-    model = AutoModelForCausalLM.from_pretrained(base.path, revision=base.revision, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(base.path, revision=base.revision, **options)
     model.generation_config = GenerationConfig.from_pretrained(folder)
     return with_adapter(model, folder)
 

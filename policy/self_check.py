@@ -33,7 +33,7 @@ def check_logprobs(model: "PolicyModel", path: str) -> None:
     """
     hf = model.hf
     was_training = hf.training
-    rows = probe_rows(embedding_rows(hf), hf.config.get_text_config().pad_token_id)
+    rows = probe_rows(embedding_rows(hf), hf.config)
     try:
         with attention_of_any_device(hf):
             hf.eval()

@@ -22,6 +22,7 @@ from reward.config import RewardModelConfig
 from reward.self_check import check_scores
 from rlhf.core.errors import ModelError
 from rlhf.core.files import write_json
+from rlhf.core.heads import HEAD_NAMES
 from rlhf.core.logprobs import response_logprobs
 from rlhf.core.masking import last_token_index
 from rlhf.data.batching import LengthBucket
@@ -250,7 +251,13 @@ def load_reward_model(
         return RewardModel(_load_mlp(folder, settings, dtype))
     try:
         hf, report = AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code
+            folder,
+            dtype=dtype,
+            output_loading_info=True,
+            trust_remote_code=trust_remote_code,
+            attn_implementation=backbones.exact_attention(
+                AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            ),
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder}: cannot be loaded as a reward model: {error}") from error
@@ -264,8 +271,9 @@ def load_reward_model(
 
 def _load_mlp(folder: Path, settings: dict, dtype: torch.dtype) -> PreTrainedModel:
     kept = {name: value for name, value in settings.items() if name not in ("model_type", "backbone_model_type")}
+    config = AutoConfig.for_model(settings["backbone_model_type"], **kept)
     hf = AutoModelForSequenceClassification.from_config(
-        AutoConfig.for_model(settings["backbone_model_type"], **kept), dtype=dtype
+        config, dtype=dtype, attn_implementation=backbones.exact_attention(config)
     )
     hf.score = _mlp_head(hf.config.hidden_size, settings["head_hidden"]).to(dtype)
     weights: dict[str, Tensor] = {}
@@ -309,10 +317,10 @@ def draw(layer: nn.Linear, deviation: float, generator: torch.Generator) -> None
 
 
 def _find_head(hf: PreTrainedModel) -> nn.Module:
-    for name in backbones.HEAD_NAMES:
+    for name in HEAD_NAMES:
         if hasattr(hf, name):
             return getattr(hf, name)
-    raise ModelError(f"{type(hf).__name__} has neither of the heads {', '.join(backbones.HEAD_NAMES)}")
+    raise ModelError(f"{type(hf).__name__} has neither of the heads {', '.join(HEAD_NAMES)}")
 
 
 def _linear_layers(head: nn.Module) -> list[nn.Linear]:

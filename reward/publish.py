@@ -42,7 +42,8 @@ class PublishableRewardModel:
 
     @property
     def details(self) -> dict[str, Any]:
-        return {"plain": self.config.model.head == "linear"}
+        model = self.config.model
+        return {"plain": model.head == "linear", "trust_remote_code": model.trust_remote_code}
 
     @property
     def manifest(self) -> Manifest:

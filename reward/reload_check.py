@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
+from rlhf.models.backbones import exact_attention
 from rlhf.train.reloading import check_texts, padded
 
 Scorer = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -16,10 +17,11 @@ Scorer = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def check(folder: Path, request: dict[str, Any]) -> dict[str, float]:
     """Largest differences from the expected scores: one by one, and batched with either padding side."""
-    tokenizer, cases = AutoTokenizer.from_pretrained(folder), request["rows"]
+    trusted = request["trust_remote_code"]
+    tokenizer, cases = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted), request["rows"]
     check_texts(tokenizer, request["texts"])
     rows = [case["tokens"] for case in cases]
-    score, reads_left_padding = plain_scorer(folder) if request["plain"] else own_scorer(folder)
+    score, reads_left_padding = (plain_scorer if request["plain"] else own_scorer)(folder, trusted)
     expected = torch.tensor([case["value"] for case in cases])
     pad = tokenizer.pad_token_id
     single = torch.cat([score(*padded([row], pad, "right")) for row in rows])
@@ -31,9 +33,12 @@ def check(folder: Path, request: dict[str, Any]) -> dict[str, float]:
     return found
 
 
-def plain_scorer(folder: Path) -> tuple[Scorer, bool]:
+def plain_scorer(folder: Path, trusted: bool) -> tuple[Scorer, bool]:
     """The scores of plain Transformers, and whether padding may stand on the left: encoders pool at the first place."""
-    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    settings = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=trusted, attn_implementation=exact_attention(settings)
+    ).eval()
     is_decoder = hasattr(model, "score")
 
     @torch.inference_mode()
@@ -45,8 +50,8 @@ def plain_scorer(folder: Path) -> tuple[Scorer, bool]:
     return score, is_decoder
 
 
-def own_scorer(folder: Path) -> tuple[Scorer, bool]:
+def own_scorer(folder: Path, trusted: bool) -> tuple[Scorer, bool]:
     from reward.model import load_reward_model
 
-    model = load_reward_model(folder, dtype=torch.float32).eval()
+    model = load_reward_model(folder, dtype=torch.float32, trust_remote_code=trusted).eval()
     return torch.inference_mode()(lambda tokens, mask, positions: model.score(tokens, mask.bool())), model.is_decoder

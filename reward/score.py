@@ -22,6 +22,7 @@ from rlhf.data.records import to_conversations
 from rlhf.data.rows import RowReader
 from rlhf.data.sources import Source, open_source, row_names
 from rlhf.data.templates import ChatFormat, TemplateFault
+from rlhf.engine.build import has_bfloat16
 from rlhf.models.backbones import hide_loading_bars
 from rlhf.models.manifest import MANIFEST_NAME, read_manifest
 from rlhf.train.chat import load_chat
@@ -86,7 +87,7 @@ def load_scorer(folder: Path) -> tuple[RewardModel, ChatFormat]:
         ModelError: if the folder is no reward model, or tokenizer or template are not those of its manifest.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    dtype = torch.bfloat16 if has_bfloat16() else torch.float32
     model = load_reward_model(folder, dtype=dtype).eval().to(device)
     chat = load_chat(folder)
     if (folder / MANIFEST_NAME).is_file():

@@ -29,7 +29,8 @@ def check_scores(model: "RewardModel", path: str) -> None:
     """
     hf = model.hf
     was_training = hf.training
-    bucket = length_bucket(probe_rows(embedding_rows(hf), hf.config.get_text_config().pad_token_id))
+    rows = probe_rows(embedding_rows(hf), hf.config)
+    bucket = length_bucket(rows)
     tokens = bucket.tokens.masked_fill(~bucket.token_mask, hf.config.pad_token_id)
     sizes: list[float] = []
     final = [module for module in model.head.modules() if isinstance(module, nn.Linear)][-1]
@@ -38,7 +39,8 @@ def check_scores(model: "RewardModel", path: str) -> None:
         with attention_of_any_device(hf):
             hf.eval()
             own = hf(input_ids=tokens, attention_mask=bucket.token_mask.long()).logits[:, 0].float()
-            ours = model((bucket,)).rewards
+            found = model((bucket,))
+            alone = torch.cat([model((length_bucket([row]),)).rewards for row in rows])
     except Exception as error:  # whatever a model's own code raises
         raise ModelError(
             f"{path} ({type(hf).__name__}) cannot be asked for scores of plain text "
@@ -47,8 +49,22 @@ def check_scores(model: "RewardModel", path: str) -> None:
     finally:
         watched.remove()
         hf.train(was_training)
-    worst = float((ours - own).abs().max())
+    if found.embeddings.dim() != 2:
+        raise ModelError(
+            f"{path} ({type(hf).__name__}): its head scores every token of a text and pools afterwards, so that a text "
+            "has no one state to compare answers by. Take a model of another family (docs/models.md), or one whose "
+            "config.json pools first"
+        )
+    ours = found.rewards
     allowed = TOLERANCE.get(hf.dtype, 1e-3) * max(float(own.abs().max()), float(ours.abs().max()), *sizes, 1e-6)
+    shifted = float((ours - alone).abs().max())
+    if not shifted <= allowed:
+        raise ModelError(
+            f"{path} ({type(hf).__name__}): padding behind a text changes its score by up to {shifted:.3g} (expected "
+            f"at most {allowed:.2g}), so that scores would depend on what else is in a batch. Take a model of another "
+            "family (docs/models.md)"
+        )
+    worst = float((ours - own).abs().max())
     if not worst <= allowed:
         raise ModelError(
             f"{path} ({type(hf).__name__}): scores from its last layer are up to {worst:.3g} off those that plain "

@@ -15,6 +15,7 @@ from reward.pairs import Pairs, concatenate, detached_pairs, gather_pairs
 from reward.statistics import StepStatistics
 from reward.tables import LOSSES
 from reward.telemetry import margin_telemetry
+from rlhf.core.errors import TrainingStopped
 from rlhf.data.batching import Batch
 from rlhf.data.preferences import PreferenceDataset
 from rlhf.engine.api import Engine
@@ -146,9 +147,16 @@ class RewardTask:
                 parts.append((found.positions + start, found.chosen_rewards, found.rejected_rewards))
         positions, chosen, rejected = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
         order = positions.argsort()
-        return evaluate_held_out(
-            chosen[order].numpy(), rejected[order].numpy(), lengths=data.lengths, scores=data.scores
-        )
+        rewards = torch.stack([chosen[order], rejected[order]], dim=1)
+        bad = (~torch.isfinite(rewards).all(dim=1)).nonzero().flatten().tolist()
+        if bad:
+            raise TrainingStopped(
+                f"held-out rewards are not finite for {len(bad)} of {len(rewards)} pairs, such as "
+                f"{data.item(bad[0]).row_id}: the weights have run away. Go on from an earlier checkpoint with a lower "
+                "optim.learning_rate, or with engine.precision=bfloat16 instead of float16"
+            )
+        chosen, rejected = rewards.unbind(dim=1)
+        return evaluate_held_out(chosen.numpy(), rejected.numpy(), lengths=data.lengths, scores=data.scores)
 
 
 def _pairs(scores: Scores, batch: Batch) -> Pairs:

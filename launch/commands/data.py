@@ -30,13 +30,21 @@ than --max-bad-share, contradictory items above 1 %, scores against more than 10
 are also in the training data; 2 if a source cannot be read at all.
 """
 _ALIASES = {"sft": "conversations", "unpaired": "labeled", "labelled": "labeled"}
+_KINDS = {"conversation": "conversations", "unpaired": "labeled"}
+"""What stages call their rows, where it is another name."""
 
 
 def add_parser(subparsers: Subparsers) -> None:
     actions = group(subparsers, "data", help="look at data")
     check = command(actions, "check", run, help="report on data, without a model in memory", description=_DESCRIPTION)
     files = "training data: files, folders, globs or hub names; also settings, such as data.columns.prompt=question"
-    check.add_argument("files", nargs="+", metavar="FILES", help=files)
+    check.add_argument("files", nargs="*", metavar="FILES", help=files)
+    recipe = (
+        "a recipe, in place of FILES: its data, with the columns, template and limits that it sets, measured by the "
+        "tokenizer of its model; settings such as data.max_tokens=512 change it"
+    )
+    check.add_argument("--config", metavar="RECIPE", action="append", default=[], help=recipe)
+    check.add_argument("--stage", choices=["sft", "reward", "preference", "ppo"], help="of --config, if it is not clear")
     kind = (
         "what rows are: preference pairs (reward models, DPO), conversations (SFT), prompts (PPO) or answers with a "
         "label (KTO); default: as the columns of the first row suggest"
@@ -65,17 +73,13 @@ def run(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from rlhf.core.files import write_text
-    from rlhf.data.doctor import KINDS, Ruler, examine, guessed_kind, serious_faults
+    from rlhf.data.doctor import KINDS, Ruler, examine, serious_faults
 
-    given = [*options.files, *options.overrides]
-    settings = [part for part in given if part.startswith("data.") and "=" in part]
-    files = [part for part in given if part not in settings]
-    kind = _ALIASES.get(options.kind, options.kind) or guessed_kind(files[:1], options.split)
-    config = _config(kind, files, settings, options)
+    kind, config, chat = _of_recipe(options) if options.config else _of_files(options)
     ruler = Ruler(
         kind=KINDS[kind],
         columns=config.columns,
-        chat=_chat_format(options, config),
+        chat=chat,
         max_tokens=config.max_tokens,
         system_prompt=config.system_prompt,
         thoughts=config.thoughts,
@@ -84,9 +88,9 @@ def run(options: argparse.Namespace) -> int:
     if config.eval_sources:
         groups["eval"] = examine(config.eval_sources, ruler)
     console = Console(highlight=False)
-    if options.kind is None:
+    if options.kind is None and not options.config:
         console.print(f"read as {kind} (--kind says otherwise)", markup=False)
-    _print_report(console, groups, config.max_tokens if options.model else None)
+    _print_report(console, groups, config.max_tokens if chat else None)
     if options.quarantine:
         rows = [row for found in groups.values() for row in found.bad]
         write_text(options.quarantine, "".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows))
@@ -98,6 +102,47 @@ def run(options: argparse.Namespace) -> int:
     if not faults:
         console.print("Fit to train on, but see the warnings above." if warned else "Fit to train on.")
     return 1 if faults else 0
+
+
+def _of_files(options: argparse.Namespace) -> tuple[str, Any, Any]:
+    """Kind of the rows, data section and chat format for the files of the command line."""
+    from rlhf.data.doctor import guessed_kind
+
+    given = [*options.files, *options.overrides]
+    settings = [part for part in given if part.startswith("data.") and "=" in part]
+    files = [part for part in given if part not in settings]
+    kind = _ALIASES.get(options.kind, options.kind) or guessed_kind(files[:1], options.split)
+    config = _config(kind, files, settings, options)
+    return kind, config, _chat_format(options, config)
+
+
+def _of_recipe(options: argparse.Namespace) -> tuple[str, Any, Any]:
+    """Kind of the rows, data section and chat format of a recipe.
+
+    Raises:
+        ConfigError: if it is no recipe of a stage that reads rows, or files are given as well.
+    """
+    from launch.stages import read_stage
+    from rlhf.core.errors import ConfigError
+    from rlhf.core.paths import recipe_path
+    from rlhf.train.chat import load_chat
+
+    given = [*options.files, *options.overrides]
+    files = [part for part in given if "=" not in part]
+    if files or options.eval or options.kind:
+        named = (*files, *options.eval, *filter(None, [options.kind]))
+        raise ConfigError(
+            f"rlhf data check: --config names the data already; leave out {', '.join(named)}, or change it by "
+            "data.train=..., data.eval=..."
+        )
+    recipes = [recipe_path(path) for path in options.config]
+    _, config = read_stage(recipes, given, options.stage, program="rlhf data check")
+    rows, model = config.workload.rows, config.model
+    path = options.model or model.path
+    chat = load_chat(
+        path, rows.template_choice, revision=model.revision, trust_remote_code=model.trust_remote_code
+    )
+    return _KINDS.get(config.workload.kind, config.workload.kind), rows, chat
 
 
 def _column_names() -> list[str]:

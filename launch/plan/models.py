@@ -195,7 +195,8 @@ def _bare_model(settings: Any, config: BackboneConfig, kind: Kind) -> Any:
 
 def _freeze_and_adapt(model: Any, config: BackboneConfig) -> None:
     """Freeze and adapt the model by the functions that the stages use."""
-    from rlhf.models.backbones import HEAD_NAMES, add_lora, freeze_lower_layers
+    from rlhf.core.heads import HEAD_NAMES
+    from rlhf.models.backbones import add_lora, freeze_lower_layers
 
     if config.lora is None:
         freeze_lower_layers(model, config.freeze_layers)

@@ -40,7 +40,7 @@ def _check(model: Frozen, path: str) -> None:
     sharded = any(hasattr(parameter, "ds_id") for parameter in policy.parameters())
     settings = SamplingConfig(max_new_tokens=NEW_TOKENS)
     sampler = HfSampler(model, settings, eos_token_ids=(), pad_token_id=0, synced=sharded)
-    rows = probe_rows(embedding_rows(policy.hf), policy.hf.config.get_text_config().pad_token_id)
+    rows = probe_rows(embedding_rows(policy.hf), policy.hf.config)
     prompts = [row.tokens for row in rows for _ in range(2)]
     try:
         drawn = sampler.generate(prompts, range(len(prompts)))

@@ -105,12 +105,10 @@ class HfSampler:
                 rows.keep(source)
                 shrink(cache, source, self._device)
                 tokens = tokens[torch.tensor(source, device=self._device)]
-            logits = self._ask(tokens[:, None], rows.mask, rows.lengths[:, None] + step, cache)
+            logits = self._ask(tokens[:, None], rows.mask, rows.lengths[:, None] + step, cache, written=step + 1)
         return rows.responses()
 
-    def _read_prompts(
-        self, prompts: list[NDArray[np.int64]], seeds: list[int], cache: Cache
-    ) -> tuple["_Rows", Tensor]:
+    def _read_prompts(self, prompts: list[NDArray[np.int64]], seeds: list[int], cache: Cache) -> tuple["_Rows", Tensor]:
         """Rows that have written nothing yet, and the ``(B, V)`` logits of their first tokens."""
         first: dict[bytes, int] = {}
         source = [first.setdefault(prompt.tobytes(), len(first)) for prompt in prompts]
@@ -128,12 +126,11 @@ class HfSampler:
         expand(cache, places)
         return _Rows(prompts, seeds, self._config, None if mask is None else mask[places], self._device), logits[places]
 
-    def _ask(self, tokens: Tensor, mask: Tensor | None, positions: Tensor, cache: Cache) -> Tensor:
-        """``(B, V)`` logits of what follows ``(B, t)`` tokens."""
+    def _ask(self, tokens: Tensor, mask: Tensor | None, positions: Tensor, cache: Cache, *, written: int = 0) -> Tensor:
+        """``(B, V)`` logits of what follows ``(B, t)`` tokens, the last of ``written`` ones after the prompts."""
         if self._synced:
             self._model.ranks.any(True)
         if mask is not None:  # what was written after the prompts is never masked
-            written = cache.get_seq_length() + tokens.shape[1] - mask.shape[1]
             mask = F.pad(mask, (0, written), value=True)
         step = DecodeStep(
             tokens=tokens.to(self._device),

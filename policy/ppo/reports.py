@@ -114,9 +114,14 @@ class RolloutLog:
         self._begun = False
 
     def write(self, step: int, experience: Experience, second: Scored | None) -> None:
-        """Evenly spread ones of ``step``; the main rank writes. Rows of a killed run are dropped first."""
-        if not self._ranks.is_main or not self._count:
-            return
+        """Evenly spread ones of ``step``; the main rank writes, every rank must call it.
+
+        Rows of a killed run are dropped first.
+        """
+        if self._count:
+            self._ranks.on_main(lambda: self._write(step, experience, second))
+
+    def _write(self, step: int, experience: Experience, second: Scored | None) -> None:
         rollouts, measured = experience.rollouts, experience.measured
         places = np.unique(np.linspace(0, len(rollouts) - 1, self._count).astype(int)).tolist()
         kl = (measured.logprobs - measured.reference).sum(dim=1)
@@ -129,11 +134,10 @@ class RolloutLog:
         self._append(ROLLOUTS, step, rows)
 
     def write_skipped(self, step: int, rollouts: Rollouts, scored: Scored, row_ids: Iterable[str]) -> None:
-        """All of ``row_ids``; the main rank writes."""
-        if self._ranks.is_main:
-            places = [rollouts.row_ids.index(name) for name in row_ids]
-            rows = [_row(step, rollouts, scored, place) for place in places]
-            self._append(SKIPPED, step, rows)
+        """All of ``row_ids``; the main rank writes, every rank must call it."""
+        places = [rollouts.row_ids.index(name) for name in row_ids]
+        rows = [_row(step, rollouts, scored, place) for place in places]
+        self._ranks.on_main(lambda: self._append(SKIPPED, step, rows))
 
     def _append(self, name: str, step: int, rows: list[dict]) -> None:
         if not self._begun:

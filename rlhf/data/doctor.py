@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -228,9 +228,10 @@ def examine(entries: Sequence[RowSource], ruler: Ruler) -> Examination:
     sources = [open_source(entry) for entry in entries]
     names = row_names([file for source in sources for file in source.files])
     found = Examination(unit=ruler.unit, kind=ruler.kind, names=[source.name for source in sources])
-    for source in sources:
+    for entry, source in zip(entries, sources, strict=True):
         counts = StoreCounts()
-        records = _usable_records(source, ruler, names, found, counts)
+        own = getattr(entry, "columns", None)
+        records = _usable_records(source, replace(ruler, columns=own or ruler.columns), names, found, counts)
         while chunk := list(islice(records, _CHUNK_ROWS)):
             for (record, place), sizes in zip(chunk, ruler.measure([r for r, _ in chunk]), strict=True):
                 if isinstance(sizes, BadRow):

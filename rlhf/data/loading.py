@@ -1,6 +1,7 @@
 """The sources of a recipe: found, tokenized, reported on, and refused where too much of them is bad."""
 
 import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +57,7 @@ def load_sources(
     Raises:
         DataError: if a source cannot be read, or too many of its rows are bad.
     """
-    folder = (config.cache_dir or cache_dir or default_cache_dir()).expanduser()
+    folder = config.cache_dir or cache_dir or default_cache_dir()
     opened = _open_all(config)
     names = row_names([file for _, _, source in opened for file in source.files])
     parts: list[TokenizedSource] = []
@@ -80,8 +81,16 @@ def load_sources(
 
 
 def default_cache_dir() -> Path:
+    """The user's cache folder; where it cannot be made, as in containers without a home, one for temporary files."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "margin-rlhf" / "tokens"
+    folder = Path(os.path.expanduser(base)) / "margin-rlhf" / "tokens"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    return Path(tempfile.gettempdir()) / f"margin-rlhf-{os.getuid()}" / "tokens"
 
 
 def _open_all(config: RowsConfig) -> list[tuple[Role, RowSource, Source]]:

@@ -19,8 +19,12 @@ def precision_of(config: EngineConfig) -> Precision:
     """The precision of the run; "auto" is bfloat16 on a GPU that has it, else float32."""
     if config.precision != "auto":
         return config.precision
-    on_gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    return "bfloat16" if on_gpu and config.kind == "deepspeed" else "float32"
+    return "bfloat16" if has_bfloat16() and config.kind == "deepspeed" else "float32"
+
+
+def has_bfloat16() -> bool:
+    """Whether there is a GPU that computes in bfloat16: PyTorch also says yes where it is emulated (V100, T4)."""
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def check_precision(config: EngineConfig, device: torch.device) -> None:
@@ -104,6 +108,4 @@ def build_engine(
     resolved = resolve(config.deepspeed, values)
     from rlhf.engine.zero import ZeroEngine  # importing DeepSpeed takes seconds: only where it is used
 
-    return ZeroEngine(
-        module, ranks=ranks, optimizer=optimizer, total_steps=total_steps, deepspeed_config=resolved
-    )
+    return ZeroEngine(module, ranks=ranks, optimizer=optimizer, total_steps=total_steps, deepspeed_config=resolved)

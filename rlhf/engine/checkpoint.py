@@ -85,7 +85,8 @@ class CheckpointStore:
     def _checksums(self, path: Path) -> dict[str, str]:
         """Size and CRC-32 of every file; the ranks share the reading."""
         names = self.ranks.on_main(lambda: _files_in(path))
-        mine = {name: file_checksum(path / name) for name in names[self.ranks.rank :: self.ranks.world_size]}
+        share = names[self.ranks.rank :: self.ranks.world_size]
+        mine = self.ranks.together(lambda: {name: file_checksum(path / name) for name in share})
         return {name: entry for part in self.ranks.gather_objects(mine) for name, entry in part.items()}
 
     def _publish(self, staged: Path, target: Path, sums: dict, protected: frozenset[int]) -> None:

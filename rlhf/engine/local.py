@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.engine.api import StepInfo
-from rlhf.engine.optimizers import build_optimizer, build_schedule, move_schedule
+from rlhf.engine.optimizers import build_optimizer, build_schedule, follow_schedule, move_schedule
 from rlhf.engine.options import OptimizerConfig
 from rlhf.engine.ranks import Ranks
 
@@ -69,6 +69,7 @@ class LocalEngine:
         self.module.load_state_dict(state["module"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
+        follow_schedule(self._schedule)
 
     def whole(self, tensors: Sequence[Tensor], *, modify: bool = False) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()

@@ -95,13 +95,13 @@ class Ranks:
             result = action()
         except Exception as error:
             fault = error
+        if not self.any(fault is not None):
+            return result
         faults = self.gather_objects(None if fault is None else f"{type(fault).__name__}: {fault}")
         if fault is not None:
             raise fault
-        for rank, text in enumerate(faults):
-            if text is not None:
-                raise RemoteError(f"rank {rank} failed: {text}")
-        return result
+        rank, text = next((rank, text) for rank, text in enumerate(faults) if text is not None)
+        raise RemoteError(f"rank {rank} failed: {text}")
 
     def main_first(self, action: Callable[[], T]) -> T:
         """Run ``action`` on the first rank of each node, then on the others, which find its files."""

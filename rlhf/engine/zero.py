@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from rlhf.core.errors import CheckpointError
 from rlhf.engine.api import StepInfo
 from rlhf.engine.deepspeed_ops import optimizer_is_on_nvme, require_ops
-from rlhf.engine.optimizers import build_optimizer, build_schedule, move_schedule
+from rlhf.engine.optimizers import build_optimizer, build_schedule, follow_schedule, move_schedule
 from rlhf.engine.options import OptimizerConfig
 from rlhf.engine.ranks import Ranks
 from rlhf.engine.universal import load_on_other_ranks, ranks_written_on, remove_converted
@@ -123,11 +123,12 @@ class ZeroEngine:
             )
         if self.stage and ranks_written_on(folder / TAG) not in (0, self.ranks.world_size):
             load_on_other_ranks(self._engine, folder, TAG, self.ranks)
-            return
-        remove_converted(folder, self.ranks)
-        found, _ = self._engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=not self._has_frozen)
-        if found is None:
-            raise CheckpointError(f"{folder}: DeepSpeed found no state with tag {TAG!r} in it")
+        else:
+            remove_converted(folder, self.ranks)
+            found, _ = self._engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=not self._has_frozen)
+            if found is None:
+                raise CheckpointError(f"{folder}: DeepSpeed found no state with tag {TAG!r} in it")
+        follow_schedule(self._schedule)
 
     def full_state_dict(self) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}

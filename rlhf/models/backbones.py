@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
+import transformers
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -24,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from rlhf.core.errors import ModelError
 from rlhf.core.files import digest, weights_checksum
+from rlhf.core.heads import HEAD_NAMES
 from rlhf.core.memory import free_memory
 from rlhf.models.adapters import adapter_base, with_adapter
 from rlhf.models.options import BackboneConfig, LoraOptions, cut_layers
@@ -31,7 +33,6 @@ from rlhf.models.options import BackboneConfig, LoraOptions, cut_layers
 if TYPE_CHECKING:
     from peft import PeftModel
 
-HEAD_NAMES = ("score", "classifier")
 TEXT_PART = {r"^language_model\.": "", r"^model\.language_model\.": "model."}
 """Names of weights in the files of a model that also sees or hears, and what its text model calls them."""
 
@@ -99,6 +100,7 @@ def _load(
 ) -> tuple[PreTrainedModel, Collection[str]]:
     """The model, and names of its weights that its files do not have."""
     origin, revision = _origin(config)
+    renamed = TEXT_PART if hasattr(_whole_config(config), "text_config") else None
     chatter = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # a new head and dropped layers are no news here
     try:
@@ -106,18 +108,26 @@ def _load(
             origin,
             config=settings,
             output_loading_info=True,
-            key_mapping=TEXT_PART if hasattr(_whole_config(config), "text_config") else None,
+            key_mapping=renamed,
+            ignore_mismatched_sizes=loader is AutoModelForSequenceClassification,  # a head of other labels gives way
             revision=revision,
             dtype=dtype,
-            attn_implementation=attention_implementation(config.attention, dtype),
+            attn_implementation=attention_implementation(
+                config.attention, dtype, settings, _has_flash(loader, settings)
+            ),
             trust_remote_code=config.trust_remote_code,
         )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise ModelError(f"model.path = {config.path}: cannot be loaded as {what}: {error}") from error
+        reason = _no_class(settings, loader) if str(error).startswith("Unrecognized configuration class") else error
+        raise ModelError(f"model.path = {config.path}: cannot be loaded as {what}: {reason}") from error
     finally:
         transformers_logging.set_verbosity(chatter)
     model, report = loaded
-    _refuse_missing(model, report["missing_keys"], f"model.path = {config.path}: cannot be loaded as {what}")
+    if renamed is not None:
+        model._weight_conversions = None  # saving would turn the names back into those of the whole model
+    said = f"model.path = {config.path}: cannot be loaded as {what}"
+    _refuse_missing(model, report["missing_keys"], said)
+    _refuse_other_shapes(report["mismatched_keys"], said)
     if origin != config.path:
         with_adapter(model, Path(config.path))
     if vocabulary > embedding_rows(model):
@@ -125,6 +135,10 @@ def _load(
     if not config.dropout:
         switch_dropout_off(model)
     return model, report["missing_keys"]
+
+
+def _no_class(settings: PretrainedConfig, loader: type) -> str:
+    return f"Transformers {transformers.__version__} has no {loader.__name__} for models of type {settings.model_type}"
 
 
 def _refuse_missing(model: PreTrainedModel, missing: Iterable[str], said: str) -> None:
@@ -136,6 +150,13 @@ def _refuse_missing(model: PreTrainedModel, missing: Iterable[str], said: str) -
         raise ModelError(f"{said}: its files lack {len(lacking)} weights of {type(model).__name__} ({few})")
 
 
+def _refuse_other_shapes(mismatched: Iterable[tuple[str, Any, Any]], said: str) -> None:
+    """The head of a classifier with other labels is no loss; any other weight of another shape is."""
+    for name, found, expected in sorted(mismatched):
+        if name.split(".")[0] not in HEAD_NAMES:
+            raise ModelError(f"{said}: {name} has shape {tuple(found)} in its files, expected {tuple(expected)}")
+
+
 def _origin(config: BackboneConfig) -> tuple[str, str | None]:
     """Folder or name, and revision, of the weights; for an adapter those of its base."""
     base = adapter_base(config.path)
@@ -144,8 +165,11 @@ def _origin(config: BackboneConfig) -> tuple[str, str | None]:
 
 def embedding_rows(model: PreTrainedModel) -> int:
     """Tokens that the input embedding has a row for."""
-    table: Any = model.get_input_embeddings()  # an nn.Embedding, or what the model has in its place
-    return table.num_embeddings
+    try:
+        table: Any = model.get_input_embeddings()  # an nn.Embedding, or what the model has in its place
+    except NotImplementedError as error:
+        raise ModelError(f"{type(model).__name__} has no table of tokens: take a model of another family") from error
+    return table.num_embeddings if isinstance(table, nn.Embedding) else len(table.weight)
 
 
 def switch_dropout_off(model: PreTrainedModel) -> None:
@@ -182,7 +206,7 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 
 def plain_copy(config: BackboneT) -> BackboneT:
     """The settings for a copy that is only asked on the CPU: nothing for GPUs, no activations to recompute."""
-    on_gpus = attention_implementation(config.attention, torch.bfloat16) == "flash_attention_2"
+    on_gpus = config.attention == "flash_attention_2" or (config.attention == "auto" and _flash_runs(torch.bfloat16))
     attention = "eager" if on_gpus else config.attention
     return replace(config, kernels="none", gradient_checkpointing=False, attention=attention)
 
@@ -307,12 +331,48 @@ def _whole_config(config: BackboneConfig) -> PretrainedConfig:
         ) from error
 
 
-def attention_implementation(wanted: str, dtype: torch.dtype) -> str | None:
-    """The name Transformers takes; ``None`` leaves the choice to it (SDPA where the model has it)."""
+def attention_implementation(
+    wanted: str, dtype: torch.dtype, settings: PretrainedConfig, has_flash: bool
+) -> str | None:
+    """The name Transformers takes; ``None`` leaves the choice to it (SDPA where the model has it).
+
+    Args:
+        wanted: the recipe's ``model.attention``.
+        dtype: of the weights.
+        settings: of the model.
+        has_flash: whether the model's code can call flash attention.
+    Raises:
+        ModelError: if the wanted one computes something else than the model.
+    """
+    exact = exact_attention(settings)
+    if wanted == "sdpa" and exact is not None:
+        raise ModelError(
+            f"model.attention = sdpa leaves out the soft-capping of attention that {settings.model_type} has "
+            "(attn_logit_softcapping): set it to auto or eager"
+        )
     if wanted != "auto":
         return wanted
-    flash = importlib.util.find_spec("flash_attn") is not None and torch.cuda.is_available()
-    return "flash_attention_2" if flash and dtype in (torch.bfloat16, torch.float16) else None
+    return "flash_attention_2" if has_flash and _flash_runs(dtype) else exact
+
+
+def exact_attention(settings: PretrainedConfig) -> str | None:
+    """What to open a model with where the choice of Transformers would leave out a part of it, else ``None``.
+
+    PyTorch's SDPA cannot bound the scores of attention, as Gemma 2 does; Transformers takes it all the same, unsaid.
+    """
+    return "eager" if getattr(settings, "attn_logit_softcapping", None) is not None else None
+
+
+def _has_flash(loader: Any, settings: PretrainedConfig) -> bool:
+    kind = loader._model_mapping.get(type(settings), None)
+    return bool(getattr(kind, "_supports_flash_attn", False))
+
+
+def _flash_runs(dtype: torch.dtype) -> bool:
+    """Whether flash attention is installed and this GPU has it: from Ampere on, in half precision."""
+    if dtype not in (torch.bfloat16, torch.float16) or importlib.util.find_spec("flash_attn") is None:
+        return False
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
 
 EMBEDDING_NAMES = ("emb", "wte", "wpe", "position", "project_in")

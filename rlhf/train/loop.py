@@ -27,6 +27,10 @@ from rlhf.train.status import MINUTES, report_phase, take_over_metrics
 from rlhf.train.throughput import flops_per_token, throughput
 
 
+TOTAL_STEPS = "total steps"
+"""The planned length of a run, in what makes two runs the same."""
+
+
 class Watched(Protocol):
     """What the loop asks of any stage. Metrics must be equal on all ranks."""
 
@@ -111,6 +115,8 @@ class Run:
     identity: dict[str, Any]
     """Settings that a resumed run must share with the checkpoint; compared key by key."""
     max_skipped_steps: int
+    extend: bool = False
+    """Whether a checkpoint that was planned for fewer steps may be continued."""
     documents: dict[str, str]
     """Texts by file name that describe the run; written once it is clear that the run may start."""
 
@@ -187,7 +193,12 @@ def iterate(
                 log.write(state.step, metrics)
             progress.advance(state.step, metrics | {MINUTES: state.seconds / 60})
             due = config.evaluate_every and state.step % config.evaluate_every == 0
-            improved = (due or last) and _evaluate(task, config, state, log, progress)
+            try:
+                improved = (due or last) and _evaluate(task, config, state, log, progress)
+            except TrainingStopped:  # what was trained up to here is not lost by it
+                if state.step != saved:
+                    save(engine, task, run, state)
+                raise
             due = config.checkpoint_every and state.step % config.checkpoint_every == 0
             if due or improved or last or state.stopped_early:
                 save(engine, task, run, state)
@@ -212,7 +223,7 @@ def restore(engine: Stateful, task: Watched, config: TrainConfig, run: Run) -> L
             )
         return LoopState()
     load_checkpoint(engine, task, run, path)
-    saved = json.loads((path / "loop.json").read_text())
+    saved = engine.ranks.on_main(lambda: json.loads((path / "loop.json").read_text()))
     state = LoopState(**saved["state"])
     if engine.ranks.is_main:
         now, then = engine.ranks.world_size, saved["ranks"]
@@ -226,14 +237,25 @@ def load_checkpoint(engine: Stateful, task: Watched, run: Run, path: Path) -> No
     saved = engine.ranks.on_main(lambda: json.loads((path / "loop.json").read_text()))["identity"]
     now = json.loads(json.dumps(run.identity))
     changed = [key for key in sorted({*saved, *now}) if saved.get(key) != now.get(key)]
-    if changed:
+    longer = changed == [TOTAL_STEPS] and now.get(TOTAL_STEPS, 0) > saved.get(TOTAL_STEPS, 0)
+    if longer and run.extend:
+        if engine.ranks.is_main:
+            print(
+                f"train.extend: {path} was planned for {saved[TOTAL_STEPS]} steps, now {now[TOTAL_STEPS]}: the learning "
+                f"rate goes on where the schedule of {now[TOTAL_STEPS]} steps is",
+                flush=True,
+            )
+    elif changed:
+        way_out = "restore these settings, or choose another output folder"
+        way_out += "; train.extend=true trains on to the larger number of steps" if longer else ""
         lines = "".join(f"\n  {key}: {saved.get(key)} in the checkpoint, {now.get(key)} now" for key in changed)
         raise CheckpointError(
-            f"{path} belongs to another run:{lines}\nrestore these settings, or choose another output folder"
+            f"{path} belongs to another run:{lines}\n{way_out}"
         )
     engine.load(path)
-    task.load_state_dict(torch.load(path / "task.pt", weights_only=True, map_location="cpu"))
-    run.store.restore_random_state(path)
+    read = engine.ranks.together(lambda: torch.load(path / "task.pt", weights_only=True, map_location="cpu"))
+    task.load_state_dict(read)
+    engine.ranks.together(lambda: run.store.restore_random_state(path))
 
 
 def save(engine: Stateful, task: Watched, run: Run, state: LoopState) -> None:

@@ -17,29 +17,36 @@ log = logging.getLogger(__name__)
 
 
 class MetricLog:
-    """Writes on the main rank only. Rows past ``resume_step`` (of a killed run) are dropped first; at -1, all are."""
+    """Writes on the main rank only; where it cannot, all ranks raise, so every rank must call all of it.
+
+    Rows past ``resume_step`` (of a killed run) are dropped first; at -1, all are.
+    """
 
     def __init__(self, folder: Path, ranks: Ranks, config: TrainConfig, *, recipe: str, resume_step: int) -> None:
         """``recipe``: all settings of the run, in YAML, for those who show them beside the metrics."""
-        self._folder, self._config, self._active = folder, config, ranks.is_main
+        self._folder, self._config, self._ranks = folder, config, ranks
         self._run = TrackedRun(folder=folder, recipe=recipe, step=resume_step)
         self._open = contextlib.ExitStack()
         self._file: TextIO | None = None
         self._trackers: Trackers | None = None
 
     def __enter__(self) -> "MetricLog":
-        if not self._active:
-            return self
+        self._ranks.on_main(self._begin)
+        return self
+
+    def _begin(self) -> None:
         path = self._folder / "metrics.jsonl"
         drop_rows_after(path, self._run.step)
         self._file = self._open.enter_context(path.open("a", encoding="utf-8"))
         self._trackers = self._open.enter_context(Trackers(self._config, self._run))
-        return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._open.__exit__(kind, error, trace)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
+        self._ranks.together(lambda: self._write(step, metrics))
+
+    def _write(self, step: int, metrics: dict[str, float]) -> None:
         if self._file is None:
             return
         # JSON knows no NaN: a value that is not finite is written as null.
@@ -61,14 +68,16 @@ class SkipLog:
         found = self._ranks.gather_objects((bad_rows, rows))
         guilty = [row for part, _ in found for row in part]
         named = guilty or [row for _, part in found for row in part]
+        what = what if guilty else "gradient norm"
+        self._ranks.on_main(lambda: self._write({"step": step, "not_finite": what, "rows": named}))
         if not self._ranks.is_main:
             return
-        what = what if guilty else "gradient norm"
-        entry = {"step": step, "not_finite": what, "rows": named}
-        with self._path.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps(entry) + "\n")
         shown = ", ".join(named[:8]) + (f" and {len(named) - 8} more" if len(named) > 8 else "")
         log.warning("step %d skipped on all ranks: %s not finite; rows: %s", step, what, shown)
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        with self._path.open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(entry) + "\n")
 
 
 def drop_rows_after(path: Path, step: int) -> None:

@@ -45,6 +45,9 @@ class TrainConfig:
     """auto: go on from the newest intact checkpoint if there is one. never: refuse a run folder with checkpoints.
     required: refuse one without. publish: refuse one without, and publish what they hold without training on (rlhf
     publish)."""
+    extend: Annotated[bool, NoResult()] = False
+    """Train on in a run folder beyond the steps that its checkpoint was planned for: epochs or max_steps may be larger
+    than they were. The learning rate goes on where the schedule of the larger number of steps is, and that is said."""
     best_metric: str = "eval/accuracy"
     """Held-out metric that decides which checkpoint is the best; higher is better, or lower with a leading minus
     (-eval/loss)."""

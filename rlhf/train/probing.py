@@ -6,15 +6,17 @@ from typing import Any
 
 import numpy as np
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from rlhf.data.batching import Row
+from rlhf.models.backbones import exact_attention
 
 LENGTHS = 5, 9
 
 
-def probe_rows(vocabulary: int, pad: int | None) -> list[Row]:
+def probe_rows(vocabulary: int, settings: PretrainedConfig) -> list[Row]:
     """Two rows of tokens from all over the vocabulary, without the padding token, all response but the first."""
+    pad = getattr(settings.get_text_config(), "pad_token_id", None)  # some kinds of models know none
     tokens = (np.arange(sum(LENGTHS) + 1) * 7919 + 11) % vocabulary
     tokens = tokens[tokens != pad][: sum(LENGTHS)]
     parts = np.split(tokens, [LENGTHS[0]])
@@ -24,7 +26,7 @@ def probe_rows(vocabulary: int, pad: int | None) -> list[Row]:
 @contextlib.contextmanager
 def attention_of_any_device(hf: PreTrainedModel) -> Iterator[None]:
     """Let attention that needs a GPU give way to what the CPU has inside the block; logits are the same."""
-    plain = "sdpa" if getattr(hf, "_supports_sdpa", False) else "eager"
+    plain = exact_attention(hf.config) or ("sdpa" if getattr(hf, "_supports_sdpa", False) else "eager")
     settings: dict[int, Any] = {id(part.config): part.config for part in hf.modules() if _needs_gpu(part)}
     before = {key: each._attn_implementation_internal for key, each in settings.items()}
     try:

@@ -31,7 +31,7 @@ from rlhf.models.roles import ModelRole
 from rlhf.train.chat import load_chat
 from rlhf.train.command import StageConfig
 from rlhf.train.fresh import start_fresh_process
-from rlhf.train.loop import CONFIG_TEXT, LoopState, Run, Stateful, Task, Watched, fit, load_checkpoint
+from rlhf.train.loop import CONFIG_TEXT, TOTAL_STEPS, LoopState, Run, Stateful, Task, Watched, fit, load_checkpoint
 from rlhf.train.options import TrainConfig
 from rlhf.train.roles import engine_of
 from rlhf.train.status import report_metrics, report_phase, report_status
@@ -168,7 +168,7 @@ def run_identity(config: StageConfig, data: Dataset, steps: int) -> dict[str, An
         "train.global_batch_size": config.train.global_batch_size,
         "train.last_batch": config.train.last_batch,
         "train.seed": config.train.seed,
-        "total steps": steps,
+        TOTAL_STEPS: steps,
         "engine.deepspeed": config.engine.deepspeed if config.engine.kind == "deepspeed" else "local",
         "engine.precision": precision_of(config.engine),
     }
@@ -219,6 +219,7 @@ def run_and_take(
         store=CheckpointStore(checkpoint_folder(config.output), ranks, config.train.keep_checkpoints),
         identity=identity,
         max_skipped_steps=config.engine.max_skipped_steps,
+        extend=config.train.extend,
         documents={CONFIG_TEXT: to_yaml(config), **documents},
     )
     state = loop(run)
@@ -251,10 +252,11 @@ def report(
     """Let the main rank ``show`` the held-out evaluation and write it to ``evaluation.json``; ``step`` it is of."""
     if evaluation is None:
         say(ranks, "no held-out data: nothing to evaluate")
-    elif ranks.is_main:
+        return
+    record = {"step": step, **evaluation.to_dict()}
+    ranks.on_main(lambda: write_json(config.output / "evaluation.json", record))
+    if ranks.is_main:
         show(evaluation)
-        record = {"step": step, **evaluation.to_dict()}
-        write_json(config.output / "evaluation.json", record)
         report_status(evaluation=record)
 
 

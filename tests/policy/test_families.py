@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -205,3 +206,42 @@ def test_a_second_adapter_on_an_adapter_is_published_merged_or_refused_before_tr
     assert sft([*given, *ADAPTER]) != 0
     assert "is an adapter itself" in capsys.readouterr().err
     assert sft([*given, "model.lora={rank: 4}"]) == 0
+
+
+OWN_CODE = """
+from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel
+
+class OwnConfig(LlamaConfig):
+    model_type = "KIND"
+
+class OwnModel(LlamaModel):
+    config_class = OwnConfig
+
+AutoModel.register(OwnConfig, OwnModel)
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+
+class OwnForSequenceClassification(LlamaForSequenceClassification):
+    config_class = OwnConfig
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "data"), [(sft, "conversations"), (reward, "pairs")], ids=["policy", "reward"])
+def test_models_that_bring_their_own_code_are_published_with_it(stage, data, tiny_model, rows, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    kind = f"own_{data}"  # once loaded, a type and the code of a folder are known in the whole process
+    base = tmp_path / kind
+    shutil.copytree(tiny_model, base)
+    (base / "modeling_own.py").write_text(OWN_CODE.replace("KIND", kind))
+    names = {"AutoConfig": "OwnConfig", "AutoModelForCausalLM": "OwnForCausalLM",
+             "AutoModelForSequenceClassification": "OwnForSequenceClassification"}  # fmt: skip
+    settings = json.loads((base / "config.json").read_text()) | {
+        "model_type": kind, "architectures": ["OwnForCausalLM"],
+        "auto_map": {auto: f"modeling_own.{name}" for auto, name in names.items()},
+    }  # fmt: skip
+    (base / "config.json").write_text(json.dumps(settings))
+    given = [f"output={tmp_path}/run", f"model.path={base}", "model.trust_remote_code=true", *SHORT]
+    assert stage([*given, f"data.train={rows}/{data}.jsonl"]) == 0
+    assert (tmp_path / "run" / "final" / "modeling_own.py").is_file()

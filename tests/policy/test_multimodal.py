@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Llama4Config,
@@ -60,6 +61,15 @@ def test_the_text_model_is_taken_with_its_weights(whole):
     torch.testing.assert_close(text(input_ids=tokens).logits, model(input_ids=tokens).logits)
     policy = build_policy(config, dtype=torch.float32, vocabulary=0, seed=0)
     check_sampling(ReplicatedModel(policy, single_rank()), "here")
+
+
+def test_the_text_model_is_saved_for_plain_transformers(whole, tmp_path):
+    model, folder = whole
+    text = load_causal_lm(PolicyConfig(path=str(folder)), dtype=torch.float32, vocabulary=0)
+    text.save_pretrained(tmp_path / "text")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "text").eval()
+    tokens = torch.arange(1, 9)[None]
+    torch.testing.assert_close(again(input_ids=tokens).logits, model(input_ids=tokens).logits)
 
 
 @pytest.mark.parametrize("load", [load_causal_lm, load_classifier])

@@ -35,13 +35,17 @@ FAMILIES = {
     # code that asks whether the name of the attention is "sdpa"
     "falcon": {"num_kv_heads": 2, "new_decoder_architecture": True, "alibi": False},
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    # state-space models: a cache of another name, which has no places
+    "mamba": {"state_size": 8, "time_step_rank": 4},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1, "state_size": 8, "chunk_size": 8},
+    "falcon_mamba": {"state_size": 8, "time_step_rank": 4},
 }  # fmt: skip
 
 
 def make(family, **changes):
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **SMALL | FAMILIES[family] | changes)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa" if family != "gemma2" else None)
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         model.get_output_embeddings().weight.normal_(std=0.6)
     return model.eval()
@@ -52,6 +56,34 @@ def test_families_that_can_be_trained_and_sampled(family):
     model = PolicyModel(make(family))
     check_logprobs(model, family)
     check_sampling(ReplicatedModel(model, single_rank()), family)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "vaultgemma"])
+def test_attention_scores_are_bounded_as_the_family_does(family, tmp_path):
+    """SDPA leaves the bound out, and is what Transformers takes by itself."""
+    config = AutoConfig.for_model(family, **SMALL, head_dim=8, attn_logit_softcapping=1.0)
+    made = AutoModelForCausalLM.from_config(config)
+    made.save_pretrained(tmp_path)
+    tokens = torch.arange(5, 30)[None]
+    logits = {
+        kind: AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=kind).eval()(input_ids=tokens).logits
+        for kind in ("eager", "sdpa")
+    }
+    assert (logits["eager"] - logits["sdpa"]).abs().max() > 0.1
+    policy = build_policy(PolicyConfig(path=str(tmp_path)), dtype=torch.float32, vocabulary=0, seed=0)
+    torch.testing.assert_close(policy.plain().eval()(input_ids=tokens).logits, logits["eager"])
+    with pytest.raises(ModelError, match=f"sdpa leaves out the soft-capping of attention that {family} has"):
+        build_policy(PolicyConfig(path=str(tmp_path), attention="sdpa"), dtype=torch.float32, vocabulary=0, seed=0)
+
+
+def test_a_family_whose_configuration_knows_no_padding_token_is_checked():
+    config = AutoConfig.for_model(
+        "codegen", vocab_size=120, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4
+    )
+    assert not hasattr(config, "pad_token_id")
+    model = PolicyModel(AutoModelForCausalLM.from_config(config).eval())
+    check_logprobs(model, "codegen")
+    check_sampling(ReplicatedModel(model, single_rank()), "codegen")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -1,8 +1,18 @@
 import itertools
+import json
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import (
+    AutoConfig,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    EuroBertConfig,
+    EuroBertModel,
+    FNetConfig,
+    FNetModel,
+    LlamaConfig,
+)
 
 from reward.config import RewardModelConfig
 from reward.model import build_reward_model
@@ -30,6 +40,43 @@ def test_a_model_that_pools_elsewhere_is_refused_with_numbers(tiny_model, monkey
         build(tiny_model)
 
 
+def test_an_encoder_that_sees_padding_is_refused_before_training(tmp_path):
+    """FNet mixes all places of a row by a Fourier transform, and takes no mask."""
+    sizes = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64}
+    FNetModel(FNetConfig(pad_token_id=0, **sizes)).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"FNetForSequenceClassification\): padding behind a text changes its score"):
+        build(tmp_path)
+
+
+def test_a_head_that_scores_every_token_is_refused_by_name(tmp_path):
+    sizes = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64}
+    config = EuroBertConfig(num_attention_heads=4, num_key_value_heads=4, pad_token_id=0, clf_pooling="late", **sizes)
+    EuroBertModel(config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"EuroBertForSequenceClassification\): its head scores every token"):
+        build(tmp_path)
+
+
+def test_a_classifier_of_other_labels_lends_its_body_and_only_that(tmp_path):
+    sizes = {"vocab_size": 99, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64}
+    old = DistilBertForSequenceClassification(DistilBertConfig(num_labels=3, pad_token_id=0, **sizes))
+    old.save_pretrained(tmp_path)
+    new = build(tmp_path).hf
+    assert new.classifier.weight.shape == (1, 32)
+    assert torch.equal(new.pre_classifier.weight, old.pre_classifier.weight)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"hidden_dim": 48}))
+    with pytest.raises(ModelError, match=r"ffn\.lin1\.bias has shape \(64,\) in its files, expected \(48,\)"):
+        build(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["cohere", "mamba"])
+def test_a_family_without_a_classifier_is_refused_in_one_line(family, tmp_path):
+    AutoConfig.for_model(family).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=f"AutoModelForSequenceClassification for models of type {family}$") as found:
+        build(tmp_path)
+    assert "\n" not in str(found.value)
+
+
 @pytest.mark.parametrize("head", ["linear", "mlp"])
 def test_a_new_head_is_the_same_in_every_precision_and_after_any_other_random_number(tiny_model, head):
     first = build(tiny_model, head=head).hf.score.state_dict()
@@ -49,7 +96,7 @@ def test_the_last_layer_starts_small(tiny_model):
 def test_scores_near_0_are_no_reason_to_refuse_a_model_in_low_precision(tiny_model):
     """What one seed in a hundred was refused for: both probes score near 0 by chance, and kernels round apart."""
     model = build(tiny_model, torch.bfloat16)
-    bucket = length_bucket(probe_rows(embedding_rows(model.hf), None))
+    bucket = length_bucket(probe_rows(embedding_rows(model.hf), model.hf.config))
     with torch.no_grad():
         states = model((bucket,)).embeddings.float()
         weight = model.hf.score.weight

@@ -4,6 +4,7 @@ import torch
 from reward.config import LossConfig, MarginConfig
 from reward.margins import optimal_transport_margins
 from reward.tables import LOSSES
+from rlhf.core.errors import TrainingStopped
 
 GLOBAL_OT = MarginConfig(kind="ot", parameters={"scope": "global_batch"})
 NO_MARGIN = MarginConfig(kind="none")
@@ -111,3 +112,12 @@ def test_a_poisoned_row_is_named_and_the_step_skipped(make_task):
     assert not info.applied
     assert task.row_ids(batches[0])[0].startswith("pairs.jsonl:")
     assert "margin/mean" not in task.step_metrics()
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_held_out_rewards_that_are_not_finite_end_the_run_in_one_line_with_their_row(make_task, value):
+    engine, task = make_task()
+    with torch.no_grad():
+        engine.module.hf.score.weight.fill_(value)
+    with pytest.raises(TrainingStopped, match=r"not finite for \d+ of \d+ pairs, such as pairs\.jsonl:\d+"):
+        task.evaluate()

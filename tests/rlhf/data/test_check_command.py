@@ -131,3 +131,30 @@ def test_answers_of_several_messages_and_a_single_prompt_are_named(check, write_
     assert "answers of several messages count as a whole" in printed
     assert "all 3 pairs have the same prompt" in printed
     assert printed.endswith("Fit to train on, but see the warnings above.\n")
+
+
+def test_a_recipe_is_checked_as_its_stage_would_read_it(check, write_rows, tiny_model, tmp_path, capsys):
+    plain = write_rows("plain.jsonl", [{"prompt": f"p{n}", "chosen": "good", "rejected": "bad"} for n in range(20)])
+    other = write_rows("other.jsonl", [{"question": f"q{n}", "good": "yes", "poor": "no"} for n in range(10)])
+    recipe = tmp_path / "reward.yaml"
+    recipe.write_text(
+        f"output: {tmp_path}/run\nmodel: {{path: {tiny_model}}}\nmargin: {{kind: none}}\ndata:\n  train:\n"
+        f"  - {plain}\n  - {{path: {other}, columns: {{prompt: question, chosen: good, rejected: poor}}}}\n"
+    )
+    assert check("--config", recipe) == 0
+    printed = capsys.readouterr().out
+    assert "30 x prompt text" in printed and "Lengths in tokens" in printed
+    assert check("--config", recipe, "data.max_tokens=5") == 1
+    with pytest.raises(ConfigError, match="--config names the data already; leave out x.jsonl"):
+        check("x.jsonl", "--config", recipe)
+
+
+def test_a_recipe_of_conversations_is_not_read_as_pairs(check, write_rows, tiny_model, tmp_path, capsys):
+    rows = [{"q": f"p{n}", "a": "fine"} for n in range(9)]
+    recipe = tmp_path / "sft.yaml"
+    recipe.write_text(
+        f"output: {tmp_path}/run\nmodel: {{path: {tiny_model}}}\n"
+        f"data: {{train: {write_rows('rows.jsonl', rows)}, columns: {{prompt: q, completion: a}}}}\n"
+    )
+    assert check("--config", recipe, "--stage", "sft") == 0
+    assert capsys.readouterr().out.endswith("Fit to train on.\n")

@@ -6,12 +6,18 @@ import pytest
 from rlhf.core.errors import ConfigError
 from rlhf.engine.ranks import start_ranks, stop_ranks
 
-WORKER = str(Path(__file__).parent / "workers" / "talk.py")
+WORKERS = Path(__file__).parent / "workers"
 
 
 @pytest.mark.dist
 def test_two_ranks_gather_agree_and_fail_together(run_ranks):
-    run_ranks([WORKER], 2)
+    run_ranks([str(WORKERS / "talk.py")], 2)
+
+
+@pytest.mark.dist
+def test_an_error_of_one_ranks_disk_is_everybodys_at_once(run_ranks, tmp_path):
+    """In checksums of a checkpoint, in the log of metrics, and in that of skipped steps."""
+    run_ranks([str(WORKERS / "broken_disk.py"), str(tmp_path)], 2)
 
 
 def test_srun_without_a_meeting_point_says_what_to_export(monkeypatch):

@@ -12,7 +12,7 @@ from rlhf.engine.options import OptimizerConfig
 from rlhf.engine.ranks import Ranks
 from rlhf.engine.stop import STOP_FILE, StopRequests
 from rlhf.train.done import Completion, read_completion, write_completion
-from rlhf.train.loop import Run, fit
+from rlhf.train.loop import TOTAL_STEPS, Run, fit
 from rlhf.train.options import TrainConfig
 
 ALONE = Ranks(rank=0, world_size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
@@ -20,7 +20,7 @@ CONFIG = TrainConfig(evaluate_every=2, checkpoint_every=3, tensorboard=False)
 
 
 class Task:
-    """Regression on noise; ``scores`` are what successive evaluations say; ``bad`` steps give a loss of NaN.
+    """Regression on noise; ``scores`` are what successive evaluations say or raise; ``bad`` steps give a loss of NaN.
 
     ``ask`` is called with the number of every step that ends.
     """
@@ -46,7 +46,10 @@ class Task:
         if not self.scores:
             return {}
         self.evaluations += 1
-        return {"eval/accuracy": self.scores[self.evaluations - 1]}
+        score = self.scores[self.evaluations - 1]
+        if isinstance(score, Exception):
+            raise score
+        return {"eval/accuracy": score}
 
     def row_ids(self, batch):
         return [f"rows.jsonl:{self.step + 1}"]
@@ -60,9 +63,10 @@ class Task:
 
 @pytest.fixture
 def start(tmp_path):
-    def run(config=CONFIG, total=6, identity=None, folder=tmp_path / "run", **options):
+    def run(config=CONFIG, total=6, identity=None, folder=tmp_path / "run", planned=6, **options):
         torch.manual_seed(0)
-        engine = LocalEngine(nn.Linear(3, 1), ranks=ALONE, optimizer=OptimizerConfig(learning_rate=0.1), total_steps=6)
+        optimizer = OptimizerConfig(learning_rate=0.1)
+        engine = LocalEngine(nn.Linear(3, 1), ranks=ALONE, optimizer=optimizer, total_steps=planned)
         folder.mkdir(exist_ok=True)
         task = Task(engine, **options)
         loop = Run(
@@ -70,6 +74,7 @@ def start(tmp_path):
             store=CheckpointStore(folder / "checkpoints", ALONE, config.keep_checkpoints),
             identity=identity or {"seed": 0},
             max_skipped_steps=2,
+            extend=config.extend,
             documents={"config.yaml": "a: 1\n"},
         )
         return fit(engine, task, config, loop, total), engine, folder
@@ -96,9 +101,7 @@ def test_stopped_and_continued_equals_straight(start, tmp_path):
 
 
 def test_the_best_checkpoint_stays_when_others_rotate(start):
-    state, _, folder = start(
-        replace(CONFIG, keep_checkpoints=1, checkpoint_every=1), scores=[0.9, 0.7, 0.6]
-    )
+    state, _, folder = start(replace(CONFIG, keep_checkpoints=1, checkpoint_every=1), scores=[0.9, 0.7, 0.6])
     assert state.best_step == 2
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-00000002", "step-00000006"]
 
@@ -265,3 +268,26 @@ def test_another_number_of_ranks_is_no_other_run_and_is_told(start, tmp_path, ca
     (written.parent / COMPLETE).write_text("{}")  # nothing to compare with
     start()
     assert "at step 6, written on 4 rank(s)" in capsys.readouterr().out
+
+
+def test_an_evaluation_that_ends_the_run_leaves_a_checkpoint_of_its_step(start, tmp_path):
+    with pytest.raises(TrainingStopped, match="held-out rewards"):
+        start(config=replace(CONFIG, checkpoint_every=0), scores=[0.5, TrainingStopped("held-out rewards")])
+    assert CheckpointStore(tmp_path / "run" / "checkpoints", ALONE, 2).steps() == [2, 4]
+
+
+def test_a_finished_run_is_extended_only_when_asked_and_follows_the_longer_schedule(start, tmp_path, capsys):
+    straight = [row["learning_rate"] for row in rows(start(total=10, planned=10, folder=tmp_path / "straight")[2])]
+    short, long = {"seed": 0, TOTAL_STEPS: 4}, {"seed": 0, TOTAL_STEPS: 10}
+    start(total=4, planned=4, identity=short)
+    with pytest.raises(CheckpointError, match=r"total steps: 4 .* 10 now(.|\n)*train\.extend=true trains on"):
+        start(total=10, planned=10, identity=long)
+    extending = replace(CONFIG, extend=True)
+    with pytest.raises(CheckpointError, match="seed: 0 in the checkpoint, 1 now"):
+        start(config=extending, total=10, planned=10, identity=long | {"seed": 1})
+    state, _, folder = start(config=extending, total=10, planned=10, identity=long)
+    assert state.step == 10
+    assert [row["learning_rate"] for row in rows(folder)][4:] == pytest.approx(straight[4:])
+    assert "was planned for 4 steps, now 10" in capsys.readouterr().out
+    with pytest.raises(CheckpointError, match="total steps: 10 in the checkpoint, 4 now"):
+        start(config=extending, total=4, planned=4, identity=short)
