@@ -44,7 +44,8 @@ def add_parser(subparsers: Subparsers) -> None:
         "tokenizer of its model; settings such as data.max_tokens=512 change it"
     )
     check.add_argument("--config", metavar="RECIPE", action="append", default=[], help=recipe)
-    check.add_argument("--stage", choices=["sft", "reward", "preference", "ppo"], help="of --config, if it is not clear")
+    stages = ["sft", "reward", "preference", "ppo"]
+    check.add_argument("--stage", choices=stages, help="of --config, if it is not clear")
     kind = (
         "what rows are: preference pairs (reward models, DPO), conversations (SFT), prompts (PPO) or answers with a "
         "label (KTO); default: as the columns of the first row suggest"

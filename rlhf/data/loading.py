@@ -115,9 +115,7 @@ def _source_report(
     for row in part.store.bad:
         file = part.source.files[row.file]
         row_id = f"{names[file]}:{row.line}"
-        left_out.append(
-            LeftOut(file=file, line=row.line, row_id=row_id, reason=row.reason, detail=row.detail)
-        )
+        left_out.append(LeftOut(file=file, line=row.line, row_id=row_id, reason=row.reason, detail=row.detail))
     counts = part.store.counts
     return SourceReport(
         role=role,

@@ -52,7 +52,9 @@ def build_schedule(optimizer: Optimizer, config: OptimizerConfig, total_steps: i
 def follow_schedule(schedule: LRScheduler) -> None:
     """Give the optimizer the rate that ``schedule`` has where it stands: a checkpoint has that of its own schedule."""
     assert isinstance(schedule, LambdaLR)
-    rates = [base * factor(schedule.last_epoch) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    rates = [
+        base * factor(schedule.last_epoch) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    ]
     for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     schedule._last_lr = rates

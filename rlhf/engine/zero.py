@@ -70,8 +70,7 @@ class ZeroEngine:
         self._bad = False
         precision = next(self.module.parameters()).dtype
         self.description = (
-            f"DeepSpeed ZeRO-{self.stage}, {str(precision).removeprefix('torch.')}, {name}, "
-            f"{ranks.world_size} rank(s)"
+            f"DeepSpeed ZeRO-{self.stage}, {str(precision).removeprefix('torch.')}, {name}, {ranks.world_size} rank(s)"
         )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -198,9 +197,7 @@ def _offloads(zero: dict[str, Any]) -> bool:
     return (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
 
 
-def _build_adam(
-    module: nn.Module, config: OptimizerConfig, *, offload: bool, on_cpu: bool
-) -> tuple[Optimizer, str]:
+def _build_adam(module: nn.Module, config: OptimizerConfig, *, offload: bool, on_cpu: bool) -> tuple[Optimizer, str]:
     """The AdamW that fits, with its name: DeepSpeed's CPU op for offloaded states where it builds, else torch's."""
     if offload:
         try:

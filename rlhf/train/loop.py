@@ -26,7 +26,6 @@ from rlhf.train.progress import Progress
 from rlhf.train.status import MINUTES, report_phase, take_over_metrics
 from rlhf.train.throughput import flops_per_token, throughput
 
-
 TOTAL_STEPS = "total steps"
 """The planned length of a run, in what makes two runs the same."""
 
@@ -241,17 +240,15 @@ def load_checkpoint(engine: Stateful, task: Watched, run: Run, path: Path) -> No
     if longer and run.extend:
         if engine.ranks.is_main:
             print(
-                f"train.extend: {path} was planned for {saved[TOTAL_STEPS]} steps, now {now[TOTAL_STEPS]}: the learning "
-                f"rate goes on where the schedule of {now[TOTAL_STEPS]} steps is",
+                f"train.extend: {path} was planned for {saved[TOTAL_STEPS]} steps, now {now[TOTAL_STEPS]}: the "
+                f"learning rate goes on where the schedule of {now[TOTAL_STEPS]} steps is",
                 flush=True,
             )
     elif changed:
         way_out = "restore these settings, or choose another output folder"
         way_out += "; train.extend=true trains on to the larger number of steps" if longer else ""
         lines = "".join(f"\n  {key}: {saved.get(key)} in the checkpoint, {now.get(key)} now" for key in changed)
-        raise CheckpointError(
-            f"{path} belongs to another run:{lines}\n{way_out}"
-        )
+        raise CheckpointError(f"{path} belongs to another run:{lines}\n{way_out}")
     engine.load(path)
     read = engine.ranks.together(lambda: torch.load(path / "task.pt", weights_only=True, map_location="cpu"))
     task.load_state_dict(read)

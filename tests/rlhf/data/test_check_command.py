@@ -145,7 +145,7 @@ def test_a_recipe_is_checked_as_its_stage_would_read_it(check, write_rows, tiny_
     printed = capsys.readouterr().out
     assert "30 x prompt text" in printed and "Lengths in tokens" in printed
     assert check("--config", recipe, "data.max_tokens=5") == 1
-    with pytest.raises(ConfigError, match="--config names the data already; leave out x.jsonl"):
+    with pytest.raises(ConfigError, match=r"--config names the data already; leave out x\.jsonl"):
         check("x.jsonl", "--config", recipe)
 
 
