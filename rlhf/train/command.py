@@ -1,6 +1,7 @@
 """The command of a stage that trains. It reads the recipe before it imports torch."""
 
 import logging
+import os
 import sys
 import time
 import warnings
@@ -81,6 +82,10 @@ def stage_main(
         if this_rank() == "0":
             print(error, file=sys.stderr, flush=True)
         return error.exit_code
+    except BrokenPipeError:  # "| head" has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(f"{program}: stopped, for nobody reads its output any more (a closed pipe)", file=sys.stderr, flush=True)
+        return 1
 
 
 def _run_on_all_ranks(config: StageConfig, module: str, program: str) -> None:

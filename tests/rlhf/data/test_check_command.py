@@ -144,7 +144,8 @@ def test_a_recipe_is_checked_as_its_stage_would_read_it(check, write_rows, tiny_
     assert check("--config", recipe) == 0
     printed = capsys.readouterr().out
     assert "30 x prompt text" in printed and "Lengths in tokens" in printed
-    assert check("--config", recipe, "data.max_tokens=5") == 1
+    check("--config", recipe, "data.max_tokens=9")
+    assert "longer than 9 tokens" in capsys.readouterr().out
     with pytest.raises(ConfigError, match=r"--config names the data already; leave out x\.jsonl"):
         check("x.jsonl", "--config", recipe)
 
