@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from rlhf.core.errors import ModelError
 from rlhf.data.batching import Row, length_bucket
 from rlhf.models.backbones import embedding_rows
-from rlhf.train.probing import attention_of_any_device, probe_rows
+from rlhf.train.probing import attention_of_any_device, padding_of, probe_rows
 
 if TYPE_CHECKING:
     from policy.model import PolicyModel
@@ -33,7 +33,7 @@ def check_logprobs(model: "PolicyModel", path: str) -> None:
     """
     hf = model.hf
     was_training = hf.training
-    rows = probe_rows(embedding_rows(hf), hf.config)
+    rows = probe_rows(embedding_rows(hf), padding_of(hf.config))
     try:
         with attention_of_any_device(hf):
             hf.eval()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from rlhf.core.errors import ModelError
 from rlhf.data.batching import length_bucket
 from rlhf.models.backbones import embedding_rows
-from rlhf.train.probing import attention_of_any_device, probe_rows
+from rlhf.train.probing import attention_of_any_device, padding_of, probe_rows
 
 if TYPE_CHECKING:
     from reward.model import RewardModel
@@ -29,7 +29,7 @@ def check_scores(model: "RewardModel", path: str) -> None:
     """
     hf = model.hf
     was_training = hf.training
-    rows = probe_rows(embedding_rows(hf), hf.config)
+    rows = probe_rows(embedding_rows(hf), padding_of(hf.config))
     bucket = length_bucket(rows)
     tokens = bucket.tokens.masked_fill(~bucket.token_mask, hf.config.pad_token_id)
     sizes: list[float] = []

@@ -15,7 +15,7 @@ from rlhf.data.batching import Row, length_bucket
 from rlhf.engine.frozen import Frozen
 from rlhf.models.backbones import embedding_rows
 from rlhf.train.batches import asking
-from rlhf.train.probing import probe_rows
+from rlhf.train.probing import padding_of, probe_rows
 
 NEW_TOKENS = 3
 SAMPLER_TOLERANCE = {torch.bfloat16: 0.5, torch.float16: 0.2}
@@ -40,7 +40,7 @@ def _check(model: Frozen, path: str) -> None:
     sharded = any(hasattr(parameter, "ds_id") for parameter in policy.parameters())
     settings = SamplingConfig(max_new_tokens=NEW_TOKENS)
     sampler = HfSampler(model, settings, eos_token_ids=(), pad_token_id=0, synced=sharded)
-    rows = probe_rows(embedding_rows(policy.hf), policy.hf.config)
+    rows = probe_rows(embedding_rows(policy.hf), padding_of(policy.hf.config))
     prompts = [row.tokens for row in rows for _ in range(2)]
     try:
         drawn = sampler.generate(prompts, range(len(prompts)))

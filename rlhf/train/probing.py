@@ -14,9 +14,13 @@ from rlhf.models.backbones import exact_attention
 LENGTHS = 5, 9
 
 
-def probe_rows(vocabulary: int, settings: PretrainedConfig) -> list[Row]:
+def padding_of(settings: PretrainedConfig) -> int | None:
+    """The padding token of a model; some kinds of models know none."""
+    return getattr(settings.get_text_config(), "pad_token_id", None)
+
+
+def probe_rows(vocabulary: int, pad: int | None) -> list[Row]:
     """Two rows of tokens from all over the vocabulary, without the padding token, all response but the first."""
-    pad = getattr(settings.get_text_config(), "pad_token_id", None)  # some kinds of models know none
     tokens = (np.arange(sum(LENGTHS) + 1) * 7919 + 11) % vocabulary
     tokens = tokens[tokens != pad][: sum(LENGTHS)]
     parts = np.split(tokens, [LENGTHS[0]])

@@ -20,7 +20,7 @@ from reward.self_check import check_scores
 from rlhf.core.errors import ModelError
 from rlhf.data.batching import length_bucket
 from rlhf.models.backbones import embedding_rows
-from rlhf.train.probing import probe_rows
+from rlhf.train.probing import padding_of, probe_rows
 
 
 def build(path, dtype=torch.float32, **options):
@@ -96,7 +96,7 @@ def test_the_last_layer_starts_small(tiny_model):
 def test_scores_near_0_are_no_reason_to_refuse_a_model_in_low_precision(tiny_model):
     """What one seed in a hundred was refused for: both probes score near 0 by chance, and kernels round apart."""
     model = build(tiny_model, torch.bfloat16)
-    bucket = length_bucket(probe_rows(embedding_rows(model.hf), model.hf.config))
+    bucket = length_bucket(probe_rows(embedding_rows(model.hf), padding_of(model.hf.config)))
     with torch.no_grad():
         states = model((bucket,)).embeddings.float()
         weight = model.hf.score.weight
