@@ -1,4 +1,4 @@
 """What Transformers calls the part of a sequence classifier that makes a score."""
 
 HEAD_NAMES = ("score", "classifier")
-"""Of decoders, and of encoders."""
+"""The names that decoders and encoders have for it."""
