@@ -129,7 +129,7 @@ WHOLE: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Families that also see: the type of their text model, and settings of the part that sees."""
 LARGEST = 5_000_000
-SECONDS = 240
+SECONDS = 900
 WORDS = "the sun rain is was a good bad happy sad day dentist tax form write one sentence about it and so on"
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
@@ -258,8 +258,10 @@ def attempt(call: Callable[[], int], folder: Path) -> str:
             traceback.print_exc()
             answer.write_text(f"{RAW}{type(error).__name__}: {error}")
 
+    fresh.start_fresh_process()  # anew only where it has died
     code = _fork(child, folder, SECONDS)
     if code is None:
+        fresh.end_fresh_process()  # its answer to this try would be taken for one to the next
         return f"{RAW}still running after {SECONDS} s"
     said = answer.read_text() if answer.is_file() else f"{RAW}the process ended with code {code}"
     if said == "done":
@@ -365,7 +367,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"{', '.join(unknown)}: no such family in Transformers {transformers.__version__}")
     found = []
     for family in arguments.families or families():
-        fresh.start_fresh_process()  # anew only where it has died
         with tempfile.TemporaryDirectory() as scratch:
             tried = try_family(family, Path(scratch))
             if tried.raw:
