@@ -6,7 +6,7 @@ import logging
 import math
 from pathlib import Path
 from types import TracebackType
-from typing import TextIO
+from typing import Any, TextIO
 
 from rlhf.core.files import write_text
 from rlhf.engine.ranks import Ranks

@@ -9,6 +9,7 @@ from rlhf.engine.ranks import RemoteError, start_ranks, stop_ranks
 from rlhf.train.metrics import MetricLog, SkipLog
 from rlhf.train.options import TrainConfig
 
+PLAIN = TrainConfig(tensorboard=False)
 ranks = start_ranks()
 folder = Path(sys.argv[1])
 
@@ -40,8 +41,8 @@ checkpoint.file_checksum = right
 assert store.newest_intact() == store.path(1)
 
 (folder / "metrics.jsonl").mkdir(exist_ok=True)
-fails(0, lambda: MetricLog(folder, ranks, TrainConfig(tensorboard=False), 0).__enter__())
-log = MetricLog(folder / "good", ranks, TrainConfig(tensorboard=False), 0)
+fails(0, lambda: MetricLog(folder, ranks, PLAIN, recipe="", resume_step=0).__enter__())
+log = MetricLog(folder / "good", ranks, PLAIN, recipe="", resume_step=0)
 ranks.on_main(lambda: (folder / "good").mkdir(exist_ok=True))
 with log:
     log.write(1, {"loss": 1.0})
