@@ -352,13 +352,17 @@ def markdown(found: Sequence[Tried]) -> str:
 
 def _short(said: str) -> str:
     """A message without what differs from family to family, fit for a cell."""
+    if said.startswith(NOT_BUILT):
+        return "no small model could be made, with the sizes of the script and the packages here"
+    if "has no AutoModelForSequenceClassification" in said:
+        return "Transformers has no sequence classifier for them"
     said = said.removeprefix("what this run would publish was tried before the first step, and cannot be published: ")
     said = re.sub(r"(\S+ = )?/\S+?/(base|final)\b( is not published)?( \(\w+\))?:? ?", "", said)
-    said = re.sub(r"for models of type \w+", "for them", said)
-    said = re.sub(r";? ?(the checkpoints are intact|Take a|or try model\.).*", "", said)
-    said = re.sub(r"\w+For\w+ ", "the model ", re.sub(r"(up to|by up to|at most) [\d.e+-]+", r"\1 ...", said))
+    said = re.sub(r"\w+DecoderWrapper", "their decoder", said)
+    said = re.sub(r";? ?(the checkpoints are intact|[Tt]ake a|or try model\.).*", "", said)
+    said = re.sub(r"^\w+For\w+ ", "the model ", re.sub(r"(up to|by up to|at most) [\d.e+-]+", r"\1 ...", said))
     said = re.sub(r" [\d.e+-]+(,|\)| off\))", r" ...\1", said)
-    return said.replace("|", "\\|")[:400]
+    return said.replace("|", "\\|")[:300].rstrip(" .")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
