@@ -17,6 +17,7 @@ from rlhf.config import parse_command_line
 from tests.lacking import lacking
 
 ROOT = Path(__file__).resolve().parents[2]
+CONTAINERS = ROOT / "launch" / "containers"
 SCRIPTS = sorted((ROOT / "launch" / "scripts").glob("*.sh"))
 PROGRAMS = ("deepspeed", "torchrun", "srun", "ssh")
 SCONTROL = """\
@@ -121,10 +122,22 @@ def test_a_script_is_executable_valid_and_says_how_to_start_it(script):
 
 
 @pytest.mark.parametrize(
-    "script", [*SCRIPTS, ROOT / "launch" / "jobs" / "step.sh", ROOT / ".ci" / "run"], ids=lambda path: path.name
+    "script",
+    [*SCRIPTS, CONTAINERS / "install.sh", ROOT / "launch" / "jobs" / "step.sh", ROOT / ".ci" / "run"],
+    ids=lambda path: path.name,
 )
 def test_shellcheck_finds_nothing(script):
     if shutil.which("shellcheck") is None:
         lacking("no shellcheck: apt-get install shellcheck (.ci/run does)")
     done = subprocess.run(["shellcheck", "--shell=bash", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_both_containers_have_the_same_base_and_the_whole_package():
+    docker, apptainer = ((CONTAINERS / name).read_text() for name in ("Dockerfile", "apptainer.def"))
+    (base,) = re.findall(r"^ARG BASE=(\S+)$", docker, flags=re.MULTILINE)
+    assert f"\n    base={base}\n" in apptainer
+    sent = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    copied = {*re.findall(r"^    (\S+) /opt/margin-rlhf/\S+$", apptainer, flags=re.MULTILINE)}
+    assert sent == copied >= {"rlhf", "reward", "policy", "launch", "ds_configs", "setup.cfg", "constraints.txt"}
+    assert all((ROOT / name).exists() for name in sent)
