@@ -73,6 +73,12 @@ class Pipeline:
     stages: tuple[PipelineStage, ...]
     elsewhere: str = "{stage}.output=FOLDER"
     """What to add to the command for another folder of a stage."""
+    recipe: Path | None = None
+    """The file that it was read from, if it was."""
+    overrides: tuple[str, ...] = ()
+    """Settings on top of the recipe."""
+    remembered: tuple[str, ...] = ()
+    """Those of them that an earlier call gave."""
 
     @property
     def made(self) -> Mapping[str, BackboneConfig]:

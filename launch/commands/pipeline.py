@@ -1,6 +1,7 @@
 """``rlhf pipeline``: all stages of a recipe, one after the other, each started, continued or skipped as it must be."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,8 +15,10 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """\
 Run the stages of a pipeline recipe in their order, each as a job of its own under the deepspeed launcher. A stage
-that is finished with the same settings, inputs and code is skipped; one that was begun goes on from its checkpoint;
-one whose settings, inputs or code have changed is done again, and its earlier folder is kept as NAME.before.
+that is finished with the same settings, inputs, code and libraries is skipped; one that was begun goes on from its
+checkpoint, also where only code or libraries have changed; any other change does it again, and its earlier folder is
+kept as NAME.before. Work of more than ten minutes is done again only if --redo names it. Settings of the command line
+are remembered in the pipeline's folder.
 
 Ctrl-C, SIGTERM, SIGUSR1 or a file STOP in the pipeline's folder let the running stage save at its next step and end the
 pipeline with exit status 75: the same command goes on from there. A second signal ends it at once.
@@ -34,6 +37,8 @@ def add_parser(subparsers: Subparsers) -> None:
     for each in (running, status):
         each.add_argument("recipe", type=recipe_path, metavar="RECIPE", help="the pipeline's YAML, or shipped:NAME")
         add_settings(each, "settings; also vars.key=value", "STAGE.key=value")
+        forget = "leave out the settings that earlier calls gave on the command line"
+        each.add_argument("--forget", action="store_true", help=forget)
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -46,20 +51,22 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     grace = "seconds that a stage which is asked to stop gets until it is ended (default %(default)s)"
     parser.add_argument("--grace", type=positive_int, default=600, metavar="SECONDS", help=grace)
     add_any_code(parser)
+    redo = "do this one again, and what builds on it; may be given again"
+    parser.add_argument("--redo", action="append", default=[], metavar="NAME", help=redo)
 
 
 def add_any_code(parser: argparse.ArgumentParser) -> None:
-    any_code = "results of another version of the code count, too"
+    any_code = "results of another version of the code and of the libraries count, too"
     parser.add_argument("--any-code", action="store_true", help=any_code)
 
 
 def run(options: argparse.Namespace) -> int:
-    from launch.pipeline.recipe import load_pipeline
     from launch.pipeline.run import PipelineRun
+    from launch.pipeline.state import load_remembering
 
-    pipeline = load_pipeline(options.recipe, options.overrides)
+    pipeline = load_remembering(options.recipe, options.overrides, forget=options.forget)
     if options.dry_run:
-        return show(pipeline, options.any_code)
+        return show(pipeline, options.any_code, options.redo)
     return PipelineRun(pipeline, run_settings(options, pipeline.output), console()).run()
 
 
@@ -72,20 +79,22 @@ def run_settings(options: argparse.Namespace, output: Path) -> "RunOptions":
         machine=find_machine(options.ranks, options.hostfile, output / ".pipeline"),
         only=tuple(options.only),
         any_code=options.any_code,
+        redo=tuple(options.redo),
         grace_seconds=options.grace,
         doctor=not options.no_doctor,
     )
 
 
 def show_status(options: argparse.Namespace) -> int:
-    from launch.pipeline.recipe import load_pipeline
+    from launch.pipeline.state import load_remembering
 
-    return show(load_pipeline(options.recipe, options.overrides), options.any_code)
+    pipeline = load_remembering(options.recipe, options.overrides, forget=options.forget)
+    return show(pipeline, options.any_code)
 
 
-def show(pipeline: "Pipeline", any_code: bool) -> int:
+def show(pipeline: "Pipeline", any_code: bool, redo: Sequence[str] = ()) -> int:
     """Print where every stage stands."""
     from launch.pipeline.overview import status_table
 
-    console().print(status_table(pipeline, any_code=any_code))
+    console().print(status_table(pipeline, any_code=any_code, redo=redo))
     return 0

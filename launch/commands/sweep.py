@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
     folder = options.output or FOLDER / options.config[-1].stem
     sweep = plan_sweep(STAGES[options.stage], options.config, options.overrides, folder)
     if options.dry_run:
-        return show(sweep.pipeline, options.any_code)
+        return show(sweep.pipeline, options.any_code, options.redo)
     screen = console()
     training_runs = PipelineRun(sweep.pipeline, run_settings(options, folder), screen)
     try:

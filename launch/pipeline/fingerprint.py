@@ -1,13 +1,14 @@
-"""What the result of a stage depends on: its settings, the files it reads, and the code that makes it."""
+"""What the result of a stage depends on: its settings, the files it reads, the code that makes it, and on what."""
 
 import contextlib
 import functools
 import glob
+import importlib.metadata
 import importlib.util
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,11 @@ CHANGES_SHOWN = 4
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 """module:function, as rewards are given."""
 
+RESULT, TOOLS = ("settings", "inputs"), ("code", "versions")
+"""What is made, and what it is made with."""
+LIBRARIES = ("deepspeed", "peft", "torch", "transformers")
 Parts = dict[str, dict[str, Any]]
-"""settings, inputs and code, each a flat mapping."""
+"""settings, inputs, code and versions, each a flat mapping."""
 
 
 class Inputs:
@@ -75,18 +79,24 @@ def parts_of(stage: PipelineStage, pipeline: Pipeline, inputs: Inputs, results: 
     named = [*_paths(settings), *_folders(stage)]
     outside = {str(path): inputs.checksum(path) for path in named if not any(is_in(path, folder) for folder in made)}
     code = {name: code_digest(name) for name in _code(stage.stage)}
-    return {"settings": settings, "inputs": upstream | outside, "code": code}
+    return {"settings": settings, "inputs": upstream | outside, "code": code, "versions": _versions()}
 
 
-def fingerprint(parts: Parts) -> str:
-    return digest(json.dumps(parts, sort_keys=True))
+@functools.cache
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
-def changes(before: Parts, now: Parts) -> str:
-    """What differs, in words."""
+def changes(before: Parts, now: Parts, sections: Sequence[str]) -> str:
+    """What differs in these sections, in words; empty if nothing does. What was not recorded then did not change."""
     lines = []
-    for section in ("settings", "inputs", "code"):
-        old, new = before.get(section, {}), now[section]
+    for section in sections:
+        new = json.loads(json.dumps(now[section]))
+        old = before.get(section, new)
         for key in sorted({*old, *new}):
             if old.get(key) != new.get(key):
                 lines.append(_change(section, key, old, new))

@@ -80,7 +80,9 @@ def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> Pipeline:
         raise ConfigError("\n  ".join([f"{PROGRAM}: {path}: nothing was started", *problems]))
     needs = {name: _needs(stages[name], references[name] | {*spec.stages[name].after}, stages) for name in stages}
     ordered = (dataclasses.replace(stages[name], needs=needs[name]) for name in _order(needs, path))
-    return Pipeline(name=path.stem, output=spec.output, stages=tuple(ordered))
+    return Pipeline(
+        name=path.stem, output=spec.output, stages=tuple(ordered), recipe=path, overrides=tuple(overrides)
+    )
 
 
 def _read(path: Path) -> DictConfig:

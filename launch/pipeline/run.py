@@ -38,7 +38,9 @@ class RunOptions:
     doctor: bool = True
     """Check the machine before the first stage starts."""
     any_code: bool = False
-    """Results of another version of the code count."""
+    """Results of another version of the code, and of the libraries, count."""
+    redo: tuple[str, ...] = ()
+    """Names of stages to do again."""
     grace_seconds: float = 600.0
     """How long a stage that was asked to stop may take to reach its next checkpoint."""
 
@@ -55,7 +57,7 @@ class PipelineRun:
     killed: bool = False
 
     def __post_init__(self) -> None:
-        self._progress = Progress(self.pipeline, any_code=self.options.any_code)
+        self._progress = Progress(self.pipeline, any_code=self.options.any_code, redo=self.options.redo)
         self._to_check = self.options.doctor
 
     def run(self) -> int:
@@ -69,6 +71,13 @@ class PipelineRun:
         began = time.monotonic()
         with naming_full_disk(self.pipeline.output), alone(self.pipeline), StopRequest(self.pipeline.output) as stop:
             self._progress.check_free(chosen)
+            for stage in self.pipeline.stages:
+                self._progress.settle(stage)
+            self._progress.check_redo(chosen)
+            self._progress.remember()
+            if self.pipeline.remembered:
+                given = shlex.join(self.pipeline.remembered)
+                self.console.print(f"as an earlier call said: {given} (--forget leaves that out)", soft_wrap=True)
             with Overview(self.pipeline, self.console) as view:
                 for stage in self.pipeline.stages:
                     if stage in chosen and not self.stopped:
@@ -87,7 +96,6 @@ class PipelineRun:
             self.failures[stage.name] = f"not run: it needs {', '.join(blocked)}"
             view.show(stage.name, "not run", f"needs {', '.join(blocked)}")
             return
-        self._progress.settle(stage)
         decision = self._progress.decide(stage)
         if decision.action is Action.WAIT:
             raise UserError(f"{stage.name} waits {decision.reason}: run that first, or leave --only out")
@@ -99,6 +107,7 @@ class PipelineRun:
             self.stopped = stop.reason
             view.show(stage.name, decision.action.value)
             return
+        self._progress.check_redo([stage])  # for what those before it have changed
         self._work(stage, decision, view, stop)
 
     def _work(self, stage: PipelineStage, decision: Decision, view: Overview, stop: StopRequest) -> None:
@@ -113,6 +122,8 @@ class PipelineRun:
         command = stage_command(stage.stage, (*stage.arguments, "--log-folder", str(folder)), self._machine(stage))
         if decision.action is Action.REDO:
             view.say(f"{stage.name}: done again: {decision.reason}")
+        elif decision.action is Action.CONTINUE and decision.reason:
+            view.say(f"warning: {stage.name} goes on from its checkpoints although {decision.reason}")
         view.show(stage.name, "running", "from its last checkpoint" if decision.action is Action.CONTINUE else "")
         # Noted before the process exists: if this pipeline is killed from here on, the next one sees a stage begun.
         self._progress.start(stage, decision)

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,13 +9,17 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Literal
 
-from launch.pipeline.fingerprint import Inputs, Parts, changes, files_in, fingerprint, parts_of
+from launch.pipeline.fingerprint import RESULT, TOOLS, Inputs, Parts, changes, files_in, parts_of
+from launch.pipeline.recipe import load_pipeline
 from launch.runs import Pipeline, PipelineStage
-from rlhf.core.errors import STOP_FILE, UserError
+from rlhf.core.clock import clock
+from rlhf.core.errors import STOP_FILE, ConfigError, UserError
 from rlhf.core.files import DONE, RUN_FILES, STATUS, digest, write_json
-from rlhf.train.status import new_status, read_status, remove_status, write_status
+from rlhf.train.status import MINUTES, new_status, read_status, remove_status, write_status
 
 STARTED, FINISHED = "started", "finished"
+LONG_WORK_SECONDS = 600.0
+"""Work that took longer is not done again without being asked for."""
 
 
 class Action(Enum):
@@ -31,7 +34,10 @@ class Action(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """An action, its reason in words where there is one to give, and what the result will depend on."""
+    """An action, its reason in words where there is one to give, and what the result will depend on.
+
+    The reason of a stage that goes on is what has changed all the same.
+    """
 
     action: Action
     reason: str = ""
@@ -53,9 +59,18 @@ class Measured:
 class Progress:
     """The markers of a pipeline, in the folder ``.pipeline`` of its output."""
 
-    def __init__(self, pipeline: Pipeline, *, any_code: bool = False) -> None:
-        """``any_code``: results of another version of the code count."""
+    def __init__(self, pipeline: Pipeline, *, any_code: bool = False, redo: Sequence[str] = ()) -> None:
+        """Args:
+        pipeline: whose stages stand where.
+        any_code: results of another version of the code, and of the libraries, count.
+        redo: stages to do again whatever their marker says; those that build on them may be done again, too.
+        """
         self._pipeline, self._any_code = pipeline, any_code
+        self._redo = {pipeline.named(name).name for name in redo}
+        self._allowed = set(self._redo)
+        for stage in pipeline.stages:
+            if self._allowed & {*stage.needs}:
+                self._allowed.add(stage.name)
         self._folder = pipeline.output / ".pipeline"
         self._inputs = Inputs(self._folder / "inputs.json")
         self._decided: dict[str, Decision] = {}
@@ -79,15 +94,41 @@ class Progress:
             return Decision(action=action, reason=f"for {', '.join(waiting)}" if waiting else "", parts=parts)
         if waiting:
             return Decision(action=Action.WAIT, reason=f"for {', '.join(waiting)}", parts=parts)
-        before = marker["parts"] | {"code": parts["code"]} if self._any_code else marker["parts"]
-        if fingerprint(before) != fingerprint(parts):
-            return Decision(action=Action.REDO, reason=changes(before, parts), parts=parts)
-        if marker["state"] == FINISHED:
-            fault = _fault(stage, marker)
-            if fault is None:
-                return Decision(action=Action.SKIP, parts=parts)
-            return Decision(action=Action.REDO, reason=fault, parts=parts)
-        return Decision(action=Action.CONTINUE, parts=parts)
+        if stage.name in self._redo:
+            return Decision(action=Action.REDO, reason="asked for", parts=parts)
+        changed = changes(marker["parts"], parts, RESULT)
+        tools = "" if self._any_code else changes(marker["parts"], parts, TOOLS)
+        if marker["state"] != FINISHED and not changed:
+            return Decision(action=Action.CONTINUE, reason=tools, parts=parts)
+        reason = ", ".join(filter(None, [changed, tools])) or _fault(stage, marker)
+        if reason is None:
+            return Decision(action=Action.SKIP, parts=parts)
+        return Decision(action=Action.REDO, reason=reason, parts=parts)
+
+    def check_redo(self, stages: Sequence[PipelineStage]) -> None:
+        """Refuse to do long work again that nobody asked to do again.
+
+        Raises:
+            UserError: naming all such stages.
+        """
+        decisions = {stage.name: self.decide(stage) for stage in stages if stage.name not in self._allowed}
+        lines = []
+        for stage in stages:
+            decision, seconds = decisions.get(stage.name), self._seconds(stage)
+            if decision is not None and decision.action is Action.REDO and seconds > LONG_WORK_SECONDS:
+                lines.append(
+                    f"{stage.name} has worked for {clock(seconds)} and would be done again: {decision.reason}; to have "
+                    f"that: --redo {stage.name}"
+                )
+        if lines:
+            keep = "to keep what is there: the settings and files of then; --any-code where code or versions changed"
+            raise UserError("\n".join([*lines, keep]))
+
+    def _seconds(self, stage: PipelineStage) -> float:
+        """How long a stage has worked, also for a pipeline that was killed and could not write it down."""
+        noted, status = (self.read(stage) or {}).get("seconds", 0.0), read_status(stage.output)
+        minutes = status.metrics.get(MINUTES) if status is not None else None
+        return max(noted, 60 * (minutes or 0.0))
 
     def settle(self, stage: PipelineStage) -> None:
         """Note that a stage has finished whose pipeline was killed before it could write that down."""
@@ -101,6 +142,7 @@ class Progress:
         """Note that ``stage`` is begun. An earlier result that no longer counts is put aside first."""
         if decision.action is Action.REDO:
             self._put_aside(stage)
+            self._redo.discard(stage.name)
         for leftover in (DONE, STOP_FILE):
             (stage.output / leftover).unlink(missing_ok=True)
         goes_on = decision.action is Action.CONTINUE
@@ -159,6 +201,12 @@ class Progress:
                 f"away, or give another folder: {elsewhere}"
             )
 
+    def remember(self) -> None:
+        """Keep the settings that the command line gave, for calls that do not repeat them."""
+        path = _overrides_file(self._pipeline)
+        if self._pipeline.overrides or path.exists():
+            write_json(path, {"recipe": _name(self._pipeline.recipe), "overrides": [*self._pipeline.overrides]})
+
     def log_folder(self, stage: PipelineStage) -> Path:
         return self.logs / stage.name
 
@@ -172,18 +220,11 @@ class Progress:
         return {name: marker["result"] for name, marker in markers.items() if marker and marker["state"] == FINISHED}
 
     def _put_aside(self, stage: PipelineStage) -> None:
-        """Keep the run that no longer counts as ``<folder>.before``; one that was there makes room.
-
-        A finished run does not make room for a half-done one: that goes.
-        """
+        """Keep the run that no longer counts as ``<folder>.before``, or ``.before-2`` and so on. Nothing is deleted."""
         if not stage.stage.trains or not stage.output.exists():
             return
-        aside = stage.output.with_name(f"{stage.output.name}.before")
-        if (aside / DONE).is_file() and not (stage.output / DONE).is_file():
-            shutil.rmtree(stage.output)
-            return
-        shutil.rmtree(aside, ignore_errors=True)
-        stage.output.rename(aside)
+        names = (f"{stage.output.name}.before{suffix}" for suffix in ("", *(f"-{number}" for number in range(2, 10**6))))
+        stage.output.rename(next(path for path in map(stage.output.with_name, names) if not path.exists()))
 
     def _path(self, stage: PipelineStage) -> Path:
         return self._folder / f"{stage.name}.json"
@@ -191,6 +232,43 @@ class Progress:
     def _write(self, stage: PipelineStage, marker: dict[str, Any]) -> None:
         write_json(self._path(stage), marker)
         self._decided.clear()
+
+
+def load_remembering(path: Path, overrides: Sequence[str] = (), *, forget: bool = False) -> Pipeline:
+    """The pipeline of a recipe, with the settings that an earlier run in its folder was given on its command line.
+
+    Args:
+        path: the recipe.
+        overrides: of this call; of a key that both name, this one counts.
+        forget: leave out those of earlier calls.
+    Raises:
+        ConfigError: as :func:`load_pipeline`, saying so where it is about what an earlier call gave.
+    """
+    pipeline = load_pipeline(path, overrides)
+    given = {override.partition("=")[0] for override in overrides}
+    kept = [each for each in _remembered(pipeline) if each.partition("=")[0] not in {"output", *given}]
+    if forget or not kept:
+        return pipeline
+    try:
+        return replace(load_pipeline(path, [*kept, *overrides]), remembered=tuple(kept))
+    except ConfigError as error:
+        raise ConfigError(f"{error}\n  with {' '.join(kept)} of an earlier call; --forget leaves that out") from None
+
+
+def _remembered(pipeline: Pipeline) -> list[str]:
+    try:
+        found = json.loads(_overrides_file(pipeline).read_text())
+    except (OSError, ValueError):
+        return []
+    return found["overrides"] if found["recipe"] == _name(pipeline.recipe) else []
+
+
+def _overrides_file(pipeline: Pipeline) -> Path:
+    return pipeline.output / ".pipeline" / "overrides.json"
+
+
+def _name(recipe: Path | None) -> str:
+    return str(recipe.resolve()) if recipe is not None else ""
 
 
 def _read(path: Path) -> dict[str, Any] | None:

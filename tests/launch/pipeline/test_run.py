@@ -158,24 +158,16 @@ def test_a_result_that_is_named_by_its_path_is_waited_for_and_looked_at(toys, wa
 # Results that no longer count
 
 
-def test_an_earlier_finished_run_is_kept_beside_the_new_one(training_toys):
-    toys, aside = training_toys, training_toys.folder / "out" / "a.before"
+@pytest.mark.parametrize("behave", ["finish", "refuse", "crash"])
+def test_earlier_runs_are_kept_beside_the_new_one_however_many_and_however_far_they_came(training_toys, behave):
+    toys, out = training_toys, training_toys.folder / "out"
     toys.write({"a": {"set": {"number": 1}}})
-    assert toys.run() == 0 and not aside.exists()
-    assert toys.run("a.number=2") == 0
-    assert toys.number("a") == 2 and (aside / "final" / "number").read_text() == "1"
-    assert toys.run() == 0
-    assert toys.number("a") == 1 and (aside / "final" / "number").read_text() == "2"
-
-
-@pytest.mark.parametrize("behave", ["refuse", "crash"])
-def test_a_half_done_run_does_not_take_the_place_of_a_finished_one(training_toys, behave):
-    toys, aside = training_toys, training_toys.folder / "out" / "a.before"
-    toys.write({"a": {"set": {"number": 1}}})
-    assert toys.run() == 0
-    assert toys.run("a.number=2", f"a.behave={behave}") == 1
-    assert toys.run("a.number=3", f"a.behave={behave}") == 1
-    assert (aside / "final" / "number").read_text() == "1"
+    assert toys.run() == 0 and [path.name for path in out.glob("a*")] == ["a"]
+    code = toys.run("a.number=2", "a.steps=3", f"a.behave={behave}")
+    assert toys.run("a.number=3", f"a.behave={behave}") == code == (0 if behave == "finish" else 1)
+    assert (out / "a.before" / "final" / "number").read_text() == "1"
+    assert (out / "a.before-2" / "starts").is_file()
+    assert toys.run("a.number=4") == 0 and (out / "a.before-3" / "starts").is_file()
 
 
 @pytest.mark.parametrize("calls", [0, 1])
