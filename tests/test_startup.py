@@ -82,8 +82,19 @@ CLUSTER = ("--profile", str(RECIPES.parent / "clusters" / "example.yaml"))
         (("slurm", "render", "pipeline", "--config", QUICKSTART, *CLUSTER), 0, "#SBATCH"),
         (("plan", "reward", "--config", str(RECIPES / "quickstart_reward.yaml"), "loss.kind=bsrr"), 2, "mean bsr?"),
         (("plan", "pipeline", "--config", QUICKSTART, "reward.optim.rate=1"), 2, "optim."),
-        (("sweep", "preference", "--output", "o", "--config", str(RECIPES / "quickstart_preference.yaml"),
-          "loss.kind=sigmoid,ipoo"), 2, "did you mean ipo?"),
+        (
+            (
+                "sweep",
+                "preference",
+                "--output",
+                "o",
+                "--config",
+                str(RECIPES / "quickstart_preference.yaml"),
+                "loss.kind=sigmoid,ipoo",
+            ),
+            2,
+            "did you mean ipo?",
+        ),
     ],
     ids=lambda value: " ".join(value[:2]) if isinstance(value, tuple) else "",
 )
@@ -103,7 +114,7 @@ def test_a_launcher_counts_devices_and_finds_a_port_without_torch(tmp_path):
     done = subprocess.run(
         [sys.executable, "-X", "importtime", str(script)], capture_output=True, text=True, timeout=120, check=True
     )
-    assert "--num_accelerators" in done.stdout
+    assert "--slots" in done.stdout
     assert not {"torch", "deepspeed"} & {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
 
 

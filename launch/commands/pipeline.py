@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.commands.arguments import Subparsers, add_machine, add_settings, command, group, positive_int
@@ -67,16 +66,16 @@ def run(options: argparse.Namespace) -> int:
     pipeline = load_remembering(options.recipe, options.overrides, forget=options.forget)
     if options.dry_run:
         return show(pipeline, options.any_code, options.redo)
-    return PipelineRun(pipeline, run_settings(options, pipeline.output), console()).run()
+    return PipelineRun(pipeline, run_settings(options), console()).run()
 
 
-def run_settings(options: argparse.Namespace, output: Path) -> "RunOptions":
-    """What :func:`add_run_options` were given, for a pipeline in ``output``."""
+def run_settings(options: argparse.Namespace) -> "RunOptions":
+    """What :func:`add_run_options` were given."""
     from launch.jobs.launcher import find_machine
     from launch.pipeline.run import RunOptions
 
     return RunOptions(
-        machine=find_machine(options.ranks, options.hostfile, output / ".pipeline"),
+        machine=find_machine(options.ranks, options.hostfile),
         only=tuple(options.only),
         any_code=options.any_code,
         redo=tuple(options.redo),

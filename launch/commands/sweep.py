@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
     if options.dry_run:
         return show(sweep.pipeline, options.any_code, options.redo)
     screen = console()
-    training_runs = PipelineRun(sweep.pipeline, run_settings(options, folder), screen)
+    training_runs = PipelineRun(sweep.pipeline, run_settings(options), screen)
     try:
         return training_runs.run()
     finally:  # also where a run cannot be started: those before it are finished

@@ -37,14 +37,17 @@ def all_reduce(subject: Subject) -> Iterator[Finding]:
         yield Finding("warning", text, "see the check of the disk")
         return
     with made as folder:
-        yield _tried(subject, Path(folder))
+        try:
+            yield _tried(subject, Path(folder))
+        except ConfigError as error:
+            yield Finding("failure", str(error), "see the options of this command")
 
 
 def _tried(subject: Subject, folder: Path) -> Finding:
     import torch
 
     log, result = folder / "ranks.log", folder / "measured.json"
-    machine = find_machine(subject.ranks, subject.hostfile, folder)
+    machine = find_machine(subject.ranks, subject.hostfile)
     outcome = _run(stage_command(MODULE, [str(result.absolute())], machine), log, subject.seconds)
     if result.is_file():
         return _judged(json.loads(result.read_text()), machine)

@@ -55,11 +55,12 @@ def _gpus(count: int, present: list[dict[str, Any]], subject: Subject) -> Iterat
         text = f"{subject.ranks} ranks for {count} GPU(s): one GPU takes one rank"
         yield Finding("failure", text, f"--ranks {count}")
         return
-    for gpu in _visible(present):
+    visible = _visible(present)
+    for gpu in visible:
         if gpu["used"] > BUSY_SHARE * gpu["total"]:
             busy = f"GPU {gpu['index']}: {gib(gpu['used'])} of {gib(gpu['total'])} are in use already"
             yield Finding("warning", busy, "end the processes that nvidia-smi shows, or choose other GPUs")
-    names = {gpu["name"]: gib(gpu["total"]) for gpu in present}
+    names = {gpu["name"]: gib(gpu["total"]) for gpu in visible}
     kinds = ", ".join(f"{name} ({size})" for name, size in names.items()) or "of a kind that nvidia-smi does not list"
     yield Finding("ok", f"{count} GPU(s): {kinds}", values={"gpus": count})
 
@@ -74,22 +75,36 @@ def _cores(subject: Subject) -> Finding:
 
 def _listed_gpus() -> list[dict[str, Any]]:
     """NVIDIA GPUs of the machine with their memory in bytes, without taking any of it."""
-    query = ["nvidia-smi", "--query-gpu=index,name,memory.total,memory.used", "--format=csv,noheader,nounits"]
+    query = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total,memory.used", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return []
     found = []
     for line in done.stdout.splitlines():
-        index, name, *sizes = (part.strip() for part in line.split(","))
+        index, uuid, name, *sizes = (part.strip() for part in line.split(","))
         total, used = (int(size) * 2**20 if size.isdigit() else 0 for size in sizes)
-        found.append({"index": index, "name": name, "total": total, "used": used})
+        found.append({"index": index, "uuid": uuid, "name": name, "total": total, "used": used})
     return found
 
 
 def _visible(present: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of ``present`` that CUDA shows: by index, by the beginning of a UUID, by the GPU that a MIG slice is of.
+
+    A slice that is named by a UUID of its own is not in the list of nvidia-smi. As CUDA does, this reads up to the
+    first name that means nothing.
+    """
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return present if chosen is None else [gpu for gpu in present if gpu["index"] in chosen.split(",")]
+    if chosen is None:
+        return present
+    found = []
+    for word in map(str.strip, chosen.split(",")):
+        whole = word.removeprefix("MIG-").partition("/")[0] if word.startswith("MIG-GPU-") else word
+        meant = [gpu for gpu in present if whole and (gpu["index"] == whole or gpu["uuid"].startswith(whole))]
+        if len(meant) != 1 and not word.startswith("MIG-"):
+            break
+        found += [gpu for gpu in meant if gpu not in found]
+    return found
 
 
 # ---- memory, against the plan

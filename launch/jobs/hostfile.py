@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from rlhf.core.errors import ConfigError, UserError
-from rlhf.core.files import write_text
 from rlhf.core.paths import home_path
 
 CONNECT_SECONDS = 10.0
@@ -67,14 +66,6 @@ def check_hosts(path: Path) -> dict[str, int]:
     return hosts
 
 
-def write_hostfile(path: Path, hosts: Mapping[str, int]) -> None:
-    """Write ``hosts`` (devices by host) so that :func:`read_hostfile` and DeepSpeed read them back."""
-    lines = [f"{host} slots={slots}" for host, slots in hosts.items()]
-    for line in lines:
-        _entry(f"hostfile {path}", line)
-    write_text(Path(path), "".join(f"{line}\n" for line in lines))
-
-
 def _entry(place: str, text: str) -> tuple[str, int]:
     found = _ENTRY.fullmatch(text)
     if found is None or int(found[2]) == 0:
@@ -98,6 +89,19 @@ def unreachable_hosts(
     return {host: reason for host, reason in reasons.items() if reason is not None}
 
 
+def ssh_words(timeout_seconds: float = CONNECT_SECONDS, options: tuple[str, ...] | None = None) -> list[str]:
+    """The start of a command line over ssh that asks nobody for a password.
+
+    Args:
+        timeout_seconds: how long a host may take to connect.
+        options: words for ssh; ``None`` for those that pdsh would add (PDSH_SSH_ARGS_APPEND).
+    """
+    if options is None:
+        options = tuple(shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", "")))
+    alive = ("-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=8")
+    return ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={max(1, round(timeout_seconds))}", *alive, *options]
+
+
 def end_on_hosts(hosts: Iterable[str], words: str) -> None:
     """Kill the processes of all hosts whose command line has ``words`` in it. A host that is silent is left out."""
     literal = re.sub(r"([][.^$*+?(){}|\\])", r"\\\1", words[1:])
@@ -109,9 +113,7 @@ def _on_all(
     hosts: Iterable[str], command: str, timeout_seconds: float, ssh_options: tuple[str, ...] | None
 ) -> dict[str, str | None]:
     """Run ``command`` on all hosts at once: what went wrong on each, ``None`` for nothing."""
-    if ssh_options is None:
-        ssh_options = tuple(shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", "")))
-    ssh = ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={max(1, round(timeout_seconds))}", *ssh_options]
+    ssh = ssh_words(timeout_seconds, ssh_options)
     hosts = list(hosts)
     with ThreadPoolExecutor(max_workers=_AT_ONCE) as pool:
         reasons = pool.map(lambda host: _why_failed([*ssh, host, command], 2 * timeout_seconds), hosts)

@@ -1,4 +1,4 @@
-"""Training jobs under the deepspeed launcher of this very environment."""
+"""Stages as jobs: on this machine, on the nodes of an allocation, on hosts reached over ssh."""
 
 import contextlib
 import os
@@ -8,21 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import launch.jobs.guard
+from launch.jobs.allocation import HOSTFILE_VARIABLE, UnknownAllocation, allocated_hosts, is_here
 from launch.jobs.devices import default_ranks
-from launch.jobs.hostfile import check_hosts, write_hostfile
-from launch.jobs.srun import HOSTFILE_VARIABLE, allocated_hosts, srun_command
+from launch.jobs.hostfile import check_hosts
+from launch.jobs.srun import SUPERVISOR, srun_command
 from launch.stages import Stage
+from rlhf.core.errors import ConfigError
 from rlhf.core.ports import free_port
-
-
-def launcher(ranks: int) -> list[str]:
-    """The start of a command line, on a port that no other run has."""
-    return [deepspeed_program(), "--num_accelerators", str(ranks), "--master_port", str(free_port())]
-
-
-def deepspeed_program() -> str:
-    return str(Path(sys.executable).with_name("deepspeed"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +26,7 @@ class Machine:
     hosts: Mapping[str, int] = field(default_factory=dict)
     """Devices by node, if there are several."""
     hostfile: Path | None = None
-    """The same as a file."""
+    """The file that names them, if they are reached over ssh."""
     allocated: bool = False
     """They are those of the SLURM allocation around this process, else reached over ssh."""
 
@@ -47,44 +39,48 @@ class Machine:
         return self if ranks is None else replace(self, ranks=ranks)
 
 
-def find_machine(ranks: int | None, hostfile: Path | None, folder: Path) -> Machine:
+def find_machine(ranks: int | None, hostfile: Path | None) -> Machine:
     """The nodes of ``hostfile``, else those of the SLURM allocation around this process, else this machine.
 
-    Args:
-        folder: for the hostfile of an allocation, on a file system that all nodes see.
     Raises:
-        ConfigError: if the hostfile is faulty, or a node in it cannot be reached. DeepSpeed itself would go on with
-            this machine alone.
+        ConfigError: if the hostfile is faulty, a node in it cannot be reached, it cannot be found out what the
+            allocation has, or ``ranks`` are given that several nodes have no use for.
     """
     if hostfile is not None:
+        if ranks is not None:
+            raise ConfigError(f"--ranks {ranks}: the hostfile {hostfile} says how many each host has; leave one out")
         return Machine(hosts=check_hosts(hostfile), hostfile=hostfile)
-    hosts = allocated_hosts() or {}
-    if not hosts or (len(hosts) == 1 and HOSTFILE_VARIABLE not in os.environ):
+    try:
+        hosts = allocated_hosts()
+    except UnknownAllocation:
+        if ranks is None:
+            raise
         return Machine(ranks=ranks)
-    path = Path(os.environ.get(HOSTFILE_VARIABLE, folder / "hostfile"))
-    if HOSTFILE_VARIABLE not in os.environ:
-        write_hostfile(path, hosts)
-    return Machine(hosts=hosts, hostfile=path, allocated=True)
+    if not hosts or (len(hosts) == 1 and HOSTFILE_VARIABLE not in os.environ and is_here(next(iter(hosts)))):
+        return Machine(ranks=ranks)
+    if ranks is not None and len(hosts) > 1:
+        has = ", ".join(f"{host} {count}" for host, count in hosts.items())
+        raise ConfigError(f"--ranks {ranks}: the ranks of the allocation are its devices ({has}); leave it out")
+    if ranks is not None:
+        hosts = dict.fromkeys(hosts, ranks)
+    return Machine(hosts=hosts, allocated=True)
 
 
 def stage_command(stage: Stage, arguments: Sequence[str], machine: Machine) -> list[str]:
-    """The command that starts a stage: under the launcher on all ranks, or by itself if it does not train."""
+    """The command that starts a stage on all ranks, or by itself if it does not train."""
+    command = [sys.executable, "-m", stage.module, *arguments]
     if not stage.trains:
-        return [sys.executable, "-m", stage.module, *arguments]
+        return command
     if machine.allocated:
-        assert machine.hostfile is not None
-        return srun_command(
-            stage.module, arguments, hosts=machine.hosts, master_port=_master_port(), hostfile=machine.hostfile
-        )
+        return srun_command(command, hosts=machine.hosts, port=_port())
     if machine.hosts:
-        head = [deepspeed_program(), "--hostfile", str(machine.hostfile), "--master_port", str(_master_port())]
-        if "MASTER_ADDR" in os.environ:  # else deepspeed asks the first host for its addresses
-            head += ["--master_addr", os.environ["MASTER_ADDR"]]
-        return [*head, "--module", stage.module, *arguments]
-    return [*launcher(machine.ranks or default_ranks()), "--module", stage.module, *arguments]
+        return [sys.executable, "-m", "launch.jobs.over_ssh", str(machine.hostfile), str(_port()), "--", *command]
+    slots = str(machine.ranks or default_ranks())
+    # Always a free port: MASTER_PORT may be that of the run around this one.
+    return [*SUPERVISOR, "--slots", slots, "--address", "127.0.0.1", "--port", str(free_port()), "--", *command]
 
 
-def _master_port() -> int:
+def _port() -> int:
     """Where rank 0 of several nodes listens: MASTER_PORT if it is set, for firewalls; else one free on this node."""
     return int(os.environ.get("MASTER_PORT", free_port()))
 
@@ -96,9 +92,11 @@ class Job:
         """Start ``command`` with ``environment`` on top of that of this process."""
         log.parent.mkdir(parents=True, exist_ok=True)
         reading, self._lifeline = os.pipe()
+        own = [*SUPERVISOR, "--lifeline", str(reading)]
+        supervised = command[len(SUPERVISOR) :] if [*command[: len(SUPERVISOR)]] == SUPERVISOR else ["--", *command]
         with log.open("ab") as output:
             self._process = subprocess.Popen(
-                [sys.executable, launch.jobs.guard.__file__, str(reading), *command],
+                [*own, *supervised],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

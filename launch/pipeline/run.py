@@ -68,6 +68,12 @@ class PipelineRun:
                 cannot be started.
         """
         chosen = [self.pipeline.named(name) for name in self.options.only] or self.pipeline.stages
+        unused = [each for each in chosen if each.ranks is not None and self.options.machine.hosts]
+        if unused:
+            raise UserError(
+                f"stages.{unused[0].name}.ranks = {unused[0].ranks}: the ranks of several nodes are their devices; "
+                "leave it out"
+            )
         began = time.monotonic()
         with naming_full_disk(self.pipeline.output), alone(self.pipeline), StopRequest(self.pipeline.output) as stop:
             self._progress.check_free(chosen)
@@ -114,11 +120,11 @@ class PipelineRun:
         """Start one stage, watch it to its end, and note how that was."""
         if self._to_check:  # only once, and only where something is to be done
             self._check_machine(stage, view)
-        check_not_owned(stage.output)  # by somebody who started that stage alone
         folder = self._progress.log_folder(stage)
         if self.options.machine.over_ssh:
             folder = folder.absolute()  # by which the ranks of other hosts are known
             self._end_on_hosts()  # an earlier pipeline may have been killed: its ranks would meet ours in the folder
+        check_not_owned(stage.output)  # by somebody who started that stage alone
         command = stage_command(stage.stage, (*stage.arguments, "--log-folder", str(folder)), self._machine(stage))
         if decision.action is Action.REDO:
             view.say(f"{stage.name}: done again: {decision.reason}")

@@ -223,7 +223,9 @@ class Progress:
         """Keep the run that no longer counts as ``<folder>.before``, or ``.before-2`` and so on. Nothing is deleted."""
         if not stage.stage.trains or not stage.output.exists():
             return
-        names = (f"{stage.output.name}.before{suffix}" for suffix in ("", *(f"-{number}" for number in range(2, 10**6))))
+        names = (
+            f"{stage.output.name}.before{suffix}" for suffix in ("", *(f"-{number}" for number in range(2, 10**6)))
+        )
         stage.output.rename(next(path for path in map(stage.output.with_name, names) if not path.exists()))
 
     def _path(self, stage: PipelineStage) -> Path:
@@ -295,6 +297,4 @@ def _fault(stage: PipelineStage, marker: dict[str, Any]) -> str | None:
 
 def _stats(folder: Path) -> dict[str, list[int]]:
     """Size and time of change of the files in ``folder``."""
-    return {
-        str(path.relative_to(folder)): [path.stat().st_size, path.stat().st_mtime_ns] for path in files_in(folder)
-    }
+    return {str(path.relative_to(folder)): [path.stat().st_size, path.stat().st_mtime_ns] for path in files_in(folder)}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from launch.jobs.srun import SRUN_VARIABLE, srun_words, step_command, step_script
+from launch.jobs.srun import SRUN_VARIABLE, srun_words, step_words
 from launch.slurm.profile import ClusterProfile
 from rlhf.core.errors import STOPPED_EXIT_CODE, ConfigError
 from rlhf.core.files import write_text
@@ -84,7 +84,6 @@ def render(job: Job, profile: ClusterProfile) -> str:
         pipeline=job.pipeline,
         srun_options=shlex.join(profile.srun_options),
         srun_variable=SRUN_VARIABLE,
-        step=step_script().rstrip("\n"),
         command=_command(job, profile),
         stopped=STOPPED_EXIT_CODE,
     )
@@ -160,13 +159,8 @@ def _preflight(profile: ClusterProfile) -> str:
 def _command(job: Job, profile: ClusterProfile) -> str:
     if job.pipeline:
         return _lines(job.arguments, indent=8)
-    step = step_command(
-        ["-c", Expanded('"$step"'), "step"],
-        Expanded('"$RLHF_HOSTFILE"'),
-        Expanded('"$MASTER_PORT"'),
-        job.arguments,
-        profile.container,
-    )
+    supervisor = [*profile.container, "python", "-m", "launch.jobs.supervisor"]
+    step = step_words(supervisor, [profile.devices] * profile.nodes, ["python", "-m", *job.arguments])
     return _lines([*srun_words(profile.nodes, profile.srun_options), *step], indent=8)
 
 

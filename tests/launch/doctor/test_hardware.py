@@ -18,7 +18,13 @@ from rlhf.core.memory import HostMemory
 
 WIDTH = 32
 """Width of the tiny model, and so the numbers of its head."""
-TWO_GPUS = "echo '0, NVIDIA H100 80GB HBM3, 81559, 70000'; echo '1, NVIDIA H100 80GB HBM3, 81559, 4'"
+TWO_GPUS = (
+    "echo '0, GPU-8f1b-11, NVIDIA H100 80GB HBM3, 81559, 70000'; echo '1, GPU-90aa-22, NVIDIA H100 80GB HBM3, 81559, 4'"
+)
+THREE_KINDS = (
+    "echo '0, GPU-8f1b-11, NVIDIA A100, 40960, 39000'; echo '1, GPU-90aa-22, NVIDIA H100, 81559, 4'; "
+    "echo '2, GPU-90ab-33, NVIDIA L40, 46068, 4'"
+)
 
 
 def only(findings):
@@ -52,6 +58,28 @@ def test_gpus_that_torch_does_not_see_are_a_failure(seen_by_torch, program):
     finding = only(hardware.devices(Subject()))
     assert finding.status == "failure" and "2 GPU(s) are here, torch sees none" in finding.text
     assert "install a torch build" in finding.remedy
+
+
+@pytest.mark.parametrize(
+    ("visible", "kinds", "busy"),
+    [
+        ("1,2", ["NVIDIA H100", "NVIDIA L40"], False),
+        ("GPU-8f1b", ["NVIDIA A100"], True),
+        ("GPU-90ab-33,0", ["NVIDIA L40", "NVIDIA A100"], True),
+        ("MIG-GPU-90aa-22/1/0,MIG-GPU-90aa-22/2/0", ["NVIDIA H100"], False),
+        ("MIG-5c1e-77", [], False),
+        ("2,7,0", ["NVIDIA L40"], False),
+    ],
+)
+def test_the_doctor_looks_at_the_gpus_that_the_run_will_have(seen_by_torch, program, monkeypatch, visible, kinds, busy):
+    seen_by_torch(len(visible.split(",")))
+    program("nvidia-smi", THREE_KINDS)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    *warnings, found = hardware.devices(Subject())
+    assert [name for name in ("NVIDIA L40", "NVIDIA H100", "NVIDIA A100") if name in found.text] == sorted(
+        kinds, key=["NVIDIA L40", "NVIDIA H100", "NVIDIA A100"].index
+    )
+    assert bool(warnings) == busy
 
 
 def test_gpus_that_the_environment_hides_are_a_warning(seen_by_torch, program, monkeypatch):

@@ -1,8 +1,10 @@
 """Hostfiles, hosts that do not answer, and a run over ssh between two sshd on this machine."""
 
 import getpass
+import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -14,7 +16,7 @@ import psutil
 import pytest
 
 from launch.jobs import hostfile
-from launch.jobs.hostfile import check_hosts, read_hostfile, unreachable_hosts, write_hostfile
+from launch.jobs.hostfile import check_hosts, read_hostfile, unreachable_hosts
 from rlhf.core.errors import ConfigError
 from tests.lacking import lacking
 from tests.ports import free_port
@@ -27,15 +29,6 @@ def test_a_hostfile_keeps_the_order_of_its_lines(tmp_path):
     path = tmp_path / "hostfile"
     path.write_text("# two of the rack\n\nb7  slots=8 max_slots=8\na3\tslots=4\n")
     assert list(read_hostfile(path).items()) == [("b7", 8), ("a3", 4)]
-
-
-def test_what_is_written_is_read_back_and_deepspeed_reads_the_same(tmp_path):
-    from deepspeed.launcher.runner import fetch_hostfile  # noqa: TID251
-
-    hosts = {"node-b": 2, "10.0.0.7": 1}
-    write_hostfile(tmp_path / "hostfile", hosts)
-    assert read_hostfile(tmp_path / "hostfile") == hosts
-    assert list(fetch_hostfile(str(tmp_path / "hostfile")).items()) == list(hosts.items())
 
 
 @pytest.mark.parametrize(
@@ -55,12 +48,6 @@ def test_a_hostfile_that_says_something_else_is_refused(tmp_path, text, message)
     with pytest.raises(ConfigError, match="hostfile") as caught:
         read_hostfile(path)
     assert message in str(caught.value)
-
-
-def test_a_host_that_would_make_a_bad_line_is_not_written(tmp_path):
-    with pytest.raises(ConfigError, match="node 1"):
-        write_hostfile(tmp_path / "hostfile", {"node 1": 2})
-    assert not (tmp_path / "hostfile").exists()
 
 
 def fake_ssh(folder: Path, monkeypatch, body: str) -> None:
@@ -161,7 +148,7 @@ def two_hosts(tmp_path_factory):
     }
     try:
         _wait_for_ports([ports["node1"], ports["node2"]])
-        yield SimpleNamespace(environment=environment, folder=folder)
+        yield SimpleNamespace(environment=environment, folder=folder, ports=ports)
     finally:
         for daemon in daemons:
             daemon.terminate()
@@ -222,18 +209,77 @@ def test_two_hosts_over_ssh_train_as_two_ranks_on_one(two_hosts, tiny_recipe, ru
     runs.assert_close(runs.rows(there), runs.rows(here), 1e-5)
 
 
-def ranks_of(folder: Path) -> list[psutil.Process]:
-    """Whose command line names the logs of a pipeline in ``folder``."""
-    words = f"--log-folder {folder}/logs/"
+def processes_with(words: str) -> list[psutil.Process]:
+    """Whose command line has ``words`` in it."""
     return [each for each in psutil.process_iter(["cmdline"]) if words in " ".join(each.info["cmdline"] or [])]
+
+
+def start_over_ssh(hosts, name: str, text: str, command: list[str], folder: Path, **environment: str):
+    """``command`` for each device of a hostfile of this text, as a pipeline starts it."""
+    found = over_ssh(hosts, name, text) | environment
+    words = [sys.executable, "-m", "launch.jobs.over_ssh", found["HOSTFILE"], found["MASTER_PORT"], "--", *command]
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(words, env=found, cwd=folder, **pipes)
+
+
+TELLS = (
+    "import json, os; name = 'rank' + os.environ['RANK']; open(name, 'w').write(json.dumps(dict(os.environ))); "
+    "argv = open('/proc/self/cmdline').read() + open(f'/proc/{os.getppid()}/cmdline').read(); print(argv)"
+)
+
+
+def test_chosen_variables_pass_and_no_secret_is_in_a_log_or_on_a_command_line(two_hosts, tmp_path):
+    """In a folder, and with values, that a shell would take for something else."""
+    folder = tmp_path / "it's; touch $HOME #`date`"
+    folder.mkdir()
+    secret = "hf_'$(touch gone)\n\"secret"
+    more = {"HF_TOKEN": secret, "WANDB_API_KEY": "k3y", "OMP_NUM_THREADS": "7", "CUDA_VISIBLE_DEVICES": "5", "MINE": "1"}
+    command = [sys.executable, "-c", TELLS, "a b'c"]
+    process = start_over_ssh(two_hosts, "told", "node1 slots=1\nnode2 slots=2\n", command, folder, **more)
+    said = process.communicate(timeout=100)[0]
+    assert process.returncode == 0, said
+    found = [json.loads((folder / f"rank{rank}").read_text()) for rank in range(3)]
+    for each in found:
+        assert (each["HF_TOKEN"], each["WANDB_API_KEY"]) == (secret, "k3y")
+        assert each["GLOO_SOCKET_IFNAME"] == "lo", "of the file that DeepSpeed's launcher reads, too"
+        assert "MINE" not in each and each.get("CUDA_VISIBLE_DEVICES") != "5", "devices are those of the host"
+    assert [each["LOCAL_RANK"] for each in found] == ["0", "0", "1"]
+    assert "a b'c" in said and "secret" not in said and "k3y" not in said
+
+
+def test_a_hostfile_with_one_host_starts_there_and_not_here(two_hosts, tmp_path):
+    command = [sys.executable, "-c", "import os; open('there', 'w').write(os.environ.get('SSH_CONNECTION', 'here'))"]
+    process = start_over_ssh(two_hosts, "one", "node2 slots=1\n", command, tmp_path, SSH_CONNECTION="here")
+    assert process.wait(100) == 0
+    assert (tmp_path / "there").read_text().split()[-1] == str(two_hosts.ports["node2"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_ranks_on_other_hosts_save_when_asked_and_end_when_who_started_them_is_gone(two_hosts, tmp_path, number):
+    script = (
+        "import os, signal, sys, time; asked = []; signal.signal(signal.SIGTERM, lambda *_: asked.append(1)); "
+        "open('here' + os.environ['RANK'], 'w').close()\nwhile not asked: time.sleep(0.05)\n"
+        "time.sleep(1); open('saved' + os.environ['RANK'], 'w').close(); sys.exit(75)"
+    )
+    command = [sys.executable, "-c", script, f"mark-{tmp_path}"]
+    process = start_over_ssh(two_hosts, "asked", "node1 slots=1\nnode2 slots=1\n", command, tmp_path)
+    deadline = time.monotonic() + 60
+    while not all((tmp_path / f"here{rank}").exists() for rank in range(2)):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    code = process.wait(60)
+    if number == signal.SIGTERM:
+        assert code == 75 and all((tmp_path / f"saved{rank}").exists() for rank in range(2))
+    while processes_with(f"mark-{tmp_path}"):
+        assert time.monotonic() < deadline, "they train on, and nobody knows"
+        time.sleep(0.1)
 
 
 @pytest.mark.dist
 @pytest.mark.slow
 @pytest.mark.full
-def test_a_pipeline_over_ssh_goes_on_when_it_was_killed_and_its_ranks_were_not(
-    two_hosts, tiny_recipe, run_ranks, runs, tmp_path
-):
+def test_a_pipeline_over_ssh_goes_on_when_it_was_killed(two_hosts, tiny_recipe, run_ranks, runs, tmp_path):
     """Ranks behind an sshd are no children of the pipeline: those of the killed one must not meet those of the next."""
     longer = "train.epochs=10"
     run_ranks(["-m", "reward", *tiny_recipe, longer, "train.publish=none", f"output={tmp_path}/here"])
@@ -245,24 +291,13 @@ def test_a_pipeline_over_ssh_goes_on_when_it_was_killed_and_its_ranks_were_not(
     options = {"env": environment, "cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process = subprocess.Popen(command, **options)
     folder = tmp_path / "out" / "reward"
-
-    def caught() -> bool:
-        """Whether the launcher is in the middle, and the guard is gone that would end what it can reach."""
-        if not runs.step_is_saved(folder, 10):
-            return False
-        for guard in ranks_of(tmp_path / "out"):
-            if any("guard.py" in word for word in guard.info["cmdline"]):
-                guard.kill()
-        return True
-
-    runs.kill_when([process], caught)
-    assert any("reward" in each.info["cmdline"] for each in ranks_of(tmp_path / "out")), "the ranks still train"
+    runs.kill_when([process], lambda: runs.step_is_saved(folder, 10))
     done = subprocess.run(command, **options, timeout=500)
     assert done.returncode == 0, done.stdout
     log = (tmp_path / "out" / "logs" / "reward" / "rank0.log").read_text()
     assert log.count("resuming from") == 1
     runs.assert_close(runs.rows(folder), runs.rows(tmp_path / "here"), 1e-5)
-    assert ranks_of(tmp_path / "out") == []
+    assert processes_with(f"--log-folder {tmp_path}/out/logs/") == []
 
 
 def test_an_unreachable_host_or_a_missing_hostfile_is_refused_before_anything_starts(two_hosts, tiny_recipe, tmp_path):

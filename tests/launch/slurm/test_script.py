@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from launch.cli import main
-from launch.jobs.srun import srun_command, step_script
+from launch.jobs.srun import srun_command
 from launch.slurm.profile import ClusterProfile, load_profile
 from launch.slurm.script import Job, render
 from rlhf.core.errors import ConfigError
@@ -131,71 +131,37 @@ def test_directives_say_what_the_profile_says():
     assert not [line for line in found if "qos" in line], "what is left out is not asked for"
 
 
-def test_the_node_rank_is_resolved_on_the_node_and_not_in_the_batch_shell():
-    """A node whose SLURM_NODEID is 1 starts as node 1, although SLURM_NODEID is 0 in the batch shell."""
+def test_which_node_it_is_only_the_node_says():
+    """In the batch shell all would claim to be node 0."""
     text = render(job(), ClusterProfile(nodes=2, devices=4))
-    step = re.search(r"^step='\n(.*?)'$", text, flags=re.MULTILINE | re.DOTALL)[1]
-    assert step.strip() == step_script().strip()
-    before = [line for line in text.partition("step='")[0].splitlines() if not line.startswith("#")]
-    assert not [line for line in before if "SLURM_NODEID" in line]
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    assert not [line for line in lines if "SLURM_NODEID" in line]
+    assert "python -m launch.jobs.supervisor --slots 4x2 --node slurm -- python -m reward" in joined(text)
 
 
-@pytest.fixture
-def on_node(tmp_path):
-    """``on_node(command, node)`` runs what srun would start on a node, with a deepspeed that tells its arguments."""
-    stand_in = tmp_path / "deepspeed"
-    stand_in.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\nexit ${CODE:-0}\n')
-    stand_in.chmod(0o755)
-
-    def act(command: list[str], node: int, **environment: str) -> subprocess.CompletedProcess:
-        words = command[command.index("bash") :]
-        given = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_NODEID": str(node), "SLURM_STEP_NUM_NODES": "2"}
-        return subprocess.run(words, env=given | environment, capture_output=True, text=True)
-
-    return act
+def joined(text: str) -> str:
+    """The script with its broken lines made whole."""
+    return re.sub(r"\s*\\\n\s*", " ", text)
 
 
-def test_a_node_starts_the_launcher_with_its_own_rank_and_the_words_unchanged(on_node, tmp_path):
-    hostfile = tmp_path / "host file"
-    hostfile.write_text("n1 slots=4\nn2 slots=4\n")
-    arguments = ["--config", "a recipe.yaml", "data.train=it's $HOME.jsonl"]
-    command = srun_command("policy.sft", arguments, hosts={"n1": 4, "n2": 4}, master_port=29511, hostfile=hostfile)
-    assert command[:4] == ["srun", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1"]
-    done = on_node(command, 1)
-    assert done.stdout.splitlines() == [
-        "--no_ssh",
-        "--node_rank=1",
-        f"--hostfile={hostfile}",
-        "--master_addr=n1",
-        "--master_port=29511",
-        "--module",
-        "policy.sft",
-        *arguments,
-    ]
-    assert "--master_addr=10.1.1.1" in on_node(command, 0, MASTER_ADDR="10.1.1.1").stdout
+@pytest.mark.parametrize(
+    ("hosts", "slots"), [({"n1": 4, "n2": 4}, "4x2"), ({"n1": 4, "n2": 1}, "4,1"), ({"n1": 2}, "2x1")]
+)
+def test_srun_starts_a_supervisor_on_each_node_with_what_each_has_and_the_words_unchanged(monkeypatch, hosts, slots):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    words = [sys.executable, "-m", "policy.sft", "--config", "a recipe.yaml", "data.train=it's $HOME.jsonl"]
+    command = srun_command(words, hosts=hosts, port=29511)
+    assert command[:4] == ["srun", f"--nodes={len(hosts)}", f"--ntasks={len(hosts)}", "--ntasks-per-node=1"]
+    options = ["--slots", slots, "--node", "slurm", "--address", "n1", "--port", "29511", "--"]
+    assert command[-len(options) - len(words) :] == [*options, *words]
+    monkeypatch.setenv("MASTER_ADDR", "10.1.1.1")
+    assert "10.1.1.1" in srun_command(words, hosts=hosts, port=29511)
 
 
-def test_the_exit_code_of_the_launcher_is_that_of_the_node(on_node, tmp_path):
-    (tmp_path / "hosts").write_text("n1 slots=1\nn2 slots=1\n")
-    command = srun_command("reward", [], hosts={"n1": 1, "n2": 1}, master_port=1, hostfile=tmp_path / "hosts")
-    assert [on_node(command, 0, CODE=str(code)).returncode for code in (0, 75, 2)] == [0, 75, 2]
-
-
-@pytest.mark.parametrize("content", [None, "n1 slots=1\n"])
-def test_a_node_without_the_hostfile_of_the_step_starts_nothing(on_node, tmp_path, content):
-    """deepspeed would train on local devices, once on every node."""
-    if content:
-        (tmp_path / "hosts").write_text(content)
-    command = srun_command("reward", [], hosts={"n1": 1, "n2": 1}, master_port=1, hostfile=tmp_path / "hosts")
-    done = on_node(command, 0, SLURMD_NODENAME="n1")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert f"n1: hostfile {tmp_path}/hosts lists {1 if content else 0} nodes here, the step has 2" in done.stderr
-
-
-def test_a_container_wraps_the_launcher_and_its_python_is_used(tmp_path):
+def test_a_container_wraps_the_supervisor_and_its_python_is_used(tmp_path):
     text = render(job(), ClusterProfile(container=("apptainer", "exec", "x.sif")))
-    assert "apptainer exec x.sif deepspeed --" in text
-    assert "apptainer exec x.sif python -m launch.slurm.preflight" in re.sub(r"\s*\\\n\s*", " ", text)
+    assert "apptainer exec x.sif python -m launch.jobs.supervisor --slots 8x1" in joined(text)
+    assert "apptainer exec x.sif python -m launch.slurm.preflight" in joined(text)
     assert sys.prefix not in text
     with pytest.raises(ConfigError, match=r"profile\.container: a pipeline"):
         render(job(pipeline=True), ClusterProfile(container=("apptainer", "exec", "x.sif")))

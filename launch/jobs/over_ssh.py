@@ -1,0 +1,147 @@
+"""``python -m launch.jobs.over_ssh HOSTFILE PORT -- COMMAND...``: COMMAND once for each device of all hosts, over ssh.
+
+On every host ssh starts a supervisor, and tells it over its stdin what to run, where, and with which environment: none
+of that is on a command line, where everybody on these machines could read it. The connection is the supervisor's
+lifeline: when this process ends, or the connection breaks, so do the ranks of that host.
+"""
+
+import argparse
+import json
+import os
+import select
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from launch.jobs.hostfile import read_hostfile, ssh_words
+from launch.jobs.srun import SECONDS_AFTER_FIRST, SUPERVISOR
+from launch.jobs.supervisor import REQUESTS, STOPPED
+from rlhf.core.errors import ConfigError, UserError
+
+PASSED = (
+    *("PATH", "LD_LIBRARY_PATH", "LD_PRELOAD", "PYTHON", "VIRTUAL_ENV", "CONDA_", "TORCH", "PYTORCH_", "TRITON_"),
+    *("HF_", "HUGGING_FACE_", "TRANSFORMERS_", "TOKENIZERS_", "WANDB_", "MLFLOW_", "RLHF_", "MARGIN_RLHF_", "DS_"),
+    *("OMP_", "MKL_", "OPENBLAS_", "NCCL_", "GLOO_", "UCX_", "FI_", "TMPDIR", "XDG_CACHE_HOME", "COLUMNS"),
+)
+"""How names of variables begin that go with the run. Which devices a host shows is its own affair."""
+_END_SECONDS = 25.0
+"""How long the supervisors may take to end what they have started."""
+_ENVIRONMENT_FILE = ".deepspeed_env"
+
+
+def passed_environment() -> dict[str, str]:
+    """What the ranks get of the environment here, and of the file in which DeepSpeed's launcher looks for more."""
+    found = {name: value for name, value in os.environ.items() if name.startswith(PASSED)}
+    given = os.environ.get("DS_ENV_FILE")
+    places = [Path(given)] if given else [Path(_ENVIRONMENT_FILE), Path.home() / _ENVIRONMENT_FILE]
+    for path in places:
+        if path.is_file():
+            lines = (line.strip() for line in path.read_text().splitlines())
+            pairs = (line.partition("=") for line in lines if "=" in line and not line.startswith("#"))
+            return found | {name.strip(): value for name, _, value in pairs}
+    return found
+
+
+class Hosts:
+    """The connections to all hosts."""
+
+    def __init__(self, hosts: dict[str, int], address: str, port: str, command: Sequence[str]) -> None:
+        self._processes: list[subprocess.Popen[bytes]] = []
+        environment = passed_environment()
+        for node, host in enumerate(hosts):
+            options = {"slots": [*hosts.values()], "node": node, "address": address, "port": port, "command": command}
+            request = {"options": options, "environment": environment, "folder": os.getcwd()}
+            process = subprocess.Popen(
+                [*ssh_words(), host, shlex.join([*SUPERVISOR, "--stdin"])], stdin=subprocess.PIPE
+            )
+            self._processes.append(process)
+            self._tell(process, json.dumps(request))
+
+    def watch(self, noted: list[int], woken: int) -> int:
+        """Wait for the end; the exit code of the first host that broke, else :data:`STOPPED` if one stopped, else 0."""
+        deadline, failed = None, None
+        while True:
+            codes = [process.poll() for process in self._processes]
+            bad = [code for code in codes if code not in (None, 0, STOPPED)]
+            if bad and failed is None:
+                failed, deadline = bad[0], time.monotonic() + SECONDS_AFTER_FIRST
+            if None not in codes:
+                return failed if failed is not None else STOPPED if STOPPED in codes else 0
+            if deadline is not None and time.monotonic() > deadline:
+                return failed or 1
+            if select.select([woken], [], [], 1.0)[0]:
+                os.read(woken, 4096)
+            while noted:
+                name = signal.Signals(noted.pop(0)).name
+                for process in self._processes:
+                    self._tell(process, name)
+
+    def end(self) -> None:
+        for process in self._processes:
+            assert process.stdin is not None
+            try:
+                process.stdin.close()
+            except OSError:
+                continue
+        deadline = time.monotonic() + _END_SECONDS
+        for process in self._processes:
+            try:
+                process.wait(timeout=max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+    def _tell(self, process: "subprocess.Popen[bytes]", line: str) -> None:
+        assert process.stdin is not None
+        try:
+            process.stdin.write(line.encode() + b"\n")
+            process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it has ended, which its exit code says
+
+
+def address_of(host: str) -> str:
+    """Where the others reach the first host: MASTER_ADDR, else the first address that it says is its own."""
+    if "MASTER_ADDR" in os.environ:
+        return os.environ["MASTER_ADDR"]
+    said = subprocess.run([*ssh_words(), host, "hostname -I"], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    addresses = said.stdout.split()
+    if not addresses:
+        raise ConfigError(f"{host}: does not say its address (hostname -I); set MASTER_ADDR to where others reach it")
+    return addresses[0]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="launch.jobs.over_ssh", allow_abbrev=False)
+    parser.add_argument("hostfile", type=Path)
+    parser.add_argument("port")
+    parser.add_argument("command", nargs="+", help="behind --")
+    options = parser.parse_args(argv)
+    noted, woken = _noting((*REQUESTS, signal.SIGCHLD))
+    try:
+        found = read_hostfile(options.hostfile)
+        hosts = Hosts(found, address_of(next(iter(found))), options.port, options.command)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    try:
+        return hosts.watch(noted, woken)
+    finally:
+        hosts.end()
+
+
+def _noting(numbers: Iterable[int]) -> tuple[list[int], int]:
+    """Requests that come from now on, and a descriptor that can be read when something has happened."""
+    noted: list[int] = []
+    woken, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+    for number in numbers:
+        signal.signal(number, lambda number, _: noted.append(number) if number in REQUESTS else None)
+    return noted, woken
+
+
+if __name__ == "__main__":
+    sys.exit(main())
