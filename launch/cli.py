@@ -22,6 +22,7 @@ from launch.commands import (
 )
 from launch.commands.arguments import SettingsParser
 from rlhf.core.errors import UserError
+from rlhf.core.files import NOT_PERMITTED
 
 COMMANDS = (init, pipeline, plan, data, doctor, ds, evaluate, import_gguf, prune, publish, score, slurm, sweep)
 
@@ -46,6 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return options.run(options)
     except UserError as error:
         print(error, file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in NOT_PERMITTED:
+            raise
+        print(f"{error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -149,7 +149,8 @@ def _pipeline_jobs(options: argparse.Namespace, profile: "ClusterProfile") -> It
     (recipe,) = options.config
     pipeline = load_pipeline(recipe, options.overrides)
     command = ("rlhf", "pipeline", "run", str(recipe), *options.overrides)
-    common = {"output": pipeline.output, "pipeline": True, "written_by": options.written_by}
+    folders = tuple(each.output for each in pipeline.stages)
+    common = {"output": pipeline.output, "pipeline": True, "written_by": options.written_by, "stages": folders}
     where = f"in {pipeline.output}, on {_shape(profile)}"
     if options.jobs == "one":
         title = f"pipeline {pipeline.name} ({', '.join(each.name for each in pipeline.stages)}) {where}"
@@ -177,6 +178,8 @@ def _shape(profile: "ClusterProfile") -> str:
 
 
 def _written_by(options: argparse.Namespace) -> str:
+    from launch.slurm.script import quote
+
     profiles = [word for path in options.profile for word in ("--profile", str(path))]
     words = ["rlhf", "slurm", "render", options.stage, *_recipe_words(options), *profiles]
-    return shlex.join([*words, *(["--jobs", options.jobs] if options.jobs != "one" else [])])
+    return " ".join(map(quote, [*words, *(["--jobs", options.jobs] if options.jobs != "one" else [])]))

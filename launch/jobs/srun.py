@@ -39,6 +39,6 @@ def srun_words(nodes: int, options: Sequence[str] = ()) -> list[str]:
 
 
 def step_words(supervisor: Sequence[str], slots: Sequence[int], command: Sequence[str], *more: str) -> list[str]:
-    """What a node runs: ``command`` for each of its ranks. MASTER_ADDR and MASTER_PORT say where they meet, or ``more``."""
+    """What a node runs: ``command`` for each of its ranks; MASTER_ADDR and MASTER_PORT say where, or ``more``."""
     each = f"{slots[0]}x{len(slots)}" if len({*slots}) == 1 else ",".join(map(str, slots))
     return [*supervisor, "--slots", each, "--node", "slurm", *more, "--", *command]

@@ -38,7 +38,7 @@ SECONDS_AFTER_FAILURE = 15.0
 """How long ranks may go on after one has broken: long enough to notice it and to write down what they saw."""
 STOPPED = 75
 ASKED_VARIABLE = "RLHF_ASKED"
-"""Environment variable: a file to touch when a signal asks the ranks to stop. A job script looks for it."""
+"""Environment variable: the file that takes the name of a signal that asks the ranks to stop. A job script reads it."""
 
 
 class Supervisor:
@@ -130,8 +130,8 @@ class Supervisor:
         if number in REQUESTS:
             self._request = number, time.monotonic() + SECONDS_BETWEEN_REQUESTS
             if ASKED_VARIABLE in os.environ:
-                with contextlib.suppress(OSError):
-                    Path(os.environ[ASKED_VARIABLE]).touch()
+                with contextlib.suppress(OSError), Path(os.environ[ASKED_VARIABLE]).open("a") as asked:
+                    asked.write(f"{signal.Signals(number).name}\n")
         for process in self._processes:
             if process.poll() is None:
                 process.send_signal(number)
@@ -200,7 +200,7 @@ def _counts(text: str) -> list[int]:
 
 
 def _first_line(descriptor: int) -> bytes:
-    """Up to the end of the line and no byte further: the rest is for others."""
+    """The first line and no byte more: the rest is for others."""
     line = b""
     while not line.endswith(b"\n"):
         byte = os.read(descriptor, 1)

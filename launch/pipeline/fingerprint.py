@@ -33,9 +33,9 @@ Parts = dict[str, dict[str, Any]]
 class Inputs:
     """Checksums of files, remembered by place on the disk, size and time of change, so that each is read once."""
 
-    def __init__(self, memory: Path) -> None:
-        """``memory``: the file that keeps them from one start to the next."""
-        self._memory, self._read_now = memory, False
+    def __init__(self, memory: Path, *, writes: bool = True) -> None:
+        """``memory``: the file that keeps them from one start to the next; ``writes``: whether it is written to."""
+        self._memory, self._writes, self._read_now = memory, writes, False
 
     @functools.cached_property
     def _known(self) -> dict[str, list]:
@@ -53,7 +53,7 @@ class Inputs:
         else:
             names = {str(file.relative_to(path)): self._of_file(file) for file in files_in(path)}
             found = digest(*(part for item in names.items() for part in item))
-        if self._read_now:
+        if self._read_now and self._writes:
             write_json(self._memory, self._known)
         return found
 

@@ -99,7 +99,7 @@ def status_table(pipeline: Pipeline, *, any_code: bool = False, redo: Sequence[s
         UserError: if a run would be refused, as a folder of its stages holds something else.
     """
     view = Overview(pipeline, Console(quiet=True))
-    progress = Progress(pipeline, any_code=any_code, redo=redo)
+    progress = Progress(pipeline, any_code=any_code, redo=redo, writes=False)
     progress.check_free(pipeline.stages)
     for stage in pipeline.stages:
         marker = progress.read(stage) or {}

@@ -43,7 +43,8 @@ class StopRequest:
         with contextlib.suppress(OSError):
             if self._file.stat().st_mtime < process_started():  # meant for an earlier one
                 self._file.unlink()
-        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup stays nohup
+        self._before = {number: signal.signal(number, self._note) for number in heard}
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -19,7 +19,7 @@ from launch.runs import Pipeline, PipelineStage
 from launch.stages import load
 from rlhf.core.clock import clock
 from rlhf.core.errors import STOP_FILE, STOPPED_EXIT_CODE, UserError
-from rlhf.core.files import naming_full_disk
+from rlhf.core.files import naming_disk_faults
 from rlhf.core.owner import check_not_owned
 from rlhf.train.status import Status, read_status
 
@@ -75,7 +75,7 @@ class PipelineRun:
                 "leave it out"
             )
         began = time.monotonic()
-        with naming_full_disk(self.pipeline.output), alone(self.pipeline), StopRequest(self.pipeline.output) as stop:
+        with naming_disk_faults(self.pipeline.output), alone(self.pipeline), StopRequest(self.pipeline.output) as stop:
             self._progress.check_free(chosen)
             for stage in self.pipeline.stages:
                 self._progress.settle(stage)
@@ -249,7 +249,9 @@ class _Logs:
         """Why the stage failed, and the log that tells more: by its status, else by what was said last."""
         if status is not None and status.state == "failed":
             of_rank = f"rank {status.rank}: " if status.rank else ""
-            return f"{of_rank}{status.reason}\n  its log: {self.folder / f'rank{status.rank}.log'}"
+            of_it = self.folder / f"rank{status.rank}.log"
+            path = of_it if of_it.exists() else self.launcher  # it broke before it had one
+            return f"{of_rank}{status.reason}\n  its log: {path}"
         there = [path for path in (self.folder / "rank0.log", self.launcher) if path.exists()]
         words = {path: log.last_line(path, self.starts.get(path, 0)) for path in there}
         path = next((path for path in there if words[path]), next(iter(there), self.launcher))

@@ -59,11 +59,16 @@ class Measured:
 class Progress:
     """The markers of a pipeline, in the folder ``.pipeline`` of its output."""
 
-    def __init__(self, pipeline: Pipeline, *, any_code: bool = False, redo: Sequence[str] = ()) -> None:
-        """Args:
-        pipeline: whose stages stand where.
-        any_code: results of another version of the code, and of the libraries, count.
-        redo: stages to do again whatever their marker says; those that build on them may be done again, too.
+    def __init__(
+        self, pipeline: Pipeline, *, any_code: bool = False, redo: Sequence[str] = (), writes: bool = True
+    ) -> None:
+        """Read where the stages of ``pipeline`` stand.
+
+        Args:
+            pipeline: the pipeline.
+            any_code: results of another version of the code, and of the libraries, count.
+            redo: stages to do again whatever their marker says; those that build on them may be done again, too.
+            writes: whether what was learned of the inputs is kept; not for somebody who only looks.
         """
         self._pipeline, self._any_code = pipeline, any_code
         self._redo = {pipeline.named(name).name for name in redo}
@@ -72,7 +77,7 @@ class Progress:
             if self._allowed & {*stage.needs}:
                 self._allowed.add(stage.name)
         self._folder = pipeline.output / ".pipeline"
-        self._inputs = Inputs(self._folder / "inputs.json")
+        self._inputs = Inputs(self._folder / "inputs.json", writes=writes)
         self._decided: dict[str, Decision] = {}
 
     def decide(self, stage: PipelineStage) -> Decision:

@@ -21,14 +21,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--free-gib", type=float, required=True, help="room that the run folder must have")
     options = parser.parse_args(argv)
     node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
-    problems = list(faults(options.folder, options.token, options.devices, options.free_gib))
+    of_node = list(node_faults(options.devices))
+    if of_node and options.token.exists():  # the job goes on without this node; a full disk is full for all
+        options.token.with_name(f"{options.token.name}.unfit-{node}").touch()
+    problems = [*folder_faults(options.folder, options.token, options.free_gib), *of_node]
     for problem in problems:
         print(f"{node}: not fit: {problem}", file=sys.stderr)
     return 1 if problems else 0
 
 
-def faults(folder: Path, token: Path, devices: int, free_gib: float) -> Iterator[str]:
-    """What keeps this node from taking part, each with its remedy."""
+def folder_faults(folder: Path, token: Path, free_gib: float) -> Iterator[str]:
+    """What is wrong with the run folder, each with its remedy."""
     if not token.exists():
         yield f"{folder} is not the folder that the first node sees; put output on a file system that all nodes share"
     elif not os.access(folder, os.W_OK):
@@ -37,6 +40,10 @@ def faults(folder: Path, token: Path, devices: int, free_gib: float) -> Iterator
         free = shutil.disk_usage(folder).free / 2**30
         if free < free_gib:
             yield f"{folder} has {free:.1f} GiB free, expected {free_gib:g} (free_disk_gib of the profile)"
+
+
+def node_faults(devices: int) -> Iterator[str]:
+    """What keeps this very node from taking part, each with its remedy."""
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         yield f"{sys.executable} has no {', '.join(missing)}; name the virtual environment in the profile (venv)"

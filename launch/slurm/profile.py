@@ -55,7 +55,10 @@ class ClusterProfile:
     setup: tuple[str, ...] = ()
     """Further lines of shell before the run, in the job script."""
     environment: dict[str, str] = field(default_factory=dict)
-    """Environment variables of the run."""
+    """Environment variables of the run, as they are: nothing in them is expanded. A job script that has any is for its
+    owner's eyes only; for secrets take ``environment_files``."""
+    environment_files: tuple[Path, ...] = ()
+    """Files with lines NAME=VALUE, read when the job starts: tokens of trackers and hubs belong there."""
     interface: str | None = None
     """Network interface between nodes (ib0, eth0), for NCCL and gloo."""
     master_port: Annotated[int, Gt(1023)] | None = None
@@ -66,7 +69,7 @@ class ClusterProfile:
     requeue: bool = True
     """Put a job that was stopped by a signal, or lost a node, back into the queue."""
     max_node_failures: Annotated[int, Ge(0)] = 3
-    """How often a job that lost a node goes back into the queue."""
+    """How often a job that lost a node, or had one that is not fit, goes back into the queue."""
     probe_seconds: Annotated[int, Gt(0)] = 60
     """How long the nodes of a job that has failed may take to answer, until one of them counts as lost."""
     free_disk_gib: Annotated[float, Ge(0)] = 20.0
@@ -87,6 +90,15 @@ class ClusterProfile:
         for name in self.environment:
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
                 raise ValueError(f"environment.{name}: expected the name of an environment variable")
+        literal = {f"environment.{name}": value for name, value in self.environment.items()}
+        literal |= {"venv": str(self.venv or "")}
+        literal |= {"environment_files": ":".join(map(str, self.environment_files))}
+        for name, value in literal.items():
+            if re.search(r"\$[A-Za-z_{(]", value):
+                raise ValueError(
+                    f"{name} = {value}: nothing is expanded there. ${{oc.env:HOME}} takes the value here, where the "
+                    "script is written; a line of setup (export NAME=$HOME/x) takes that of the node"
+                )
 
     @property
     def time_seconds(self) -> int:

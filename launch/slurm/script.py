@@ -1,18 +1,24 @@
 """Renders a run and a cluster profile as an sbatch script."""
 
+import re
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
+import launch
 from launch.jobs.srun import SRUN_VARIABLE, srun_words, step_words
 from launch.slurm.profile import ClusterProfile
-from rlhf.core.errors import STOPPED_EXIT_CODE, ConfigError
-from rlhf.core.files import write_text
+from rlhf.core.errors import REFUSED_EXIT_CODE, STOPPED_EXIT_CODE, ConfigError
+from rlhf.core.files import STATUS, digest, staged_directory, write_text
 
+PACKAGES = ("ds_configs", "launch", "policy", "reward", "rlhf")
+"""What a snapshot of the code holds."""
 _WIDTH = 110
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 class Expanded(str):
@@ -32,6 +38,8 @@ class Job:
     """A module and its arguments for a stage; those of ``rlhf`` for a pipeline."""
     pipeline: bool = False
     written_by: str = ""
+    stages: tuple[Path, ...] = ()
+    """The run folders of its stages; ``output`` if left out."""
     label: str = "job"
     """Name of the script in its folder, where a run has several."""
     needs: tuple[str, ...] = ()
@@ -68,24 +76,27 @@ def render(job: Job, profile: ClusterProfile) -> str:
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False
     )
-    environment.filters["sh"] = lambda value: shlex.quote(str(value))
+    environment.filters["sh"] = lambda value: quote(str(value))
     template = environment.from_string((files("launch.slurm") / "job.sh.j2").read_text(encoding="utf-8"))
     return template.render(
-        title=job.title,
-        written_by=job.written_by or "rlhf slurm",
+        title=_one_line(job.title),
+        written_by=_one_line(job.written_by or "rlhf slurm"),
         script=job.script.absolute(),
         logs=job.log.parent.absolute(),
         directives=list(_directives(job, profile)),
         profile=profile,
         output=job.output.absolute(),
+        statuses=[(folder / STATUS).absolute() for folder in job.stages or (job.output,)],
+        code=None if profile.container else snapshot_name(),
         script_name=job.script.name,
         venv=_venv(profile),
         preflight=_preflight(profile),
         pipeline=job.pipeline,
-        srun_options=shlex.join(profile.srun_options),
+        srun_options=" ".join(map(quote, profile.srun_options)),
         srun_variable=SRUN_VARIABLE,
         command=_command(job, profile),
         stopped=STOPPED_EXIT_CODE,
+        refused=REFUSED_EXIT_CODE,
     )
 
 
@@ -97,9 +108,36 @@ def write_script(job: Job, profile: ClusterProfile) -> None:
     """
     text = render(job, profile)
     job.log.parent.mkdir(parents=True, exist_ok=True)
-    write_text(job.script, text)
+    if not profile.container:
+        write_snapshot(job.folder)
+    write_text(job.script, text, private=bool(profile.environment))
     mode = job.script.stat().st_mode
     job.script.chmod(mode | (mode & 0o444) >> 2)  # whoever may read it may start it
+
+
+def snapshot_name() -> str:
+    """What the folder with the present code is called."""
+    root = _root()
+    files = sorted(path for package in PACKAGES for path in (root / package).rglob("*") if _is_source(path))
+    return f"code-{digest(*(part for file in files for part in (str(file.relative_to(root)), file.read_bytes())))}"
+
+
+def write_snapshot(folder: Path) -> None:
+    """Keep the present code in ``folder``: a job runs it however the code is edited while it waits or is requeued."""
+    target, root = folder / snapshot_name(), _root()
+    if target.is_dir():
+        return
+    with staged_directory(target) as staged:
+        for package in PACKAGES:
+            shutil.copytree(root / package, staged / package, ignore=shutil.ignore_patterns("__pycache__"))
+
+
+def _root() -> Path:
+    return Path(launch.__file__).resolve().parents[1]
+
+
+def _is_source(path: Path) -> bool:
+    return path.is_file() and "__pycache__" not in path.parts
 
 
 def _directives(job: Job, profile: ClusterProfile) -> Iterator[str]:
@@ -123,13 +161,19 @@ def _directives(job: Job, profile: ClusterProfile) -> Iterator[str]:
     }
     for name, value in values.items():
         if value is not None:
-            yield f"--{name}={_directive_value(str(value))}"
+            yield f"--{name}={_directive_value(name, str(value))}"
     yield "--requeue" if profile.requeue else "--no-requeue"
     yield from profile.sbatch_options
 
 
-def _directive_value(value: str) -> str:
-    """sbatch reads words as a shell does, without expanding anything."""
+def _directive_value(name: str, value: str) -> str:
+    """sbatch reads words as a shell does, without expanding anything.
+
+    Raises:
+        ConfigError: for a value with a line break, behind which sbatch would read no more of them.
+    """
+    if _CONTROL.search(value):
+        raise ConfigError(f"sbatch --{name}={value!r}: expected one line")
     return value if not set(value) & set(" \t'\"#\\") else '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
@@ -164,11 +208,24 @@ def _command(job: Job, profile: ClusterProfile) -> str:
     return _lines([*srun_words(profile.nodes, profile.srun_options), *step], indent=8)
 
 
+def quote(word: str) -> str:
+    """``word`` for bash, on one line whatever is in it."""
+    if not _CONTROL.search(word):
+        return shlex.quote(word)
+    escaped = word.replace("\\", "\\\\").replace("'", "\\'")
+    return "$'" + _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", escaped) + "'"
+
+
+def _one_line(text: str) -> str:
+    """``text`` for a comment, which a line break would end."""
+    return _CONTROL.sub(" ", text)
+
+
 def _lines(words: Sequence[str], indent: int) -> str:
     """The command, broken so that it can be read."""
     lines = [""]
     for word in words:
-        text = word if isinstance(word, Expanded) else shlex.quote(word)
+        text = word if isinstance(word, Expanded) else quote(word)
         if len(lines[-1]) + len(text) > _WIDTH:
             lines.append("")
         lines[-1] += f" {text}" if lines[-1] else text

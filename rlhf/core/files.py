@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf.core.errors import DiskFull
+from rlhf.core.errors import ConfigError, DiskFull
 
 LITTLE_BYTES = 2**20
 WHOLE_BYTES = 64 * 2**20
@@ -24,20 +24,23 @@ WHOLE_BYTES = 64 * 2**20
 PIECE_BYTES, PIECES = 64 * 2**10, 4
 """How much of each tensor of a larger one is read, and at how many places."""
 
+NOT_PERMITTED = (errno.EACCES, errno.EPERM, errno.EROFS)
+"""Numbers of errors that a folder of somebody else gives, or a disk that is only to be read."""
 STATUS, RECIPE, DONE, OWNER = "status.json", "recipe.yaml", "done.json", "owner.json"
 RUN_FILES = frozenset({STATUS, RECIPE, DONE, OWNER})
 """Files at the top of a run folder that tell how the run goes and went. They are no part of its result."""
 
 
-def write_text(path: Path, text: str, *, durable: bool = True) -> None:
+def write_text(path: Path, text: str, *, durable: bool = True, private: bool = False) -> None:
     """Replace ``path`` by ``text`` in one step; readers see the old or the new file, never half of it.
 
     Args:
         path: the file; its folder is made if it is not there.
         text: the whole content.
         durable: wait until the content is on the disk; without it, a machine that loses power may lose the file.
+        private: nobody but the owner may read it, at any moment.
     """
-    write_bytes(path, text.encode(), durable=durable)
+    write_bytes(path, text.encode(), durable=durable, private=private)
 
 
 def write_array(path: Path, values: np.ndarray) -> None:
@@ -53,11 +56,13 @@ def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
     write_text(path, text + "\n", durable=durable)
 
 
-def write_bytes(path: Path, content: bytes | memoryview, *, durable: bool = True) -> None:
+def write_bytes(path: Path, content: bytes | memoryview, *, durable: bool = True, private: bool = False) -> None:
     """Replace ``path`` by ``content`` in one step, as :func:`write_text` does."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp-{_own_mark()}")
     try:
+        if private:
+            temporary.touch(mode=0o600, exist_ok=False)
         with temporary.open("wb") as handle:
             handle.write(content)
             if durable:
@@ -124,6 +129,13 @@ def scratch_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def _not_permitted(error: Exception) -> ConfigError | None:
+    """What to say if ``error`` came of a place that this process may not write to."""
+    if not isinstance(error, OSError) or error.errno not in NOT_PERMITTED:
+        return None
+    return ConfigError(f"{error.filename}: {error.strerror}; mend the rights of the folder, or choose another")
+
+
 def _full_disk(error: Exception, folder: Path) -> DiskFull | None:
     """What to say if ``error`` came of a full disk under ``folder``; ``None`` if it did not.
 
@@ -141,16 +153,17 @@ def _full_disk(error: Exception, folder: Path) -> DiskFull | None:
 
 
 @contextlib.contextmanager
-def naming_full_disk(folder: Path) -> Iterator[None]:
-    """Name a full disk as the cause of what fails inside the block.
+def naming_disk_faults(folder: Path) -> Iterator[None]:
+    """Name the cause of what fails inside the block because of the disk.
 
     Raises:
         DiskFull: for whatever fails inside because the disk under ``folder`` is full.
+        ConfigError: for a file that may not be read or written to.
     """
     try:
         yield
     except (OSError, RuntimeError, ValueError) as error:
-        fault = _full_disk(error, folder)
+        fault = _not_permitted(error) or _full_disk(error, folder)
         if fault is None:
             raise
         raise fault from error

@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar
 from rlhf.config import parse_command_line, to_yaml
 from rlhf.core.clock import process_started
 from rlhf.core.errors import UserError
-from rlhf.core.files import naming_full_disk
+from rlhf.core.files import naming_disk_faults
 from rlhf.core.importing import import_all_of
 from rlhf.engine.options import EngineConfig, OptimizerConfig
 from rlhf.models.options import BackboneConfig
@@ -100,7 +100,7 @@ def _run_on_all_ranks(config: StageConfig, module: str, program: str) -> None:
         ranks = start_ranks(timeout_seconds=config.engine.timeout_minutes * 60)
         ranks.together(lambda: check_precision(config.engine, ranks.device))
         ranks.together(lambda: check_trackers(config.train))
-        with noting_signals(), naming_full_disk(config.output):
+        with noting_signals(), naming_disk_faults(config.output):
             import_all_of(module).run(config, ranks)
             if config.train.resume != "publish":  # the run itself may have to go on
                 ranks.on_main(lambda: _mark_finished(config, program))

@@ -5,6 +5,8 @@ import os
 import sys
 from pathlib import Path
 
+from rlhf.core.errors import ConfigError
+
 
 def this_rank() -> str:
     """The rank that the launcher gave this process, before it has joined the others."""
@@ -15,12 +17,15 @@ def print_to(folder: Path | None) -> None:
     """Add what this process and its libraries print to ``folder/rank<N>.log`` from now on; ``None`` for no change.
 
     Raises:
-        OSError: if the file cannot be written.
+        ConfigError: if the file cannot be written.
     """
     if folder is None:
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    log = os.open(folder / f"rank{this_rank()}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        log = os.open(folder / f"rank{this_rank()}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    except OSError as error:
+        raise ConfigError(f"--log-folder {folder}: cannot be written to: {error.strerror}") from None
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
         os.dup2(log, stream.fileno())

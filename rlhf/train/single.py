@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 from rlhf.config import parse_command_line, to_yaml
 from rlhf.core.clock import process_started
 from rlhf.core.errors import UserError
-from rlhf.core.files import naming_full_disk
+from rlhf.core.files import naming_disk_faults
 from rlhf.train.done import Completion, config_digest, remove_completion, write_completion
 from rlhf.train.output import print_to
 from rlhf.train.status import recording
@@ -58,7 +58,7 @@ def single_main(
 
 def _run(run: Callable[[ConfigT], Any], config: ConfigT, stage: str) -> None:
     remove_completion(config.output)
-    with naming_full_disk(config.output):
+    with naming_disk_faults(config.output):
         run(config)
         seconds = round(time.time() - process_started(), 1)
         write_completion(config.output, Completion(stage=stage, config=config_digest(config), step=0, seconds=seconds))

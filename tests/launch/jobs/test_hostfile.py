@@ -233,7 +233,13 @@ def test_chosen_variables_pass_and_no_secret_is_in_a_log_or_on_a_command_line(tw
     folder = tmp_path / "it's; touch $HOME #`date`"
     folder.mkdir()
     secret = "hf_'$(touch gone)\n\"secret"
-    more = {"HF_TOKEN": secret, "WANDB_API_KEY": "k3y", "OMP_NUM_THREADS": "7", "CUDA_VISIBLE_DEVICES": "5", "MINE": "1"}
+    more = {
+        "HF_TOKEN": secret,
+        "WANDB_API_KEY": "k3y",
+        "OMP_NUM_THREADS": "7",
+        "CUDA_VISIBLE_DEVICES": "5",
+        "MINE": "1",
+    }
     command = [sys.executable, "-c", TELLS, "a b'c"]
     process = start_over_ssh(two_hosts, "told", "node1 slots=1\nnode2 slots=2\n", command, folder, **more)
     said = process.communicate(timeout=100)[0]

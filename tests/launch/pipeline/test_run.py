@@ -20,7 +20,7 @@ from rlhf.core.errors import UserError
 from rlhf.train.status import new_status, read_status, recording, write_status
 
 WORKERS = Path(__file__).parent / "workers"
-NO_PARTS = {"settings": {}, "inputs": {}, "code": {}}
+NO_PARTS = {"settings": {}, "inputs": {}, "code": {}, "versions": {}}
 CHAIN = {
     "a": {"set": {"number": 1}},
     "b": {"set": {"number": 10, "source": "${stages.a.final}"}},
@@ -274,9 +274,16 @@ def test_each_stage_is_looked_at_once_however_many_build_on_it(toys, monkeypatch
 
 
 def test_the_rank_that_broke_is_quoted_with_its_log(tmp_path):
+    (tmp_path / "rank1.log").touch()
     status = new_status("toy", state="failed", rank=1, reason="torch.OutOfMemoryError: CUDA out of memory")
     said = f"rank 1: torch.OutOfMemoryError: CUDA out of memory\n  its log: {tmp_path / 'rank1.log'}"
     assert _Logs(tmp_path).cause(status) == said
+
+
+def test_a_log_that_is_not_there_is_not_named(tmp_path):
+    (tmp_path / "launcher.log").write_text("ConfigError: cannot be imported\n")
+    status = new_status("toy", state="failed", rank=0, reason="ConfigError: cannot be imported")
+    assert _Logs(tmp_path).cause(status).endswith(f"its log: {tmp_path / 'launcher.log'}")
 
 
 @pytest.mark.parametrize("name", ["rank0", "launcher"])
@@ -294,11 +301,11 @@ def test_a_killed_rank_is_no_riddle():
 # Signals, and processes that are left
 
 
-def start(toys, *words: str, behave: str = "wait") -> subprocess.Popen:
-    """The pipeline in a process of its own, whose stage a waits."""
+def start(toys, *words: str, behave: str = "wait", before: str = "") -> subprocess.Popen:
+    """The pipeline in a process of its own, whose stage a waits; ``before``: commands of the shell that starts it."""
     toys.write({"a": {"set": {"behave": behave}}, "b": {"set": {"source": "${stages.a.final}"}}})
     return subprocess.Popen(
-        [sys.executable, str(WORKERS / "run_toys.py"), str(toys.path), *words],
+        ["bash", "-c", f'{before}exec "$@"', "-", sys.executable, str(WORKERS / "run_toys.py"), str(toys.path), *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -332,6 +339,18 @@ def test_a_signal_lets_a_training_stage_save_and_stop(toys, number):
     assert process.returncode == 75, output
     assert "stopped" in output and "the same command goes on from there" in output
     assert toys.processes() == [] and toys.starts("b") == 0
+
+
+def test_a_signal_that_is_ignored_stays_ignored(toys):
+    """nohup rlhf pipeline run ... &"""
+    process = start(toys, "train", before="trap '' HUP; ")
+    waiting_stage(toys)
+    process.send_signal(signal.SIGHUP)
+    time.sleep(2)
+    assert process.poll() is None and len(toys.processes()) >= 1
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 75
 
 
 def test_a_stop_file_in_the_folder_of_the_pipeline_does_so_too(toys):

@@ -59,8 +59,13 @@ SlurmdParameters=config_overrides
 ReturnToService=2
 SlurmdTimeout=300
 KillWait=2
-PartitionName=main Nodes=node[1-4] Default=YES MaxTime=INFINITE State=UP
-PartitionName=small Nodes=node1 MaxTime=10 State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+GresTypes=gpu
+PartitionName=main Nodes=node[1-4] Default=YES MaxTime=INFINITE State=UP PreemptMode=OFF
+PartitionName=spare Nodes=node[1-4] MaxTime=INFINITE State=UP PreemptMode=REQUEUE GraceTime=300
+PartitionName=urgent Nodes=node[1-4] MaxTime=INFINITE State=UP PreemptMode=OFF PriorityTier=100
+PartitionName=small Nodes=node1 MaxTime=10 State=UP PreemptMode=OFF
 """
 
 
@@ -84,9 +89,7 @@ class Cluster:
             (self.folder / name).mkdir()
         self._start_munge()
         host = socket.gethostname()
-        text = CONFIGURATION.format(
-            host=host, folder=self.folder, user=getpass.getuser(), controller_port=free_port()
-        )
+        text = CONFIGURATION.format(host=host, folder=self.folder, user=getpass.getuser(), controller_port=free_port())
         nodes = (f"NodeName={n} NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()} CPUs=1" for n in NODES)
         self.configuration.write_text(text + "\n".join(nodes) + "\n")
         self._daemon("slurmctld", "-c")

@@ -62,7 +62,7 @@ def test_two_nodes_train_as_two_ranks_on_one(undisturbed, jobs, one_node, runs):
     (hostfile,) = (undisturbed / "slurm").glob("hostfile-*")
     assert hostfile.read_text() == "node1 slots=1\nnode2 slots=1\n"
     log = jobs.log(undisturbed, hostfile.name.partition("-")[2]).read_text()
-    assert "nnodes=2, num_local_procs=1, node_rank=0" in log and "node_rank=1" in log
+    assert "ZeRO-3" in log and "2 rank(s)" in log
 
 
 @pytest.mark.dist
@@ -78,10 +78,16 @@ def test_two_nodes_under_zero3_train_as_two_ranks_on_one(cluster, jobs, submit, 
 @pytest.mark.dist
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "ways", [[()], pytest.param([("--batch",), ("--full",)], marks=pytest.mark.full)], ids=["steps", "shell, all"]
+    ("signal", "ways"),
+    [
+        ("USR1", [()]),
+        pytest.param("USR1", [("--batch",), ("--full",)], marks=pytest.mark.full),
+        pytest.param("TERM", [(), ("--full",)], marks=pytest.mark.full),
+    ],
+    ids=["to the steps", "to the shell, to all", "a request to end, to the steps, to all"],
 )
 def test_every_way_to_signal_a_job_saves_requeues_and_goes_on_to_the_same_result(
-    cluster, jobs, submit, undisturbed, runs, tmp_path, ways
+    cluster, jobs, submit, undisturbed, runs, tmp_path, signal, ways
 ):
     """Signals go to the steps, to the batch shell, or to both with all their processes."""
     number, output = submit(tmp_path / "run", *LONG)
@@ -89,15 +95,46 @@ def test_every_way_to_signal_a_job_saves_requeues_and_goes_on_to_the_same_result
     for restart, options in enumerate(ways, start=1):
         seen = jobs.steps(output)
         cluster.until(lambda seen=seen: jobs.steps(output) > seen + 3, log)
-        cluster.run("scancel", "--signal=USR1", *options, number)
+        cluster.run("scancel", f"--signal={signal}", *options, number)
         cluster.wait_for_restart(number, restart, log)
         assert not (output / "STOP").exists()
         assert not (output / "done.json").exists()
     cluster.wait(number, "COMPLETED", log)
     text = log.read_text()
-    assert text.count("saved and stopped on SIGUSR1: back into the queue") == cluster.restarts(number) == len(ways)
+    assert text.count(f"saved and stopped on SIG{signal}: back into the queue") == cluster.restarts(number) == len(ways)
     assert text.count("resuming from") == cluster.restarts(number)
     assert_same_run(runs, output, undisturbed)
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.full
+def test_a_job_that_is_preempted_saves_in_its_grace_and_goes_on_when_there_is_room_again(
+    cluster, jobs, submit, undisturbed, runs, tmp_path
+):
+    """PreemptMode=REQUEUE with GraceTime: SLURM sends SIGTERM, and a job that ends by itself is not requeued by it."""
+    number, output = submit(tmp_path / "run", *LONG, "profile.partition=spare")
+    log = jobs.log(output, number)
+    cluster.until(lambda: jobs.steps(output) > 3, log)
+    urgent = cluster.run("sbatch", "--parsable", "-p", "urgent", "-N4", "--output=/dev/null", "--wrap", "sleep 1")
+    cluster.wait_for_restart(number, 1, log)
+    cluster.wait(number, "COMPLETED", log)
+    assert cluster.state(urgent.stdout.strip()) == "COMPLETED"
+    assert "saved and stopped on SIGTERM: back into the queue" in log.read_text()
+    assert cluster.restarts(number) == 1
+    assert_same_run(runs, output, undisturbed)
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.full
+def test_a_job_that_is_canceled_is_not_put_back_into_the_queue(cluster, jobs, submit, tmp_path):
+    number, output = submit(tmp_path / "run", *LONG)
+    log = jobs.log(output, number)
+    cluster.until(lambda: jobs.steps(output) > 3, log)
+    cluster.run("scancel", number)
+    cluster.until(lambda: cluster.state(number) == "CANCELLED")
+    assert "back into the queue" not in log.read_text() and cluster.restarts(number) == 0
 
 
 @pytest.mark.dist
@@ -162,7 +199,7 @@ def refused(cluster, profile: Path, tiny_recipe, output: Path, *settings: str) -
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["profile.partition=gpu"], "profile.partition = gpu: this cluster has main, small"),
+        (["profile.partition=gpu"], "profile.partition = gpu: this cluster has main, small, spare, urgent"),
         (["profile.nodes=5"], "profile.nodes = 5: partition main has 4 nodes"),
         (["profile.partition=small", "profile.nodes=1", "profile.time='30'"], "time = 30: partition small allows 10:"),
         (["profile.device_kind=gpu", "profile.devices=4"], "devices = 4"),

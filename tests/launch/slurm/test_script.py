@@ -1,6 +1,7 @@
 """Cluster profiles and the scripts that become of them, without a SLURM."""
 
 import itertools
+import json
 import os
 import re
 import shlex
@@ -14,9 +15,12 @@ import yaml
 
 from launch.cli import main
 from launch.jobs.srun import srun_command
+from launch.slurm import bad_gpu, script
 from launch.slurm.profile import ClusterProfile, load_profile
 from launch.slurm.script import Job, render
 from rlhf.core.errors import ConfigError
+from rlhf.train import status as statuses
+from rlhf.train.status import new_status
 from tests.lacking import lacking
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -84,7 +88,7 @@ PROFILES = [
             {},
             {
                 "modules": ("cuda/12.8",),
-                "environment": {"A": "it's $HOME"},
+                "environment": {"A": "it's 5 $ a\nline"},
                 "interface": "ib0",
                 "setup": ("ulimit -l unlimited",),
                 "srun_options": ("--container-image=/a b.sqsh",),
@@ -207,40 +211,211 @@ def test_a_script_that_was_submitted_from_elsewhere_makes_its_folder_and_a_copy_
     for name, text in {"scontrol": "echo NodeAddr=n1", "srun": "exit 1"}.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / name).chmod(0o755)
-    script = tmp_path / "mine.sh"
-    script.write_text(render(job(output=tmp_path / "my run"), ClusterProfile(requeue=False)))
+    mine = tmp_path / "mine.sh"
+    mine.write_text(render(job(output=tmp_path / "my run"), ClusterProfile(requeue=False)))
     job_variables = {"SLURM_JOB_ID": "12", "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_NUM_NODES": "1"}
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"} | job_variables
-    done = subprocess.run(["bash", script], env=environment, capture_output=True, text=True)
+    done = subprocess.run(["bash", mine], env=environment, capture_output=True, text=True)
     assert "not started: a node is not fit" in done.stdout and done.stderr == ""
     here = tmp_path / "my run" / "slurm"
     assert (here / "hostfile-12").read_text() == "NodeAddr=n1 slots=8\n"
-    assert (here / "job.sh").read_text() == script.read_text()
+    assert (here / "job.sh").read_text() == mine.read_text()
 
 
 def functions_of(text: str, *names: str) -> str:
-    """The functions of a script by these names, each of one line."""
-    lines = [line for line in text.splitlines() if line.startswith(tuple(f"{name}()" for name in names))]
-    assert len(lines) == len(names)
-    return "\n".join(lines)
+    """The functions of a script by these names."""
+    found = [re.search(rf"^{name}\(\) \{{(.*\}}$|\n.*?^\}}$)", text, flags=re.MULTILINE | re.DOTALL) for name in names]
+    return "\n".join(each[0] for each in found)
 
 
-def test_a_start_has_made_progress_if_it_left_a_checkpoint_and_not_if_it_counted_steps(tmp_path):
-    check = functions_of(render(job(), ClusterProfile(requeue=True)), "progress") + "\nprogress"
+def write_status(folder: Path, step: int, state: str = "stopped") -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    text = '{{\n  "evaluation": {{\n    "step": 77\n  }},\n  "state": "{}",\n  "step": {},\n  "unit": "step"\n}}\n'
+    (folder / "status.json").write_text(text.format(state, step))
 
-    def progress() -> str:
-        return subprocess.run(["bash", "-c", f"run={tmp_path}\n{check}"], capture_output=True, text=True).stdout
 
-    status = tmp_path / "status.json"
-    status.write_text('{\n  "state": "stopped",\n  "step": 9,\n  "unit": "step"\n}\n')
-    before = progress()
-    status.write_text('{\n  "state": "stopped",\n  "step": 0,\n  "unit": "step"\n}\n')
-    assert progress() == before
-    (tmp_path / "checkpoints" / "step-00000009").mkdir(parents=True)
-    saved = progress()
-    assert saved != before
-    (tmp_path / "stage" / "checkpoints" / "step-00000003").mkdir(parents=True)
-    assert progress() != saved
+def test_a_start_has_made_progress_if_its_stages_came_further_wherever_their_folders_are(tmp_path):
+    elsewhere = tmp_path / "scratch disk" / "ppo"
+    stages = (tmp_path / "run" / "sft", elsewhere)
+    text = render(job(output=tmp_path / "run", stages=stages), ClusterProfile(requeue=True))
+    (statuses,) = [line for line in text.splitlines() if line.startswith("statuses=")]
+    check = f"here={tmp_path}\n{statuses}\n{functions_of(text, 'steps', 'came_further')}\ncame_further"
+
+    def came_further() -> bool:
+        return subprocess.run(["bash", "-c", check], env={"SLURM_JOB_ID": "5", "PATH": "/usr/bin:/bin"}).returncode == 0
+
+    assert not came_further(), "nothing is there"
+    write_status(stages[0], 9)
+    assert came_further() and not came_further()
+    write_status(stages[0], 0)
+    assert not came_further(), "a start that was only begun"
+    write_status(stages[0], 9, "finished")
+    assert came_further(), "a stage that is finished"
+    write_status(elsewhere, 3)
+    assert came_further() and not came_further()
+
+
+def test_a_line_break_in_a_setting_is_neither_code_nor_the_end_of_what_sbatch_reads(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    hostile = "x\ntouch gone\n#"
+    arguments = ("reward", f"data.system={hostile}", "it's\t$(touch gone)")
+    settings = {"environment": {"A": hostile}, "requeue": False}
+    text = render(
+        job(title=f"reward in {hostile}", arguments=arguments, written_by=f"rlhf {hostile}"), ClusterProfile(**settings)
+    )
+    lines = text.splitlines()
+    assert not [line for line in lines if line.startswith("touch gone")]
+    assert next(number for number, line in enumerate(lines) if line.startswith("#SBATCH")) < lines.index("")
+    start = functions_of(text, "start").replace("srun", "printf '%s|' srun", 1)
+    done = subprocess.run(["bash", "-c", f"{start}\nstart"], capture_output=True, text=True, check=True)
+    assert done.stdout.split("|")[-4:-1] == ["reward", *arguments[1:]]
+    for name in ("partition", "account", "constraint"):
+        with pytest.raises(ConfigError, match=f"sbatch --{name}=.*: expected one line"):
+            render(job(), ClusterProfile(**{name: hostile}))
+    with pytest.raises(ConfigError, match="sbatch --job-name"):
+        render(job(name=hostile), ClusterProfile())
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [({"environment": {"HF_HOME": "$HOME/hf"}}, "environment.HF_HOME"), ({"venv": "${HOME}/venv"}, "venv")],
+)
+def test_what_would_stay_literal_is_refused_with_the_way_out(settings, name):
+    with pytest.raises(ValueError, match=rf"{re.escape(name)} = .*nothing is expanded.*oc\.env:HOME"):
+        ClusterProfile(**settings | {"venv": Path(settings["venv"])} if "venv" in settings else settings)
+
+
+def test_a_script_with_values_is_for_its_owner_alone_and_secrets_come_from_a_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "write_snapshot", lambda folder: None)
+    secrets = tmp_path / "my secrets.env"
+    secrets.write_text("HF_TOKEN='hf x'\n")
+    mine = job(output=tmp_path / "run")
+    script.write_script(mine, ClusterProfile(environment={"HF_TOKEN": "hf x"}))
+    assert mine.script.stat().st_mode & 0o077 == 0
+    script.write_script(mine, ClusterProfile(environment_files=(secrets,)))
+    text = mine.script.read_text()
+    assert "hf x" not in text and mine.script.stat().st_mode & 0o055
+    begin, end = text.index("[ -r "), text.index("set +a")
+    assert runs_to("echo $HF_TOKEN; env | grep -c HF_TOKEN", text[begin:end]) == "hf x\n1\n"
+    secrets.unlink()
+    assert runs_to("echo on", text[begin:end]) == f"not started: cannot read {secrets}\n"
+
+
+def test_a_missing_module_ends_the_job_before_it_trains(tmp_path):
+    text = render(job(), ClusterProfile(modules=("cuda/12.8",)))
+    (line,) = [line for line in text.splitlines() if line.startswith("module load")]
+    assert runs_to("echo on", f"module() {{ return 1; }}\n{line}") == "not started: no module cuda/12.8\n"
+    assert runs_to("echo on", f"module() {{ return 0; }}\n{line}") == "on\n"
+
+
+def runs_to(end: str, lines: str) -> str:
+    """What a script of these lines prints that says what it says."""
+    text = f'say() {{ echo "$*"; }}\n{lines}\n{end}'
+    return subprocess.run(["bash", "-c", text], capture_output=True, text=True).stdout
+
+
+def test_a_job_runs_a_snapshot_of_the_code_however_that_is_edited_afterwards(tmp_path, monkeypatch):
+    mine = job(output=tmp_path / "run")
+    script.write_script(mine, ClusterProfile())
+    (snapshot,) = mine.folder.glob("code-*")
+    text = mine.script.read_text()
+    begin, end = text.index("code=$here/"), text.index("export PYTHONUNBUFFERED")
+    where = "import launch.slurm, rlhf, json; print(launch.slurm.__path__[0], rlhf.__path__[0])"
+    lines = f"here={mine.folder}\ncd {ROOT}\n{text[begin:end]}"
+    assert runs_to(f"{sys.executable} -c '{where}'", lines).split() == [f"{snapshot}/launch/slurm", f"{snapshot}/rlhf"]
+    monkeypatch.setattr(script, "snapshot_name", lambda: "code-other")
+    script.write_script(mine, ClusterProfile())
+    assert {path.name for path in mine.folder.glob("code-*")} == {snapshot.name, "code-other"}, "requeued jobs need it"
+
+
+FAKES = {
+    "scontrol": 'echo "scontrol $*" >> $CALLS\n'
+    'case "$*" in *hostnames*) printf "n1\\nn2\\n";; *) echo NodeAddr=n1;; esac',
+    "squeue": "echo RUNNING",
+    "srun": 'case "$*" in *supervisor*) exec $RUN;; *preflight*) exec $FIT;; esac',
+}
+
+
+@pytest.fixture
+def run_job(tmp_path):
+    """``run_job(run, fit=...)``: the script of two nodes with shell commands in the place of SLURM's; log and calls."""
+    for name, text in FAKES.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    mine = job(output=tmp_path / "run")
+    path = tmp_path / "job.sh"
+    path.write_text(render(mine, ClusterProfile(nodes=2, devices=4, max_node_failures=2)))
+
+    def act(run: str, fit: str = "true", restart: int = 0) -> tuple[str, str]:
+        for name, text in {"train": run, "fit": fit}.items():
+            (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+            (tmp_path / name).chmod(0o755)
+        environment = {
+            "PATH": f"{tmp_path}:{Path(sys.executable).parent}:/usr/bin:/bin",
+            "PYTHONPATH": str(ROOT),
+            "CALLS": str(tmp_path / "calls"),
+            "RUN": str(tmp_path / "train"),
+            "FIT": str(tmp_path / "fit"),
+            "SLURM_JOB_ID": "12",
+            "SLURM_JOB_NODELIST": "n[1-2]",
+            "SLURM_JOB_NUM_NODES": "2",
+            "SLURM_RESTART_COUNT": str(restart),
+        }
+        (tmp_path / "calls").write_text("")
+        done = subprocess.run(["bash", path], env=environment, capture_output=True, text=True, timeout=60)
+        return done.stdout + done.stderr, (tmp_path / "calls").read_text()
+
+    return act
+
+
+@pytest.mark.parametrize(
+    ("reason", "bad"),
+    [
+        ("torch.AcceleratorError: CUDA error: uncorrectable ECC error encountered", True),
+        ("RuntimeError: CUDA error: unspecified launch failure", True),
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", False),
+        ("ValueError: margins", False),
+    ],
+)
+def test_a_fault_of_a_gpu_names_the_rank_that_has_it(tmp_path, capsys, monkeypatch, reason, bad):
+    status = new_status("reward", state="failed", rank=5, reason=reason)
+    statuses.write_status(tmp_path, status)
+    monkeypatch.setattr(sys, "argv", ["bad_gpu", str(tmp_path / "status.json")])
+    assert bad_gpu.main() == (0 if bad else 1)
+    assert capsys.readouterr().out == ("5\n" if bad else "")
+
+
+STATUS_OF = (
+    '{{"stage": "reward", "state": "failed", "step": {step}, "rank": {rank}, "reason": "{reason}", "started": 1, '
+    '"updated": 1, "machine": "n1", "process": 1}}'
+)
+
+
+def crash(folder: Path, step: int, rank: int = 0, reason: str = "ValueError: odd") -> str:
+    """Shell commands that leave a run behind whose rank broke."""
+    said = json.dumps(json.loads(STATUS_OF.format(step=step, rank=rank, reason=reason)), indent=2)
+    return f"mkdir -p {folder}/run; cat > {folder}/run/status.json <<'END'\n{said}\nEND\nexit 1"
+
+
+def test_a_crash_is_tried_again_as_long_as_the_run_comes_further_and_not_on_a_node_whose_gpu_broke(run_job, tmp_path):
+    text, calls = run_job(crash(tmp_path, 7))
+    assert "crashed with exit code 1, and had come further than before: back into the queue" in text
+    assert "scontrol requeue 12" in calls and "ExcNodeList" not in calls
+    text, calls = run_job(crash(tmp_path, 7), restart=1)
+    assert "failed with exit code 1" in text and "requeue" not in calls, "it came no further"
+    text, calls = run_job(crash(tmp_path, 9, rank=6, reason="CUDA error: uncorrectable ECC error"), restart=2)
+    assert "scontrol update JobId=12 ExcNodeList=n2" in calls and "from now on without n2" in text
+    text, calls = run_job("exit 2", restart=3)
+    assert "failed with exit code 2" in text and "requeue" not in calls, "what is refused is refused again"
+
+
+def test_a_node_that_is_not_fit_is_left_out_and_only_so_often(run_job, tmp_path):
+    unfit = f"for token in {tmp_path}/run/slurm/seen-12-*; do touch $token.unfit-n2; done; exit 1"
+    for restart in range(2):
+        text, calls = run_job("true", unfit, restart)
+        assert "a node is not fit: back into the queue" in text and "ExcNodeList=n2" in calls
+    text, calls = run_job("true", unfit, 2)
+    assert "a node is not fit, for the 3. time: not requeued" in text and "requeue" not in calls
 
 
 def test_a_job_is_finished_if_this_start_said_so(tmp_path):

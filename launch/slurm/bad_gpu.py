@@ -1,0 +1,26 @@
+"""``python -m launch.slurm.bad_gpu STATUS``: the rank that broke with a fault of its GPU; exit code 1 if none did."""
+
+import re
+import sys
+from pathlib import Path
+
+from rlhf.train.status import read_status
+
+FAULT = re.compile(
+    r"uncorrectable|\bECC\b|\bXid\b|illegal memory access|misaligned address|unspecified launch failure"
+    r"|hardware|device-side|CUDA-capable device|GPU is lost|fallen off the bus|NVML|bus error",
+    flags=re.IGNORECASE,
+)
+"""How faults of a device read that another one may not have. Being out of memory is none."""
+
+
+def main() -> int:
+    status = read_status(Path(sys.argv[1]).parent)
+    if status is None or status.state != "failed" or status.waited or not FAULT.search(status.reason):
+        return 1
+    print(status.rank or 0)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
