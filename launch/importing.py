@@ -1,11 +1,11 @@
 """``python -m launch.importing --config RECIPE.yaml``: ``rlhf import-gguf`` as a stage of a pipeline."""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 from rlhf.core.annotations import NoResult
+from rlhf.core.leaving import leave
 from rlhf.models import gguf
 from rlhf.models.gguf import EMBEDDED
 from rlhf.models.options import BackboneConfig
@@ -55,4 +55,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

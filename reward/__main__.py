@@ -1,8 +1,8 @@
 """``python -m reward``, or the same under deepspeed, torchrun or srun."""
 
-import sys
 
 from reward.config import RewardConfig
+from rlhf.core.leaving import leave
 from rlhf.train.command import stage_main
 
 DESCRIPTION = "Train a reward model on preference pairs, with adaptive optimal-transport margins."
@@ -13,4 +13,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

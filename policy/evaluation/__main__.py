@@ -1,9 +1,8 @@
 """``python -m policy.evaluation --config RECIPE.yaml``: an evaluation as a stage of a pipeline."""
 
-import sys
-
 from policy.evaluation.config import EvaluationConfig
 from rlhf.core.importing import import_all_of
+from rlhf.core.leaving import leave
 from rlhf.train.single import single_main
 from rlhf.train.status import report_metrics
 
@@ -39,4 +38,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -1,8 +1,8 @@
 """``python -m policy.ppo``, or the same under deepspeed, torchrun or srun."""
 
-import sys
 
 from policy.ppo.config import PpoConfig
+from rlhf.core.leaving import leave
 from rlhf.train.command import stage_main
 
 DESCRIPTION = "Train a policy by PPO (or RLOO, GRPO, REINFORCE++) against a margin reward model or a Python function."
@@ -13,4 +13,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -1,8 +1,8 @@
 """``python -m policy.preference``, or the same under deepspeed, torchrun or srun."""
 
-import sys
 
 from policy.preference.config import PreferenceConfig
+from rlhf.core.leaving import leave
 from rlhf.train.command import stage_main
 
 DESCRIPTION = "Train a policy on preferences: margin-based and other objectives of the DPO family."
@@ -15,4 +15,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -1,8 +1,8 @@
 """``python -m policy.sft``, or the same under deepspeed, torchrun or srun."""
 
-import sys
 
 from policy.sft.config import SftConfig
+from rlhf.core.leaving import leave
 from rlhf.train.command import stage_main
 
 DESCRIPTION = "Train a policy on conversations: the likelihood of their assistant turns."
@@ -13,4 +13,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

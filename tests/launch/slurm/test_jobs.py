@@ -82,9 +82,9 @@ def test_two_nodes_under_zero3_train_as_two_ranks_on_one(cluster, jobs, submit, 
     [
         ("USR1", [()]),
         pytest.param("USR1", [("--batch",), ("--full",)], marks=pytest.mark.full),
-        pytest.param("TERM", [(), ("--full",)], marks=pytest.mark.full),
+        pytest.param("TERM", [(), ("--batch",)], marks=pytest.mark.full),
     ],
-    ids=["to the steps", "to the shell, to all", "a request to end, to the steps, to all"],
+    ids=["to the steps", "to the shell, to all", "a request to end, to the steps, to the shell"],
 )
 def test_every_way_to_signal_a_job_saves_requeues_and_goes_on_to_the_same_result(
     cluster, jobs, submit, undisturbed, runs, tmp_path, signal, ways
