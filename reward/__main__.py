@@ -1,6 +1,5 @@
 """``python -m reward``, or the same under deepspeed, torchrun or srun."""
 
-
 from reward.config import RewardConfig
 from rlhf.core.leaving import leave
 from rlhf.train.command import stage_main

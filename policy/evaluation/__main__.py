@@ -23,9 +23,7 @@ def run(config: EvaluationConfig) -> None:
         config.reference,
         read_prompts(config.prompts),
         load_reward(config.reward),
-        template=TemplateChoice(
-            text=config.template, options=config.template_options, fold_system=config.fold_system
-        ),
+        template=TemplateChoice(text=config.template, options=config.template_options, fold_system=config.fold_system),
         settings=config.sampling,
         output=config.output,
     )

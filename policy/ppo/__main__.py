@@ -1,6 +1,5 @@
 """``python -m policy.ppo``, or the same under deepspeed, torchrun or srun."""
 
-
 from policy.ppo.config import PpoConfig
 from rlhf.core.leaving import leave
 from rlhf.train.command import stage_main

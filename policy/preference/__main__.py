@@ -1,6 +1,5 @@
 """``python -m policy.preference``, or the same under deepspeed, torchrun or srun."""
 
-
 from policy.preference.config import PreferenceConfig
 from rlhf.core.leaving import leave
 from rlhf.train.command import stage_main

@@ -1,6 +1,5 @@
 """``python -m policy.sft``, or the same under deepspeed, torchrun or srun."""
 
-
 from policy.sft.config import SftConfig
 from rlhf.core.leaving import leave
 from rlhf.train.command import stage_main

@@ -14,6 +14,8 @@ def leave(code: int) -> NoReturn:
     ended by unwinding its stack, which C++ answers with "terminate called without an active exception": a run that has
     finished would end with SIGABRT, now and then.
     """
+    if "torch" not in sys.modules:
+        sys.exit(code)
     threading._shutdown()  # type: ignore[attr-defined]  # waits for threads that are no daemons
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):

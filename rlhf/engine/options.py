@@ -51,3 +51,5 @@ class EngineConfig:
     """Stop after this many steps in a row whose loss or gradient is not finite."""
     timeout_minutes: Annotated[float, Gt(0), NoResult()] = 60.0
     """How long a rank waits for the others before it gives up."""
+    rendezvous_minutes: Annotated[float, Gt(0), NoResult()] = 10.0
+    """The same at the start, until all are there: no longer than the slowest needs to import everything."""

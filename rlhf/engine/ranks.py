@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from rlhf.core.errors import ConfigError, UserError
 from rlhf.core.ports import free_port
@@ -117,14 +118,17 @@ class Ranks:
         return self.broadcast_object(self.together(lambda: action() if self.is_main else None))
 
 
-def start_ranks(timeout_seconds: float = 3600.0) -> Ranks:
+def start_ranks(timeout_seconds: float = 3600.0, rendezvous_seconds: float = 600.0) -> Ranks:
     """Find out which process this is and join the others.
 
     Reads ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK`` (torchrun, deepspeed), else the SLURM step's
     variables (srun with one task per process), else stands alone.
 
+    Args:
+        timeout_seconds: how long a rank waits for others in a collective.
+        rendezvous_seconds: how long it waits here until all have come.
     Raises:
-        ConfigError: if a SLURM step of several tasks does not say where rank 0 listens.
+        ConfigError: if a SLURM step of several tasks does not say where rank 0 listens, or the ranks do not meet.
     """
     environment = _launch_environment()
     local_rank = int(environment["LOCAL_RANK"])
@@ -137,7 +141,7 @@ def start_ranks(timeout_seconds: float = 3600.0) -> Ranks:
     if not dist.is_initialized():
         _environment_before.update({name: os.environ.get(name) for name in environment})
         os.environ.update(environment)
-        _join(device, timeout_seconds)
+        _join(device, timeout_seconds, rendezvous_seconds)
     return Ranks(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -168,12 +172,21 @@ def stop_ranks() -> None:
             os.environ[name] = value
 
 
-def _join(device: torch.device, timeout_seconds: float) -> None:
+def _join(device: torch.device, timeout_seconds: float, rendezvous_seconds: float) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_seconds)
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     try:
-        dist.init_process_group(backend=backend, timeout=timedelta(seconds=timeout_seconds))
+        store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=rendezvous_seconds)))
+        dist.init_process_group(backend=backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        store.set_timeout(timeout)
+    except dist.DistStoreError as error:
+        raise ConfigError(
+            f"not all {os.environ['WORLD_SIZE']} ranks have come to {address}:{port} within {rendezvous_seconds:g} s "
+            f"(engine.rendezvous_minutes): {str(error).splitlines()[0]}. See the logs of the others: is one still "
+            "importing, ended, or behind a firewall?"
+        ) from error
     except dist.DistNetworkError as error:
-        address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
         raise ConfigError(
             f"the ranks cannot meet at {address}:{port}: {str(error).splitlines()[0]}. If another run on this host has "
             f"the port, choose a free one: deepspeed --master_port {free_port()} ... (torchrun: --master-port)"

@@ -20,7 +20,7 @@ from rlhf.models.options import BackboneConfig
 from rlhf.train.done import Completion, config_digest, read_completion, write_completion
 from rlhf.train.options import TrainConfig
 from rlhf.train.output import print_to, this_rank
-from rlhf.train.status import recording
+from rlhf.train.status import recording, report_phase
 
 
 class StageConfig(Protocol):
@@ -94,13 +94,19 @@ def _run_on_all_ranks(config: StageConfig, module: str, program: str) -> None:
     from rlhf.engine.ranks import start_ranks, stop_ranks
     from rlhf.engine.stop import noting_signals
     from rlhf.train.fresh import end_fresh_process
+    from rlhf.train.heartbeat import heart_beating
     from rlhf.train.trackers import check_trackers
 
     try:
-        ranks = start_ranks(timeout_seconds=config.engine.timeout_minutes * 60)
+        report_phase("waiting for all ranks")
+        ranks = start_ranks(
+            timeout_seconds=config.engine.timeout_minutes * 60,
+            rendezvous_seconds=config.engine.rendezvous_minutes * 60,
+        )
+        report_phase("loading")
         ranks.together(lambda: check_precision(config.engine, ranks.device))
         ranks.together(lambda: check_trackers(config.train))
-        with noting_signals(), naming_disk_faults(config.output):
+        with noting_signals(), naming_disk_faults(config.output), heart_beating(ranks):
             import_all_of(module).run(config, ranks)
             if config.train.resume != "publish":  # the run itself may have to go on
                 ranks.on_main(lambda: _mark_finished(config, program))

@@ -61,6 +61,8 @@ class Status:
     """Why it stopped or failed."""
     rank: int | None = None
     """The rank that broke, where one did."""
+    waits_for: str = ""
+    """The rank that others wait for for long, and where it stands."""
     waited: bool = False
     """It broke while it was waiting for another rank, which therefore broke first."""
     started: float
@@ -84,7 +86,8 @@ class Status:
         """Phase, step, time left and metrics on one line."""
         counted = f"{self.unit} {self.step}/{self.total}" if self.total else ""
         left = f"ETA {clock(self.eta_seconds)}" if self.eta_seconds is not None else ""
-        return "  ".join(filter(None, [self.phase, counted, left, describe(self.metrics)]))
+        waits = f"waits for {self.waits_for}" if self.waits_for else ""
+        return "  ".join(filter(None, [self.phase, counted, left, waits, describe(self.metrics)]))
 
 
 def describe(metrics: Mapping[str, float | None]) -> str:
@@ -171,6 +174,8 @@ class _Recorder:
 
 
 _recorder: _Recorder | None = None
+_phase = STARTING
+"""Of this rank, which need not be the one that writes."""
 
 
 @contextlib.contextmanager
@@ -233,8 +238,15 @@ def report_status(**changes: Any) -> None:
         _recorder.change(at_once=True, **changes)
 
 
+def current_phase() -> str:
+    """What this rank, main or not, is doing."""
+    return _phase
+
+
 def report_phase(text: str) -> None:
     """Say what the run is doing from now on."""
+    global _phase
+    _phase = text
     if _recorder is not None and _recorder.status.phase != text:
         _recorder.change(at_once=True, phase=text)
 
