@@ -74,8 +74,8 @@ def _scontrol(*words: str) -> str:
             "start the command outside, or give --ranks to use this machine alone"
         ) from None
     if done.returncode != 0:
+        said = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()[-1]
         raise UnknownAllocation(
-            f"scontrol {' '.join(words)}: {done.stderr.strip() or done.stdout.strip()}; give --hostfile, or --ranks to "
-            "use this machine alone"
+            f"scontrol {' '.join(words)}: {said}; give --hostfile, or --ranks to use this machine alone"
         )
     return done.stdout

@@ -51,7 +51,7 @@ class Heartbeat:
         self._ranks, self._board, self._ended = ranks, board, threading.Event()
         self._main = threading.main_thread().ident
         self._count, self._where, self._changed = 0, ("", ""), time.monotonic()
-        self._heard: dict[int, tuple[int, float]] = {}
+        self._heard = dict.fromkeys(range(ranks.world_size), (0, time.monotonic()))
 
     def run(self) -> None:
         while not self._ended.wait(SECONDS_BETWEEN_BEATS):
@@ -83,7 +83,7 @@ class Heartbeat:
         """For how many seconds each rank has said nothing new, by the clock of this one."""
         now = time.monotonic()
         for rank, beat in beats.items():
-            if self._heard.get(rank, (-1, 0.0))[0] != beat.count:
+            if self._heard[rank][0] != beat.count:
                 self._heard[rank] = beat.count, now
         return {rank: now - heard for rank, (_, heard) in self._heard.items()}
 
@@ -92,14 +92,17 @@ def waits_for(beats: Mapping[int, Beat], silent: Mapping[int, float]) -> str:
     """Which ranks hold up the others, in words; empty if none does.
 
     Args:
-        beats: the latest of each rank.
+        beats: the latest of each rank that has had one.
         silent: for how many seconds each has said nothing new.
     """
     named = []
     waiting = any(beat.waits and beat.since > SECONDS_STILL for beat in beats.values())
-    for rank, beat in sorted(beats.items()):
-        if silent[rank] > SECONDS_STILL:
-            named.append(f"rank {rank} on {beat.host}, silent for {silent[rank]:.0f} s, last in: {beat.phase}")
+    for rank, seconds in sorted(silent.items()):
+        beat = beats.get(rank)
+        if beat is None:
+            named += [f"rank {rank}, silent for {seconds:.0f} s"] if seconds > SECONDS_STILL else []
+        elif seconds > SECONDS_STILL:
+            named.append(f"rank {rank} on {beat.host}, silent for {seconds:.0f} s, last in: {beat.phase}")
         elif waiting and not beat.waits and beat.since > SECONDS_STILL:
             named.append(
                 f"rank {rank} on {beat.host}, for {beat.since:.0f} s in: {beat.phase} ({beat.place or 'not our code'})"

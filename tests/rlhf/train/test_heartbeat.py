@@ -31,6 +31,7 @@ with recording(folder, "toy"):
         ranks.barrier()
         if ranks.rank == 1:
             report_phase("reading data")
+            time.sleep(1)
             (folder / "pid").write_text(str(os.getpid()))
             hangs() if behave == "hang" else time.sleep(0.5)
         ranks.barrier()
@@ -58,6 +59,7 @@ def beat(**changes) -> Beat:
         ),
         ({0: beat(waits=False, phase="reading data"), 1: beat()}, {}, "rank 0 on n1, for 100 s in: reading data (a.py"),
         ({0: beat(), 1: beat(), 2: beat(host="n3")}, {2: 75.0}, "rank 2 on n3, silent for 75 s, last in: training"),
+        ({0: beat()}, {1: 61.0}, "rank 1, silent for 61 s"),
         ({0: beat(), **{rank: beat(waits=False) for rank in range(1, 8)}}, {}, " and 4 more"),
     ],
 )
@@ -73,7 +75,7 @@ def test_a_run_whose_rank_hangs_or_is_gone_says_which_one_and_in_which_phase(sta
     worker.write_text(WORKER)
     folder = tmp_path / "run"
     processes = start_ranks([str(worker), str(folder), behave], 2)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     if behave == "stop":
         while not (folder / "pid").exists():
             assert time.monotonic() < deadline
