@@ -41,7 +41,7 @@ class Beat:
     waits: bool
     """It is inside of a collective."""
     since: float
-    """For how many seconds place and phase have been the same."""
+    """Seconds since place or phase changed."""
 
 
 class Heartbeat:
@@ -80,7 +80,7 @@ class Heartbeat:
         )
 
     def _silent(self, beats: Mapping[int, Beat]) -> dict[int, float]:
-        """For how many seconds each rank has said nothing new, by the clock of this one."""
+        """Seconds since each rank said something new, by the clock of this one."""
         now = time.monotonic()
         for rank, beat in beats.items():
             if self._heard[rank][0] != beat.count:

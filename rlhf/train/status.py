@@ -175,7 +175,7 @@ class _Recorder:
 
 _recorder: _Recorder | None = None
 _phase = STARTING
-"""Of this rank, which need not be the one that writes."""
+"""What this rank is doing, which need not be the one that writes."""
 
 
 @contextlib.contextmanager
