@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from launch.pipeline.run import RunOptions
 
 _DESCRIPTION = """\
-Run the stages of a pipeline recipe in their order, each as a job of its own under the deepspeed launcher. A stage
+Run the stages of a pipeline recipe in their order, each as a job of its own on all ranks. A stage
 that is finished with the same settings, inputs, code and libraries is skipped; one that was begun goes on from its
 checkpoint, also where only code or libraries have changed; any other change does it again, and its earlier folder is
 kept as NAME.before. Work of more than ten minutes is done again only if --redo names it. Settings of the command line

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A batch job without any other launcher, to read and edit. "rlhf slurm render" writes a longer one, which also checks
-# the nodes, tells a lost node from a crash, and uses the deepspeed launcher.
+# the nodes, tells a lost node from a crash, and runs a snapshot of the code.
 #   sbatch launch/scripts/sbatch.sh [key=value ...]      (from this repository)
 # Before the first run: rlhf import-gguf smollm2 models/SmolLM2-135M-Instruct
 #SBATCH --job-name=reward
