@@ -34,11 +34,12 @@ def load_reward(spec: str) -> RewardFunction:
 
 
 def _reward_of(folder: Path) -> RewardFunction:
-    from reward.score import load_scorer, score_tokens  # which loads Transformers; a function needs none of it
+    from reward.score import check_scorer, load_scorer, score_tokens  # they load Transformers: a function needs none
 
-    model, chat = load_scorer(folder)
+    check_scorer(folder)
 
     def reward(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        model, chat = load_scorer(folder)  # now, and no sooner: what is judged may need the memory until then
         rows = [
             chat.encode([{"role": "user", "content": prompt}], [{"role": "assistant", "content": response}])[0]
             for prompt, response in zip(prompts, responses, strict=True)

@@ -88,7 +88,16 @@ def load_scorer(folder: Path) -> tuple[RewardModel, ChatFormat]:
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if has_bfloat16() else torch.float32
-    model = load_reward_model(folder, dtype=dtype).eval().to(device)
+    chat = check_scorer(folder)
+    return load_reward_model(folder, dtype=dtype).eval().to(device), chat
+
+
+def check_scorer(folder: Path) -> ChatFormat:
+    """The chat format of a published model, without the model.
+
+    Raises:
+        ModelError: if tokenizer or template are not those of its manifest.
+    """
     chat = load_chat(folder)
     if (folder / MANIFEST_NAME).is_file():
         manifest = read_manifest(folder)
@@ -101,7 +110,7 @@ def load_scorer(folder: Path) -> tuple[RewardModel, ChatFormat]:
                     f"{folder}: the {name} ({found}) is not the one that the model was trained with ({trained}): it "
                     "was changed since, or published by an earlier version; copy the folder or publish the model anew"
                 )
-    return model, chat
+    return chat
 
 
 @torch.inference_mode()

@@ -26,21 +26,33 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--max-new-tokens", type=positive_int, default=128, help="(default %(default)s)")
     parser.add_argument("--temperature", type=float, default=1.0, help="(default %(default)s)")
     parser.add_argument("--top-p", type=float, default=1.0, help="(default %(default)s)")
+    likeliest = "draw from so many likeliest tokens; 0 for all (default %(default)s)"
+    parser.add_argument("--top-k", type=int, default=0, help=likeliest)
+    penalty = "makes tokens that were there before less likely (default %(default)s)"
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, help=penalty)
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends a response; may be repeated")
+    precisions = ("auto", "float32", "bfloat16", "float16")
+    parser.add_argument("--precision", choices=precisions, default="auto", help="of all models (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
     parser.add_argument("--output", type=home_path, required=True, help="folder for samples and tables")
 
 
 def run(options: argparse.Namespace) -> int:
-    from policy.evaluation.__main__ import run as evaluate
+    from policy.evaluation.__main__ import evaluate
     from policy.evaluation.config import EvaluationConfig
     from rlhf.config import validate
 
-    settings = chosen(options, ("reward", "template"))
+    settings = chosen(options, ("reward", "template", "precision"))
     for name in ("reference", "prompts", "output"):
         settings[name] = str(getattr(options, name))
     settings["policies"] = dict(_named(text) for text in options.policy)
-    settings["sampling"] = chosen(options, ("samples", "max_new_tokens", "temperature", "top_p", "seed"))
-    evaluate(validate(EvaluationConfig, settings, program="rlhf evaluate", origin="command line"))
+    sampling = ("samples", "max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "stop", "seed")
+    settings["sampling"] = chosen(options, sampling)
+    config = validate(EvaluationConfig, settings, program="rlhf evaluate", origin="command line")
+
+    from rlhf.engine.ranks import single_rank
+
+    evaluate(config, single_rank())
     return 0
 
 

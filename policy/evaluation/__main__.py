@@ -1,4 +1,6 @@
-"""``python -m policy.evaluation --config RECIPE.yaml``: an evaluation as a stage of a pipeline."""
+"""``python -m policy.evaluation --config RECIPE.yaml``: an evaluation as a stage, on any number of ranks."""
+
+from typing import TYPE_CHECKING
 
 from policy.evaluation.config import EvaluationConfig
 from rlhf.core.importing import import_all_of
@@ -6,11 +8,25 @@ from rlhf.core.leaving import leave
 from rlhf.train.single import single_main
 from rlhf.train.status import report_metrics
 
+if TYPE_CHECKING:
+    from rlhf.engine.ranks import Ranks
+
 DESCRIPTION = "Compare policies by a reward function on fresh samples for held-out prompts."
 
 
 def run(config: EvaluationConfig) -> None:
+    """Evaluate on the ranks that a launcher has started."""
     import_all_of("policy.evaluation.compare")
+    from rlhf.engine.ranks import start_ranks, stop_ranks
+
+    try:
+        evaluate(config, start_ranks())
+    finally:
+        stop_ranks()
+
+
+def evaluate(config: EvaluationConfig, ranks: "Ranks") -> None:
+    """Every rank must call it; the main one prints."""
     from rich.console import Console
 
     from policy.evaluation.compare import evaluate_policies, read_prompts
@@ -26,9 +42,12 @@ def run(config: EvaluationConfig) -> None:
         template=TemplateChoice(text=config.template, options=config.template_options, fold_system=config.fold_system),
         settings=config.sampling,
         output=config.output,
+        precision=config.precision,
+        ranks=ranks,
     )
-    report_metrics({f"reward/{each.name}": each.reward.value for each in found})
-    Console().print(evaluation_table(found))
+    if ranks.is_main:
+        report_metrics({f"reward/{each.name}": each.reward.value for each in found})
+        Console().print(evaluation_table(found))
 
 
 def main(argv: list[str] | None = None) -> int:

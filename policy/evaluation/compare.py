@@ -1,19 +1,24 @@
 """What policies are worth: reward of fresh samples for held-out prompts, and how far they are from a reference."""
 
+import functools
+import gc
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from policy.evaluation.options import SamplingSettings
 from policy.evaluation.results import PolicyEvaluation, markdown
 from policy.evaluation.sampling import Sample, sample_responses
 from policy.generation.check import check_sampling
 from policy.model import PolicyModel
+from policy.ppo.telemetry import response_kl
 from policy.self_check import check_logprobs
 from reward.function import RewardFunction
 from rlhf.core.errors import DataError, ModelError
@@ -21,15 +26,31 @@ from rlhf.core.files import write_json, write_text
 from rlhf.core.intervals import mean_with_interval
 from rlhf.data.batching import length_bucket
 from rlhf.data.options import TemplateChoice
+from rlhf.data.templates import ChatFormat
+from rlhf.engine.build import DTYPES, check_precision, precision_of
 from rlhf.engine.frozen import Frozen, ReplicatedModel
-from rlhf.engine.ranks import single_rank
+from rlhf.engine.options import EngineConfig, Precision
+from rlhf.engine.ranks import Ranks, single_rank
 from rlhf.models.backbones import hide_loading_bars, load_causal_lm
 from rlhf.models.options import BackboneConfig
 from rlhf.models.stops import model_stop_tokens
-from rlhf.train.chat import load_chat
+from rlhf.train.chat import check_same_tokens, load_chat
 from rlhf.train.progress import Progress
 
 ROWS_AT_ONCE = 32
+T = TypeVar("T")
+
+
+REFERENCE = "reference"
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """This rank's samples of one policy."""
+
+    samples: Sequence[Sample]
+    logprobs: Sequence[Tensor]
+    """``(T,)`` of the tokens of each response under the policy itself."""
 
 
 def evaluate_policies(
@@ -41,8 +62,12 @@ def evaluate_policies(
     template: str | TemplateChoice | None,
     settings: SamplingSettings,
     output: Path,
+    precision: Precision | Literal["auto"] = "auto",
+    ranks: Ranks | None = None,
 ) -> list[PolicyEvaluation]:
-    """Sample from every policy (the reference first) and compare; writes samples, evaluations.json and .md.
+    """Sample from every policy and from the reference and compare; writes samples, evaluations.json and .md.
+
+    One model is held at a time: the reference, which is asked about the samples of all, comes last; then the rewards.
 
     Args:
         policies: Transformers folders by name.
@@ -50,36 +75,89 @@ def evaluate_policies(
         prompts: held-out user messages.
         reward: ``(prompts, responses) -> rewards``.
         template: as ``data.template``.
-        settings: of the samples; KL is estimated at temperature 1 and top_p 1 only when these are drawn so.
+        settings: of the samples; only where they come from the policy as it is, their mean log-ratio is called KL.
         output: folder to write into.
+        precision: of all models.
+        ranks: who share the prompts, and must all call it; ``None`` for this process by itself.
+    Returns:
+        The reference, then the policies.
     Raises:
-        ModelError: if a folder is no language model.
+        ModelError: if a folder is no language model, or has another tokenizer than the reference.
+        ConfigError: if the precision is not there.
         DataError: if there is no prompt, or ``reward`` gives a wrong number of rewards or one that is not finite.
     """
     hide_loading_bars()
+    ranks = ranks or single_rank()
+    engine = EngineConfig(precision=precision)
+    check_precision(engine, ranks.device, "precision")
+    dtype = DTYPES[precision_of(engine)]
     for folder in (reference, *policies.values()):  # before anything takes time
         if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
             raise ModelError(f"{folder}: not a model folder (no config.json); give the final/ folder of a run")
     chat = load_chat(reference, template)
-    base = open_policy(reference)
+    for name, folder in policies.items():
+        check_same_tokens(f"policies.{name}", str(folder), chat, f"reference = {reference}", trust_remote_code=False)
+    names = {REFERENCE: reference, **policies}
+    last = [reference]  # after all others
+    drawn: dict[str, Drawn] = {}
+    against: dict[str, Sequence[Tensor]] = {}
+    for folder in [*dict.fromkeys(each for each in policies.values() if each != reference), *last]:
+        model = open_policy(folder, dtype, ranks)
+        own = replace(chat, stop_token_ids=model_stop_tokens(folder, chat.tokenizer))
+        same = [name for name, other in names.items() if other == folder]
+        of_this = _draw(model, own, prompts, settings, same[0])
+        drawn |= dict.fromkeys(same, of_this)
+        if folder == reference:
+            against = {name: _logprobs(model, each.samples) for name, each in drawn.items() if each is not of_this}
+            against |= dict.fromkeys(same, of_this.logprobs)
+        del model
+        _free()
     found: list[PolicyEvaluation] = []
     base_rewards: NDArray[np.float64] | None = None
-    for name, folder in {"reference": reference, **policies}.items():
-        model = base if folder == reference else open_policy(folder)
-        with Progress(single_rank(), len(prompts) * settings.samples, 0, f"{name}: sample") as progress:
-            own = replace(chat, stop_token_ids=model_stop_tokens(folder, chat.tokenizer))
-            samples = sample_responses(model, own, prompts, settings, lambda done: progress.advance(done, {}))
-        rewards = _rewards(reward, prompts, samples)
-        ratios = np.zeros(len(samples))
-        if model is not base:
-            ratios = _own_logprobs(model, samples, settings) - _logprobs(base, samples)
+    for name in names:
+        samples = _all_of(drawn[name].samples, ranks)
+        logprobs = _padded(_all_of(drawn[name].logprobs, ranks))
+        other = _padded(_all_of(against[name], ranks))
+        rewards = ranks.on_main(functools.partial(_rewards, reward, prompts, samples))
         by_prompt = rewards.reshape(len(prompts), settings.samples).mean(axis=1)
-        found.append(_summary(name, samples, by_prompt, base_rewards, ratios))
+        ratios = response_kl(logprobs, other)
+        found.append(_summary(name, samples, by_prompt, base_rewards, ratios, named=settings.from_the_policy))
         base_rewards = by_prompt if base_rewards is None else base_rewards
-        _write_samples(output / f"samples_{name}.jsonl", prompts, samples, rewards)
-    write_json(output / "evaluations.json", [asdict(each) for each in found])
-    write_text(output / "evaluations.md", markdown(found))
+        if ranks.is_main:
+            _write_samples(output / f"samples_{name}.jsonl", prompts, samples, rewards)
+    if ranks.is_main:
+        write_json(output / "evaluations.json", [asdict(each) for each in found])
+        write_text(output / "evaluations.md", markdown(found))
     return found
+
+
+def _draw(model: Frozen, chat: ChatFormat, prompts: Sequence[str], settings: SamplingSettings, name: str) -> Drawn:
+    """Responses to this rank's share of the prompts."""
+    ranks = model.ranks
+    first, end = (len(prompts) * place // ranks.world_size for place in (ranks.rank, ranks.rank + 1))
+    mine, total = prompts[first:end], (end - first) * settings.samples
+    with Progress(ranks, max(total, 1), 0, f"{name}: sample") as progress:
+        samples: Sequence[Sample] = ()
+        if mine:
+            samples = sample_responses(model, chat, mine, settings, lambda n: progress.advance(n, {}), first=first)
+    samples = [replace(sample, prompt=first + sample.prompt) for sample in samples]
+    return Drawn(samples, _own_logprobs(model, samples, settings))
+
+
+def _all_of(mine: Sequence[T], ranks: Ranks) -> list[T]:
+    """What all ranks have, in the order of the prompts."""
+    return [each for part in ranks.gather_objects(list(mine)) for each in part]
+
+
+def _padded(values: Sequence[Tensor]) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(list(values), batch_first=True)
+
+
+def _free() -> None:
+    """Give back the memory of models that nothing refers to any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -101,22 +179,32 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def open_policy(folder: Path) -> Frozen:
-    """The language model in a folder, in float32, to sample from and to ask for log-probabilities.
+def open_policy(folder: Path, dtype: torch.dtype = torch.float32, ranks: Ranks | None = None) -> Frozen:
+    """The language model in a folder, to sample from and to ask for log-probabilities. Every rank must call it.
 
+    Args:
+        folder: of the model.
+        dtype: of its weights.
+        ranks: ``None`` for this process by itself.
     Raises:
         ModelError: if the folder holds none.
     """
-    hf = load_causal_lm(BackboneConfig(path=str(folder)), dtype=torch.float32, vocabulary=0)
-    policy = PolicyModel(hf)
-    check_logprobs(policy, str(folder))
-    model = ReplicatedModel(policy, single_rank())
+    ranks = ranks or single_rank()
+
+    def load() -> PolicyModel:
+        policy = PolicyModel(load_causal_lm(BackboneConfig(path=str(folder)), dtype=dtype, vocabulary=0))
+        if ranks.is_main:
+            check_logprobs(policy, str(folder))
+        return policy
+
+    model = ReplicatedModel(ranks.together(load), ranks)
     check_sampling(model, str(folder))
     return model
 
 
 def _rewards(reward: RewardFunction, prompts: Sequence[str], samples: Sequence[Sample]) -> NDArray[np.float64]:
-    values = np.asarray(reward([prompts[s.prompt] for s in samples], [s.text for s in samples]), dtype=np.float64)
+    given = reward([prompts[sample.prompt] for sample in samples], [sample.text for sample in samples])
+    values = np.asarray(list(given), dtype=np.float64)
     if values.shape != (len(samples),) or not np.isfinite(values).all():
         raise DataError(
             f"the reward function gave {values.shape} values for {len(samples)} responses, "
@@ -125,23 +213,25 @@ def _rewards(reward: RewardFunction, prompts: Sequence[str], samples: Sequence[S
     return values
 
 
-def _own_logprobs(model: Frozen, samples: Sequence[Sample], settings: SamplingSettings) -> NDArray[np.float64]:
-    """What a model says of its own samples. It has said so when it drew them, if that was at temperature 1."""
-    if settings.temperature == 1.0:
-        return np.array([sample.logprob for sample in samples])
+def _own_logprobs(model: Frozen, samples: Sequence[Sample], settings: SamplingSettings) -> Sequence[Tensor]:
+    """What a model says of its own samples. It has said so when it drew them, if that was from its own logits."""
+    if settings.temperature == settings.repetition_penalty == 1.0:
+        return [torch.from_numpy(sample.logprobs) for sample in samples]
     return _logprobs(model, samples)
 
 
 @torch.inference_mode()
-def _logprobs(model: Frozen, samples: Sequence[Sample]) -> NDArray[np.float64]:
+def _logprobs(model: Frozen, samples: Sequence[Sample]) -> list[Tensor]:
+    """``(T,)`` of the tokens of each response."""
     order = sorted(range(len(samples)), key=lambda place: len(samples[place].row.tokens))
-    found = np.zeros(len(samples))
+    found: dict[int, Tensor] = {}
     for start in range(0, len(order), ROWS_AT_ONCE):
         places = order[start : start + ROWS_AT_ONCE]
         bucket = length_bucket([samples[place].row for place in places]).to(model.ranks.device)
         (values,) = model.forward((bucket,)).logprobs
-        found[places] = values.sum(dim=1).double().cpu().numpy()
-    return found
+        of_responses = zip(places, values.float().cpu(), bucket.response_mask[:, 1:].cpu(), strict=True)
+        found |= {place: row[mask] for place, row, mask in of_responses}
+    return [found[place] for place in range(len(samples))]
 
 
 def _summary(
@@ -149,14 +239,18 @@ def _summary(
     samples: Sequence[Sample],
     by_prompt: NDArray[np.float64],
     base: NDArray[np.float64] | None,
-    ratios: NDArray[np.float64],
+    ratios: Mapping[str, float],
+    *,
+    named: bool,
 ) -> PolicyEvaluation:
+    """``named``: the log-ratios of the samples may be called KL."""
     return PolicyEvaluation(
         name=name,
         reward=mean_with_interval(by_prompt),
         gain=None if base is None else mean_with_interval(by_prompt - base),
-        kl=float(ratios.mean()),
-        kl_k3=float((np.expm1(-ratios) + ratios).mean()),
+        kl=ratios["kl"] if named else None,
+        kl_k3=ratios["kl_k3"] if named else None,
+        log_ratio=ratios["kl"],
         tokens=float(np.mean([sample.row.response.sum() for sample in samples])),
         ended_share=float(np.mean([sample.ended for sample in samples])),
         prompts=len(by_prompt),

@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from policy.evaluation.options import SamplingSettings
 from rlhf.core.annotations import NoResult
+from rlhf.engine.options import Precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,4 +30,6 @@ class EvaluationConfig:
     """Variables of the template; see data.template_options of the stages."""
     fold_system: bool = False
     """See data.fold_system of the stages."""
+    precision: Precision | Literal["auto"] = "auto"
+    """Type of the weights of all models; auto as in the stages: bfloat16 on a GPU that has it, else float32."""
     sampling: SamplingSettings = field(default_factory=SamplingSettings)

@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from policy.evaluation.options import SamplingSettings
 from policy.generation.api import row_seed
 from policy.generation.hf import HfSampler
-from policy.generation.options import SamplingConfig
 from rlhf.core.errors import DataError
 from rlhf.data.batching import Row
 from rlhf.data.templates import ChatFormat
@@ -26,8 +26,8 @@ class Sample:
     text: str
     ended: bool
     """Whether the model ended it, rather than the limit."""
-    logprob: float
-    """Of the response, in nats, at the temperature that it was drawn at."""
+    logprobs: NDArray[np.float32]
+    """``(T,)`` of the response's tokens, in nats, at the temperature that they were drawn at."""
 
 
 def sample_responses(
@@ -59,7 +59,12 @@ def sample_responses(
     texts = [chat.render_prompt(({"role": "user", "content": prompt},)) for prompt in prompts]
     encoded = [np.array(tokens, np.int64) for tokens in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     sampler = HfSampler(
-        model, _config(settings), eos_token_ids=chat.end_token_ids, pad_token_id=tokenizer.pad_token_id
+        model,
+        settings,
+        eos_token_ids=chat.end_token_ids,
+        pad_token_id=tokenizer.pad_token_id,
+        tokenizer=tokenizer,
+        repetition_penalty=settings.repetition_penalty,
     )
     jobs = [(prompt, sample) for prompt in range(len(prompts)) for sample in range(settings.samples)]
     responses = sampler.generate(
@@ -72,14 +77,5 @@ def sample_responses(
         whole = np.concatenate([encoded[prompt], response.tokens])
         text = tokenizer.decode(response.tokens, skip_special_tokens=True).strip()
         row = Row(whole, np.arange(len(whole)) >= len(encoded[prompt]))
-        samples.append(Sample(prompt, row, text, response.ended, float(response.logprobs.sum(dtype=np.float64))))
+        samples.append(Sample(prompt, row, text, response.ended, response.logprobs))
     return samples
-
-
-def _config(settings: SamplingSettings) -> SamplingConfig:
-    return SamplingConfig(
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        batch_rows=settings.batch_rows,
-    )

@@ -15,6 +15,7 @@ from policy.generation.attention import grouped_attention
 from policy.generation.cache import expand, new_cache, shrink
 from policy.generation.draw import draw_tokens
 from policy.generation.options import SamplingConfig
+from policy.generation.repetition import RepetitionPenalty
 from policy.generation.stopping import StopRule
 from policy.model import DecodeStep, policy_of
 from rlhf.core.errors import ModelError
@@ -34,6 +35,8 @@ class HfSampler:
         eos_token_ids: tokens that end a response.
         pad_token_id: any token; it is never seen.
         tokenizer: for stop strings; not needed without.
+        repetition_penalty: see :class:`RepetitionPenalty`; 1 for none. The log-probabilities of responses are then
+            those under the changed logits.
         synced: the model is sharded, so that a forward needs all ranks: they stay together, forward by forward,
             and a rank that is done makes forwards for company. Every rank must then call :meth:`generate`, be it
             without prompts.
@@ -47,9 +50,10 @@ class HfSampler:
         eos_token_ids: Sequence[int],
         pad_token_id: int,
         tokenizer: Any | None = None,
+        repetition_penalty: float = 1.0,
         synced: bool = False,
     ) -> None:
-        self._model, self._config = model, config
+        self._model, self._config, self._penalty = model, config, repetition_penalty
         self._stop = StopRule(eos_token_ids, config.stop, tokenizer)
         self._pad, self._synced = pad_token_id, synced
         self._device = model.ranks.device
@@ -88,7 +92,12 @@ class HfSampler:
         config = self._config
         cache = new_cache(policy_of(self._model).hf.config, room=config.max_new_tokens)
         rows, logits = self._read_prompts(prompts, seeds, cache)
+        penalty = None
+        if self._penalty != 1:
+            penalty = RepetitionPenalty(self._penalty, prompts, logits.shape[1], self._device)
         for step in range(config.max_new_tokens):
+            if penalty is not None:
+                logits = penalty.apply(logits)
             drawn = draw_tokens(
                 logits,
                 rows.uniforms[:, step],
@@ -100,9 +109,13 @@ class HfSampler:
             if not len(going_on) or step + 1 == config.max_new_tokens:
                 break
             tokens = drawn.tokens
+            if penalty is not None:
+                penalty.add(tokens)
             if len(going_on) < len(tokens):
                 source = _closed_up(going_on)
                 rows.keep(source)
+                if penalty is not None:
+                    penalty.keep(source)
                 shrink(cache, source, self._device)
                 tokens = tokens[torch.tensor(source, device=self._device)]
             logits = self._ask(tokens[:, None], rows.mask, rows.lengths[:, None] + step, cache, written=step + 1)

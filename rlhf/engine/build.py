@@ -27,15 +27,15 @@ def has_bfloat16() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def check_precision(config: EngineConfig, device: torch.device) -> None:
-    """Refuse a precision that is not there on ``device``.
+def check_precision(config: EngineConfig, device: torch.device, setting: str = "engine.precision") -> None:
+    """Refuse a precision that is not there on ``device``; ``setting`` is its key in the recipe.
 
     Raises:
         ConfigError: if ranks on ``device`` cannot train in the precision of the recipe.
     """
     if config.precision == "float16" and device.type == "cpu":
         raise ConfigError(
-            "engine.precision = float16 needs a GPU, and this rank has none: take float32, bfloat16 or auto"
+            f"{setting} = float16 needs a GPU, and this rank has none: take float32, bfloat16 or auto"
         )
 
 

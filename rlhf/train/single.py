@@ -1,4 +1,4 @@
-"""The command of a stage that trains nothing: one process."""
+"""The command of a stage that trains nothing."""
 
 import logging
 import sys
@@ -12,7 +12,7 @@ from rlhf.core.clock import process_started
 from rlhf.core.errors import UserError
 from rlhf.core.files import naming_disk_faults
 from rlhf.train.done import Completion, config_digest, remove_completion, write_completion
-from rlhf.train.output import print_to
+from rlhf.train.output import print_to, this_rank
 from rlhf.train.status import recording
 
 
@@ -34,9 +34,9 @@ def single_main(
     program: str,
     description: str,
 ) -> int:
-    """The command of a stage in one process: read the recipe, run, mark it done; the exit code.
+    """The command of a stage that trains nothing: read the recipe, run, mark it done; the exit code.
 
-    See :func:`rlhf.train.command.stage_main`, which starts stages on many ranks.
+    ``run`` is called in every process that a launcher has started. See :func:`rlhf.train.command.stage_main`.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
@@ -52,13 +52,19 @@ def single_main(
             _run(run, config, stage)
         return 0
     except UserError as error:
-        print(error, file=sys.stderr, flush=True)
+        if this_rank() == "0":
+            print(error, file=sys.stderr, flush=True)
         return error.exit_code
 
 
 def _run(run: Callable[[ConfigT], Any], config: ConfigT, stage: str) -> None:
-    remove_completion(config.output)
+    is_main = this_rank() == "0"
+    if is_main:
+        remove_completion(config.output)
     with naming_disk_faults(config.output):
         run(config)
-        seconds = round(time.time() - process_started(), 1)
-        write_completion(config.output, Completion(stage=stage, config=config_digest(config), step=0, seconds=seconds))
+        done = Completion(
+            stage=stage, config=config_digest(config), step=0, seconds=round(time.time() - process_started(), 1)
+        )
+        if is_main:
+            write_completion(config.output, done)

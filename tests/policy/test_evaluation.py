@@ -1,7 +1,13 @@
 """Policies compared by a reward on fresh samples."""
 
+import copy
+import gc
 import json
 import math
+import shutil
+import weakref
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +16,14 @@ from transformers import AutoModelForCausalLM
 
 from launch.cli import build_parser
 from policy.evaluation import compare
-from policy.evaluation.compare import evaluate_policies, read_prompts
+from policy.evaluation.compare import evaluate_policies, open_policy, read_prompts
 from policy.evaluation.options import SamplingSettings
+from policy.evaluation.results import markdown, read_evaluations
+from policy.evaluation.sampling import sample_responses
 from reward.function import load_reward
 from rlhf.core.errors import ConfigError, DataError, ModelError
+from rlhf.train.chat import load_chat
+from rlhf.train.done import read_completion
 
 PROMPTS = [f"write about {word}" for word in ("sun", "rain", "tax", "a good day")]
 SETTINGS = SamplingSettings(samples=3, max_new_tokens=6, batch_rows=5)
@@ -34,9 +44,17 @@ def moved_model(tiny_model, tiny_tokenizer, tmp_path):
     return tmp_path / "moved"
 
 
-def evaluate(reference, policies, output, reward=length_of, **changes):
-    settings = SamplingSettings(**{**SETTINGS.__dict__, **changes})
-    return evaluate_policies(policies, reference, PROMPTS, reward, template=None, settings=settings, output=output)
+def evaluate(reference, policies, output, reward=length_of, precision="auto", **changes):
+    return evaluate_policies(
+        policies,
+        reference,
+        PROMPTS,
+        reward,
+        template=None,
+        settings=replace(SETTINGS, **changes),
+        output=output,
+        precision=precision,
+    )
 
 
 def test_rewards_intervals_and_kl_can_be_made_again_from_the_samples(tiny_model, moved_model, tmp_path):
@@ -64,7 +82,158 @@ def test_the_kl_is_that_of_plain_log_probabilities(tiny_model, moved_model, tmp_
     drawn = evaluate(tiny_model, {"moved": moved_model}, tmp_path / "drawn", **changes)[1]
     monkeypatch.setattr(compare, "_own_logprobs", lambda model, samples, _: compare._logprobs(model, samples))
     asked = evaluate(tiny_model, {"moved": moved_model}, tmp_path / "asked", **changes)[1]
-    assert (drawn.kl, drawn.kl_k3) == pytest.approx((asked.kl, asked.kl_k3), abs=1e-5)
+    assert drawn.log_ratio == pytest.approx(asked.log_ratio, abs=1e-5) and drawn.log_ratio != 0
+    assert (drawn.kl_k3 is None and changes) or drawn.kl_k3 == pytest.approx(asked.kl_k3, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "sampling", [{"temperature": 0.7}, {"top_p": 0.9}, {"top_k": 20}, {"repetition_penalty": 1.1}], ids=str
+)
+def test_log_ratios_are_called_kl_only_where_samples_are_the_policy_s_own(tiny_model, moved_model, tmp_path, sampling):
+    found = evaluate(tiny_model, {"moved": moved_model}, tmp_path / "out", **sampling)
+    plain = evaluate(tiny_model, {"moved": moved_model}, tmp_path / "plain", stop=("e",))
+    assert [each.kl for each in found] == [each.kl_k3 for each in found] == [None, None]
+    assert found[1].log_ratio != 0 and plain[1].kl == plain[1].log_ratio
+    assert "KL" not in markdown(found) and "log-ratio" in markdown(found)
+    assert "KL (k3)" in markdown(plain) and "log-ratio" not in markdown(plain)
+    assert read_evaluations(tmp_path / "out") == found
+
+
+def test_kl_k3_is_that_of_training(tiny_model, moved_model, tmp_path):
+    """Token by token: of the sum of a response's log-ratios it would be another number."""
+    _, moved = evaluate(tiny_model, {"moved": moved_model}, tmp_path, max_new_tokens=12)
+    rows = [json.loads(line) for line in (tmp_path / "samples_moved.jsonl").read_text().splitlines()]
+    chat = load_chat(tiny_model)
+    own = sample_responses(open_policy(moved_model), chat, PROMPTS, replace(SETTINGS, max_new_tokens=12))
+    assert [sample.text for sample in own] == [row["response"] for row in rows]
+    models = [AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (moved_model, tiny_model)]
+    k3 = []
+    for sample in own:
+        ids = torch.from_numpy(sample.row.tokens)[None]
+        mask = torch.from_numpy(sample.row.response)[1:]
+        with torch.no_grad():
+            policy, base = (
+                model(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[mask].squeeze(1)
+                for model in models
+            )
+        ratios = (policy - base).double()
+        k3.append(float((torch.exp(-ratios) - 1 + ratios).sum()))
+    assert moved.kl_k3 == pytest.approx(sum(k3) / len(k3), rel=1e-4)
+
+
+def test_one_model_is_held_at_a_time_and_the_judge_comes_last(tiny_model, moved_model, tmp_path, monkeypatch):
+    another = tmp_path / "another"
+    shutil.copytree(moved_model, another)
+    opened, alive = [], []
+
+    def watched(folder, *arguments):
+        gc.collect()
+        alive.append(sum(model() is not None for model in opened))
+        model = open_policy(folder, *arguments)
+        opened.append(weakref.ref(model.module))
+        return model
+
+    def judge(prompts, responses):
+        gc.collect()
+        alive.append(sum(model() is not None for model in opened))
+        return length_of(prompts, responses)
+
+    monkeypatch.setattr(compare, "open_policy", watched)
+    found = evaluate(tiny_model, {"one": moved_model, "two": another}, tmp_path / "out", reward=judge)
+    assert len(opened) == 3, "each once"
+    assert alive == [0] * 6
+    assert [each.name for each in found] == ["reference", "one", "two"]
+    assert found[1].reward == found[2].reward and found[1].kl == found[2].kl > 0
+
+
+def test_a_policy_of_another_tokenizer_is_refused_before_anything_is_sampled(
+    tiny_model, tiny_tokenizer, moved_model, tmp_path
+):
+    """Its tokens would be other texts: one more token, and one in the place of another."""
+    for change in (lambda other: other.add_tokens(["something new"]), lambda other: None):
+        other = copy.deepcopy(tiny_tokenizer)
+        change(other)
+        folder = tmp_path / f"tokens{len(other)}"
+        shutil.copytree(moved_model, folder)
+        other.save_pretrained(folder)
+        if len(other) == len(tiny_tokenizer):
+            file = folder / "tokenizer.json"
+            settings = json.loads(file.read_text())
+            first, second, *_ = [token for token in settings["model"]["vocab"] if token.isalpha()]
+            vocabulary = settings["model"]["vocab"]
+            vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+            file.write_text(json.dumps(settings))
+        with pytest.raises(ModelError, match=r"policies\.other = .* has another tokenizer than reference = "):
+            evaluate(tiny_model, {"other": folder}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_are_asked_in_the_precision_of_the_run(tiny_model, moved_model, tmp_path, monkeypatch):
+    seen = []
+
+    def watched(folder, *arguments):
+        model = open_policy(folder, *arguments)
+        seen.append({parameter.dtype for parameter in model.module.parameters()})
+        return model
+
+    monkeypatch.setattr(compare, "open_policy", watched)
+    for precision in ("auto", "bfloat16"):
+        evaluate(tiny_model, {"moved": moved_model}, tmp_path / precision, precision=precision)
+    wide = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    assert seen == [{wide}] * 2 + [{torch.bfloat16}] * 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_float16_without_a_gpu_is_refused_in_a_line(tiny_model, tmp_path):
+    with pytest.raises(ConfigError, match="precision = float16 needs a GPU"):
+        evaluate(tiny_model, {}, tmp_path, precision="float16")
+
+
+def test_top_k_stop_strings_and_repetition_penalty_are_those_of_transformers(tiny_model, tiny_tokenizer, tmp_path):
+    """Greedy, so that what is drawn is what plain generate writes."""
+    model, chat = AutoModelForCausalLM.from_pretrained(tiny_model).eval(), load_chat(tiny_model)
+    for penalty in (1.0, 1.3, 5.0):
+        settings = replace(SETTINGS, samples=1, top_k=1, repetition_penalty=penalty, max_new_tokens=16)
+        written = sample_responses(open_policy(tiny_model), chat, PROMPTS, settings)
+        for sample in written:
+            prompt = torch.from_numpy(sample.row.tokens[~sample.row.response])[None]
+            expected = model.generate(
+                prompt, do_sample=False, max_new_tokens=16, repetition_penalty=penalty,
+                eos_token_id=list(chat.end_token_ids), pad_token_id=chat.tokenizer.pad_token_id,
+            )  # fmt: skip
+            assert sample.row.tokens.tolist() == expected[0].tolist()
+    unlike = [sample.row.tokens[sample.row.response] for sample in written]
+    assert all(len(set(tokens.tolist())) == len(tokens) for tokens in unlike), "at 5, no token comes twice"
+    whole = sample_responses(open_policy(tiny_model), chat, PROMPTS, replace(SETTINGS, samples=1, max_new_tokens=16))
+    stop = whole[0].text[3:5]
+    cut = sample_responses(
+        open_policy(tiny_model), chat, PROMPTS, replace(SETTINGS, samples=1, max_new_tokens=16, stop=(stop,))
+    )
+    assert cut[0].ended and stop in cut[0].text and len(cut[0].text) < len(whole[0].text)
+
+
+@pytest.mark.dist
+def test_two_ranks_find_what_one_finds(run_ranks, tiny_model, moved_model, tmp_path):
+    (tmp_path / "rules_of_the_test.py").write_text(
+        "def length(prompts, responses):\n    return [*map(len, responses)]\n"
+    )
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in PROMPTS[:3]))
+    for ranks in (1, 2):
+        run_ranks(
+            [
+                "-m", "policy.evaluation", f"output={tmp_path / str(ranks)}", f"reference={tiny_model}",
+                f"policies={{moved: {moved_model}}}", f"prompts={tmp_path / 'prompts.jsonl'}",
+                "reward=rules_of_the_test:length", "sampling={samples: 2, max_new_tokens: 6}",
+            ],
+            ranks=ranks, PYTHONPATH=f"{Path(__file__).parents[2]}:{tmp_path}",
+        )  # fmt: skip
+    one, two = (read_evaluations(tmp_path / str(ranks)) for ranks in (1, 2))
+    for left, right in zip(one, two, strict=True):
+        assert left.reward == right.reward and left.samples == right.samples == 6
+        assert left.kl == pytest.approx(right.kl, rel=1e-4, abs=1e-5)
+    samples = [(tmp_path / str(ranks) / "samples_moved.jsonl").read_text() for ranks in (1, 2)]
+    assert samples[0] == samples[1]
+    assert read_completion(tmp_path / "2") is not None
 
 
 def test_one_seed_gives_one_result(tiny_model, tmp_path):
