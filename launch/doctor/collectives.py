@@ -48,9 +48,11 @@ def _tried(subject: Subject, folder: Path) -> Finding:
 
     log, result = folder / "ranks.log", folder / "measured.json"
     machine = find_machine(subject.ranks, subject.hostfile)
-    outcome = _run(stage_command(MODULE, [str(result.absolute())], machine), log, subject.seconds)
-    if result.is_file():
+    code = _run(stage_command(MODULE, [str(result.absolute())], machine), log, subject.seconds)
+    if code is not None and result.is_file():
         return _judged(json.loads(result.read_text()), machine)
+    late = f"the ranks did not meet within {subject.seconds:g} s"
+    outcome = late if code is None else f"the launcher ended with exit code {code}"
     remedy = _REMEDY["nccl" if torch.cuda.is_available() else "gloo"]
     return Finding("failure", f"{outcome}; the ranks said: {_tail(log)}", remedy)
 
@@ -62,15 +64,15 @@ def _is_usable(hostfile: Path) -> bool:
         return False
 
 
-def _run(command: list[str], log: Path, seconds: float) -> str:
-    """Wait for ``command``; how it ended, in words."""
+def _run(command: list[str], log: Path, seconds: float) -> int | None:
+    """Wait for ``command``; its exit code, ``None`` if it took too long."""
     deadline = time.monotonic() + seconds
     with Job(command, log) as job:
         while time.monotonic() < deadline:
             code = job.wait(0.5)
             if code is not None:
-                return f"the launcher ended with exit code {code}"
-    return f"the ranks did not meet within {seconds:g} s"
+                return code
+    return None
 
 
 def _judged(measured: dict, machine: Machine) -> Finding:

@@ -136,7 +136,7 @@ def _not_permitted(error: Exception) -> ConfigError | None:
     return ConfigError(f"{error.filename}: {error.strerror}; mend the rights of the folder, or choose another")
 
 
-def _full_disk(error: Exception, folder: Path) -> DiskFull | None:
+def full_disk(error: Exception, folder: Path) -> DiskFull | None:
     """What to say if ``error`` came of a full disk under ``folder``; ``None`` if it did not.
 
     Writers of tensors report a full disk in words of their own, or in none: then what is left on it tells.
@@ -163,7 +163,7 @@ def naming_disk_faults(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, ValueError) as error:
-        fault = _not_permitted(error) or _full_disk(error, folder)
+        fault = _not_permitted(error) or full_disk(error, folder)
         if fault is None:
             raise
         raise fault from error

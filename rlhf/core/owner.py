@@ -23,7 +23,7 @@ import psutil
 
 from rlhf.core.clock import process_started
 from rlhf.core.errors import REFUSED_EXIT_CODE, STOP_FILE, ConfigError, UserError
-from rlhf.core.files import OWNER
+from rlhf.core.files import OWNER, full_disk
 
 SECONDS_BETWEEN_BEATS = 10.0
 SECONDS_UNTIL_STALE = 60.0
@@ -92,6 +92,7 @@ def owning(folder: Path, what: str, *, place: Path | None = None) -> Iterator[No
         place: where the owner file lies; ``folder`` itself if left out.
     Raises:
         Owned: naming the owner, if there is one that lives.
+        DiskFull: if there is no room for the file.
         ConfigError: if the folder cannot be written to.
     """
     path, mine = (place or folder) / OWNER, Owner(what=what)
@@ -99,7 +100,8 @@ def owning(folder: Path, what: str, *, place: Path | None = None) -> Iterator[No
         path.parent.mkdir(parents=True, exist_ok=True)
         _claim(path, folder, mine)
     except OSError as error:
-        raise ConfigError(
+        full = full_disk(error, folder) if error.errno in (errno.ENOSPC, errno.EDQUOT) else None
+        raise full or ConfigError(
             f"output = {folder}: cannot be written to: {error.strerror}; give another output=FOLDER, or mend its rights"
         ) from None
     ended = threading.Event()

@@ -4,6 +4,7 @@ A run starts alike under ``python``, ``torchrun``, ``deepspeed`` and ``srun``: t
 environment says which process this is.
 """
 
+import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -157,12 +158,18 @@ def single_rank() -> Ranks:
     return Ranks(rank=0, world_size=1, local_rank=0, local_size=1, device=device)
 
 
-def stop_ranks() -> None:
+def stop_ranks(*, together: bool = False) -> None:
     """Leave the process group, so that interpreters end without a warning, and restore the environment.
 
     What this process starts afterwards would otherwise take itself for its rank.
+
+    Args:
+        together: wait for the others first. All must do so, and none may have broken.
     """
     if dist.is_initialized():
+        if together:
+            with contextlib.suppress(RuntimeError):
+                dist.barrier()
         dist.destroy_process_group()
     while _environment_before:
         name, value = _environment_before.popitem()

@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 
 from rlhf.config import parse_command_line, to_yaml
 from rlhf.core.clock import process_started
-from rlhf.core.errors import UserError
+from rlhf.core.errors import RunStopped, UserError
 from rlhf.core.files import naming_disk_faults
 from rlhf.core.importing import import_all_of
 from rlhf.engine.options import EngineConfig, OptimizerConfig
@@ -66,6 +66,7 @@ def stage_main(
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # of its retries; the error itself is raised
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of DeepSpeed's calls
+    stopped = False
     try:
         invocation = parse_command_line(
             config_class, sys.argv[1:] if argv is None else argv, program=program, description=description
@@ -81,17 +82,23 @@ def stage_main(
         # Ranks agree before one raises, so the first one knows of every fault: it speaks for all.
         if this_rank() == "0":
             print(error, file=sys.stderr, flush=True)
+        stopped = isinstance(error, RunStopped)
         return error.exit_code
     except BrokenPipeError:  # "| head" has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         print(f"{program}: stopped, for nobody reads its output any more (a closed pipe)", file=sys.stderr, flush=True)
         return 1
+    finally:
+        if "rlhf.engine.ranks" in sys.modules:
+            from rlhf.engine.ranks import stop_ranks
+
+            stop_ranks(together=stopped)  # the deepspeed launcher kills those that are left when one has ended
 
 
 def _run_on_all_ranks(config: StageConfig, module: str, program: str) -> None:
     import_all_of("rlhf.engine.build")
     from rlhf.engine.build import check_precision
-    from rlhf.engine.ranks import start_ranks, stop_ranks
+    from rlhf.engine.ranks import start_ranks
     from rlhf.engine.stop import noting_signals
     from rlhf.train.fresh import end_fresh_process
     from rlhf.train.heartbeat import heart_beating
@@ -112,7 +119,6 @@ def _run_on_all_ranks(config: StageConfig, module: str, program: str) -> None:
                 ranks.on_main(lambda: _mark_finished(config, program))
     finally:
         end_fresh_process()
-        stop_ranks()
 
 
 def _mark_finished(config: StageConfig, program: str) -> None:

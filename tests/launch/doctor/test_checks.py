@@ -70,23 +70,6 @@ def test_nothing_is_started_on_nodes_that_cannot_be_used(tmp_path):
     assert finding.status == "warning" and finding.text.startswith("not tried")
 
 
-def test_the_nodes_of_an_allocation_made_by_hand_find_their_hostfile_on_the_disk_of_the_run(
-    program, tmp_path, monkeypatch
-):
-    """Every node reads it, and /tmp is another folder on each."""
-    program("scontrol", "echo n1; echo n2")
-    tell = 'for word in "$@"; do case "$word" in */hostfile) echo "$word"; cat "$word";; esac; done'
-    program("srun", f"{{ {tell}; }} > {tmp_path}/seen")
-    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-2]")
-    monkeypatch.delenv("RLHF_HOSTFILE", raising=False)
-    (tmp_path / "shared").mkdir()
-    only(collectives.all_reduce(Subject(output=tmp_path / "shared" / "new" / "run")))
-    path, *lines = (tmp_path / "seen").read_text().splitlines()
-    assert Path(path).is_relative_to(tmp_path / "shared")
-    assert lines == ["n1 slots=1", "n2 slots=1"]
-    assert [*(tmp_path / "shared").iterdir()] == []
-
-
 def test_ranks_are_not_tried_where_nothing_can_be_written(tmp_path):
     (tmp_path / "file").touch()
     finding = only(collectives.all_reduce(Subject(ranks=2, output=tmp_path / "file" / "run")))
