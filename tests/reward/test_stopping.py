@@ -25,6 +25,7 @@ pytestmark = pytest.mark.dist
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 24
+UNPUBLISHED = "train.publish=none"
 
 
 @pytest.fixture(scope="session")
@@ -79,7 +80,7 @@ def stop_ranks(start_ranks, recipe):
     """``stop_ranks(folder, ask, reason)``: start or go on with two ranks, ask for a stop in the middle; the step."""
 
     def ask_in_the_middle(folder, ask, reason: str) -> int:
-        processes = start_ranks(arguments(recipe, folder), 2)
+        processes = start_ranks(arguments(recipe, folder, UNPUBLISHED), 2)
         wait_for_a_step(folder, processes[0])
         ask(processes)
         outputs = [process.communicate(timeout=200)[0] for process in processes]
@@ -98,7 +99,7 @@ def stop_launched(recipe):
     def ask_in_the_middle(folder, ask, reason: str) -> int:
         command = [
             str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators=2", f"--master_port={free_port()}",
-            "--module", *arguments(recipe, folder)[1:],
+            "--module", *arguments(recipe, folder, UNPUBLISHED)[1:],
         ]  # fmt: skip
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         process = subprocess.Popen(
@@ -125,10 +126,13 @@ def final_weights(folder) -> dict:
 
 
 def assert_same_runs(runs, found: Path, expected: Path) -> None:
+    """The last rows are a held-out evaluation of the last weights."""
     for kind in ("train", "eval"):
         assert runs.rows(found, kind) == runs.rows(expected, kind)
-    weights = final_weights(found)
-    assert all(weights[name].equal(value) for name, value in final_weights(expected).items())
+    assert (found / "final").exists() == (expected / "final").exists()
+    if (expected / "final").exists():
+        weights = final_weights(found)
+        assert all(weights[name].equal(value) for name, value in final_weights(expected).items())
     done, wanted = read_completion(found), read_completion(expected)
     assert done.step == wanted.step == STEPS and done.config == wanted.config and done.stage == "reward"
 
@@ -136,10 +140,10 @@ def assert_same_runs(runs, found: Path, expected: Path) -> None:
 @pytest.mark.slow
 def test_signals_stop_all_ranks_with_and_without_a_launcher(run_ranks, stop_ranks, stop_launched, runs, recipe):
     straight, folder = recipe.parent / "straight", recipe.parent / "stopped"
-    run_ranks(arguments(recipe, straight))
+    run_ranks(arguments(recipe, straight, UNPUBLISHED))
     stop_ranks(folder, lambda ranks: ranks[1].send_signal(signal.SIGTERM), "SIGTERM")
     assert stop_launched(folder, lambda family: family[-1].send_signal(signal.SIGUSR1), "SIGUSR1") == STOPPED_EXIT_CODE
-    run_ranks(arguments(recipe, folder))
+    run_ranks(arguments(recipe, folder, UNPUBLISHED))
     assert_same_runs(runs, folder, straight)
 
 
