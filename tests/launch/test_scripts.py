@@ -123,7 +123,7 @@ def test_a_script_is_executable_valid_and_says_how_to_start_it(script):
 
 @pytest.mark.parametrize(
     "script",
-    [*SCRIPTS, CONTAINERS / "install.sh", ROOT / "launch" / "jobs" / "step.sh", ROOT / ".ci" / "run"],
+    [*SCRIPTS, CONTAINERS / "install.sh", ROOT / ".ci" / "run"],
     ids=lambda path: path.name,
 )
 def test_shellcheck_finds_nothing(script):

@@ -20,6 +20,7 @@ from policy.ppo.config import (
     SurrogateConfig,
 )
 from policy.ppo.experience import make_experience
+from policy.ppo.rollouts import ask, by_response
 from policy.ppo.scoring import Scored
 from policy.ppo.stage import _Builder, run
 from policy.ppo.update import Updater
@@ -515,7 +516,15 @@ def kl_by_hand(shop):
     """Of the weights that the policy has now, on the responses to held-out prompts."""
     task = shop.task
     prompts = [task._data.evals.prompt(place) for place in range(len(task._data.evals))]
-    return float(task._log_ratios(task._roll_out(prompts, 1, ("held-out",))).mean())
+    rollouts = task._roll_out(prompts, 1, ("held-out",))
+    temperature, width = task._config.rollout.temperature, rollouts.mask.shape[1]
+
+    def of_responses(out, batch):
+        return by_response(out.logprobs, batch)
+
+    now = ask(task._policy, task._maker, rollouts, of_responses, width, temperature=temperature)
+    reference = task._roles.reference.logprobs(task._maker, rollouts, temperature=temperature)
+    return float(((now - reference) * rollouts.mask).sum(1).mean())
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 
 from rlhf.core.errors import CheckpointError
 from rlhf.engine import universal
@@ -98,5 +99,7 @@ def test_what_a_killed_conversion_left_is_removed_by_a_run_on_the_ranks_of_the_c
 
     one = Ranks(rank=0, world_size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
     deepspeed = SimpleNamespace(load_checkpoint=load_checkpoint)
-    ZeroEngine.load(SimpleNamespace(settings={}, stage=2, ranks=one, _has_frozen=False, _engine=deepspeed), checkpoint)
+    schedule = LambdaLR(torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1), lambda step: 1.0)
+    engine = SimpleNamespace(settings={}, stage=2, ranks=one, _has_frozen=False, _engine=deepspeed, _schedule=schedule)
+    ZeroEngine.load(engine, checkpoint)
     assert seen == [(str(checkpoint), TAG, [TAG])]
