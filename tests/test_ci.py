@@ -55,3 +55,15 @@ def test_it_installs_all_that_tests_would_be_skipped_for():
     named = set(" ".join(re.findall(r"apt-get install ([a-z -]+) \(\.ci/run does\)", texts)).split())
     assert len(named) >= 5 and named <= {*packages.split()}
     assert {"libaio-dev", "iproute2"} <= {*packages.split()}
+
+
+@pytest.mark.parametrize(("said", "code"), [("error: dns error: failed to lookup", 0), ("No solution found", 1)])
+def test_versions_that_do_not_fit_end_it_and_an_index_that_is_silent_does_not(tmp_path, said, code):
+    (function,) = re.findall(r"^try_every_python\(\) \{\n.*?^\}\n", SCRIPT.read_text(), flags=re.MULTILINE | re.DOTALL)
+    (tmp_path / "make").write_text(f"#!/bin/sh\necho '{said}'\nexit 2\n")
+    (tmp_path / "make").chmod(0o755)
+    script = f"set -euo pipefail\n{function}try_every_python\necho went on"
+    given = os.environ | {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    done = subprocess.run(["bash", "-c", script], env=given, capture_output=True, text=True, check=False)
+    assert done.returncode == code and said in done.stdout
+    assert ("went on" in done.stdout) == (code == 0)
