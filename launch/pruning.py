@@ -1,13 +1,13 @@
 """What lies in folders of runs that no run needs any more."""
 
 import os
-import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf.core.files import DONE, OWNER
+from launch.runs import put_aside_from
+from rlhf.core.files import CONFIG, DONE, HALF_WRITTEN, OWNER
 from rlhf.core.owner import check_not_owned
 
 KINDS = {
@@ -15,7 +15,6 @@ KINDS = {
     "before": "runs that were put aside as NAME.before when they were done again",
     "checkpoints": "checkpoints of finished runs whose final/ is there; training cannot go on without them",
 }
-_HALF = re.compile(r"\..+\.(tmp|old)-\d+-[0-9a-f]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,11 +62,12 @@ def _candidates(folder: Path) -> Iterator[tuple[Path, str]]:
 def _kind(path: Path) -> str | None:
     if path.is_symlink():
         return None
-    if _HALF.fullmatch(path.name):
+    if HALF_WRITTEN.fullmatch(path.name):
         return "leftovers"
     if not path.is_dir():
         return None
-    if path.name.endswith(".before") and _is_run(path) and _is_run(path.with_name(path.name.removesuffix(".before"))):
+    later = put_aside_from(path)
+    if later is not None and _is_run(path) and _is_run(later):
         return "before"
     run = path.parent
     if path.name == "checkpoints" and (run / DONE).is_file() and (run / "final" / "config.json").is_file():
@@ -76,7 +76,7 @@ def _kind(path: Path) -> str | None:
 
 
 def _is_run(folder: Path) -> bool:
-    return (folder / "config.yaml").is_file()
+    return (folder / CONFIG).is_file()
 
 
 def _size(path: Path) -> int:

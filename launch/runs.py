@@ -1,6 +1,8 @@
 """Stages with their recipes, ready to be started: one alone, or those of a pipeline in the order in which they run."""
 
-from collections.abc import Mapping
+import itertools
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,3 +101,16 @@ class Pipeline:
 
     def upstream(self, stage: PipelineStage) -> list[PipelineStage]:
         return [self.named(name) for name in stage.needs]
+
+
+def put_aside_names(folder: Path) -> Iterator[Path]:
+    """Where a run may be kept that is done again in ``folder``: NAME.before, NAME.before-2 and so on."""
+    yield folder.with_name(f"{folder.name}.before")
+    for number in itertools.count(2):
+        yield folder.with_name(f"{folder.name}.before-{number}")
+
+
+def put_aside_from(path: Path) -> Path | None:
+    """The folder whose earlier run is kept at ``path``, by its name; ``None`` if that is no such name."""
+    found = re.fullmatch(r"(.+)\.before(-\d+)?", path.name)
+    return None if found is None else path.with_name(found[1])

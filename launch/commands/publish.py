@@ -6,7 +6,7 @@ import json
 import subprocess
 from pathlib import Path
 
-from launch.commands.arguments import positive_int
+from launch.commands.arguments import Subparsers, add_settings, command, positive_int
 from rlhf.core.errors import UserError
 from rlhf.core.paths import home_path
 
@@ -17,32 +17,26 @@ For runs whose publication failed, that were not to publish anything, or that st
 """
 
 
-def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = subparsers.add_parser(
-        "publish",
-        help="publish a trained run from its checkpoints",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def add_parser(subparsers: Subparsers) -> None:
+    about = "publish a trained run from its checkpoints"
+    parser = command(subparsers, "publish", run, help=about, description=_DESCRIPTION)
     parser.add_argument("folder", metavar="RUN", type=home_path, help="the folder of the run")
     ranks = "processes (default: as many as it was trained on, up to all GPUs, or 2 on a CPU)"
     parser.add_argument("--ranks", type=positive_int, help=ranks)
     settings = "settings, such as train.publish=last or another data.train if the data has moved"
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help=settings)
-    parser.set_defaults(run=run)
+    add_settings(parser, settings)
 
 
 def run(options: argparse.Namespace) -> int:
     from launch.jobs.devices import default_ranks
     from launch.jobs.launcher import Machine, stage_command
     from launch.stages import read_stage
-    from rlhf.core.files import DONE
+    from rlhf.core.files import CONFIG, DONE
     from rlhf.train.done import Completion, config_digest, write_completion
     from rlhf.train.status import read_status, write_status
 
     folder: Path = options.folder
-    recipe = folder / "config.yaml"
+    recipe = folder / CONFIG
     if not recipe.is_file():
         raise UserError(
             f"{folder}: no folder of a run that has begun to train (there is no {recipe.name}); give the output of an "

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from launch.pipeline.fingerprint import RESULT, TOOLS, Inputs, Parts, changes, files_in, parts_of
 from launch.pipeline.recipe import load_pipeline
-from launch.runs import Pipeline, PipelineStage
+from launch.runs import Pipeline, PipelineStage, put_aside_names
 from rlhf.core.clock import clock
 from rlhf.core.errors import STOP_FILE, ConfigError, UserError
 from rlhf.core.files import DONE, RUN_FILES, STATUS, digest, write_json
@@ -228,10 +228,8 @@ class Progress:
         """Keep the run that no longer counts as ``<folder>.before``, or ``.before-2`` and so on. Nothing is deleted."""
         if not stage.stage.trains or not stage.output.exists():
             return
-        names = (
-            f"{stage.output.name}.before{suffix}" for suffix in ("", *(f"-{number}" for number in range(2, 10**6)))
-        )
-        stage.output.rename(next(path for path in map(stage.output.with_name, names) if not path.exists()))
+        names = put_aside_names(stage.output)
+        stage.output.rename(next(path for path in names if not path.exists()))
 
     def _path(self, stage: PipelineStage) -> Path:
         return self._folder / f"{stage.name}.json"

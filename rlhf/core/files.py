@@ -6,13 +6,14 @@ import hashlib
 import io
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -26,6 +27,8 @@ PIECE_BYTES, PIECES = 64 * 2**10, 4
 
 NOT_PERMITTED = (errno.EACCES, errno.EPERM, errno.EROFS)
 """Numbers of errors that a folder of somebody else gives, or a disk that is only to be read."""
+CONFIG = "config.yaml"
+"""All settings of a run, in its folder from its first step on."""
 STATUS, RECIPE, DONE, OWNER = "status.json", "recipe.yaml", "done.json", "owner.json"
 RUN_FILES = frozenset({STATUS, RECIPE, DONE, OWNER})
 """Files at the top of a run folder that tell how the run goes and went. They are no part of its result."""
@@ -59,7 +62,7 @@ def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
 def write_bytes(path: Path, content: bytes | memoryview, *, durable: bool = True, private: bool = False) -> None:
     """Replace ``path`` by ``content`` in one step, as :func:`write_text` does."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp-{_own_mark()}")
+    temporary = _temporary(path)
     try:
         if private:
             temporary.touch(mode=0o600, exist_ok=False)
@@ -73,9 +76,13 @@ def write_bytes(path: Path, content: bytes | memoryview, *, durable: bool = True
         temporary.unlink(missing_ok=True)
 
 
-def _own_mark() -> str:
-    """A part of a temporary name that no other process uses: containers on one disk may have equal process ids."""
-    return f"{os.getpid()}-{secrets.token_hex(4)}"
+HALF_WRITTEN = re.compile(r"\..+\.(tmp|old)-\d+-[0-9a-f]{8}")
+"""A temporary name: what a process that was killed leaves of a file or folder."""
+
+
+def _temporary(path: Path, why: Literal["tmp", "old"] = "tmp") -> Path:
+    """A hidden name beside ``path`` that no other process uses: containers on one disk may have equal process ids."""
+    return path.with_name(f".{path.name}.{why}-{os.getpid()}-{secrets.token_hex(4)}")
 
 
 def permit_as_new(folder: Path) -> None:
@@ -97,7 +104,7 @@ def permit_as_new(folder: Path) -> None:
 
 def replace_directory(staged: Path, target: Path) -> None:
     """Move ``staged`` to ``target``; an earlier ``target`` is put aside first and dropped after the move."""
-    aside = target.with_name(f".{target.name}.old-{_own_mark()}")
+    aside = _temporary(target, "old")
     if target.exists():
         os.replace(target, aside)
     os.replace(staged, target)
@@ -107,21 +114,16 @@ def replace_directory(staged: Path, target: Path) -> None:
 @contextlib.contextmanager
 def staged_directory(target: Path) -> Iterator[Path]:
     """Yield an empty folder beside ``target`` that takes its place when the block ends without an error."""
-    staged = target.with_name(f".{target.name}.tmp-{_own_mark()}")
-    shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir(parents=True)
-    try:
+    with scratch_directory(target) as staged:
         yield staged
         permit_as_new(staged)
         replace_directory(staged, target)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def scratch_directory(path: Path) -> Iterator[Path]:
     """Yield an empty folder of a hidden name like ``path`` that is gone after the block."""
-    scratch = path.with_name(f".{path.name}.tmp-{_own_mark()}")
+    scratch = _temporary(path)
     scratch.mkdir(parents=True)
     try:
         yield scratch

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rlhf.core.errors import CheckpointError, ConfigError, RunStopped, TrainingStopped
-from rlhf.core.files import write_json, write_text
+from rlhf.core.files import CONFIG, write_json, write_text
 from rlhf.engine.api import Engine
 from rlhf.engine.checkpoint import CheckpointStore
 from rlhf.engine.ranks import Ranks
@@ -101,10 +101,6 @@ class LoopState:
     """How long the training steps alone took, over all starts of the run."""
 
 
-CONFIG_TEXT = "config.yaml"
-"""Name of the document that holds all settings of a run."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """The run folder's side of a training run: checkpoints, logs, and what makes two runs the same."""
@@ -163,7 +159,7 @@ def iterate(
     requests = StopRequests(run.folder, engine.ranks, config.max_minutes)
     saved = state.step  # of the newest checkpoint; at 0 there is nothing to save
     begun = state.step > 0 or state.best_step is not None  # at step 0, the start has been evaluated
-    recipe = run.documents.get(CONFIG_TEXT, "")
+    recipe = run.documents.get(CONFIG, "")
     log = MetricLog(run.folder, engine.ranks, config, recipe=recipe, resume_step=state.step if begun else -1)
     progress = Progress(engine.ranks, total_steps, state.step)
     with log, progress:

@@ -14,7 +14,7 @@ from torch import nn
 from rlhf.config import to_yaml
 from rlhf.core.epochs import steps_per_epoch
 from rlhf.core.errors import ConfigError
-from rlhf.core.files import write_json
+from rlhf.core.files import CONFIG, write_json
 from rlhf.data.batching import ItemSource
 from rlhf.data.options import TemplateChoice
 from rlhf.data.report import DataReport
@@ -31,7 +31,7 @@ from rlhf.models.roles import ModelRole
 from rlhf.train.chat import load_chat
 from rlhf.train.command import StageConfig
 from rlhf.train.fresh import start_fresh_process
-from rlhf.train.loop import CONFIG_TEXT, TOTAL_STEPS, LoopState, Run, Stateful, Task, Watched, fit, load_checkpoint
+from rlhf.train.loop import TOTAL_STEPS, LoopState, Run, Stateful, Task, Watched, fit, load_checkpoint
 from rlhf.train.options import TrainConfig
 from rlhf.train.roles import engine_of
 from rlhf.train.status import report_metrics, report_phase, report_status
@@ -220,7 +220,7 @@ def run_and_take(
         identity=identity,
         max_skipped_steps=config.engine.max_skipped_steps,
         extend=config.train.extend,
-        documents={CONFIG_TEXT: to_yaml(config), **documents},
+        documents={CONFIG: to_yaml(config), **documents},
     )
     state = loop(run)
     report_phase("finishing")

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import yaml
 
+from rlhf.config_options import flat
 from rlhf.core.errors import ConfigError, RunStopped
 from rlhf.core.files import write_json, write_text
 from rlhf.train.options import TrainConfig
@@ -141,7 +142,7 @@ class MLflow:
         self._id = mlflow.start_run(run_id=run.known_as("mlflow"), run_name=run.name, tags=tags).info.run_id
         run.remember("mlflow", self._id)
         if run.step < 0:
-            mlflow.log_params({name: str(value)[:500] for name, value in _flat(run.settings)})
+            mlflow.log_params({name: str(value)[:500] for name, value in flat(run.settings).items()})
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         self._mlflow.log_metrics(dict(metrics), step=step, run_id=self._id)
@@ -264,14 +265,6 @@ class Trackers:
 def _first_line(error: BaseException) -> str:
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
-
-
-def _flat(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{above}{name}.")
-        else:
-            yield f"{above}{name}", value
 
 
 def _quoted(text: str) -> str:

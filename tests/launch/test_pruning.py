@@ -1,5 +1,6 @@
 """``rlhf prune``: what may go is shown, and goes only when asked; a live run and a published model are safe."""
 
+import itertools
 import os
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 
 from launch.cli import main
 from launch.pruning import KINDS, find_needless
+from launch.runs import put_aside_from, put_aside_names
 from rlhf.core.owner import owning
 
 
@@ -75,6 +77,16 @@ def test_where_a_run_is_at_work_nothing_is_touched(runs, capsys):
         assert main(["prune", str(runs), "--delete"]) == 2
     assert f"policy.ppo, process {os.getpid()}" in capsys.readouterr().err
     assert sorted(runs.rglob("*")) == before
+
+
+def test_every_earlier_run_of_a_stage_may_go(runs):
+    stage = runs / "reward"
+    first, second, third = itertools.islice(put_aside_names(stage), 3)
+    assert first.name == "reward.before" and put_aside_from(third) == stage
+    for path in (second, third):
+        put(path / "config.yaml")
+    found = names(find_needless(runs), runs)
+    assert [found[path.name] for path in (first, second, third)] == ["before"] * 3
 
 
 @pytest.mark.parametrize("missing", ["done.json", "final/config.json"])
