@@ -17,6 +17,8 @@ class Response:
     """``(T,)``, T >= 1, the end token included if it was drawn."""
     logprobs: NDArray[np.float32]
     """``(T,)`` in nats, of the drawn tokens under log softmax(logits / temperature), before top_k and top_p."""
+    entropies: NDArray[np.float32]
+    """``(T,)`` in nats, of the distributions that ``logprobs`` are of."""
     ended: bool
     """Whether an end token or a stop string ended the response, not the limit."""
 

@@ -17,6 +17,8 @@ class Drawn(NamedTuple):
     """``(B,)`` int64 token ids."""
     logprobs: Tensor
     """``(B,)`` float32 log-probabilities in nats under the tempered distribution, before top_k and top_p."""
+    entropies: Tensor
+    """``(B,)`` float32 entropies of that distribution in nats."""
 
 
 def draw_tokens(logits: Tensor, uniforms: Tensor, *, temperature: float, top_k: int, top_p: float) -> Drawn:
@@ -35,15 +37,18 @@ def draw_tokens(logits: Tensor, uniforms: Tensor, *, temperature: float, top_k: 
         top_p: 0 < top_p <= 1; 1 for all tokens.
     """
     vocabulary = logits.shape[1]
-    highest = logits.amax(dim=-1, keepdim=True)
-    weights = (logits - highest).div_(temperature).exp_()
+    # A token that a model rules out (-inf) counts for 0 in the entropy, too: 0 times a finite number.
+    tempered = ((logits - logits.amax(dim=-1, keepdim=True)) / temperature).clamp_min_(torch.finfo(logits.dtype).min)
+    weights = tempered.exp()
     everything = top_p == 1.0 and not 0 < top_k < vocabulary
     kept = weights if everything else _likeliest(weights, top_k, top_p)
     blocks, cumulative = _block_sums(kept)
     tokens = _inverse_cdf(blocks, cumulative, uniforms).clamp_max(vocabulary - 1)
     total = cumulative[:, -1] if kept is weights else weights.sum(dim=-1, dtype=torch.float64)
-    chosen = (logits.gather(1, tokens[:, None]) - highest).squeeze(1).double() / temperature
-    return Drawn(tokens, (chosen - total.log()).float())
+    normalizers = total.log()
+    logprobs = tempered.gather(1, tokens[:, None]).squeeze(1) - normalizers
+    entropies = normalizers - torch.linalg.vecdot(weights, tempered) / total
+    return Drawn(tokens, logprobs.float(), entropies.float())
 
 
 def _likeliest(weights: Tensor, top_k: int, top_p: float) -> Tensor:

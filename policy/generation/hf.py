@@ -13,7 +13,7 @@ from transformers import Cache
 from policy.generation.api import Response, row_uniforms
 from policy.generation.attention import grouped_attention
 from policy.generation.cache import expand, new_cache, shrink
-from policy.generation.draw import draw_tokens
+from policy.generation.draw import Drawn, draw_tokens
 from policy.generation.options import SamplingConfig
 from policy.generation.repetition import RepetitionPenalty
 from policy.generation.stopping import StopRule
@@ -105,7 +105,7 @@ class HfSampler:
                 top_k=config.top_k,
                 top_p=config.top_p,
             )
-            going_on = rows.add(drawn.tokens, drawn.logprobs, self._stop)
+            going_on = rows.add(drawn, self._stop)
             if not len(going_on) or step + 1 == config.max_new_tokens:
                 break
             tokens = drawn.tokens
@@ -187,13 +187,14 @@ class _Rows:
         self._counts = np.zeros(len(prompts), np.int64)
         self._ended = np.zeros(len(prompts), bool)
         self._tokens = np.zeros(uniforms.shape, np.int64)
-        self._logprobs = torch.zeros(uniforms.shape, device=device)
+        self._logprobs, self._entropies = torch.zeros((2, *uniforms.shape), device=device)
 
-    def add(self, tokens: Tensor, logprobs: Tensor, stop: StopRule) -> NDArray[np.int64]:
+    def add(self, drawn: Drawn, stop: StopRule) -> NDArray[np.int64]:
         """Append a token to each row that goes on; which of them go on after it."""
         places, step = self._places, int(self._counts[self._places[0]])
-        self._tokens[places, step] = tokens.cpu().numpy()
-        self._logprobs[self._index, step] = logprobs
+        self._tokens[places, step] = drawn.tokens.cpu().numpy()
+        self._logprobs[self._index, step] = drawn.logprobs
+        self._entropies[self._index, step] = drawn.entropies
         self._counts[places] += 1
         ended = stop.ends(self._tokens[places, : step + 1])
         self._ended[places] = ended
@@ -208,9 +209,14 @@ class _Rows:
 
     def responses(self) -> list[Response]:
         """Responses in the order of the batch."""
-        logprobs = self._logprobs.cpu().numpy()
+        logprobs, entropies = self._logprobs.cpu().numpy(), self._entropies.cpu().numpy()
         return [
-            Response(self._tokens[row, :count].copy(), logprobs[row, :count].copy(), bool(self._ended[row]))
+            Response(
+                tokens=self._tokens[row, :count].copy(),
+                logprobs=logprobs[row, :count].copy(),
+                entropies=entropies[row, :count].copy(),
+                ended=bool(self._ended[row]),
+            )
             for row, count in enumerate(self._counts)
         ]
 

@@ -129,6 +129,9 @@ class RolloutConfig(SamplingConfig):
     stop_token_ids: tuple[Annotated[int, Ge(0)], ...] = ()
     """Tokens that end a response besides the tokenizer's EOS, the token behind an answer in the chat template and those
     of the model's generation config. The published model stops at all of them."""
+    logprobs: Literal["auto", "sampler", "training"] = "auto"
+    """Whose log-probabilities the ratios and the KL start from: the sampler's own, or those of a forward of the policy
+    over the finished responses. auto: the sampler's in float32, where both agree to rounding and a forward is saved."""
     gather: Literal["auto", "once", "never"] = "auto"
     """Gathering of weights under ZeRO-3: once per rollout (auto: if they fit), or layer by layer in every token."""
     written: Annotated[int, Ge(0), NoResult()] = 8

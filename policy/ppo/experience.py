@@ -1,6 +1,6 @@
 """What is known of the rollouts of a step before the policy is updated: ``(N, W)`` columns, alike on every rank."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,13 +26,15 @@ class Measured:
     """What the models say of the tokens of the rollouts."""
 
     logprobs: Tensor
-    """``(N, W)`` log-probabilities under the policy that wrote them, by the training engine."""
+    """``(N, W)`` log-probabilities under the policy that wrote them; see ``rollout.logprobs``."""
     entropies: Tensor
     """``(N, W)`` entropies in nats of the same policy."""
     reference: Tensor
     """``(N, W)`` log-probabilities under the reference."""
     values: Tensor | None
     """``(N, W)`` values of the critic; ``None`` without one."""
+    sampler_gaps: Tensor
+    """``(n,)`` nats between sampler and training engine, of the tokens that both were asked about."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,7 @@ class Experience:
             "returns": self.returns,
         }
         chosen = indices.cpu()
-        return {
-            name: values[chosen, :width].to(device) for name, values in columns.items() if values is not None
-        }
+        return {name: values[chosen, :width].to(device) for name, values in columns.items() if values is not None}
 
 
 def make_experience(
@@ -144,7 +144,7 @@ def estimate(
 def not_finite(rollouts: Rollouts, scored: Scored, measured: Measured) -> dict[str, list[str]]:
     """What is not finite, with the rows where: empty if all is well."""
     tensors: dict[str, Any] = {"score": scored.scores, "raw score": scored.raw}
-    tensors |= {field.name: getattr(measured, field.name) for field in fields(measured)}
+    tensors |= {name: getattr(measured, name) for name in ("logprobs", "entropies", "reference", "values")}
     found = {}
     for name, values in tensors.items():
         if values is None:
@@ -152,6 +152,8 @@ def not_finite(rollouts: Rollouts, scored: Scored, measured: Measured) -> dict[s
         bad = ~torch.isfinite(values.reshape(len(rollouts), -1)).all(dim=1)
         if bool(bad.any()):
             found[name] = [rollouts.row_ids[row] for row in bad.nonzero().flatten().tolist()]
+    if not bool(torch.isfinite(measured.sampler_gaps).all()):  # a few responses stand for all
+        found.setdefault("logprobs", rollouts.row_ids)
     return found
 
 
@@ -171,10 +173,10 @@ def experience_metrics(experience: Experience) -> dict[str, float]:
         "masked_share": 1 - float(learned.any(dim=1).float().mean()),
     }
     if not bool(learned.any()):
-        return metrics | sampler_mismatch(rollouts.sampler_logprobs, measured.logprobs, mask)
+        return metrics | sampler_mismatch(measured.sampler_gaps)
     metrics["advantage_deviation"] = float(experience.advantages[learned].std(correction=0))
     if measured.values is not None and experience.returns is not None:
         metrics["explained_variance"] = explained_variance(measured.values, experience.returns, learned)
         metrics["value"] = float(measured.values[learned].mean())
         metrics["value_correlation"] = correlation(measured.values[learned], experience.returns[learned])
-    return metrics | sampler_mismatch(rollouts.sampler_logprobs, measured.logprobs, mask)
+    return metrics | sampler_mismatch(measured.sampler_gaps)

@@ -31,7 +31,10 @@ class Replay:
         found = self._ranks.on_main(lambda: self._read(step))
         if found is None:
             return None
-        responses = [Response(np.asarray(t), np.asarray(p), bool(e)) for t, p, e in found["responses"]]
+        responses = [
+            Response(tokens=np.asarray(t), logprobs=np.asarray(p), entropies=np.asarray(h), ended=bool(e))
+            for t, p, h, e in found["responses"]
+        ]
         groups = torch.tensor(found["groups"])
         return Rollouts([prompts[place] for place in found["groups"]], responses, found["texts"], groups)
 
@@ -45,7 +48,7 @@ class Replay:
             "groups": rollouts.groups.tolist(),
             "texts": list(rollouts.texts),
             "responses": [
-                (torch.from_numpy(each.tokens), torch.from_numpy(each.logprobs), each.ended)
+                (*map(torch.from_numpy, (each.tokens, each.logprobs, each.entropies)), each.ended)
                 for each in rollouts.responses
             ],
         }

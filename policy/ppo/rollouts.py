@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from policy.generation.api import Response, Sampler, row_seed
@@ -80,9 +81,17 @@ class Rollouts:
     @cached_property
     def sampler_logprobs(self) -> Tensor:
         """``(N, W)`` float32: what the sampler says of its own tokens."""
-        values = torch.zeros(self.mask.shape)
-        values[self.mask] = torch.from_numpy(np.concatenate([response.logprobs for response in self.responses]))
-        return values
+        return self._column([response.logprobs for response in self.responses])
+
+    @cached_property
+    def sampler_entropies(self) -> Tensor:
+        """``(N, W)`` float32 entropies of what the sampler drew its tokens from."""
+        return self._column([response.entropies for response in self.responses])
+
+    def _column(self, values: Sequence[NDArray[np.float32]]) -> Tensor:
+        column = torch.zeros(self.mask.shape)
+        column[self.mask] = torch.from_numpy(np.concatenate(values))
+        return column
 
 
 def closed(rollouts: Rollouts, chat: ChatFormat, *, cut: bool) -> Rollouts:
@@ -96,8 +105,12 @@ def closed(rollouts: Rollouts, chat: ChatFormat, *, cut: bool) -> Rollouts:
     def close(response: Response) -> Response:
         if response.tokens[-1] in chat.end_token_ids or (cut and not response.ended):
             return response
-        logprobs = np.append(response.logprobs, np.float32(0))
-        return Response(np.concatenate([response.tokens, end]), logprobs, response.ended)
+        return replace(
+            response,
+            tokens=np.concatenate([response.tokens, end]),
+            logprobs=np.append(response.logprobs, np.float32(0)),
+            entropies=np.append(response.entropies, np.float32(0)),
+        )
 
     return replace(rollouts, responses=[close(response) for response in rollouts.responses])
 
@@ -189,9 +202,16 @@ def by_response(outputs: Sequence[Tensor], batch: Batch) -> Tensor:
 
 
 def ask(
-    model: Frozen, maker: BatchMaker, data: ItemSource, read: Callable[[Any, Batch], Tensor], width: int, **options: Any
+    model: Frozen,
+    maker: BatchMaker,
+    data: ItemSource,
+    read: Callable[[Any, Batch], Tensor],
+    width: int,
+    *,
+    rows: NDArray[np.int64] | None = None,
+    **options: Any,
 ) -> Tensor:
-    """``(N, width)`` float32 on the CPU, the same on every rank: what ``model`` says of all rows, without gradient.
+    """``(N, width)`` float32 on the CPU, the same on every rank: what ``model`` says of N rows, without gradient.
 
     Args:
         model: asked with the length buckets of each batch.
@@ -199,11 +219,13 @@ def ask(
         data: the rows.
         read: turns the model's output for a batch into ``(B, w)`` with w up to ``width``.
         width: columns of the result.
+        rows: which of ``data`` are asked about; ``None`` for all.
         options: of the model's forward.
     """
-    found = torch.zeros(len(data), width)
+    rows = np.arange(len(data)) if rows is None else rows
+    found = torch.zeros(len(rows), width)
     with asking(model):
-        for start, batches in maker.chunks(data, np.arange(len(data))):
+        for start, batches in maker.chunks(data, rows):
             for batch in batches:
                 values = read(model.forward(batch.buckets, **options), batch).float()
                 padded = values.new_zeros(len(batch), width)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from policy.generation.api import Sampler
@@ -29,11 +30,15 @@ from rlhf.data.batching import ItemSource, global_batch
 from rlhf.data.prompts import Prompt, PromptData, PromptDataset
 from rlhf.data.templates import ChatFormat
 from rlhf.engine.api import Engine
+from rlhf.engine.build import precision_of
 from rlhf.engine.ranks import Ranks
 from rlhf.train.batches import BatchMaker
 from rlhf.train.loop import Outcome
 from rlhf.train.metrics import SkipLog
 from rlhf.train.progress import Progress
+
+PROBED_SHARE = 16
+"""Where the sampler's log-probabilities are believed, one response in so many is measured all the same."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,9 @@ class PpoTask:
         self._kl = _kl_controller(config, steps)
         self._ema = MovingAverage(self._policy, config.ema) if config.ema else None
         self._watch = Watch(config.watch, self._ranks)
+        self._sampler_is_believed = config.rollout.logprobs == "sampler" or (
+            config.rollout.logprobs == "auto" and precision_of(config.engine) == "float32"
+        )
         self._skips = SkipLog(config.output, self._ranks)
         self._log = RolloutLog(config.output, self._ranks, config.rollout.written)
         self._steps_taken = 0
@@ -176,24 +184,48 @@ class PpoTask:
         return roll_out(self._roles.sampler, self._ranks, self._chat.tokenizer, prompts, samples, seeds, advance)
 
     def _measure(self, rollouts: Rollouts) -> Measured:
-        width = rollouts.mask.shape[1]
-        options = {"temperature": self._config.rollout.temperature}
+        logprobs, entropies, gaps = self._of_policy(rollouts)
+        values = None
+        if self._critic is not None:
+            values = ask(self._critic, self._maker, rollouts, by_response, rollouts.mask.shape[1])
+        return Measured(
+            logprobs=logprobs,
+            entropies=entropies,
+            reference=self._roles.reference.logprobs(
+                self._maker, rollouts, temperature=self._config.rollout.temperature
+            ),
+            values=values,
+            sampler_gaps=gaps,
+        )
 
-        def both(output: PolicyOutput, batch: Any) -> torch.Tensor:
+    def _of_policy(self, rollouts: Rollouts) -> tuple[Tensor, Tensor, Tensor]:
+        """``(N, W)`` log-probabilities and entropies of the policy that wrote the responses, and ``(n,)`` nats by which
+        the sampler is off the training engine. Where the sampler is believed, a few responses tell these."""
+        width, rows = rollouts.mask.shape[1], np.arange(len(rollouts))
+        if self._sampler_is_believed:
+            rows = np.unique(np.linspace(0, len(rows) - 1, 1 + len(rows) // PROBED_SHARE).astype(int))
+
+        def both(output: PolicyOutput, batch: Any) -> Tensor:
             assert output.entropies is not None
             parts = by_response(output.logprobs, batch), by_response(output.entropies, batch)
             return torch.cat([functional.pad(part, (0, width - part.shape[1])) for part in parts], dim=1)
 
-        seen = ask(self._policy, self._maker, rollouts, both, 2 * width, with_entropies=True, **options)
-        values = None
-        if self._critic is not None:
-            values = ask(self._critic, self._maker, rollouts, by_response, width)
-        return Measured(
-            logprobs=seen[:, :width],
-            entropies=seen[:, width:],
-            reference=self._roles.reference.logprobs(self._maker, rollouts, **options),
-            values=values,
+        temperature = self._config.rollout.temperature
+        seen = ask(
+            self._policy,
+            self._maker,
+            rollouts,
+            both,
+            2 * width,
+            rows=rows,
+            with_entropies=True,
+            temperature=temperature,
         )
+        logprobs, entropies = seen[:, :width], seen[:, width:]
+        gaps = (rollouts.sampler_logprobs[rows] - logprobs)[rollouts.mask[rows]]
+        if self._sampler_is_believed:
+            logprobs, entropies = rollouts.sampler_logprobs, rollouts.sampler_entropies
+        return logprobs, entropies, gaps
 
     def _skip(self, step: int, rollouts: Rollouts, scored: Scored, faults: dict[str, list[str]]) -> Outcome:
         """Every rank has the same columns, so every rank comes here together."""
@@ -206,9 +238,7 @@ class PpoTask:
         if report.skipped:
             self._skips.record(step + 1, report.skipped if self._ranks.is_main else [], [])
         applied = all(info.applied for info in report.infos.values()) and not report.skipped
-        return Outcome(
-            metrics=metrics, applied=applied, scaler_overflow=report.overflow, end=self._watch.tripped
-        )
+        return Outcome(metrics=metrics, applied=applied, scaler_overflow=report.overflow, end=self._watch.tripped)
 
     # Held-out evaluation
 
@@ -229,12 +259,8 @@ class PpoTask:
         second = None if self._roles.second is None else self._roles.second.score(rollouts)
         for each in (scored, second):
             _check_held_out(rollouts, each)
-        options = {"temperature": self._config.rollout.temperature}
-        width = rollouts.mask.shape[1]
-        logprobs = ask(
-            self._policy, self._maker, rollouts, lambda out, batch: by_response(out.logprobs, batch), width, **options
-        )
-        reference = self._roles.reference.logprobs(self._maker, rollouts, **options)
+        logprobs, _, _ = self._of_policy(rollouts)
+        reference = self._roles.reference.logprobs(self._maker, rollouts, temperature=self._config.rollout.temperature)
         self.evaluation = held_out(
             rollouts, scored, second, logprobs, reference, kl_budget=self._config.watch.kl_budget
         )

@@ -77,6 +77,15 @@ def test_logprobs_are_of_the_tempered_distribution_before_it_is_cut(case):
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_entropies_are_of_the_same_distribution_and_tokens_that_are_ruled_out_add_nothing(case):
+    logits = random_logits(50) + 200
+    logits[::2, : VOCABULARY // 3] = -torch.inf
+    found = draw_tokens(logits, torch.rand(50, dtype=torch.float64), **case)
+    expected = [stats.entropy(row) for row in (logits.double() / case["temperature"]).softmax(dim=-1).numpy()]
+    torch.testing.assert_close(found.entropies.double(), torch.tensor(expected), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("uniform", [0.0, ALMOST_ONE])
 @pytest.mark.parametrize("vocabulary", [1, 5, 300, 150_000])
 def test_a_token_of_probability_0_is_never_drawn(case, uniform, vocabulary):
@@ -89,7 +98,7 @@ def test_a_token_of_probability_0_is_never_drawn(case, uniform, vocabulary):
     logits[3, vocabulary // 2] = 1.0
     found = draw_tokens(logits, torch.full((4,), uniform, dtype=torch.float64), **case)
     assert torch.isfinite(found.logprobs).all()
-    assert found.tokens[3] == vocabulary // 2 and found.logprobs[3] == 0.0
+    assert found.tokens[3] == vocabulary // 2 and found.logprobs[3] == 0.0 and found.entropies[3] == 0.0
 
 
 def test_a_large_vocabulary_loses_no_digits():

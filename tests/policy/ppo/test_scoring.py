@@ -153,7 +153,7 @@ def clean(rollouts, tiny_config):
         assert np.array_equal(tokens[: len(prompt.tokens)], prompt.tokens)
         assert tokens[-1] in chat.end_token_ids
         written = tokens[len(prompt.tokens) : None if place % 4 < 2 else -1].astype(np.int64)
-        responses.append(Response(written, np.zeros(len(written), np.float32), ended=place % 4 < 3))
+        responses.append(Response(written, *np.zeros((2, len(written)), np.float32), ended=place % 4 < 3))
     return Rollouts(rollouts.prompts, responses, texts, rollouts.groups)
 
 
@@ -236,9 +236,7 @@ def test_a_published_policy_keeps_the_form_of_text_that_it_was_trained_with(
 
 
 @pytest.mark.parametrize("change", ["Be brief. {}", "{{# mine #}}{}", "{} "])
-def test_a_policy_whose_template_was_changed_since_is_refused(
-    tiny_config, tiny_model, reward_folder, tmp_path, change
-):
+def test_a_policy_whose_template_was_changed_since_is_refused(tiny_config, tiny_model, reward_folder, tmp_path, change):
     """Its manifest says what it was trained with; what it would be shown now is another text."""
     chat = load_chat(tiny_model, tiny_config.data.template)
     shutil.copytree(tiny_model, tmp_path / "final")

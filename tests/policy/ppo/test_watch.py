@@ -178,7 +178,7 @@ def summed_up(score: float, kl: float, budget: float = 20.0, second: float | Non
 
 def three_rollouts() -> Rollouts:
     responses = [
-        Response(np.arange(count), np.zeros(count, np.float32), ended)
+        Response(np.arange(count), *np.zeros((2, count), np.float32), ended)
         for count, ended in ((3, True), (4, False), (5, True))
     ]
     return Rollouts([], responses, ["a", "b", "c"], torch.arange(3))
