@@ -20,11 +20,14 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
     for name in TOP_LEVEL:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "tests", source / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    (source / "launch" / "__pycache__").mkdir()
+    (source / "launch" / "__pycache__" / "cli.cpython-311.pyc").touch()
     for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
     script = "import setuptools.build_meta as b; print(b.build_wheel('dist'))"
     (source / "dist").mkdir()
-    subprocess.run([sys.executable, "-c", script], cwd=source, check=True, capture_output=True)
+    done = subprocess.run([sys.executable, "-c", script], cwd=source, check=True, capture_output=True, text=True)
+    assert "would be ignored" not in done.stderr, "pip shows a user fifty lines of warnings for each folder of data"
     (path,) = (source / "dist").glob("*.whl")
     assert path.name.startswith("margin_rlhf-")
     return zipfile.ZipFile(path)
@@ -32,6 +35,7 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
 
 def test_top_level_names(wheel):
     assert {name.split("/")[0] for name in wheel.namelist() if ".dist-info/" not in name} == TOP_LEVEL
+    assert not [name for name in wheel.namelist() if "__pycache__" in name]
 
 
 @pytest.mark.parametrize(

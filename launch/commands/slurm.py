@@ -100,7 +100,7 @@ def _what_now(job: "Job", numbers: list[str]) -> str:
     return (
         f"  script    {job.script}\n"
         f"  watch     squeue --jobs {','.join(numbers)}; tail -F {str(job.log).replace('%j', numbers[0])}\n"
-        f"  pause     scancel --signal=USR1 {numbers[0]}  (saves, goes back into the queue, and on from there)\n"
+        f"  pause     scancel --signal=USR1 --full {numbers[0]}  (saves, goes back into the queue, and on from there)\n"
         f"  stop      touch {job.output}/STOP  (saves, and ends the job)\n"
         f"  continue  {again}"
     )

@@ -17,6 +17,8 @@ from rlhf.core.files import STATUS, digest, staged_directory, write_text
 
 PACKAGES = ("ds_configs", "launch", "policy", "reward", "rlhf")
 """What a snapshot of the code holds."""
+_SIGNAL_SLACK_SECONDS = 120
+"""How much earlier than it was told to, at most, SLURM signals a job."""
 _WIDTH = 110
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
@@ -85,6 +87,7 @@ def render(job: Job, profile: ClusterProfile) -> str:
         logs=job.log.parent.absolute(),
         directives=list(_directives(job, profile)),
         profile=profile,
+        early_seconds=profile.time_seconds - profile.signal_lead_seconds - _SIGNAL_SLACK_SECONDS,
         output=job.output.absolute(),
         statuses=[(folder / STATUS).absolute() for folder in job.stages or (job.output,)],
         code=None if profile.container else snapshot_name(),

@@ -224,7 +224,9 @@ def test_a_script_that_was_submitted_from_elsewhere_makes_its_folder_and_a_copy_
 
 def functions_of(text: str, *names: str) -> str:
     """The functions of a script by these names."""
-    found = [re.search(rf"^{name}\(\) \{{(.*\}}$|\n.*?^\}}$)", text, flags=re.MULTILINE | re.DOTALL) for name in names]
+    found = [
+        re.search(rf"^{name}\(\) \{{([^\n]*\}}$|\n.*?^\}}$)", text, flags=re.MULTILINE | re.DOTALL) for name in names
+    ]
     return "\n".join(each[0] for each in found)
 
 
@@ -344,9 +346,12 @@ def run_job(tmp_path):
         (tmp_path / name).chmod(0o755)
     mine = job(output=tmp_path / "run")
     path = tmp_path / "job.sh"
-    path.write_text(render(mine, ClusterProfile(nodes=2, devices=4, max_node_failures=2)))
+    written = render(mine, ClusterProfile(nodes=2, devices=4, max_node_failures=2))
 
-    def act(run: str, fit: str = "true", restart: int = 0) -> tuple[str, str]:
+    def act(run: str, fit: str = "true", restart: int = 0, early_seconds: int | None = None) -> tuple[str, str]:
+        """``early_seconds``: how long a request is somebody's; else what follows from the time of the profile."""
+        short = r"\1" if early_seconds is None else str(early_seconds)
+        path.write_text(re.sub(r'(?<="\$SECONDS" -lt )(\d+)', short, written))
         for name, text in {"train": run, "fit": fit}.items():
             (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
             (tmp_path / name).chmod(0o755)
@@ -416,6 +421,31 @@ def test_a_node_that_is_not_fit_is_left_out_and_only_so_often(run_job, tmp_path)
         assert "a node is not fit: back into the queue" in text and "ExcNodeList=n2" in calls
     text, calls = run_job("true", unfit, 2)
     assert "a node is not fit, for the 3. time: not requeued" in text and "requeue" not in calls
+
+
+@pytest.mark.parametrize(
+    ("fit", "run", "said"),
+    [
+        ("kill -TERM $$", "exit 0", "stopped on SIGTERM before anything had started"),
+        ("kill -USR1 $PPID; exit 1", "exit 0", "stopped on SIGUSR1 before anything had started"),
+        ("kill -USR1 $PPID", "exit 75", "saved and stopped on SIGUSR1"),
+        ("exit 0", "exit 143", "ended with exit code 143 on SIGTERM"),
+        ("exit 0", "kill -TERM $(ps -o ppid= -p $PPID); exit 1", "ended with exit code 1 on SIGTERM"),
+    ],
+    ids=["the steps are told", "all are told", "the shell is told", "ranks that do not listen yet", "all, later"],
+)
+def test_whoever_is_asked_to_stop_while_it_starts_goes_back_into_the_queue(run_job, fit, run, said):
+    """Preempted or paused in its first seconds: no node is unfit, nothing has crashed."""
+    text, calls = run_job(run, fit, restart=1)
+    assert f"{said}: back into the queue" in text
+    assert "scontrol requeue 12" in calls and "ExcNodeList" not in calls
+
+
+def test_a_job_that_is_always_at_its_time_limit_before_it_has_saved_ends(run_job):
+    text, calls = run_job("exit 75", "kill -USR1 $PPID", restart=1, early_seconds=0)
+    assert "saved nothing new in this start" in text and "requeue" not in calls
+    text, calls = run_job("exit 75", "kill -USR1 $PPID", early_seconds=0)
+    assert "saved and stopped on SIGUSR1: back into the queue" in text, "the first start"
 
 
 def test_a_job_is_finished_if_this_start_said_so(tmp_path):
