@@ -192,7 +192,7 @@ def terminate(runner: Runner, generator: random.Random) -> None:
 
 
 def near_the_limit(runner: Runner, generator: random.Random) -> None:
-    """As --signal=B:USR1@SECONDS does: to the shell of the job alone."""
+    """SIGUSR1 to the shell of the job alone, which is what --signal=B:USR1@SECONDS makes SLURM do."""
     runner.cluster.run("scancel", "--signal=USR1", "--batch", runner.number)
 
 
