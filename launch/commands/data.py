@@ -112,7 +112,9 @@ def _of_files(options: argparse.Namespace) -> tuple[str, Any, Any]:
     given = [*options.files, *options.overrides]
     settings = [part for part in given if part.startswith("data.") and "=" in part]
     files = [part for part in given if part not in settings]
-    kind = _ALIASES.get(options.kind, options.kind) or guessed_kind(files[:1], options.split)
+    named = {part.partition("=")[0].rpartition(".")[2] for part in settings if part.startswith("data.columns.")}
+    named |= given_columns(options, _column_names()).keys()
+    kind = _ALIASES.get(options.kind, options.kind) or guessed_kind(files[:1], options.split, named)
     config = _config(kind, files, settings, options)
     return kind, config, _chat_format(options, config)
 

@@ -1,8 +1,8 @@
 """What data looks like, and what is wrong with it, without a model in memory."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
 from itertools import islice
 from typing import Any
 
@@ -12,9 +12,10 @@ from rlhf.core.files import digest
 from rlhf.core.intervals import wilson_interval
 from rlhf.data.kinds import Examples, Pairs, Prompts
 from rlhf.data.messages import BadRow, Message
-from rlhf.data.options import Columns, RowSource
+from rlhf.data.options import ColumnConfig, Columns, RowSource
 from rlhf.data.records import ExampleRecord, PreferenceRecord, PromptRecord, prompt_key
-from rlhf.data.report import HIDDEN_QUESTION, NOT_BAD, LeftOut, noticed
+from rlhf.data.report import HIDDEN_QUESTION, NAME_COLUMNS, NOT_BAD, LeftOut, noticed
+from rlhf.data.rows import MISSING_COLUMN
 from rlhf.data.sources import Source, open_source, row_names
 from rlhf.data.store import StoreCounts
 from rlhf.data.templates import ChatFormat, TemplateFault, marks, markup_in
@@ -36,6 +37,12 @@ _FROM_COLUMNS = (
     ("prompts", ("prompt",)),
 )
 """What rows are taken for that have one of these columns."""
+_FROM_SETTINGS = (
+    ("labeled", {"label"}),
+    ("conversations", {"completion", "messages"}),
+    ("pairs", {field.name for field in fields(ColumnConfig)} - {"prompt", "input", "system"}),
+)
+"""What rows are taken for if one of these is set among ``data.columns``."""
 _CHUNK_ROWS = 256
 
 Record = PreferenceRecord | ExampleRecord | PromptRecord
@@ -212,8 +219,11 @@ class Examination:
         return {name: rows for name, rows in found.items() if rows}
 
 
-def guessed_kind(paths: Sequence[str], split: str | None) -> str:
-    """One of :data:`KINDS`: what the first readable row of ``paths`` looks like."""
+def guessed_kind(paths: Sequence[str], split: str | None, columns: Collection[str]) -> str:
+    """One of :data:`KINDS`: what the ``columns`` that are set belong to, else what the first row looks like."""
+    of_columns = next((kind for kind, names in _FROM_SETTINGS if not names.isdisjoint(columns)), None)
+    if of_columns is not None:
+        return of_columns
     rows = (row for path in paths for row in open_source(RowSource(path=path, split=split)).rows())
     first = next((row.value for row in rows if isinstance(row.value, dict)), {})
     return next((kind for kind, names in _FROM_COLUMNS if any(first.get(name) is not None for name in names)), "pairs")
@@ -257,7 +267,8 @@ def serious_faults(train: Examination, evals: Examination | None, max_bad_share:
         if found is None:
             continue
         if not found.usable:
-            faults.append(f"{role}: there is no usable {found.kind.unit.removesuffix('s')}")
+            hint = f". {NAME_COLUMNS}" if MISSING_COLUMN in reasons(found.bad) else ""
+            faults.append(f"{role}: there is no usable {found.kind.unit.removesuffix('s')}{hint}")
         elif found.bad_share() > max_bad_share:
             faults.append(f"{role}: {found.bad_share():.1%} of the rows are bad, allowed are {max_bad_share:.1%}")
         if found.contradictory_share() > CONTRADICTORY_LIMIT:

@@ -12,6 +12,7 @@ import numpy as np
 from rlhf.core.errors import DataError
 from rlhf.core.files import write_text
 from rlhf.data.records import TIE
+from rlhf.data.rows import MISSING_COLUMN
 from rlhf.data.store import StoreCounts
 
 QUARANTINE = "quarantine.jsonl"
@@ -20,7 +21,7 @@ OVER_LENGTH = "over length, dropped"
 """The reason listed for rows that ``over_length: drop`` leaves out; they do not count as bad."""
 NOT_BAD = (OVER_LENGTH, TIE)
 """Reasons of rows that are left out as they should be."""
-
+NAME_COLUMNS = "Columns of other names: data.columns.prompt=NAME and so on (docs/data.md: an example of every format)."
 _READERS = {
     "input": "input",
     "context": "input",
@@ -208,6 +209,8 @@ def refuse_bad_sources(
         way_out = f"Mend the data, or change data.quarantine_max_share; `rlhf data check --kind {check}` shows more."
         if any(TOO_LONG in source.bad for source in sources):
             way_out += " Against long responses: raise data.max_tokens, or set data.over_length=drop."
+        if any(MISSING_COLUMN in source.bad and not source.items for source in sources):
+            way_out += f" {NAME_COLUMNS}"
         if any(source.dropped and not source.items for source in sources):
             way_out += " Against dropped rows: raise data.max_tokens."
         raise DataError("\n".join([*faults, *listed, way_out]))

@@ -37,6 +37,9 @@ _USUAL_NAMES = {
 _CONVERSATIONS = ("conversations", "messages")
 """Where the prompt of a pair may stand whose answers are single messages."""
 
+MISSING_COLUMN = "missing column"
+"""The reason of rows that lack what they are read for, or have it under another name."""
+_RATINGS = {"rating", "score", "stars"}
 _TRUTHS = {"true": True, "1": True, "false": False, "0": False}
 
 _KNOWN_SHAPES = (
@@ -170,7 +173,7 @@ class RowReader:
     def names(self) -> str:
         return ", ".join(map(str, self._value)) or "nothing"
 
-    def missing(self, detail: str, reason: str = "missing column") -> BadRow:
+    def missing(self, detail: str, reason: str = MISSING_COLUMN) -> BadRow:
         """The fault, with the settings that read such rows where they are of a known kind."""
         known = next((entry for entry in _KNOWN_SHAPES if entry[0] <= self._value.keys()), None)
         if known is not None:
@@ -184,6 +187,9 @@ class RowReader:
         if {"response", "helpfulness"} <= self._value.keys() and isinstance(self.columns, ColumnConfig):
             return BadRow(reason, f"{detail}. These look like HelpSteer2's ratings of single answers: its pairs are in "
                           "preference/preference.jsonl.gz")
+        if _RATINGS & self._value.keys() and isinstance(self.columns, ColumnConfig):
+            return BadRow(reason, f"{detail}. One rated answer a row makes no pair: put all answers to a prompt into "
+                          'one row, as a list "answers" of {"text": ..., "rating": ...}')
         return BadRow(reason, detail)
 
     def note(self, text: str) -> None:

@@ -102,6 +102,40 @@ def test_every_kind_of_rows_can_be_checked_and_is_guessed_from_its_columns(check
     assert "--kind conversations" in "".join(capsys.readouterr().out.split("\n")).replace("  ", "")
 
 
+TURN = [{"role": "user", "content": "Hi"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "kind"),
+    [
+        ({"messages": TURN, "good": "a", "bad": "b"}, ("chosen=good", "rejected=bad"), "pairs"),
+        (
+            {"prompt": "p", "replies": [{"text": "a", "score": 1}, {"text": "b", "score": 2}]},
+            ("answers=replies",),
+            "pairs",
+        ),
+        ({"chosen": "the best", "output": "x", "prompt": "p"}, ("completion=output",), "conversations"),
+        ({"messages": "ignored", "prompt": "p", "completion": "c", "ok": True}, ("label=ok",), "labeled"),
+    ],
+)
+def test_what_rows_are_is_told_by_the_columns_that_are_set(check, write_rows, capsys, row, settings, kind):
+    assert check(write_rows("rows.jsonl", [row]), *(f"data.columns.{setting}" for setting in settings)) == 0
+    assert f"read as {kind}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"turns": [{"speaker": "a", "text": "b"}]}, "Columns of other names: data.columns.prompt=NAME"),
+        ({"question": "q", "answer": "a", "rating": 5}, "One rated answer a row makes no pair"),
+        ({"prompt": "q", "response": "a", "stars": 2}, 'a list "answers" of {"text": ..., "rating": ...}'),
+    ],
+)
+def test_rows_that_lack_their_columns_are_told_how_to_name_them(check, write_rows, capsys, row, said):
+    assert check(write_rows("rows.jsonl", [row]), "--kind", "pairs") == 1
+    assert said in " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+
 def test_settings_are_spelled_as_in_recipes(check, write_rows, tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path / "model")
     path = write_rows("x.jsonl", [{"q": "tea?", "more": "hot", "chosen": "no", "rejected": "yes"}])
