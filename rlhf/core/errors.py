@@ -22,6 +22,10 @@ class ConfigError(UserError):
     """A recipe, an override or a DeepSpeed JSON does not describe a valid run."""
 
 
+class Unmet(ConfigError):
+    """The ranks of a run have not met: what happened, each can only say for itself."""
+
+
 class DataError(UserError):
     """A data source cannot be read, or too many of its rows are unusable."""
 

@@ -6,6 +6,7 @@ environment says which process this is.
 
 import contextlib
 import os
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from rlhf.core.errors import ConfigError, UserError
+from rlhf.core.errors import Unmet, UserError
 from rlhf.core.ports import free_port
 
 T = TypeVar("T")
@@ -129,7 +130,7 @@ def start_ranks(timeout_seconds: float = 3600.0, rendezvous_seconds: float = 600
         timeout_seconds: how long a rank waits for others in a collective.
         rendezvous_seconds: how long it waits here until all have come.
     Raises:
-        ConfigError: if a SLURM step of several tasks does not say where rank 0 listens, or the ranks do not meet.
+        Unmet: if the environment does not say where rank 0 listens, or the ranks do not meet.
     """
     environment = _launch_environment()
     local_rank = int(environment["LOCAL_RANK"])
@@ -188,16 +189,31 @@ def _join(device: torch.device, timeout_seconds: float, rendezvous_seconds: floa
         dist.init_process_group(backend=backend, store=store, rank=rank, world_size=size, timeout=timeout)
         store.set_timeout(timeout)
     except dist.DistStoreError as error:
-        raise ConfigError(
+        raise Unmet(
             f"not all {os.environ['WORLD_SIZE']} ranks have come to {address}:{port} within {rendezvous_seconds:g} s "
             f"(engine.rendezvous_minutes): {str(error).splitlines()[0]}. See the logs of the others: is one still "
             "importing, ended, or behind a firewall?"
         ) from error
     except dist.DistNetworkError as error:
-        raise ConfigError(
+        unknown = _unresolved(address)
+        if unknown:
+            raise Unmet(
+                f"the ranks cannot meet at {address}:{port}: {unknown}; MASTER_ADDR is to name the host of rank 0 as "
+                "all others know it"
+            ) from error
+        raise Unmet(
             f"the ranks cannot meet at {address}:{port}: {str(error).splitlines()[0]}. If another run on this host has "
             f"the port, choose a free one: deepspeed --master_port {free_port()} ... (torchrun: --master-port)"
         ) from error
+
+
+def _unresolved(address: str) -> str:
+    """Why there is no such host; empty if there is."""
+    try:
+        socket.getaddrinfo(address, None)
+    except OSError as error:
+        return f"no such host is known here ({error.strerror})"
+    return ""
 
 
 def _launch_environment() -> dict[str, str]:
@@ -205,13 +221,21 @@ def _launch_environment() -> dict[str, str]:
     if "RANK" in found and "WORLD_SIZE" in found:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         defaults = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": found.get("LOCAL_SIZE", found["WORLD_SIZE"])}
-        return {name: found.get(name, defaults.get(name, "")) for name in names}
+        told = {name: found.get(name, defaults.get(name, "")) for name in names}
+        odd = [name for name, value in told.items() if not (value if name == "MASTER_ADDR" else value.isdecimal())]
+        if odd:
+            raise Unmet(
+                f"RANK={told['RANK']} and WORLD_SIZE={told['WORLD_SIZE']} are set, and "
+                f"{', '.join(f'{name}={told[name]!r}' for name in odd)}: expected an address and numbers, as launchers "
+                "give them; to run one process alone, unset RANK and WORLD_SIZE"
+            )
+        return told
     tasks = int(found.get("SLURM_STEP_NUM_TASKS", "1")) if "SLURM_PROCID" in found else 1
     if tasks == 1:
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
         return alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     if "MASTER_ADDR" not in found:
-        raise ConfigError(
+        raise Unmet(
             f"srun started {tasks} tasks but MASTER_ADDR is not set, so they cannot find each other; "
             "export MASTER_ADDR=$(scontrol show hostnames $SLURM_JOB_NODELIST | sed -n 1p) and MASTER_PORT first"
         )

@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 
 from rlhf.config import parse_command_line, to_yaml
 from rlhf.core.clock import process_started
-from rlhf.core.errors import RunStopped, UserError
+from rlhf.core.errors import RunStopped, Unmet, UserError
 from rlhf.core.files import naming_disk_faults
 from rlhf.core.importing import import_all_of
 from rlhf.engine.options import EngineConfig, OptimizerConfig
@@ -79,8 +79,8 @@ def stage_main(
             _run_on_all_ranks(invocation.config, module, program)
         return 0
     except UserError as error:
-        # Ranks agree before one raises, so the first one knows of every fault: it speaks for all.
-        if this_rank() == "0":
+        # Ranks that have met agree before one raises, so the first one knows of every fault: it speaks for all.
+        if this_rank() == "0" or isinstance(error, Unmet):
             print(error, file=sys.stderr, flush=True)
         stopped = isinstance(error, RunStopped)
         return error.exit_code

@@ -29,6 +29,25 @@ def test_srun_without_a_meeting_point_says_what_to_export(monkeypatch):
         start_ranks()
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"MASTER_ADDR": None}, "MASTER_ADDR=''"),
+        ({"MASTER_ADDR": "here", "MASTER_PORT": None}, "MASTER_PORT=''"),
+        ({"RANK": "one"}, "RANK='one'"),
+        ({"LOCAL_RANK": "", "MASTER_PORT": "http"}, "LOCAL_RANK='', MASTER_PORT='http'"),
+    ],
+)
+def test_a_launcher_that_does_not_say_enough_is_named_with_what_is_missing(monkeypatch, changes, said):
+    given = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in (given | changes).items():
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=f"are set, and {said}: expected an address and numbers"):
+        start_ranks()
+
+
 def test_a_run_in_this_process_leaves_no_rank_to_what_it_starts_afterwards(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)

@@ -113,5 +113,19 @@ def test_ranks_that_never_meet_give_up_after_the_minutes_of_the_rendezvous(start
     assert "refused: " in said and address in said
 
 
+@pytest.mark.dist
+def test_a_rank_that_meets_nobody_says_so_whichever_it_is(start_ranks, tmp_path):
+    """Of ranks that have met, the first speaks for all."""
+    words = ["model.path=m", "data.train=d", f"output={tmp_path}", "engine.rendezvous_minutes=0.02"]
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        f"import os, sys; os.environ['RANK'] = '1'\nfrom reward.__main__ import main\nsys.exit(main({words}))"
+    )
+    (process,) = start_ranks([str(worker)], 1, WORLD_SIZE="2", MASTER_ADDR="no-such-host.invalid")
+    said = process.communicate(timeout=100)[0]
+    assert process.returncode == 2
+    assert "the ranks cannot meet at no-such-host.invalid:" in said and "no such host is known here" in said
+
+
 def test_constants_leave_a_beat_time_to_arrive():
     assert heartbeat.SECONDS_STILL > 3 * heartbeat.SECONDS_BETWEEN_BEATS
