@@ -96,9 +96,9 @@ def _watch_loading(found: dict[str, Any]) -> None:
 
     check = backbones.check_host_memory
 
-    def watched(*args: Any) -> None:
+    def watched(*args: Any, **more: Any) -> None:
         found.setdefault("before_models", memory("VmRSS"))
-        check(*args)
+        check(*args, **more)
 
     backbones.check_host_memory = watched
 

@@ -215,6 +215,7 @@ def build_policy(
     checked: bool = True,
     setting: str = "model.path",
     processes: int | None = None,
+    shared: bool = False,
 ) -> PolicyModel:
     """The policy on the CPU, the same on every rank for one seed.
 
@@ -226,6 +227,7 @@ def build_policy(
         checked: whether to compare it with its own logits: once for each model is enough, on one rank.
         setting: of the recipe, where the path comes from; for messages.
         processes: see :func:`rlhf.models.backbones.check_host_memory`.
+        shared: see :func:`rlhf.models.backbones.load_classifier`.
     Raises:
         ModelError: if the model cannot be loaded or has not the parts asked for.
     """
@@ -236,7 +238,7 @@ def build_policy(
             f"model.publish_lora = adapter: model.path = {config.path} is an adapter itself, so that a second one "
             "would need a base that is on no disk; set model.publish_lora=merged"
         )
-    hf = backbones.load_causal_lm(config, dtype=dtype, vocabulary=vocabulary, processes=processes)
+    hf = backbones.load_causal_lm(config, dtype=dtype, vocabulary=vocabulary, processes=processes, shared=shared)
     model = PolicyModel(hf)
     on_disk = getattr(backbones.load_model_config(config).get_text_config(), "vocab_size", None)
     model.grown = on_disk is not None and backbones.embedding_rows(hf) > on_disk
@@ -245,7 +247,7 @@ def build_policy(
     backbones.apply_kernels(hf, config)
     adapter = None
     if config.lora is not None:
-        adapter = backbones.add_lora(hf, config.lora, freeze_layers=config.freeze_layers)
+        adapter = backbones.add_lora(hf, config.lora, freeze_layers=config.freeze_layers, dtype=dtype)
     else:
         backbones.freeze_lower_layers(hf, config.freeze_layers)
     if config.gradient_checkpointing:

@@ -1,7 +1,7 @@
 """The reward model: a backbone, pooled at the last real token, and a float32 head."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -134,9 +134,7 @@ class LanguageModelHead(nn.Module):
 
     def forward(self, states: Tensor, tokens: Tensor, response_mask: Tensor) -> Tensor:
         """``(R,)`` log-probabilities summed over response tokens; position t predicts token t + 1."""
-        sums, _ = response_logprobs(
-            states[:, :-1], self.weight, tokens[:, 1:], response_mask[:, 1:], **self._logits
-        )
+        sums, _ = response_logprobs(states[:, :-1], self.weight, tokens[:, 1:], response_mask[:, 1:], **self._logits)
         return sums
 
 
@@ -159,6 +157,7 @@ def build_reward_model(
     checked: bool = True,
     setting: str = "model.path",
     processes: int | None = None,
+    shared: bool = False,
 ) -> RewardModel:
     """A fresh reward model on the CPU, the same on every rank for one seed.
 
@@ -172,35 +171,39 @@ def build_reward_model(
         checked: whether to compare it with plain Transformers: once for each model is enough, on one rank.
         setting: of the recipe, where the path comes from; for messages.
         processes: see :func:`rlhf.models.backbones.check_host_memory`.
+        shared: see :func:`rlhf.models.backbones.load_classifier`.
 
     Raises:
         ModelError: if the backbone cannot be loaded or has not the parts asked for.
     """
     torch.manual_seed(seed)
-    hf, has_head = backbones.load_classifier(
-        config, dtype=dtype, pad_token_id=pad_token_id, vocabulary=vocabulary, processes=processes
+    hf, missing = backbones.load_classifier(
+        config, dtype=dtype, pad_token_id=pad_token_id, vocabulary=vocabulary, processes=processes, shared=shared
     )
-    if has_head and config.head == "linear" and not config.new_head:
+    if not missing and config.head == "linear" and not config.new_head:
         _with_float32_head(hf)
         origin = f"the one of {config.path} (model.new_head=true draws a new one)"
     else:
-        _init_head(hf, config, torch.Generator().manual_seed(seed))
-        origin = f"a new one, in place of that of {config.path}" if has_head else "a new one"
-    lm_head = LanguageModelHead(_output_projection(config, dtype), hf.config) if with_lm_head else None
+        _init_head(hf, config, dtype, missing, torch.Generator().manual_seed(seed))
+        origin = "a new one" if missing else f"a new one, in place of that of {config.path}"
+    lm_head = LanguageModelHead(_output_projection(config, hf.dtype), hf.config) if with_lm_head else None
     model = RewardModel(hf, lm_head)
     model.head_origin = origin
     if checked:
         check_scores(model, f"{setting} = {config.path}")
     backbones.apply_kernels(hf, config)
-    make_trainable(model, config)
+    make_trainable(model, config, dtype)
     return model
 
 
-def make_trainable(model: RewardModel, config: BackboneConfig) -> None:
-    """Freeze, adapt and checkpoint a loaded model as ``config`` says; its head is always trained."""
+def make_trainable(model: RewardModel, config: BackboneConfig, dtype: torch.dtype) -> None:
+    """Freeze, adapt and checkpoint a loaded model as ``config`` says; its head is always trained.
+
+    Weights are going to be of type ``dtype``: new ones are made so.
+    """
     hf = model.hf
     if config.lora is not None:
-        adapter = backbones.add_lora(hf, config.lora, freeze_layers=config.freeze_layers)
+        adapter = backbones.add_lora(hf, config.lora, freeze_layers=config.freeze_layers, dtype=dtype)
         object.__setattr__(model, "_adapters", (adapter,))  # a plain tuple: its weights are hf's own
         _find_head(hf).requires_grad_(True)
     else:
@@ -236,10 +239,15 @@ def save_reward_model(model: RewardModel, folder: Path) -> None:
 
 
 def load_reward_model(
-    folder: Path, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+    folder: Path, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False, shared: bool = False
 ) -> RewardModel:
     """Open what :func:`save_reward_model` wrote, or any sequence classifier with one label, for scoring.
 
+    Args:
+        folder: of the model.
+        dtype: of all weights.
+        trust_remote_code: whether to run code that comes with it.
+        shared: see :func:`rlhf.models.backbones.load_classifier`.
     Raises:
         ModelError: if the folder is not such a model.
     """
@@ -247,6 +255,8 @@ def load_reward_model(
     if not path.is_file():
         raise ModelError(f"{folder}: not a model folder (no config.json); give the final/ folder of a reward run")
     settings = json.loads(path.read_text())
+    if shared:
+        dtype = backbones.stored_type(str(folder)) or dtype
     if settings.get("model_type") == MLP_MODEL_TYPE:
         return RewardModel(_load_mlp(folder, settings, dtype))
     try:
@@ -295,17 +305,28 @@ def _with_float32_head(hf: PreTrainedModel) -> PreTrainedModel:
     return hf
 
 
-def _init_head(hf: PreTrainedModel, config: RewardModelConfig, generator: torch.Generator) -> None:
+def _init_head(
+    hf: PreTrainedModel,
+    config: RewardModelConfig,
+    dtype: torch.dtype,
+    missing: Collection[str],
+    generator: torch.Generator,
+) -> None:
+    """New weights of type ``dtype`` for the head; what an encoder's files have of it but for its last layer stays."""
     head = _find_head(hf)
     if config.head == "mlp":
         if not hasattr(hf, "score"):
             raise ModelError("model.head = mlp is for decoder backbones; encoders bring a head of their own")
-        head = hf.score = _mlp_head(hf.config.hidden_size, config.head_hidden).to(hf.dtype)
+        head = hf.score = _mlp_head(hf.config.hidden_size, config.head_hidden)
     _with_float32_head(hf)
     *inner, final = _linear_layers(head)
-    for layer in inner if config.head == "mlp" else ():
-        draw(layer, (3 * layer.in_features) ** -0.5, generator)
-    draw(final, config.head_init_scale / (final.in_features + 1), generator)
+    names = {layer: f"{name}.weight" for name, layer in hf.named_modules()}
+    for layer in inner:
+        if config.head == "mlp":
+            draw(layer.to(dtype), (3 * layer.in_features) ** -0.5, generator)
+        elif names[layer] in missing:
+            draw(layer.to(dtype), getattr(hf.config, "initializer_range", 0.02), generator)
+    draw(final.to(dtype), config.head_init_scale / (final.in_features + 1), generator)
 
 
 @torch.no_grad()

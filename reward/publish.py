@@ -18,6 +18,7 @@ from rlhf.models.backbones import cut_copy, plain_copy
 from rlhf.models.manifest import Manifest, RewardStatistics
 from rlhf.models.tokenizer import required_embedding_rows
 from rlhf.train.publishing import Weights, text_form
+from rlhf.train.roles import is_shared_out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +110,7 @@ def new_model(
         checked=checked and not copied,
         setting=role.setting,
         processes=1 if copied else None,
+        shared=not copied and is_shared_out(role, config.engine),
     )
 
 

@@ -157,7 +157,8 @@ def forward_phase(role: str, states: States, work: Work) -> Phase:
 
 def resting(role: str, states: States) -> Phase:
     """What a model takes while another one works."""
-    device = named(role, {**states.device, **states.moments})
+    gradients = {"gradients": states.gradients_before} if states.gradients_stay else {}
+    device = named(role, {**states.device, **states.moments, **gradients})
     return Phase(name=role, device=device, host=named(role, states.host))
 
 

@@ -130,11 +130,18 @@ class StagePlan:
         return on_this_machine(phase, on_cpu=self.cluster.on_cpu)
 
     def _loading(self) -> list[Phase]:
-        """Models are loaded one after the other, whole and on the CPU of each rank; DeepSpeed first puts all of one
-        on its device, whatever the stage, and then shares it out."""
+        """Models are loaded one after the other.
+
+        What every rank holds goes whole through the host of each to its device. What ZeRO-3 shares out is only mapped
+        into memory, and each rank takes its share of one tensor after the other.
+        """
         phases: list[Phase] = []
         there: list[Phase] = []
         for role in (each for each in self.roles.loading if each.loaded):
+            if role.shared_out:
+                phases += beside([self._sharing_out(role)], there)
+                there.append(self._rest(role, trained=False))
+                continue
             whole = self.size * role.model.total
             host = {f"{role.name}: weights as loaded": whole}
             on_host = Phase(name=f"{role.name}: loading", device={}, host=host)
@@ -142,6 +149,13 @@ class StagePlan:
             phases += beside([on_host] if self.cluster.on_cpu else [on_host, on_device], there)
             there.append(self._rest(role, trained=False))
         return phases
+
+    def _sharing_out(self, role: Role) -> Phase:
+        """The largest tensor is there whole; on a CPU twice, where gloo gathers it."""
+        own = self._rest(role, trained=False)
+        largest = self.size * max(role.model.sizes) * (2 if self.cluster.on_cpu else 1)
+        device = {**own.device, f"{role.name}: largest tensor": largest}
+        return Phase(name=f"{role.name}: start", device=device, host=own.host)
 
     def _asking(self) -> list[Phase]:
         """Forward passes of models that are only asked; a cache is filled before the first step, without moments."""

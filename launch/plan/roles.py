@@ -49,6 +49,11 @@ class Role:
         return not self.recipe.inside
 
     @property
+    def shared_out(self) -> bool:
+        """Whether no rank ever holds all of its weights."""
+        return self.loaded and self.zero is not None and self.zero.stage == 3
+
+    @property
     def attention(self) -> Attention:
         """auto takes SDPA or flash attention; both keep the same."""
         wanted = self.recipe.backbone.attention

@@ -90,6 +90,8 @@ class States:
     """Gradients on the device when the last backward pass of a step begins."""
     gradients_after: int = 0
     """Gradients on the device when it ends."""
+    gradients_stay: bool = False
+    """Whether those are there from the start of the run to its end: stage 3 has one flat tensor for them."""
     step: int = 0
     """Temporary tensors while the optimizer steps, on top of gradients."""
 
@@ -243,6 +245,7 @@ def _split_weights(zero: ZeroSettings, numbers: Numbers, *, size: int, ranks: in
             buckets=buckets,
             gradients_before=gradient * trained,
             gradients_after=gradient * trained,
+            gradients_stay=True,
             step=gradient * trained + (MASTER * trained if gradient == 2 else 0),
             host=host,
             nvme=nvme,

@@ -87,12 +87,13 @@ def build_critic(
     seed: int,
     checked: bool = True,
     setting: str = "critic.path",
+    shared: bool = False,
 ) -> ValueModel:
     """The critic on the CPU, the same on every rank for one seed.
 
     Args:
         start: where it begins.
-        dtype, pad_token_id, vocabulary, seed, checked, setting: see :func:`reward.model.build_reward_model`.
+        dtype, pad_token_id, vocabulary, seed, checked, setting, shared: see :func:`reward.model.build_reward_model`.
     Raises:
         ModelError: if the model cannot be loaded or does not know the policy's tokens.
     """
@@ -112,15 +113,16 @@ def build_critic(
             seed=seed,
             checked=checked,
             setting=setting,
+            shared=shared,
         )
         return ValueModel(scorer)
     torch.manual_seed(seed)
-    scorer = load_reward_model(Path(path), dtype=dtype)
+    scorer = load_reward_model(Path(path), dtype=dtype, shared=shared)
     known = embedding_rows(scorer.hf)
     if known < vocabulary:
         raise ModelError(f"critic.path = {path} knows {known} tokens, and the policy writes {vocabulary}")
     switch_dropout_off(scorer.hf)
-    make_trainable(scorer, options)
+    make_trainable(scorer, options, dtype)
     if start.statistics is None:
         return ValueModel(scorer)
     return ValueModel(scorer, mean=start.statistics.mean, deviation=start.statistics.standard_deviation)

@@ -26,7 +26,7 @@ from rlhf.models.manifest import Manifest, read_manifest
 from rlhf.models.roles import ModelRole
 from rlhf.train.batches import BatchMaker
 from rlhf.train.chat import load_chat
-from rlhf.train.roles import frozen_of
+from rlhf.train.roles import frozen_of, is_shared_out
 
 
 class Scored(NamedTuple):
@@ -123,9 +123,8 @@ class ModelScorer:
             self._chat = ranks.together(lambda: load_chat(role.backbone.path))
         else:
             ranks.together(lambda: check_same_text(folder, manifest, parts))
-        module = ranks.together(
-            lambda: load_reward_model(folder, dtype=DTYPES[precision_of(parts.engine)]).requires_grad_(False)
-        )
+        dtype, shared = DTYPES[precision_of(parts.engine)], is_shared_out(role, parts.engine)
+        module = ranks.together(lambda: load_reward_model(folder, dtype=dtype, shared=shared).requires_grad_(False))
         width = module.hf.config.hidden_size
         self._model: Frozen = frozen_of(role, module, parts.engine, ranks, hidden_size=width)
         self.identity = ranks.on_main(lambda: weights_digest(role.backbone))

@@ -36,7 +36,7 @@ from rlhf.train.batches import BatchMaker
 from rlhf.train.chat import check_same_tokens
 from rlhf.train.loop import LoopState, Run, iterate
 from rlhf.train.publishing import publish_run, rehearse
-from rlhf.train.roles import engine_of, frozen_of, not_inside_shares
+from rlhf.train.roles import engine_of, frozen_of, is_shared_out, not_inside_shares
 from rlhf.train.stage import load_data, open_chat, report, run_and_take, run_identity, say, start_engine, total_steps
 
 PUBLISHED_ROWS = 12
@@ -225,9 +225,7 @@ class _Builder:
             return None
         model, origin = self._ranks.together(lambda: self._new_critic(role, policy))
         width = policy_of(policy).hf.config.hidden_size
-        engine = engine_of(
-            role, model, self._config.engine, self._ranks, steps=self._updates, hidden_size=width
-        )
+        engine = engine_of(role, model, self._config.engine, self._ranks, steps=self._updates, hidden_size=width)
         count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         say(self._ranks, f"critic from {origin}, {count:,} trainable parameters: {engine.description}")
         return engine
@@ -249,6 +247,7 @@ class _Builder:
             seed=config.train.seed,
             checked=self._ranks.is_main,
             setting=role.setting,
+            shared=is_shared_out(role, config.engine),
         )
         return critic, backbone.path
 
@@ -275,6 +274,7 @@ class _Builder:
             seed=self._config.train.seed,
             checked=self._ranks.is_main,
             setting=role.setting,
+            shared=is_shared_out(role, self._config.engine),
         )
 
     def _policy_copy(self) -> PolicyModel:

@@ -26,7 +26,7 @@ from rlhf.models.tokenizer import required_embedding_rows
 from rlhf.train.batches import BatchMaker
 from rlhf.train.chat import check_same_tokens
 from rlhf.train.publishing import publish_run, rehearse
-from rlhf.train.roles import frozen_of
+from rlhf.train.roles import frozen_of, is_shared_out
 from rlhf.train.stage import (
     LoadedData,
     load_data,
@@ -84,6 +84,7 @@ def _build(role: ModelRole, config: PreferenceConfig, chat: ChatFormat, ranks: R
         seed=config.train.seed,
         checked=ranks.is_main,
         setting=role.setting,
+        shared=is_shared_out(role, config.engine),
     )
 
 

@@ -10,6 +10,7 @@ from rlhf.engine.build import DTYPES, precision_of
 from rlhf.engine.ranks import Ranks
 from rlhf.models.tokenizer import required_embedding_rows
 from rlhf.train.publishing import publish_run, rehearse
+from rlhf.train.roles import is_shared_out
 from rlhf.train.stage import load_data, open_chat, report, run_identity, sample_of, start_engine, total_steps, train
 
 
@@ -40,6 +41,7 @@ def run(config: SftConfig, ranks: Ranks) -> SftEvaluation | None:
             seed=config.train.seed,
             checked=ranks.is_main,
             setting=role.setting,
+            shared=is_shared_out(role, config.engine),
         )
     )
     engine = start_engine(model, role, config, ranks, steps=steps, hidden_size=model.hf.config.hidden_size)

@@ -15,7 +15,7 @@ from rlhf.engine.deepspeed_checks import AUTO, BATCH_KEYS
 from rlhf.engine.deepspeed_files import Role, Source, read, role_of, shipped_names, shown
 from rlhf.engine.options import Precision
 
-__all__ = ["Lint", "Role", "RunValues", "lint", "resolve", "role_of", "shipped_names"]
+__all__ = ["Lint", "Role", "RunValues", "lint", "resolve", "role_of", "shipped_names", "zero_stage"]
 
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "float16")
 _KEPT_AUTO = {"data_types.keep_in_fp32_modules"}  # the one "auto" with a meaning of its own in DeepSpeed
@@ -69,6 +69,13 @@ def resolve(source: Source, run: RunValues, role: Role = "train") -> dict[str, A
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise ConfigError("\n  ".join([f"{name}: {count}", *problems]))
     return config
+
+
+def zero_stage(source: Source, role: Role = "train") -> int:
+    """The ZeRO stage of a configuration that :func:`resolve` accepts."""
+    _, config, _ = read(source, role)
+    found = _at(config, "zero_optimization.stage")
+    return found if isinstance(found, int) else 0
 
 
 def lint(source: Source, role: Role = "train") -> Lint:

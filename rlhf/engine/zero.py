@@ -25,6 +25,7 @@ from rlhf.engine.deepspeed_ops import optimizer_is_on_nvme, require_ops
 from rlhf.engine.optimizers import build_optimizer, build_schedule, follow_schedule, move_schedule
 from rlhf.engine.options import OptimizerConfig
 from rlhf.engine.ranks import Ranks
+from rlhf.engine.shares import share_out
 from rlhf.engine.universal import load_on_other_ranks, ranks_written_on, remove_converted
 
 TAG = "deepspeed"
@@ -56,12 +57,15 @@ class ZeroEngine:
         zero = deepspeed_config.get("zero_optimization", {})
         self.stage = int(zero.get("stage", 0))
         self._max_grad_norm = optimizer.max_grad_norm
+        config = _with_own_nvme_folder(deepspeed_config)
+        if self.stage == 3:
+            share_out(module, config, ranks)
         adam, name = _build_adam(module, optimizer, offload=_offloads(zero), on_cpu=ranks.device.type == "cpu")
         self._engine, self._optimizer, _, self._schedule = deepspeed.initialize(
             model=module,
             optimizer=adam,
             lr_scheduler=build_schedule(adam, optimizer, total_steps),
-            config=_with_own_nvme_folder(deepspeed_config),
+            config=config,
             dist_init_required=False,
         )
         self.module = self._engine.module.train()
@@ -154,9 +158,9 @@ class ShardedModel:
         self.ranks = ranks
         module.requires_grad_(False).eval()
         require_ops(deepspeed_config)
-        self._engine, *_ = deepspeed.initialize(
-            model=module, config=_with_own_nvme_folder(deepspeed_config), dist_init_required=False
-        )
+        config = _with_own_nvme_folder(deepspeed_config)
+        share_out(module, config, ranks)
+        self._engine, *_ = deepspeed.initialize(model=module, config=config, dist_init_required=False)
         self.module = self._engine.module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

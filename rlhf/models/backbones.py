@@ -1,18 +1,20 @@
 """Load a Transformers backbone, freeze or adapt it, and know its parts."""
 
+import contextlib
 import functools
 import importlib.util
 import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 import transformers
+from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -45,12 +47,18 @@ class LoadedClassifier(NamedTuple):
     """A sequence classifier with one label."""
 
     model: PreTrainedModel
-    has_head: bool
-    """Whether its head was read from its files; else it holds random numbers."""
+    missing: frozenset[str]
+    """Weights of its head that its files do not have: they hold random numbers."""
 
 
 def load_classifier(
-    config: BackboneConfig, *, dtype: torch.dtype, pad_token_id: int, vocabulary: int, processes: int | None = None
+    config: BackboneConfig,
+    *,
+    dtype: torch.dtype,
+    pad_token_id: int,
+    vocabulary: int,
+    processes: int | None = None,
+    shared: bool = False,
 ) -> LoadedClassifier:
     """``AutoModelForSequenceClassification`` with one label, on the CPU.
 
@@ -60,33 +68,66 @@ def load_classifier(
         pad_token_id: written into the configuration; it must never end a text (see rlhf.models.tokenizer).
         vocabulary: tokens of the tokenizer; the embedding grows to it, never to a rounder number.
         processes: see :func:`check_host_memory`.
+        shared: whether an engine is going to share the weights out, and to bring each to ``dtype`` by itself. They may
+            then stay in the type of their files, which are only mapped into memory; see :func:`loading_type`.
     Raises:
         ModelError: if the folder or name cannot be loaded as a classifier.
     """
     settings = load_model_config(config)
     settings.num_labels = 1
-    check_host_memory(config, dtype, processes)
     what = "a sequence classifier"
     loader = AutoModelForSequenceClassification
-    model, missing = _load(loader, what, config, settings, dtype=dtype, vocabulary=vocabulary)
+    check_host_memory(config, dtype, processes, shared=shared)
+    loaded = loading_type(config, dtype, vocabulary) if shared else dtype
+    model, missing = _load(loader, what, config, settings, dtype=dtype, loaded=loaded, vocabulary=vocabulary)
     model.config.pad_token_id = pad_token_id
-    return LoadedClassifier(model, not any(name.split(".")[0] in HEAD_NAMES for name in missing))
+    return LoadedClassifier(model, frozenset(name for name in missing if name.split(".")[0] in HEAD_NAMES))
 
 
 def load_causal_lm(
-    config: BackboneConfig, *, dtype: torch.dtype, vocabulary: int, processes: int | None = None
+    config: BackboneConfig,
+    *,
+    dtype: torch.dtype,
+    vocabulary: int,
+    processes: int | None = None,
+    shared: bool = False,
 ) -> PreTrainedModel:
     """``AutoModelForCausalLM``, on the CPU.
 
     Args:
-        config, dtype, vocabulary, processes: see :func:`load_classifier`.
+        config, dtype, vocabulary, processes, shared: see :func:`load_classifier`.
     Raises:
         ModelError: if the folder or name cannot be loaded as a causal language model.
     """
     settings = load_model_config(config)
-    check_host_memory(config, dtype, processes)
+    check_host_memory(config, dtype, processes, shared=shared)
+    loaded = loading_type(config, dtype, vocabulary) if shared else dtype
     what = "a causal language model"
-    return _load(AutoModelForCausalLM, what, config, settings, dtype=dtype, vocabulary=vocabulary)[0]
+    return _load(AutoModelForCausalLM, what, config, settings, dtype=dtype, loaded=loaded, vocabulary=vocabulary)[0]
+
+
+def loading_type(config: BackboneConfig, dtype: torch.dtype, vocabulary: int) -> torch.dtype:
+    """What to load weights as that an engine shares out as ``dtype``: a conversion makes a whole copy on each rank.
+
+    That of the files, unless something is made of them with the digits of ``dtype``: a larger embedding, or a model
+    with an adapter in it.
+    """
+    if adapter_base(config.path) is not None:
+        return dtype
+    if vocabulary > (getattr(load_model_config(config), "vocab_size", None) or 0):
+        return dtype
+    return stored_type(config.path, config.revision) or dtype
+
+
+def stored_type(path: str, revision: str | None = None) -> torch.dtype | None:
+    """The one type of all weights in the files of a folder, or of a name of the hub that was fetched before."""
+    folder = Path(path)
+    if not folder.is_dir():
+        index = try_to_load_from_cache(path, "config.json", revision=revision)
+        folder = Path(index).parent if isinstance(index, str) else folder
+    types = {entry["dtype"] for entry in _tensors(folder)}
+    known = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    return known.get(types.pop()) if len(types) == 1 else None
 
 
 def _load(
@@ -96,22 +137,23 @@ def _load(
     settings: PretrainedConfig,
     *,
     dtype: torch.dtype,
+    loaded: torch.dtype,
     vocabulary: int,
 ) -> tuple[PreTrainedModel, Collection[str]]:
-    """The model, and names of its weights that its files do not have."""
+    """The model with weights of the type ``loaded``, and names of its weights that its files do not have."""
     origin, revision = _origin(config)
     renamed = TEXT_PART if hasattr(_whole_config(config), "text_config") else None
     chatter = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # a new head and dropped layers are no news here
     try:
-        loaded: Any = loader.from_pretrained(
+        found: Any = loader.from_pretrained(
             origin,
             config=settings,
             output_loading_info=True,
             key_mapping=renamed,
             ignore_mismatched_sizes=loader is AutoModelForSequenceClassification,  # a head of other labels gives way
             revision=revision,
-            dtype=dtype,
+            dtype=loaded,
             attn_implementation=attention_implementation(
                 config.attention, dtype, settings, _has_flash(loader, settings)
             ),
@@ -122,7 +164,7 @@ def _load(
         raise ModelError(f"model.path = {config.path}: cannot be loaded as {what}: {reason}") from error
     finally:
         transformers_logging.set_verbosity(chatter)
-    model, report = loaded
+    model, report = found
     if renamed is not None:
         model._weight_conversions = None  # saving would turn the names back into those of the whole model
     said = f"model.path = {config.path}: cannot be loaded as {what}"
@@ -395,9 +437,16 @@ def freeze_lower_layers(model: PreTrainedModel, count: int) -> None:
         layer.requires_grad_(False)
 
 
-def add_lora(model: PreTrainedModel, options: LoraOptions, *, freeze_layers: int) -> "PeftModel":
+def add_lora(
+    model: PreTrainedModel, options: LoraOptions, *, freeze_layers: int, dtype: torch.dtype | None = None
+) -> "PeftModel":
     """Put adapters into ``model`` (in place) above the frozen layers; everything else but the head is frozen.
 
+    Args:
+        model: loaded.
+        options: of the adapters.
+        freeze_layers: layers that get none.
+        dtype: that the weights are going to have; ``None``: that they have.
     Returns:
         The peft wrapper: keep it to merge the adapters later.
     """
@@ -415,11 +464,25 @@ def add_lora(model: PreTrainedModel, options: LoraOptions, *, freeze_layers: int
         layers_to_transform=None if options.targets == "all-linear" else above,
     )
     try:
-        wrapped = get_peft_model(model, settings)
+        with _shown_as(model, dtype):
+            wrapped = get_peft_model(model, settings)
     except ValueError as error:
         raise ModelError(f"model.lora.targets = {options.targets}: {error}") from error
     freeze_adapters_below(model, freeze_layers)
     return wrapped
+
+
+@contextlib.contextmanager
+def _shown_as(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """Weights appear to have the type ``dtype`` inside the block, which reads nothing but types and shapes of them."""
+    weights = {parameter: parameter.data for parameter in model.parameters() if dtype not in (None, parameter.dtype)}
+    for parameter, data in weights.items():
+        parameter.data = torch.zeros((), dtype=dtype).expand(data.shape)
+    try:
+        yield
+    finally:
+        for parameter, data in weights.items():
+            parameter.data = data
 
 
 def freeze_adapters_below(model: PreTrainedModel, count: int) -> None:
@@ -437,17 +500,24 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     raise ModelError(f"{type(model).__name__}: no stack of {count} layers found; freeze_layers cannot be used with it")
 
 
-def check_host_memory(config: BackboneConfig, dtype: torch.dtype, processes: int | None = None) -> None:
+def check_host_memory(
+    config: BackboneConfig, dtype: torch.dtype, processes: int | None = None, *, shared: bool = False
+) -> None:
     """Refuse to load what this host cannot hold: a killed process (exit code -9) would not say why.
 
     Args:
         config: which model.
         dtype: of all weights.
         processes: how many of this host load it at once; ``None``: all ranks of the host.
+        shared: whether all ranks share the weights out, one tensor after the other.
     Raises:
         ModelError: if it does not fit.
     """
-    bytes_here = checkpoint_bytes(Path(_origin(config)[0]), dtype)
+    folder = Path(_origin(config)[0])
+    bytes_here = checkpoint_bytes(folder, dtype)
+    if shared and bytes_here is not None:
+        largest = max(_elements(entry) for entry in _tensors(folder)) * dtype.itemsize
+        bytes_here = min(bytes_here, bytes_here // int(os.environ.get("WORLD_SIZE") or 1) + largest)
     if processes is None:
         processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     available = free_memory()
@@ -462,14 +532,19 @@ def check_host_memory(config: BackboneConfig, dtype: torch.dtype, processes: int
 
 def checkpoint_bytes(folder: Path, dtype: torch.dtype) -> int | None:
     """Size of the weights in ``dtype``, from the safetensors headers; ``None`` for names of the hub."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        return None
-    elements = 0
-    for file in files:
+    elements = [_elements(entry) for entry in _tensors(folder)]
+    return sum(elements) * dtype.itemsize if elements else None
+
+
+def _tensors(folder: Path) -> list[dict[str, Any]]:
+    """Shape and type of each tensor in the safetensors files of ``folder``, as their headers have them."""
+    found: list[dict[str, Any]] = []
+    for file in sorted(folder.glob("*.safetensors")):
         with file.open("rb") as handle:
             header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
-        for name, entry in header.items():
-            if name != "__metadata__":
-                elements += torch.Size(entry["shape"]).numel()
-    return elements * dtype.itemsize
+        found += [entry for name, entry in header.items() if name != "__metadata__"]
+    return found
+
+
+def _elements(entry: dict[str, Any]) -> int:
+    return torch.Size(entry["shape"]).numel()

@@ -9,7 +9,7 @@ from torch import nn
 from rlhf.core.errors import ConfigError
 from rlhf.engine.api import Engine
 from rlhf.engine.build import build_engine, frozen_settings, run_values
-from rlhf.engine.deepspeed_config import resolve
+from rlhf.engine.deepspeed_config import resolve, zero_stage
 from rlhf.engine.frozen import Frozen, freeze
 from rlhf.engine.options import EngineConfig
 from rlhf.engine.ranks import Ranks
@@ -35,6 +35,13 @@ def frozen_of(role: ModelRole, module: nn.Module, engine: EngineConfig, ranks: R
     return freeze(module, ranks=ranks, config=engine, placement=role.placement, hidden_size=hidden_size)
 
 
+def is_shared_out(role: ModelRole, engine: EngineConfig) -> bool:
+    """Whether the ranks share out the weights of a role that has its own: by ZeRO-3, so that none holds it whole."""
+    if engine.kind == "local" or role.placement == REPLICATED:
+        return False
+    return zero_stage(role.placement, "train" if role.trained else "frozen") == 3
+
+
 def deepspeed_settings(
     role: ModelRole,
     models: Sequence[ModelRole],
@@ -57,7 +64,7 @@ def deepspeed_settings(
         return {}
     resolved = resolve(role.placement, run_values(engine, role.optimizer, **sizes))
     host = role_named(models, role.inside)
-    if host is not None and _zero_stage(resolve(host.placement, run_values(engine, host.optimizer, **sizes))) == 3:
+    if host is not None and is_shared_out(host, engine):
         raise not_inside_shares(role)
     return resolved
 
@@ -65,7 +72,3 @@ def deepspeed_settings(
 def not_inside_shares(role: ModelRole) -> ConfigError:
     """Nothing can be trained inside weights that are shared out among the ranks."""
     return ConfigError(f"{role.setting} does not go with ZeRO-3; take engine.deepspeed=zero2")
-
-
-def _zero_stage(resolved: dict[str, Any]) -> int:
-    return resolved.get("zero_optimization", {}).get("stage", 0)

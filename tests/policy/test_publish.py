@@ -87,7 +87,7 @@ def test_what_is_published_is_built_without_kernels_checkpoints_and_checks(train
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     seen = []
     monkeypatch.setattr("policy.model.check_logprobs", lambda *_: pytest.fail("checked again"))
-    monkeypatch.setattr("rlhf.models.backbones.check_host_memory", lambda *args: seen.append(args[2]))
+    monkeypatch.setattr("rlhf.models.backbones.check_host_memory", lambda *args, **more: seen.append(args[2]))
     monkeypatch.setattr("rlhf.models.backbones.apply_liger", lambda *_: pytest.fail("kernels for a GPU"))
     assert not asked.build(torch.float32).hf.is_gradient_checkpointing
     assert seen == [1]

@@ -117,6 +117,31 @@ def test_ppo_has_all_its_models_at_once():
         planned("ppo", "policy.lora={rank: 8}", "critic.share_trunk=true", "engine.deepspeed=zero3", own)
 
 
+@pytest.mark.parametrize(("stage", "role"), [("reward", "reward model"), ("ppo", "critic")])
+def test_under_zero3_a_start_needs_the_share_and_one_tensor(stage, role):
+    """Whole it would be 15 GB of bfloat16."""
+    starts = {}
+    for nodes in (1, 8):
+        plan = planned(stage, "engine.deepspeed=zero3", cluster=h100(nodes))
+        (phase,) = (each for each in plan.phases if each.name == f"{role}: start")
+        found = next(each for each in plan.roles.all if each.name == role)
+        assert phase.device[f"{role}: largest tensor"] == 2 * max(found.model.sizes)
+        assert phase.host == {"libraries": 4 * 2**30}
+        starts[nodes] = sum(size for name, size in phase.device.items() if name.startswith(role))
+        kept = plan.states[role].device["kept whole"]
+        share = (2 + 4 + 4) * found.model.total / plan.cluster.ranks
+        assert starts[nodes] == pytest.approx(share + kept + 2 * max(found.model.sizes), rel=1e-3)
+    assert starts[8] < starts[1] / 4
+
+
+def test_a_70b_model_starts_on_one_node_where_no_device_could_hold_it_whole():
+    plan = planned("preference", "model.path=llama-3-70b", "model.lora={rank: 32}", "engine.deepspeed=zero3")
+    (start,) = (each for each in plan.phases if each.name == "policy: start")
+    assert 2 * plan.roles.main.model.total > plan.cluster.device_memory > 3 * start.device_bytes
+    whole = planned("preference", "model.path=llama-3-70b", "model.lora={rank: 32}", "engine.deepspeed=zero2")
+    assert not whole.fits
+
+
 def test_more_rows_at_once_need_a_larger_cache():
     def cache(rows):
         plan = planned("ppo", f"rollout.batch_rows={rows}", "rollout.prompts=1024")

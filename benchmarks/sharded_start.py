@@ -1,0 +1,173 @@
+"""What a rank takes of its host while a model starts under ZeRO-3: private memory, beside share + largest tensor.
+
+    python benchmarks/sharded_start.py --shape llama-3.2-1b --ranks 4
+
+writes a random model of a known shape, starts so many ranks on this machine, lets each build and share it out as a
+stage does, and compares the peaks with the "start" of ``rlhf plan``. Pages of mapped files do not count: the ranks of a
+host have them together, and the system takes them back when it needs them.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+MIB = 2**20
+LIMIT = 1.5 * 2**30
+"""What a rank may take besides its share and the largest tensor: Python, libraries, the heap."""
+
+
+def private_memory() -> int:
+    """Bytes of this process that are no mapped file and not shared."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == "RssAnon":
+            return int(value.split()[0]) * 1024
+    raise OSError("/proc/self/status: no RssAnon; private memory is measured on Linux only")
+
+
+@contextmanager
+def peak_of_private_memory(found: dict[str, int], name: str) -> Iterator[None]:
+    """Note under ``name`` the largest value inside the block, looked at every other millisecond."""
+    over, largest = threading.Event(), [private_memory()]
+
+    def watch() -> None:
+        while not over.wait(0.002):
+            largest.append(max(largest.pop(), private_memory()))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        found[name] = max(*largest, private_memory())
+
+
+def write_model(folder: Path, shape: str, dtype: str, layers: int | None = None) -> None:
+    """A random model of a known shape, written tensor by tensor: it is never in memory whole."""
+    import torch
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from launch.plan.shapes import KNOWN
+    from rlhf.models.shards import ShardWriter
+
+    known = dict(KNOWN[shape])
+    if layers is not None:
+        known["num_hidden_layers"] = layers
+    settings = AutoConfig.for_model(known.pop("model_type"), **known, torch_dtype=dtype)
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(settings, dtype=getattr(torch, dtype))
+    model.config.save_pretrained(folder)
+    generator = torch.Generator().manual_seed(0)
+    with ShardWriter(folder) as writer:
+        tied = model.all_tied_weights_keys if settings.tie_word_embeddings else {}
+        for name, parameter in model.named_parameters():
+            if name in tied:
+                continue
+            values = torch.empty(parameter.shape, dtype=parameter.dtype)
+            for row in values.view(-1).split(2**24):
+                row.copy_(torch.randn(len(row), generator=generator) * 0.02)
+            writer.add({name: values + 1 if name.endswith("norm.weight") else values})
+
+
+def start(options: argparse.Namespace) -> dict[str, int]:
+    """One rank."""
+    from policy.model import build_policy
+    from rlhf.engine.build import DTYPES, build_engine, precision_of
+    from rlhf.engine.options import EngineConfig, OptimizerConfig
+    from rlhf.engine.ranks import start_ranks
+    from rlhf.models.options import BackboneConfig, LoraOptions
+
+    ranks = start_ranks()
+    lora = LoraOptions(rank=options.lora) if options.lora else None
+    config, engine = (
+        BackboneConfig(path=str(options.model), lora=lora),
+        EngineConfig(deepspeed="zero3", precision=options.precision),
+    )
+    found = {"before": private_memory()}
+    with peak_of_private_memory(found, "peak"):
+        with peak_of_private_memory(found, "loaded"):
+            model = build_policy(
+                config,
+                dtype=DTYPES[precision_of(engine)],
+                vocabulary=0,
+                seed=0,
+                checked=ranks.is_main,
+                shared=True,
+            )
+        width = model.hf.config.hidden_size
+        optimizer = OptimizerConfig()
+        built = build_engine(model, ranks=ranks, config=engine, optimizer=optimizer, total_steps=1, hidden_size=width)
+    found["after"] = private_memory()
+    sizes = [parameter.ds_numel for parameter in built.module.parameters()]
+    trained = [parameter.ds_numel for parameter in built.module.parameters() if parameter.requires_grad]
+    size = DTYPES[precision_of(engine)].itemsize
+    # DeepSpeed makes float32 masters and gradients of what is trained before the first step, the moments in it.
+    found["share"] = (size * sum(sizes) + 8 * sum(trained)) // ranks.world_size
+    found["largest"] = size * max(sizes)
+    ranks.barrier()
+    return found
+
+
+def measure(options: argparse.Namespace, ranks: int) -> list[dict[str, int]]:
+    """What each of so many ranks has found."""
+    from rlhf.core.ports import free_port
+
+    shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
+    shared |= {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, __file__, "--as-rank", "--model", str(options.model), "--precision", options.precision]
+    command += ["--lora", str(options.lora)]
+    processes = []
+    for rank in range(ranks):
+        environment = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+    outputs = [process.communicate()[0] for process in processes]
+    if any(process.returncode for process in processes):
+        raise RuntimeError("\n".join(outputs))
+    return [json.loads(output.splitlines()[-1]) for output in outputs]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="llama-3.2-1b", help="a name that rlhf plan knows")
+    parser.add_argument("--layers", type=int, help="only so many of its layers")
+    parser.add_argument("--model", type=Path, help="folder of a model; written anew if it is not there")
+    parser.add_argument("--stored", default="bfloat16", help="type of the weights in the files that are written")
+    parser.add_argument("--precision", default="bfloat16")
+    parser.add_argument("--lora", type=int, default=0, help="rank of adapters; 0: all weights are trained")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--as-rank", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.as_rank:
+        print(json.dumps(start(options)), flush=True)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        options.model = options.model or Path(scratch) / "model"
+        if not options.model.is_dir():
+            write_model(options.model, options.shape, options.stored, options.layers)
+        for count in options.ranks:
+            began = time.perf_counter()
+            for rank, found in enumerate(measure(options, count)):
+                rest = found["peak"] - found["share"] - found["largest"]
+                print(
+                    f"{count} ranks, rank {rank}: share {found['share'] / MIB:.0f} + largest tensor "
+                    f"{found['largest'] / MIB:.0f} MiB, private memory {found['before'] / MIB:.0f} MiB before, "
+                    f"{found['loaded'] / MIB:.0f} loaded, {found['peak'] / MIB:.0f} at the peak, "
+                    f"{found['after'] / MIB:.0f} after: {rest / MIB:.0f} besides (limit {LIMIT / MIB:.0f})",
+                    flush=True,
+                )
+            print(f"{count} ranks: {time.perf_counter() - began:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
