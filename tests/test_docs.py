@@ -1,5 +1,6 @@
 """What the site is made with: links that hold in the repository and on the site, pages made from the code."""
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -89,17 +90,48 @@ def read(path):
             "give another"
         )
     raise ConfigError("\\n".join([f"{PROGRAM}: first", *others]))
+
+def check(rows):
+    problems = [f"{row}: is not good" for row in rows]
+    for row in rows:
+        problems.append(f"{row}: is worse, give another")
+    more = "no message of ours"
+    if problems:
+        raise DataError("\\n  ".join(problems))
+    raise ModelError(_why(rows))
+
+def _why(rows):
+    if rows:
+        return f"{rows[0]} has no end; close it"
+    return _other()
+
+def _other():
+    yield f"none of {len(rows)} rows" + " can be read"
+
+def refused(detail: str) -> DataError:
+    return DataError(f"{detail}: mend the file")
+
+def use(row):
+    raise row.refused("there is no column for it") if row else TypeError("for programmers alone")
 """
 
 
-def test_messages_are_collected_with_the_names_of_their_values():
-    found = [*messages.messages_of(SOURCE)]
+def test_messages_are_collected_with_the_names_of_their_values_and_however_they_are_put_together():
+    tree = ast.parse(SOURCE)
+    assert [*messages.makers_of(tree)] == ["refused"]
+    found = [*messages.messages_of(tree, makers=["refused"])]
     assert {*found} == {
         "a = {a}: expected less than {b}, or none",
         "{path}: no such file; give another",
         "{PROGRAM}: first\n{...}",
+        "{row}: is not good",
+        "{row}: is worse, give another",
+        "{rows} has no end; close it",
+        "none of {rows} rows can be read",
+        "{detail}: mend the file",
+        "there is no column for it",
     }
-    assert "for our own eyes" in {*messages.messages_of(SOURCE, settings=True)}
+    assert "for our own eyes" in {*messages.messages_of(tree, settings=True)}
 
 
 def test_the_page_of_messages_has_those_of_every_package_once():
