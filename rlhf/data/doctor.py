@@ -11,6 +11,7 @@ import numpy as np
 from rlhf.core.files import digest
 from rlhf.core.intervals import wilson_interval
 from rlhf.data.kinds import Examples, Pairs, Prompts
+from rlhf.data.markup import marks, markup_in
 from rlhf.data.messages import BadRow, Message
 from rlhf.data.options import ColumnConfig, Columns, RowSource
 from rlhf.data.records import ExampleRecord, PreferenceRecord, PromptRecord, prompt_key
@@ -18,7 +19,7 @@ from rlhf.data.report import HIDDEN_QUESTION, NAME_COLUMNS, NOT_BAD, LeftOut, no
 from rlhf.data.rows import MISSING_COLUMN
 from rlhf.data.sources import Source, open_source, row_names
 from rlhf.data.store import StoreCounts
-from rlhf.data.templates import ChatFormat, TemplateFault, marks, markup_in
+from rlhf.data.templates import ChatFormat, TemplateFault
 from rlhf.data.tokenizing import RowKind, Tokenizing, parsed
 
 CONTRADICTORY_LIMIT = 0.01

@@ -3,7 +3,8 @@
 import copy
 from typing import Any
 
-from rlhf.data.templates import ChatFormat, portable_header, portable_origin
+from rlhf.data.template_text import portable_header, portable_origin
+from rlhf.data.templates import ChatFormat
 
 
 def portable_tokenizer(chat: ChatFormat) -> Any:

@@ -11,8 +11,8 @@ import numpy as np
 
 from rlhf.core.errors import DataError
 from rlhf.core.files import write_text
-from rlhf.data.records import TIE
 from rlhf.data.rows import MISSING_COLUMN
+from rlhf.data.shapes import TIE
 from rlhf.data.store import StoreCounts
 
 QUARANTINE = "quarantine.jsonl"

@@ -7,14 +7,12 @@ end token: all that a template puts behind its end-of-turn token is cut, and EOS
 the template has no such token. In a conversation every assistant turn is found in the same way.
 """
 
-import ast
 import functools
 import itertools
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -23,8 +21,9 @@ import numpy as np
 from rlhf.core.errors import DataError, ModelError
 from rlhf.core.files import digest
 from rlhf.core.tokenizers import former_tokenizer_digests, tokenizer_digest
-from rlhf.data.built_in_templates import BUILT_IN_TEMPLATES, CHATML_TEMPLATE, PLAIN_TEMPLATE
+from rlhf.data.built_in_templates import BUILT_IN_TEMPLATES, CHATML_TEMPLATE
 from rlhf.data.ending import Ending, find_ending
+from rlhf.data.markup import marks, markup_in
 from rlhf.data.messages import (
     ROLES,
     Message,
@@ -34,6 +33,15 @@ from rlhf.data.messages import (
     without_thoughts,
 )
 from rlhf.data.options import TemplateChoice
+from rlhf.data.template_text import (
+    NEEDED_TOKENS,
+    drops_thoughts,
+    fitting_template,
+    portable_origin,
+    system_prompt_in,
+    template_text,
+    with_settings,
+)
 
 Span = tuple[int, int]
 """Half-open interval of characters or tokens: the first one, and the one after the last."""
@@ -160,13 +168,12 @@ class ChatFormat:
     def system_prompt(self) -> str | None:
         """What the template puts in front of conversations without a system message, as ``data.system_prompt`` of the
         run or of that which published the model; the first of several, which leaves the others nothing to do."""
-        _, _, rest = self.template.partition(_SYSTEM[0])
-        return ast.literal_eval(rest[: rest.index(_SYSTEM[1])]) if rest else None
+        return system_prompt_in(self.template)
 
     @functools.cached_property
     def drops_thoughts(self) -> bool:
         """Whether the template shows answers without their thoughts, as ``data.thoughts=drop`` asks for."""
-        return _DROPPING in self.template
+        return drops_thoughts(self.template)
 
     @functools.cached_property
     def header_tokens(self) -> int:
@@ -231,9 +238,7 @@ class ChatFormat:
     def _without_surplus(self, text: str) -> str:
         return text.rstrip().removesuffix(self.ending.surplus).rstrip()
 
-    def _behind(
-        self, before: str, whole: str, prompt: Sequence[Message], response: Sequence[Message]
-    ) -> str:
+    def _behind(self, before: str, whole: str, prompt: Sequence[Message], response: Sequence[Message]) -> str:
         """How the template shows the response, where it shows the prompt in another way once the response is there.
 
         That is fine where it is the system message that it moves: Mistral's templates show it in the last message,
@@ -358,17 +363,6 @@ class ChatFormat:
         return np.array([token for part in parts for token in part], np.int32), places.astype(np.int32).reshape(-1, 2)
 
 
-def portable_header(body: str, origin: str) -> str:
-    """A comment for the start of a template ``body`` that renders as the format with the digest ``origin`` does."""
-    return f"{{#- renders as form {origin}; {digest(body)} -#}}"
-
-
-def portable_origin(template: str) -> str | None:
-    """The digest that :func:`portable_header` left; ``None`` without one, or if the template was changed since."""
-    found = re.match(r"\{#- renders as form (\w+); (\w+) -#\}", template)
-    return found[1] if found and digest(template[found.end() :]) == found[2] else None
-
-
 def chat_format(
     tokenizer: Any, template: str | TemplateChoice | None, stop_token_ids: Sequence[int] = ()
 ) -> ChatFormat:
@@ -385,34 +379,19 @@ def chat_format(
         ModelError: if the tokenizer lacks tokens that the template or the end of a response needs.
     """
     choice = template if isinstance(template, TemplateChoice) else TemplateChoice(text=template)
-    text, origin = _template_text(tokenizer, choice.text)
+    text, origin = template_text(tokenizer, choice.text)
     if not tokenizer.eos_token:
         raise ModelError("the tokenizer has no EOS token: there is nothing to end a response with")
     special = (_special(tokenizer) | set(tokenizer.all_special_tokens)) - {tokenizer.bos_token}
     special |= {tokenizer.eos_token}
     if text == CHATML_TEMPLATE and "<|im_end|>" not in special:
         raise ModelError("data.template=chatml: the tokenizer has no token <|im_end|>")
-    needed = _NEEDED_TOKENS.get(origin, ())
+    needed = NEEDED_TOKENS.get(origin, ())
     missing = [token for token in needed if token not in tokenizer.get_vocab()]
     if missing:
         raise ModelError(f"data.template={origin}: the tokenizer has no token {', '.join(missing)}")
-    head = _settings_head(text, origin, choice.options)
-    wanted = (
-        _DROPPING if choice.drop_thoughts else "",
-        "" if choice.system_prompt is None else _system_head(choice.system_prompt),
-        _FOLDING if choice.fold_system else "",
-    )
-    text = head + "".join(part for part in wanted if part not in text) + text
+    text = with_settings(text, origin, choice)
     return ChatFormat(tokenizer, text, origin, _wanted_bos(tokenizer), tuple(sorted(special)), tuple(stop_token_ids))
-
-
-def fitting_template(tokenizer: Any) -> str | None:
-    """The built-in template in the form of the tokenizer's family that shows every turn as it was written."""
-    vocabulary = tokenizer.get_vocab()
-    for name, tokens in _FAMILIES:
-        if all(token in vocabulary for token in tokens):
-            return name
-    return "plain"
 
 
 def after_thoughts(text: str, span: Span) -> int:
@@ -426,100 +405,10 @@ def after_thoughts(text: str, span: Span) -> int:
     return span[1] - len(behind.lstrip())
 
 
-def marks(tokens: Iterable[str]) -> re.Pattern[str]:
-    """A pattern that finds ``tokens``, and marks of well-known templates."""
-    found = {token for token in [*tokens, *_WELL_KNOWN_MARKS] if token and token != "None" and len(token) > 1}
-    return re.compile("|".join(re.escape(token) for token in sorted(found, key=len, reverse=True)))
-
-
-def markup_in(messages: Sequence[Message], pattern: re.Pattern[str]) -> tuple[str, ...]:
-    """A warning where the texts hold what ``pattern`` finds; none otherwise."""
-    found = {mark for message in messages for mark in pattern.findall(message["content"])}
-    if not found:
-        return ()
-    names = ", ".join(sorted(found)[:3])
-    return (f"warning: texts carry markup of a chat template already ({names}): it is put around them once more",)
-
-
 # ------------------------------------------------------------------------------------------------- details
 
 _PROBE = "zqxj"
 """A text that no template writes."""
-
-_WELL_KNOWN_MARKS = (
-    "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]", "<<SYS>>", "<start_of_turn>", "<end_of_turn>",
-    "<|start_header_id|>", "<|eot_id|>", "<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>", "<｜User｜>",
-    "<｜Assistant｜>",
-)  # fmt: skip
-
-_FAMILIES = (
-    ("r1-distill", ("<｜User｜>", "<｜Assistant｜>")),
-    ("phi3", ("<|user|>", "<|assistant|>", "<|end|>")),
-    ("qwen3", ("<|im_start|>", "<|im_end|>", "<think>")),
-    ("chatml", ("<|im_start|>", "<|im_end|>")),
-)
-"""Built-in templates, and the tokens that they need."""
-
-_NEEDED_TOKENS = dict(_FAMILIES[:2])
-
-_FOLDING = (
-    "{%- if messages | length > 1 and messages[0]['role'] == 'system' and messages[1]['role'] == 'user' %}"
-    "{%- set messages = [{'role': 'user', 'content': messages[0]['content'] + '\\n\\n' + messages[1]['content']}]"
-    " + messages[2:] %}{%- endif %}{{ '' }}"
-)
-"""Goes in front of a template; the empty text at its end keeps a line feed that follows."""
-
-_SYSTEM = (
-    "{%- if bare is not defined and (not messages or messages[0]['role'] != 'system') %}"
-    "{%- set messages = [{'role': 'system', 'content': ",
-    "}] + messages %}{%- endif %}{{ '' }}",
-)
-"""The same for a system prompt, which stands in between as a literal of Python. Rendered ``bare``, there is none."""
-
-_DROPPING = (
-    "{{ '' }}{%- set shown = namespace(messages=[]) %}{%- for message in messages %}"
-    "{%- set text = message['content'] %}"
-    "{%- if message['role'] == 'assistant' and text is string and (message['reasoning_content'] or '</think>' in text)"
-    " %}{%- set parts = text.split('</think>', 1) %}"
-    "{%- if not message['reasoning_content'] and parts | length > 1 and"
-    " (parts[0].lstrip().startswith('<think>') or '<think>' not in text) %}{%- set text = parts[1] %}{%- endif %}"
-    "{%- set message = dict(message.items() | rejectattr('0', 'equalto', 'reasoning_content'), content=text.strip()) %}"
-    "{%- endif %}{%- set shown.messages = shown.messages + [message] %}{%- endfor %}"
-    "{%- set messages = shown.messages %}{{ '' }}"
-)
-"""The same for answers without their thoughts, as :func:`rlhf.data.messages.without_thoughts` leaves them."""
-
-
-def _system_head(prompt: str) -> str:
-    return repr(prompt).join(_SYSTEM)
-
-
-def _settings_head(text: str, origin: str, options: Mapping[str, bool | int | float | str]) -> str:
-    """Statements that set variables of a template; without those that a published one has already.
-
-    Raises:
-        DataError: if there is no such variable, or the model was published with another value, which would win.
-    """
-    head, published = "", _published_options(text)
-    for name, value in options.items():
-        found = published.get(name)
-        if found == json.dumps(value):
-            continue
-        if found is not None:
-            raise DataError(
-                f"data.template_options.{name} = {json.dumps(value)}: the template ({origin}) was published with "
-                f"{found}; leave the option out, or give data.template the original one"
-            )
-        if not re.fullmatch(r"[A-Za-z_]\w*", name) or not re.search(rf"\b{name}\b", text):
-            raise DataError(f"data.template_options.{name}: the template ({origin}) has no such variable")
-        head += f"{{%- set {name} = {json.dumps(value)} %}}"
-    return head + "{{ '' }}" if head else ""
-
-
-def _published_options(text: str) -> dict[str, str]:
-    """Variables that a template sets as :func:`_settings_head` does, and their values as JSON."""
-    heads = re.findall(r"^(?:\{%- set \w+ = [^\n]*? %\})+\{\{ '' \}\}", text, re.MULTILINE)
-    return dict(pair for head in heads for pair in re.findall(r"\{%- set (\w+) = (.*?) %\}", head))
 
 
 def _special(tokenizer: Any) -> set[str]:
@@ -545,22 +434,6 @@ def _short(text: str) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _template_text(tokenizer: Any, template: str | None) -> tuple[str, str]:
-    if template is None:
-        if getattr(tokenizer, "chat_template", None):
-            return tokenizer.get_chat_template(), "the tokenizer's own"
-        return PLAIN_TEMPLATE, "plain, because the tokenizer has none"
-    if template in BUILT_IN_TEMPLATES:
-        return BUILT_IN_TEMPLATES[template], template
-    if "{" in template:
-        return template, "given in the recipe"
-    path = Path(template).expanduser()
-    if not path.is_file():
-        names = ", ".join(BUILT_IN_TEMPLATES)
-        raise DataError(f"data.template = {template}: there is no such file, and it is none of {names}")
-    return path.read_text(encoding="utf-8-sig"), template
-
-
 def _wanted_bos(tokenizer: Any) -> str:
     """BOS, or of encoders the token whose state stands for the text, if the tokenizer puts it before any text."""
     first = tokenizer("a")["input_ids"][0]
@@ -568,10 +441,6 @@ def _wanted_bos(tokenizer: Any) -> str:
         if token is not None and tokenizer.convert_tokens_to_ids(token) == first:
             return token
     return ""
-
-
-def _special_texts(tokenizer: Any) -> dict[str, str]:
-    return {name: str(getattr(tokenizer, f"{name}_token")) for name in ("bos", "eos", "pad", "unk")}
 
 
 def _token_span(batch: Any, row: int, span: Span, size: int, count: int) -> Span:
@@ -588,3 +457,7 @@ def _token_at(batch: Any, row: int, begin: int, end: int, count: int) -> int:
         if token is not None:
             return token
     return count
+
+
+def _special_texts(tokenizer: Any) -> dict[str, str]:
+    return {name: str(getattr(tokenizer, f"{name}_token")) for name in ("bos", "eos", "pad", "unk")}

@@ -19,7 +19,20 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from rlhf.core.errors import DataError
 from rlhf.core.files import digest, staged_directory
-from rlhf.data import formats, messages, records, rows, sources, store, templates
+from rlhf.data import (
+    built_in_templates,
+    ending,
+    formats,
+    markup,
+    messages,
+    records,
+    rows,
+    shapes,
+    sources,
+    store,
+    template_text,
+    templates,
+)
 from rlhf.data.messages import BadRow, Message, thoughts_and_answer, without_thoughts
 from rlhf.data.options import Columns, RowsConfig
 from rlhf.data.records import prompt_key
@@ -298,6 +311,7 @@ def _with_progress(rows: Iterable[RawRow], title: str) -> Iterator[RawRow]:
 
 def _code_digest(kind: RowKind) -> str:
     """Digest of the code that turns rows into tokens: a new version of it makes its own cache entries."""
-    modules = (formats, messages, records, rows, sources, store, templates)
-    files = [__file__, inspect.getfile(type(kind)), *(inspect.getfile(module) for module in modules)]
+    reading = (formats, messages, records, rows, shapes, sources, store)
+    rendering = (built_in_templates, ending, markup, template_text, templates)
+    files = [__file__, inspect.getfile(type(kind)), *(inspect.getfile(module) for module in (*reading, *rendering))]
     return digest(*(Path(file).read_bytes() for file in files))

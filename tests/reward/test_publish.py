@@ -80,7 +80,7 @@ def test_the_numbers_of_the_manifest_are_of_the_step_that_is_published(stage, tm
 def test_a_run_opens_its_tokenizer_and_its_template_once(stage, monkeypatch):
     """All parts of a run have the same form of text because they have the same object."""
     opened = []
-    for name in ("rlhf.models.tokenizer.AutoTokenizer.from_pretrained", "rlhf.data.templates._template_text"):
+    for name in ("rlhf.models.tokenizer.AutoTokenizer.from_pretrained", "rlhf.data.templates.template_text"):
         module, _, attribute = name.rpartition(".")
         real = pkgutil.resolve_name(name)
 

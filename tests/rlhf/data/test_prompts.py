@@ -7,11 +7,12 @@ import pytest
 
 from rlhf.config import load_config
 from rlhf.core.errors import ConfigError, DataError
+from rlhf.data.built_in_templates import CHATML_TEMPLATE
 from rlhf.data.options import DataConfig, PromptColumns, PromptDataConfig, RowSource
 from rlhf.data.preferences import load_preferences
 from rlhf.data.prompts import load_prompts
 from rlhf.data.store import text_as_numbers, text_of_numbers
-from rlhf.data.templates import CHATML_TEMPLATE, ChatFormat, chat_format
+from rlhf.data.templates import ChatFormat, chat_format
 
 LONG = "why? " * 60
 

@@ -1,15 +1,9 @@
 import pytest
 
+from rlhf.data.messages import BadRow
 from rlhf.data.options import ColumnConfig
-from rlhf.data.records import (
-    CONVERSATIONS,
-    HUMAN_ASSISTANT,
-    PROMPT_MESSAGES,
-    PROMPT_TEXT,
-    BadRow,
-    prompt_key,
-    to_records,
-)
+from rlhf.data.records import prompt_key, to_records
+from rlhf.data.shapes import CONVERSATIONS, HUMAN_ASSISTANT, PROMPT_MESSAGES, PROMPT_TEXT
 
 
 def user(content):

@@ -4,7 +4,8 @@ import pytest
 
 from rlhf.data.messages import BadRow
 from rlhf.data.options import ColumnConfig, ExampleColumns, PromptColumns
-from rlhf.data.records import TIE, to_conversations, to_example, to_prompt, to_records
+from rlhf.data.records import to_conversations, to_example, to_prompt, to_records
+from rlhf.data.shapes import TIE
 
 HELPSTEER3 = {
     "context": [{"role": "user", "content": "rain?"}],

@@ -4,11 +4,8 @@ from transformers import PreTrainedTokenizer
 
 from rlhf.core.errors import DataError, ModelError
 from rlhf.core.tokenizers import tokenizer_digest
-from rlhf.data.templates import (
-    CHATML_TEMPLATE,
-    TemplateFault,
-    chat_format,
-)
+from rlhf.data.built_in_templates import CHATML_TEMPLATE
+from rlhf.data.templates import TemplateFault, chat_format
 
 PROMPT = [{"role": "user", "content": "why?"}]
 RESPONSE = [{"role": "assistant", "content": "Because 12 + 30 = 42."}]

@@ -3,8 +3,9 @@
 import pytest
 from transformers import AutoTokenizer
 
+from rlhf.data.built_in_templates import BUILT_IN_TEMPLATES
 from rlhf.data.portable import portable_tokenizer
-from rlhf.data.templates import BUILT_IN_TEMPLATES, chat_format
+from rlhf.data.templates import chat_format
 from rlhf.models.tokenizer import load_tokenizer
 from rlhf.train.publishing import text_cases
 from rlhf.train.reloading import check_texts
