@@ -108,6 +108,9 @@ def _why(rows):
 def _other():
     yield f"none of {len(rows)} rows" + " can be read"
 
+def _complaint(value):
+    return f"a word too many, namely {value}" if value else ""
+
 def refused(detail: str) -> DataError:
     return DataError(f"{detail}: mend the file")
 
@@ -130,6 +133,7 @@ def test_messages_are_collected_with_the_names_of_their_values_and_however_they_
         "none of {rows} rows can be read",
         "{detail}: mend the file",
         "there is no column for it",
+        "a word too many, namely {value}",
     }
     assert "for our own eyes" in {*messages.messages_of(tree, settings=True)}
 
@@ -138,6 +142,7 @@ def test_the_page_of_messages_has_those_of_every_package_once():
     section = messages.section()
     lines = [line for line in section.splitlines() if line.startswith("* ")]
     assert len(lines) > 200 and "no recipe of this name ships" in section and "\n### Data\n" in section
+    assert "unknown key (did you mean *near*?)" in section
     assert {package for package, _, _ in (module.partition(".") for module, _ in messages.collected())} == {
         *messages.PACKAGES
     }

@@ -41,7 +41,13 @@ KINDS = {
     if isinstance(kind, type) and issubclass(kind, errors.UserError) and kind is not errors.RunStopped
 } | {"BadRow": 1}
 """Errors for users, and which of their arguments is the message. That of a row is in ``quarantine.jsonl``."""
+GIVES_MESSAGES = re.compile(r"(^|_)(fault|problem|complaint|obstacle)s?$")
+"""Names of functions that return or yield what is wrong."""
 ADDING = ("append", "extend", "insert", "setdefault", "update")
+
+READING = """\
+Words in italics stand for names and values. In front of a message stands what it is about: a file with its line, a key
+with its value. Reasons why a row of data is left out are also in `quarantine.jsonl` of the run folder."""
 
 OF_SETTINGS = {"config", "options", "profile", "tables", "table"}
 """Modules that check settings and raise ValueErrors."""
@@ -52,7 +58,7 @@ def section() -> str:
     areas: dict[str, dict[str, None]] = {area: {} for area in AREAS.values()}
     for module, message in collected():
         areas[_area(module)].setdefault(message)
-    parts = ["\n## What is refused, by area\n"]
+    parts = ["\n## What is refused, by area\n", f"{READING}\n"]
     for area, found in areas.items():
         if found:
             rows = [f"* {_shown(message)}" for message in sorted(found, key=str.lower)]
@@ -83,7 +89,9 @@ def makers_of(tree: ast.Module) -> Iterator[str]:
 
 
 def messages_of(tree: ast.Module, *, settings: bool = False, makers: Collection[str] = ()) -> Iterator[str]:
-    """Messages of the errors that a module makes for its user; of a list of problems, each problem.
+    """Messages of the errors that a module makes for its user, and what its functions :data:`GIVES_MESSAGES` give.
+
+    Of a message that is put together of a list, each item of the list.
 
     Args:
         tree: the module.
@@ -94,6 +102,8 @@ def messages_of(tree: ast.Module, *, settings: bool = False, makers: Collection[
     about_settings = {node for scope in ([tree] if settings else checks) for node in ast.walk(scope)}
     flow = _Flow(tree)
     for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and GIVES_MESSAGES.search(node.name):
+            yield from flow.returned(node)
         if not isinstance(node, ast.Call) or not node.args:
             continue
         name = ast.unparse(node.func).rpartition(".")[2]
@@ -131,6 +141,12 @@ class _Flow:
         seen: set[ast.expr] = set()
         for each in _joined(node) if _has_words(whole) else [node]:
             yield from self._follow(each, seen)
+
+    def returned(self, function: ast.FunctionDef) -> Iterator[str]:
+        """What ``function`` returns or yields."""
+        seen: set[ast.expr] = set()
+        for value in self._into.get((None, function.name.strip("_")), []):
+            yield from self._follow(value, seen)
 
     def _follow(self, node: ast.expr, seen: set[ast.expr]) -> Iterator[str]:
         if node in seen:
