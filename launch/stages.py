@@ -98,6 +98,16 @@ STAGES = {
             reads={"prompts": FILE, "reference": FOLDER, "policies": FOLDER, "reward": FOLDER},
             report="policy.evaluation.results:report_of",
         ),
+        Stage(
+            name="benchmark",
+            module="policy.benchmark",
+            config="policy.benchmark.config:BenchmarkConfig",
+            trains=False,
+            published="",
+            metric="benchmark",
+            reads={"model": FOLDER, "reference": FOLDER, "data": FILE},
+            report="reward.benchmarks.results:report_of",
+        ),
     )
 }
 

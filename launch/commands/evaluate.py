@@ -1,20 +1,43 @@
-"""``rlhf evaluate``: policies compared by the reward of fresh samples, with their KL from a reference."""
+"""``rlhf evaluate``: reward models by labeled answers, policies by the reward of fresh samples."""
 
 import argparse
 
-from launch.commands.arguments import Subparsers, chosen, command, positive_int
+from launch.commands.arguments import (
+    Subparsers,
+    add_columns,
+    chosen,
+    command,
+    given_columns,
+    group,
+    positive_int,
+)
+from reward.benchmarks.names import NAMES
 from rlhf.core.errors import UserError
 from rlhf.core.paths import home_path
 
-_DESCRIPTION = """\
+PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+COLUMNS = ("prompt", "chosen", "rejected", "system", "input", "better", "strength", "answers", "group")
+
+_POLICY = """\
 Sample from the reference and from every policy, score with a Python function, and print mean rewards with 95 %
 intervals, the gain over the reference for the same prompts, and the KL from it.
+"""
+_REWARD = """\
+Score right and wrong answers and print the numbers of a benchmark by its published formula, with 95 % intervals, beside
+those of a model that takes the longer answer, and those under another item's prompt. On several ranks: a stage
+"benchmark" of a pipeline, or a launcher with --module policy.benchmark.
 """
 
 
 def add_parser(subparsers: Subparsers) -> None:
+    kinds = group(subparsers, "evaluate", help="judge reward models and policies", of="what")
+    _add_policy(kinds)
+    _add_reward(kinds)
+
+
+def _add_policy(subparsers: Subparsers) -> None:
     about = "compare policies by a reward function on fresh samples for held-out prompts"
-    parser = command(subparsers, "evaluate", run, help=about, description=_DESCRIPTION)
+    parser = command(subparsers, "policy", run_policy, help=about, description=_POLICY)
     start = "folder of the model that training started from"
     parser.add_argument("--reference", type=home_path, required=True, help=start)
     policy = "a policy to compare; may be given again"
@@ -31,13 +54,12 @@ def add_parser(subparsers: Subparsers) -> None:
     penalty = "makes tokens that were there before less likely (default %(default)s)"
     parser.add_argument("--repetition-penalty", type=float, default=1.0, help=penalty)
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends a response; may be repeated")
-    precisions = ("auto", "float32", "bfloat16", "float16")
-    parser.add_argument("--precision", choices=precisions, default="auto", help="of all models (default %(default)s)")
+    parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="of all models (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
     parser.add_argument("--output", type=home_path, required=True, help="folder for samples and tables")
 
 
-def run(options: argparse.Namespace) -> int:
+def run_policy(options: argparse.Namespace) -> int:
     from policy.evaluation.__main__ import evaluate
     from policy.evaluation.config import EvaluationConfig
     from rlhf.config import validate
@@ -48,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
     settings["policies"] = dict(_named(text) for text in options.policy)
     sampling = ("samples", "max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "stop", "seed")
     settings["sampling"] = chosen(options, sampling)
-    config = validate(EvaluationConfig, settings, program="rlhf evaluate", origin="command line")
+    config = validate(EvaluationConfig, settings, program="rlhf evaluate policy", origin="command line")
 
     from rlhf.engine.ranks import single_rank
 
@@ -61,3 +83,44 @@ def _named(text: str) -> tuple[str, str]:
     if not folder:
         raise UserError(f"--policy {text}: expected NAME=FOLDER, such as dpo=runs/dpo/final")
     return name, folder
+
+
+def _add_reward(subparsers: Subparsers) -> None:
+    about = "judge a reward model by a benchmark or a file of preference pairs"
+    parser = command(subparsers, "reward", run_reward, help=about, description=_REWARD)
+    parser.add_argument("--model", type=home_path, required=True, help="final/ folder of a reward run, or of a policy")
+    kinds = "; ".join(f"{name}: {meaning}" for name, meaning in NAMES.items())
+    implicit = "the model that a policy was trained from: judges the reward that the policy implies (DPO)"
+    parser.add_argument("--reference", type=home_path, help=implicit)
+    parser.add_argument("--benchmark", choices=[*NAMES], default="pairs", help=f"{kinds} (default %(default)s)")
+    data = "file, folder or hub name in the benchmark's format (default: where it is published)"
+    parser.add_argument("--data", help=data)
+    parser.add_argument("--split", help="split of a hub data set or of a folder")
+    parser.add_argument("--output", type=home_path, required=True, help="folder for numbers, table and scores")
+    parser.add_argument("--template", help="as data.template of the recipe (default: the model's own)")
+    longest = "longer texts lose the beginning of their prompt (default: what the model takes)"
+    parser.add_argument("--max-tokens", type=positive_int, help=longest)
+    alone = "do not score each answer under another item's prompt: half the time"
+    parser.add_argument("--no-wrong-prompt", dest="wrong_prompt", action="store_false", help=alone)
+    at_once = "padded tokens at once (default %(default)s)"
+    parser.add_argument("--batch-tokens", type=positive_int, default=8192, help=at_once)
+    parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="(default %(default)s)")
+    add_columns(parser, COLUMNS)
+
+
+def run_reward(options: argparse.Namespace) -> int:
+    from policy.benchmark.__main__ import evaluate
+    from policy.benchmark.config import BenchmarkConfig
+    from rlhf.config import validate
+
+    names = ("benchmark", "data", "split", "template", "max_tokens", "wrong_prompt", "batch_tokens", "precision")
+    settings = chosen(options, names) | {"columns": given_columns(options, COLUMNS)}
+    settings |= {name: str(getattr(options, name)) for name in ("model", "output")}
+    if options.reference is not None:
+        settings["reference"] = str(options.reference)
+    config = validate(BenchmarkConfig, settings, program="rlhf evaluate reward", origin="command line")
+
+    from rlhf.engine.ranks import single_rank
+
+    evaluate(config, single_rank())
+    return 0

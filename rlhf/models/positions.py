@@ -63,14 +63,11 @@ def check_positions(settings: PretrainedConfig, longest: int, origin: str) -> No
     Raises:
         ConfigError: with the length that fits.
     """
-    limit = getattr(settings, "max_position_embeddings", None)
-    taken = 0
-    if settings.model_type in BEHIND_PADDING and getattr(settings, "position_embedding_type", "absolute") == "absolute":
-        taken = (getattr(settings, "pad_token_id", None) or 0) + 1
-    if isinstance(limit, int) and limit > 0 and limit - taken < longest:
+    room, taken = places_of(settings), _places_taken(settings)
+    if room is not None and room < longest:
         behind = f" less the first {taken}" if taken else ""
         raise ConfigError(
-            f"{origin} has places for {limit - taken} tokens (max_position_embeddings{behind}), and the longest text, "
+            f"{origin} has places for {room} tokens (max_position_embeddings{behind}), and the longest text, "
             f"with new tokens, takes {longest}: lower max_tokens of the data or rollout.max_new_tokens"
         )
     rope = getattr(settings, "rope_parameters", None) or getattr(settings, "rope_scaling", None) or {}
@@ -82,3 +79,17 @@ def check_positions(settings: PretrainedConfig, longest: int, origin: str) -> No
             f"tokens, and the longest text, with new tokens, takes {longest}: results would depend on the "
             f"micro-batches. Keep texts within {first} tokens"
         )
+
+
+def places_of(settings: PretrainedConfig) -> int | None:
+    """The longest text in tokens that a model with these settings takes; ``None`` where its settings name no limit."""
+    limit = getattr(settings, "max_position_embeddings", None)
+    return limit - _places_taken(settings) if isinstance(limit, int) and limit > 0 else None
+
+
+def _places_taken(settings: PretrainedConfig) -> int:
+    """Positions that no token may have: families of RoBERTa count from behind the padding token."""
+    absolute = getattr(settings, "position_embedding_type", "absolute") == "absolute"
+    return (
+        (getattr(settings, "pad_token_id", None) or 0) + 1 if settings.model_type in BEHIND_PADDING and absolute else 0
+    )

@@ -1,0 +1,1 @@
+"""Benchmarks of reward models: their files, their published formulas, and what is reported."""

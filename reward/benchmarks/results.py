@@ -1,0 +1,158 @@
+"""What a benchmark found: numbers with intervals beside what length alone, or another prompt, would give."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import TypeAdapter
+from rich.table import Table
+
+from reward.benchmarks.formulas import FORMULAS, Array, Measure, Scored, measure
+from reward.evaluate import Evaluation, evaluate_pairs
+
+EVALUATION = "evaluation.json"
+SHARES = (0.05, 0.25, 0.5, 0.75, 0.95)
+"""Quantiles of the rewards that are reported."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkResult:
+    """One model on one benchmark."""
+
+    benchmark: str
+    model: str
+    """Its folder."""
+    source: str
+    """Where the benchmark's formula is published."""
+    items: int
+    measures: tuple[Measure, ...]
+    """By the published formula, the main one first."""
+    by_length: tuple[Measure, ...]
+    """The same formula where the longer answer gets the higher score."""
+    wrong_prompt: tuple[Measure, ...]
+    """The same formula on scores under another item's prompt; empty if that was not asked for."""
+    pairs: Evaluation
+    """All (right, wrong) pairs of answers: calibration, accuracy by length difference."""
+    quantiles: dict[str, float]
+    """Rewards of all answers at :data:`SHARES`."""
+    notes: tuple[str, ...]
+    """What a reader should know: texts that were cut, rows that were left out."""
+
+    @property
+    def main(self) -> Measure:
+        return self.measures[0]
+
+
+def summarize(
+    name: str,
+    model: str,
+    items: Sequence[Scored],
+    *,
+    lengths: Sequence[Array],
+    elsewhere: Sequence[Array] | None,
+    notes: Sequence[str] = (),
+) -> BenchmarkResult:
+    """All that is reported of the scores of a benchmark's items.
+
+    Args:
+        name: of :data:`reward.benchmarks.formulas.FORMULAS`.
+        model: its name.
+        items: all items with their scores.
+        lengths: ``(n,)`` tokens of each item's answers, in their order.
+        elsewhere: ``(n,)`` scores of each item's answers under another prompt; ``None`` if there are none.
+        notes: what a reader should know.
+    Raises:
+        ValueError: without items, or if a score is not finite.
+    """
+    formula = FORMULAS[name]
+    columns = {"rewards": [item.scores for item in items], "lengths": lengths}
+    return BenchmarkResult(
+        benchmark=name,
+        model=model,
+        source=formula.source,
+        items=len(items),
+        measures=measure(formula, items),
+        by_length=measure(formula, _rescored(items, lengths)),
+        wrong_prompt=() if elsewhere is None else measure(formula, _rescored(items, elsewhere)),
+        pairs=evaluate_pairs(**_pair_columns(items, columns)),
+        quantiles={f"{share:.0%}": float(np.quantile(np.concatenate(columns["rewards"]), share)) for share in SHARES},
+        notes=tuple(notes),
+    )
+
+
+def _rescored(items: Sequence[Scored], scores: Sequence[Array]) -> list[Scored]:
+    return [replace(item, scores=np.asarray(own, float)) for item, own in zip(items, scores, strict=True)]
+
+
+def _pair_columns(items: Sequence[Scored], columns: Mapping[str, Sequence[Array]]) -> dict[str, Array]:
+    """Columns of all (right, wrong) pairs, as :func:`reward.evaluate.evaluate_pairs` takes them."""
+    found: dict[str, Array] = {}
+    for name, values in columns.items():
+        sides: tuple[list[Array], list[Array]] = ([], [])
+        for item, own in zip(items, values, strict=True):
+            right, wrong = np.asarray(own[: item.right], float), np.asarray(own[item.right :], float)
+            sides[0].append(np.repeat(right, len(wrong)))
+            sides[1].append(np.tile(wrong, len(right)))
+        found[f"chosen_{name}"], found[f"rejected_{name}"] = np.concatenate(sides[0]), np.concatenate(sides[1])
+    return found
+
+
+# Files and tables
+
+
+def to_dict(result: BenchmarkResult) -> dict[str, Any]:
+    """Nested dicts, lists and numbers, ready for JSON."""
+    return asdict(result) | {"pairs": result.pairs.to_dict()}
+
+
+def read_result(folder: Path) -> BenchmarkResult:
+    """What a run of the benchmark stage wrote into ``folder``."""
+    return TypeAdapter(BenchmarkResult).validate_python(json.loads((folder / EVALUATION).read_text()))
+
+
+def report_of(folder: Path) -> Table:
+    """The table of a benchmark that is finished, from its run folder."""
+    return benchmark_table(read_result(folder))
+
+
+def benchmark_table(result: BenchmarkResult) -> Table:
+    """One line a number, in percent; "length" is what the longer answer would get."""
+    title = f"{result.benchmark}: {result.model} ({result.items} items; {result.source})"
+    table = Table(title=title, title_justify="left")
+    headings, rows = _cells(result)
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == headings[0] else "right", no_wrap=heading != headings[0])
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def markdown(result: BenchmarkResult) -> str:
+    """The table with a title, and the notes."""
+    headings, rows = _cells(result)
+    lines = [f"# {result.benchmark}: {result.model}", "", f"{result.items} items. Formula: {result.source}.", ""]
+    lines += ["| " + " | ".join(headings) + " |", "|---" + "|--:" * (len(headings) - 1) + "|"]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    lines += ["", *result.notes] if result.notes else []
+    return "\n".join(lines) + "\n"
+
+
+def _cells(result: BenchmarkResult) -> tuple[list[str], list[list[str]]]:
+    headings = [
+        "measure, %",
+        "value",
+        "95 % interval",
+        "length",
+        *(["wrong prompt"] if result.wrong_prompt else []),
+        "n",
+    ]
+    rows = []
+    for place, each in enumerate(result.measures):
+        others = [column[place] for column in (result.by_length, result.wrong_prompt) if column]
+        interval = f"{each.low:.1%} to {each.high:.1%}".replace("%", "")
+        numbers = [f"{100 * each.value:.1f}", interval, *(f"{100 * other.value:.1f}" for other in others)]
+        rows.append([each.name, *numbers, str(each.items)])
+    return headings, rows
