@@ -112,7 +112,7 @@ def make_pairs(prompt: Prompt, texts: Sequence[str], scores: Sequence[float]) ->
 
 
 def sample_all(folder: Path, prompts: Sequence[str], settings: SamplingSettings, cache: Path) -> list[list[str]]:
-    """Completions of every prompt, as ``rlhf evaluate`` would draw them; a kill loses those of one batch.
+    """Completions of every prompt, as ``rlhf evaluate policy`` would draw them; a kill loses those of one batch.
 
     Raises:
         ModelError: if ``folder`` holds no model.

@@ -28,7 +28,7 @@ class BenchmarkConfig:
     data: str | None = None
     """File, folder or hub name, in the benchmark's published format; null: where it is published on the hub."""
     split: str | None = None
-    """Of a hub data set or a folder; null: the benchmark's own."""
+    """Split of a hub data set or of a folder; null: the benchmark's own."""
     columns: ColumnConfig = field(default_factory=ColumnConfig)
     """Names of the columns of pairs and hh; `group` names the subsets of a table by subset."""
     template: str | None = None

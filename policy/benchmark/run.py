@@ -116,7 +116,7 @@ def _judge(config: BenchmarkConfig, ranks: Ranks) -> Judge:
 
 
 def _other_prompts(items: Sequence[BenchmarkItem]) -> list[Messages]:
-    """For each item the prompt of another one: half the benchmark away, and not the same text.
+    """The prompt of another item for each: half the benchmark away, and not the same text.
 
     Raises:
         DataError: if all items have one prompt.

@@ -103,7 +103,9 @@ def _read_all(
         if item is None:
             continue
         # Ids of some benchmarks are unique only within a subset, and a file of one's own may have none at all.
-        identity = item.id if item.id and item.id not in seen else f"{item.id or place}@{place}"
+        identity = item.id or place
+        if identity in seen:
+            identity = f"{identity}@{place}"
         seen.add(identity)
         items.append(BenchmarkItem(**{**vars(item), "id": identity}))
     return items, faults
@@ -206,7 +208,8 @@ def _judge_bench(row: Mapping[str, Any], _: ColumnConfig) -> BenchmarkItem:
 
 def _ppe(row: Mapping[str, Any], _: ColumnConfig) -> BenchmarkItem | None:
     """A pair that people have decided (ties do not count), or many answers with the truth of each."""
-    responses = sorted((name for name in row if name.startswith("response_")), key=lambda name: int(name[9:] or 0))
+    numbered = {int(name[9:]): name for name in row if name[:9] == "response_" and name[9:].isdecimal()}
+    responses = [numbered[number] for number in sorted(numbered)]
     if len(responses) < 2:
         raise BadRow("wrong shape", f"expected response_1, response_2, ...; the row has: {', '.join(map(str, row))}")
     answers = [_messages(row, name, row[name], "assistant") for name in responses]

@@ -29,7 +29,7 @@ class BenchmarkResult:
     """Where the benchmark's formula is published."""
     items: int
     measures: tuple[Measure, ...]
-    """By the published formula, the main one first."""
+    """Numbers by the published formula, the main one first."""
     by_length: tuple[Measure, ...]
     """The same formula where the longer answer gets the higher score."""
     wrong_prompt: tuple[Measure, ...]

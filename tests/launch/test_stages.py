@@ -21,12 +21,14 @@ SECTIONS = {
     "ppo": ["policy.path=m", "data.train=d", "reward.path=r", "pretraining.data.train=d", "watch.second.path=s"],
     "import": [],
     "evaluate": ["reference=m", "prompts=p", "reward=r"],
+    "benchmark": ["model=m"],
 }
 WITHOUT_RESULT = {
     "output",
     "data.cache_dir",
     "pretraining.data.cache_dir",
     "train.max_minutes",
+    "batch_tokens",
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.resume",

@@ -262,7 +262,7 @@ def test_a_folder_without_a_model_is_named_before_anything_is_sampled(tiny_model
 
 @pytest.mark.parametrize("number", ["0", "-3", "many"])
 def test_no_samples_are_refused_by_the_parser(number, capsys):
-    command = ["evaluate", "--reference", "m", "--prompts", "p", "--reward", "a:b", "--output", "o"]
+    command = ["evaluate", "policy", "--reference", "m", "--prompts", "p", "--reward", "a:b", "--output", "o"]
     with pytest.raises(SystemExit):
         build_parser().parse_args([*command, "--samples", number])
     assert "--samples" in capsys.readouterr().err
