@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.runs import put_aside_from
+from launch.runs import NOTES, put_aside_from
 from rlhf.core.files import CONFIG, DONE, HALF_WRITTEN, OWNER
 from rlhf.core.owner import check_not_owned
 
@@ -41,8 +41,8 @@ def find_needless(folder: Path, kinds: Sequence[str] = tuple(KINDS)) -> list[Nee
     Raises:
         Owned: if a run or a pipeline is at work there.
     """
-    for owner in sorted(folder.rglob(OWNER)):
-        check_not_owned(owner.parent)
+    for place in sorted(owner.parent for owner in folder.rglob(OWNER)):
+        check_not_owned(place.parent if place.name == NOTES else place, place=place)
     found = [(path, kind) for path, kind in _candidates(folder) if kind in kinds]
     return [Needless(path=path, kind=kind, size=_size(path)) for path, kind in sorted(found)]
 

@@ -14,6 +14,9 @@ from rlhf.core.files import RECIPE, write_text
 from rlhf.models.options import BackboneConfig
 from rlhf.models.roles import ModelRole, published_role
 
+NOTES = ".pipeline"
+"""Folder in that of a pipeline: its owner, and what it knows of its stages."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineStage:

@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 
-from launch.runs import Pipeline
+from launch.runs import NOTES, Pipeline
 from rlhf.core.clock import process_started
 from rlhf.core.errors import STOP_FILE
 from rlhf.core.owner import owning
@@ -66,7 +66,7 @@ def alone(pipeline: Pipeline) -> Iterator[None]:
         Owned: if another pipeline works in it.
         ConfigError: if it cannot be written to.
     """
-    with owning(pipeline.output, "a pipeline", place=pipeline.output / ".pipeline"):
+    with owning(pipeline.output, "a pipeline", place=pipeline.output / NOTES):
         kill_all(processes_of(pipeline.output))  # its pipeline is gone, and it would write where this one does
         yield
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from launch.pipeline.fingerprint import RESULT, TOOLS, Inputs, Parts, changes, files_in, parts_of
 from launch.pipeline.recipe import load_pipeline
-from launch.runs import Pipeline, PipelineStage, put_aside_names
+from launch.runs import NOTES, Pipeline, PipelineStage, put_aside_names
 from rlhf.core.clock import clock
 from rlhf.core.errors import STOP_FILE, ConfigError, UserError
 from rlhf.core.files import DONE, RUN_FILES, STATUS, digest, write_json
@@ -76,7 +76,7 @@ class Progress:
         for stage in pipeline.stages:
             if self._allowed & {*stage.needs}:
                 self._allowed.add(stage.name)
-        self._folder = pipeline.output / ".pipeline"
+        self._folder = pipeline.output / NOTES
         self._inputs = Inputs(self._folder / "inputs.json", writes=writes)
         self._decided: dict[str, Decision] = {}
 
@@ -269,7 +269,7 @@ def _remembered(pipeline: Pipeline) -> list[str]:
 
 
 def _overrides_file(pipeline: Pipeline) -> Path:
-    return pipeline.output / ".pipeline" / "overrides.json"
+    return pipeline.output / NOTES / "overrides.json"
 
 
 def _name(recipe: Path | None) -> str:

@@ -115,13 +115,16 @@ def owning(folder: Path, what: str, *, place: Path | None = None) -> Iterator[No
                 path.unlink()
 
 
-def check_not_owned(folder: Path) -> None:
+def check_not_owned(folder: Path, *, place: Path | None = None) -> None:
     """Only look.
 
+    Args:
+        folder: that may have an owner.
+        place: where the owner file lies; ``folder`` itself if left out.
     Raises:
         Owned: naming the owner of ``folder``, if there is one that lives.
     """
-    path = folder / OWNER
+    path = (place or folder) / OWNER
     if path.exists() and not _is_stale(path, _read(path)):
         raise _refusal(folder, _read(path))
 

@@ -8,7 +8,7 @@ import pytest
 
 from launch.cli import main
 from launch.pruning import KINDS, find_needless
-from launch.runs import put_aside_from, put_aside_names
+from launch.runs import NOTES, put_aside_from, put_aside_names
 from rlhf.core.owner import owning
 
 
@@ -77,6 +77,13 @@ def test_where_a_run_is_at_work_nothing_is_touched(runs, capsys):
         assert main(["prune", str(runs), "--delete"]) == 2
     assert f"policy.ppo, process {os.getpid()}" in capsys.readouterr().err
     assert sorted(runs.rglob("*")) == before
+
+
+def test_a_pipeline_at_work_is_named_by_its_folder_where_it_can_be_stopped(runs, capsys):
+    with owning(runs, "a pipeline", place=runs / NOTES):
+        assert main(["prune", str(runs.parent)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"{runs}: a pipeline, process {os.getpid()}") and f"touch {runs}/STOP" in said
 
 
 def test_every_earlier_run_of_a_stage_may_go(runs):
