@@ -41,8 +41,23 @@ _SPLIT_THOUGHTS = """\
 {%- endif -%}
 """
 
+_TOOLS = """\
+{%- if tools -%}
+{%- set system = messages[0]['content'] + '\\n\\n' if messages[0]['role'] == 'system' else '' -%}
+{{ '<|im_start|>system\\n' + system + '# Tools\\n\\nYou may call one or more functions to assist with the user query.'
+ + '\\n\\nYou are provided with function signatures within <tools></tools> XML tags:\\n<tools>' }}
+{%- for tool in tools %}{{ '\\n' }}{{ tool | tojson }}{% endfor -%}
+{{ '\\n</tools>\\n\\nFor each function call, return a json object with function name and arguments within '
+ + '<tool_call></tool_call> XML tags:\\n<tool_call>\\n{"name": <function-name>, "arguments": <args-json-object>}\\n'
+ + '</tool_call><|im_end|>\\n' }}
+{%- if system %}{% set messages = messages[1:] %}{% endif -%}
+{%- endif -%}
+"""
+"""The system message of Qwen2.5 and Qwen3 where there are tools; behind it, the system message counts as shown."""
+
 QWEN3_TEMPLATE = (
-    """\
+    _TOOLS
+    + """\
 {%- for message in messages -%}
 {%- if message['role'] == 'assistant' -%}
 """

@@ -285,7 +285,14 @@ def _numbered(batches: Iterable[Any]) -> Iterator[Entry]:
     for batch in batches:
         for row in batch.to_pylist():
             number += 1
-            yield number, row, None
+            yield number, {name: _without_nulls(cell) for name, cell in row.items()}, None
+
+
+def _without_nulls(cell: Any) -> Any:
+    """The cell without keys that hold null: a table gives every object the keys of all objects in its column."""
+    if isinstance(cell, dict):
+        return {key: _without_nulls(value) for key, value in cell.items() if value is not None}
+    return [_without_nulls(value) for value in cell] if isinstance(cell, list) else cell
 
 
 def _refuse_empty(path: Path) -> None:

@@ -2,12 +2,13 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 Message = Mapping[str, Any]
 """The keys role and content, both texts; and ``reasoning_content`` (text), ``tool_calls`` (a list of calls), ``name``
-and ``tool_call_id`` where a message has them."""
+and ``tool_call_id`` where a message has them. One message of a prompt may carry ``tools``: what the assistant may
+call, a list of descriptions of functions."""
 
 ROLES = ("system", "user", "assistant", "tool")
 """The roles that chat templates know."""
@@ -108,6 +109,23 @@ def called(message: Message) -> Iterator[str]:
         yield from _texts_in(call["function"]["arguments"])
 
 
+def read_tools(name: str, value: Any) -> list[dict[str, Any]]:
+    """Descriptions of functions as templates expect them, from a list of them or the JSON text of one.
+
+    Raises:
+        BadRow: if that is not what ``value`` is.
+    """
+    entries = _parsed_object(value)
+    if not isinstance(entries, list):
+        raise BadRow("wrong type", f"{name} is {described(value)}, expected a list of functions, or its JSON text")
+    return [_tool(f"{name}[{place}]", entry) for place, entry in enumerate(entries)]
+
+
+def tools_of(messages: Iterable[Message]) -> list[dict[str, Any]]:
+    """What the assistant of a conversation may call; nothing where no message says so."""
+    return next((message["tools"] for message in messages if message.get("tools")), [])
+
+
 def described(value: Any) -> str:
     """A value by its kind, for messages."""
     if isinstance(value, int | float) and not isinstance(value, bool):
@@ -137,6 +155,9 @@ def _message(place: str, entry: Any, notices: Notices) -> Message:
         message["tool_calls"] = calls
     kept = {"name", "tool_call_id"} if message["role"] == "tool" else set()
     message |= {key: entry[key] for key in sorted(kept & entry.keys()) if entry[key] is not None}
+    if message["role"] == "system" and holds(entry.get("tools")):
+        message["tools"] = read_tools(f"{place}.tools", entry["tools"])
+        kept.add("tools")
     read = {role_key, content_key, reasoning_key, "tool_calls", "function_call", *kept}
     notices.unread |= {f"{key} of messages": None for key in entry if key not in read and holds(entry[key])}
     return message
@@ -197,6 +218,16 @@ def _call(place: str, call: Any) -> dict[str, Any]:
     arguments = {} if arguments is None else _parsed_object(arguments) or arguments
     identity = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
     return {**identity, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
+
+
+def _tool(place: str, entry: Any) -> dict[str, Any]:
+    parsed = _parsed_object(entry)
+    function = parsed.get("function", parsed) if isinstance(parsed, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+        raise BadRow(
+            "wrong type", f"{place} is {described(entry)}, expected a function with a name"
+        )
+    return parsed if "function" in parsed else {"type": "function", "function": function}
 
 
 def _parsed_object(value: Any) -> Any:

@@ -20,6 +20,9 @@ class ColumnConfig:
     """A text that belongs to a prompt given as text, and follows it after an empty line (Alpaca's input)."""
     system: str | None = None
     """The text of a system message in front of the prompt (Orca's system)."""
+    tools: str | None = None
+    """What the assistant may call: a list of descriptions of functions, or its JSON text (usual names: tools,
+    functions). The template has to show them."""
     chosen: str | None = None
     """The preferred answer, or the whole conversation that ends with it (usual names: chosen, chosen_response)."""
     rejected: str | None = None
@@ -59,6 +62,9 @@ class ExampleColumns:
     """A text that belongs to a prompt given as text, and follows it after an empty line (Alpaca's input)."""
     system: str | None = None
     """The text of a system message in front of the conversation (Orca's system)."""
+    tools: str | None = None
+    """What the assistant may call: a list of descriptions of functions, or its JSON text (usual names: tools,
+    functions). The template has to show them."""
     completion: str | None = None
     """The answer, or the whole conversation that ends with it (usual names: completion, response). Assistant
     messages of the prompt are not learned."""
@@ -79,6 +85,9 @@ class PromptColumns:
     """A text that belongs to a prompt given as text, and follows it after an empty line (Alpaca's input)."""
     system: str | None = None
     """The text of a system message in front of the prompt (Orca's system)."""
+    tools: str | None = None
+    """What the assistant may call: a list of descriptions of functions, or its JSON text (usual names: tools,
+    functions). The template has to show them."""
     messages: str | None = None
     """A conversation; the prompt is what stands up to the last user message (usual names: messages, conversations)."""
     chosen: str | None = None
@@ -143,9 +152,10 @@ class RowsConfig:
     eval: str | tuple[str | RowSource, ...] = ()
     """Sources to evaluate on. Empty: hold out a share of the training prompts, see data.eval_share."""
     template: str | None = None
-    """A chat template: a Jinja file, Jinja text, or a built-in name (plain: "User:" and
-    "Assistant:" headings; chatml: <|im_start|> turns without a default system prompt; phi3, qwen3, r1-distill: the
-    families' form with every turn as the model wrote it). Unset: the tokenizer's own, or plain where it has none."""
+    """A chat template: a Jinja file, Jinja text, the name of one of several that the tokenizer has, or a built-in name
+    (plain: "User:" and "Assistant:" headings; chatml: <|im_start|> turns without a default system prompt; phi3, qwen3,
+    r1-distill: the families' form with every turn as the model wrote it). Unset: the tokenizer's own, or plain where it
+    has none."""
     template_options: dict[str, bool | int | float | str] = field(default_factory=dict)
     """Variables of the template, such as {enable_thinking: false}. They become part of it, for training, rollouts,
     evaluation and the published tokenizer."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf.core.files import digest
-from rlhf.data.messages import BadRow, Message
+from rlhf.data.messages import BadRow, Message, tools_of
 from rlhf.data.options import ColumnConfig, ExampleColumns, PromptColumns
 from rlhf.data.rows import RowReader
 from rlhf.data.shapes import (
@@ -91,7 +91,7 @@ def to_records(value: Any, columns: ColumnConfig, *, row_id: str, source: str) -
     margin = row.number("margin")
     strength = abs(row.number("strength") or 0) or None
     row.word("group")  # of no use here, but no stray column: `rlhf score` writes it
-    prompts = [row.with_system(pair.prompt) for pair in candidates]
+    prompts = [row.with_context(pair.prompt) for pair in candidates]
     if any(len(side) > 1 for pair in candidates for side in (pair.chosen, pair.rejected)):
         row.note("note: answers of several messages count as a whole, with what others say in between")
     notes, unread = row.noticed()
@@ -137,7 +137,7 @@ def to_example(
         raise BadRow("no assistant answer", f"completion begins with a message from {completion[0]['role']!r}")
     refuse_other_end("completion", completion)
     label = row.truth("label") if labeled else None
-    prompt = row.with_system(prompt)
+    prompt = row.with_context(prompt)
     notes, unread = row.noticed()
     record = ExampleRecord(
         row_id=row_id, source=source, prompt=prompt, completion=completion, label=label, notes=notes, unread=unread
@@ -156,7 +156,7 @@ def to_prompt(value: Any, columns: PromptColumns, *, row_id: str, source: str) -
     refuse_unusable("prompt", prompt)
     if prompt[-1]["role"] not in ("user", "tool"):
         raise BadRow("no prompt", f"the prompt ends with a message from {prompt[-1]['role']!r}, expected 'user'")
-    prompt = row.with_system(prompt)
+    prompt = row.with_context(prompt)
     notes, unread = row.noticed()
     return PromptRecord(row_id=row_id, source=source, prompt=prompt, notes=notes, unread=unread), shape
 
@@ -178,13 +178,14 @@ def to_conversations(
     prompt, response, _ = prompt_and_answer(row, "response")
     for name, messages in (("prompt", prompt), ("response", response)):
         refuse_unusable(name, messages)
-    return {"response": [(row.with_system(prompt), response)]}
+    return {"response": [(row.with_context(prompt), response)]}
 
 
 def prompt_key(prompt: Sequence[Message]) -> int:
     """A 64-bit name for a prompt: rows with equal keys ask the same thing, up to white space."""
     parts = [part for message in prompt for part in (message["role"], " ".join(message["content"].split()))]
     parts += [json.dumps(message["tool_calls"], sort_keys=True) for message in prompt if message.get("tool_calls")]
+    parts += [json.dumps(tools, sort_keys=True) for tools in [tools_of(prompt)] if tools]
     return int(digest(*parts), 16)
 
 

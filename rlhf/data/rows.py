@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf.data.messages import BadRow, Message, Notices, described, holds, read_messages
+from rlhf.data.messages import BadRow, Message, Notices, described, holds, read_messages, read_tools, tools_of
 from rlhf.data.options import ColumnConfig, Columns
 
 _USUAL_NAMES = {
@@ -33,6 +33,7 @@ _USUAL_NAMES = {
     "messages": ("messages", "conversations"),
     "completion": ("completion", "response"),
     "label": ("label",),
+    "tools": ("tools", "functions"),
 }
 _CONVERSATIONS = ("conversations", "messages")
 """Where the prompt of a pair may stand whose answers are single messages."""
@@ -133,8 +134,16 @@ class RowReader:
             raise BadRow("wrong type", f"prompt is {described(cell)} and input {described(more)}, expected two texts")
         return f"{cell}\n\n{more}"
 
-    def with_system(self, prompt: tuple[Message, ...]) -> tuple[Message, ...]:
-        """The prompt behind the system message of the row's own column, where it has one."""
+    def with_context(self, prompt: tuple[Message, ...]) -> tuple[Message, ...]:
+        """The prompt with the tools and behind the system message of the row's own columns, where it has them."""
+        tools = self.cell("tools")
+        if holds(tools) and (offered := read_tools("tools", tools)):
+            if tools_of(prompt):
+                raise BadRow("wrong type", "there is a tools column, but the prompt has a message with tools already")
+            prompt = ({**prompt[0], "tools": offered}, *prompt[1:])
+        return self._with_system(prompt)
+
+    def _with_system(self, prompt: tuple[Message, ...]) -> tuple[Message, ...]:
         text = self.cell("system")
         if text is None or (isinstance(text, str) and not text.strip()):
             return prompt

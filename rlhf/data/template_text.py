@@ -19,10 +19,16 @@ def template_text(tokenizer: Any, template: str | None) -> tuple[str, str]:
     Raises:
         DataError: if there is no such template.
     """
+    own = getattr(tokenizer, "chat_template", None)
+    named = own if isinstance(own, dict) else {"default": own} if own else {}
     if template is None:
-        if getattr(tokenizer, "chat_template", None):
-            return tokenizer.get_chat_template(), "the tokenizer's own"
-        return PLAIN_TEMPLATE, "plain, because the tokenizer has none"
+        if not named:
+            return PLAIN_TEMPLATE, "plain, because the tokenizer has none"
+        if "default" not in named:
+            raise DataError(f"the tokenizer has several templates; give one as data.template: {', '.join(named)}")
+        return named["default"], "the tokenizer's own"
+    if named.get(template):
+        return named[template], f"the tokenizer's own {template}"
     if template in BUILT_IN_TEMPLATES:
         return BUILT_IN_TEMPLATES[template], template
     if "{" in template:

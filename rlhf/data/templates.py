@@ -30,6 +30,7 @@ from rlhf.data.messages import (
     called,
     known_role,
     thoughts_and_answer,
+    tools_of,
     without_thoughts,
 )
 from rlhf.data.options import TemplateChoice
@@ -122,6 +123,7 @@ class ChatFormat:
         before = self._apply(prompt, generate=True)
         self._refuse_dropped(before, [_what_stays(message) for message in prompt], "prompt")
         self._refuse_unshown(prompt, generate=True)
+        self._refuse_unshown_tools(prompt, before)
         return before
 
     def markup(self, messages: Sequence[Message]) -> tuple[str, ...]:
@@ -218,10 +220,14 @@ class ChatFormat:
 
     def _apply(self, messages: Sequence[Message], *, generate: bool, bare: bool = False) -> str:
         """What the template makes of messages; ``bare``: without the system prompt of the run."""
-        options = {"bare": True} if bare else {}
+        options: dict[str, Any] = {"bare": True} if bare else {}
+        tools = tools_of(messages)
+        if tools:
+            options["tools"] = tools
+        shown = [{key: message[key] for key in message if key != "tools"} for message in messages]
         try:
             text = self.tokenizer.apply_chat_template(
-                list(messages), chat_template=self.template, tokenize=False, add_generation_prompt=generate, **options
+                shown, chat_template=self.template, tokenize=False, add_generation_prompt=generate, **options
             )
         except jinja2.TemplateSyntaxError as error:
             raise DataError(f"data.template ({self.origin}): line {error.lineno}: {error.message}") from None
@@ -306,6 +312,27 @@ class ChatFormat:
                 message = messages[place]
                 if message["content"].strip():
                     raise TemplateFault(self._dropped(message, message["content"].strip(), "conversation"))
+
+    def _refuse_unshown_tools(self, prompt: Sequence[Message], text: str) -> None:
+        """Refuse tools that the template does not show.
+
+        Raises:
+            TemplateFault: if the ``text`` of the prompt is the same without them, or lacks the name of one.
+        """
+        tools = tools_of(prompt)
+        if not tools:
+            return
+        names = [tool["function"]["name"] for tool in tools]
+        without = [{key: message[key] for key in message if key != "tools"} for message in prompt]
+        unshown = [name for name in names if name not in text]
+        if unshown or self._apply(without, generate=True) == text:
+            own = getattr(self.tokenizer, "chat_template", None)
+            others = [name for name in own if name != "default"] if isinstance(own, dict) else []
+            hint = f" (the tokenizer has further ones: {', '.join(others)})" if others else ""
+            raise TemplateFault(
+                f"the template does not show the tools of the conversation ({', '.join((unshown or names)[:3])}); set "
+                f'data.columns.tools="" to leave them out, or {self._way_out}{hint}'
+            )
 
     def _left_out(self, roles: tuple[str, ...], generate: bool) -> tuple[int, ...]:
         """Places of messages that the template does not show, in a conversation with these roles."""
