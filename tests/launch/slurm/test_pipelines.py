@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from benchmarks.killed_pipeline import weights
+from launch.jobs.hostfile import read_hostfile
+
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 
@@ -52,25 +55,46 @@ def submit(cluster, jobs, profile, pipeline):
 
 
 @pytest.mark.full
-def test_a_pipeline_in_one_allocation_paused_and_one_of_dependent_jobs_end_alike(cluster, jobs, submit, runs, tmp_path):
+def test_a_pipeline_in_one_allocation_with_everything_against_it_publishes_what_dependent_jobs_do(
+    cluster, jobs, submit, runs, tmp_path
+):
+    """benchmarks/disturbances.py does it in all stages, several times, at random moments."""
     one, several = tmp_path / "one", tmp_path / "several"
-    (number,) = submit(one, "reward.train.epochs=5")
+    settings = ("reward.train.epochs=15", "reward.train.checkpoint_every=10")
+    patience = ("profile.probe_seconds=15", "profile.srun_options=[--wait=15]")
+    (number,) = submit(one, *settings, *patience, "profile.partition=spare")
     log = jobs.log(one, number)
-    cluster.until(lambda: jobs.steps(one / "reward") > 4, log)
-    cluster.run("scancel", "--signal=USR1", "--full", number)
-    cluster.wait_for_restart(number, 1, log)
+
+    def pause() -> None:
+        cluster.run("scancel", "--signal=USR1", "--full", number)
+
+    def preempt() -> None:
+        cluster.run("sbatch", "-p", "urgent", "-N4", "--output=/dev/null", "--wrap", "sleep 1")
+
+    def lose_a_node() -> None:
+        node = [*read_hostfile(one / "slurm" / f"hostfile-{number}")][-1]
+        cluster.kill_node(node)
+        cluster.declare_lost(node)
+        cluster.mend_node(node)
+
+    for restart, disturb in enumerate((pause, preempt, lose_a_node), start=1):
+        seen = jobs.steps(one / "reward")
+        cluster.until(lambda seen=seen: jobs.steps(one / "reward") > seen + 4, log)
+        disturb()
+        cluster.wait_for_restart(number, restart, log)
     cluster.wait(number, "COMPLETED", log)
     text = log.read_text()
     assert "srun --nodes=2" in text and "saved and stopped on SIGUSR1" in text
-    assert (one / "reward" / "done.json").is_file()
+    assert "saved and stopped on SIGTERM" in text and "DUE TO NODE FAILURE" in text
 
-    first, second = submit(several, "reward.train.epochs=5", "--jobs", "dependent")
+    first, second = submit(several, *settings, "--jobs", "dependent")
     assert cluster.state(second) == "PENDING"
     cluster.wait(first, "COMPLETED", jobs.log(several, first))
     assert not (several / "reward" / "done.json").exists()
     cluster.wait(second, "COMPLETED", jobs.log(several, second))
     for stage in ("sft", "reward"):
         assert runs.rows(several / stage) == runs.rows(one / stage)
+    assert len(weights(several)) == 2 and weights(one) == weights(several)
 
 
 def test_a_stage_that_fails_takes_those_behind_it_out_of_the_queue(cluster, jobs, submit, tmp_path):
