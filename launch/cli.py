@@ -22,7 +22,7 @@ from launch.commands import (
 )
 from launch.commands.arguments import SettingsParser
 from rlhf.core.errors import UserError
-from rlhf.core.files import NOT_PERMITTED
+from rlhf.core.files import NOT_PERMITTED, place_of
 
 COMMANDS = (init, pipeline, plan, data, doctor, ds, evaluate, import_gguf, prune, publish, score, slurm, sweep)
 
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in NOT_PERMITTED:
             raise
-        print(f"{error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"{place_of(error)}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

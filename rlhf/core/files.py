@@ -135,7 +135,15 @@ def _not_permitted(error: Exception) -> ConfigError | None:
     """What to say if ``error`` came of a place that this process may not write to."""
     if not isinstance(error, OSError) or error.errno not in NOT_PERMITTED:
         return None
-    return ConfigError(f"{error.filename}: {error.strerror}; mend the rights of the folder, or choose another")
+    return ConfigError(f"{place_of(error)}: {error.strerror}; mend the rights of the folder, or choose another")
+
+
+def place_of(error: OSError) -> Path | None:
+    """Which file or folder it is about: the folder of what has only a temporary name."""
+    if not isinstance(error.filename, str | os.PathLike):
+        return None
+    path = Path(error.filename)
+    return path.parent if HALF_WRITTEN.fullmatch(path.name) else path
 
 
 def full_disk(error: Exception, folder: Path) -> DiskFull | None:

@@ -33,7 +33,16 @@ CRASHES = (
     "import os, signal, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
     "sys.exit(3) if os.environ['RANK'] == '1' else time.sleep(600)"
 )
-WITHOUT_PIDFD = "import os; hasattr(os, 'pidfd_open') and delattr(os, 'pidfd_open')\n"
+WITHOUT_NEW_CALLS = """
+import os, signal
+for module, names in {
+    os: "pidfd_open P_PIDFD memfd_create copy_file_range eventfd splice getrandom preadv pwritev posix_openpt setns",
+    signal: "pidfd_send_signal",
+}.items():
+    for name in names.split():
+        hasattr(module, name) and delattr(module, name)
+"""
+"""What a Python lacks that was built where the C library or the kernel is old."""
 
 
 def start(folder: Path, *words: str, **environment: str) -> subprocess.Popen:
@@ -146,10 +155,10 @@ def test_ranks_do_not_outlive_who_asked_for_them(tmp_path, number):
 
 
 @pytest.mark.parametrize("kind", ["ranks", "a command"])
-def test_a_python_or_kernel_without_pidfd_supervises_as_well(tmp_path, kind):
+def test_a_python_or_kernel_without_pidfd_and_other_new_calls_supervises_as_well(tmp_path, kind):
     """conda's and uv's builds of Python, and kernels before 5.3."""
     program = tmp_path / "old.py"
-    program.write_text(f"{WITHOUT_PIDFD}import sys; from launch.jobs.supervisor import main; sys.exit(main())")
+    program.write_text(f"{WITHOUT_NEW_CALLS}import sys; from launch.jobs.supervisor import main; sys.exit(main())")
     reading, writing = os.pipe()
     words = ranks(SAVES_SLOWLY, "0") if kind == "ranks" else ["--", *ranks(SAVES_SLOWLY, "0")[3:]]
     process = subprocess.Popen(

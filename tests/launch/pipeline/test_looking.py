@@ -1,5 +1,6 @@
 """Looking writes nothing, needs no right to write, and what is not permitted is one line."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -35,15 +36,24 @@ def test_an_output_that_may_not_be_written_to_is_one_line(toys, capsys, folder):
     assert said.startswith(f"output = {folder}: cannot be written to: ") and said.count("\n") == 1
 
 
-def test_a_folder_of_a_colleague_is_one_line(toys, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("number", "name", "said"),
+    [
+        (13, "/home/her/run/a/config.yaml", "/home/her/run/a/config.yaml: Permission denied"),
+        (30, "scores/.x.jsonl.tmp-12-00ff00ff", "scores: Read-only file system"),
+        (1, ".run.old-7-0123abcd", ".: Operation not permitted"),
+    ],
+)
+def test_what_this_user_may_not_do_is_one_line(toys, capsys, monkeypatch, number, name, said):
+    """A folder of a colleague, or of a mount for reading: names that only last for a moment say nothing."""
     toys.write({"a": {}})
 
     def refuse(*_, **__):
-        raise PermissionError(13, "Permission denied", "/home/her/run/a/config.yaml")
+        raise OSError(number, os.strerror(number), name)
 
     monkeypatch.setattr("launch.pipeline.overview.status_table", refuse)
     assert main(["pipeline", "status", str(toys.path)]) == 2
-    assert capsys.readouterr().err == "/home/her/run/a/config.yaml: Permission denied\n"
+    assert capsys.readouterr().err == f"{said}\n"
 
 
 def test_a_file_that_a_run_may_not_write_is_named(tmp_path):
