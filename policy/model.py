@@ -171,11 +171,11 @@ class PolicyModel(nn.Module):
         :func:`rlhf.models.adapters.with_adapter`: plain Transformers does not grow the base by itself.
         """
         if self.has_adapters and lora == "adapter":
-            self.plain()
             adapter = self._adapters[0]
             settings = adapter.peft_config[adapter.active_adapter]
             settings.base_model_name_or_path = absolute_base(str(self.hf.name_or_path))
-            adapter.save_pretrained(str(folder), save_embedding_layers=self.grown)
+            with self.as_plain():
+                adapter.save_pretrained(str(folder), save_embedding_layers=self.grown)
             if self.hf.generation_config is not None:
                 self.hf.generation_config.save_pretrained(folder)
         else:

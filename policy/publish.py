@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from policy.model import PolicyModel, PolicyOutput, build_policy
@@ -16,7 +16,7 @@ from policy.options import PolicyConfig
 from rlhf.data.batching import Row
 from rlhf.data.templates import ChatFormat
 from rlhf.engine.build import DTYPES, precision_of
-from rlhf.models.backbones import cut_copy, load_causal_lm, plain_copy
+from rlhf.models.backbones import cut_copy, load_causal_lm, plain_copy, save_settings
 from rlhf.models.manifest import Manifest
 from rlhf.models.tokenizer import required_embedding_rows
 from rlhf.train.command import StageConfig
@@ -97,10 +97,14 @@ class PublishablePolicy:
         return self.model.lora is not None and self.model.publish_lora == "adapter"
 
     def build(self, dtype: torch.dtype) -> PolicyModel:
+        return self._built(dtype=dtype, processes=1)
+
+    def mapped(self) -> PolicyModel:
+        return self._built(dtype=self.dtype, shared=True)
+
+    def _built(self, **options: Any) -> PolicyModel:
         vocabulary = required_embedding_rows(self.chat.tokenizer)
-        return build_policy(
-            plain_copy(self.model), dtype=dtype, vocabulary=vocabulary, seed=self.seed, checked=False, processes=1
-        )
+        return build_policy(plain_copy(self.model), vocabulary=vocabulary, seed=self.seed, checked=False, **options)
 
     def tolerance(self, expected: Tensor) -> float:
         return 0.1
@@ -114,6 +118,15 @@ class PublishablePolicy:
     def save(self, model: PolicyModel, folder: Path) -> None:
         model.hf.generation_config = _generation_config(model, self.chat)
         model.save(folder, self.model.publish_lora)
+
+    def saved_alone(self, model: PolicyModel) -> list[nn.Parameter] | None:
+        if not self._is_adapter:
+            return None
+        return [each for name, each in model.named_parameters() if "lora_" in name or _is_saved(name, model)]
+
+    def save_settings(self, model: PolicyModel, folder: Path) -> None:
+        model.hf.generation_config = _generation_config(model, self.chat)
+        save_settings(model.hf, folder)
 
     def in_float32(self, saved: PolicyModel, weights: Weights) -> PolicyModel:
         if not self._is_adapter:

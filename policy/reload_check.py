@@ -4,6 +4,7 @@ Every row also has its response mask; its "value" is the mean log-probability of
 each of the "ends" of the request, plain ``generate`` must stop.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from transformers import (
 
 from rlhf.models.adapters import adapter_base, saved_embedding_rows, with_adapter
 from rlhf.models.backbones import exact_attention
-from rlhf.train.reloading import check_texts, padded
+from rlhf.train.reloading import check_texts, opening_type, padded, placed
+
+CPU = torch.device("cpu")
 
 
 @torch.inference_mode()
@@ -31,8 +34,8 @@ def check(folder: Path, request: dict[str, Any]) -> dict[str, float]:
     tokenizer, cases = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted), request["rows"]
     check_texts(tokenizer, request["texts"])
     rows = [case["tokens"] for case in cases]
-    model = open_policy(folder, trusted).eval()
-    check_ends(model, tokenizer, rows[0], request["ends"])
+    model, device = placed(open_policy(folder, trusted, request), request)
+    check_ends(model, tokenizer, rows[0], request["ends"], device)
     expected = torch.tensor([case["value"] for case in cases])
     masks = [case["response"] for case in cases]
 
@@ -40,7 +43,8 @@ def check(folder: Path, request: dict[str, Any]) -> dict[str, float]:
         tokens, mask, positions = padded([rows[i] for i in batch], tokenizer.pad_token_id, side)
         selected = torch.zeros_like(mask, dtype=torch.bool)
         selected[mask.bool()] = torch.tensor([flag for i in batch for flag in masks[i]])
-        logits = model(input_ids=tokens, attention_mask=mask, position_ids=positions).logits[:, :-1].float()
+        given = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
+        logits = model(**{name: value.to(device) for name, value in given.items()}).logits[:, :-1].float().cpu()
         # Not cross_entropy on transposed logits: its float32 sum over the vocabulary is off by 1e-4.
         logprobs = logits.gather(2, tokens[:, 1:, None]).squeeze(2) - logits.logsumexp(dim=2)
         selected = selected[:, 1:]
@@ -55,12 +59,13 @@ def check(folder: Path, request: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def open_policy(folder: Path, trusted: bool = False) -> PreTrainedModel:
+def open_policy(folder: Path, trusted: bool = False, request: Mapping[str, Any] | None = None) -> PreTrainedModel:
     """Open a policy as a plain user would; the base of an adapter with a larger embedding must be grown first."""
     base = adapter_base(folder)
     origin, revision = (folder, None) if base is None else (base.path, base.revision)
     settings = AutoConfig.from_pretrained(origin, revision=revision, trust_remote_code=trusted)
-    options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": trusted}
+    dtype = opening_type(Path(origin), request or {})
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trusted}
     options["attn_implementation"] = exact_attention(settings)
     if base is None or saved_embedding_rows(folder) is None:
         model = AutoModelForCausalLM.from_pretrained(folder, **options)
@@ -81,16 +86,17 @@ class Forced(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if input_ids.shape[1] > self._length:
             return scores
-        return torch.full_like(scores, -torch.inf).index_fill_(1, torch.tensor([self._token]), 0.0)
+        token = torch.tensor([self._token], device=scores.device)
+        return torch.full_like(scores, -torch.inf).index_fill_(1, token, 0.0)
 
 
-def check_ends(model: Any, tokenizer: Any, prompt: list[int], ends: list[int]) -> None:
+def check_ends(model: Any, tokenizer: Any, prompt: list[int], ends: list[int], device: torch.device = CPU) -> None:
     """Let the model write each end token once, with the saved settings.
 
     Raises:
         SystemExit: if ``generate`` goes on behind one.
     """
-    tokens = torch.tensor([prompt])
+    tokens = torch.tensor([prompt], device=device)
     for end in ends:
         forced = LogitsProcessorList([Forced(len(prompt), end)])
         written = model.generate(

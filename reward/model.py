@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
@@ -113,6 +113,11 @@ class RewardModel(nn.Module):
         return Scores(logits.float().squeeze(-1), self._head_input.pop())
 
     @property
+    def adapters(self) -> "tuple[PeftModel, ...]":
+        """The peft wrapper under LoRA; else nothing."""
+        return self._adapters
+
+    @property
     def head(self) -> nn.Module:
         """What makes a score of a state."""
         return _find_head(self.hf)
@@ -215,16 +220,20 @@ def make_trainable(model: RewardModel, config: BackboneConfig, dtype: torch.dtyp
 MLP_MODEL_TYPE = "margin-rlhf-mlp-reward"
 
 
-def save_reward_model(model: RewardModel, folder: Path) -> None:
-    """Write the merged model as a Transformers folder.
+def save_reward_model(model: RewardModel, folder: Path, *, weights: bool = True) -> None:
+    """Write the merged model as a Transformers folder, or all of it but its ``weights``.
 
     A two-layer head gets a model type of its own: plain Transformers then refuses the folder instead of loading
     it with a new, random head.
     """
-    hf = model.merged()
-    for layer in _linear_layers(_find_head(hf)):
-        layer.__class__ = nn.Linear
-    hf.save_pretrained(folder)
+    if weights:
+        hf = model.merged()
+        for layer in _linear_layers(_find_head(hf)):
+            layer.__class__ = nn.Linear
+        hf.save_pretrained(folder)
+    else:
+        hf = model.hf
+        backbones.save_settings(hf, folder)
     head = getattr(hf, "score", None)
     if isinstance(head, nn.Sequential):
         first = head[0]
@@ -282,17 +291,30 @@ def load_reward_model(
 def _load_mlp(folder: Path, settings: dict, dtype: torch.dtype) -> PreTrainedModel:
     kept = {name: value for name, value in settings.items() if name not in ("model_type", "backbone_model_type")}
     config = AutoConfig.for_model(settings["backbone_model_type"], **kept)
-    hf = AutoModelForSequenceClassification.from_config(
-        config, dtype=dtype, attn_implementation=backbones.exact_attention(config)
+    hf, report = AutoModelForSequenceClassification.from_pretrained(
+        folder,
+        config=config,
+        dtype=dtype,
+        attn_implementation=backbones.exact_attention(config),
+        output_loading_info=True,
     )
     hf.score = _mlp_head(hf.config.hidden_size, settings["head_hidden"]).to(dtype)
-    weights: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        weights |= load_file(file)
-    missing, unexpected = hf.load_state_dict(weights, strict=False)
-    if missing or unexpected:
-        raise ModelError(f"{folder}: weights do not fit: missing {missing}, unexpected {unexpected}")
+    own = {f"score.{name}" for name in hf.score.state_dict()}
+    lacking, left = set(report["missing_keys"]) - {"score.weight"}, set(report["unexpected_keys"])
+    if lacking or left != own:
+        raise ModelError(f"{folder}: weights do not fit: missing {lacking}, of the head {left}, expected {own}")
+    hf.score.load_state_dict(_tensors(folder, prefix="score."))
     return _with_float32_head(hf)
+
+
+def _tensors(folder: Path, *, prefix: str) -> dict[str, Tensor]:
+    """Tensors of a model folder whose names begin with ``prefix``, which is left out."""
+    found: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+            found |= {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+    return found
 
 
 def _mlp_head(width: int, hidden: int) -> nn.Sequential:

@@ -68,6 +68,9 @@ class PublishableRewardModel:
     def build(self, dtype: torch.dtype) -> RewardModel:
         return new_model(self.config, self.chat, dtype, copied=True)
 
+    def mapped(self) -> RewardModel:
+        return new_model(self.config, self.chat, self.dtype, copied=True, processes=None)
+
     def tolerance(self, expected: Tensor) -> float:
         """A tenth of the standard deviation of held-out rewards, or of the sample's where none were held out."""
         spread = float(expected.std()) if self.evaluation is None else self.evaluation.reward_sd
@@ -82,12 +85,24 @@ class PublishableRewardModel:
     def save(self, model: RewardModel, folder: Path) -> None:
         save_reward_model(model, folder)
 
+    def saved_alone(self, model: RewardModel) -> None:
+        return None
+
+    def save_settings(self, model: RewardModel, folder: Path) -> None:
+        save_reward_model(model, folder, weights=False)
+
     def in_float32(self, saved: RewardModel, weights: Weights) -> RewardModel:
         return saved.float()
 
 
 def new_model(
-    config: RewardConfig, chat: ChatFormat, dtype: torch.dtype, *, checked: bool = True, copied: bool = False
+    config: RewardConfig,
+    chat: ChatFormat,
+    dtype: torch.dtype,
+    *,
+    checked: bool = True,
+    copied: bool = False,
+    processes: int | None = 1,
 ) -> RewardModel:
     """The untrained model of a recipe; with a language-model head where the loss asks for one.
 
@@ -96,7 +111,8 @@ def new_model(
         chat: the format of the run.
         dtype: of all weights.
         checked: see :func:`build_reward_model`.
-        copied: whether this process alone makes a copy to be asked on the CPU, of a model that was checked.
+        copied: whether it is a copy to be asked on the CPU, of a model that was checked.
+        processes: how many of this host make that copy; ``None``: all ranks, which are going to share it out.
     """
     (role,) = config.models
     assert isinstance(role.backbone, RewardModelConfig)
@@ -109,8 +125,8 @@ def new_model(
         with_lm_head=role.with_lm_head,
         checked=checked and not copied,
         setting=role.setting,
-        processes=1 if copied else None,
-        shared=not copied and is_shared_out(role, config.engine),
+        processes=processes if copied else None,
+        shared=is_shared_out(role, config.engine) and not (copied and processes),
     )
 
 

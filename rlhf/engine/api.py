@@ -32,6 +32,8 @@ class Engine(Protocol):
     """One line that names optimizer, ZeRO stage and precision."""
     settings: dict[str, Any]
     """The resolved DeepSpeed JSON; empty for plain torch."""
+    shared_out: bool
+    """Whether each rank holds a share of the weights only (ZeRO-3)."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module; under ZeRO-3 all ranks must make the same calls."""

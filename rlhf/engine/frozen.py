@@ -1,13 +1,14 @@
 """A model that is only asked, never trained: whole on every rank, or sharded by ZeRO-3."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from rlhf.engine.build import frozen_settings
+from rlhf.engine.build import frozen_settings, frozen_values
+from rlhf.engine.deepspeed_config import resolve
 from rlhf.engine.options import EngineConfig
 from rlhf.engine.ranks import Ranks
 
@@ -85,3 +86,21 @@ def freeze(module: nn.Module, *, ranks: Ranks, config: EngineConfig, placement: 
     from rlhf.engine.zero import ShardedModel
 
     return ShardedModel(module, ranks=ranks, deepspeed_config=resolved)
+
+
+def share_in_float32(
+    module: nn.Module, *, ranks: Ranks, hidden_size: int, fill: Callable[[nn.Parameter], None] | None = None
+) -> Frozen:
+    """Share ``module`` out among the ranks by ZeRO-3 in float32, whatever its weights are.
+
+    Args:
+        module: on the CPU, the same on every rank. Every rank must call this.
+        ranks: who shares it.
+        hidden_size: width of the model.
+        fill: called with one parameter after the other, for values that are not there yet.
+    """
+    sizes = {"world_size": ranks.world_size, "local_size": ranks.local_size, "hidden_size": hidden_size}
+    resolved = resolve("zero3", frozen_values(EngineConfig(precision="float32"), **sizes), role="frozen")
+    from rlhf.engine.zero import ShardedModel
+
+    return ShardedModel(module, ranks=ranks, deepspeed_config=resolved, fill=fill)

@@ -26,6 +26,7 @@ class LocalEngine:
         self._trainable = [p for p in self.module.parameters() if p.requires_grad]
         self._bad = False
         self.settings: dict[str, Any] = {}
+        self.shared_out = False
         self.description = f"plain torch, float32, fused torch AdamW, {ranks.world_size} rank(s)"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -4,7 +4,7 @@ DeepSpeed would put the whole model on every device before it shares anything ou
 whole tensor. What the model was loaded with may lie in mapped files: such memory is only read, never written to.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import deepspeed
@@ -14,19 +14,23 @@ from torch import nn
 
 from rlhf.engine.ranks import Ranks
 
+Fill = Callable[[nn.Parameter], None]
+"""Gives a parameter its values, just before it is shared out."""
 
-def share_out(module: nn.Module, resolved: dict[str, Any], ranks: Ranks) -> None:
+
+def share_out(module: nn.Module, resolved: dict[str, Any], ranks: Ranks, fill: Fill | None = None) -> None:
     """Leave each rank its share of the parameters, in the precision of ``resolved``, and move the buffers.
 
     Args:
         module: the same on every rank; its parameters may be floats of any type. Every rank must call this.
         resolved: a DeepSpeed JSON of ZeRO-3.
         ranks: who shares.
+        fill: called with one parameter after the other, for values that are not there yet.
     """
     dtype = _dtype(resolved)
     deepspeed.init_distributed(dist_init_required=False)
     deepspeed.zero.Init(
-        module=_OneByOne(module, dtype, ranks.device),
+        module=_OneByOne(module, dtype, ranks.device, fill),
         config_dict_or_path=resolved,
         zero_param_parallel_group=groups._get_zero_param_intra_parallel_group(),  # it makes one where there is none yet
     )
@@ -43,14 +47,16 @@ class _OneByOne(nn.Module):
     then had for itself. One place for all leaves no holes between the shares.
     """
 
-    def __init__(self, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, module: nn.Module, dtype: torch.dtype, device: torch.device, fill: Fill | None) -> None:
         super().__init__()
-        self.module = module
+        self.module, self._fill = module, fill
         largest = max(parameter.numel() for parameter in module.parameters())
         self._place = torch.empty(largest, dtype=dtype, device=device)
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         for parameter in self.module.parameters(recurse):
+            if self._fill is not None:
+                self._fill(parameter)
             copy = self._place[: parameter.numel()].view(parameter.shape)
             parameter.data = copy.copy_(parameter.data)
             yield parameter

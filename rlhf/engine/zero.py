@@ -6,7 +6,7 @@ import functools
 import itertools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +56,10 @@ class ZeroEngine:
         self.settings = deepspeed_config
         zero = deepspeed_config.get("zero_optimization", {})
         self.stage = int(zero.get("stage", 0))
+        self.shared_out = self.stage == 3
         self._max_grad_norm = optimizer.max_grad_norm
         config = _with_own_nvme_folder(deepspeed_config)
-        if self.stage == 3:
+        if self.shared_out:
             share_out(module, config, ranks)
         adam, name = _build_adam(module, optimizer, offload=_offloads(zero), on_cpu=ranks.device.type == "cpu")
         self._engine, self._optimizer, _, self._schedule = deepspeed.initialize(
@@ -153,13 +154,20 @@ class ShardedModel:
     See :class:`rlhf.engine.frozen.Frozen`.
     """
 
-    def __init__(self, module: nn.Module, *, ranks: Ranks, deepspeed_config: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        ranks: Ranks,
+        deepspeed_config: dict[str, Any],
+        fill: Callable[[nn.Parameter], None] | None = None,
+    ) -> None:
         _quiet()
         self.ranks = ranks
         module.requires_grad_(False).eval()
         require_ops(deepspeed_config)
         config = _with_own_nvme_folder(deepspeed_config)
-        share_out(module, config, ranks)
+        share_out(module, config, ranks, fill)
         self._engine, *_ = deepspeed.initialize(model=module, config=config, dist_init_required=False)
         self.module = self._engine.module
 

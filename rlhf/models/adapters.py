@@ -94,14 +94,28 @@ def with_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
 def merge_adapters(wrapped: "PeftModel") -> None:
     """Put adapters into the weights of the wrapped model; computed in float32 and rounded once."""
+    for layer in adapted_layers(wrapped):
+        merge_adapter(layer)
+    take_off(wrapped)
+
+
+def adapted_layers(wrapped: "PeftModel") -> list[Any]:
+    """The layers that have an adapter."""
     from peft.tuners.lora import LoraLayer
 
-    layers: list[Any] = [module for module in wrapped.modules() if isinstance(module, LoraLayer)]
-    for layer in layers:
-        dtype: torch.dtype = layer.get_base_layer().weight.dtype
-        layer.to(torch.promote_types(dtype, torch.float32))
-        layer.merge()
-        layer.to(dtype)
-    model = wrapped.unload()
+    return [module for module in wrapped.modules() if isinstance(module, LoraLayer)]
+
+
+def merge_adapter(layer: Any) -> None:
+    """Put the adapter of one layer into its weight."""
+    dtype: torch.dtype = layer.get_base_layer().weight.dtype
+    layer.to(torch.promote_types(dtype, torch.float32))
+    layer.merge()
+    layer.to(dtype)
+
+
+def take_off(wrapped: "PeftModel") -> None:
+    """Leave the layers as they were before, with the weights that they have now."""
+    model: Any = wrapped.unload()
     if hasattr(model, "peft_config"):
         del model.peft_config  # it may be adapted anew

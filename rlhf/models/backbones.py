@@ -331,6 +331,12 @@ def logit_options(settings: PretrainedConfig) -> dict[str, float | None]:
     return {"logit_scale": scale, "softcap": next((cap for cap in caps if cap is not None), None)}
 
 
+def save_settings(model: PreTrainedModel, folder: Path) -> None:
+    """Write what ``save_pretrained`` writes beside the weights."""
+    model.save_pretrained(folder, state_dict={})
+    (folder / "model.safetensors").unlink(missing_ok=True)  # one without a tensor
+
+
 def weights_digest(config: BackboneConfig) -> str:
     """A name for the weights that a run starts from, by the content of the files or the commit on the hub."""
     folder = Path(config.path)
@@ -464,7 +470,7 @@ def add_lora(
         layers_to_transform=None if options.targets == "all-linear" else above,
     )
     try:
-        with _shown_as(model, dtype):
+        with shown_as(model, dtype):
             wrapped = get_peft_model(model, settings)
     except ValueError as error:
         raise ModelError(f"model.lora.targets = {options.targets}: {error}") from error
@@ -473,7 +479,7 @@ def add_lora(
 
 
 @contextlib.contextmanager
-def _shown_as(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+def shown_as(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
     """Weights appear to have the type ``dtype`` inside the block, which reads nothing but types and shapes of them."""
     weights = {parameter: parameter.data for parameter in model.parameters() if dtype not in (None, parameter.dtype)}
     for parameter, data in weights.items():

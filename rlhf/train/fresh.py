@@ -11,23 +11,27 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rlhf.core.errors import ModelError
+from rlhf.core.ports import free_port
+from rlhf.engine.ranks import Ranks
 from rlhf.engine.stop import sheltering_children
 
 SECONDS_TO_END = 10.0
 
 
 class _FreshProcess:
-    def __init__(self) -> None:
+    def __init__(self, rank: Mapping[str, str] | None = None) -> None:
+        """``rank``: the environment of a rank, for one that is asked together with others."""
         self._complaints = tempfile.TemporaryFile()  # noqa: SIM115  # it is there as long as the process
         with sheltering_children():  # who asks the run to stop signals all its processes
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "rlhf.train.reloading"],
                 text=True,
-                env=plain_environment(),
+                env=plain_environment() if rank is None else rank_environment(rank),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._complaints,
@@ -87,6 +91,28 @@ def check_in_fresh_process(module: str, folder: Path, request: dict[str, Any]) -
     return answer["differences"]
 
 
+def check_on_all_ranks(module: str, folder: Path, request: dict[str, Any], ranks: Ranks) -> dict[str, float]:
+    """The same by a fresh process of each rank, which share the model out among them. Every rank must call it.
+
+    Raises:
+        ModelError: on all ranks, saying what is wrong.
+    """
+    address, port = ranks.broadcast_object((os.environ["MASTER_ADDR"], str(free_port())) if ranks.is_main else None)
+    numbers = {"RANK": ranks.rank, "WORLD_SIZE": ranks.world_size, "LOCAL_RANK": ranks.local_rank}
+    numbers |= {"LOCAL_WORLD_SIZE": ranks.local_size}
+    place = {name: str(number) for name, number in numbers.items()} | {"MASTER_ADDR": address, "MASTER_PORT": port}
+    process = _FreshProcess(place)
+    try:
+        shared = request | {"on_all_ranks": True}
+        answer = process.ask({"module": module, "folder": str(folder.absolute()), "request": shared})
+    finally:
+        process.end()
+    fault = next((each["fault"] for each in ranks.gather_objects(answer) if "fault" in each), None)
+    if fault is not None:
+        raise ModelError(fault)
+    return answer["differences"]
+
+
 def end_fresh_process() -> None:
     """End it, if there is one. It also ends by itself with this process, however that dies."""
     global _process
@@ -107,7 +133,17 @@ def plain_environment() -> dict[str, str]:
     launched: tuple[str, ...] = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "CROSS_", "TORCHELASTIC_", "DS_", "SLURM_")
     if "LOCAL_RANK" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
         launched += ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # shares of the ranks, which wait for this one now
+    return {**_without(launched), "CUDA_VISIBLE_DEVICES": ""}
+
+
+def rank_environment(rank: Mapping[str, str]) -> dict[str, str]:
+    """The environment of this process for one that has the same devices, and is a rank of its own kind."""
+    launched = ("TORCHELASTIC_", "DS_", "SLURM_")
+    return {**_without(launched), **rank}
+
+
+def _without(launched: tuple[str, ...]) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(launched)}
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [root, kept.get("PYTHONPATH", "")]))
-    return kept | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
+    return kept | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": path}

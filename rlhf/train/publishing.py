@@ -4,6 +4,8 @@ The steps are the same for every kind of model; what differs is asked of a :clas
 before the first step, with an untrained copy: nothing that publishing needs is tried for the first time after training.
 """
 
+import contextlib
+import gc
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -16,16 +18,20 @@ from torch import Tensor, nn
 
 from rlhf.core.errors import ModelError
 from rlhf.core.files import scratch_directory, staged_directory
+from rlhf.core.memory import free_memory
 from rlhf.data.batching import ItemSource, Row, length_bucket
 from rlhf.data.portable import portable_tokenizer
 from rlhf.data.templates import ChatFormat, TemplateFault
 from rlhf.engine.api import Engine
+from rlhf.engine.frozen import Frozen, share_in_float32
 from rlhf.engine.ranks import Ranks
+from rlhf.models.backbones import shown_as
 from rlhf.models.manifest import Manifest, write_manifest
 from rlhf.models.tokenizer import pad_policy
 from rlhf.train.batches import asking
 from rlhf.train.command import StageConfig
-from rlhf.train.fresh import check_in_fresh_process
+from rlhf.train.fresh import check_in_fresh_process, check_on_all_ranks
+from rlhf.train.pieces import TrainedWeights, write_whole
 from rlhf.train.probing import probe_rows
 from rlhf.train.stage import say
 from rlhf.train.status import report_phase
@@ -33,6 +39,8 @@ from rlhf.train.status import report_phase
 CASES = 12
 LONGEST = 512
 """Tokens of a row that are compared, the last ones: the fresh process computes on a CPU."""
+FRESH_BYTES = 2**30
+"""Memory of the fresh process besides the model: Python and its libraries, the values of a row."""
 REHEARSED_LAYERS = 2
 REHEARSED_TOKENS = 24
 CONVERSATIONS = (
@@ -98,6 +106,15 @@ class Publishable(Protocol[ModelT]):
 
     def build(self, dtype: torch.dtype) -> ModelT:
         """An untrained copy on the CPU of this process alone, adapters apart, without kernels for GPUs."""
+
+    def mapped(self) -> ModelT:
+        """The same on every rank, for weights that the ranks share out: those of files are mapped where that can be."""
+
+    def saved_alone(self, model: ModelT) -> Sequence[nn.Parameter] | None:
+        """The parameters that are saved, beside the name of a base; ``None`` for a folder with all of them."""
+
+    def save_settings(self, model: ModelT, folder: Path) -> None:
+        """Write a Transformers folder without weights and tokenizer. ``model`` stays as it is."""
 
     def has_value(self, row: Row) -> bool:
         """Whether the model says anything about ``row``."""
@@ -209,6 +226,8 @@ def publish(engine: Engine, sample: ItemSource, publishable: Publishable[Any], t
         raise ModelError("no sample row has a value that a reloaded model could be compared by")
     outputs = live_outputs(engine, rows)
     live = torch.stack([publishable.value(output, row) for output, row in zip(outputs, rows, strict=True)])
+    if engine.shared_out:
+        return _publish_in_pieces(engine, rows, live.float().cpu(), publishable, target)
     weights = engine.full_state_dict()
 
     def write() -> dict[str, float]:
@@ -216,6 +235,70 @@ def publish(engine: Engine, sample: ItemSource, publishable: Publishable[Any], t
         return _write(publishable, model, weights, rows, live.float().cpu(), target)
 
     return engine.ranks.on_main(write)
+
+
+def _publish_in_pieces(
+    engine: Engine, rows: Sequence[Row], live: Tensor, publishable: Publishable[Any], target: Path
+) -> dict[str, float]:
+    """The same where no rank may hold all weights: all of them compute what is compared. Every rank must call it."""
+    ranks, low = engine.ranks, publishable.dtype != torch.float32
+    with contextlib.ExitStack() as stack:
+        staged = ranks.together(lambda: stack.enter_context(staged_directory(target)) if ranks.is_main else target)
+        model = ranks.together(publishable.mapped).eval()
+        asked = _written_in_pieces(engine, publishable, model, staged, ask=low)
+        ranks.on_main(lambda: _write_around(publishable, staged))
+        expected = live
+        if asked is not None:
+            with asking(asked):
+                outputs = [asked.forward((length_bucket([row]).to(ranks.device),)) for row in rows]
+            values = [publishable.value(output, row) for output, row in zip(outputs, rows, strict=True)]
+            expected = torch.stack(values).float().cpu()
+            tolerance = publishable.tolerance(expected)
+            ranks.on_main(lambda: check_low_precision(live, expected, tolerance, publishable.unit))
+        del model, asked
+        gc.collect()  # DeepSpeed's hooks hold on to it
+        question = _question(publishable, rows, expected)
+        size = 4 * sum(parameter.ds_numel for parameter in engine.module.parameters())  # type: ignore[attr-defined]
+        if ranks.on_main(lambda: _fits_one_process(size)):
+            found = ranks.on_main(lambda: check_in_fresh_process(publishable.reload_module, staged, question))
+        else:
+            say(ranks, f"{size / 2**30:.0f} GiB in float32 are too much for one process: all ranks open {target}")
+            folder = ranks.broadcast_object(staged)
+            found = check_on_all_ranks(publishable.reload_module, folder, question, ranks)
+        ranks.together(stack.close)
+    return found
+
+
+def _written_in_pieces(
+    engine: Engine, publishable: Publishable[Any], model: Any, staged: Path, *, ask: bool
+) -> Frozen | None:
+    """Write all but the tokenizer; the float32 model to be asked, if ``ask``."""
+    ranks, alone = engine.ranks, publishable.saved_alone(model)
+    if alone is None:
+        with shown_as(model, publishable.dtype):
+            ranks.on_main(lambda: publishable.save_settings(model, staged))
+        return write_whole(engine, model, staged, ask=ask)
+    types = [parameter.dtype for parameter in alone]
+    TrainedWeights(engine, model).fill(*alone)
+    for parameter, dtype in zip(alone, types, strict=True):
+        parameter.data = parameter.data.to(dtype)  # peft keeps adapters in float32
+    ranks.on_main(lambda: publishable.save(model, staged))
+    return share_in_float32(model, ranks=ranks, hidden_size=model.hf.config.hidden_size) if ask else None
+
+
+def _fits_one_process(size: int) -> bool:
+    free = free_memory()
+    return free is None or size + FRESH_BYTES < free
+
+
+def _write_around(publishable: Publishable[Any], staged: Path) -> None:
+    portable_tokenizer(publishable.chat).save_pretrained(staged)
+    write_manifest(staged, publishable.manifest)
+
+
+def _question(publishable: Publishable[Any], rows: Sequence[Row], expected: Tensor) -> dict[str, Any]:
+    cases = {"texts": text_cases(publishable.chat), "rows": value_cases(rows, expected)}
+    return {**publishable.details, **cases}
 
 
 def text_form(chat: ChatFormat) -> dict[str, Any]:
@@ -242,13 +325,11 @@ def _write(
 
     Without ``live`` values the fresh process is compared with ``model`` alone.
     """
-    tokenizer = portable_tokenizer(publishable.chat)
     if live is None and publishable.dtype == torch.float32:
         live = _values(publishable, model, rows)
     with staged_directory(target) as staged:
         publishable.save(model, staged)
-        tokenizer.save_pretrained(staged)
-        write_manifest(staged, publishable.manifest)
+        _write_around(publishable, staged)
         expected = live
         if publishable.dtype != torch.float32:
             expected = _values(publishable, publishable.in_float32(model, weights), rows)
@@ -257,8 +338,7 @@ def _write(
         assert expected is not None
         del model
         weights.clear()
-        request = {"texts": text_cases(publishable.chat), "rows": value_cases(rows, expected)}
-        return check_in_fresh_process(publishable.reload_module, staged, {**publishable.details, **request})
+        return check_in_fresh_process(publishable.reload_module, staged, _question(publishable, rows, expected))
 
 
 def _rebuilt(publishable: Publishable[ModelT], weights: Weights) -> ModelT:

@@ -11,7 +11,7 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +41,37 @@ def answer(module: str, folder: str, request: dict[str, Any]) -> dict[str, Any]:
         return {"fault": str(fault)}
     except Exception as error:  # whatever a model's own code raises
         return {"fault": f"{type(error).__name__}: {str(error)[-2000:]}"}
+    finally:
+        if request.get("on_all_ranks"):
+            from rlhf.engine.ranks import stop_ranks
+
+            stop_ranks()
     # Not "> TOLERANCE": no difference to a value that is not a number is small.
     large = [f"{name} {value:.3g}" for name, value in differences.items() if not value <= TOLERANCE]
     if large:
         return {"fault": f"the saved model does not reproduce the live values ({', '.join(large)} off)"}
     return {"differences": differences}
+
+
+def placed(model: Any, request: Mapping[str, Any]) -> tuple[Any, torch.device]:
+    """The opened model in float32, and where its inputs go; "on_all_ranks" it is shared out among their processes."""
+    if not request.get("on_all_ranks"):
+        return model.float().eval(), torch.device("cpu")
+    from rlhf.engine.frozen import share_in_float32
+    from rlhf.engine.ranks import start_ranks
+
+    ranks = start_ranks()
+    width = getattr(model, "hf", model).config.hidden_size
+    return share_in_float32(model, ranks=ranks, hidden_size=width).module, ranks.device
+
+
+def opening_type(folder: Path, request: Mapping[str, Any]) -> torch.dtype:
+    """What to open a model with: what is going to be shared out stays as it is in its files."""
+    if not request.get("on_all_ranks"):
+        return torch.float32
+    from rlhf.models.backbones import stored_type
+
+    return stored_type(str(folder)) or torch.float32
 
 
 def check_texts(tokenizer: Any, cases: Sequence[dict[str, Any]]) -> None:
