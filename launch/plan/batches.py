@@ -1,6 +1,5 @@
 """Batch arithmetic: the micro-batches that the run's own planner makes of real lengths, or of assumed ones."""
 
-import functools
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -67,7 +66,9 @@ def batch_plan(lengths: Lengths, train: TrainConfig, *, ranks: int) -> BatchPlan
     counts, loads, real = [], [], 0.0
     for step in sampled.tolist():
         batch = values[global_batch(step, items=count, batch_size=size, seed=train.seed, last=last)]
-        micro_steps = _planned(batch, train, ranks)
+        micro_steps = plan_micro_batches(
+            batch, token_budget=train.micro_batch_tokens, ranks=ranks, length_buckets=train.length_buckets
+        )
         real += float(batch.sum())
         counts.append(len(micro_steps))
         loads += [load_of(batch, plan) for micro_step in micro_steps for plan in micro_step]
@@ -97,20 +98,6 @@ def load_of(lengths: np.ndarray, plan: MicroBatchPlan) -> Load:
         squares=sum(count * width**2 for count, width in buckets),
         bucket_squares=max(count * width**2 for count, width in buckets),
     )
-
-
-def _planned(lengths: np.ndarray, train: TrainConfig, ranks: int) -> list[list[MicroBatchPlan]]:
-    values = np.ascontiguousarray(lengths, np.int64)
-    return _planned_once(values.tobytes(), values.shape[1], train.micro_batch_tokens, ranks, train.length_buckets)
-
-
-@functools.lru_cache(maxsize=256)
-def _planned_once(
-    content: bytes, rows_per_item: int, token_budget: int, ranks: int, length_buckets: int
-) -> list[list[MicroBatchPlan]]:
-    """Advice plans the same batches again and again; planning them is most of the work."""
-    lengths = np.frombuffer(content, np.int64).reshape(-1, rows_per_item)
-    return plan_micro_batches(lengths, token_budget=token_budget, ranks=ranks, length_buckets=length_buckets)
 
 
 def _largest(loads: list[Load]) -> Load:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,15 +45,21 @@ def rollout_metrics(raw: Tensor, scores: Tensor, lengths: Tensor, ended: Tensor,
         "longest_response": float(lengths.max()),
         "ended_share": float(ended.float().mean()),
         "empty_share": float((lengths <= ended.long()).float().mean()),
-        "repetition": sum(repetition(list(each)) for each in tokens) / len(tokens),
+        "repetition": sum(repetition(each) for each in tokens) / len(tokens),
         "length_correlation": correlation(scores, lengths.float()),
     }
 
 
-def repetition(tokens: Sequence[int]) -> float:
+def repetition(tokens: Sequence[int] | np.ndarray) -> float:
     """Share of a text's 4-grams that have been there before; 0 for texts too short to have one."""
-    grams = [tuple(tokens[start : start + NGRAM]) for start in range(len(tokens) - NGRAM + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+    names = np.asarray(tokens, dtype=np.int64)
+    count = len(names) - NGRAM + 1
+    if count < 1:
+        return 0.0
+    for width in (1, NGRAM // 2):  # numbers of tokens, of pairs of tokens, and so on: exact, and they fit into 64 bits
+        numbers = np.unique(names, return_inverse=True)[1]
+        names = numbers[:-width] * len(numbers) + numbers[width:]
+    return 1 - len(np.unique(names)) / count
 
 
 def correlation(left: Tensor, right: Tensor) -> float:

@@ -7,6 +7,7 @@ rank makes the same plan from the same lengths, so no communication is needed an
 number of forwards.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -170,6 +171,18 @@ def plan_micro_batches(
         ranks: number of data-parallel ranks.
         length_buckets: padded blocks per micro-batch, at most.
     """
+    values = np.ascontiguousarray(lengths, dtype=np.int64)
+    planned = _planned(values.tobytes(), values.shape, token_budget, ranks, length_buckets)
+    return [list(micro_step) for micro_step in planned]
+
+
+@functools.lru_cache(maxsize=64)
+def _planned(
+    content: bytes, shape: tuple[int, int], token_budget: int, ranks: int, length_buckets: int
+) -> list[list[MicroBatchPlan]]:
+    """The same rows are asked for again and again: by each model that scores the rollouts of a PPO step, by each epoch
+    of its update, by every evaluation."""
+    lengths = np.frombuffer(content, np.int64).reshape(shape)
     by_length = np.argsort(-lengths.sum(axis=1), kind="stable")
     bins = _pack(lengths, by_length, token_budget, length_buckets)
     count = -(-len(bins) // ranks) * ranks
@@ -180,17 +193,27 @@ def plan_micro_batches(
 
 
 def _pack(lengths: np.ndarray, order: np.ndarray, cap: int, length_buckets: int) -> list[list[int]]:
-    """Next-fit over items in falling length: cut where the padded tokens would pass ``cap``."""
+    """Next-fit over items in falling length: cut where the padded tokens would pass ``cap``.
+
+    More rows never take fewer tokens, so where to cut is found by bisection, from as many items as would fit without
+    padding: that is nearly where the cut is.
+    """
+    ordered = lengths[order]
+    ends = np.concatenate([[0], ordered.sum(axis=1).cumsum()])
     bins: list[list[int]] = []
-    rows: list[int] = []
-    for item in order.tolist():
-        longer = [*rows, *lengths[item].tolist()]
-        if bins and _split_rows(np.array(longer), length_buckets)[0] <= cap:
-            bins[-1].append(item)
-            rows = longer
-        else:
-            bins.append([item])
-            rows = lengths[item].tolist()
+    start = 0
+    while start < len(order):
+        fits = start + 1  # an item that is longer than the cap stands alone
+        fails = max(fits, int(np.searchsorted(ends, ends[start] + cap, side="right")) - 1) + 1
+        step = 1
+        while fails - fits > 1:
+            middle = max(fails - step, (fits + fails) // 2)
+            if _least_tokens(ordered[start:middle].reshape(-1), length_buckets) <= cap:
+                fits = middle
+            else:
+                fails, step = middle, 2 * step
+        bins.append(order[start:fits].tolist())
+        start = fits
     return bins
 
 
@@ -212,11 +235,24 @@ def _balance(
 def _plan(lengths: np.ndarray, items: list[int], budget: int, length_buckets: int) -> MicroBatchPlan:
     """One micro-batch in as few length buckets as come near the least padding: every bucket is a forward of its own."""
     rows = lengths[items].T.reshape(-1)
-    least, _ = _split_rows(rows, length_buckets)
+    least = _least_tokens(rows, length_buckets)
     bound = max(least, min(PADDING_SLACK * least, budget))
-    tries = (_split_rows(rows, count) for count in range(1, length_buckets + 1))
-    cost, buckets = next((cost, buckets) for cost, buckets in tries if cost <= bound)
+    enough = next(count for count in range(1, length_buckets + 1) if _least_tokens(rows, count) <= bound)
+    cost, buckets = _split_rows(rows, enough)
     return MicroBatchPlan(tuple(items), buckets, cost)
+
+
+def _least_tokens(rows: np.ndarray, length_buckets: int) -> int:
+    """The padded tokens of :func:`_split_rows`: rows of one length stay together in one of the best splits, so that
+    only the distinct lengths count."""
+    sizes, counts = np.unique(rows, return_counts=True)
+    sizes, counts = sizes[::-1], counts[::-1]
+    ends = np.concatenate([[0], counts.cumsum()])
+    block = np.where(ends > ends[:-1, None], sizes[:, None] * (ends - ends[:-1, None]), np.iinfo(np.int64).max // 4)
+    best = np.concatenate([[0], block[0, 1:]])
+    for _ in range(min(length_buckets, len(sizes)) - 1):
+        best = np.concatenate([[0], (best[:-1, None] + block)[:, 1:].min(axis=0)])
+    return int(best[-1])
 
 
 def _split_rows(rows: np.ndarray, length_buckets: int) -> tuple[int, tuple[tuple[int, ...], ...]]:

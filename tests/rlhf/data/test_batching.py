@@ -9,6 +9,8 @@ from rlhf.data.batching import (
     Item,
     MicroBatchPlan,
     Row,
+    _planned,
+    _split_rows,
     buckets_per_micro_step,
     collate,
     global_batch,
@@ -70,6 +72,67 @@ def test_length_buckets_are_the_fewest_that_come_near_the_cheapest_there_are(len
     assert part.padded_tokens == cheapest_split(rows, fewest)
     assert len(part.buckets) <= fewest
     assert part.padded_tokens == sum(max(rows[row] for row in bucket) * len(bucket) for bucket in part.buckets)
+
+
+def planned_one_by_one(lengths, budget, ranks, buckets):
+    """The same plans the slow way: every item tried behind the one before it, every split made to the end."""
+
+    def pack(cap):
+        bins, rows = [], []
+        for item in order.tolist():
+            longer = [*rows, *lengths[item].tolist()]
+            if bins and _split_rows(np.array(longer), buckets)[0] <= cap:
+                bins[-1].append(item)
+                rows = longer
+            else:
+                bins.append([item])
+                rows = lengths[item].tolist()
+        return bins
+
+    order = np.argsort(-lengths.sum(axis=1), kind="stable")
+    bins = pack(budget)
+    count = -(-len(bins) // ranks) * ranks
+    low, high = int(lengths.sum()) // max(count, 1), budget
+    while high - low > max(high // 50, 1):
+        middle = (low + high) // 2
+        trial = pack(middle)
+        if len(trial) <= count:
+            bins, high = trial, middle
+        else:
+            low = middle
+    plans = []
+    for items in bins:
+        rows = lengths[items].T.reshape(-1)
+        least = _split_rows(rows, buckets)[0]
+        bound = max(least, min(1.04 * least, budget))
+        tries = (_split_rows(rows, count) for count in range(1, buckets + 1))
+        cost, split = next((cost, split) for cost, split in tries if cost <= bound)
+        plans.append(MicroBatchPlan(tuple(items), split, cost))
+    plans += [MicroBatchPlan((), (), 0)] * (count - len(plans))
+    return [plans[start : start + ranks] for start in range(0, count, ranks)]
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.integers(1, 3).flatmap(lambda rows: st.lists(st.tuples(*[st.integers(1, 60)] * rows), min_size=1, max_size=40)),
+    st.integers(40, 900),
+    st.integers(1, 3),
+    st.integers(1, 5),
+)
+def test_plans_are_those_of_trying_one_item_after_the_other(lengths, budget, ranks, buckets):
+    lengths = np.array(lengths)
+    plan = plan_micro_batches(lengths, token_budget=budget, ranks=ranks, length_buckets=buckets)
+    assert plan == planned_one_by_one(lengths, budget, ranks, buckets)
+
+
+def test_the_same_rows_are_planned_once():
+    lengths = np.random.default_rng(5).integers(10, 900, size=(300, 1)).astype(np.int32)
+    options = {"token_budget": 8192, "ranks": 2, "length_buckets": 4}
+    first = plan_micro_batches(lengths, **options)
+    first[0].clear()  # what a caller does with its plan is its own
+    before = _planned.cache_info()
+    assert len(plan_micro_batches(lengths.copy(), **options)[0]) == 2
+    assert _planned.cache_info().hits == before.hits + 1
 
 
 def test_ranks_get_nearly_equal_work():
