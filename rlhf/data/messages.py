@@ -215,7 +215,8 @@ def _call(place: str, call: Any) -> dict[str, Any]:
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise BadRow("wrong type", f"{place} is no call: expected a function with name and arguments")
     arguments = function.get("arguments")
-    arguments = {} if arguments is None else _parsed_object(arguments) or arguments
+    parsed = {} if arguments is None else _parsed_object(arguments)
+    arguments = arguments if parsed is None else parsed
     identity = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
     return {**identity, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
 

@@ -69,6 +69,13 @@ def test_tool_calls_and_reasoning_are_kept():
     assert unread == ["weight of messages"]
 
 
+@pytest.mark.parametrize("arguments", ["{}", {}, None, "[]", "look there"])
+def test_arguments_given_as_json_are_what_they_say_empty_ones_too(arguments):
+    [message], _, _ = read({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]})
+    expected = {"[]": [], "look there": "look there"}.get(arguments if isinstance(arguments, str) else "", {})
+    assert message["tool_calls"][0]["function"]["arguments"] == expected
+
+
 def test_a_function_call_of_sharegpt_is_a_call_of_the_assistant():
     [message], notes, _ = read({"from": "function_call", "value": '{"name": "f", "arguments": {"a": 1}}'})
     assert message["tool_calls"][0]["function"] == {"name": "f", "arguments": {"a": 1}}
