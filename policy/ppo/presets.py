@@ -46,27 +46,27 @@ PRESETS: Mapping[str, Preset] = {
             **PLAIN,
             "advantage.estimator": "grpo",
             "advantage.whiten": False,
-            "rollout.samples": 64,
-            "kl.place": "loss",
-            "kl.estimator": "k3",
-            "kl.coefficient": 0.04,
-            "loss.normalize": "sequence",
+            "rollout.samples": 64,  # sec. 4.2
+            "kl.place": "loss",  # eq. 3
+            "kl.estimator": "k3",  # eq. 4
+            "kl.coefficient": 0.04,  # sec. 4.2
+            "loss.normalize": "sequence",  # eq. 3
         },
-        updates=1,
+        updates=1,  # sec. 4.2: a single update after each exploration
     ),
     "dr_grpo": Preset(
-        source="Liu et al., arXiv:2503.20783, with the numbers of their code",
+        source="Liu et al., arXiv:2503.20783; numbers: examples/qwen2.5-math-7b.sh of sail-sg/understand-r1-zero",
         settings={
             **PLAIN,
             "advantage.estimator": "grpo_unscaled",
             "advantage.whiten": False,
-            "rollout.samples": 8,
+            "rollout.samples": 8,  # --num_samples
             "kl.place": "reward",
             "kl.estimator": None,
-            "kl.coefficient": 0.0,
+            "kl.coefficient": 0.0,  # --beta
             "loss.normalize": "constant",
         },
-        updates=8,
+        updates=8,  # 128 prompts with 8 responses each (--rollout_batch_size), 128 to an update (--train_batch_size)
     ),
     "rloo": Preset(
         source="Ahmadian et al., arXiv:2402.14740; a constant factor in the loss, which Adam does not see, is ours",
@@ -74,16 +74,16 @@ PRESETS: Mapping[str, Preset] = {
             **PLAIN,
             "advantage.estimator": "rloo",
             "advantage.whiten": False,
-            "rollout.samples": 4,
-            "kl.place": "reward",
-            "kl.estimator": "k1",
-            "kl.coefficient": 0.03,
+            "rollout.samples": 4,  # the larger of the two k that they try
+            "kl.place": "reward",  # eq. 3
+            "kl.estimator": "k1",  # eq. 3
+            "kl.coefficient": 0.03,  # app. C, for TL;DR
             "loss.normalize": "constant",
         },
-        updates=1,
+        updates=2,  # app. C
     ),
     "reinforce_pp": Preset(
-        source="Hu et al., arXiv:2501.03262, one response to a prompt",
+        source="Hu et al., arXiv:2501.03262, one response to a prompt; numbers: the commands of their OpenRLHF",
         settings={
             **PLAIN,
             "advantage.estimator": "reinforce_pp",
@@ -92,13 +92,14 @@ PRESETS: Mapping[str, Preset] = {
             "rollout.samples": 1,
             "kl.place": "reward",
             "kl.estimator": "k1",
-            "kl.coefficient": 0.01,
+            "kl.coefficient": 0.01,  # --init_kl_coef
             "loss.normalize": "token",
         },
-        updates=2,
+        updates=8,  # 1,024 responses (--rollout_batch_size), 128 to an update (--train_batch_size)
     ),
 }
-"""RLOO takes one update, so its ratios are 1 and no clip is ever met. GRPO's paper states no clip: 0.2 is PPO's."""
+"""GRPO's paper states no clip, and takes one update, which meets none: 0.2 is PPO's. RLOO's paper has neither ratio nor
+clip: in the second of its two updates, they are ours. Its appendix C is read as TRL's index of papers quotes it."""
 
 
 def preset_values(values: Settings) -> dict[str, Any]:

@@ -121,11 +121,11 @@ METHODS = {
     },
     "rloo": {
         "advantage.estimator": "rloo", "kl.coefficient": 0.03, "kl.place": "reward", "kl.kind": "k1",
-        "rollout.samples": 4, "updates": 1, "minibatch": 256,
+        "rollout.samples": 4, "updates": 2, "minibatch": 128,
     },
     "reinforce_pp": {
         "advantage.estimator": "reinforce_pp", "advantage.whitened": True, "kl.coefficient": 0.01, "kl.kind": "k1",
-        "kl.place": "reward", "loss.normalize": "token", "rollout.samples": 1, "updates": 2, "minibatch": 32,
+        "kl.place": "reward", "loss.normalize": "token", "rollout.samples": 1, "updates": 8, "minibatch": 8,
     },
 }  # fmt: skip
 
