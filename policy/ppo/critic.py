@@ -45,7 +45,7 @@ class ValueModel(nn.Module):
 
     def forward(self, buckets: Sequence[LengthBucket]) -> tuple[Tensor, ...]:
         """``(R, T - 1)`` float32 values of each bucket: place t is the value before token t + 1; 0 off the response."""
-        blocks = last_states(self.scorer.hf, [bucket.tokens for bucket in buckets])
+        blocks = last_states(self.scorer.hf, [bucket.block for bucket in buckets])
         return tuple(self._values(states, bucket) for states, bucket in zip(blocks, buckets, strict=True))
 
     def _values(self, states: Tensor, bucket: LengthBucket) -> Tensor:

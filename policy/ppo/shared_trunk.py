@@ -63,7 +63,7 @@ class SharedTrunkCritic(nn.Module):
     def forward(self, buckets: Sequence[LengthBucket]) -> tuple[Tensor, ...]:
         """Values of each bucket; see :meth:`policy.ppo.critic.ValueModel.forward`."""
         with self._active():
-            blocks = list(last_states(self._hf, [bucket.tokens for bucket in buckets]))
+            blocks = list(last_states(self._hf, [bucket.block for bucket in buckets]))
         return tuple(
             response_values(states, bucket.response_mask, self.score)
             for states, bucket in zip(blocks, buckets, strict=True)

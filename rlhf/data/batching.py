@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rlhf.core.epochs import LastBatch, steps_per_epoch
 from rlhf.core.masking import length_mask
+from rlhf.core.packing import PackedRows, pack
 
 PADDING_SLACK = 1.04
 """Padded tokens that a split into fewer length buckets may take, relative to those of the best split."""
@@ -71,6 +72,8 @@ class MicroBatchPlan:
     items: tuple[int, ...]
     buckets: tuple[tuple[int, ...], ...]
     padded_tokens: int
+    packed: bool = False
+    """Whether the rows of an item, one after the other in a bucket, are computed as one: see rlhf.core.packing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +83,12 @@ class LengthBucket:
     tokens: Tensor  # (R, T) int64, right-padded
     token_mask: Tensor  # (R, T) bool, True on real tokens
     response_mask: Tensor  # (R, T) bool, True on response tokens, the end token included
+    packed: PackedRows | None = None  # the same rows, the beginning that rows of an item share once
+
+    @property
+    def block(self) -> Tensor | PackedRows:
+        """What a causal model computes the states of all rows from."""
+        return self.tokens if self.packed is None else self.packed
 
     def rows(self, places: Tensor) -> "LengthBucket":
         """Some of the rows, padded to the longest of them."""
@@ -95,6 +104,7 @@ class LengthBucket:
             tokens=self.tokens.to(device),
             token_mask=self.token_mask.to(device),
             response_mask=self.response_mask.to(device),
+            packed=None if self.packed is None else self.packed.to(device),
         )
 
 
@@ -190,6 +200,28 @@ def _planned(
     plans = [_plan(lengths, items, token_budget, length_buckets) for items in bins]
     plans += [MicroBatchPlan((), (), 0)] * (count - len(plans))
     return [plans[start : start + ranks] for start in range(0, count, ranks)]
+
+
+def plan_packed(
+    lengths: np.ndarray, rows_per_item: int, *, token_budget: int, ranks: int, length_buckets: int
+) -> list[list[MicroBatchPlan]]:
+    """:func:`plan_micro_batches` for items whose rows are computed as one.
+
+    Args:
+        lengths: ``(P,)`` tokens of the packed row of each item.
+        rows_per_item: rows that are packed together.
+        token_budget, ranks, length_buckets: see :func:`plan_micro_batches`.
+    """
+    plan = plan_micro_batches(lengths[:, None], token_budget=token_budget, ranks=ranks, length_buckets=length_buckets)
+
+    def with_rows(each: MicroBatchPlan) -> MicroBatchPlan:
+        count = len(each.items)
+        buckets = (
+            tuple(item + side * count for item in bucket for side in range(rows_per_item)) for bucket in each.buckets
+        )
+        return replace(each, buckets=tuple(buckets), packed=True)
+
+    return [[with_rows(each) for each in micro_step] for micro_step in plan]
 
 
 def _pack(lengths: np.ndarray, order: np.ndarray, cap: int, length_buckets: int) -> list[list[int]]:
@@ -304,7 +336,8 @@ def collate(source: ItemSource, indices: np.ndarray, plan: MicroBatchPlan, bucke
     chosen = np.asarray(indices)[list(plan.items)].astype(np.int64)
     items = [source.item(int(index)) for index in chosen]
     rows = [row for side in zip(*(item.rows for item in items), strict=True) for row in side]
-    buckets = [length_bucket([rows[row] for row in bucket]) for bucket in plan.buckets]
+    together = source.lengths.shape[1] if plan.packed else 1
+    buckets = [length_bucket([rows[row] for row in bucket], together) for bucket in plan.buckets]
     buckets += [length_bucket([FILLER])] * (bucket_count - len(buckets))
     flat = np.array([row for bucket in plan.buckets for row in bucket], dtype=np.int64)
     return Batch(
@@ -324,8 +357,8 @@ def buckets_per_micro_step(plans: Sequence[MicroBatchPlan]) -> int:
     return max(1, *(len(plan.buckets) for plan in plans))
 
 
-def length_bucket(rows: Sequence[Row]) -> LengthBucket:
-    """Rows padded on the right to the longest of them."""
+def length_bucket(rows: Sequence[Row], together: int = 1) -> LengthBucket:
+    """Rows padded on the right to the longest of them; each ``together`` of them are packed, if there are several."""
     lengths = torch.tensor([len(row.tokens) for row in rows])
     width = int(lengths.max())
     padded = np.zeros((len(rows), width), dtype=np.int64)
@@ -337,6 +370,7 @@ def length_bucket(rows: Sequence[Row]) -> LengthBucket:
         tokens=torch.from_numpy(padded),
         token_mask=length_mask(lengths, width),
         response_mask=torch.from_numpy(response),
+        packed=None if together == 1 else pack(_groups([row.tokens for row in rows], together)),
     )
 
 
@@ -349,3 +383,7 @@ def _column(values: list[Any], dtype: torch.dtype) -> Tensor | None:
     if all(value is None for value in values):
         return None
     return torch.tensor([math.nan if value is None else value for value in values], dtype=dtype)
+
+
+def _groups(rows: list[np.ndarray], size: int) -> list[list[np.ndarray]]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]

@@ -43,13 +43,20 @@ def tiny_data(tiny_config):
 def make_task(tiny_config, tiny_data):
     """``make_task(token_budget, loss=..., margin=...)`` gives an engine and a task with fresh weights."""
 
-    def make(token_budget: int = 400, *, loss: LossConfig | None = None, margin: MarginConfig | None = None, **model):
+    def make(
+        token_budget: int = 400,
+        *,
+        loss: LossConfig | None = None,
+        margin: MarginConfig | None = None,
+        share_prompts: str = "auto",
+        **model,
+    ):
         config = replace(
             tiny_config,
             loss=loss or tiny_config.loss,
             margin=margin or tiny_config.margin,
             model=replace(tiny_config.model, **model),
-            train=replace(tiny_config.train, micro_batch_tokens=token_budget),
+            train=replace(tiny_config.train, micro_batch_tokens=token_budget, share_prompts=share_prompts),
         )
         tokenizer = load_tokenizer(config.model.path)
         module = build_reward_model(

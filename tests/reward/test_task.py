@@ -121,3 +121,18 @@ def test_held_out_rewards_that_are_not_finite_end_the_run_in_one_line_with_their
         engine.module.hf.score.weight.fill_(value)
     with pytest.raises(TrainingStopped, match=r"not finite for \d+ of \d+ pairs, such as pairs\.jsonl:\d+"):
         task.evaluate()
+
+
+@pytest.mark.parametrize("kind", ["bradley_terry", "grm_sft"])
+@pytest.mark.parametrize("budget", [150, 100_000])
+def test_a_prompt_that_is_computed_once_changes_neither_loss_nor_gradient(make_task, kind, budget):
+    margin = GLOBAL_OT if LOSSES[kind].takes_margins else NO_MARGIN
+    found = {}
+    for shared in ("never", "auto"):
+        engine, task = make_task(budget, loss=LossConfig(kind=kind), margin=margin, share_prompts=shared)
+        assert any(bucket.packed is not None for bucket in task.micro_batches(0)[0].buckets) == (shared == "auto")
+        found[shared] = gradients_of_step(engine, task)
+    (apart, own, _), (together, shared, _) = found["never"], found["auto"]
+    assert together["loss"] == pytest.approx(apart["loss"], rel=1e-5)
+    assert (own - shared).abs().max() < 1e-5 * own.abs().max()
+    assert together["tokens"] < 0.95 * apart["tokens"], "the prompt counts once"

@@ -67,7 +67,7 @@ def make_task(tiny_config, tiny_data, tiny_policy):
     """``make_task(token_budget, **sections)``: engine and task whose policy is already some way from the reference."""
 
     def make(token_budget: int = 400, *, noise: float = 0.03, **sections):
-        train = replace(tiny_config.train, micro_batch_tokens=token_budget)
+        train = replace(sections.pop("train", tiny_config.train), micro_batch_tokens=token_budget)
         config = replace(tiny_config, train=train, **sections)
         engine = LocalEngine(tiny_policy(noise), ranks=ALONE, optimizer=config.optim, total_steps=20)
         reference = None

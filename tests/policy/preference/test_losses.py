@@ -470,9 +470,7 @@ def test_adaptive_margins_reduce_to_simpo():
         simpo = {key: inputs[key] for key in simpo}
         plain = LOSSES["simpo"](**simpo, beta=3.0, gamma=0.6)
         torch.testing.assert_close(LOSSES["alpha_dpo"](**inputs, beta=3.0, gamma_ratio=0.2), plain)
-        torch.testing.assert_close(
-            LOSSES["amapo"](**simpo, beta=3.0), LOSSES["simpo"](**simpo, beta=3.0, gamma=0.0)
-        )
+        torch.testing.assert_close(LOSSES["amapo"](**simpo, beta=3.0), LOSSES["simpo"](**simpo, beta=3.0, gamma=0.0))
 
 
 def test_r_dpo_learns_less_from_chosen_responses_that_are_longer():

@@ -134,9 +134,7 @@ def test_wpo_weights_of_whole_responses_with_a_bound(make_task, largest):
 
 
 def test_logged_log_probabilities_are_those_of_whole_responses(make_task):
-    found = [
-        one_step(*make_task(5000, loss=LossConfig(kind="sigmoid", tail_weight=alpha)))[1] for alpha in (1.0, 0.0)
-    ]
+    found = [one_step(*make_task(5000, loss=LossConfig(kind="sigmoid", tail_weight=alpha)))[1] for alpha in (1.0, 0.0)]
     for name in ("logprobs/chosen", "logprobs/rejected_per_token", "logprobs/chosen_drift"):
         assert found[0][name] == pytest.approx(found[1][name], rel=1e-5)
 
@@ -375,3 +373,34 @@ def test_held_out_labels_are_judged_by_auc(unpaired_task):
     metrics = task.evaluate()
     assert metrics["eval/auc"] == task.evaluation.auc
     assert 0 <= metrics["eval/auc"] <= 1 and task.evaluation.accuracy.pairs == 12
+
+
+# Prompts that both answers of a pair share.
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "margin_sigmoid", "simpo", "ot_margin"])
+def test_a_prompt_that_is_computed_once_changes_neither_loss_nor_gradient(make_task, tiny_config, kind):
+    found = {}
+    for share in ("never", "auto"):
+        sections = {"train": replace(tiny_config.train, share_prompts=share), "loss": LossConfig(kind=kind)}
+        engine, task = make_task(100_000, **sections)
+        packed = [bucket.packed is not None for batch in task.micro_batches(0) for bucket in batch.buckets]
+        assert any(packed) == (share == "auto")
+        found[share] = one_step(engine, task)
+    (_, apart, own), (_, together, shared) = found["never"], found["auto"]
+    assert together["loss"] == pytest.approx(apart["loss"], rel=1e-5)
+    assert (own - shared).abs().max() < 2e-5 * own.abs().max()
+    assert together["tokens"] < 0.95 * apart["tokens"]
+
+
+def test_a_reference_that_cannot_share_prompts_is_asked_row_by_row(make_task, tiny_config, tiny_data):
+    engine, task = make_task()
+    task._reference.model.module.longest_packed_row = 0
+    references = (task._reference, task._reference)
+    again = PreferenceTask(engine, tiny_config, tiny_data.train, tiny_data.evals, references, 20)
+    assert not any(bucket.packed for batch in again.micro_batches(0) for bucket in batch.buckets)
+
+
+def test_unpaired_rows_are_asked_apart(make_task, tiny_config):
+    _, task = make_task(loss=LossConfig(kind="kto"), data=None, unpaired=ExampleDataConfig(train="rows.jsonl"))
+    assert not any(bucket.packed for batch in task.micro_batches(0) for bucket in batch.buckets)
