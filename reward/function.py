@@ -5,14 +5,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rlhf.core.errors import ConfigError
+from rlhf.data.messages import Asked, as_messages, last_text
 
-RewardFunction = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
+RewardFunction = Callable[[Sequence[Asked], Sequence[str]], Sequence[float]]
 """``(prompts, responses) -> rewards``, one for each response, in their order."""
 TOKENS_AT_ONCE = 8192
 
 
 def load_reward(spec: str) -> RewardFunction:
     """The function behind ``module:function``, or the reward model in a folder.
+
+    A function gets the text that the user said last; a model, the whole conversation.
 
     Raises:
         ConfigError: if there is no such function.
@@ -30,7 +33,7 @@ def load_reward(spec: str) -> RewardFunction:
         ) from error
     if not callable(function):
         raise ConfigError(f"reward {spec}: expected a function, found a {type(function).__name__}")
-    return function
+    return lambda prompts, responses: function([last_text(prompt) for prompt in prompts], responses)
 
 
 def _reward_of(folder: Path) -> RewardFunction:
@@ -38,12 +41,11 @@ def _reward_of(folder: Path) -> RewardFunction:
 
     check_scorer(folder)
 
-    def reward(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    def reward(prompts: Sequence[Asked], responses: Sequence[str]) -> list[float]:
         model, chat = load_scorer(folder)  # now, and no sooner: what is judged may need the memory until then
-        rows = [
-            chat.encode([{"role": "user", "content": prompt}], [{"role": "assistant", "content": response}])[0]
-            for prompt, response in zip(prompts, responses, strict=True)
-        ]
+        asked = map(as_messages, prompts)
+        rendered = [chat.render_written(*each) for each in zip(asked, responses, strict=True)]
+        rows = [tokens for tokens, _ in chat.tokenize(rendered)]
         return score_tokens(model, rows, batch_tokens=TOKENS_AT_ONCE)
 
     return reward

@@ -42,7 +42,7 @@ def _add_policy(subparsers: Subparsers) -> None:
     parser.add_argument("--reference", type=home_path, required=True, help=start)
     policy = "a policy to compare; may be given again"
     parser.add_argument("--policy", action="append", default=[], metavar="NAME=FOLDER", help=policy)
-    parser.add_argument("--prompts", type=home_path, required=True, help='jsonl file with a "prompt" in each line')
+    parser.add_argument("--prompts", type=home_path, required=True, help="file of prompts: texts, or messages")
     parser.add_argument("--reward", required=True, help="module:function(prompts, responses) -> rewards")
     parser.add_argument("--template", help="as data.template of the recipe")
     parser.add_argument("--samples", type=positive_int, default=4, help="responses to a prompt (default %(default)s)")

@@ -25,8 +25,12 @@ from rlhf.core.errors import DataError, ModelError
 from rlhf.core.files import write_json, write_text
 from rlhf.core.intervals import mean_with_interval
 from rlhf.data.batching import length_bucket
-from rlhf.data.options import TemplateChoice
+from rlhf.data.messages import Asked, BadRow, as_messages
+from rlhf.data.options import PromptColumns, RowSource, TemplateChoice
+from rlhf.data.records import to_prompt
+from rlhf.data.sources import open_source, row_names
 from rlhf.data.templates import ChatFormat
+from rlhf.data.tokenizing import parsed
 from rlhf.engine.build import DTYPES, check_precision, precision_of
 from rlhf.engine.frozen import Frozen, ReplicatedModel
 from rlhf.engine.options import EngineConfig, Precision
@@ -56,7 +60,7 @@ class Drawn:
 def evaluate_policies(
     policies: Mapping[str, Path],
     reference: Path,
-    prompts: Sequence[str],
+    prompts: Sequence[Asked],
     reward: RewardFunction,
     *,
     template: str | TemplateChoice | None,
@@ -72,7 +76,7 @@ def evaluate_policies(
     Args:
         policies: Transformers folders by name.
         reference: the folder that KL and gains are counted from.
-        prompts: held-out user messages.
+        prompts: held-out ones.
         reward: ``(prompts, responses) -> rewards``.
         template: as ``data.template``.
         settings: of the samples; only where they come from the policy as it is, their mean log-ratio is called KL.
@@ -84,7 +88,8 @@ def evaluate_policies(
     Raises:
         ModelError: if a folder is no language model, or has another tokenizer than the reference.
         ConfigError: if the precision is not there.
-        DataError: if there is no prompt, or ``reward`` gives a wrong number of rewards or one that is not finite.
+        DataError: if there is no prompt, the template cannot show one, or ``reward`` gives a wrong number of rewards or
+            one that is not finite.
     """
     hide_loading_bars()
     ranks = ranks or single_rank()
@@ -97,21 +102,10 @@ def evaluate_policies(
     chat = load_chat(reference, template)
     for name, folder in policies.items():
         check_same_tokens(f"policies.{name}", str(folder), chat, f"reference = {reference}", trust_remote_code=False)
+    for prompt in prompts:
+        chat.render_prompt(as_messages(prompt))
     names = {REFERENCE: reference, **policies}
-    last = [reference]  # after all others
-    drawn: dict[str, Drawn] = {}
-    against: dict[str, Sequence[Tensor]] = {}
-    for folder in [*dict.fromkeys(each for each in policies.values() if each != reference), *last]:
-        model = open_policy(folder, dtype, ranks)
-        own = replace(chat, stop_token_ids=model_stop_tokens(folder, chat.tokenizer))
-        same = [name for name, other in names.items() if other == folder]
-        of_this = _draw(model, own, prompts, settings, same[0])
-        drawn |= dict.fromkeys(same, of_this)
-        if folder == reference:
-            against = {name: _logprobs(model, each.samples) for name, each in drawn.items() if each is not of_this}
-            against |= dict.fromkeys(same, of_this.logprobs)
-        del model
-        _free()
+    drawn, against = _drawn_from_each(names, chat, prompts, settings, dtype, ranks)
     found: list[PolicyEvaluation] = []
     base_rewards: NDArray[np.float64] | None = None
     for name in names:
@@ -131,7 +125,34 @@ def evaluate_policies(
     return found
 
 
-def _draw(model: Frozen, chat: ChatFormat, prompts: Sequence[str], settings: SamplingSettings, name: str) -> Drawn:
+def _drawn_from_each(
+    names: Mapping[str, Path],
+    chat: ChatFormat,
+    prompts: Sequence[Asked],
+    settings: SamplingSettings,
+    dtype: torch.dtype,
+    ranks: Ranks,
+) -> tuple[dict[str, Drawn], dict[str, Sequence[Tensor]]]:
+    """Samples of each policy, and what the reference says of them. One model is held at a time, the reference last."""
+    reference = names[REFERENCE]
+    others = dict.fromkeys(folder for folder in names.values() if folder != reference)
+    drawn: dict[str, Drawn] = {}
+    against: dict[str, Sequence[Tensor]] = {}
+    for folder in (*others, reference):
+        model = open_policy(folder, dtype, ranks)
+        own = replace(chat, stop_token_ids=model_stop_tokens(folder, chat.tokenizer))
+        same = [name for name, other in names.items() if other == folder]
+        of_this = _draw(model, own, prompts, settings, same[0])
+        drawn |= dict.fromkeys(same, of_this)
+        if folder == reference:
+            against = {name: _logprobs(model, each.samples) for name, each in drawn.items() if each is not of_this}
+            against |= dict.fromkeys(same, of_this.logprobs)
+        del model
+        _free()
+    return drawn, against
+
+
+def _draw(model: Frozen, chat: ChatFormat, prompts: Sequence[Asked], settings: SamplingSettings, name: str) -> Drawn:
     """Responses to this rank's share of the prompts."""
     ranks = model.ranks
     first, end = (len(prompts) * place // ranks.world_size for place in (ranks.rank, ranks.rank + 1))
@@ -160,22 +181,22 @@ def _free() -> None:
         torch.cuda.empty_cache()
 
 
-def read_prompts(path: Path) -> list[str]:
-    """The "prompt" of each line of a jsonl file.
+def read_prompts(path: Path) -> list[Asked]:
+    """The prompts of a file of rows, as the stages read them; those that are one text of the user as that text.
 
     Raises:
-        DataError: naming the line that has none.
+        DataError: naming the row that has none.
     """
-    prompts = []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-    for number, line in enumerate(lines, start=1):
+    prompts: list[Asked] = []
+    source = open_source(RowSource(path=str(path)))
+    for row in source.rows():
+        place = f"{row_names(source.files)[source.files[row.file]]}:{row.line}"
         try:
-            prompts.append(str(json.loads(line)["prompt"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path}:{number}: expected an object with a text prompt") from error
+            record, _ = to_prompt(parsed(row), PromptColumns(), row_id=place, source=str(path))
+        except BadRow as error:
+            raise DataError(f"{path}, {place}: {error}") from error
+        lone = len(record.prompt) == 1 and record.prompt[0].keys() == {"role", "content"}
+        prompts.append(record.prompt[0]["content"] if lone else record.prompt)
     return prompts
 
 
@@ -202,7 +223,7 @@ def open_policy(folder: Path, dtype: torch.dtype = torch.float32, ranks: Ranks |
     return model
 
 
-def _rewards(reward: RewardFunction, prompts: Sequence[str], samples: Sequence[Sample]) -> NDArray[np.float64]:
+def _rewards(reward: RewardFunction, prompts: Sequence[Asked], samples: Sequence[Sample]) -> NDArray[np.float64]:
     given = reward([prompts[sample.prompt] for sample in samples], [sample.text for sample in samples])
     values = np.asarray(list(given), dtype=np.float64)
     if values.shape != (len(samples),) or not np.isfinite(values).all():
@@ -259,7 +280,7 @@ def _summary(
 
 
 def _write_samples(
-    path: Path, prompts: Sequence[str], samples: Sequence[Sample], rewards: NDArray[np.float64]
+    path: Path, prompts: Sequence[Asked], samples: Sequence[Sample], rewards: NDArray[np.float64]
 ) -> None:
     rows = [
         {"prompt": prompts[sample.prompt], "response": sample.text, "reward": reward, "ended": sample.ended}

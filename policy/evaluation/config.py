@@ -20,7 +20,7 @@ class EvaluationConfig:
     policies: dict[str, Path] = field(default_factory=dict)
     """Folders of the policies by name."""
     prompts: Path
-    """A jsonl file with a "prompt" in each line."""
+    """A file of prompts, as ``data.train`` of PPO: texts, or messages with system message and tools."""
     reward: str
     """module:function(prompts, responses) -> rewards, or the folder of a reward model: one that no policy was trained
     against, if it is to judge them."""

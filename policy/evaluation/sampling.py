@@ -11,6 +11,7 @@ from policy.generation.api import row_seed
 from policy.generation.hf import HfSampler
 from rlhf.core.errors import DataError
 from rlhf.data.batching import Row
+from rlhf.data.messages import Asked, as_messages
 from rlhf.data.templates import ChatFormat
 from rlhf.engine.frozen import Frozen
 
@@ -33,7 +34,7 @@ class Sample:
 def sample_responses(
     model: Frozen,
     chat: ChatFormat,
-    prompts: Sequence[str],
+    prompts: Sequence[Asked],
     settings: SamplingSettings,
     advance: Callable[[int], None] | None = None,
     *,
@@ -46,7 +47,7 @@ def sample_responses(
     Args:
         model: its module is a :class:`policy.model.PolicyModel`.
         chat: tokenizer, template and ends of the model.
-        prompts: user messages.
+        prompts: texts of users, or conversations.
         settings: how to draw.
         advance: told after each batch how many responses there are.
         first: the place of the first prompt, for a list that is answered in parts.
@@ -56,7 +57,7 @@ def sample_responses(
     if not prompts:
         raise DataError("there are no prompts to answer")
     tokenizer = chat.tokenizer
-    texts = [chat.render_prompt(({"role": "user", "content": prompt},)) for prompt in prompts]
+    texts = [chat.render_prompt(as_messages(prompt)) for prompt in prompts]
     encoded = [np.array(tokens, np.int64) for tokens in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     sampler = HfSampler(
         model,

@@ -145,11 +145,7 @@ class Reencoded:
 
 def _shown(chat: ChatFormat, prompt: Prompt, text: str, *, cut: bool) -> tuple[str, str]:
     """What stands before a response, and the whole text; with ``cut``, without what ends a response."""
-    try:
-        before, whole = chat.render(prompt.messages, [{"role": "assistant", "content": text}])
-    except TemplateFault:
-        before = chat.render_prompt(prompt.messages)
-        whole = before + text + chat.ending.token
+    before, whole = chat.render_written(prompt.messages, text)
     return before, whole.removesuffix(chat.ending.token).rstrip() if cut and text else whole
 
 

@@ -83,7 +83,7 @@ class FunctionScorer:
     def _call(self, rollouts: Rollouts, rows: list[int]) -> Tensor:
         if not rows:  # there are fewer responses than ranks
             return torch.zeros(0)
-        prompts = [rollouts.prompts[row].text for row in rows]
+        prompts = [rollouts.prompts[row].messages for row in rows]
         responses = [rollouts.texts[row] for row in rows]
         try:
             given = self._function(prompts, responses)

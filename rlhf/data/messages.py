@@ -10,6 +10,9 @@ Message = Mapping[str, Any]
 and ``tool_call_id`` where a message has them. One message of a prompt may carry ``tools``: what the assistant may
 call, a list of descriptions of functions."""
 
+Asked = str | Sequence[Message]
+"""A prompt: the text of a user, or a conversation that ends with a message of one."""
+
 ROLES = ("system", "user", "assistant", "tool")
 """The roles that chat templates know."""
 
@@ -107,6 +110,15 @@ def called(message: Message) -> Iterator[str]:
     for call in message.get("tool_calls", ()):
         yield call["function"]["name"]
         yield from _texts_in(call["function"]["arguments"])
+
+
+def as_messages(asked: Asked) -> Sequence[Message]:
+    return ({"role": "user", "content": asked},) if isinstance(asked, str) else asked
+
+
+def last_text(asked: Asked) -> str:
+    """What was said last."""
+    return asked if isinstance(asked, str) else asked[-1]["content"]
 
 
 def read_tools(name: str, value: Any) -> list[dict[str, Any]]:

@@ -126,6 +126,20 @@ class ChatFormat:
         self._refuse_unshown_tools(prompt, before)
         return before
 
+    def render_written(self, prompt: Sequence[Message], text: str) -> tuple[str, str]:
+        """The parts of :meth:`render`, for an answer that a model has written.
+
+        Where the template drops or rewrites part of it (thoughts, white space), it stands behind the prompt as it is.
+
+        Raises:
+            TemplateFault: if the template cannot show the prompt.
+        """
+        try:
+            return self.render(prompt, [{"role": "assistant", "content": text}])
+        except TemplateFault:
+            before = self.render_prompt(prompt)
+            return before, before + text + self.ending.token
+
     def markup(self, messages: Sequence[Message]) -> tuple[str, ...]:
         """A warning where texts hold special tokens of the tokenizer, or marks of a well-known template."""
         return markup_in(messages, self._marks)

@@ -274,7 +274,47 @@ def test_bad_names_and_files_are_told(tmp_path):
     with pytest.raises(ConfigError, match="expected module:function"):
         load_reward("math:no_such_function")
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
-    with pytest.raises(DataError, match=r"prompts\.jsonl:2: expected an object with a text prompt"):
+    with pytest.raises(DataError, match=r"prompts\.jsonl:2: missing column: none of prompt"):
         read_prompts(tmp_path / "prompts.jsonl")
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="no such file or folder"):
         read_prompts(tmp_path / "nothing.jsonl")
+
+
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
+
+
+def test_prompts_are_read_as_the_stages_read_them(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    talk = [{"role": "system", "content": "so"}, {"role": "human", "content": "the sun"}]
+    rows = [{"prompt": "the sun"}, {"prompt": talk}, {"messages": [{"from": "human", "value": "tax"}], "tools": TOOLS}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text, with_system, with_tools = read_prompts(path)
+    assert text == "the sun"
+    assert [message["role"] for message in with_system] == ["system", "user"]
+    assert with_tools == ({"role": "user", "content": "tax", "tools": TOOLS},)
+
+
+def test_conversations_are_sampled_and_judged_whole(tiny_model, tmp_path):
+    """A function gets what was said last; nothing is sampled where the template cannot show a prompt."""
+    asked = [[{"role": "user", "content": "the sun"}, {"role": "assistant", "content": "is good"},
+              {"role": "user", "content": "so", "tools": TOOLS}], "so"]  # fmt: skip
+    seen = []
+
+    def reward(prompts, responses):
+        seen.extend(prompts)
+        return [0.0] * len(responses)
+
+    given = {"settings": replace(SETTINGS, samples=1), "output": tmp_path / "out"}
+    evaluate_policies({}, tiny_model, asked, reward, template="qwen3", **given)
+    assert seen == asked
+    rows = [json.loads(line) for line in (tmp_path / "out" / "samples_reference.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == asked
+    with pytest.raises(DataError, match=r"does not show the tools of the conversation \(weather\)"):
+        evaluate_policies({}, tiny_model, asked, reward, template="chatml", **given)
+
+
+def test_a_function_as_reward_gets_what_the_user_said_last():
+    talk = [{"role": "system", "content": "so"}, {"role": "user", "content": "Tell me about the sun."}]
+    gold = load_reward("launch.quickstart.gold:gold_reward")
+    answer = "The sun is good and happy."
+    assert list(gold([talk], [answer])) == list(gold(["Tell me about the sun."], [answer]))
