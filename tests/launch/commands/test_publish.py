@@ -5,10 +5,12 @@ import os
 import shutil
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 from launch.cli import main
 from policy.preference.__main__ import main as preference
+from policy.sft.__main__ import main as sft
 from reward.__main__ import main as reward
 from rlhf.train.done import read_completion
 from rlhf.train.status import new_status, read_status, write_status
@@ -53,6 +55,24 @@ def test_a_run_that_published_nothing_is_published_and_stays_the_same_run(run_fo
     assert main(["publish", str(run_folder)]) == 0
     assert (run_folder / "final" / "model.safetensors").is_file()
     assert ((run_folder / "config.yaml").read_text(), read_completion(run_folder)) == before
+
+
+def test_fine_tuning_is_published_from_its_checkpoint(recipe, tmp_path, capfd):
+    """Of the conversations of the pairs: what the run would have published, and it goes on from there."""
+    chats = tmp_path / "chats.jsonl"
+    rows = [{"prompt": f"the sun {place}", "completion": "is good"} for place in range(20)]
+    chats.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = [*recipe, f"data.train={chats}", "train.keep_checkpoints=1"]
+    assert sft([f"output={tmp_path}/whole", *settings]) == 0
+    assert sft([f"output={tmp_path}/run", *settings, "train.publish=none"]) == 0
+    assert main(["publish", str(tmp_path / "run")]) == 0
+    assert "reloaded in a fresh process" in "".join(capfd.readouterr())
+    ours, expected = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name / "final").state_dict() for name in ("run", "whole")
+    )
+    assert ours.keys() == expected.keys() and all(torch.equal(ours[name], expected[name]) for name in ours)
+    templates = [(tmp_path / name / "final" / "chat_template.jinja").read_text() for name in ("run", "whole")]
+    assert templates[0] == templates[1]
 
 
 def test_a_run_whose_publication_failed_is_finished_by_it(recipe, tmp_path, monkeypatch, capfd):

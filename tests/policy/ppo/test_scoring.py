@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,19 +14,21 @@ from transformers import LlamaForCausalLM
 from policy.generation.api import Response
 from policy.ppo.config import CriticConfig, RewardSourceConfig, scorer_roles
 from policy.ppo.critic import ValueModel, build_critic, critic_start
-from policy.ppo.rollouts import Rollouts
+from policy.ppo.rollouts import Reencoded, Rollouts
 from policy.ppo.scoring import ScorerParts, build_scorer, combine
 from policy.ppo.stage import check_template
 from reward.model import load_reward_model
 from reward.score import load_scorer, score_tokens
 from rlhf.core.errors import ConfigError, DataError, ModelError
 from rlhf.data.batching import length_bucket
+from rlhf.data.messages import thoughts_and_answer
 from rlhf.data.portable import portable_tokenizer
 from rlhf.models.manifest import MANIFEST_NAME, read_manifest, write_manifest
 from rlhf.models.roles import role_named
 from rlhf.models.tokenizer import load_tokenizer, required_embedding_rows
 from rlhf.train.batches import BatchMaker
 from rlhf.train.chat import load_chat
+from tests.lacking import imported
 
 
 @pytest.fixture
@@ -140,6 +143,26 @@ def test_retokenized_texts_are_scored_as_rlhf_score_would(scorer_for, foreign_re
     torch.testing.assert_close(scored.raw, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(scored.scores, (expected - 0.1) / 0.4, rtol=1e-4, atol=1e-4)
     assert float(expected.std()) > 0.01
+
+
+@pytest.mark.parametrize("name", ["deepseek_r1_distill", "qwen3"])
+def test_retokenized_answers_keep_what_the_template_hides(foreign_reward_folder, rollouts, name):
+    """The families' own templates cut thoughts out of answers, or write others around them."""
+    template = (Path(imported("trl").__file__).parent / "chat_templates" / f"{name}.jinja").read_text()
+    chat = load_chat(str(foreign_reward_folder), template)
+    said = ["<think>\nso on\n</think>\n\nit is good", "so on</think>it is good", " is good ", "", "<think>\nso on"]
+    texts = [said[place % len(said)] for place in range(len(rollouts))]
+    prompts = [
+        replace(prompt, messages=(*prompt.messages, {"role": "assistant", "content": said[0]}, *prompt.messages[-1:]))
+        for prompt in rollouts.prompts
+    ]
+    rows = Reencoded(Rollouts(prompts, rollouts.responses, texts, rollouts.groups), chat, cut=False)
+    for place, text in enumerate(texts):
+        row = rows.item(place).rows[0]
+        shown = chat.tokenizer.decode(row.tokens[row.response])
+        thoughts, answer = thoughts_and_answer({"role": "assistant", "content": text})
+        assert thoughts in shown and answer in shown[shown.index(thoughts) + len(thoughts) :]
+        assert int(row.tokens[-1]) in chat.end_token_ids
 
 
 @pytest.fixture
