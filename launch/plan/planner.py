@@ -11,6 +11,7 @@ from launch.plan.cluster import Cluster
 from launch.plan.data import lengths_of
 from launch.plan.models import Sources
 from launch.plan.phases import (
+    DEVICE_BASE,
     HOST_BASE_CPU,
     HOST_BASE_CUDA,
     Phase,
@@ -107,20 +108,23 @@ class StagePlan:
 
     @cached_property
     def phases(self) -> tuple[Phase, ...]:
-        found = [*self._loading(), *self._asking(), *self._rollout(), *self._training()]
+        found = [*self._loading(), *self._asking(), *self._rollout(), *self._training(), *self._publishing_in_pieces()]
         return tuple(on_this_machine(phase, on_cpu=self.cluster.on_cpu) for phase in found)
 
     @cached_property
     def publishing(self) -> Phase | None:
         """Memory of the main rank's host while it publishes.
 
-        It collects all weights, rebuilds the model with them, and a fresh process reads it again.
+        It collects all weights, rebuilds the model with them, and a fresh process reads it again. What the ranks share
+        it never has but for what goes into one file.
         """
         if self.config.train.publish == "none":
             return None
         main = self.roles.main
         whole = self.size * main.model.total
         base = HOST_BASE_CPU if self.cluster.on_cpu else HOST_BASE_CUDA
+        if main.shared_out:
+            return on_this_machine(self._main_rank_in_pieces(base), on_cpu=self.cluster.on_cpu)
         items = {
             f"{main.name}: all weights collected": whole,
             f"{main.name}: model to be saved": whole,
@@ -128,6 +132,61 @@ class StagePlan:
         }
         (phase,) = beside([Phase(name="publishing", device={}, host=items)], self._resting())
         return on_this_machine(phase, on_cpu=self.cluster.on_cpu)
+
+    def _publishing_in_pieces(self) -> list[Phase]:
+        """What every rank has while it publishes what the ranks share: first the trained weights in float32, to be
+        asked, where they are not so already; then those that were opened again, if one process cannot hold them."""
+        main = self.roles.main
+        if self.config.train.publish == "none" or not main.shared_out:
+            return []
+        phases = []
+        if self.size != FLOAT32:
+            phases.append(Phase(name="publishing: comparing", device=self._in_float32(main)))
+        if not self._one_process_opens:
+            context = {} if self.cluster.on_cpu else {"fresh process: CUDA context and NCCL": DEVICE_BASE}
+            opened = {f"fresh process: {name}": size for name, size in self._in_float32(main).items()}
+            libraries = {"fresh process: libraries": HOST_BASE_CPU if self.cluster.on_cpu else HOST_BASE_CUDA}
+            phases.append(Phase(name="publishing: opening", device=context | opened, host=libraries))
+        return beside(phases, self._resting())
+
+    def _in_float32(self, role: Role) -> dict[str, int]:
+        """A share of the weights in float32, and what is gathered of them."""
+        assert role.zero is not None
+        gathered = min(role.model.total, role.zero.max_live + role.zero.prefetch)
+        share = -(-role.model.total // self.cluster.ranks)
+        return {f"{role.name}: weights in float32": FLOAT32 * share, f"{role.name}: gathered": FLOAT32 * gathered}
+
+    def _main_rank_in_pieces(self, base: int) -> Phase:
+        """What goes into a file, and the largest tensor in float32 when an adapter is merged."""
+        from rlhf.models.shards import SHARD_BYTES
+
+        main = self.roles.main
+        items = {
+            f"{main.name}: weights of a file": min(SHARD_BYTES, self.size * main.model.total),
+            f"{main.name}: largest tensor in float32": FLOAT32 * max(main.model.sizes),
+        }
+        shared = self._in_float32(main) if self.cluster.on_cpu and self.size != FLOAT32 else {}
+        writing = Phase(name="publishing", device=shared, host=items)
+        opening = Phase(name="publishing", device={}, host={"fresh process that reads it again": base + self._opened})
+        found = max(writing, opening, key=lambda each: each.host_bytes + each.device_bytes)
+        (phase,) = beside([found if self._one_process_opens else writing], self._resting())
+        return phase
+
+    @property
+    def _opened(self) -> int:
+        """Bytes of the published model in float32."""
+        return FLOAT32 * self.roles.main.model.total
+
+    @cached_property
+    def _one_process_opens(self) -> bool:
+        """Whether one host has memory for that; where its memory is not stated, it is taken to."""
+        memory = self.cluster.device_memory if self.cluster.on_cpu else self.cluster.host_memory
+        if memory is None:
+            return True
+        base = HOST_BASE_CPU if self.cluster.on_cpu else HOST_BASE_CUDA
+        (rest,) = beside([Phase(name="rest", device={})], self._resting())
+        there = on_this_machine(rest, on_cpu=self.cluster.on_cpu).host_bytes * self.cluster.devices_per_node
+        return self._opened + base < memory - there
 
     def _loading(self) -> list[Phase]:
         """Models are loaded one after the other.

@@ -42,6 +42,10 @@ class DiskFull(UserError):
     """Nothing more can be written."""
 
 
+class OutOfMemory(UserError):
+    """A device or the host has no more memory: the rank that ran out says so, for the others cannot know."""
+
+
 class TrainingStopped(UserError):
     """The run stopped itself because going on would only waste time (for example non-finite losses in a row)."""
 

@@ -29,11 +29,13 @@ def share_out(module: nn.Module, resolved: dict[str, Any], ranks: Ranks, fill: F
     """
     dtype = _dtype(resolved)
     deepspeed.init_distributed(dist_init_required=False)
+    shown = _OneByOne(module, dtype, ranks.device, fill)
     deepspeed.zero.Init(
-        module=_OneByOne(module, dtype, ranks.device, fill),
+        module=shown,
         config_dict_or_path=resolved,
         zero_param_parallel_group=groups._get_zero_param_intra_parallel_group(),  # it makes one where there is none yet
     )
+    shown.end()  # DeepSpeed keeps it as long as the parameters
     for buffer in module.buffers():
         # What was read from files in half precision has the type of float32 weights.
         exact = dtype == torch.float32 and buffer.is_floating_point()
@@ -52,6 +54,10 @@ class _OneByOne(nn.Module):
         self.module, self._fill = module, fill
         largest = max(parameter.numel() for parameter in module.parameters())
         self._place = torch.empty(largest, dtype=dtype, device=device)
+
+    def end(self) -> None:
+        """Let go of the place."""
+        self._place, self._fill = torch.empty(0), None
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         for parameter in self.module.parameters(recurse):

@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 
 from rlhf.config import parse_command_line, to_yaml
 from rlhf.core.clock import process_started
-from rlhf.core.errors import RunStopped, Unmet, UserError
+from rlhf.core.errors import OutOfMemory, RunStopped, Unmet, UserError
 from rlhf.core.files import naming_disk_faults
 from rlhf.core.importing import import_all_of
 from rlhf.engine.options import EngineConfig, OptimizerConfig
@@ -80,7 +80,7 @@ def stage_main(
         return 0
     except UserError as error:
         # Ranks that have met agree before one raises, so the first one knows of every fault: it speaks for all.
-        if this_rank() == "0" or isinstance(error, Unmet):
+        if this_rank() == "0" or isinstance(error, Unmet | OutOfMemory):
             print(error, file=sys.stderr, flush=True)
         stopped = isinstance(error, RunStopped)
         return error.exit_code
@@ -102,6 +102,7 @@ def _run_on_all_ranks(config: StageConfig, module: str, program: str) -> None:
     from rlhf.engine.stop import noting_signals
     from rlhf.train.fresh import end_fresh_process
     from rlhf.train.heartbeat import heart_beating
+    from rlhf.train.shortage import naming_shortage
     from rlhf.train.trackers import check_trackers
 
     try:
@@ -113,7 +114,8 @@ def _run_on_all_ranks(config: StageConfig, module: str, program: str) -> None:
         report_phase("loading")
         ranks.together(lambda: check_precision(config.engine, ranks.device))
         ranks.together(lambda: check_trackers(config.train))
-        with noting_signals(), naming_disk_faults(config.output), heart_beating(ranks):
+        shortage = naming_shortage(config, program.rpartition(".")[2], ranks)
+        with shortage, noting_signals(), naming_disk_faults(config.output), heart_beating(ranks):
             import_all_of(module).run(config, ranks)
             if config.train.resume != "publish":  # the run itself may have to go on
                 ranks.on_main(lambda: _mark_finished(config, program))

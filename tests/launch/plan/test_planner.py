@@ -9,7 +9,9 @@ from launch.plan.advice import next_knob, smallest_config
 from launch.plan.cluster import Cluster, cluster_of, parse_bytes
 from launch.plan.models import Sources
 from launch.plan.planner import Request, checkpoint_bytes, plan_stage
+from launch.plan.shortage import advice
 from launch.plan.times import run_seconds, step_seconds
+from launch.screen import gib
 from launch.stages import STAGES, training
 from rlhf.config import load_config
 from rlhf.core.errors import ConfigError
@@ -132,6 +134,34 @@ def test_under_zero3_a_start_needs_the_share_and_one_tensor(stage, role):
         share = (2 + 4 + 4) * found.model.total / plan.cluster.ranks
         assert starts[nodes] == pytest.approx(share + kept + 2 * max(found.model.sizes), rel=1e-3)
     assert starts[8] < starts[1] / 4
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("memory", [2 * 2**40, 2**37])
+def test_publishing_what_is_shared_needs_no_whole_model_on_a_rank(precision, memory):
+    """Compared in float32; opened by one process where a host has memory for that, else by all ranks."""
+    settings = ("model.path=llama-3-70b", "model.lora={rank: 32}", "engine.deepspeed=zero3")
+    plan = planned("sft", *settings, f"engine.precision={precision}", cluster=h100(8, host_memory=memory))
+    phases = {phase.name: phase for phase in plan.phases if phase.name.startswith("publishing")}
+    share = -(-plan.roles.main.model.total // 64)
+    expected = {"publishing: comparing"} if precision == "bfloat16" else set()
+    expected |= set() if memory > 2**40 else {"publishing: opening"}
+    assert set(phases) == expected
+    for phase in phases.values():
+        assert 4 * share in phase.device.values()
+    whole = 4 * plan.roles.main.model.total
+    assert (plan.publishing.host_bytes > whole) == (memory > 2**40)
+    assert max(phase.device_bytes for phase in plan.phases) < plan.cluster.device_memory
+    assert not any("publishing" in phase.name for phase in planned("sft", *settings, "train.publish=none").phases)
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_after_a_shortage_a_plan_that_fits_has_advice_all_the_same(name):
+    plan = planned("reward", f"engine.deepspeed={name}")
+    assert plan.fits and next_knob(plan) is None
+    line = advice(plan)
+    assert f"{plan.largest_item[0]} {gib(plan.largest_item[1])}" in line
+    assert line.endswith("; next knob: train.micro_batch_tokens=4096") and line.count(",") == 2
 
 
 def test_a_70b_model_starts_on_one_node_where_no_device_could_hold_it_whole():
