@@ -7,6 +7,7 @@ plan, and the next knob; found as ``rlhf plan`` does.
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from launch.plan.advice import next_knob
 from launch.plan.cluster import Cluster, cluster_of
@@ -38,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     from rlhf.config import load_config
 
     stage, recipe, local_size, nodes, *memory = argv
-    config = load_config(STAGES[stage].config_class(), [recipe], [], program="plan")
+    config = load_config(STAGES[stage].config_class(), [Path(recipe)], [], program="plan")
     where = {"device_memory": int(memory[0])} if memory else {"device": "cpu"}
     cluster = cluster_of(nodes=int(nodes), devices_per_node=int(local_size), **where)
     print(advice(plan_stage(stage, config, cluster, Request())))

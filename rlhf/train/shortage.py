@@ -53,7 +53,7 @@ def naming_shortage(config: StageConfig, stage: str, ranks: Ranks) -> Iterator[N
 
 
 def _advice(config: StageConfig, stage: str, ranks: Ranks) -> str:
-    """As ``rlhf plan`` finds it, which knows stages and is asked as a command."""
+    """What ``rlhf plan`` finds: it knows the stages, and is asked as a command."""
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder) / "recipe.yaml"
         recipe.write_text(to_yaml(config), encoding="utf-8")
