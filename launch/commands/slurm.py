@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from launch.commands.arguments import Subparsers, add_recipes, add_settings, command, group
 from launch.stages import STAGES, training
-from rlhf.core.errors import ConfigError
+from rlhf.core.errors import STOP_FILE, ConfigError
 from rlhf.core.paths import home_path
 
 if TYPE_CHECKING:
@@ -97,11 +97,12 @@ def submit_jobs(options: argparse.Namespace) -> int:
 def _what_now(job: "Job", numbers: list[str]) -> str:
     """How to watch, stop and continue."""
     again = shlex.join(["rlhf", *sys.argv[1:]]) if sys.argv[1:2] == ["slurm"] else "the same command"
+    log = shlex.quote(str(job.log).replace("%j", numbers[0]))
     return (
         f"  script    {job.script}\n"
-        f"  watch     squeue --jobs {','.join(numbers)}; tail -F {str(job.log).replace('%j', numbers[0])}\n"
+        f"  watch     squeue --jobs {','.join(numbers)}; tail -F {log}\n"
         f"  pause     scancel --signal=USR1 --full {numbers[0]}  (saves, goes back into the queue, and on from there)\n"
-        f"  stop      touch {job.output}/STOP  (saves, and ends the job)\n"
+        f"  stop      touch {shlex.quote(str(job.output / STOP_FILE))}  (saves, and ends the job)\n"
         f"  continue  {again}"
     )
 
