@@ -6,10 +6,13 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -439,6 +442,25 @@ def test_whoever_is_asked_to_stop_while_it_starts_goes_back_into_the_queue(run_j
     text, calls = run_job(run, fit, restart=1)
     assert f"{said}: back into the queue" in text
     assert "scontrol requeue 12" in calls and "ExcNodeList" not in calls
+
+
+def test_a_step_that_only_listens_writes_down_what_it_hears_and_leaves_nothing_behind(tmp_path):
+    (listener,) = re.findall(r"bash -c '(.*?)'", render(job(), ClusterProfile()), flags=re.DOTALL)
+    asked = tmp_path / "asked"
+    process = psutil.Popen(["bash", "-c", listener], env=os.environ | {"RLHF_ASKED": str(asked)})
+    deadline = time.monotonic() + 60
+    for said in ("SIGUSR1\n", "SIGUSR1\nSIGTERM\n"):
+        while not process.children():  # it listens
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        sleeping = process.children()
+        process.send_signal(signal.Signals[said.split()[-1]])
+        while not asked.exists() or asked.read_text() != said:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    assert process.wait(60) == 0
+    _, left = psutil.wait_procs(sleeping, timeout=30)
+    assert not left
 
 
 def test_a_job_that_is_always_at_its_time_limit_before_it_has_saved_ends(run_job):
