@@ -22,7 +22,9 @@ class Stage:
     config: str
     """The dataclass of its recipe, as ``module:name``."""
     trains: bool = True
-    """Trains under a launcher, on all ranks; else a single process does its work."""
+    """Takes steps and saves them: it can be stopped and goes on from a checkpoint."""
+    alone: bool = False
+    """A single process does its work; else all ranks share it."""
     published: str = "final"
     """What later stages use, below the run folder; empty for the folder itself."""
     metric: str = ""
@@ -63,6 +65,7 @@ STAGES = {
             module="launch.importing",
             config="launch.importing:ImportConfig",
             trains=False,
+            alone=True,
             published="",
             reads={"source": FILE},
             code=("rlhf",),

@@ -67,9 +67,9 @@ def find_machine(ranks: int | None, hostfile: Path | None) -> Machine:
 
 
 def stage_command(stage: Stage, arguments: Sequence[str], machine: Machine) -> list[str]:
-    """The command that starts a stage on all ranks, or by itself if it does not train."""
+    """The command that starts a stage on all ranks, or alone if a single process does its work."""
     command = [sys.executable, "-m", stage.module, *arguments]
-    if not stage.trains:
+    if stage.alone:
         return command
     if machine.allocated:
         return srun_command(command, hosts=machine.hosts, port=_port())

@@ -7,6 +7,11 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
+from launch.jobs.launcher import Machine, stage_command
+from launch.stages import STAGES
+
 ROOT = Path(__file__).resolve().parents[3]
 
 
@@ -25,6 +30,17 @@ def test_a_command_is_logged_and_its_whole_group_ends_with_it(tmp_path):
     assert process.wait(timeout=30) != 0
     assert (tmp_path / "log.txt").read_text() == "here\n"
     wait_until(lambda: not is_running(int(written.read_text())))
+
+
+@pytest.mark.parametrize("machine", [Machine(ranks=3), Machine(hosts={"a": 4, "b": 2}, allocated=True)])
+@pytest.mark.parametrize("name", STAGES)
+def test_all_ranks_share_the_work_of_every_stage_but_an_import(name, machine):
+    words = stage_command(STAGES[name], ("--config", "x"), machine)
+    if name == "import":
+        assert words == [sys.executable, "-m", STAGES[name].module, "--config", "x"]
+    else:
+        assert words[words.index("--slots") + 1] == ("4,2" if machine.hosts else "3")
+        assert words[words.index("--") + 1 :] == [sys.executable, "-m", STAGES[name].module, "--config", "x"]
 
 
 def wait_until(condition, seconds: float = 30) -> None:

@@ -78,7 +78,8 @@ class Toys:
 def toys(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{WORKERS}")
     monkeypatch.syspath_prepend(str(WORKERS))
-    toy = Stage(name="toy", module="toy_stage", config="toy_stage:ToyConfig", metric="eval/number", trains=False)
+    config = "toy_stage:ToyConfig"
+    toy = Stage(name="toy", module="toy_stage", config=config, metric="eval/number", trains=False, alone=True)
     monkeypatch.setitem(stages.STAGES, "toy", toy)
     assert recipes.STAGES is stages.STAGES
     yield Toys(tmp_path)
