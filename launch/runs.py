@@ -29,8 +29,12 @@ class PipelineStage:
     """Its resolved recipe, accepted by the stage's own parser."""
     needs: tuple[str, ...] = ()
     """Names of the stages that must be finished before."""
+    nodes: int | None = None
+    """Nodes that it uses; ``None`` for all of the run, or one if a single process does its work."""
     ranks: int | None = None
-    """Processes of this stage on one machine; ``None`` for those of the run."""
+    """Its processes on each node; ``None`` for one on each device there."""
+    time: str | None = None
+    """Time limit of its job on a cluster, where it has one of its own; ``None`` for that of the profile."""
 
     @property
     def title(self) -> str:
@@ -59,6 +63,21 @@ class PipelineStage:
     def arguments(self) -> tuple[str, ...]:
         """The arguments of the command that starts the stage."""
         return "--config", str(self.recipe)
+
+    def share(self, hosts: Mapping[str, int]) -> dict[str, int]:
+        """Its ranks by node, of ``hosts`` with their devices: it begins with the first.
+
+        Raises:
+            ConfigError: if it asks for more than there is.
+        """
+        nodes = self.nodes or (1 if self.stage.alone else len(hosts))
+        if nodes > len(hosts):
+            raise ConfigError(f"stages.{self.name}.nodes = {nodes}: the run has {len(hosts)}; ask for no more")
+        mine = dict(itertools.islice(hosts.items(), nodes))
+        short = {host: count for host, count in mine.items() if self.ranks is not None and self.ranks > count}
+        for host, count in short.items():
+            raise ConfigError(f"stages.{self.name}.ranks = {self.ranks}: {host} has {count} devices; ask for no more")
+        return mine if self.ranks is None else dict.fromkeys(mine, self.ranks)
 
     def write_recipe(self) -> None:
         """Put the recipe where :attr:`arguments` say that it is."""

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from launch.commands.arguments import (
@@ -84,16 +85,18 @@ def run(options: argparse.Namespace) -> int:
     _quiet()
     shape = ("nodes", "devices_per_node", "device", "device_memory", "host_memory", "flops", "utilization")
     cluster = cluster_of(**chosen(options, shape))
+    all_nodes = {str(node): cluster.devices_per_node for node in range(cluster.nodes)}
     request = Request(
         sources=Sources(fallback=options.model_config, made=pipeline.made),
         rows=options.rows,
         mean_tokens=options.mean_tokens,
     )
-    found = {
-        each.title: as_json(plan_stage(each.stage.name, each.config, cluster, request))
-        for each in pipeline.stages
-        if each.stage.trains
-    }
+    found = {}
+    for each in pipeline.stages:
+        if each.stage.trains:
+            mine = each.share(all_nodes)
+            own = replace(cluster, nodes=len(mine), devices_per_node=max(mine.values()))
+            found[each.title] = as_json(plan_stage(each.stage.name, each.config, own, request))
     if options.json:
         print(json.dumps(found if options.stage == PIPELINE else found[options.stage], indent=2))
         return 0 if all(each["fits"] for each in found.values()) else 1

@@ -12,6 +12,7 @@ from rlhf.core.errors import STOP_FILE, ConfigError
 from rlhf.core.paths import home_path
 
 if TYPE_CHECKING:
+    from launch.runs import Pipeline
     from launch.slurm.profile import ClusterProfile
     from launch.slurm.script import Job
 
@@ -37,7 +38,9 @@ def add_parser(subparsers: Subparsers) -> None:
         parser.add_argument(
             "--profile", metavar="CLUSTER", type=home_path, action="append", required=True, help=profile
         )
-        jobs = "of a pipeline: one job for all stages (default), or one a stage, each after those that it needs"
+        sweep = "the settings with several values (key=a,b) are the runs of a sweep, which is kept in this folder"
+        parser.add_argument("--sweep", metavar="FOLDER", type=home_path, help=sweep)
+        jobs = "of a pipeline or sweep: one job for all (default), or one a stage, each after those that it needs"
         parser.add_argument("--jobs", choices=["one", "dependent"], default="one", help=jobs)
         add_settings(parser, "settings as the stage or pipeline takes them; profile.key=value changes the profile")
         if action is render_jobs:
@@ -48,14 +51,14 @@ def add_parser(subparsers: Subparsers) -> None:
 def render_jobs(options: argparse.Namespace) -> int:
     from launch.slurm.script import render, write_script
 
-    profile, jobs = _read(options)
+    jobs = _read(options)
     if options.write:
-        for job in jobs:
+        for job, profile in jobs:
             write_script(job, profile)
             print(f"written: {job.script}")
-        print("submit with:", *_by_hand(jobs), sep="\n  ")
+        print("submit with:", *_by_hand([job for job, _ in jobs]), sep="\n  ")
         return 0
-    for number, job in enumerate(jobs, start=1):
+    for number, (job, profile) in enumerate(jobs, start=1):
         if len(jobs) > 1:
             place = job.script.absolute()
             print(f"# {'=' * 20} {place} ({number} of {len(jobs)}; --write writes all of them)")
@@ -80,17 +83,20 @@ def _by_hand(jobs: Sequence["Job"]) -> Iterator[str]:
 def submit_jobs(options: argparse.Namespace) -> int:
     from launch.slurm.submit import check_cluster, check_no_other, submit
 
-    profile, jobs = _read(options)
-    check_cluster(profile)
-    check_no_other(jobs[0])  # all have one folder
+    jobs = _read(options)
+    first = jobs[0][0]
+    for place, (_, profile) in enumerate(jobs):
+        if profile not in [other for _, other in jobs[:place]]:
+            check_cluster(profile)
+    check_no_other(first)  # all have one folder
     numbers: dict[str, str] = {}
-    for job in jobs:
+    for job, profile in jobs:
         # One at a time, whatever they need: only one pipeline may work in a folder.
         behind = list(numbers.values())[-1:]
         numbers[job.label] = submit(job, profile, after=[numbers[need] for need in job.needs], behind=behind)
         waits = f", after {behind[0]}" if behind else ""
         print(f"submitted job {numbers[job.label]}{waits}: {job.title}")
-    print(_what_now(jobs[0], list(numbers.values())))
+    print(_what_now(first, list(numbers.values())))
     return 0
 
 
@@ -107,8 +113,8 @@ def _what_now(job: "Job", numbers: list[str]) -> str:
     )
 
 
-def _read(options: argparse.Namespace) -> tuple["ClusterProfile", list["Job"]]:
-    """The profile, and the jobs.
+def _read(options: argparse.Namespace) -> list[tuple["Job", "ClusterProfile"]]:
+    """The jobs, each with what it asks for.
 
     Raises:
         ConfigError: if profile or recipes do not describe a valid run.
@@ -119,11 +125,13 @@ def _read(options: argparse.Namespace) -> tuple["ClusterProfile", list["Job"]]:
     options.written_by = _written_by(options)
     options.overrides = [text for text in options.overrides if text not in mine]
     profile = load_profile(options.profile, [text.removeprefix(PREFIX) for text in mine])
-    if options.stage == PIPELINE:
-        return profile, list(_pipeline_jobs(options, profile))
+    if options.stage == PIPELINE and options.sweep:
+        raise ConfigError(f"--sweep {options.sweep}: a sweep is of one stage; name it instead of pipeline")
+    if options.stage == PIPELINE or options.sweep:
+        return list(_pipeline_jobs(options, profile))
     if options.jobs != "one":
         raise ConfigError(f"--jobs {options.jobs}: {options.stage} is one stage, hence one job; leave --jobs out")
-    return profile, [_stage_job(options, profile)]
+    return [(_stage_job(options, profile), profile)]
 
 
 def _stage_job(options: argparse.Namespace, profile: "ClusterProfile") -> "Job":
@@ -141,31 +149,51 @@ def _stage_job(options: argparse.Namespace, profile: "ClusterProfile") -> "Job":
     )
 
 
-def _pipeline_jobs(options: argparse.Namespace, profile: "ClusterProfile") -> Iterator["Job"]:
-    from launch.pipeline.recipe import load_pipeline
+def _pipeline_jobs(options: argparse.Namespace, profile: "ClusterProfile") -> Iterator[tuple["Job", "ClusterProfile"]]:
+    from launch.slurm.profile import stage_profile
     from launch.slurm.script import Job
 
-    if len(options.config) > 1:
-        raise ConfigError("--config: a pipeline has one recipe")
-    (recipe,) = options.config
-    pipeline = load_pipeline(recipe, options.overrides)
-    command = ("rlhf", "pipeline", "run", str(recipe), *options.overrides)
-    folders = tuple(each.output for each in pipeline.stages)
-    common = {"output": pipeline.output, "pipeline": True, "written_by": options.written_by, "stages": folders}
-    where = f"in {pipeline.output}, on {_shape(profile)}"
+    pipeline, command = _sweep(options) if options.sweep else _recipe(options)
+    common = {"output": pipeline.output, "pipeline": True, "written_by": options.written_by, "stages": pipeline.stages}
+    name = pipeline.name.replace(" ", "-")
     if options.jobs == "one":
-        title = f"pipeline {pipeline.name} ({', '.join(each.name for each in pipeline.stages)}) {where}"
-        yield Job(name=pipeline.name, title=title, arguments=command, **common)
+        nodes = {f"node {place}": profile.devices for place in range(1, profile.nodes + 1)}
+        for stage in pipeline.stages:
+            stage.share(nodes)  # it may ask for more than there is
+        stages = ", ".join(each.name for each in pipeline.stages)
+        title = f"pipeline {pipeline.name} ({stages}) in {pipeline.output}, on {_shape(profile)}"
+        yield Job(name=name, title=title, arguments=command, **common), profile
         return
     for stage in pipeline.stages:
-        yield Job(
-            name=f"{pipeline.name}-{stage.name}",
-            title=f"stage {stage.name} of pipeline {pipeline.name} {where}",
+        own = stage_profile(profile, stage)
+        job = Job(
+            name=f"{name}-{stage.name}",
+            title=f"stage {stage.name} of pipeline {pipeline.name} in {pipeline.output}, on {_shape(own)}",
             arguments=(*command, "--only", stage.name),
             label=stage.name,
             needs=stage.needs,
             **common,
         )
+        yield job, own
+
+
+def _recipe(options: argparse.Namespace) -> tuple["Pipeline", tuple[str, ...]]:
+    """The pipeline, and the command that runs it."""
+    from launch.pipeline.recipe import load_pipeline
+
+    if len(options.config) > 1:
+        raise ConfigError("--config: a pipeline has one recipe")
+    (recipe,) = options.config
+    return load_pipeline(recipe, options.overrides), ("rlhf", "pipeline", "run", str(recipe), *options.overrides)
+
+
+def _sweep(options: argparse.Namespace) -> tuple["Pipeline", tuple[str, ...]]:
+    """The runs of a sweep, and the command that trains them."""
+    from launch.pipeline.sweep import plan_sweep
+
+    sweep = plan_sweep(STAGES[options.stage], options.config, options.overrides, options.sweep)
+    words = ("rlhf", "sweep", options.stage, "--output", str(options.sweep), *_recipe_words(options))
+    return sweep.pipeline, words
 
 
 def _recipe_words(options: argparse.Namespace) -> list[str]:
@@ -182,5 +210,6 @@ def _written_by(options: argparse.Namespace) -> str:
     from launch.slurm.script import quote
 
     profiles = [word for path in options.profile for word in ("--profile", str(path))]
-    words = ["rlhf", "slurm", "render", options.stage, *_recipe_words(options), *profiles]
+    sweep = ["--sweep", str(options.sweep)] if options.sweep else []
+    words = ["rlhf", "slurm", "render", options.stage, *_recipe_words(options), *profiles, *sweep]
     return " ".join(map(quote, [*words, *(["--jobs", options.jobs] if options.jobs != "one" else [])]))

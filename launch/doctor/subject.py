@@ -54,7 +54,8 @@ class Subject:
 
         def plan(stage: PipelineStage) -> "StagePlan | Exception":
             try:
-                here = cluster_of(nodes=max(len(self.hosts), 1), devices_per_node=self.world(stage)[1])
+                nodes = len(stage.share(self.hosts)) if self.hosts else 1
+                here = cluster_of(nodes=nodes, devices_per_node=self.world(stage)[1])
                 return plan_stage(stage.stage.name, stage.config, here, request)
             except Exception as error:  # a model's own code may raise anything; other checks are still worth having
                 return error
@@ -69,7 +70,8 @@ class Subject:
     def world(self, stage: PipelineStage) -> tuple[int, int]:
         """Ranks of a stage in all, and on one node."""
         if self.hosts:
-            return sum(self.hosts.values()), max(self.hosts.values())
+            mine = stage.share(self.hosts).values()
+            return sum(mine), max(mine)
         ranks = stage.ranks or self.processes
         return ranks, ranks
 

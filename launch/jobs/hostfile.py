@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from rlhf.core.errors import ConfigError, UserError
+from rlhf.core.files import write_text
 from rlhf.core.paths import home_path
 
 CONNECT_SECONDS = 10.0
@@ -47,6 +48,11 @@ def read_hostfile(path: Path) -> dict[str, int]:
     if not hosts:
         raise ConfigError(f"hostfile {path}: names no host; expected lines such as 'node1 slots=8'")
     return hosts
+
+
+def write_hostfile(path: Path, hosts: Mapping[str, int]) -> None:
+    """What :func:`read_hostfile` reads."""
+    write_text(path, "".join(f"{host} slots={slots}\n" for host, slots in hosts.items()))
 
 
 def check_hosts(path: Path) -> dict[str, int]:

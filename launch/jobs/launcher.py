@@ -9,9 +9,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from launch.jobs.allocation import HOSTFILE_VARIABLE, UnknownAllocation, allocated_hosts, is_here
-from launch.jobs.devices import default_ranks
+from launch.jobs.devices import default_ranks, visible_gpus
 from launch.jobs.hostfile import check_hosts
 from launch.jobs.srun import SUPERVISOR, srun_command
+from launch.runs import PipelineStage
 from launch.stages import Stage
 from rlhf.core.errors import ConfigError
 from rlhf.core.ports import free_port
@@ -35,8 +36,20 @@ class Machine:
         """Whether what a stage starts on other nodes is out of reach of this machine's processes."""
         return bool(self.hosts) and not self.allocated
 
-    def with_ranks(self, ranks: int | None) -> "Machine":
-        return self if ranks is None else replace(self, ranks=ranks)
+    def part_for(self, stage: PipelineStage) -> "Machine":
+        """What ``stage`` uses of it.
+
+        Raises:
+            ConfigError: if it asks for more than there is.
+        """
+        if self.hosts:
+            return replace(self, hosts=stage.share(self.hosts))
+        if stage.nodes is not None and stage.nodes > 1:
+            raise ConfigError(f"stages.{stage.name}.nodes = {stage.nodes}: the run has 1; ask for no more")
+        gpus = visible_gpus() if stage.ranks is not None else 0
+        if stage.ranks is not None and gpus and stage.ranks > gpus:
+            raise ConfigError(f"stages.{stage.name}.ranks = {stage.ranks}: {gpus} GPUs are visible; ask for no more")
+        return self if stage.ranks is None else replace(self, ranks=stage.ranks)
 
 
 def find_machine(ranks: int | None, hostfile: Path | None) -> Machine:
@@ -75,7 +88,8 @@ def stage_command(stage: Stage, arguments: Sequence[str], machine: Machine) -> l
         return srun_command(command, hosts=machine.hosts, port=_port())
     if machine.hosts:
         return [sys.executable, "-m", "launch.jobs.over_ssh", str(machine.hostfile), str(_port()), "--", *command]
-    slots = str(machine.ranks or default_ranks())
+    # On CPUs the threads of one process do an evaluation as fast as ranks with a model each.
+    slots = str(machine.ranks or (default_ranks() if stage.trains else visible_gpus() or 1))
     # Always a free port: MASTER_PORT may be that of the run around this one.
     return [*SUPERVISOR, "--slots", slots, "--address", "127.0.0.1", "--port", str(free_port()), "--", *command]
 

@@ -30,7 +30,8 @@ def srun_command(command: Sequence[str], *, hosts: Mapping[str, int], port: int)
     """
     address = ("--address", os.environ.get("MASTER_ADDR", next(iter(hosts))), "--port", str(port))
     step = step_words(SUPERVISOR, [*hosts.values()], command, *address)
-    return [*srun_words(len(hosts), shlex.split(os.environ.get(SRUN_VARIABLE, ""))), *step]
+    options = (f"--nodelist={','.join(hosts)}", *shlex.split(os.environ.get(SRUN_VARIABLE, "")))
+    return [*srun_words(len(hosts), options), *step]
 
 
 def srun_words(nodes: int, options: Sequence[str] = ()) -> list[str]:

@@ -8,12 +8,14 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import Gt
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from launch.runs import Pipeline, PipelineStage
+from launch.slurm.profile import seconds_of
 from launch.stages import STAGES
 from rlhf.config import flat, load_config, read_tree, to_dict, validate
 from rlhf.core.errors import ConfigError
@@ -36,8 +38,13 @@ class StageSpec:
     """Settings on top of them. May hold ${stages.NAME.final} and ${stages.NAME.output} of other entries."""
     after: tuple[str, ...] = ()
     """Entries to run before this one although nothing refers to them."""
-    ranks: int | None = None
-    """Processes of this stage on one machine; those of the pipeline if left out."""
+    nodes: Annotated[int, Gt(0)] | None = None
+    """Nodes that this stage uses, the first ones; all if left out, one for an import."""
+    ranks: Annotated[int, Gt(0)] | None = None
+    """Processes of this stage on each of its nodes, one on a device; those of the pipeline if left out."""
+    time: str | None = None
+    """Time limit of its job on a cluster, if it has one of its own (--jobs dependent), as SLURM writes it, in quotes;
+    that of the cluster profile if left out."""
     output: str = ""
     """Run folder: the pipeline's output and the name of the entry."""
     final: str = ""
@@ -80,9 +87,7 @@ def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> Pipeline:
         raise ConfigError("\n  ".join([f"{PROGRAM}: {path}: nothing was started", *problems]))
     needs = {name: _needs(stages[name], references[name] | {*spec.stages[name].after}, stages) for name in stages}
     ordered = (dataclasses.replace(stages[name], needs=needs[name]) for name in _order(needs, path))
-    return Pipeline(
-        name=path.stem, output=spec.output, stages=tuple(ordered), recipe=path, overrides=tuple(overrides)
-    )
+    return Pipeline(name=path.stem, output=spec.output, stages=tuple(ordered), recipe=path, overrides=tuple(overrides))
 
 
 def _read(path: Path) -> DictConfig:
@@ -221,7 +226,17 @@ def _stage(name: str, spec: StageSpec) -> PipelineStage:
     settings = spec.set | {"output": spec.output}
     recipes = [recipe_path(str(recipe)) for recipe in spec.recipe]
     config = load_config(STAGES[kind].config_class(), recipes, (), settings=settings, program=f"stages.{name}")
-    return PipelineStage(name=name, stage=STAGES[kind], config=config, ranks=spec.ranks)
+    stage = STAGES[kind]
+    for key in ("nodes", "ranks"):
+        count = getattr(spec, key)
+        if stage.alone and count not in (None, 1):
+            raise ConfigError(f"stages.{name}.{key} = {count}: {kind} is the work of a single process; leave it out")
+    if spec.time is not None:
+        try:
+            seconds_of(spec.time)
+        except ValueError as error:
+            raise ConfigError(f"stages.{name}.{error}") from None
+    return PipelineStage(name=name, stage=stage, config=config, nodes=spec.nodes, ranks=spec.ranks, time=spec.time)
 
 
 def _doubled_folders(stages: Sequence[PipelineStage]) -> Iterator[str]:

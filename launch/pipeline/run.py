@@ -3,14 +3,14 @@
 import shlex
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rich.console import Console
 
 from launch.doctor import Subject, run_checks
 from launch.jobs import log
-from launch.jobs.hostfile import end_on_hosts
+from launch.jobs.hostfile import end_on_hosts, write_hostfile
 from launch.jobs.launcher import Job, Machine, stage_command
 from launch.pipeline.overview import Overview, outcome
 from launch.pipeline.processes import StopRequest, alone, mark
@@ -68,12 +68,8 @@ class PipelineRun:
                 cannot be started.
         """
         chosen = [self.pipeline.named(name) for name in self.options.only] or self.pipeline.stages
-        unused = [each for each in chosen if each.ranks is not None and self.options.machine.hosts]
-        if unused:
-            raise UserError(
-                f"stages.{unused[0].name}.ranks = {unused[0].ranks}: the ranks of several nodes are their devices; "
-                "leave it out"
-            )
+        for stage in chosen:
+            self.options.machine.part_for(stage)  # it may ask for more than there is
         began = time.monotonic()
         with naming_disk_faults(self.pipeline.output), alone(self.pipeline), StopRequest(self.pipeline.output) as stop:
             self._progress.check_free(chosen)
@@ -125,7 +121,8 @@ class PipelineRun:
             folder = folder.absolute()  # by which the ranks of other hosts are known
             self._end_on_hosts()  # an earlier pipeline may have been killed: its ranks would meet ours in the folder
         check_not_owned(stage.output)  # by somebody who started that stage alone
-        command = stage_command(stage.stage, (*stage.arguments, "--log-folder", str(folder)), self._machine(stage))
+        machine = self._machine(stage, folder)
+        command = stage_command(stage.stage, (*stage.arguments, "--log-folder", str(folder)), machine)
         if decision.action is Action.REDO:
             view.say(f"{stage.name}: done again: {decision.reason}")
         elif decision.action is Action.CONTINUE and decision.reason:
@@ -211,8 +208,13 @@ class PipelineRun:
         """End what is left of this pipeline on the hosts of a hostfile: it is no child of anything here."""
         end_on_hosts(self.options.machine.hosts, f"--log-folder {self._progress.logs.absolute()}/")
 
-    def _machine(self, stage: PipelineStage) -> Machine:
-        return self.options.machine.with_ranks(stage.ranks)
+    def _machine(self, stage: PipelineStage, folder: Path) -> Machine:
+        """What it uses of the machine. Over ssh a hostfile in ``folder`` says it, if that is not all."""
+        machine = self.options.machine.part_for(stage)
+        if machine.over_ssh and machine.hosts != self.options.machine.hosts:
+            machine = replace(machine, hostfile=folder / "hostfile")
+            write_hostfile(folder / "hostfile", machine.hosts)
+        return machine
 
     def _report(self, view: Overview, seconds: float) -> None:
         console = self.console

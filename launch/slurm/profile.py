@@ -2,13 +2,15 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt
 
+from launch.runs import PipelineStage
 from rlhf.config import load_config
+from rlhf.core.errors import ConfigError
 
 PREFIX = "profile."
 """Prefix of settings on the command line that belong to the profile."""
@@ -124,6 +126,22 @@ def seconds_of(text: str) -> int:
     else:  # minutes, or minutes:seconds
         hours, (minutes, seconds) = 0, [*numbers, 0][:2]
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def stage_profile(profile: ClusterProfile, stage: PipelineStage) -> ClusterProfile:
+    """What the job of a single stage asks for. One whose work a single process does needs no accelerator.
+
+    Raises:
+        ConfigError: if its time leaves nothing to work in.
+    """
+    asked = {"nodes": stage.nodes, "devices": stage.ranks, "time": stage.time}
+    changed: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
+    if stage.stage.alone:
+        changed |= {"nodes": 1, "devices": 1, "device_kind": "cpu", "gpu_type": None}
+    try:
+        return replace(profile, **changed)
+    except ValueError as error:
+        raise ConfigError(f"stages.{stage.name}.time = {stage.time}: {error}") from None
 
 
 def load_profile(paths: Sequence[Path], overrides: Sequence[str]) -> ClusterProfile:

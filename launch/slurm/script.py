@@ -11,6 +11,7 @@ from pathlib import Path
 
 import launch
 from launch.jobs.srun import SRUN_VARIABLE, srun_words, step_words
+from launch.runs import PipelineStage
 from launch.slurm.profile import ClusterProfile
 from rlhf.core.errors import REFUSED_EXIT_CODE, STOPPED_EXIT_CODE, ConfigError
 from rlhf.core.files import STATUS, digest, staged_directory, write_text
@@ -40,8 +41,8 @@ class Job:
     """A module and its arguments for a stage; those of ``rlhf`` for a pipeline."""
     pipeline: bool = False
     written_by: str = ""
-    stages: tuple[Path, ...] = ()
-    """The run folders of its stages; ``output`` if left out."""
+    stages: tuple[PipelineStage, ...] = ()
+    """Those of a pipeline."""
     label: str = "job"
     """Name of the script in its folder, where a run has several."""
     needs: tuple[str, ...] = ()
@@ -89,7 +90,8 @@ def render(job: Job, profile: ClusterProfile) -> str:
         profile=profile,
         early_seconds=profile.time_seconds - profile.signal_lead_seconds - _SIGNAL_SLACK_SECONDS,
         output=job.output.absolute(),
-        statuses=[(folder / STATUS).absolute() for folder in job.stages or (job.output,)],
+        statuses=[(folder / STATUS).absolute() for folder in [each.output for each in job.stages] or [job.output]],
+        ranks_per_node=[each.ranks or profile.devices for each in job.stages] or [profile.devices],
         code=None if profile.container else snapshot_name(),
         script_name=job.script.name,
         venv=_venv(profile),

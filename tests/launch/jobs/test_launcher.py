@@ -43,6 +43,15 @@ def test_all_ranks_share_the_work_of_every_stage_but_an_import(name, machine):
         assert words[words.index("--") + 1 :] == [sys.executable, "-m", STAGES[name].module, "--config", "x"]
 
 
+def test_without_a_gpu_one_process_evaluates_with_all_threads(monkeypatch):
+    monkeypatch.setattr("launch.jobs.launcher.default_ranks", lambda: 2)
+    for gpus, training, evaluating in ((0, "2", "1"), (4, "2", "4")):
+        monkeypatch.setattr("launch.jobs.launcher.visible_gpus", lambda gpus=gpus: gpus)
+        words = {name: stage_command(STAGES[name], (), Machine()) for name in ("reward", "evaluate", "benchmark")}
+        slots = {name: found[found.index("--slots") + 1] for name, found in words.items()}
+        assert slots == {"reward": training, "evaluate": evaluating, "benchmark": evaluating}
+
+
 def wait_until(condition, seconds: float = 30) -> None:
     deadline = time.monotonic() + seconds
     while not condition():

@@ -89,7 +89,7 @@ def toys(tmp_path, monkeypatch):
 @pytest.fixture
 def training_toys(toys, monkeypatch):
     """They count as stages that train, but are started without a launcher."""
-    monkeypatch.setitem(stages.STAGES, "toy", replace(stages.STAGES["toy"], trains=True))
+    monkeypatch.setitem(stages.STAGES, "toy", replace(stages.STAGES["toy"], trains=True, alone=False))
     command = lambda stage, arguments, machine: [sys.executable, "-m", stage.module, *arguments]  # noqa: E731
     monkeypatch.setattr(run, "stage_command", command)
     return toys

@@ -166,3 +166,37 @@ def test_recipes_of_stages_lie_beside_that_of_the_pipeline_or_ship(recipe, tmp_p
     expected = {"own": 3e-5, "above": 4e-5, "shipped": 2e-5}
     assert config.optim.learning_rate == expected[next(name for name in ("above", "shipped", "own") if name in recipe)]
     assert ("shipped" in recipe) or config.model.path == str(folder / "base")
+
+
+# ---- nodes, ranks and time by stage
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"nodes": 2}, "stages.a.nodes = 2: import is the work of a single process"),
+        ({"ranks": 4}, "stages.a.ranks = 4: import is the work of a single process"),
+        ({"nodes": 0}, "nodes = 0"),
+        ({"time": "noon"}, "stages.a.time = noon: expected"),
+        ({"devices": 2}, "devices"),
+    ],
+)
+def test_a_share_that_means_nothing_is_refused(toys, entry, message):
+    toys.write({"a": {"kind": "import", "set": {"source": "smollm2"}, **entry}})
+    with pytest.raises(ConfigError, match=message):
+        toys.load()
+
+
+def test_a_stage_uses_the_first_of_its_nodes_and_no_more_than_it_asks_for(training_toys):
+    training_toys.write(
+        {"all": {}, "one": {"nodes": 1}, "few": {"ranks": 2}, "many": {"nodes": 3}, "wide": {"ranks": 3}}
+    )
+    stages = {stage.name: stage for stage in training_toys.load().stages}
+    hosts = {"n1": 4, "n2": 2}
+    assert stages["all"].share(hosts) == hosts
+    assert stages["one"].share(hosts) == {"n1": 4}
+    assert stages["few"].share(hosts) == {"n1": 2, "n2": 2}
+    with pytest.raises(ConfigError, match=r"stages.many.nodes = 3: the run has 2"):
+        stages["many"].share(hosts)
+    with pytest.raises(ConfigError, match=r"stages.wide.ranks = 3: n2 has 2 devices"):
+        stages["wide"].share(hosts)

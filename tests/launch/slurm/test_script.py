@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -159,6 +160,7 @@ def test_srun_starts_a_supervisor_on_each_node_with_what_each_has_and_the_words_
     words = [sys.executable, "-m", "policy.sft", "--config", "a recipe.yaml", "data.train=it's $HOME.jsonl"]
     command = srun_command(words, hosts=hosts, port=29511)
     assert command[:4] == ["srun", f"--nodes={len(hosts)}", f"--ntasks={len(hosts)}", "--ntasks-per-node=1"]
+    assert f"--nodelist={','.join(hosts)}" in command  # not whichever nodes of the allocation are free
     options = ["--slots", slots, "--node", "slurm", "--address", "n1", "--port", "29511", "--"]
     assert command[-len(options) - len(words) :] == [*options, *words]
     monkeypatch.setenv("MASTER_ADDR", "10.1.1.1")
@@ -242,7 +244,8 @@ def write_status(folder: Path, step: int, state: str = "stopped") -> None:
 def test_a_start_has_made_progress_if_its_stages_came_further_wherever_their_folders_are(tmp_path):
     elsewhere = tmp_path / "scratch disk" / "ppo"
     stages = (tmp_path / "run" / "sft", elsewhere)
-    text = render(job(output=tmp_path / "run", stages=stages), ClusterProfile(requeue=True))
+    entries = tuple(SimpleNamespace(output=folder, ranks=None) for folder in stages)
+    text = render(job(output=tmp_path / "run", stages=entries), ClusterProfile(requeue=True))
     (statuses,) = [line for line in text.splitlines() if line.startswith("statuses=")]
     check = f"here={tmp_path}\n{statuses}\n{functions_of(text, 'steps', 'came_further')}\ncame_further"
 

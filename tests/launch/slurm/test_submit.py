@@ -100,6 +100,70 @@ def test_stages_wait_for_those_that_they_need_and_for_the_one_before(slurm, tmp_
     assert second == f"--parsable {waits} {tmp_path}/run/slurm/reward.sh"
 
 
+RECIPE = """\
+output: {folder}/run
+stages:
+  backbone: {{kind: import, set: {{source: smollm2}}}}
+  reward:
+    recipe: {root}/launch/recipes/reward_smollm2.yaml
+    nodes: 2
+    ranks: 3
+    time: "2:00:00"
+    set: {{model: {{path: "${{stages.backbone.final}}"}}}}
+  again:
+    kind: reward
+    recipe: {root}/launch/recipes/reward_smollm2.yaml
+"""
+
+
+def test_the_job_of_a_stage_asks_for_what_the_stage_says_and_an_import_for_one_node_without_gpus(slurm, tmp_path):
+    recipe, folder = tmp_path / "mine.yaml", tmp_path / "run" / "slurm"
+    recipe.write_text(RECIPE.format(folder=tmp_path, root=ROOT))
+    words = ["pipeline", "--config", str(recipe), "--profile", "launch/clusters/example.yaml", "profile.nodes=4"]
+    assert main(["slurm", "submit", *words, "--jobs", "dependent"]) == 0
+    shapes = {}
+    for name in ("backbone", "reward", "again"):
+        lines = (folder / f"{name}.sh").read_text().splitlines()
+        asked = dict(
+            line.removeprefix("#SBATCH --").split("=", 1)
+            for line in lines
+            if line.startswith("#SBATCH --") and "=" in line
+        )
+        shapes[name] = [asked["nodes"], asked.get("gpus-per-node"), asked["time"]]
+    assert shapes == {
+        "backbone": ["1", None, "24:00:00"],
+        "reward": ["2", "h100:3", "2:00:00"],
+        "again": ["4", "h100:8", "24:00:00"],
+    }
+    assert "ranks_per_node=(8 3 8)" in (folder / "again.sh").read_text()
+    (folder / "reward.sh").unlink()
+    assert main(["slurm", "render", *words, "--jobs", "dependent", "profile.signal_lead_seconds=7200"]) == 2
+
+
+def test_one_job_for_all_must_have_what_each_stage_asks_for(slurm, tmp_path, capsys):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(RECIPE.format(folder=tmp_path, root=ROOT))
+    words = ["pipeline", "--config", str(recipe), "--profile", "launch/clusters/example.yaml", "profile.nodes=1"]
+    assert main(["slurm", "submit", *words]) == 2
+    assert "stages.reward.nodes = 2: the run has 1" in capsys.readouterr().err
+    assert submitted(slurm) == []
+
+
+@pytest.mark.parametrize("jobs", ["one", "dependent"])
+def test_a_sweep_is_submitted_as_a_pipeline_is(slurm, tmp_path, capsys, jobs):
+    folder = tmp_path / "sweep"
+    recipe = ["reward", "--config", "launch/recipes/reward_smollm2.yaml", "--profile", "launch/clusters/example.yaml"]
+    words = [*recipe, "--sweep", str(folder), "margin.kind=none,ot", "train.seed=0,1", "--jobs", jobs]
+    assert main(["slurm", "submit", *words]) == 0
+    assert len(submitted(slurm)) == (1 if jobs == "one" else 4)
+    scripts = [path.read_text().replace(" \\\n        ", " ") for path in sorted((folder / "slurm").glob("*.sh"))]
+    command = f"rlhf sweep reward --output {folder} --config launch/recipes/reward_smollm2.yaml margin.kind=none,ot"
+    assert all(command in text for text in scripts)
+    assert all(("--only" in text) == (jobs == "dependent") for text in scripts)
+    assert main(["slurm", "submit", "pipeline", *recipe[1:], "--sweep", str(folder)]) == 2
+    assert "a sweep is of one stage" in capsys.readouterr().err
+
+
 def test_written_scripts_come_with_commands_that_submit_them_as_submit_does(slurm, tmp_path, capsys):
     words = [*PIPELINE, "--jobs", "dependent", f"output={tmp_path}/my run"]
     assert main(["slurm", "submit", *words]) == 0
