@@ -89,6 +89,8 @@ _OTHER_FILES = {
     b"\xff\xfe": "UTF-16; make it UTF-8 (iconv -f UTF-16 -t UTF-8)",
     b"\xfe\xff": "UTF-16; make it UTF-8 (iconv -f UTF-16 -t UTF-8)",
     b"version https://git-lfs": "the pointer of a file in Git LFS; fetch the file itself (git lfs pull)",
+    b"<!DOCTYPE": "a page of HTML, such as a server sends in place of a file; download it anew",
+    b"<html": "a page of HTML, such as a server sends in place of a file; download it anew",
 }
 
 
@@ -108,13 +110,18 @@ def _open(path: Path) -> io.BufferedReader:
     raw = _UNPACKERS[packed][1](path) if packed else path.open("rb")
     handle = io.BufferedReader(raw, 1 << 20)
     head = handle.peek(_HEAD_BYTES)[:_HEAD_BYTES]
-    found = next((words for magic, words in _OTHER_FILES.items() if head.startswith(magic)), "")
+    found = _other_kind(head)
     if not found and head[:64].count(b"\0") > len(head[:64]) // 4:
         found = "UTF-16 without its mark, or no text at all; make it UTF-8"
     if found:
         handle.close()
         raise DataError(f"{path}: expected text in UTF-8, but the file is {found}")
     return handle
+
+
+def _other_kind(head: bytes) -> str:
+    """What a file is that begins so, where that can be told and rows are of another kind."""
+    return next((words for magic, words in _OTHER_FILES.items() if head.startswith(magic)), "")
 
 
 # --------------------------------------------------------------------------------------------------- lines
@@ -255,7 +262,7 @@ def _read_parquet(path: Path) -> Iterator[Entry]:
     import pyarrow
     import pyarrow.parquet
 
-    _refuse_empty(path)
+    _refuse_other_table(path, b"PAR1", "a parquet file")
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             yield from _numbered(file.iter_batches(batch_size=_BATCH_ROWS))
@@ -266,7 +273,7 @@ def _read_parquet(path: Path) -> Iterator[Entry]:
 def _read_arrow(path: Path) -> Iterator[Entry]:
     import pyarrow
 
-    _refuse_empty(path)
+    _refuse_other_table(path, b"ARROW1", "an arrow file")
     try:
         with pyarrow.memory_map(str(path)) as mapped:
             is_file = bytes(mapped.read(6)) == b"ARROW1"
@@ -295,9 +302,14 @@ def _without_nulls(cell: Any) -> Any:
     return [_without_nulls(value) for value in cell] if isinstance(cell, list) else cell
 
 
-def _refuse_empty(path: Path) -> None:
-    if not path.stat().st_size:
+def _refuse_other_table(path: Path, magic: bytes, kind: str) -> None:
+    with path.open("rb") as handle:
+        head = handle.read(_HEAD_BYTES)
+    if not head:
         raise DataError(f"{path}: the file is empty (0 bytes): a download that failed?")
+    found = "" if head.startswith(magic) else _other_kind(head)
+    if found:
+        raise DataError(f"{path}: expected {kind}, but the file is {found}")
 
 
 def one_line(error: Exception) -> str:

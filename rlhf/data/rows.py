@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from typing import Any
 
 from rlhf.data.messages import BadRow, Message, Notices, described, holds, read_messages, read_tools, tools_of
@@ -217,11 +218,11 @@ class RowReader:
             cell = _parsed(cell.strip(), name)
         if cell is None:
             return None
-        if isinstance(cell, bool) or not isinstance(cell, int | float):
+        if isinstance(cell, bool) or not isinstance(cell, int | float | Decimal):
             raise BadRow("wrong type", f"{name} is {described(cell)}, expected a number")
-        number = float(cell) if abs(cell) < 1e300 else math.inf
+        number = float(cell) if isinstance(cell, Decimal) or abs(cell) < 1e300 else math.inf
         if not math.isfinite(number):
-            raise BadRow("non-finite number", f"{name} is {cell}")
+            raise BadRow("non-finite number", f"{name} is {str(cell)[:40]}")
         return number
 
     def _prompt_column(self, answer: Sequence[Message]) -> str | None:

@@ -141,6 +141,8 @@ def fault_of(config: RowSource) -> str | None:
 
 def _missing(path: Path) -> str:
     folder = path.parent
+    if path.is_symlink():
+        return f"{path}: a link to {path.readlink()}, which is not there"
     if not folder.is_dir():
         return f"{path}: no such file; there is no folder {folder} (paths count from {Path.cwd()})"
     names = sorted(entry.name for entry in folder.iterdir())
@@ -159,6 +161,10 @@ def _open_folder(folder: Path, config: RowSource) -> Source:
         return _saved_table(folder, config.split)
     visible = [path for path in sorted(folder.rglob("*")) if _is_visible_file(path, folder)]
     files = [path for path in visible if suffix_of(path)]
+    lost = [path for path in folder.rglob("*") if suffix_of(path) and path.is_symlink() and not path.exists()]
+    if lost:
+        more = f", nor are those of {len(lost) - 1} more" if lost[1:] else ""
+        raise DataError(f"{_missing(lost[0])}{more}")
     if not files:
         raise DataError(f"{folder}: the folder holds no data files ({KINDS})")
     unread = [str(path.relative_to(folder)) for path in visible if not suffix_of(path)]

@@ -543,13 +543,35 @@ def checkpoint_bytes(folder: Path, dtype: torch.dtype) -> int | None:
 
 
 def _tensors(folder: Path) -> list[dict[str, Any]]:
-    """Shape and type of each tensor in the safetensors files of ``folder``, as their headers have them."""
+    """Shape and type of each tensor in the safetensors files of ``folder``, as their headers have them.
+
+    Raises:
+        ModelError: if a file is not whole, or is no such file.
+    """
     found: list[dict[str, Any]] = []
     for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as handle:
-            header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
-        found += [entry for name, entry in header.items() if name != "__metadata__"]
+        entries = _header(file)
+        found += [entry for name, entry in entries.items() if name != "__metadata__"]
     return found
+
+
+def _header(file: Path) -> dict[str, Any]:
+    whole = file.stat().st_size
+    with file.open("rb") as handle:
+        start = handle.read(8)
+        size = int.from_bytes(start, "little")
+        header = handle.read(size) if 8 + size <= whole else b""
+    try:
+        entries = json.loads(header)
+        ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        pointer = start == b"version "
+        what = "the pointer of a file in Git LFS (git lfs pull fetches the file)" if pointer else "no safetensors file"
+        raise ModelError(f"{file}: the weights are {what}, or cut short: {whole} bytes") from None
+    if 8 + size + max(ends, default=0) != whole:
+        expected = 8 + size + max(ends, default=0)
+        raise ModelError(f"{file}: the weights are cut short or damaged: {whole} bytes, expected {expected}")
+    return entries
 
 
 def _elements(entry: dict[str, Any]) -> int:

@@ -4,13 +4,16 @@ import bz2
 import gzip
 import json
 import lzma
+from decimal import Decimal
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
 from rlhf.core.errors import DataError
-from rlhf.data.options import SourceConfig
+from rlhf.data.messages import BadRow
+from rlhf.data.options import ColumnConfig, RowSource, SourceConfig
+from rlhf.data.records import to_records
 from rlhf.data.sources import open_source
 
 ROWS = [{"prompt": f"question {number}", "chosen": "täa", "rejected": "b"} for number in range(3)]
@@ -178,3 +181,43 @@ def test_files_and_splits_that_are_not_read_are_named(folder):
         "note: files that are not read: d.xlsx, train/b.txt",
         "note: splits that are not read: test",
     )
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12\n"
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "rows.arrow", "rows.jsonl", "rows.csv"])
+@pytest.mark.parametrize(
+    ("start", "kind"),
+    [
+        (POINTER, "pointer of a file in Git LFS"),
+        (b"<!DOCTYPE html><html>", "page of HTML"),
+        (b"<html>\n", "page of HTML"),
+        (b"PK\x03\x04rest", "zip archive"),
+    ],
+)
+def test_a_file_of_another_kind_is_named_whatever_it_is_called(tmp_path, name, start, kind):
+    (tmp_path / name).write_bytes(start)
+    with pytest.raises(DataError, match=rf"{name}: expected .*, but the file is .*{kind}"):
+        list(open_source(RowSource(path=str(tmp_path / name))).rows())
+
+
+def test_links_to_nothing_are_named_alone_and_in_a_folder(tmp_path):
+    """As in a folder of the hub's cache of which not all has been downloaded."""
+    (tmp_path / "train.jsonl").write_text('{"prompt": "a"}\n')
+    for name in ("more.parquet", "rest.parquet"):
+        (tmp_path / name).symlink_to(f"blobs/{name}")
+    with pytest.raises(DataError, match=r"more\.parquet: a link to blobs/more\.parquet, which is not there"):
+        open_source(RowSource(path=str(tmp_path / "more.parquet")))
+    with pytest.raises(DataError, match=r"\.parquet: a link to blobs/.*, which is not there, nor are those of 1 more"):
+        open_source(RowSource(path=str(tmp_path)))
+
+
+def test_decimals_of_a_table_are_numbers(tmp_path):
+    table = pyarrow.Table.from_pylist([{"prompt": "a", "chosen": "b", "rejected": "c", "margin": Decimal("1.5")}])
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    [row] = open_source(RowSource(path=str(tmp_path / "rows.parquet"))).rows()
+    [record], _ = to_records(row.value, ColumnConfig(), row_id="x:1", source="x")
+    assert record.margin == 1.5
+    with pytest.raises(BadRow, match=r"non-finite number: margin is 10{39}$"):
+        to_records({**row.value, "margin": 10**400}, ColumnConfig(), row_id="x:1", source="x")
