@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from launch.commands.arguments import Subparsers, add_recipes, add_settings, command, group
 from launch.stages import STAGES, training
-from rlhf.core.errors import STOP_FILE, ConfigError
+from rlhf.core.errors import ConfigError
 from rlhf.core.paths import home_path
 
 if TYPE_CHECKING:
@@ -24,6 +24,18 @@ where "submit" would, and print the command that submits it. Needs no SLURM.
 _SUBMIT = """\
 Write the sbatch script into the run folder (slurm/job.sh there, logs beside it) and submit it. A job that reaches its
 time limit, or is sent SIGUSR1, saves, goes back into the queue and goes on from there; so does one that lost a node.
+"""
+_STATUS = """\
+Where the jobs of a run stand. Their state, nodes and time as SLURM has them, the stage and step that they say
+themselves, and why one waits.
+"""
+_LOGS = """\
+Print the log of a run's job. Of a job that went back into the queue, what its last start has said; of several jobs, the
+one that spoke last.
+"""
+_CANCEL = """\
+End the jobs of a run. One that runs saves at its next step and ends, those that wait are taken out of the queue; the
+submit command goes on from there.
 """
 
 
@@ -46,6 +58,60 @@ def add_parser(subparsers: Subparsers) -> None:
         if action is render_jobs:
             writing = "write into the run folder, where submit would, instead of printing"
             parser.add_argument("--write", action="store_true", help=writing)
+
+    which = "run folder, or the number of a job; without it, what was submitted below runs/"
+    now = "leave no time to save"
+    for name, description, action in (("status", _STATUS, show), ("logs", _LOGS, logs), ("cancel", _CANCEL, cancel)):
+        about = description.partition(".")[0].replace("\n", " ").lower()
+        parser = command(actions, name, action, help=about, description=description)
+        parser.add_argument("run_folder", metavar="RUN", nargs="?", help=which)
+        if action is logs:
+            parser.add_argument("-f", "--follow", action="store_true", help="go on until the job ends")
+            parser.add_argument("--stage", metavar="NAME", help="what this stage of a pipeline says, not the job")
+        if action is cancel:
+            parser.add_argument("--now", action="store_true", help=now)
+
+
+def show(options: argparse.Namespace) -> int:
+    """Print where the jobs of a run, or of all, stand."""
+    from launch.screen import console, titled_table
+    from launch.slurm.watch import cells, submitted
+
+    table = titled_table("", "run", "job", "id", "state", "nodes", "elapsed", "where it stands")
+    for job in submitted(options.run_folder):
+        table.add_row(*cells(job))
+    console().print(table)
+    return 0
+
+
+def logs(options: argparse.Namespace) -> int:
+    """Print what the last start of the job that spoke last has said, or a stage of a pipeline."""
+    from launch.slurm.watch import follow, last_attempt, latest, of_one_run, stage_log
+
+    job = latest(of_one_run(options.run_folder))
+    path = job.log if options.stage is None else stage_log(job.run, options.stage)
+    text = path.read_bytes()
+    print(f"==> {path} <==")
+    print(last_attempt(text.decode(errors="replace"), job.number), end="", flush=True)
+    if options.follow:
+        try:
+            for more in follow(path, len(text), job.number):
+                print(more, end="", flush=True)
+        except KeyboardInterrupt:
+            return 130
+    return 0
+
+
+def cancel(options: argparse.Namespace) -> int:
+    """End the jobs of a run."""
+    from launch.slurm.watch import cancel, of_one_run
+
+    try:
+        for line in cancel(of_one_run(options.run_folder), now=options.now):
+            print(line, flush=True)
+    except KeyboardInterrupt:
+        return 130
+    return 0
 
 
 def render_jobs(options: argparse.Namespace) -> int:
@@ -103,12 +169,12 @@ def submit_jobs(options: argparse.Namespace) -> int:
 def _what_now(job: "Job", numbers: list[str]) -> str:
     """How to watch, stop and continue."""
     again = shlex.join(["rlhf", *sys.argv[1:]]) if sys.argv[1:2] == ["slurm"] else "the same command"
-    log = shlex.quote(str(job.log).replace("%j", numbers[0]))
+    run = shlex.quote(str(job.output))
     return (
         f"  script    {job.script}\n"
-        f"  watch     squeue --jobs {','.join(numbers)}; tail -F {log}\n"
+        f"  watch     rlhf slurm status {run}; rlhf slurm logs -f {run}\n"
         f"  pause     scancel --signal=USR1 --full {numbers[0]}  (saves, goes back into the queue, and on from there)\n"
-        f"  stop      touch {shlex.quote(str(job.output / STOP_FILE))}  (saves, and ends the job)\n"
+        f"  stop      rlhf slurm cancel {run}  (saves, and ends the job)\n"
         f"  continue  {again}"
     )
 

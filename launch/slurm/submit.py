@@ -14,8 +14,8 @@ from rlhf.core.files import write_text
 
 _SECONDS = 60.0
 """How long SLURM may take to answer."""
-_NUMBER = ".id"
-"""Ends the names of files that hold the number of a job."""
+NUMBER = ".id"
+"""Ends the names of files that hold the number of a job and, a line each, the run folders of its stages."""
 
 
 class SlurmError(UserError):
@@ -55,7 +55,8 @@ def submit(job: Job, profile: ClusterProfile, after: Sequence[str] = (), behind:
     if answer.returncode != 0:
         raise SlurmError(f"sbatch {job.script}: {_refusal(answer.stderr, profile)}")
     number = answer.stdout.strip().partition(";")[0]
-    write_text(_number_file(job), f"{number}\n")
+    folders = [each.output for each in job.stages] or [job.output]
+    write_text(_number_file(job), "".join(f"{line}\n" for line in (number, *(each.absolute() for each in folders))))
     return number
 
 
@@ -116,10 +117,43 @@ def _obstacle(profile: ClusterProfile, name: str, partition: Partition) -> str:
     return ""
 
 
-def state_of(number: str) -> str | None:
-    """PENDING, RUNNING and so on; ``None`` for a job that is no longer in the queue."""
-    answer = _ask(["squeue", "--noheader", "--format=%T", "--jobs", number])
-    return answer.stdout.strip().partition("\n")[0] or None
+@dataclass(frozen=True, kw_only=True)
+class Queued:
+    """What squeue says of a job."""
+
+    state: str
+    """PENDING, RUNNING and so on."""
+    nodes: str
+    elapsed: str
+    reason: str
+    """Why it waits."""
+
+
+def queued(number: str) -> Queued | None:
+    """A job; ``None`` if it is no longer in the queue.
+
+    Raises:
+        SlurmError: if there is no SLURM here, or its controller does not answer.
+    """
+    answer = _ask(["squeue", "--noheader", "--format=%T|%D|%M|%r", "--jobs", number])
+    if answer.returncode != 0 and "Invalid job id" not in answer.stderr:
+        raise SlurmError(f"squeue: {_last_line(answer.stderr)}; is SLURM's controller up? (scontrol ping)")
+    line = answer.stdout.strip().partition("\n")[0]
+    if not line:
+        return None
+    state, nodes, elapsed, reason = line.split("|", 3)
+    return Queued(state=state, nodes=nodes, elapsed=elapsed, reason=reason)
+
+
+def cancel_job(number: str) -> None:
+    """Take a job out of the queue, or end it.
+
+    Raises:
+        SlurmError: if SLURM does not do it.
+    """
+    answer = _ask(["scancel", number])
+    if answer.returncode != 0:
+        raise SlurmError(f"scancel {number}: {_last_line(answer.stderr)}")
 
 
 def check_no_other(job: Job) -> None:
@@ -128,18 +162,18 @@ def check_no_other(job: Job) -> None:
     Raises:
         ConfigError: if one is there already, of whatever stage.
     """
-    for path in sorted(job.folder.glob(f"*{_NUMBER}")):
-        number = path.read_text().strip()
-        state = state_of(number)
-        if state is not None:
+    for path in sorted(job.folder.glob(f"*{NUMBER}")):
+        number = path.read_text().partition("\n")[0]
+        entry = queued(number)
+        if entry is not None:
             raise ConfigError(
-                f"{job.output}: job {number} for this run folder is {state}; it goes on by itself. To start another: "
-                f"scancel {number} first, or choose another output"
+                f"{job.output}: job {number} for this run folder is {entry.state}; it goes on by itself. To start "
+                f"another: scancel {number} first, or choose another output"
             )
 
 
 def _number_file(job: Job) -> Path:
-    return job.folder / f"{job.label}{_NUMBER}"
+    return job.folder / f"{job.label}{NUMBER}"
 
 
 def _ask(command: Sequence[str]) -> subprocess.CompletedProcess[str]:

@@ -14,6 +14,12 @@ from rlhf.core.errors import ConfigError
 ROOT = Path(__file__).resolve().parents[3]
 PIPELINE = ["pipeline", "--config", "launch/recipes/pipeline.yaml", "--profile", "launch/clusters/example.yaml"]
 SINFO = "gpu 6 1-00:00:00\ngpu 2 1-00:00:00\ngpu_long 2 infinite\nsmall 1 10:00\n"
+SQUEUE = """#!/bin/sh
+case "$*" in
+    *"--jobs 7") echo "PENDING|2|0:00|Resources" ;;
+    *) echo "error: Invalid job id specified" >&2; exit 1 ;;
+esac
+"""
 SBATCH = """#!/bin/sh
 echo "$@" >> {folder}/submitted
 echo $((100 + $(wc -l < {folder}/submitted)))
@@ -28,7 +34,7 @@ def slurm(tmp_path, monkeypatch) -> Path:
     (folder / "answer").write_text(SINFO)
     (folder / "submitted").touch()
     (folder / "sinfo").write_text(f"#!/bin/sh\ncat {folder}/answer\n")
-    (folder / "squeue").write_text('#!/bin/sh\ncase "$*" in *"--jobs 7") echo PENDING;; *) exit 1;; esac\n')
+    (folder / "squeue").write_text(SQUEUE)
     (folder / "sbatch").write_text(SBATCH.format(folder=folder))
     for command in ("sinfo", "squeue", "sbatch"):
         (folder / command).chmod(0o755)
