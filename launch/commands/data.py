@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launch.commands import data_audit
 from launch.commands.arguments import Subparsers, add_columns, command, given_columns, group, positive_int
 from launch.screen import titled_table
 from rlhf.core.paths import home_path
@@ -36,6 +37,7 @@ _KINDS = {"conversation": "conversations", "unpaired": "labeled"}
 
 def add_parser(subparsers: Subparsers) -> None:
     actions = group(subparsers, "data", help="look at data")
+    data_audit.add_parser(actions)
     check = command(actions, "check", run, help="report on data, without a model in memory", description=_DESCRIPTION)
     files = "training data: files, folders, globs or hub names; also settings, such as data.columns.prompt=question"
     check.add_argument("files", nargs="*", metavar="FILES", help=files)

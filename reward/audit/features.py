@@ -1,0 +1,118 @@
+"""What a frozen backbone knows of every answer: the state at its last token, kept on disk."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from rlhf.core.errors import DataError
+from rlhf.core.files import digest, write_array
+from rlhf.core.masking import last_token_index, length_mask
+from rlhf.data.templates import ChatFormat
+from rlhf.models.backbones import load_classifier, load_model_config, weights_digest
+from rlhf.models.hidden_states import backbone_of
+from rlhf.models.options import BackboneConfig
+
+BLOCK_ROWS = 128
+"""Rows of a file of the cache: what a killed run loses at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extraction:
+    """How features are made. All of it, and nothing else, decides on them, given the tokens."""
+
+    model: BackboneConfig
+    """The backbone, cut to the layer that is read."""
+    dtype: torch.dtype
+    """Type of the weights and of what is computed."""
+
+    def digest(self) -> str:
+        return digest(weights_digest(self.model), str(self.dtype))
+
+
+def default_layer(model: BackboneConfig) -> int:
+    """Two fifths of the model's layers, where small backbones tell good answers from bad ones best."""
+    return max(1, round(0.4 * load_model_config(model).num_hidden_layers))
+
+
+def features_of(
+    rows: Sequence[np.ndarray],
+    extraction: Extraction,
+    chat: ChatFormat,
+    *,
+    cache: Path,
+    batch_tokens: int,
+    advance: Callable[[int], None],
+) -> np.ndarray:
+    """``(R, D)`` float32 states of the last layer at the last token of R token rows.
+
+    Args:
+        rows: tokens of each row.
+        extraction: of what model.
+        chat: its tokenizer.
+        cache: folder; blocks of rows that it holds are not computed again, also after a stop.
+        batch_tokens: padded tokens at once.
+        advance: told how many more rows are done.
+    Raises:
+        DataError: if features are not finite.
+        ModelError: if the model cannot be loaded.
+    """
+    folder = cache / extraction.digest()
+    model: PreTrainedModel | None = None
+    found: list[np.ndarray] = []
+    for start in range(0, len(rows), BLOCK_ROWS):
+        block = rows[start : start + BLOCK_ROWS]
+        path = folder / f"{digest(*(row.tobytes() for row in block))}.npy"
+        if not path.is_file():
+            model = model or _load(extraction, chat)
+            states = _states(model, block, batch_tokens)
+            if not np.isfinite(states).all():
+                raise DataError(
+                    f"{extraction.model.path}: the states after layer {extraction.model.layers} are not finite for "
+                    "some answers; take another --layer, or --dtype float32"
+                )
+            write_array(path, states)
+        found.append(np.load(path))
+        advance(len(block))
+    return np.concatenate(found)
+
+
+def _load(extraction: Extraction, chat: ChatFormat) -> PreTrainedModel:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    loaded = load_classifier(
+        extraction.model,
+        dtype=extraction.dtype,
+        pad_token_id=chat.tokenizer.pad_token_id,
+        vocabulary=len(chat.tokenizer),
+    )
+    return loaded.model.eval().to(device)
+
+
+@torch.inference_mode()
+def _states(model: PreTrainedModel, rows: Sequence[np.ndarray], batch_tokens: int) -> np.ndarray:
+    states: list[np.ndarray] = [np.empty(0)] * len(rows)
+    for batch in _batches([len(row) for row in rows], batch_tokens):
+        lengths = torch.tensor([len(rows[row]) for row in batch])
+        mask = length_mask(lengths, int(lengths.max()))
+        tokens = torch.zeros(mask.shape, dtype=torch.long)
+        for place, row in enumerate(batch):
+            tokens[place, : lengths[place]] = torch.from_numpy(rows[row].astype(np.int64))
+        tokens, mask = tokens.to(model.device), mask.to(model.device)
+        output = backbone_of(model)(input_ids=tokens, attention_mask=mask.long(), use_cache=False).last_hidden_state
+        pooled = output[torch.arange(len(batch)), last_token_index(mask)].float().cpu().numpy()
+        for place, row in enumerate(batch):
+            states[row] = pooled[place]
+    return np.stack(states)
+
+
+def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Rows of like length together, the longest first."""
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    start = 0
+    while start < len(order):
+        count = max(1, batch_tokens // max(1, lengths[order[start]]))
+        yield order[start : start + count]
+        start += count

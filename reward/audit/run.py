@@ -1,0 +1,283 @@
+"""``rlhf data audit``: pairs in, pairs with what their labels look like out."""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from reward.audit.estimate import Audited, OutOfFold, audited, chosen_head
+from reward.audit.features import Extraction, default_layer, features_of
+from reward.audit.margins import Head
+from reward.audit.mixture import Interval, share_interval
+from rlhf.core.errors import DataError
+from rlhf.core.files import write_json, write_text
+from rlhf.data.labels import AUDIT_COLUMNS, SWAP_ABOVE, pair_digest
+from rlhf.data.loading import default_cache_dir
+from rlhf.data.messages import BadRow
+from rlhf.data.options import ColumnConfig, SourceConfig
+from rlhf.data.records import PreferenceRecord, prompt_key, to_records
+from rlhf.data.sources import open_source, row_names
+from rlhf.data.templates import ChatFormat, TemplateFault
+from rlhf.engine.build import has_bfloat16
+from rlhf.models.backbones import hide_loading_bars
+from rlhf.models.options import BackboneConfig
+from rlhf.train.chat import load_chat
+
+PAIRS, SUSPECTS, SUMMARY = "pairs.jsonl", "suspects.jsonl", "summary.json"
+MOST_SUSPECTS = 300
+LEAST_OF_A_GROUP = 50
+"""Pairs of a source or annotator below which its share is not estimated."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditOptions:
+    """What to audit, with what."""
+
+    data: str
+    model: str
+    output: Path
+    columns: ColumnConfig
+    split: str | None = None
+    template: str | None = None
+    layer: int | None = None
+    """State that is read, counted in layers from the embedding; ``None`` for :func:`default_layer`."""
+    head: Literal["auto", "linear", "mlp"] = "auto"
+    folds: int = 5
+    repeats: int = 4
+    max_tokens: int = 1024
+    batch_tokens: int = 8192
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 on a GPU that has it, else float32."""
+    group_columns: tuple[str, ...] = ("source", "annotator")
+    """Columns by whose values shares are estimated as well, where rows have them."""
+    cache_dir: Path | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """One pair with the row that it stands in."""
+
+    row: Mapping[str, Any]
+    alone: bool
+    """Whether it is the only pair of its row."""
+    record: PreferenceRecord
+
+
+def audit_file(options: AuditOptions) -> str:
+    """Audit the pairs of ``options.data`` and write what was found to ``options.output``.
+
+    Returns:
+        What was found, in one line.
+    Raises:
+        DataError: if there are no pairs, fewer prompts than folds, or features that are not finite.
+        ModelError: if the model cannot be loaded.
+    """
+    hide_loading_bars()
+    chat = load_chat(options.model, options.template)
+    pairs, left_out = _read(options)
+    prompts = np.array([prompt_key(pair.record.prompt) for pair in pairs], np.uint64)
+    if len(np.unique(prompts)) < options.folds:
+        raise DataError(
+            f"{options.data}: {len(np.unique(prompts))} different prompts make no {options.folds} folds; "
+            "an audit needs more prompts, or fewer --folds"
+        )
+    with _progress() as progress:
+        chosen, rejected = _features(pairs, chat, options, _task(progress, "features", 2 * len(pairs)))
+        heads = 2 * options.folds + options.folds * options.repeats
+        out_of_fold = OutOfFold(chosen, rejected, prompts, folds=options.folds, seed=options.seed)
+        advance = _task(progress, "heads", heads if options.head == "auto" else heads - 2 * options.folds)
+        head: Head = chosen_head(out_of_fold, advance) if options.head == "auto" else options.head
+        found = audited(out_of_fold, head, repeats=options.repeats, advance=advance)
+    rows = [_audited_row(pair, found, place) for place, pair in enumerate(pairs)]
+    write_text(options.output / PAIRS, _lines(rows))
+    order = np.argsort(found.margins, kind="stable")  # as the posterior orders them, where that is not 0 for all
+    write_text(options.output / SUSPECTS, _lines(_suspect(pairs[place], found, place) for place in order))
+    summary = _summary(options, pairs, prompts, found, head) | {"rows_left_out": left_out}
+    write_json(options.output / SUMMARY, summary)
+    return verdict(found.interval, found.wrong)
+
+
+def verdict(interval: Interval, wrong: NDArray[np.float64]) -> str:
+    """The audit in one line."""
+    first = min(MOST_SUSPECTS, max(1, len(wrong) // 10))
+    expected = float(np.sort(wrong)[::-1][:first].sum())
+    return (
+        f"about {interval.share:.0%} ({interval.low:.0%} to {interval.high:.0%}) of the labels look wrong; of the "
+        f"{first} most suspect about {expected:.0f} are"
+    )
+
+
+def _read(options: AuditOptions) -> tuple[list[Pair], int]:
+    """All usable pairs, and how many rows have none."""
+    source = open_source(SourceConfig(path=options.data, split=options.split))
+    names = row_names(source.files)
+    pairs: list[Pair] = []
+    faults: list[str] = []
+    for row in source.rows():
+        row_id = f"{names[source.files[row.file]]}:{row.line}"
+        try:
+            if row.fault is not None:
+                raise BadRow("unreadable row", row.fault)
+            records, _ = to_records(row.value, options.columns, row_id=row_id, source=source.name)
+        except BadRow as fault:
+            faults.append(f"{row_id}: {fault}")
+            continue
+        pairs += [Pair(row=row.value, alone=len(records) == 1, record=record) for record in records]
+    if not pairs:
+        shown = f", such as {faults[0]}" if faults else ""
+        raise DataError(f"{options.data}: no usable pairs in {len(faults)} rows{shown}")
+    if faults:
+        said = f"{len(faults)} rows are left out, such as {faults[0]}; `rlhf data check` shows more"
+        Console(stderr=True).print(said, markup=False, soft_wrap=True)
+    return pairs, len(faults)
+
+
+def _features(
+    pairs: Sequence[Pair], chat: ChatFormat, options: AuditOptions, advance: Callable[[int], None]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(N, D)`` of chosen and of rejected answers."""
+    backbone = BackboneConfig(path=options.model)
+    layer = options.layer or default_layer(backbone)
+    bfloat16 = options.dtype == "bfloat16" or (options.dtype == "auto" and has_bfloat16())
+    extraction = Extraction(
+        model=BackboneConfig(path=options.model, layers=layer), dtype=torch.bfloat16 if bfloat16 else torch.float32
+    )
+    tokens = [
+        _tokens(pair.record, side, chat)[-options.max_tokens :]
+        for pair in pairs
+        for side in (pair.record.chosen, pair.record.rejected)
+    ]
+    cache = (options.cache_dir or default_cache_dir().parent) / "features"
+    states = features_of(tokens, extraction, chat, cache=cache, batch_tokens=options.batch_tokens, advance=advance)
+    return torch.from_numpy(states[::2]), torch.from_numpy(states[1::2])
+
+
+def _tokens(record: PreferenceRecord, side: Sequence[Any], chat: ChatFormat) -> NDArray[np.int32]:
+    try:
+        return chat.encode(record.prompt, side)[0]
+    except (TemplateFault, BadRow) as fault:
+        raise DataError(f"{record.row_id}: {fault}") from fault
+
+
+def _audited_row(pair: Pair, found: Audited, place: int) -> dict[str, Any]:
+    record, wrong = pair.record, float(found.wrong[place])
+    own = {"prompt": record.prompt, "chosen": record.chosen, "rejected": record.rejected}
+    added = {
+        "audit_margin": float(found.margins[place]),
+        "audit_margin_sd": float(found.spread[place]),
+        "audit_wrong": wrong,
+        "audit_weight": 1 - wrong,
+        "audit_label": "swap" if wrong > SWAP_ABOVE else "as_given",
+        "audit_pair": pair_digest(record),
+    }
+    kept = {name: value for name, value in pair.row.items() if name not in AUDIT_COLUMNS}
+    return (kept if pair.alone else own) | {name: _rounded(value) for name, value in added.items()}
+
+
+def _suspect(pair: Pair, found: Audited, place: int) -> dict[str, Any]:
+    record = pair.record
+    return {
+        "row": record.row_id,
+        "wrong": _rounded(float(found.wrong[place])),
+        "margin": _rounded(float(found.margins[place])),
+        "margin_sd": _rounded(float(found.spread[place])),
+        "prompt": _text(record.prompt),
+        "chosen": _text(record.chosen),
+        "rejected": _text(record.rejected),
+    }
+
+
+def _text(messages: Sequence[Any]) -> str:
+    if len(messages) == 1:
+        return str(messages[0]["content"])
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+
+
+def _summary(
+    options: AuditOptions, pairs: Sequence[Pair], prompts: NDArray[np.uint64], found: Audited, head: Head
+) -> dict[str, Any]:
+    interval = found.interval
+    return {
+        "verdict": verdict(interval, found.wrong),
+        "pairs": len(pairs),
+        "prompts": len(np.unique(prompts)),
+        "share_wrong": {"estimate": interval.share, "low": interval.low, "high": interval.high},
+        "temperature": found.temperature,
+        "head": head,
+        "layer": options.layer or default_layer(BackboneConfig(path=options.model)),
+        "folds": options.folds,
+        "repeats": options.repeats,
+        "model": options.model,
+        "data": open_source(SourceConfig(path=options.data, split=options.split)).digest(),
+        "contradictory_pairs": _contradictory(pairs, prompts),
+        "longer_answer_chosen": _longer_chosen(pairs, np.ones(len(pairs), bool)),
+        "longer_answer_chosen_among_suspects": _longer_chosen(pairs, found.wrong > SWAP_ABOVE),
+        "by": {name: _by_group(name, pairs, prompts, found) for name in options.group_columns},
+    }
+
+
+def _by_group(
+    name: str, pairs: Sequence[Pair], prompts: NDArray[np.uint64], found: Audited
+) -> dict[str, dict[str, Any]] | str:
+    """The share of every value of a column, at the temperature of all; or in words why there is none."""
+    values = np.array([str(pair.row.get(name, "")) for pair in pairs])
+    if not any(name in pair.row for pair in pairs):
+        return "no row has this column"
+    if len(set(values)) == 1:
+        return f"all rows have {values[0]}: nothing to compare"
+    groups = {}
+    for value, count in Counter(values.tolist()).most_common():
+        here = values == value
+        groups[value] = {"pairs": count, "mean_wrong": float(found.wrong[here].mean())}
+        if count >= LEAST_OF_A_GROUP:
+            share = share_interval(found.margins[here], prompts[here], temperature=found.temperature)
+            groups[value] |= {"estimate": share.share, "low": share.low, "high": share.high}
+    return groups
+
+
+def _contradictory(pairs: Sequence[Pair], prompts: NDArray[np.uint64]) -> int:
+    """Pairs whose answers also stand the other way round."""
+    sides = [
+        (int(prompt), _text(pair.record.chosen), _text(pair.record.rejected))
+        for prompt, pair in zip(prompts, pairs, strict=True)
+    ]
+    there = set(sides)
+    return sum((prompt, rejected, chosen) in there for prompt, chosen, rejected in sides)
+
+
+def _longer_chosen(pairs: Sequence[Pair], among: NDArray[np.bool_]) -> float | None:
+    """Share of pairs whose longer answer, in characters, is the chosen one; ``None`` without a pair of unequal ones."""
+    lengths = [
+        (len(_text(pair.record.chosen)), len(_text(pair.record.rejected)))
+        for pair, counts in zip(pairs, among, strict=True)
+        if counts
+    ]
+    unequal = [chosen > rejected for chosen, rejected in lengths if chosen != rejected]
+    return sum(unequal) / len(unequal) if unequal else None
+
+
+def _lines(rows: Sequence[Any] | Iterator[Any]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+
+
+def _rounded(value: Any) -> Any:
+    return round(value, 6) if isinstance(value, float) else value
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True))
+
+
+def _task(progress: Progress, description: str, total: int) -> Callable[[int], None]:
+    task = progress.add_task(description, total=total)
+    return lambda count: progress.advance(task, count)

@@ -1,0 +1,210 @@
+"""The audit of labels: planted wrong ones are found and counted; nothing is said that the data does not carry."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from launch.cli import main
+from reward.audit import features
+from reward.audit.margins import HeadTraining, out_of_fold_margins, prompt_folds
+from reward.audit.mixture import fit_mixture, log_likelihoods, posterior_wrong, share_interval
+
+LINEAR = HeadTraining(head="linear", epochs=2, learning_rate=1e-2)
+
+
+def planted_margins(share, pairs=8_000, temperature=2.0, seed=0):
+    """Margins whose labels are right with the probability that they claim, then wrong in a share of the pairs."""
+    draw = np.random.default_rng(seed)
+    gaps = draw.normal(0, 3, pairs)
+    right = np.where(draw.random(pairs) < 1 / (1 + np.exp(-gaps)), gaps, -gaps)
+    return np.where(draw.random(pairs) < share, -right, right) * temperature
+
+
+@pytest.mark.parametrize("share", [0.0, 0.07, 0.2, 0.4])
+def test_the_mixture_finds_the_share_of_wrong_labels_and_the_temperature(share):
+    found = fit_mixture(planted_margins(share))
+    assert found.share == pytest.approx(share, abs=0.03)
+    if share < 0.3:  # with more wrong labels, many pairs of temperature and share are about as likely
+        assert found.temperature == pytest.approx(2.0, rel=0.2)
+
+
+def test_no_other_share_makes_the_labels_likelier():
+    margins = planted_margins(0.15, pairs=500)
+    found = fit_mixture(margins)
+    draw = np.random.default_rng(1)
+    for share, temperature in zip(draw.uniform(0, 0.5, 300), np.exp(draw.uniform(-2, 2, 300)), strict=True):
+        assert log_likelihoods(margins, share, temperature).mean() <= found.log_likelihood + 1e-4
+
+
+def test_the_posterior_is_bayes_rule():
+    margins = np.array([-7.0, -0.3, 0.0, 2.5, 40.0])
+    found = posterior_wrong(margins, 0.2, 1.5)
+    for margin, value in zip(margins, found, strict=True):
+        right = 1 / (1 + math.exp(-margin / 1.5))
+        joint_wrong, joint_right = 0.2 * (1 - right), 0.8 * right
+        assert value == pytest.approx(joint_wrong / (joint_wrong + joint_right), abs=1e-12)
+
+
+def test_where_nothing_is_wrong_no_pair_is_suspected_however_small_its_margin():
+    np.testing.assert_array_equal(posterior_wrong(np.array([-50.0, 0.0, 3.0]), 0.0, 1.0), np.zeros(3))
+
+
+def test_expected_wrong_labels_are_as_many_as_the_share_says():
+    margins = planted_margins(0.25)
+    found = fit_mixture(margins)
+    assert posterior_wrong(margins, found.share, found.temperature).mean() == pytest.approx(0.25, abs=0.03)
+
+
+def test_intervals_hold_the_true_share_about_as_often_as_they_say():
+    groups = np.arange(600, dtype=np.uint64)
+    held = 0
+    for seed in range(20):
+        found = share_interval(planted_margins(0.2, pairs=600, seed=seed), groups, resamples=100)
+        held += found.low - 1e-9 <= 0.2 <= found.high + 1e-9
+    assert held >= 16
+
+
+@pytest.mark.parametrize("margins", [[], [1.0, math.nan], [math.inf, 2.0]])
+def test_margins_that_are_not_finite_are_refused(margins):
+    with pytest.raises(ValueError, match="finite margins"):
+        fit_mixture(np.array(margins))
+
+
+def test_pairs_of_a_prompt_share_a_fold_and_folds_are_alike_in_size():
+    groups = np.random.default_rng(0).integers(0, 40, 500).astype(np.uint64)
+    fold_of = prompt_folds(groups, 5, seed=3)
+    assert all(len(set(fold_of[groups == group])) == 1 for group in groups)
+    sizes = np.bincount(fold_of)
+    assert len(sizes) == 5 and sizes.max() - sizes.min() <= np.bincount(groups.astype(int)).max()
+
+
+@pytest.mark.parametrize("head", ["linear", "mlp"])
+def test_the_label_of_a_pair_has_no_say_in_its_own_margin(head):
+    chosen, rejected = torch.randn(2, 60, 8, generator=torch.Generator().manual_seed(0))
+    fold_of = prompt_folds(np.arange(60, dtype=np.uint64), 4, seed=0)
+    training = HeadTraining(head=head, hidden=16, epochs=1)
+    before = out_of_fold_margins(chosen, rejected, fold_of, training, seed=1)
+    pair = 17
+    swapped_chosen, swapped_rejected = chosen.clone(), rejected.clone()
+    swapped_chosen[pair], swapped_rejected[pair] = rejected[pair], chosen[pair]
+    after = out_of_fold_margins(swapped_chosen, swapped_rejected, fold_of, training, seed=1)
+    assert after[pair] == -before[pair] != 0
+    others = (fold_of == fold_of[pair]) & (np.arange(60) != pair)
+    np.testing.assert_array_equal(after[others], before[others])
+    assert not np.array_equal(after[fold_of != fold_of[pair]], before[fold_of != fold_of[pair]])
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory, tiny_pairs):
+    """The tiny pairs, every eighth with its answers swapped."""
+    rows = [json.loads(line) for line in tiny_pairs.read_text().splitlines()]
+    for row in rows[::8]:
+        row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
+    for number, row in enumerate(rows):
+        row |= {"source": "web" if number % 3 else "book", "note": number}
+    path = tmp_path_factory.mktemp("planted") / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def audit(tmp_path_factory, tiny_model, planted):
+    """The folder of an audit of the planted pairs, with its cache of features beside it."""
+    folder = tmp_path_factory.mktemp("audit") / "audit"
+    assert run_audit(planted, tiny_model, folder) == 0
+    return folder
+
+
+def run_audit(pairs, model, folder, *options):
+    cache = ("--cache-dir", str(folder.parent / "cache"), "--repeats", "2")
+    return main(["data", "audit", str(pairs), "--model", str(model), "-o", str(folder), *cache, *options])
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_swapped_pairs_head_the_list_of_suspects(audit):
+    suspects = lines_of(audit / "suspects.jsonl")
+    assert len(suspects) == 90
+    planted_rows = {f"pairs.jsonl:{number + 1}" for number in range(0, 90, 8)}
+    assert len(planted_rows & {line["row"] for line in suspects[:12]}) >= 8
+    margins = [line["margin"] for line in suspects]
+    assert margins == sorted(margins)
+    assert suspects[0]["chosen"].split()[-1] == "sad"
+
+
+def test_the_data_comes_back_in_order_with_columns_beside_its_own(audit, planted):
+    before, after = lines_of(planted), lines_of(audit / "pairs.jsonl")
+    assert [{name: row[name] for name in old} for old, row in zip(before, after, strict=True)] == before
+    for row in after:
+        assert row["audit_weight"] == pytest.approx(1 - row["audit_wrong"], abs=1e-5)
+        assert row["audit_label"] == ("swap" if row["audit_wrong"] > 0.5 else "as_given")
+        assert row["audit_margin_sd"] >= 0
+
+
+def test_the_summary_has_the_share_with_its_interval_also_by_source(audit):
+    summary = json.loads((audit / "summary.json").read_text())
+    share = summary["share_wrong"]
+    assert share["low"] <= share["estimate"] <= share["high"]
+    assert 0.05 < share["estimate"] < 0.25
+    assert {name: group["pairs"] for name, group in summary["by"]["source"].items()} == {"web": 60, "book": 30}
+    assert summary["by"]["annotator"] == "no row has this column"
+
+
+def test_a_second_audit_of_the_same_pairs_needs_no_model_and_says_the_same(audit, planted, tiny_model, monkeypatch):
+    monkeypatch.setattr(features, "_load", lambda *_: pytest.fail("the features are there already"))
+    first = (audit / "pairs.jsonl").read_bytes()
+    assert run_audit(planted, tiny_model, audit) == 0
+    assert (audit / "pairs.jsonl").read_bytes() == first
+
+
+def test_another_layer_has_features_of_its_own(audit, planted, tiny_model, monkeypatch):
+    asked = []
+    load = features._load
+    monkeypatch.setattr(features, "_load", lambda *given: asked.append(given) or load(*given))
+    assert run_audit(planted, tiny_model, audit.with_name("other"), "--layer", "2", "--head", "linear") == 0
+    assert len(asked) == 1
+
+
+def test_an_audit_of_an_audit_replaces_its_columns(audit, tiny_model):
+    again = audit.with_name("again")
+    assert run_audit(audit / "pairs.jsonl", tiny_model, again) == 0
+    assert (again / "pairs.jsonl").read_text() == (audit / "pairs.jsonl").read_text()
+
+
+def test_one_source_only_is_said_in_words(planted, tiny_model, tmp_path):
+    rows = [row | {"source": "web"} for row in lines_of(planted)]
+    pairs = tmp_path / "one.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run_audit(pairs, tiny_model, tmp_path / "audit", "--head", "linear") == 0
+    summary = json.loads((tmp_path / "audit" / "summary.json").read_text())
+    assert summary["by"]["source"] == "all rows have web: nothing to compare"
+
+
+@pytest.mark.parametrize(("prompts", "folds"), [(3, "5"), (1, "2")])
+def test_fewer_prompts_than_folds_are_one_line(planted, tiny_model, tmp_path, capsys, prompts, folds):
+    rows = [row | {"prompt": f"prompt {number % prompts}"} for number, row in enumerate(lines_of(planted))]
+    pairs = tmp_path / "few.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run_audit(pairs, tiny_model, tmp_path / "audit", "--folds", folds) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "folds" in line]
+    assert f"{prompts} different prompts make no {folds} folds" in line
+
+
+def test_features_that_are_not_finite_are_one_line_and_are_not_kept(planted, tiny_model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(features, "_states", lambda model, rows, tokens: np.full((len(rows), 4), np.nan, np.float32))
+    assert run_audit(planted, tiny_model, tmp_path / "audit") == 2
+    assert "are not finite for some answers" in capsys.readouterr().err
+    assert not list((tmp_path / "cache").rglob("*.npy"))
+
+
+def test_rows_that_cannot_be_read_are_counted_and_left_out(planted, tiny_model, tmp_path, capsys):
+    pairs = tmp_path / "bad.jsonl"
+    pairs.write_text(planted.read_text() + '{"prompt": "the sun", "chosen": 3}\nnot json\n')
+    assert run_audit(pairs, tiny_model, tmp_path / "audit", "--head", "linear") == 0
+    assert "2 rows are left out" in capsys.readouterr().err
+    assert json.loads((tmp_path / "audit" / "summary.json").read_text())["rows_left_out"] == 2
