@@ -171,7 +171,7 @@ def check_doctor(options: argparse.Namespace) -> None:
 CHECKS = {
     "plan": check_plan,
     "ds": check_ds,
-    "slurm": slurm._read,
+    "slurm": lambda options: slurm._read(options) if "profile" in options else None,  # the others name a run
     "doctor": check_doctor,
     "pipeline": lambda options: load_pipeline(options.recipe, options.overrides),
     "sweep": lambda options: plan_sweep(
