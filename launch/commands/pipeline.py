@@ -36,8 +36,7 @@ def add_parser(subparsers: Subparsers) -> None:
     for each in (running, status):
         each.add_argument("recipe", type=recipe_path, metavar="RECIPE", help="the pipeline's YAML, or shipped:NAME")
         add_settings(each, "settings; also vars.key=value", "STAGE.key=value")
-        forget = "leave out the settings that earlier calls gave on the command line"
-        each.add_argument("--forget", action="store_true", help=forget)
+        add_forget(each)
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +51,11 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add_any_code(parser)
     redo = "do this one again, and what builds on it; may be given again"
     parser.add_argument("--redo", action="append", default=[], metavar="NAME", help=redo)
+
+
+def add_forget(parser: argparse.ArgumentParser) -> None:
+    forget = "leave out the settings that earlier calls gave on the command line"
+    parser.add_argument("--forget", action="store_true", help=forget)
 
 
 def add_any_code(parser: argparse.ArgumentParser) -> None:

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from launch.commands.arguments import Subparsers, add_recipes, add_settings, command, group
-from launch.commands.pipeline import add_run_options, run_settings, show
+from launch.commands.pipeline import add_forget, add_run_options, run_settings, show
 from launch.screen import console
 from launch.stages import STAGES, training
 from rlhf.core.paths import home_path
@@ -17,8 +17,9 @@ loss.kind=all takes every objective of the preference stage that reads pairs. Al
 starts.
 
 A sweep is a pipeline with one entry for each run: runs that are finished with the same settings, data and code are
-skipped, one that was begun goes on from its checkpoint, and it is stopped and watched like one. It leaves sweep.md,
-sweep.json and sweep.png in its folder, one run folder for each run, and what they printed in logs/.
+skipped, one that was begun goes on from its checkpoint, and it is stopped and watched like one. A call that gives no
+setting several values goes on with those of the call before. It leaves sweep.md, sweep.json and sweep.png in its
+folder, one run folder for each run, and what they printed in logs/.
 
 Exit status: 0 done; 1 a run failed; 2 something is refused; 75 stopped, to be continued; 130 ended at once.
 """
@@ -32,16 +33,18 @@ def add_parser(subparsers: Subparsers) -> None:
         place = f"(default: {FOLDER}/ and the recipe's name)"
         stage.add_argument("--output", metavar="FOLDER", type=home_path, help=place)
         add_run_options(stage)
+        add_forget(stage)
         add_settings(stage, "settings; key=a,b,c tries each")
 
 
 def run(options: argparse.Namespace) -> int:
     from launch.pipeline.run import PipelineRun
-    from launch.pipeline.sweep import plan_sweep
+    from launch.pipeline.sweep import plan_remembering
     from launch.pipeline.sweep_report import comparison_table, report_of, write_report
 
     folder = options.output or FOLDER / options.config[-1].stem
-    sweep = plan_sweep(STAGES[options.stage], options.config, options.overrides, folder)
+    stage = STAGES[options.stage]
+    sweep = plan_remembering(stage, options.config, options.overrides, folder, forget=options.forget)
     if options.dry_run:
         return show(sweep.pipeline, options.any_code, options.redo)
     screen = console()

@@ -208,7 +208,7 @@ class Progress:
 
     def remember(self) -> None:
         """Keep the settings that the command line gave, for calls that do not repeat them."""
-        path = _overrides_file(self._pipeline)
+        path = _overrides_file(self._pipeline.output)
         if self._pipeline.overrides or path.exists():
             write_json(path, {"recipe": _name(self._pipeline.recipe), "overrides": [*self._pipeline.overrides]})
 
@@ -250,8 +250,7 @@ def load_remembering(path: Path, overrides: Sequence[str] = (), *, forget: bool 
         ConfigError: as :func:`load_pipeline`, saying so where it is about what an earlier call gave.
     """
     pipeline = load_pipeline(path, overrides)
-    given = {override.partition("=")[0] for override in overrides}
-    kept = [each for each in _remembered(pipeline) if each.partition("=")[0] not in {"output", *given}]
+    kept = kept_settings(pipeline.output, path, overrides)
     if forget or not kept:
         return pipeline
     try:
@@ -260,16 +259,19 @@ def load_remembering(path: Path, overrides: Sequence[str] = (), *, forget: bool 
         raise ConfigError(f"{error}\n  with {' '.join(kept)} of an earlier call; --forget leaves that out") from None
 
 
-def _remembered(pipeline: Pipeline) -> list[str]:
+def kept_settings(output: Path, recipe: Path, overrides: Sequence[str]) -> list[str]:
+    """What an earlier run of ``recipe`` in ``output`` was given on its command line, and ``overrides`` do not name."""
     try:
-        found = json.loads(_overrides_file(pipeline).read_text())
+        found = json.loads(_overrides_file(output).read_text())
     except (OSError, ValueError):
         return []
-    return found["overrides"] if found["recipe"] == _name(pipeline.recipe) else []
+    given = {"output", *(override.partition("=")[0] for override in overrides)}
+    kept = found["overrides"] if found["recipe"] == _name(recipe) else []
+    return [each for each in kept if each.partition("=")[0] not in given]
 
 
-def _overrides_file(pipeline: Pipeline) -> Path:
-    return pipeline.output / NOTES / "overrides.json"
+def _overrides_file(output: Path) -> Path:
+    return output / NOTES / "overrides.json"
 
 
 def _name(recipe: Path | None) -> str:

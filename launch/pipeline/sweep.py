@@ -4,10 +4,11 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from launch.pipeline.state import kept_settings
 from launch.runs import Pipeline, PipelineStage
 from launch.stages import Stage, load
 from rlhf.config import load_config
@@ -35,6 +36,31 @@ class Sweep:
 
 def comparison_of(stage: Stage) -> Comparison:
     return load(stage.comparison) if stage.comparison else Comparison()
+
+
+def plan_remembering(
+    stage: Stage, recipes: Sequence[Path], overrides: Sequence[str], folder: Path, *, forget: bool = False
+) -> Sweep:
+    """Sweep as :func:`plan_sweep` does; ``overrides`` without an axis are on top of those of the earlier one.
+
+    Those with an axis are another sweep, of which nothing is remembered.
+
+    Args:
+        stage: as :func:`plan_sweep` takes it, and so are the others.
+        recipes: the last one must be that of the earlier sweep.
+        overrides: of this call; of a key that both name, this one counts.
+        folder: of the sweep.
+        forget: leave out what was given earlier.
+    """
+    has_axis = any(len(split_values(text.partition("=")[2])) > 1 or text.endswith("=all") for text in overrides)
+    kept = [] if forget or has_axis else kept_settings(folder, recipes[-1], overrides)
+    if not kept:
+        return plan_sweep(stage, recipes, overrides, folder)
+    try:
+        sweep = plan_sweep(stage, recipes, [*kept, *overrides], folder)
+    except ConfigError as error:
+        raise ConfigError(f"{error}\n  with {' '.join(kept)} of an earlier call; --forget leaves that out") from None
+    return replace(sweep, pipeline=replace(sweep.pipeline, remembered=tuple(kept)))
 
 
 def plan_sweep(stage: Stage, recipes: Sequence[Path], overrides: Sequence[str], folder: Path) -> Sweep:
@@ -67,7 +93,14 @@ def plan_sweep(stage: Stage, recipes: Sequence[Path], overrides: Sequence[str], 
         runs.append(PipelineStage(name=name, stage=stage, config=config))
     if problems:
         raise ConfigError(_refusal(problems, len(names), program))
-    pipeline = Pipeline(name=f"sweep {stage.name}", output=folder, stages=tuple(runs), elsewhere="--output FOLDER")
+    pipeline = Pipeline(
+        name=f"sweep {stage.name}",
+        output=folder,
+        stages=tuple(runs),
+        elsewhere="--output FOLDER",
+        recipe=recipes[-1] if recipes else None,
+        overrides=tuple(overrides),
+    )
     return Sweep(stage=stage, pipeline=pipeline, points=dict(zip(names, points, strict=True)))
 
 

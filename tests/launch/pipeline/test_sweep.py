@@ -220,6 +220,29 @@ def test_finished_runs_are_skipped_until_their_settings_change(training_toys, sw
     assert (toys.folder / "out" / "number_1.before").is_dir()
 
 
+def test_a_call_without_several_values_goes_on_with_those_of_the_call_before(training_toys, sweep, capsys):
+    assert sweep("number=1,2", "steps=3") == 0
+    capsys.readouterr()
+    assert sweep() == 0
+    said = capsys.readouterr().out
+    assert "as an earlier call said: number=1,2 steps=3 (--forget leaves that out)" in said
+    assert [training_toys.starts(f"number_{number}") for number in (1, 2)] == [1, 1]
+    assert sweep("steps=2", "--dry-run") == 0
+    assert "number_1" in capsys.readouterr().out
+
+
+def test_another_sweep_in_the_folder_and_one_that_forgets_take_nothing_of_the_call_before(training_toys, sweep, capsys):
+    assert sweep("number=1,2", "steps=3") == 0
+    capsys.readouterr()
+    assert sweep("steps=1,2", "--dry-run") == 0
+    assert "number_" not in capsys.readouterr().out
+    assert sweep("--forget") == 2
+    assert "nothing to compare" in capsys.readouterr().err
+    assert sweep("number=1") == 2
+    said = capsys.readouterr().err
+    assert "nothing to compare" in said and "with steps=3 of an earlier call; --forget leaves that out" in said
+
+
 @pytest.mark.parametrize("what", ["every row", "one file of a folder"])
 def test_runs_on_data_that_was_replaced_are_done_again(training_toys, sweep, what):
     data = training_toys.folder / "rows"
