@@ -269,7 +269,7 @@ class PpoConfig:
 
     output: Annotated[Path, NoResult()]
     """Run folder: config, logs, rollouts, checkpoints, and final/ when done."""
-    preset: Literal["grpo", "dr_grpo", "rloo", "reinforce_pp"] | None = None
+    preset: Literal["grpo", "dr_grpo", "gspo", "rloo", "reinforce_pp"] | None = None
     """Settings of a method as its paper has them, in the place of defaults; what the recipe sets itself wins, and the
     log says where that differs from the paper. Null: PPO, or what the recipe makes of it."""
     policy: PolicyConfig

@@ -68,6 +68,23 @@ PRESETS: Mapping[str, Preset] = {
         },
         updates=8,  # 128 prompts with 8 responses each (--rollout_batch_size), 128 to an update (--train_batch_size)
     ),
+    "gspo": Preset(
+        source="Zheng et al., arXiv:2507.18071v2, sec. 5.1, without KL; the samples to a prompt are ours",
+        settings={
+            **PLAIN,
+            "advantage.estimator": "grpo",  # eq. 6
+            "advantage.whiten": False,
+            "rollout.samples": 8,
+            "kl.place": "reward",
+            "kl.estimator": None,
+            "kl.coefficient": 0.0,
+            "loss.ratio": "sequence",  # eq. 7
+            "loss.clip_low": 3e-4,  # sec. 5.1
+            "loss.clip_high": 4e-4,  # sec. 5.1
+            "loss.normalize": "sequence",  # eq. 5
+        },
+        updates=4,  # sec. 5.1: four minibatches of a batch of rollouts
+    ),
     "rloo": Preset(
         source="Ahmadian et al., arXiv:2402.14740; a constant factor in the loss, which Adam does not see, is ours",
         settings={
@@ -99,7 +116,8 @@ PRESETS: Mapping[str, Preset] = {
     ),
 }
 """GRPO's paper states no clip, and takes one update, which meets none: 0.2 is PPO's. RLOO's paper has neither ratio nor
-clip: in the second of its two updates, they are ours. Its appendix C is read as TRL's index of papers quotes it."""
+clip: in the second of its two updates, they are ours. Its appendix C, GSPO's section 5.1 and that GSPO has no KL are
+read as TRL's index of papers quotes them."""
 
 
 def preset_values(values: Settings) -> dict[str, Any]:

@@ -119,6 +119,10 @@ METHODS = {
         "advantage.estimator": "grpo_unscaled", "kl.coefficient": 0, "loss.normalize": "constant",
         "rollout.samples": 8, "updates": 8, "minibatch": 64,
     },
+    "gspo": {
+        "advantage.estimator": "grpo", "kl.coefficient": 0, "loss.normalize": "sequence", "loss.ratio": "sequence",
+        "loss.clip_low": 0.0003, "loss.upper": 0.0004, "rollout.samples": 8, "updates": 4, "minibatch": 128,
+    },
     "rloo": {
         "advantage.estimator": "rloo", "kl.coefficient": 0.03, "kl.place": "reward", "kl.kind": "k1",
         "rollout.samples": 4, "updates": 2, "minibatch": 128,
