@@ -37,7 +37,7 @@ STEPS = {"reward": 800, "preference": 400, "ppo": 100}
 LOST = ("NODE_FAIL", "FAILED", "TIMEOUT", "CANCELLED", "PREEMPTED", "BOOT_FAIL", "OUT_OF_MEMORY", "DEADLINE")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="folder of both pipelines and their models")
     parser.add_argument("--times", type=int, default=3, help="how often each thing happens")
@@ -230,7 +230,7 @@ def run_disturbed(runner: Runner, kinds: list[str], seconds: tuple[float, float]
 
 
 def main() -> int:
-    options = build_parser().parse_args()
+    options = _parser().parse_args()
     missing = [program for program in PROGRAMS if shutil.which(program, path=SYSTEM) is None]
     if missing:
         sys.exit(f"no {', '.join(missing)}: apt-get install slurm-wlm munge")

@@ -3,6 +3,7 @@
 python benchmarks/planning.py
 """
 
+import argparse
 import time
 from collections.abc import Callable
 
@@ -20,7 +21,12 @@ def seconds(work: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
+def build_parser() -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
 def main() -> None:
+    build_parser().parse_args()
     generator = np.random.default_rng(0)
     lengths = np.clip(generator.gamma(4.0, TOKENS / 8, size=(ROWS // 2, 2)), 8, TOKENS).astype(int)
     for budget in BUDGETS:

@@ -137,7 +137,7 @@ def measure(options: argparse.Namespace, ranks: int) -> list[dict[str, int]]:
     return [json.loads(output.splitlines()[-1]) for output in outputs]
 
 
-def main() -> None:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="llama-3.2-1b", help="a name that rlhf plan knows")
     parser.add_argument("--layers", type=int, help="only so many of its layers")
@@ -147,7 +147,11 @@ def main() -> None:
     parser.add_argument("--lora", type=int, default=0, help="rank of adapters; 0: all weights are trained")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--as-rank", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    options = build_parser().parse_args()
     if options.as_rank:
         print(json.dumps(start(options)), flush=True)
         return

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks import make_corpus
+from benchmarks import disturbances, make_corpus
 from launch.cli import build_parser
 from launch.commands import ds, slurm
 from launch.jobs import hostfile
@@ -269,6 +269,7 @@ MODULES = {
     "launch.jobs.hostfile": parse_hostfile,
     "benchmarks.measure": parse_measure,
     "benchmarks.make_corpus": lambda words: make_corpus._parser().parse_args(words),
+    "benchmarks.disturbances": lambda words: disturbances._parser().parse_args(words),
 }
 
 
