@@ -15,13 +15,12 @@ from policy.options import PolicyConfig
 from policy.self_check import check_logprobs
 from rlhf.core.errors import ModelError
 from rlhf.core.logprobs import TokenLogprobs, head_logits, token_logprobs
-from rlhf.data.batching import LengthBucket
+from rlhf.data.batching import LengthBucket, token_blocks
 from rlhf.engine.frozen import Frozen
 from rlhf.models import backbones
 from rlhf.models.adapters import absolute_base, adapter_base, merge_adapters
 from rlhf.models.hidden_states import backbone_of, last_states
 from rlhf.models.options import BackboneConfig
-from rlhf.models.prefix_sharing import longest_packed_row
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -66,8 +65,6 @@ class PolicyModel(nn.Module):
         self._adapters: tuple[PeftModel, ...] = ()
         self.grown = False
         """Whether there are more tokens than the embedding on disk has rows for."""
-        self.longest_packed_row = 0
-        """Tokens; see :func:`rlhf.models.prefix_sharing.longest_packed_row`. Known where the model was checked."""
         head = hf.get_output_embeddings()
         if type(head) is not nn.Linear:
             raise ModelError(f"{type(hf).__name__}: the output projection is {type(head).__name__}, expected a Linear")
@@ -91,7 +88,7 @@ class PolicyModel(nn.Module):
             return self._next_logits(decode)
         asked = {"with_square_sums": with_square_sums, "with_entropies": with_entropies}
         options = {**self._logits, **asked, "temperature": temperature}
-        blocks = list(last_states(self.hf, [bucket.block for bucket in buckets]))
+        blocks = list(last_states(self.hf, *token_blocks(buckets)))
         found = self._next_logprobs(blocks, buckets, options)
         masks = [bucket.response_mask for bucket in buckets]
         return PolicyOutput(
@@ -247,7 +244,6 @@ def build_policy(
     model.grown = on_disk is not None and backbones.embedding_rows(hf) > on_disk
     if checked:
         check_logprobs(model, f"{setting} = {config.path}")
-        model.longest_packed_row = longest_packed_row(hf)
     backbones.apply_kernels(hf, config)
     adapter = None
     if config.lora is not None:

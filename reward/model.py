@@ -25,12 +25,11 @@ from rlhf.core.files import write_json
 from rlhf.core.heads import HEAD_NAMES
 from rlhf.core.logprobs import response_logprobs
 from rlhf.core.masking import last_token_index
-from rlhf.data.batching import LengthBucket
+from rlhf.data.batching import LengthBucket, token_blocks
 from rlhf.models import backbones
 from rlhf.models.adapters import merge_adapters
 from rlhf.models.hidden_states import backbone_of, last_states
 from rlhf.models.options import BackboneConfig
-from rlhf.models.prefix_sharing import longest_packed_row
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -61,8 +60,6 @@ class RewardModel(nn.Module):
         self.hf = hf
         self.lm_head = lm_head
         self.is_decoder = hasattr(hf, "score")
-        self.longest_packed_row = 0
-        """Tokens; see :func:`rlhf.models.prefix_sharing.longest_packed_row`. Known where the model was checked."""
         self._adapters: tuple[PeftModel, ...] = ()
         self._head_input: list[Tensor] = []
         self.head_origin = ""
@@ -77,7 +74,7 @@ class RewardModel(nn.Module):
     def forward(self, buckets: Sequence[LengthBucket]) -> Scores:
         """Score right-padded length buckets, one after the other; rows come back in the order of the buckets."""
         if self.is_decoder:
-            blocks = last_states(self.hf, [bucket.block for bucket in buckets])
+            blocks = last_states(self.hf, *token_blocks(buckets))
             parts = [self._score_states(states, bucket) for states, bucket in zip(blocks, buckets, strict=True)]
         else:
             parts = [self._score_encoder(bucket.tokens, bucket.token_mask) for bucket in buckets]
@@ -199,7 +196,6 @@ def build_reward_model(
     model.head_origin = origin
     if checked:
         check_scores(model, f"{setting} = {config.path}")
-        model.longest_packed_row = longest_packed_row(hf) if model.is_decoder else 0
     backbones.apply_kernels(hf, config)
     make_trainable(model, config, dtype)
     return model

@@ -10,7 +10,7 @@ from torch import Tensor
 from reward.config import RewardConfig
 from reward.evaluate import Evaluation, evaluate_held_out
 from reward.margin_maker import MarginMaker
-from reward.model import RewardModel, Scores
+from reward.model import Scores
 from reward.pairs import Pairs, concatenate, detached_pairs, gather_pairs
 from reward.statistics import StepStatistics
 from reward.tables import LOSSES
@@ -39,7 +39,7 @@ class RewardTask:
         total_steps: int,
     ) -> None:
         self._engine, self._config = engine, config
-        self._batches = BatchMaker(engine.ranks, config.train, _longest_packed_row(engine))
+        self._batches = BatchMaker(engine.ranks, config.train)
         self._train, self._held_out = train, held_out
         self._loss = LOSSES[config.loss.kind]
         self._margins = MarginMaker(config.margin, total_steps)
@@ -157,13 +157,6 @@ class RewardTask:
             )
         chosen, rejected = rewards.unbind(dim=1)
         return evaluate_held_out(chosen.numpy(), rejected.numpy(), lengths=data.lengths, scores=data.scores)
-
-
-def _longest_packed_row(engine: Engine) -> int:
-    """What the main rank found when it checked the model."""
-    model = engine.module
-    assert isinstance(model, RewardModel)
-    return engine.ranks.on_main(lambda: model.longest_packed_row)
 
 
 def _pairs(scores: Scores, batch: Batch) -> Pairs:

@@ -196,7 +196,7 @@ def _kill(processes: list[Rank]) -> None:
 NOTHING = 1e-6
 CHANCE = ("accuracy", "margin/gap_correlation", "margin/misranked_share")
 """What the sign of a gap decides, where it is rounding: a policy that still is its reference."""
-NOT_COMPARED = ("time/", "memory/", "padding_share", "margin/residual", "margin/transport_cost")
+NOT_COMPARED = ("time/", "memory/", "padding_share", "shared_share", "margin/residual", "margin/transport_cost")
 
 
 def metric_rows(folder: Path, kind: str = "train") -> list[dict]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from reward.config import RewardModelConfig
 from reward.model import RewardModel, build_reward_model, load_reward_model, make_trainable
 from rlhf.core.errors import ModelError
-from rlhf.data.batching import LengthBucket
+from rlhf.data.batching import LengthBucket, token_blocks
 from rlhf.models.backbones import embedding_rows, switch_dropout_off
 from rlhf.models.hidden_states import last_states
 from rlhf.models.manifest import MANIFEST_NAME, RewardStatistics, read_manifest
@@ -45,7 +45,7 @@ class ValueModel(nn.Module):
 
     def forward(self, buckets: Sequence[LengthBucket]) -> tuple[Tensor, ...]:
         """``(R, T - 1)`` float32 values of each bucket: place t is the value before token t + 1; 0 off the response."""
-        blocks = last_states(self.scorer.hf, [bucket.block for bucket in buckets])
+        blocks = last_states(self.scorer.hf, *token_blocks(buckets))
         return tuple(self._values(states, bucket) for states, bucket in zip(blocks, buckets, strict=True))
 
     def _values(self, states: Tensor, bucket: LengthBucket) -> Tensor:

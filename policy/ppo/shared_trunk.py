@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from policy.model import PolicyModel
 from policy.ppo.critic import response_values
 from reward.model import Float32Linear, draw
-from rlhf.data.batching import LengthBucket
+from rlhf.data.batching import LengthBucket, token_blocks
 from rlhf.models.backbones import freeze_adapters_below
 from rlhf.models.hidden_states import last_states
 
@@ -63,7 +63,7 @@ class SharedTrunkCritic(nn.Module):
     def forward(self, buckets: Sequence[LengthBucket]) -> tuple[Tensor, ...]:
         """Values of each bucket; see :meth:`policy.ppo.critic.ValueModel.forward`."""
         with self._active():
-            blocks = list(last_states(self._hf, [bucket.block for bucket in buckets]))
+            blocks = list(last_states(self._hf, *token_blocks(buckets)))
         return tuple(
             response_values(states, bucket.response_mask, self.score)
             for states, bucket in zip(blocks, buckets, strict=True)

@@ -8,7 +8,7 @@ from typing import Any
 from policy.model import PolicyModel, build_policy
 from policy.preference.config import PreferenceConfig
 from policy.preference.reference import CacheJob, LiveReference, Reference, cache_folder, open_cache
-from policy.preference.task import PreferenceTask, batch_maker
+from policy.preference.task import PreferenceTask
 from policy.preference.telemetry import HeldOut, print_evaluation
 from policy.publish import PublishablePolicy
 from rlhf.data.batching import ItemSource
@@ -146,10 +146,9 @@ class _References:
             "reference weights": self.weights,
             "precision": precision_of(config.engine),
         }
-        same = role.backbone.path == config.model.path
         job = CacheJob(
             data=data,
-            batches=batch_maker([self._engine], config) if same else BatchMaker(ranks, config.train),
+            batches=BatchMaker(ranks, config.train),
             key=key,
             shard_items=settings.shard_pairs,
             verify_items=settings.verify_pairs,

@@ -1,13 +1,12 @@
 """What the optimizer loop asks of the preference stage: micro-batches, their loss, and held-out metrics."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from policy.model import PolicyOutput, policy_of
+from policy.model import PolicyOutput
 from policy.preference.columns import SIDES, RowSums, View, gathered_columns, implicit_rewards, row_sums, view
 from policy.preference.config import PreferenceConfig
 from policy.preference.losses import LOSSES
@@ -22,7 +21,6 @@ from reward.pairs import Pairs, concatenate, detached_pairs, gather_pairs
 from reward.telemetry import margin_telemetry
 from rlhf.data.batching import Batch, ItemSource
 from rlhf.engine.api import Engine
-from rlhf.engine.frozen import Frozen
 from rlhf.train.batches import BatchMaker, without_gradient
 
 
@@ -47,8 +45,7 @@ class PreferenceTask:
         self._engine, self._config = engine, config
         self._train, self._held_out = train, held_out
         self._reference, self._held_out_reference = references
-        live = [each.model for each in references if isinstance(each, LiveReference)]
-        self._batches = batch_maker([engine, *live], config)
+        self._batches = BatchMaker(engine.ranks, config.train)
         self._terms = [(term, LOSSES[term.kind], BatchStatistics(term)) for term in config.loss.terms]
         self._gathers = config.loss.takes_margins or any(statistics.names for _, _, statistics in self._terms)
         self._margins = MarginMaker(config.margins, total_steps)
@@ -209,16 +206,6 @@ class PreferenceTask:
                 seen.add(batch, view(row_sums(output, batch), reference, batch, self._config.loss), offset=start)
         self.evaluation, metrics = held_out_evaluation(seen.gathered(), self._held_out, self._config.loss)
         return metrics
-
-
-def batch_maker(models: Sequence[Frozen], config: PreferenceConfig) -> BatchMaker:
-    """Makes micro-batches that all ``models`` are asked about: prompts of pairs are shared where each of them can.
-
-    The two rows of an unpaired item are asked apart. Every rank must call it.
-    """
-    ranks = models[0].ranks
-    longest = ranks.on_main(lambda: min(policy_of(model).longest_packed_row for model in models))
-    return BatchMaker(ranks, config.train, 0 if config.loss.objective.unpaired else longest)
 
 
 def _delta_schedule(config: PreferenceConfig, total_steps: int) -> DeltaSchedule | None:

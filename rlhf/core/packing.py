@@ -1,100 +1,127 @@
-"""Rows that begin alike, as one row: the common beginning is computed once, and no row sees what is another's own.
+"""Rows of tokens as one sequence without padding, in which tokens with the same past stand once.
 
-The two answers of a pair share their prompt. In place of two rows
-
-    P P P A A        the packed row is   P P P A A B B B
-    P P P B B B      with positions      0 1 2 3 4 3 4 5
-
-where a token of A sees P and what stands before it in A, and a token of B sees P and what stands before it in B. A
-causal model gives each token the same state either way.
+A causal model computes the same for a token and its past wherever they stand. So the prompt of two answers, the system
+prompt of a whole micro-batch, and everything else that rows begin alike with, needs to be computed once.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
-
-COMMON = 0
-PADDING = -1
+from torch.autograd.function import once_differentiable
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackedRows:
-    """K packed rows, made of R rows of up to T tokens."""
+class Packing:
+    """N tokens of one sequence, and where they stand in blocks of padded rows.
 
-    tokens: Tensor
-    """``(K, L)`` int64, padded on the right."""
-    positions: Tensor
-    """``(K, L)`` int64 places of the tokens in their own rows."""
-    segments: Tensor
-    """``(K, L)`` int64: :data:`COMMON`, s + 1 for the rest of the s-th row of those packed together, or
-    :data:`PADDING`."""
-    places: Tensor
-    """``(R, T)`` int64: where in the flattened ``(K * L,)`` the state of each token stands; behind a row, anywhere."""
+    The places are those of all ``(R, T)`` blocks end to end, row by row: P of them.
+    """
 
-    def visible(self) -> Tensor:
-        """``(K, 1, L, L)`` bool: which tokens each token sees. Padding sees itself alone."""
-        own, seen = self.segments[:, :, None], self.segments[:, None, :]
-        count = self.segments.shape[1]
-        earlier = torch.ones(count, count, dtype=torch.bool, device=own.device).tril()
-        itself = torch.eye(count, dtype=torch.bool, device=own.device)
-        return (((seen == own) | (seen == COMMON)) & (own != PADDING) & earlier | itself)[:, None]
+    tokens: Tensor  # (N,) int64
+    positions: Tensor  # (N,) int64, each token's in its rows, from 0
+    first: Tensor  # (N,) int64, the first place of each token
+    slots: Tensor  # (P,) int64, the token of the sequence at each place; of padding, any
+    repeats: Tensor  # (M,) int64, the other places of tokens that stand in several rows
+    shapes: tuple[tuple[int, int], ...]  # of the blocks
 
-    def unpacked(self, states: Tensor) -> Tensor:
-        """``(R, T, D)`` states of the rows, from ``(K, L, D)`` of the packed ones."""
-        return states.flatten(0, 1).index_select(0, self.places.flatten()).view(*self.places.shape, -1)
+    def spread(self, values: Tensor) -> Tensor:
+        """``(P, ...)`` from ``(N, ...)``: the value of each place's token. No gradient comes from padding."""
+        return _Spread.apply(values, self)
 
-    def to(self, device: torch.device) -> "PackedRows":
-        return PackedRows(**{each.name: getattr(self, each.name).to(device) for each in fields(self)})
+    def collect(self, values: Tensor) -> Tensor:
+        """``(N, ...)`` from ``(P, ...)``: the value at the first place of each token."""
+        return _Collect.apply(values, self.first)
 
+    def blocks(self, values: Tensor) -> list[Tensor]:
+        """``(R, T, ...)`` of each block, from ``(P, ...)``."""
+        parts = values.split([rows * width for rows, width in self.shapes])
+        return [part.unflatten(0, shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
-def common_prefix(rows: Sequence[NDArray[np.integer]]) -> int:
-    """How many tokens all rows begin with."""
-    first, *others = rows
-    count = len(first)
-    for other in others:
-        count = min(count, len(other))
-        differs = first[:count] != other[:count]
-        if differs.any():
-            count = int(differs.argmax())
-    return count
+    def to(self, device: torch.device) -> "Packing":
+        moved: dict[str, Any] = {
+            field.name: value.to(device) if isinstance(value := getattr(self, field.name), Tensor) else value
+            for field in fields(self)
+        }
+        return Packing(**moved)
 
 
-def packed_length(rows: Sequence[NDArray[np.integer]]) -> int:
-    """Tokens of the packed row of ``rows``."""
-    return sum(map(len, rows)) - (len(rows) - 1) * common_prefix(rows)
-
-
-def pack(items: Sequence[Sequence[NDArray[np.integer]]]) -> PackedRows:
-    """One packed row for each item: the rows of an item are packed together, and come back one after the other.
+def pack(blocks: Sequence[tuple[np.ndarray, np.ndarray]]) -> Packing:
+    """Lay the rows of blocks end to end, the beginnings that they share once.
 
     Args:
-        items: K of them, each of as many ``(T,)`` rows of tokens.
+        blocks: of each the ``(R, T)`` tokens, padded on the right, and the ``(R,)`` lengths of its rows.
     """
-    width = max(map(packed_length, items))
-    longest = max(len(row) for rows in items for row in rows)
-    shape = (len(items), width)
-    tokens, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-    segments = np.full(shape, PADDING, np.int64)
-    places = np.zeros((sum(map(len, items)), longest), np.int64)
-    row_number = 0
-    for item, rows in enumerate(items):
-        common = end = common_prefix(rows)
-        tokens[item, :common], positions[item, :common], segments[item, :common] = (
-            rows[0][:common],
-            np.arange(common),
-            0,
-        )
-        for number, row in enumerate(rows):
-            own = slice(end, end + len(row) - common)
-            tokens[item, own], segments[item, own] = row[common:], number + 1
-            positions[item, own] = np.arange(common, len(row))
-            start = item * width
-            places[row_number, :common] = start + np.arange(common)
-            places[row_number, common : len(row)] = start + np.arange(own.start, own.stop)
-            end, row_number = own.stop, row_number + 1
-    arrays = {"tokens": tokens, "positions": positions, "segments": segments, "places": places}
-    return PackedRows(**{name: torch.from_numpy(values) for name, values in arrays.items()})
+    starts, rows = [], []
+    begin = 0
+    for tokens, lengths in blocks:
+        starts += (begin + np.arange(len(tokens)) * tokens.shape[1]).tolist()
+        rows += [row[:length] for row, length in zip(tokens, lengths.tolist(), strict=True)]
+        begin += tokens.size
+    slots = np.zeros(begin, np.int64)
+    first, repeats = [], []
+    count, before, place_before = 0, np.zeros(0, np.int64), 0
+    # In the order of a dictionary, a row has no longer beginning in common with any row before than with the last one.
+    for index in sorted(range(len(rows)), key=lambda index: rows[index].astype(">u4").tobytes()):
+        row, place = rows[index], starts[index]
+        alike = _common(before, row)
+        slots[place : place + alike] = slots[place_before : place_before + alike]
+        slots[place + alike : place + len(row)] = count + np.arange(len(row) - alike)
+        repeats.append(np.arange(place, place + alike))
+        first.append(np.arange(place + alike, place + len(row)))
+        count, before, place_before = count + len(row) - alike, row, place
+    places = np.concatenate(first)
+    columns = np.concatenate([np.tile(np.arange(tokens.shape[1]), len(tokens)) for tokens, _ in blocks])
+    flat = np.concatenate([tokens.reshape(-1) for tokens, _ in blocks])
+    return Packing(
+        tokens=torch.from_numpy(flat[places]),
+        positions=torch.from_numpy(columns[places]),
+        first=torch.from_numpy(places),
+        slots=torch.from_numpy(slots),
+        repeats=torch.from_numpy(np.concatenate(repeats)),
+        shapes=tuple((len(tokens), tokens.shape[1]) for tokens, _ in blocks),
+    )
+
+
+def _common(left: np.ndarray, right: np.ndarray) -> int:
+    """How many tokens two rows begin alike with."""
+    shorter = min(len(left), len(right))
+    differing = np.flatnonzero(left[:shorter] != right[:shorter])
+    return int(differing[0]) if len(differing) else shorter
+
+
+class _Spread(torch.autograd.Function):
+    """Written out, as the gradient of an index adds place after place; here all but the shared tokens are copied."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, packing: Packing) -> Tensor:
+        ctx.packing = packing
+        return values.index_select(0, packing.slots)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        packing: Packing = ctx.packing
+        gradient = upstream.index_select(0, packing.first)
+        if len(packing.repeats):
+            slots = packing.slots.index_select(0, packing.repeats)
+            gradient.index_add_(0, slots, upstream.index_select(0, packing.repeats))
+        return gradient, None
+
+
+class _Collect(torch.autograd.Function):
+    """Written out: every token has one first place, so that nothing needs to be added."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, first: Tensor) -> Tensor:
+        ctx.first, ctx.places = first, len(values)
+        return values.index_select(0, first)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        gradient = upstream.new_zeros(ctx.places, *upstream.shape[1:])
+        return gradient.index_copy_(0, ctx.first, upstream), None

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rlhf.core.epochs import LastBatch, steps_per_epoch
 from rlhf.core.masking import length_mask
-from rlhf.core.packing import PackedRows, pack
+from rlhf.core.packing import Packing, pack
 
 PADDING_SLACK = 1.04
 """Padded tokens that a split into fewer length buckets may take, relative to those of the best split."""
@@ -72,8 +72,6 @@ class MicroBatchPlan:
     items: tuple[int, ...]
     buckets: tuple[tuple[int, ...], ...]
     padded_tokens: int
-    packed: bool = False
-    """Whether the rows of an item, one after the other in a bucket, are computed as one: see rlhf.core.packing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,12 +81,6 @@ class LengthBucket:
     tokens: Tensor  # (R, T) int64, right-padded
     token_mask: Tensor  # (R, T) bool, True on real tokens
     response_mask: Tensor  # (R, T) bool, True on response tokens, the end token included
-    packed: PackedRows | None = None  # the same rows, the beginning that rows of an item share once
-
-    @property
-    def block(self) -> Tensor | PackedRows:
-        """What a causal model computes the states of all rows from."""
-        return self.tokens if self.packed is None else self.packed
 
     def rows(self, places: Tensor) -> "LengthBucket":
         """Some of the rows, padded to the longest of them."""
@@ -104,8 +96,31 @@ class LengthBucket:
             tokens=self.tokens.to(device),
             token_mask=self.token_mask.to(device),
             response_mask=self.response_mask.to(device),
-            packed=None if self.packed is None else self.packed.to(device),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Buckets(Sequence[LengthBucket]):
+    """The length buckets of a micro-batch, and the same rows as one packed sequence."""
+
+    blocks: tuple[LengthBucket, ...]
+    packing: Packing | None
+    """``None`` where nothing may be packed; the model then computes one bucket after the other."""
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, place: Any) -> Any:
+        return self.blocks[place]
+
+    def to(self, device: torch.device) -> "Buckets":
+        packing = None if self.packing is None else self.packing.to(device)
+        return Buckets(blocks=tuple(block.to(device) for block in self.blocks), packing=packing)
+
+
+def token_blocks(buckets: Sequence[LengthBucket]) -> tuple[list[Tensor], Packing | None]:
+    """What :func:`rlhf.models.hidden_states.last_states` takes: the tokens of each bucket, and how they are packed."""
+    return [bucket.tokens for bucket in buckets], getattr(buckets, "packing", None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +132,7 @@ class Batch:
     prompts. Filler has ``B = 0``.
     """
 
-    buckets: tuple[LengthBucket, ...]
+    buckets: Buckets
     rows_per_item: int  # S
     order: Tensor  # (S * B,) int64
     positions: Tensor  # (B,) int64, places of the items in the global batch
@@ -146,15 +161,16 @@ class Batch:
             else:
                 buckets.append(length_bucket([FILLER]).to(bucket.tokens.device))
             start, rows = start + len(bucket.tokens), rows + len(buckets[-1].tokens)
-        return replace(self, buckets=tuple(buckets), rows_per_item=1, order=order)
+        blocks = Buckets(blocks=tuple(buckets), packing=None)
+        return replace(self, buckets=blocks, rows_per_item=1, order=order)
 
     def to(self, device: torch.device) -> "Batch":
         moved: dict[str, Any] = {
             field.name: value.to(device)
             for field in fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
+            if isinstance(value := getattr(self, field.name), Tensor | Buckets)
         }
-        return replace(self, buckets=tuple(bucket.to(device) for bucket in self.buckets), **moved)
+        return replace(self, **moved)
 
 
 def global_batch(step: int, *, items: int, batch_size: int, seed: int, last: LastBatch = "keep") -> np.ndarray:
@@ -200,28 +216,6 @@ def _planned(
     plans = [_plan(lengths, items, token_budget, length_buckets) for items in bins]
     plans += [MicroBatchPlan((), (), 0)] * (count - len(plans))
     return [plans[start : start + ranks] for start in range(0, count, ranks)]
-
-
-def plan_packed(
-    lengths: np.ndarray, rows_per_item: int, *, token_budget: int, ranks: int, length_buckets: int
-) -> list[list[MicroBatchPlan]]:
-    """:func:`plan_micro_batches` for items whose rows are computed as one.
-
-    Args:
-        lengths: ``(P,)`` tokens of the packed row of each item.
-        rows_per_item: rows that are packed together.
-        token_budget, ranks, length_buckets: see :func:`plan_micro_batches`.
-    """
-    plan = plan_micro_batches(lengths[:, None], token_budget=token_budget, ranks=ranks, length_buckets=length_buckets)
-
-    def with_rows(each: MicroBatchPlan) -> MicroBatchPlan:
-        count = len(each.items)
-        buckets = (
-            tuple(item + side * count for item in bucket for side in range(rows_per_item)) for bucket in each.buckets
-        )
-        return replace(each, buckets=tuple(buckets), packed=True)
-
-    return [[with_rows(each) for each in micro_step] for micro_step in plan]
 
 
 def _pack(lengths: np.ndarray, order: np.ndarray, cap: int, length_buckets: int) -> list[list[int]]:
@@ -324,7 +318,9 @@ def _split_rows(rows: np.ndarray, length_buckets: int) -> tuple[int, tuple[tuple
     return int(best[count]), tuple(buckets)
 
 
-def collate(source: ItemSource, indices: np.ndarray, plan: MicroBatchPlan, bucket_count: int) -> Batch:
+def collate(
+    source: ItemSource, indices: np.ndarray, plan: MicroBatchPlan, bucket_count: int, *, packed: bool = False
+) -> Batch:
     """Tokens of one micro-batch; padded with one-token filler buckets to ``bucket_count`` forwards.
 
     Args:
@@ -332,16 +328,16 @@ def collate(source: ItemSource, indices: np.ndarray, plan: MicroBatchPlan, bucke
         indices: dataset indices of the global batch that ``plan`` was made for.
         plan: what to collate.
         bucket_count: length buckets that every rank runs in this micro-step.
+        packed: whether to lay the rows out as one sequence, too, for models that take it.
     """
     chosen = np.asarray(indices)[list(plan.items)].astype(np.int64)
     items = [source.item(int(index)) for index in chosen]
     rows = [row for side in zip(*(item.rows for item in items), strict=True) for row in side]
-    together = source.lengths.shape[1] if plan.packed else 1
-    buckets = [length_bucket([rows[row] for row in bucket], together) for bucket in plan.buckets]
+    buckets = [length_bucket([rows[row] for row in bucket]) for bucket in plan.buckets]
     buckets += [length_bucket([FILLER])] * (bucket_count - len(buckets))
     flat = np.array([row for bucket in plan.buckets for row in bucket], dtype=np.int64)
     return Batch(
-        buckets=tuple(buckets),
+        buckets=packed_buckets(buckets) if packed else Buckets(blocks=tuple(buckets), packing=None),
         rows_per_item=source.lengths.shape[1],
         order=torch.from_numpy(np.argsort(flat)),
         positions=torch.tensor(plan.items, dtype=torch.long),
@@ -352,13 +348,22 @@ def collate(source: ItemSource, indices: np.ndarray, plan: MicroBatchPlan, bucke
     )
 
 
+def packed_buckets(buckets: Sequence[LengthBucket]) -> Buckets:
+    """Buckets with their rows packed."""
+    return Buckets(blocks=tuple(buckets), packing=_packing(buckets))
+
+
+def _packing(buckets: Sequence[LengthBucket]) -> Packing:
+    return pack([(bucket.tokens.cpu().numpy(), bucket.token_mask.sum(dim=1).cpu().numpy()) for bucket in buckets])
+
+
 def buckets_per_micro_step(plans: Sequence[MicroBatchPlan]) -> int:
     """Forwards that every rank runs in a micro-step: the most that any of them needs."""
     return max(1, *(len(plan.buckets) for plan in plans))
 
 
-def length_bucket(rows: Sequence[Row], together: int = 1) -> LengthBucket:
-    """Rows padded on the right to the longest of them; each ``together`` of them are packed, if there are several."""
+def length_bucket(rows: Sequence[Row]) -> LengthBucket:
+    """Rows padded on the right to the longest of them."""
     lengths = torch.tensor([len(row.tokens) for row in rows])
     width = int(lengths.max())
     padded = np.zeros((len(rows), width), dtype=np.int64)
@@ -370,7 +375,6 @@ def length_bucket(rows: Sequence[Row], together: int = 1) -> LengthBucket:
         tokens=torch.from_numpy(padded),
         token_mask=length_mask(lengths, width),
         response_mask=torch.from_numpy(response),
-        packed=None if together == 1 else pack(_groups([row.tokens for row in rows], together)),
     )
 
 
@@ -383,7 +387,3 @@ def _column(values: list[Any], dtype: torch.dtype) -> Tensor | None:
     if all(value is None for value in values):
         return None
     return torch.tensor([math.nan if value is None else value for value in values], dtype=dtype)
-
-
-def _groups(rows: list[np.ndarray], size: int) -> list[list[np.ndarray]]:
-    return [rows[start : start + size] for start in range(0, len(rows), size)]

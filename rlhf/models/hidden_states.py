@@ -7,38 +7,45 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf.core.packing import PackedRows
+from rlhf.core.packing import Packing
+from rlhf.models.packed_attention import packed, packs
 
 
-def last_states(model: PreTrainedModel, blocks: Sequence[Tensor | PackedRows]) -> Iterator[Tensor]:
-    """``(R, T, D)`` states of the last layer for each block of rows: ``(R, T)`` right-padded tokens, or packed rows.
+def last_states(model: PreTrainedModel, blocks: Sequence[Tensor], packing: Packing | None = None) -> Iterator[Tensor]:
+    """``(R, T, D)`` states of the last layer for each ``(R, T)`` block of right-padded token rows.
 
     A causal model never looks right, so right padding needs no mask: attention kernels are faster without. In training
     all blocks share one call of the embedding: the gradient of each call is as large as the whole table.
+
+    Args:
+        model: whose backbone is asked.
+        blocks: of token rows.
+        packing: of these blocks; a model that takes packed sequences is asked about it instead.
     """
     backbone = backbone_of(model)
-    tokens = [block.tokens if isinstance(block, PackedRows) else block for block in blocks]
-    inputs: list[dict[str, Tensor]] = [{"input_ids": each} for each in tokens]
-    if len(blocks) > 1 and _trains_plain_embedding(backbone):
-        embedded = backbone.get_input_embeddings()(torch.cat([each.flatten() for each in tokens]))
-        parts = embedded.split([each.numel() for each in tokens])
-        inputs = [{"inputs_embeds": part.view(*each.shape, -1)} for each, part in zip(tokens, parts, strict=True)]
-    for block, own in zip(blocks, inputs, strict=True):
-        if isinstance(block, PackedRows):
-            mask = _attention_mask(block, model)
-            states = backbone(**own, attention_mask=mask, position_ids=block.positions, use_cache=False)
-            yield block.unpacked(states.last_hidden_state)
-        else:
-            yield backbone(**own, use_cache=False).last_hidden_state
+    if packing is not None and packs(model):
+        yield from _packed_states(backbone, packing)
+        return
+    if len(blocks) < 2 or not _trains_plain_embedding(backbone):
+        for tokens in blocks:
+            yield backbone(input_ids=tokens, use_cache=False).last_hidden_state
+        return
+    embedded = backbone.get_input_embeddings()(torch.cat([tokens.flatten() for tokens in blocks]))
+    parts = embedded.split([tokens.numel() for tokens in blocks])
+    for tokens, part in zip(blocks, parts, strict=True):
+        yield backbone(inputs_embeds=part.view(*tokens.shape, -1), use_cache=False).last_hidden_state
 
 
-def _attention_mask(rows: PackedRows, model: PreTrainedModel) -> Tensor:
-    """What tokens see, as the model's attention takes it: truths, or numbers that are added to attention scores."""
-    visible = rows.visible()
-    if model.config._attn_implementation == "sdpa":
-        return visible
-    lowest = torch.finfo(model.dtype).min
-    return torch.zeros(visible.shape, dtype=model.dtype, device=visible.device).masked_fill(~visible, lowest)
+def _packed_states(backbone: Any, packing: Packing) -> Sequence[Tensor]:
+    with packed(packing):
+        states = backbone(
+            input_ids=packing.tokens[None],
+            # All are real. Without a mask Transformers would look for rows in the positions.
+            attention_mask=torch.ones_like(packing.tokens)[None],
+            position_ids=packing.positions[None],
+            use_cache=False,
+        ).last_hidden_state
+    return packing.blocks(packing.spread(states[0]))
 
 
 def backbone_of(model: PreTrainedModel) -> Any:

@@ -24,10 +24,9 @@ class TrainConfig:
     """Padded tokens that one rank computes at once. Lower it when memory runs out: results do not change."""
     length_buckets: Annotated[int, Gt(0), Formerly("row_groups")] = 4
     """Blocks of own padded length in a micro-batch: more blocks, less padding, more kernel launches."""
-    share_prompts: Literal["auto", "always", "never"] = "auto"
-    """Compute what the answers of a pair begin with once for both. auto: on a CPU, where the model is found to give
-    equal states and it saves 5 % of the tokens; results change by rounding. always: on a GPU, too, where attention then
-    takes a mask."""
+    packing: Literal["auto", "off"] = "auto"
+    """auto: a micro-batch is one sequence without padding, and what its rows begin alike with (the prompt of a pair) is
+    computed once, with every model that computes the same that way. off: length buckets for every model."""
     epochs: Annotated[float, Gt(0)] = 1.0
     """Passes over the training data."""
     max_steps: Annotated[int, Gt(0)] | None = None

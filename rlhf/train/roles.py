@@ -14,13 +14,14 @@ from rlhf.engine.frozen import Frozen, freeze
 from rlhf.engine.options import EngineConfig
 from rlhf.engine.ranks import Ranks
 from rlhf.models.roles import REPLICATED, ModelRole, role_named
+from rlhf.train.packing import allow_packing
 
 
 def engine_of(
     role: ModelRole, module: nn.Module, engine: EngineConfig, ranks: Ranks, *, steps: int, hidden_size: int
 ) -> Engine:
     """Wrap the module of a trained role as the recipe says."""
-    return build_engine(
+    built = build_engine(
         module,
         ranks=ranks,
         config=replace(engine, deepspeed=role.placement),
@@ -28,11 +29,15 @@ def engine_of(
         total_steps=steps,
         hidden_size=hidden_size,
     )
+    allow_packing(built)
+    return built
 
 
 def frozen_of(role: ModelRole, module: nn.Module, engine: EngineConfig, ranks: Ranks, *, hidden_size: int) -> Frozen:
     """Place the module of a role that is only asked as the recipe says."""
-    return freeze(module, ranks=ranks, config=engine, placement=role.placement, hidden_size=hidden_size)
+    placed = freeze(module, ranks=ranks, config=engine, placement=role.placement, hidden_size=hidden_size)
+    allow_packing(placed)
+    return placed
 
 
 def is_shared_out(role: ModelRole, engine: EngineConfig) -> bool:

@@ -16,6 +16,7 @@ from rlhf.engine.ranks import Ranks
 from rlhf.models.tokenizer import load_tokenizer
 from rlhf.train.chat import load_chat
 from rlhf.train.options import TrainConfig
+from rlhf.train.packing import allow_packing
 
 ALONE = Ranks(rank=0, world_size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
 
@@ -48,7 +49,7 @@ def make_task(tiny_config, tiny_data):
         *,
         loss: LossConfig | None = None,
         margin: MarginConfig | None = None,
-        share_prompts: str = "auto",
+        packing: str = "auto",
         **model,
     ):
         config = replace(
@@ -56,7 +57,7 @@ def make_task(tiny_config, tiny_data):
             loss=loss or tiny_config.loss,
             margin=margin or tiny_config.margin,
             model=replace(tiny_config.model, **model),
-            train=replace(tiny_config.train, micro_batch_tokens=token_budget, share_prompts=share_prompts),
+            train=replace(tiny_config.train, micro_batch_tokens=token_budget, packing=packing),
         )
         tokenizer = load_tokenizer(config.model.path)
         module = build_reward_model(
@@ -68,6 +69,7 @@ def make_task(tiny_config, tiny_data):
             with_lm_head=config.loss.kind.startswith("grm"),
         )
         engine = LocalEngine(module, ranks=ALONE, optimizer=config.optim, total_steps=20)
+        assert allow_packing(engine)
         return engine, RewardTask(engine, config, tiny_data.train, tiny_data.evals, 20)
 
     return make

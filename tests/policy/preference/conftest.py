@@ -18,6 +18,7 @@ from rlhf.engine.options import EngineConfig, OptimizerConfig
 from rlhf.engine.ranks import Ranks
 from rlhf.train.chat import load_chat
 from rlhf.train.options import TrainConfig
+from rlhf.train.packing import allow_packing
 
 ALONE = Ranks(rank=0, world_size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
 
@@ -70,10 +71,12 @@ def make_task(tiny_config, tiny_data, tiny_policy):
         train = replace(sections.pop("train", tiny_config.train), micro_batch_tokens=token_budget)
         config = replace(tiny_config, train=train, **sections)
         engine = LocalEngine(tiny_policy(noise), ranks=ALONE, optimizer=config.optim, total_steps=20)
+        assert allow_packing(engine)
         reference = None
         if config.loss.needs_reference:
             moves = bool(config.reference.sync_every)
             reference = LiveReference(ReplicatedModel(tiny_policy(), ALONE), moves=moves)
+            assert allow_packing(reference.model)
         task = PreferenceTask(engine, config, tiny_data.train, tiny_data.evals, (reference, reference), 20)
         return engine, task
 

@@ -381,26 +381,13 @@ def test_held_out_labels_are_judged_by_auc(unpaired_task):
 @pytest.mark.parametrize("kind", ["sigmoid", "margin_sigmoid", "simpo", "ot_margin"])
 def test_a_prompt_that_is_computed_once_changes_neither_loss_nor_gradient(make_task, tiny_config, kind):
     found = {}
-    for share in ("never", "auto"):
-        sections = {"train": replace(tiny_config.train, share_prompts=share), "loss": LossConfig(kind=kind)}
+    for packing in ("off", "auto"):
+        sections = {"train": replace(tiny_config.train, packing=packing), "loss": LossConfig(kind=kind)}
         engine, task = make_task(100_000, **sections)
-        packed = [bucket.packed is not None for batch in task.micro_batches(0) for bucket in batch.buckets]
-        assert any(packed) == (share == "auto")
-        found[share] = one_step(engine, task)
-    (_, apart, own), (_, together, shared) = found["never"], found["auto"]
+        assert all((batch.buckets.packing is not None) == (packing == "auto") for batch in task.micro_batches(0))
+        found[packing] = one_step(engine, task)
+    (_, apart, own), (_, together, shared) = found["off"], found["auto"]
     assert together["loss"] == pytest.approx(apart["loss"], rel=1e-5)
     assert (own - shared).abs().max() < 2e-5 * own.abs().max()
-    assert together["tokens"] < 0.95 * apart["tokens"]
-
-
-def test_a_reference_that_cannot_share_prompts_is_asked_row_by_row(make_task, tiny_config, tiny_data):
-    engine, task = make_task()
-    task._reference.model.module.longest_packed_row = 0
-    references = (task._reference, task._reference)
-    again = PreferenceTask(engine, tiny_config, tiny_data.train, tiny_data.evals, references, 20)
-    assert not any(bucket.packed for batch in again.micro_batches(0) for bucket in batch.buckets)
-
-
-def test_unpaired_rows_are_asked_apart(make_task, tiny_config):
-    _, task = make_task(loss=LossConfig(kind="kto"), data=None, unpaired=ExampleDataConfig(train="rows.jsonl"))
-    assert not any(bucket.packed for batch in task.micro_batches(0) for bucket in batch.buckets)
+    assert together["tokens"] == apart["tokens"] and together["shared_share"] > 0.05
+    assert together["padding_share"] == 0 < apart["padding_share"]

@@ -1,0 +1,102 @@
+"""Which models take packed sequences: those that say the same of them as of ordinary rows."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rlhf.data.batching import Buckets, Row, length_bucket, packed_buckets
+from rlhf.engine.frozen import Frozen
+from rlhf.models.backbones import embedding_rows
+from rlhf.models.packed_attention import set_packing
+from rlhf.train.batches import asking
+from rlhf.train.probing import padding_of
+
+TOLERANCE = {torch.bfloat16: 0.1, torch.float16: 0.02}
+"""Largest difference as a share of the largest number that a model says of the rows; other types: 1e-3."""
+
+
+def allow_packing(model: Frozen) -> bool:
+    """Let ``model`` take packed sequences if it says the same of a few rows either way, or say why not.
+
+    Args:
+        model: whose module takes length buckets. Every rank must call it.
+    Returns:
+        Whether it takes them.
+    """
+    hf = next((part for part in model.module.modules() if isinstance(part, PreTrainedModel)), None)
+    if hf is None or not _causal(hf):  # an encoder, or what has a model of another role inside
+        return False
+    problem = _difference(model, hf)
+    if not model.ranks.any(bool(problem)):
+        return True
+    set_packing(hf, False)
+    if model.ranks.is_main:
+        print(f"{type(hf).__name__}: length buckets, not packed rows: {problem or 'another rank differs'}", flush=True)
+    return False
+
+
+def _difference(model: Frozen, hf: PreTrainedModel) -> str:
+    """Why ``hf`` cannot pack, in words; empty if it can."""
+    if _draws(hf):
+        return "it has dropout, and answers to one prompt would share what is dropped of it"
+    if not hf._can_set_attn_implementation() or set_packing(hf, False):
+        return "its attention is its own, not one of Transformers' interface"
+    rows = _rows(embedding_rows(hf), padding_of(hf.config))
+    try:
+        apart = _said(model, rows)
+        if not set_packing(hf, True):
+            return f"model.attention = {hf.config._attn_implementation} takes no rows one by one"
+        together = _said(model, rows)
+    except Exception as error:  # whatever a model's own code raises
+        return f"{type(error).__name__}: {str(error)[:200]}"
+    worst = float((together - apart).abs().max() / apart.abs().max().clamp_min(1e-30))
+    limit = TOLERANCE.get(hf.dtype, 1e-3)
+    return "" if worst <= limit else f"it says something else of them, {worst:.2g} of the largest number ({limit})"
+
+
+def _causal(hf: PreTrainedModel) -> bool:
+    """Encoders read whole texts, in a way of their own."""
+    return hasattr(hf, "score") or hf.get_output_embeddings() is not None
+
+
+def _draws(hf: PreTrainedModel) -> bool:
+    for part in hf.modules():
+        if isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0:
+            return True
+        if any("drop" in name and isinstance(value, float) and value > 0 for name, value in vars(part).items()):
+            return True
+    return False
+
+
+def _rows(vocabulary: int, pad: int | None) -> list[Row]:
+    """Answers to one prompt and a row of its own, all of different lengths."""
+    tokens = (np.arange(40) * 7919 + 11) % vocabulary
+    tokens = tokens[tokens != pad]
+    prompt, *rest = np.split(tokens, [6, 15, 19, 26])
+    texts = [np.concatenate([prompt, rest[0]]), np.concatenate([prompt, rest[1]]), rest[2], prompt[:4]]
+    return [Row(text, np.arange(len(text)) > 0) for text in texts]
+
+
+@torch.no_grad()
+def _said(model: Frozen, rows: list[Row]) -> Tensor:
+    """All numbers that ``model`` says of ``rows`` in two buckets, which a model that does not pack takes one by one."""
+    buckets: Buckets = packed_buckets([length_bucket([rows[0], rows[2]]), length_bucket([rows[3], rows[1]])])
+    with asking(model):
+        said = model.forward(buckets.to(model.ranks.device))
+    return torch.cat([values.detach().float().flatten() for values in _tensors(said)])
+
+
+def _tensors(said: Any) -> Iterator[Tensor]:
+    if isinstance(said, Tensor):
+        yield said
+    elif dataclasses.is_dataclass(said):
+        for field in dataclasses.fields(said):
+            yield from _tensors(getattr(said, field.name))
+    elif isinstance(said, tuple):
+        for each in said:
+            yield from _tensors(each)
