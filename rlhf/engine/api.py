@@ -61,5 +61,8 @@ class Engine(Protocol):
     def whole(self, tensors: Sequence[Tensor], *, modify: bool = False) -> AbstractContextManager:
         """Parameters of the module whole on every rank inside; with ``modify`` the main rank's changes stay."""
 
+    def release(self) -> None:
+        """Let go of weights that are still whole after a forward pass. Every rank must call it."""
+
     def full_state_dict(self) -> dict[str, Tensor]:
         """All weights on the CPU of the main rank, empty elsewhere. Every rank must call it."""

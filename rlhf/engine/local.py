@@ -75,6 +75,9 @@ class LocalEngine:
     def whole(self, tensors: Sequence[Tensor], *, modify: bool = False) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()
 
+    def release(self) -> None:
+        pass
+
     def full_state_dict(self) -> dict[str, Tensor]:
         if not self.ranks.is_main:
             return {}

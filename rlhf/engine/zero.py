@@ -134,6 +134,9 @@ class ZeroEngine:
                 raise CheckpointError(f"{folder}: DeepSpeed found no state with tag {TAG!r} in it")
         follow_schedule(self._schedule)
 
+    def release(self) -> None:
+        self._engine.empty_partition_cache()
+
     def full_state_dict(self) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}
         tensors = [*self.module.named_parameters(), *self.module.named_buffers()]

@@ -242,6 +242,7 @@ def _publish_in_pieces(
 ) -> dict[str, float]:
     """The same where no rank may hold all weights: all of them compute what is compared. Every rank must call it."""
     ranks, low = engine.ranks, publishable.dtype != torch.float32
+    engine.release()
     with contextlib.ExitStack() as stack:
         staged = ranks.together(lambda: stack.enter_context(staged_directory(target)) if ranks.is_main else target)
         model = ranks.together(publishable.mapped).eval()
