@@ -88,6 +88,13 @@ def freeze(module: nn.Module, *, ranks: Ranks, config: EngineConfig, placement: 
     return ShardedModel(module, ranks=ranks, deepspeed_config=resolved)
 
 
+def let_go(model: Frozen) -> None:
+    """Give the memory of a shared model back, which is asked no longer: DeepSpeed holds on to modules that are gone."""
+    for parameter in model.module.parameters():
+        if hasattr(parameter, "ds_tensor"):
+            parameter.data = parameter.ds_tensor.data = torch.empty(0, dtype=parameter.dtype)
+
+
 def share_in_float32(
     module: nn.Module, *, ranks: Ranks, hidden_size: int, fill: Callable[[nn.Parameter], None] | None = None
 ) -> Frozen:

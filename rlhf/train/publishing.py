@@ -5,7 +5,6 @@ before the first step, with an untrained copy: nothing that publishing needs is 
 """
 
 import contextlib
-import gc
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,7 @@ from rlhf.data.batching import ItemSource, Row, length_bucket
 from rlhf.data.portable import portable_tokenizer
 from rlhf.data.templates import ChatFormat, TemplateFault
 from rlhf.engine.api import Engine
-from rlhf.engine.frozen import Frozen, share_in_float32
+from rlhf.engine.frozen import Frozen, let_go, share_in_float32
 from rlhf.engine.ranks import Ranks
 from rlhf.models.backbones import shown_as
 from rlhf.models.manifest import Manifest, write_manifest
@@ -256,8 +255,7 @@ def _publish_in_pieces(
             expected = torch.stack(values).float().cpu()
             tolerance = publishable.tolerance(expected)
             ranks.on_main(lambda: check_low_precision(live, expected, tolerance, publishable.unit))
-        del model, asked
-        gc.collect()  # DeepSpeed's hooks hold on to it
+            let_go(asked)
         question = _question(publishable, rows, expected)
         size = 4 * sum(parameter.ds_numel for parameter in engine.module.parameters())  # type: ignore[attr-defined]
         if ranks.on_main(lambda: _fits_one_process(size)):
