@@ -81,19 +81,10 @@ def audit_file(options: AuditOptions) -> str:
         DataError: if there are no pairs, fewer prompts than folds, or features that are not finite.
         ModelError: if the model cannot be loaded.
     """
-    hide_loading_bars()
-    chat = load_chat(options.model, options.template)
     pairs, left_out = _read(options)
-    prompts = np.array([prompt_key(pair.record.prompt) for pair in pairs], np.uint64)
-    if len(np.unique(prompts)) < options.folds:
-        raise DataError(
-            f"{options.data}: {len(np.unique(prompts))} different prompts make no {options.folds} folds; "
-            "an audit needs more prompts, or fewer --folds"
-        )
     with _progress() as progress:
-        chosen, rejected = _features(pairs, chat, options, _task(progress, "features", 2 * len(pairs)))
+        out_of_fold = pairs_as_features(pairs, options, progress)
         heads = 2 * options.folds + options.folds * options.repeats
-        out_of_fold = OutOfFold(chosen, rejected, prompts, folds=options.folds, seed=options.seed)
         advance = _task(progress, "heads", heads if options.head == "auto" else heads - 2 * options.folds)
         head: Head = chosen_head(out_of_fold, advance) if options.head == "auto" else options.head
         found = audited(out_of_fold, head, repeats=options.repeats, advance=advance)
@@ -101,9 +92,38 @@ def audit_file(options: AuditOptions) -> str:
     write_text(options.output / PAIRS, _lines(rows))
     order = np.argsort(found.margins, kind="stable")  # as the posterior orders them, where that is not 0 for all
     write_text(options.output / SUSPECTS, _lines(_suspect(pairs[place], found, place) for place in order))
-    summary = _summary(options, pairs, prompts, found, head) | {"rows_left_out": left_out}
+    summary = _summary(options, pairs, out_of_fold.prompts, found, head) | {"rows_left_out": left_out}
     write_json(options.output / SUMMARY, summary)
     return verdict(found.interval, found.wrong)
+
+
+def read_features(options: AuditOptions) -> OutOfFold:
+    """The pairs of ``options.data`` as features, with their folds: what an audit is made of.
+
+    Raises:
+        DataError: as :func:`audit_file`.
+    """
+    pairs, _ = _read(options)
+    with _progress() as progress:
+        return pairs_as_features(pairs, options, progress)
+
+
+def pairs_as_features(pairs: Sequence[Pair], options: AuditOptions, progress: Progress) -> OutOfFold:
+    """Features of both answers of all pairs, from the cache where it has them.
+
+    Raises:
+        DataError: if there are fewer prompts than folds, or features that are not finite.
+    """
+    hide_loading_bars()
+    prompts = np.array([prompt_key(pair.record.prompt) for pair in pairs], np.uint64)
+    if len(np.unique(prompts)) < options.folds:
+        raise DataError(
+            f"{options.data}: {len(np.unique(prompts))} different prompts make no {options.folds} folds; "
+            "an audit needs more prompts, or fewer --folds"
+        )
+    chat = load_chat(options.model, options.template)
+    chosen, rejected = _features(pairs, chat, options, _task(progress, "features", 2 * len(pairs)))
+    return OutOfFold(chosen, rejected, prompts, folds=options.folds, seed=options.seed)
 
 
 def verdict(interval: Interval, wrong: NDArray[np.float64]) -> str:

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from rlhf.core.errors import DataError
-from rlhf.core.files import digest, staged_directory
+from rlhf.core.files import digest, permit_as_new, replace_directory, scratch_directory
 from rlhf.data import (
     built_in_templates,
     ending,
@@ -42,6 +42,8 @@ from rlhf.data.store import BadEntry, DamagedStore, Fields, RowStore, RowWriter
 from rlhf.data.templates import ChatFormat, Span, TemplateFault, Turns, after_thoughts
 
 _CHUNK_ROWS = 256
+TAKEN = (errno.ENOTEMPTY, errno.EEXIST)
+"""What the system says where a folder is to be moved to one that is there."""
 _BAR_FROM_ROWS = 5000
 
 
@@ -106,9 +108,7 @@ class Tokenizing:
     over_length: str
 
     @classmethod
-    def of(
-        cls, config: RowsConfig, kind: RowKind, columns: Columns, chat: ChatFormat
-    ) -> "Tokenizing":
+    def of(cls, config: RowsConfig, kind: RowKind, columns: Columns, chat: ChatFormat) -> "Tokenizing":
         return cls(
             kind=kind,
             format=chat,
@@ -203,15 +203,28 @@ def tokenize_source(source: Source, settings: Tokenizing, cache_dir: Path) -> To
             note = f"the cached tokens of {source.name} were damaged and have been made again ({error})"
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        with staged_directory(folder) as staged, RowWriter(staged, settings.kind.record) as writer:
-            _fill(writer, source, settings)
+        with scratch_directory(folder) as staged:
+            with RowWriter(staged, settings.kind.record) as writer:
+                _fill(writer, source, settings)
+            permit_as_new(staged)
+            _publish(staged, folder)
     except OSError as error:
-        # Another process may just have published the same.
-        if error.errno != errno.ENOTEMPTY:
-            raise DataError(
-                f"{cache_dir}: tokens cannot be kept here ({error}); set data.cache_dir"
-            ) from error
+        if error.errno not in TAKEN:
+            raise DataError(f"{cache_dir}: tokens cannot be kept here ({error}); set data.cache_dir") from error
     return TokenizedSource(source=source, store=RowStore(folder), cached=False, note=note)
+
+
+def _publish(staged: Path, folder: Path) -> None:
+    """Move tokens to where they belong, unless another process has put the same there: others may be reading these."""
+    try:
+        staged.rename(folder)
+    except OSError as error:
+        if error.errno not in TAKEN:
+            raise
+        try:
+            RowStore(folder)
+        except DamagedStore:
+            replace_directory(staged, folder)
 
 
 def parsed(row: RawRow) -> Any:

@@ -35,7 +35,8 @@ def prepared(case: dict, ranks: Ranks):
     """What would be published, and its model."""
     chat, lora = load_chat(case["path"]), LoraOptions(rank=4, alpha=8.0) if case["lora"] else None
     dtype, engine = DTYPES[case["precision"]], EngineConfig(deepspeed="zero3", precision=case["precision"])
-    data = load_preferences(DataConfig(train=case["pairs"], cache_dir=Path(case["cache"])), chat).train
+    options = DataConfig(train=case["pairs"], cache_dir=Path(case["cache"]))
+    data = ranks.main_first(lambda: load_preferences(options, chat)).train
     if case["kind"] == "policy":
         config = PolicyConfig(path=case["path"], lora=lora, publish_lora=case["publish_lora"])
         model = build_policy(

@@ -11,7 +11,7 @@ from reward.benchmarks.items import read_items
 from rlhf.core.errors import DataError
 from rlhf.data.options import ColumnConfig
 
-DATA = Path(os.environ.get("MARGIN_RLHF_DATA", "nowhere"))
+DATA = Path(os.environ.get("MARGIN_RLHF_DATA", Path(__file__).parents[3].parent / "shared" / "data"))
 
 ROWS = {
     "rewardbench": {"id": 7, "prompt": "Say hi.", "chosen": "hi", "rejected": "no", "subset": "donotanswer"},

@@ -84,9 +84,7 @@ def test_missing_numbers_are_none_and_nan(load, write_rows):
 
 def test_a_system_prompt_goes_before_conversations_without_one(load, write_rows, tokenizer):
     system = [{"role": "system", "content": "own"}, {"role": "user", "content": "p"}]
-    rows = [
-        {"prompt": prompt, "chosen": [answer("a")], "rejected": [answer("b")]} for prompt in ("p", system)
-    ]
+    rows = [{"prompt": prompt, "chosen": [answer("a")], "rejected": [answer("b")]} for prompt in ("p", system)]
     data = load([write_rows("pairs.jsonl", rows)], system_prompt="be brief").train
     (first, _), (second, _) = questions(data, tokenizer)
     assert first.startswith("<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\np")
@@ -154,9 +152,7 @@ def test_a_response_is_kept_whole_as_long_as_a_word_of_the_prompt_is_left(load, 
 
 def test_dropped_pairs_are_counted_and_listed_but_not_held_to_be_bad(load, write_rows, make_rows, tmp_path):
     rows = [*make_rows(2), {"prompt": LONG, "chosen": "a", "rejected": "no"}]
-    loaded = load(
-        [write_rows("pairs.jsonl", rows)], max_tokens=60, over_length="drop", quarantine_max_share=0.0
-    )
+    loaded = load([write_rows("pairs.jsonl", rows)], max_tokens=60, over_length="drop", quarantine_max_share=0.0)
     report = loaded.report.sources[0]
     assert (report.rows, report.items, report.dropped, report.bad) == (3, 2, 1, {})
     listed = json.loads((tmp_path / "run" / "quarantine.jsonl").read_text())
@@ -165,9 +161,7 @@ def test_dropped_pairs_are_counted_and_listed_but_not_held_to_be_bad(load, write
 
 def test_over_length_error_names_the_row_and_leaves_no_cache_entry(load, write_rows, make_rows, tmp_path):
     rows = [*make_rows(2), {"prompt": LONG, "chosen": "a", "rejected": "no"}]
-    with pytest.raises(
-        DataError, match=r"pairs\.jsonl:3: \d+ tokens, the limit is 60; raise data\.max_tokens"
-    ):
+    with pytest.raises(DataError, match=r"pairs\.jsonl:3: \d+ tokens, the limit is 60; raise data\.max_tokens"):
         load([write_rows("pairs.jsonl", rows)], max_tokens=60, over_length="error")
     assert list((tmp_path / "cache").iterdir()) == []
 
@@ -240,9 +234,7 @@ def test_a_source_without_usable_rows_stops_the_run(load, write_rows, make_rows)
         load([good, write_rows("bad.jsonl", ['"text"'])], quarantine_max_share=0.9)
 
 
-def test_all_missing_files_are_reported_at_once_and_earlier_output_stays(
-    load, write_rows, make_rows, tmp_path
-):
+def test_all_missing_files_are_reported_at_once_and_earlier_output_stays(load, write_rows, make_rows, tmp_path):
     train = write_rows("train.jsonl", [*make_rows(99), BAD_ROWS[0]])
     load([train])
     before = (tmp_path / "run" / "quarantine.jsonl").read_text()
@@ -278,9 +270,7 @@ def test_a_second_load_does_not_tokenize_again(load, write_rows, make_rows, coun
         {"columns": ColumnConfig(margin="")},
     ],
 )
-def test_whatever_decides_on_tokens_makes_another_cache_entry(
-    load, write_rows, make_rows, count_tokenized, change
-):
+def test_whatever_decides_on_tokens_makes_another_cache_entry(load, write_rows, make_rows, count_tokenized, change):
     path = write_rows("pairs.jsonl", make_rows(3))
     load([path])
     load([path], **change)
@@ -300,9 +290,7 @@ def test_another_tokenizer_or_content_makes_another_cache_entry(
 
 @pytest.mark.parametrize("name", ["tokens.bin", "rows.npy", "bad.jsonl", "meta.json"])
 @pytest.mark.parametrize("damage", ["cut", "changed", "lost"])
-def test_a_damaged_cache_entry_is_made_again_with_a_message(
-    load, write_rows, make_rows, tmp_path, name, damage
-):
+def test_a_damaged_cache_entry_is_made_again_with_a_message(load, write_rows, make_rows, tmp_path, name, damage):
     path = write_rows("pairs.jsonl", [*make_rows(20), BAD_ROWS[0]])
     before = load([path], quarantine_max_share=0.1)
     file = next((tmp_path / "cache").iterdir()) / name
@@ -317,9 +305,25 @@ def test_a_damaged_cache_entry_is_made_again_with_a_message(
     assert after.train.fingerprint == before.train.fingerprint
 
 
-def test_a_killed_tokenization_leaves_nothing_that_looks_finished(
-    load, write_rows, make_rows, monkeypatch, tmp_path
-):
+def test_tokens_that_another_process_has_put_there_meanwhile_stay(load, write_rows, make_rows, monkeypatch, tmp_path):
+    """Two containers on one cache: the slower one must not take away what the other is reading."""
+    path, fill, found = write_rows("pairs.jsonl", make_rows(3)), tokenizing._fill, []
+
+    def overtaken(*arguments):
+        fill(*arguments)
+        if not found:
+            found.append(None)
+            load([path])
+            (folder,) = (tmp_path / "cache").glob("[!.]*")
+            found[0] = folder, folder.stat().st_ino
+
+    monkeypatch.setattr(tokenizing, "_fill", overtaken)
+    assert len(load([path]).train) == 3
+    folder, number = found[0]
+    assert folder.stat().st_ino == number and [*(tmp_path / "cache").iterdir()] == [folder]
+
+
+def test_a_killed_tokenization_leaves_nothing_that_looks_finished(load, write_rows, make_rows, monkeypatch, tmp_path):
     path = write_rows("pairs.jsonl", make_rows(3))
 
     def killed(*arguments):
@@ -423,9 +427,7 @@ def test_flipping_swaps_the_answers_and_nothing_else(load, write_rows, make_rows
     assert not plain.flipped.any()
     for index in range(50):
         before, after = plain.pair(index), noisy.pair(index)
-        swapped = (
-            (before.rejected, before.chosen) if noisy.flipped[index] else (before.chosen, before.rejected)
-        )
+        swapped = (before.rejected, before.chosen) if noisy.flipped[index] else (before.chosen, before.rejected)
         np.testing.assert_array_equal(after.chosen, swapped[0])
         np.testing.assert_array_equal(after.rejected, swapped[1])
         assert noisy.lengths[index].tolist() == [len(after.chosen), len(after.rejected)]
@@ -463,9 +465,7 @@ def test_the_fingerprint_names_tokens_order_and_flips(load, write_rows, make_row
     same = [load([path]), load([path], eval=(str(evals),)), load([path], quarantine_max_share=0.5)]
     assert len({loaded.train.fingerprint for loaded in same}) == 1
     others = [{"flip_labels": 0.1}, {"max_train_pairs": 20}, {"template": "chatml"}, {"eval_share": 0.1}]
-    assert (
-        len({load([path], **other).train.fingerprint for other in others} | {same[0].train.fingerprint}) == 5
-    )
+    assert len({load([path], **other).train.fingerprint for other in others} | {same[0].train.fingerprint}) == 5
 
 
 def test_row_ids_of_files_with_one_name_stay_apart(load, write_rows, make_rows):
@@ -473,9 +473,7 @@ def test_row_ids_of_files_with_one_name_stay_apart(load, write_rows, make_rows):
         write_rows("1/pairs.jsonl", make_rows(2)),
         write_rows("2/pairs.jsonl", make_rows(2, word="rain")),
     )
-    assert row_ids(load([one, two]).train) == [
-        f"{folder}/pairs.jsonl:{n}" for folder in (1, 2) for n in (1, 2)
-    ]
+    assert row_ids(load([one, two]).train) == [f"{folder}/pairs.jsonl:{n}" for folder in (1, 2) for n in (1, 2)]
 
 
 def test_the_report_counts_what_was_loaded_flipped_and_left_out(load, write_rows, make_rows):
@@ -540,7 +538,7 @@ def test_a_row_of_several_bad_pairs_is_one_bad_row(load, write_rows, make_rows):
     with pytest.raises(DataError, match=r"1 of 4 rows are bad \(25.0%") as caught:
         load([path], max_tokens=100, over_length="truncate_prompt_left", quarantine_max_share=0.1)
     assert "  1 x response too long" in str(caught.value)
-    report = load(
-        [path], max_tokens=100, over_length="truncate_prompt_left", quarantine_max_share=0.5
-    ).report.sources[0]
+    report = load([path], max_tokens=100, over_length="truncate_prompt_left", quarantine_max_share=0.5).report.sources[
+        0
+    ]
     assert report.bad == {"response too long": 1}
