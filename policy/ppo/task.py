@@ -259,8 +259,19 @@ class PpoTask:
         second = None if self._roles.second is None else self._roles.second.score(rollouts)
         for each in (scored, second):
             _check_held_out(rollouts, each)
-        logprobs, _, _ = self._of_policy(rollouts)
-        reference = self._roles.reference.logprobs(self._maker, rollouts, temperature=self._config.rollout.temperature)
+        temperature, width = self._config.rollout.temperature, rollouts.mask.shape[1]
+        if self._sampler_is_believed:
+            logprobs = rollouts.sampler_logprobs
+        else:
+            logprobs = ask(
+                self._policy,
+                self._maker,
+                rollouts,
+                lambda output, batch: by_response(output.logprobs, batch),
+                width,
+                temperature=temperature,
+            )
+        reference = self._roles.reference.logprobs(self._maker, rollouts, temperature=temperature)
         self.evaluation = held_out(
             rollouts, scored, second, logprobs, reference, kl_budget=self._config.watch.kl_budget
         )
