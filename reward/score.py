@@ -16,6 +16,7 @@ from reward.model import RewardModel, load_reward_model
 from rlhf.core.errors import DataError, ModelError
 from rlhf.core.files import digest, weights_checksum, write_json
 from rlhf.core.masking import length_mask
+from rlhf.data.batching import batches_by_length
 from rlhf.data.messages import BadRow
 from rlhf.data.options import ColumnConfig, SourceConfig
 from rlhf.data.records import to_conversations
@@ -117,13 +118,8 @@ def check_scorer(folder: Path) -> ChatFormat:
 def score_tokens(model: RewardModel, rows: Sequence[np.ndarray], *, batch_tokens: int) -> list[float]:
     """Rewards of token rows, in their order; batches hold rows of like length, up to ``batch_tokens`` padded."""
     device = next(model.parameters()).device
-    order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
     rewards = [0.0] * len(rows)
-    start = 0
-    while start < len(order):
-        count = max(1, batch_tokens // len(rows[order[start]]))
-        batch = order[start : start + count]
-        start += count
+    for batch in batches_by_length([len(row) for row in rows], batch_tokens):
         lengths = torch.tensor([len(rows[row]) for row in batch])
         mask = length_mask(lengths, int(lengths.max()))
         tokens = torch.zeros(mask.shape, dtype=torch.long)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from rlhf.data.batching import Row, length_bucket
+from rlhf.data.batching import Row, batches_by_length, length_bucket
 from rlhf.engine.frozen import Frozen
 
 
@@ -18,12 +18,8 @@ def response_logprobs(model: Frozen, rows: Sequence[Row], *, batch_tokens: int) 
         rows: with True on response tokens.
         batch_tokens: padded tokens at once.
     """
-    order = sorted(range(len(rows)), key=lambda place: -len(rows[place].tokens))
     found = np.zeros(len(rows))
-    start = 0
-    while start < len(order):
-        places = order[start : start + max(1, batch_tokens // len(rows[order[start]].tokens))]
-        start += len(places)
+    for places in batches_by_length([len(row.tokens) for row in rows], batch_tokens):
         bucket = length_bucket([rows[place] for place in places]).to(model.ranks.device)
         (values,) = model.forward((bucket,)).logprobs
         found[places] = values.double().sum(dim=1).cpu().numpy()

@@ -1,6 +1,6 @@
 """What a frozen backbone knows of every answer: the state at its last token, kept on disk."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from rlhf.core.errors import DataError
 from rlhf.core.files import digest, write_array
 from rlhf.core.masking import last_token_index, length_mask
+from rlhf.data.batching import batches_by_length
 from rlhf.data.templates import ChatFormat
 from rlhf.models.backbones import load_classifier, load_model_config, weights_digest
 from rlhf.models.hidden_states import backbone_of
@@ -94,7 +95,7 @@ def _load(extraction: Extraction, chat: ChatFormat) -> PreTrainedModel:
 @torch.inference_mode()
 def _states(model: PreTrainedModel, rows: Sequence[np.ndarray], batch_tokens: int) -> np.ndarray:
     states: list[np.ndarray] = [np.empty(0)] * len(rows)
-    for batch in _batches([len(row) for row in rows], batch_tokens):
+    for batch in batches_by_length([len(row) for row in rows], batch_tokens):
         lengths = torch.tensor([len(rows[row]) for row in batch])
         mask = length_mask(lengths, int(lengths.max()))
         tokens = torch.zeros(mask.shape, dtype=torch.long)
@@ -106,13 +107,3 @@ def _states(model: PreTrainedModel, rows: Sequence[np.ndarray], batch_tokens: in
         for place, row in enumerate(batch):
             states[row] = pooled[place]
     return np.stack(states)
-
-
-def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Rows of like length together, the longest first."""
-    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    start = 0
-    while start < len(order):
-        count = max(1, batch_tokens // max(1, lengths[order[start]]))
-        yield order[start : start + count]
-        start += count

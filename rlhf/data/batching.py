@@ -10,7 +10,7 @@ number of forwards.
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
@@ -355,6 +355,21 @@ def packed_buckets(buckets: Sequence[LengthBucket]) -> Buckets:
 
 def _packing(buckets: Sequence[LengthBucket]) -> Packing:
     return pack([(bucket.tokens.cpu().numpy(), bucket.token_mask.sum(dim=1).cpu().numpy()) for bucket in buckets])
+
+
+def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Places of rows that are asked about together: rows of like length, the longest first.
+
+    Args:
+        lengths: tokens of each row.
+        batch_tokens: padded tokens of a batch, at most; a longer row stands alone.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    start = 0
+    while start < len(order):
+        count = max(1, batch_tokens // max(1, lengths[order[start]]))
+        yield order[start : start + count]
+        start += count
 
 
 def buckets_per_micro_step(plans: Sequence[MicroBatchPlan]) -> int:
