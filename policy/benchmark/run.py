@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from policy.benchmark.config import BenchmarkConfig
 from policy.benchmark.implicit import response_logprobs
-from policy.evaluation.compare import open_policy
+from policy.evaluation.compare import check_model_folders, open_policy
 from reward.benchmarks.formulas import Scored
 from reward.benchmarks.items import BenchmarkItem, Messages, read_items
 from reward.benchmarks.results import EVALUATION, BenchmarkResult, markdown, summarize, to_dict
@@ -88,8 +88,8 @@ def _judge(config: BenchmarkConfig, ranks: Ranks) -> Judge:
     engine = EngineConfig(precision=config.precision)
     check_precision(engine, ranks.device, "precision")
     dtype = DTYPES[precision_of(engine)]
-    backbone = BackboneConfig(path=str(config.model))
-    limit = places_of(settings_of(backbone))
+    check_model_folders(filter(None, (config.model, config.reference)))
+    limit = places_of(settings_of(BackboneConfig(path=str(config.model))))
     choice = TemplateChoice(text=config.template)
     if config.reference is None:
         chat = check_scorer(config.model) if config.template is None else load_chat(config.model, choice)

@@ -3,7 +3,7 @@
 import functools
 import gc
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -96,9 +96,7 @@ def evaluate_policies(
     engine = EngineConfig(precision=precision)
     check_precision(engine, ranks.device, "precision")
     dtype = DTYPES[precision_of(engine)]
-    for folder in (reference, *policies.values()):  # before anything takes time
-        if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
-            raise ModelError(f"{folder}: not a model folder (no config.json); give the final/ folder of a run")
+    check_model_folders([reference, *policies.values()])  # before anything takes time
     chat = load_chat(reference, template)
     for name, folder in policies.items():
         check_same_tokens(f"policies.{name}", str(folder), chat, f"reference = {reference}", trust_remote_code=False)
@@ -198,6 +196,17 @@ def read_prompts(path: Path) -> list[Asked]:
         lone = len(record.prompt) == 1 and record.prompt[0].keys() == {"role", "content"}
         prompts.append(record.prompt[0]["content"] if lone else record.prompt)
     return prompts
+
+
+def check_model_folders(folders: Iterable[Path]) -> None:
+    """Refuse a folder that holds neither a model nor an adapter.
+
+    Raises:
+        ModelError: naming the folder.
+    """
+    for folder in folders:
+        if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
+            raise ModelError(f"{folder}: not a model folder (no config.json); give the final/ folder of a run")
 
 
 def open_policy(folder: Path, dtype: torch.dtype = torch.float32, ranks: Ranks | None = None) -> Frozen:

@@ -133,7 +133,8 @@ def test_long_texts_are_cut_and_counted(reward_model, data, tmp_path, capsys):
     [
         (["benchmark=reward-bench"], "benchmark = reward-bench: there are pairs, hh, rewardbench"),
         (["data=nowhere.jsonl"], "nowhere.jsonl: no such file"),
-        (["model=nowhere"], "nowhere"),
+        (["model=nowhere"], "nowhere: not a model folder (no config.json); give the final/ folder of a run"),
+        (["reference=nowhere"], "nowhere: not a model folder (no config.json); give the final/ folder of a run"),
         (["precision=float16"], "precision = float16 needs a GPU"),
     ],
 )
