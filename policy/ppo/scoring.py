@@ -1,6 +1,6 @@
 """Rewards of rollouts: from reward models with a manifest, from an ensemble of them, or from a Python function."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -16,7 +16,8 @@ from reward.model import Scores, load_reward_model
 from rlhf.core.errors import DataError, ModelError, UserError
 from rlhf.core.files import digest
 from rlhf.data.batching import Batch
-from rlhf.data.templates import ChatFormat
+from rlhf.data.prompts import PromptDataset
+from rlhf.data.templates import ChatFormat, TemplateFault
 from rlhf.engine.build import DTYPES, precision_of
 from rlhf.engine.frozen import Frozen
 from rlhf.engine.options import EngineConfig
@@ -56,6 +57,8 @@ class ScorerParts:
     chat: ChatFormat
     """The policy's tokenizer and chat template."""
     maker: BatchMaker
+    prompts: Sequence[PromptDataset]
+    """All prompts of the run."""
 
 
 class FunctionScorer:
@@ -121,6 +124,7 @@ class ModelScorer:
         ranks.together(lambda: self._check(folder, manifest))
         if config.retokenize:
             self._chat = ranks.together(lambda: load_chat(role.backbone.path))
+            ranks.on_main(lambda: check_shown(folder, self._chat, parts.prompts))
         else:
             ranks.together(lambda: check_same_text(folder, manifest, parts))
         dtype, shared = DTYPES[precision_of(parts.engine)], is_shared_out(role, parts.engine)
@@ -201,6 +205,28 @@ def check_same_text(folder: Path, manifest: Manifest, parts: ScorerParts) -> Non
             f"{' and '.join(differ)} differ(s). Give the data.template that it was trained with (data.system_prompt "
             "and data.thoughts=drop are part of it), or set reward.retokenize=true to decode each response and encode "
             "it anew"
+        )
+
+
+def check_shown(folder: Path, chat: ChatFormat, sources: Iterable[PromptDataset]) -> None:
+    """Refuse a reward model whose own template cannot show it each prompt of the run.
+
+    Raises:
+        ModelError: naming how many it cannot show, the first of them, and the way out.
+    """
+    faults, total = {}, 0
+    for prompts in sources:
+        total += len(prompts)
+        for index in range(len(prompts)):
+            try:
+                chat.render_prompt(prompts.prompt(index).messages)
+            except TemplateFault as fault:
+                faults[prompts.row_id(index)] = fault
+    if faults:
+        row, fault = next(iter(faults.items()))
+        raise ModelError(
+            f"reward.path = {folder}: its chat template ({chat.origin}) cannot show {len(faults)} of {total} prompts, "
+            f"such as {row}: {fault}. Take a reward model whose template shows them, or leave these prompts out"
         )
 
 

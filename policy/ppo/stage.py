@@ -71,8 +71,8 @@ def run(config: PpoConfig, ranks: Ranks) -> HeldOut | None:
     )
     rehearse(config, ranks, published)
     steps = total_steps(replace(config.train, global_batch_size=config.rollout.prompts), len(data.train))
-    builder = _Builder(config, ranks, chat, steps)
-    roles, identity = builder.roles(), builder.identity(data)
+    builder = _Builder(config, ranks, chat, data, steps)
+    roles, identity = builder.roles(), builder.identity()
     replay = Replay(config.output / "replay", ranks, digest(json.dumps(identity, sort_keys=True)))
     task = PpoTask(config, roles, data, chat, replay, steps, builder.pretraining())
     engines = roles.engines
@@ -137,8 +137,8 @@ def _publish(config: PpoConfig, engines: Engines, task: PpoTask, published: Publ
 class _Builder:
     """Builds the roles of a run. Every rank must call each method."""
 
-    def __init__(self, config: PpoConfig, ranks: Ranks, chat: ChatFormat, steps: int) -> None:
-        self._config, self._ranks, self._chat, self._steps = config, ranks, chat, steps
+    def __init__(self, config: PpoConfig, ranks: Ranks, chat: ChatFormat, data: PromptData, steps: int) -> None:
+        self._config, self._ranks, self._chat, self._data, self._steps = config, ranks, chat, data, steps
         self._models = config.models
         self._dtype = DTYPES[precision_of(config.engine)]
         self._vocabulary = required_embedding_rows(chat.tokenizer)
@@ -189,7 +189,7 @@ class _Builder:
 
         return self._ranks.main_first(load).train
 
-    def identity(self, data: PromptData) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """All that must be the same for a checkpoint to be continued."""
         config, plain = self._config, to_dict(self._config)
         names = ("rollout", "advantage", "kl", "loss", "critic", "pretraining", "ema")
@@ -197,7 +197,7 @@ class _Builder:
         for name in ("written", "gather", "batch_rows"):  # of no effect on the numbers
             sections["rollout"].pop(name)
         return {
-            **run_identity(config, data.train, self._steps),
+            **run_identity(config, self._data.train, self._steps),
             **sections,
             "policy weights": self._ranks.on_main(lambda: weights_digest(config.policy)),
             "reward": plain["reward"] | {"placement": None},
@@ -211,6 +211,7 @@ class _Builder:
             engine=self._config.engine,
             chat=self._chat,
             maker=self._maker,
+            prompts=(self._data.train, self._data.evals),
         )
 
     def _policy_engine(self) -> Engine:

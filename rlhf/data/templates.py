@@ -238,7 +238,7 @@ class ChatFormat:
         tools = tools_of(messages)
         if tools:
             options["tools"] = tools
-        shown = [{key: message[key] for key in message if key != "tools"} for message in messages]
+        shown = [_without_tools(message) for message in messages]
         try:
             text = self.tokenizer.apply_chat_template(
                 shown, chat_template=self.template, tokenize=False, add_generation_prompt=generate, **options
@@ -279,19 +279,33 @@ class ChatFormat:
         )
 
     def _turn(self, messages: Sequence[Message], place: int, text: str) -> Span:
-        """The characters in ``text`` of the assistant message at ``place``, before the last one."""
+        """The characters in ``text`` of the assistant message at ``place``, before the last one.
+
+        Mistral's templates show system message and tools before the last question, and before no other.
+        """
         upto = messages[: place + 1]
-        without = [message for message in upto if message["role"] != "system"]
-        for shown, bare in ((upto, False), (without, True)):
+        asked = [_without_tools(message) for message in upto]
+        alone = [message for message in asked if message["role"] != "system"]
+        for shown, bare in ((upto, False), (asked, False), (alone, True)):
             before = self._apply(shown[:-1], generate=True, bare=bare)
             after = self._without_surplus(self._apply(shown, generate=False, bare=bare))
             if len(shown) > 1 and text.startswith(before) and text.startswith(after):
                 self._refuse_dropped(text[len(before) : len(after)], [messages[place]], "response")
-                return len(before), len(after)
+                return len(before), self._behind_end(text, len(after))
         raise TemplateFault(
             f"the template shows message {place + 1} (assistant), or what stands before it, in another way once "
             f"the conversation goes on; {self._way_out}"
         )
+
+    def _behind_end(self, text: str, place: int) -> int:
+        """Where a turn ends whose words end at ``place``: behind the end token that stands there.
+
+        GLM-4 ends an answer with what is the header of the message behind it.
+        """
+        if text[:place].endswith(self.end_tokens):
+            return place
+        ends = self.tokenizer.convert_ids_to_tokens(self.end_token_ids)
+        return place + next((len(token) for token in ends if text.startswith(token, place)), 0)
 
     def _refuse_dropped(self, text: str, messages: Sequence[Message], part: str) -> None:
         """Refuse a text that drops messages.
@@ -302,15 +316,15 @@ class ChatFormat:
         """
         place = 0
         for message in messages:
-            system = message["role"] == "system"
+            system, tool = message["role"] == "system", message["role"] == "tool"
             for piece in _pieces(message):
-                found = text.find(piece, 0 if system else place)
-                if found < 0:
+                start = 0 if system else place
+                shown = next((form for form in _forms(piece)[: None if tool else 1] if form in text[start:]), None)
+                if shown is None:
                     raise TemplateFault(self._dropped(message, piece, part))
-                place = place if system else found + len(piece)
+                place = place if system else text.index(shown, start) + len(shown)
             for piece in called(message):
-                forms = (piece, json.dumps(piece)[1:-1], json.dumps(piece, ensure_ascii=False)[1:-1])
-                if not any(form in text for form in forms):
+                if not any(form in text for form in _forms(piece)):
                     raise TemplateFault(self._dropped(message, piece, part))
 
     def _refuse_unshown(self, messages: Sequence[Message], *, generate: bool) -> None:
@@ -337,7 +351,7 @@ class ChatFormat:
         if not tools:
             return
         names = [tool["function"]["name"] for tool in tools]
-        without = [{key: message[key] for key in message if key != "tools"} for message in prompt]
+        without = [_without_tools(message) for message in prompt]
         unshown = [name for name in names if name not in text]
         if unshown or self._apply(without, generate=True) == text:
             own = getattr(self.tokenizer, "chat_template", None)
@@ -463,12 +477,21 @@ def _pieces(message: Message) -> list[str]:
     return [piece for piece in thoughts_and_answer(message) if piece]
 
 
+def _forms(text: str) -> tuple[str, ...]:
+    """A text as it is, and as templates show it inside of JSON."""
+    return text, json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1]
+
+
 def _what_stays(message: Message) -> Message:
     """The end of an earlier answer, behind any mark: templates leave out thoughts, by marks of many kinds."""
     if message["role"] != "assistant":
         return message
     answer = without_thoughts(message)
     return {**answer, "content": re.split(r"[|>\]\n]", answer["content"].strip())[-1]}
+
+
+def _without_tools(message: Message) -> Message:
+    return {key: message[key] for key in message if key != "tools"}
 
 
 def _short(text: str) -> str:

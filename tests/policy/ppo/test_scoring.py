@@ -23,6 +23,7 @@ from rlhf.core.errors import ConfigError, DataError, ModelError
 from rlhf.data.batching import length_bucket
 from rlhf.data.messages import thoughts_and_answer
 from rlhf.data.portable import portable_tokenizer
+from rlhf.data.prompts import load_prompts
 from rlhf.models.manifest import MANIFEST_NAME, read_manifest, write_manifest
 from rlhf.models.roles import role_named
 from rlhf.models.tokenizer import load_tokenizer, required_embedding_rows
@@ -40,13 +41,14 @@ def rollouts(make_task) -> Rollouts:
 def scorer_for(tiny_config, alone):
     """``scorer_for(template=None, **reward section)``: a scorer beside a policy with the template of the tests."""
 
-    def build(template=tiny_config.data.template, tokens=200, **section):
+    def build(template=tiny_config.data.template, tokens=200, prompts=(), **section):
         chat = load_chat(tiny_config.policy.path, template)
         parts = ScorerParts(
             ranks=alone,
             engine=tiny_config.engine,
             chat=chat,
             maker=BatchMaker(alone, replace(tiny_config.train, micro_batch_tokens=tokens)),
+            prompts=prompts,
         )
         config = RewardSourceConfig(**section)
         return build_scorer(config, scorer_roles("reward model", "reward", config), parts)
@@ -143,6 +145,40 @@ def test_retokenized_texts_are_scored_as_rlhf_score_would(scorer_for, foreign_re
     torch.testing.assert_close(scored.raw, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(scored.scores, (expected - 0.1) / 0.4, rtol=1e-4, atol=1e-4)
     assert float(expected.std()) > 0.01
+
+
+CLOCK = [{"type": "function", "function": {"name": "clock"}}]
+SHOWS_TOOLS = "{{ tools | tojson if tools else '' }}{% for m in messages %}{{ m['content'] + '\n' }}{% endfor %}"
+QUESTION = {"role": "user", "content": "why?"}
+BRIEF = [{"role": "system", "content": "Be brief."}, QUESTION]
+
+
+@pytest.mark.parametrize(
+    ("row", "change", "fault"),
+    [
+        ({"prompt": [QUESTION], "tools": CLOCK}, "", r"does not show the tools of the conversation \(clock\)"),
+        ({"prompt": BRIEF}, "{{ raise_exception('no system') if messages[0]['role'] == 'system' }}", "no system"),
+        ({"prompt": BRIEF}, "{% set messages = messages[-1:] %}", "system message 'Be brief.' is not in the"),
+    ],
+    ids=["tools", "refused", "dropped"],
+)
+def test_prompts_that_the_template_of_a_reward_model_cannot_show_are_refused_at_the_start(
+    scorer_for, foreign_reward_folder, tiny_config, tmp_path, row, change, fault
+):
+    folder, path = tmp_path / "final", tmp_path / "prompts.jsonl"
+    shutil.copytree(foreign_reward_folder, folder)
+    template = folder / "chat_template.jinja"
+    template.write_text(change + template.read_text())
+    path.write_text("".join(json.dumps(each) + "\n" for each in ({"prompt": "one"}, {"prompt": "two"}, row)))
+    settings = replace(tiny_config.data, train=str(path), eval_share=0, template=SHOWS_TOOLS)
+    prompts = load_prompts(settings, load_chat(tiny_config.policy.path, SHOWS_TOOLS)).train
+    expected = rf"reward\.path = .* cannot show 1 of 3 prompts, such as prompts\.jsonl:3: .*{fault}"
+    with pytest.raises(ModelError, match=expected):
+        scorer_for(template=SHOWS_TOOLS, prompts=[prompts], path=str(folder), retokenize=True)
+    settings = replace(settings, eval_share=0.5)
+    data = load_prompts(settings, load_chat(tiny_config.policy.path, SHOWS_TOOLS))
+    with pytest.raises(ModelError, match="cannot show 1 of 3 prompts"):
+        scorer_for(template=SHOWS_TOOLS, prompts=[data.train, data.evals], path=str(folder), retokenize=True)
 
 
 @pytest.mark.parametrize("name", ["deepseek_r1_distill", "qwen3"])

@@ -69,6 +69,20 @@ def test_an_answer_ends_right_behind_its_own_end_token(family):
     assert set(chat.end_token_ids) == {ids[-1], chat.tokenizer.eos_token_id}
 
 
+def test_each_turn_of_a_conversation_ends_with_what_ends_an_answer(tiny_tokenizer):
+    """GLM-4 writes nothing behind an answer: the header of the next message ends it, as its generation config says."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer.backend_tokenizer, pad_token="<|endoftext|>")
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in (*SPECIAL, "<tool>")])
+    tokenizer.eos_token = "</s>"
+    ends = tokenizer.convert_tokens_to_ids(["</s>", "<user>", "<tool>"])
+    chat = chat_format(tokenizer, turns(GLM, "<assistant>\n"), ends)
+    call = {"role": "assistant", "content": "looking", "tool_calls": []}
+    talk = [*QUESTION, call, {"role": "tool", "content": "it"}, TALK[1], *LONGER[2:]]
+    [(ids, spans)] = chat.tokenize_turns([chat.render_turns(talk)])
+    said = [tokenizer.decode(ids[begin:end]) for begin, end in spans]
+    assert said == ["looking<tool>", "because<user>", "nothing</s>"]
+
+
 def test_the_turns_of_a_conversation_end_as_its_last_one_does(family):
     chat, _ = family
     text, spans = chat.render_turns(LONGER)

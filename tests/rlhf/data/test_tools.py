@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -18,11 +19,13 @@ from rlhf.data.options import (
     ExampleDataConfig,
     PromptColumns,
     PromptDataConfig,
+    TemplateChoice,
 )
 from rlhf.data.preferences import load_preferences
 from rlhf.data.prompts import load_prompts
 from rlhf.data.records import prompt_key, to_conversations, to_prompt
 from rlhf.data.templates import TemplateFault, chat_format
+from tests.lacking import imported
 
 WEATHER = {
     "name": "weather",
@@ -108,6 +111,61 @@ def test_tools_stand_in_the_text_though_their_names_are_there_by_chance(tokenize
     shows_one = chat_format(tokenizer, first + "{% for m in messages %}{{ m['content'] }}{% endfor %}")
     with pytest.raises(TemplateFault, match=r"tools of the conversation \(clock\)"):
         shows_one.render_prompt([{**prompt[0], "content": "rain?"}])
+
+
+CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "weather", "arguments": {"place": "here"}}}
+USED = (
+    QUESTION,
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": '{"rain": "yes"}', "tool_call_id": "abcdefghi"},
+    {"role": "assistant", "content": "It rains."},
+)
+BEFORE_THE_LAST_QUESTION = (
+    "{%- if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}"
+    "{% set messages = messages[1:] %}"
+    "{% endif -%}{%- set asked = messages | selectattr('role', 'equalto', 'user') | list -%}"
+    "{%- for m in messages -%}{%- if m['role'] == 'user' -%}"
+    "{%- if tools and m == asked[-1] %}[AVAILABLE_TOOLS] {{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif -%}"
+    "[INST] {% if system is defined and loop.last %}{{ system + '\n\n' }}{% endif %}{{ m['content'] }}[/INST]"
+    "{%- elif m['tool_calls'] -%}[TOOL_CALLS] ["
+    "{% for call in m['tool_calls'] %}{{ call['function'] | tojson }}{% endfor %}]"
+    "{{ eos_token }}{%- elif m['role'] == 'tool' -%}[TOOL_RESULTS] {{ m['content'] }}[/TOOL_RESULTS]"
+    "{%- else %}{{ ' ' + m['content'] + eos_token }}{%- endif -%}{%- endfor -%}"
+)
+"""As Mistral's: tools and system message stand before the last question and before no other."""
+
+
+@pytest.mark.parametrize("system", [[], [{"role": "system", "content": "Be brief."}]], ids=["no system", "system"])
+def test_turns_are_found_where_tools_stand_before_the_last_question(tokenizer, system):
+    first, *rest = USED
+    talk = [*system, {**first, "tools": SPECS}, *rest, {"role": "user", "content": "Still?"}, USED[-1]]
+    chat = chat_format(tokenizer, BEFORE_THE_LAST_QUESTION)
+    text, spans = chat.render_turns(talk)
+    call = '[TOOL_CALLS] [{"name": "weather", "arguments": {"place": "here"}}]<|im_end|>'
+    said = " It rains.<|im_end|>"
+    assert [text[begin:end] for begin, end in spans] == [call, said, said]
+    assert text.index("[AVAILABLE_TOOLS]") >= spans[1][1]
+    assert chat.render_prompt(talk[:-1]) == text[: spans[-1][0]]
+
+
+def test_a_system_message_that_goes_where_tools_are_used_is_refused_or_folded(tokenizer):
+    talk = [{"role": "system", "content": "Be brief."}, {**USED[0], "tools": SPECS}, *USED[1:]]
+    with pytest.raises(TemplateFault, match=r"system message 'Be brief.' is not .*data\.fold_system=true"):
+        chat_format(tokenizer, BEFORE_THE_LAST_QUESTION).render_turns(talk)
+    folding = chat_format(tokenizer, TemplateChoice(text=BEFORE_THE_LAST_QUESTION, fold_system=True))
+    text, spans = folding.render_turns(talk)
+    assert "[INST] Be brief.\n\nIs it raining?[/INST][TOOL_CALLS]" in text
+    assert len(spans) == 2 and text.count("[AVAILABLE_TOOLS]") == 1
+
+
+@pytest.mark.parametrize("name", ["llama3_1", "llama3_2", "gptoss"])
+def test_results_of_tools_that_a_template_shows_as_json_are_in_the_text(tokenizer, name):
+    template = (Path(imported("trl").__file__).parent / "chat_templates" / f"{name}.jinja").read_text()
+    talk = [{**USED[0], "tools": SPECS}, *USED[1:]]
+    text, spans = chat_format(tokenizer, template).render_turns(talk)
+    assert json.dumps('{"rain": "yes"}') in text
+    first, last = (text[begin:end] for begin, end in spans)
+    assert "weather" in first and "It rains." in last
 
 
 def test_a_system_message_may_bring_tools_and_goes_with_them():
