@@ -223,10 +223,10 @@ def check_shown(folder: Path, chat: ChatFormat, sources: Iterable[PromptDataset]
             except TemplateFault as fault:
                 faults[prompts.row_id(index)] = fault
     if faults:
-        row, fault = next(iter(faults.items()))
+        row, first = next(iter(faults.items()))
         raise ModelError(
             f"reward.path = {folder}: its chat template ({chat.origin}) cannot show {len(faults)} of {total} prompts, "
-            f"such as {row}: {fault}. Take a reward model whose template shows them, or leave these prompts out"
+            f"such as {row}: {first}. Take a reward model whose template shows them, or leave these prompts out"
         )
 
 
