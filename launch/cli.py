@@ -42,8 +42,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    options = build_parser().parse_args(argv)
     try:
+        options = build_parser().parse_args(argv)
         return options.run(options)
     except UserError as error:
         print(error, file=sys.stderr)

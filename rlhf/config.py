@@ -9,7 +9,6 @@ Mappings are merged key by key, so an option that holds a free mapping must defa
 import argparse
 import difflib
 import json
-import os
 import re
 import typing
 from collections.abc import Mapping, Sequence
@@ -37,7 +36,7 @@ from rlhf.config_options import (
     to_dict,
 )
 from rlhf.core.errors import ConfigError
-from rlhf.core.paths import beside, home_path, recipe_path
+from rlhf.core.paths import at_home, beside, home_path, recipe_path
 from rlhf.core.table import REQUIRED, KindError
 
 __all__ = [
@@ -58,7 +57,6 @@ __all__ = [
 ConfigT = TypeVar("ConfigT")
 
 _OLD_NUMBER = re.compile(r"[-+]?(0[0-9_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")
-_HOME = re.compile(r"~(/|$)")
 
 
 class OldNumber(ValueError):
@@ -166,6 +164,8 @@ def validate(config_class: type[ConfigT], merged: Any, *, program: str, origin: 
     try:
         values = beside(_at_home(merged), Path())
         return adapter(config_class).validate_json(json.dumps([values]), strict=True)[0]
+    except ConfigError as error:
+        raise _failure(program, origin, [str(error)]) from None
     except ValidationError as error:
         raise _failure(program, origin, _explain(error, merged, config_class)) from None
 
@@ -301,7 +301,7 @@ def _at_home(value: Any) -> Any:
         return {key: _at_home(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_at_home(item) for item in value]
-    return os.path.expanduser(value) if isinstance(value, str) and _HOME.match(value) else value
+    return at_home(value) if isinstance(value, str) and (value + "/").startswith("~/") else value
 
 
 def _explain(error: ValidationError, merged: Any, config_class: type) -> list[str]:

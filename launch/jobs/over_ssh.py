@@ -37,7 +37,7 @@ def passed_environment() -> dict[str, str]:
     """What the ranks get of the environment here, and of the file in which DeepSpeed's launcher looks for more."""
     found = {name: value for name, value in os.environ.items() if name.startswith(PASSED)}
     given = os.environ.get("DS_ENV_FILE")
-    places = [Path(given)] if given else [Path(_ENVIRONMENT_FILE), Path.home() / _ENVIRONMENT_FILE]
+    places = [Path(given)] if given else [Path(_ENVIRONMENT_FILE), Path(os.path.expanduser("~")) / _ENVIRONMENT_FILE]
     for path in places:
         if path.is_file():
             lines = (line.strip() for line in path.read_text().splitlines())

@@ -2,17 +2,31 @@
 
 import importlib.resources
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from rlhf.core.errors import ConfigError
 
 SHIPPED = "shipped:"
+_HOME = re.compile(r"~(/|$)")
+
+
+def at_home(text: str) -> str:
+    """A text with the home folder for a leading ``~`` that no shell has seen (``--output=~/runs``).
+
+    Raises:
+        ConfigError: if no home folder is known, as where a container knows nothing of its user.
+    """
+    found = os.path.expanduser(text)
+    if _HOME.match(found):
+        raise ConfigError(f"{text}: no home folder is known here (HOME is not set); write the path from / on")
+    return found
 
 
 def home_path(text: str) -> Path:
-    """A path, with the home folder for a leading ``~`` that no shell has seen (``--output=~/runs``)."""
-    return Path(text).expanduser()
+    """The same as a path."""
+    return Path(at_home(text))
 
 
 def shipped_recipes() -> dict[str, Path]:

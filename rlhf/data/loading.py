@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf.core.errors import DataError
+from rlhf.core.errors import ConfigError, DataError
+from rlhf.core.paths import home_path
 from rlhf.data.options import Columns, RowsConfig, RowSource
 from rlhf.data.report import (
     QUARANTINE,
@@ -82,13 +83,12 @@ def load_sources(
 
 def default_cache_dir() -> Path:
     """The user's cache folder; where it cannot be made, as in containers without a home, one for temporary files."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    folder = Path(os.path.expanduser(base)) / "margin-rlhf" / "tokens"
     try:
+        folder = home_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "margin-rlhf" / "tokens"
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
             return folder
-    except OSError:
+    except (OSError, ConfigError):
         pass
     return Path(tempfile.gettempdir()) / f"margin-rlhf-{os.getuid()}" / "tokens"
 

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from launch.cli import main
+from reward.__main__ import main as train_reward
 from reward.config import RewardModelConfig
 from reward.model import build_reward_model, save_reward_model
 from reward.score import check_scorer
@@ -16,6 +17,7 @@ from rlhf.data.portable import portable_tokenizer
 from rlhf.data.preferences import load_preferences
 from rlhf.data.records import to_conversations
 from rlhf.data.templates import chat_format
+from rlhf.models.manifest import read_manifest
 from rlhf.models.tokenizer import load_tokenizer
 
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
@@ -143,3 +145,32 @@ def test_the_runs_system_prompt_is_scored_as_it_was_trained(tmp_path, tiny_model
     assert line["chosen_reward"] == pytest.approx(plain_score(folder, [system, ASKED, SAID]), abs=1e-5)
     without = published(tmp_path / "without", tiny_model, "chatml")
     assert abs(line["chosen_reward"] - plain_score(without, [ASKED, SAID])) > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [("data.system_prompt=please tell me a short story",), ("data.thoughts=drop",)])
+def test_a_file_gets_the_scores_that_the_run_gave_it_when_it_was_held_out(tmp_path, tiny_model, settings):
+    """From the recipe to the published folder: mean and deviation of held-out rewards stand in the manifest."""
+    said = "<think>so on</think>is {} good"
+    rows = [
+        {"prompt": f"the rain {number}", "chosen": said.format(number), "rejected": said.format("not")}
+        for number in range(8)
+    ]
+    train, held = tmp_path / "train.jsonl", tmp_path / "held.jsonl"
+    for path, part in ((train, rows[:4]), (held, rows[4:])):
+        path.write_text("".join(json.dumps(row) + "\n" for row in part))
+    given = [f"data.train={train}", f"data.eval={held}", f"data.cache_dir={tmp_path}/tokens", "data.template=chatml",
+             f"model.path={tiny_model}", "model.head_init_scale=30", "optim.learning_rate=1e-2", "engine.kind=local",
+             "train.max_steps=2", "train.global_batch_size=4", "train.tensorboard=false"]  # fmt: skip
+    assert train_reward([f"output={tmp_path}/run", *given, *settings]) == 0
+    final = tmp_path / "run" / "final"
+    found = np.array([list(row.values())[-2:] for row in scores(final, rows[4:], tmp_path)], float)
+    expected = read_manifest(final).rewards
+    assert (found.mean(), found.std()) == pytest.approx((expected.mean, expected.standard_deviation), abs=1e-5)
+    assert expected.standard_deviation > 1e-2
+
+    own = final / "chat_template.jinja"  # without the setting in the template, it would be another text
+    own.write_text(chat_format(load_tokenizer(tiny_model), "chatml").template)
+    plain = [plain_score(final, [{"role": "user", "content": row["prompt"]},
+                                 {"role": "assistant", "content": row["chosen"]}]) for row in rows[4:]]  # fmt: skip
+    assert np.abs(plain - found[:, 0]).min() > 1e-3

@@ -7,6 +7,7 @@ from annotated_types import Ge, Gt, Lt, MinLen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from launch.cli import main as rlhf_main
 from rlhf.config import load_config, option_help, parse_command_line, to_dict, to_yaml
 from rlhf.core.errors import ConfigError
 from rlhf.core.paths import beside, recipe_path
@@ -442,6 +443,20 @@ def test_a_leading_tilde_is_the_home_folder_wherever_a_path_stands(monkeypatch, 
     argv = ["--config=~/r.yaml", "--log-folder=~/logs"]
     invocation = parse_command_line(Numbers, argv, program="test", description="")
     assert (invocation.config.steps, invocation.log_folder) == (3, tmp_path / "logs")
+
+
+def test_a_tilde_without_a_home_folder_is_refused_in_one_line(capsys, tmp_path, monkeypatch):
+    """As in a container that knows nothing of its user."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    with pytest.raises(ConfigError, match=r"~/runs: no home folder is known here \(HOME is not set\)"):
+        load_config(Numbers, [], ["folder=~/runs"], program="test")
+    assert load_config(Numbers, [], ["folder=~x", "sources=[b~/c]"], program="test").folder == Path("~x")
+    with pytest.raises(ConfigError, match="no home folder is known"):
+        parse_command_line(Numbers, ["--log-folder=~/logs"], program="test", description="")
+    assert rlhf_main(["score", "--model=~/m", "--data=x", "--output=y"]) == 2
+    assert "~/m: no home folder is known here" in capsys.readouterr().err
 
 
 # Settings of a caller

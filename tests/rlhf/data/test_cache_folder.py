@@ -21,3 +21,14 @@ def test_without_a_home_that_can_be_written_they_go_to_temporary_files(home, tmp
     found = default_cache_dir()
     assert found.parent.parent == tmp_path
     assert not Path(home, ".cache").exists()
+
+
+def test_without_any_home_no_folder_of_that_name_is_made(tmp_path, monkeypatch):
+    """As in a container that knows nothing of its user."""
+    for name in ("XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path / "temporary"))
+    monkeypatch.chdir(tmp_path)
+    assert default_cache_dir().is_relative_to(tmp_path / "temporary")
+    assert not (tmp_path / "~").exists()

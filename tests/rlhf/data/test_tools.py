@@ -161,7 +161,7 @@ def test_a_system_message_that_goes_where_tools_are_used_is_refused_or_folded(to
 @pytest.mark.parametrize("name", ["llama3_1", "llama3_2", "gptoss"])
 def test_results_of_tools_that_a_template_shows_as_json_are_in_the_text(tokenizer, name):
     template = (Path(imported("trl").__file__).parent / "chat_templates" / f"{name}.jinja").read_text()
-    talk = [{**USED[0], "tools": SPECS}, *USED[1:]]
+    talk = [{**USED[0], "tools": SPECS[:1]}, *USED[1:]]
     text, spans = chat_format(tokenizer, template).render_turns(talk)
     assert json.dumps('{"rain": "yes"}') in text
     first, last = (text[begin:end] for begin, end in spans)
