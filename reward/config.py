@@ -10,7 +10,7 @@ from annotated_types import Ge, Gt, Lt
 from reward.tables import LOSSES, MARGINS
 from rlhf.core.annotations import Formerly, NoResult
 from rlhf.core.table import listed, parameter_values
-from rlhf.data.options import DataConfig
+from rlhf.data.options import DataConfig, LabelsConfig
 from rlhf.engine.options import EngineConfig, OptimizerConfig
 from rlhf.models.options import BackboneConfig
 from rlhf.models.roles import ModelRole
@@ -110,6 +110,29 @@ class LossConfig:
         return asdict(self) | {"parameters": self.values}
 
 
+def labels_fault(labels: LabelsConfig, data: DataConfig, one_sided: str | None) -> str:
+    """Why labels cannot be treated so; empty if they can.
+
+    Args:
+        labels: what the recipe asks for.
+        data: what it is to be done to.
+        one_sided: the loss, if it has no opposite.
+    """
+    if labels.kind == "as_given":
+        return ""
+    if data.flip_labels:
+        return (
+            f"labels.kind = audited, but data.flip_labels = {data.flip_labels} swaps labels after their audit: "
+            "swap them in the file, and audit that"
+        )
+    if labels.use == "soft" and one_sided:
+        return (
+            f"labels.use = soft, but loss.kind = {one_sided} has no opposite that the other label could stand for: "
+            "set labels.use to swap, drop or weight"
+        )
+    return ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig:
     """A run of the reward stage."""
@@ -120,6 +143,7 @@ class RewardConfig:
     data: DataConfig
     margin: MarginConfig = field(default_factory=MarginConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    labels: LabelsConfig = field(default_factory=LabelsConfig)
     optim: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -130,6 +154,9 @@ class RewardConfig:
                 f"loss.kind = {self.loss.kind} has no place for a margin, but margin.kind = {self.margin.kind}; "
                 "set margin.kind=none or take another loss"
             )
+        fault = labels_fault(self.labels, self.data, None if LOSSES[self.loss.kind].has_opposite else self.loss.kind)
+        if fault:
+            raise ValueError(fault)
         if self.margin.queue_pairs and self.over_all_pairs:
             raise ValueError(
                 f"margin.parameters.queue_pairs = {self.margin.queue_pairs} needs loss.scope = micro_step, "
@@ -157,7 +184,7 @@ class RewardConfig:
     @property
     def workload(self) -> Workload:
         """What a step computes."""
-        return Workload(rows=self.data, kind="pairs", first_pass=self.over_all_pairs)
+        return Workload(rows=self.data, kind="pairs", labels=self.labels, first_pass=self.over_all_pairs)
 
     @property
     def over_all_pairs(self) -> bool:

@@ -59,6 +59,84 @@ def label_smoothing_loss(
     return -(1 - smoothing) * F.logsigmoid(gap) - smoothing * F.logsigmoid(-gap)
 
 
+def generalized_cross_entropy_loss(
+    chosen: Tensor, rejected: Tensor, margins: Tensor | None = None, *, q: float = 0.7
+) -> Tensor:
+    r"""Bradley-Terry whose gradient fades where the model is sure that the label is wrong.
+
+        loss_i = (1 - p_i^q) / q,   p = sigmoid(chosen - rejected - margins)
+
+    The gradient is ``p_i^q`` times that of Bradley-Terry. No loss exceeds ``1 / q``.
+
+    Args:
+        chosen, rejected, margins: see :func:`bradley_terry_loss`.
+        q: in (0, 1]: towards 0 Bradley-Terry, at 1 the mean absolute error of p, which wrong labels move least and
+            hard pairs teach least.
+    Returns:
+        ``(B,)`` losses.
+    Raises:
+        ValueError: if the shapes differ or ``q`` is out of range.
+    References:
+        Zhang and Sabuncu (NeurIPS 2018), arXiv:1805.07836, eq. 6.
+    """
+    check_positive(q=q)
+    if q > 1:
+        raise ValueError(f"q must be at most 1, not {q}")
+    return -torch.expm1(q * F.logsigmoid(_gap(chosen, rejected, margins))) / q
+
+
+def robust_loss(
+    chosen: Tensor, rejected: Tensor, margins: Tensor | None = None, *, wrong_share: float = 0.1
+) -> Tensor:
+    r"""Bradley-Terry corrected backward: over labels that are wrong by chance, its mean is that over right ones.
+
+        loss_i = ((1 - e) l(chosen_i, rejected_i) - e l(rejected_i, chosen_i)) / (1 - 2 e),   e = wrong_share
+        l(a, b) = -log sigmoid(a - b - margins_i)
+
+    Falls without bound as the gap grows, at a slope of e / (1 - 2 e).
+
+    Args:
+        chosen, rejected, margins: see :func:`bradley_terry_loss`. The margin is a handicap on the answer that ``l``
+            prefers, in either term.
+        wrong_share: of the labels, in [0, 0.5).
+    Returns:
+        ``(B,)`` losses in nats.
+    Raises:
+        ValueError: if the shapes differ or ``wrong_share`` is out of range.
+    References:
+        Natarajan et al. (NeurIPS 2013), lemma 1; for preferences: Chowdhury et al., arXiv:2403.00409.
+    """
+    check_range(0, 0.5, wrong_share=wrong_share)
+    right, wrong = bradley_terry_loss(chosen, rejected, margins), bradley_terry_loss(rejected, chosen, margins)
+    return ((1 - wrong_share) * right - wrong_share * wrong) / (1 - 2 * wrong_share)
+
+
+def forward_robust_loss(
+    chosen: Tensor, rejected: Tensor, margins: Tensor | None = None, *, wrong_share: float = 0.1
+) -> Tensor:
+    r"""Bradley-Terry corrected forward: the likelihood of labels of which a share is wrong.
+
+        loss_i = -log((1 - e) sigmoid(chosen_i - rejected_i - margins_i)
+                      + e sigmoid(rejected_i - chosen_i - margins_i)),   e = wrong_share
+
+    Without margins no loss exceeds ``-log e``: a pair that the model is sure of has no say.
+
+    Args:
+        chosen, rejected, margins, wrong_share: see :func:`robust_loss`.
+    Returns:
+        ``(B,)`` losses in nats.
+    Raises:
+        ValueError: if the shapes differ or ``wrong_share`` is out of range.
+    References:
+        Patrini et al. (CVPR 2017), arXiv:1609.03683, theorem 2.
+    """
+    check_range(0, 0.5, wrong_share=wrong_share)
+    right, wrong = bradley_terry_loss(chosen, rejected, margins), bradley_terry_loss(rejected, chosen, margins)
+    if wrong_share == 0:
+        return right
+    return -torch.logaddexp(math.log1p(-wrong_share) - right, math.log(wrong_share) - wrong)
+
+
 def hinge_loss(
     chosen: Tensor, rejected: Tensor, margins: Tensor | None = None, *, width: float = 1.0
 ) -> Tensor:

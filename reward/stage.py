@@ -1,6 +1,6 @@
 """The reward stage from recipe to ``final/``."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from rich.console import Console
 
@@ -34,7 +34,10 @@ def run(config: RewardConfig, ranks: Ranks) -> Evaluation | None:
     """
     chat = open_chat(config, config.data.template_choice, ranks)
     data = load_data(
-        lambda folder: load_preferences(config.data, chat, run_folder=folder), config, ranks, readers=config.models
+        lambda folder: load_preferences(config.data, chat, labels=config.labels, run_folder=folder),
+        config,
+        ranks,
+        readers=config.models,
     )
     if "data_margins" in MARGINS[config.margin.kind].inputs:
         data.train.refuse_missing_margins()
@@ -50,9 +53,12 @@ def run(config: RewardConfig, ranks: Ranks) -> Evaluation | None:
     engine = start_engine(model, role, config, ranks, steps=steps, hidden_size=model.hf.config.hidden_size)
     task = RewardTask(engine, config, data.train, data.evals, steps)
     identity = run_identity(config, data.train, steps)
-    step = train(
-        config, engine, task, identity | {"margin": config.margin.to_dict(), "loss": config.loss.to_dict()}, steps
-    )
+    identity |= {
+        "margin": config.margin.to_dict(),
+        "loss": config.loss.to_dict(),
+        "labels": asdict(config.labels),
+    }
+    step = train(config, engine, task, identity, steps)
     report(config, ranks, task.evaluation, step, lambda found: Console().print(evaluation_table(found)))
     measured = replace(published, evaluation=task.evaluation, margins=task.margin_statistics)
     publish_run(config, engine, sample_of(data), measured)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt, Le, Lt
 
 from rlhf.core.table import Parameter, Row
 
@@ -27,6 +27,11 @@ class Loss(Row):
     statistics: tuple[str, ...] = field(default=(), kw_only=True)
     """Scalars of the whole batch it takes: means by :data:`reward.losses.STATISTICS`, and "pairs", their number."""
     takes_margins: bool = field(default=True, kw_only=True)
+
+    @property
+    def has_opposite(self) -> bool:
+        """Whether the loss of the opposite label is that of the two answers swapped, all else as it is."""
+        return not any("chosen" in name for name in (*self.inputs, *self.statistics))
 
     @property
     def arguments(self) -> frozenset[str]:
@@ -52,6 +57,14 @@ LOSSES: Mapping[str, Loss] = {
     "bradley_terry": Loss("reward.losses:bradley_terry_loss"),
     "label_smoothing": Loss(
         "reward.losses:label_smoothing_loss", parameters={"smoothing": Parameter(BelowHalf, 0.1)}
+    ),
+    "generalized_cross_entropy": Loss(
+        "reward.losses:generalized_cross_entropy_loss",
+        parameters={"q": Parameter(Annotated[float, Gt(0), Le(1)], 0.7)},
+    ),
+    "robust": Loss("reward.losses:robust_loss", parameters={"wrong_share": Parameter(BelowHalf, 0.1)}),
+    "forward_robust": Loss(
+        "reward.losses:forward_robust_loss", parameters={"wrong_share": Parameter(BelowHalf, 0.1)}
     ),
     "hinge": Loss("reward.losses:hinge_loss", parameters={"width": Parameter(NotNegative, 1.0)}),
     "focal": Loss(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from reward.config import RewardConfig
 from reward.evaluate import Evaluation, evaluate_held_out
+from reward.labels import Labels
 from reward.margin_maker import MarginMaker
 from reward.model import Scores
 from reward.pairs import Pairs, concatenate, detached_pairs, gather_pairs
@@ -45,6 +46,7 @@ class RewardTask:
         self._margins = MarginMaker(config.margin, total_steps)
         self._statistics = StepStatistics(self._loss)
         self._parameters = config.loss.values
+        self._labels = Labels(config.labels, train.wrong)
         self._global = config.over_all_pairs
         self._seen: list[tuple[Pairs, Tensor]] = []
         self._loss_sum = 0.0
@@ -70,14 +72,17 @@ class RewardTask:
         scores = self._engine.forward(batch.buckets)
         if not self._global:
             self._observe(gather_pairs(_pairs(scores, batch), self._engine.ranks))
-        chosen, rejected = batch.sides(scores.rewards)
+        sides = batch.sides(scores.rewards)
         inputs: dict[str, Any] = self._statistics.arguments(batch.positions)
         if self._loss.takes_margins:
             inputs["margins"] = self._margins.of(batch.positions)
         if scores.logprobs is not None:
             both = zip(("chosen_logprobs", "rejected_logprobs"), batch.sides(scores.logprobs), strict=True)
             inputs |= {name: values for name, values in both if name in self._loss.inputs}
-        losses = self._loss(chosen, rejected, **inputs, **self._parameters)
+        options = inputs | self._parameters
+        losses = self._labels.losses(
+            lambda opposite: self._loss(*(reversed(sides) if opposite else sides), **options), batch.indices
+        )
         self._loss_sum += float(losses.detach().sum())
         # Filler rows keep the graph of this forward alive on ranks that have no pair.
         return losses.sum() / self._batches.items + 0.0 * scores.rewards.sum()

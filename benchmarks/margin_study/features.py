@@ -48,7 +48,7 @@ def pooled_features(model, rows: list[list[int]], layers: list[int], token_budge
             tokens[place, : lengths[place]] = torch.tensor(rows[row])
         states = model(input_ids=tokens, output_hidden_states=True, use_cache=False).hidden_states
         last = torch.arange(len(batch)), lengths - 1
-        features[batch] = torch.stack([states[layer][last] for layer in layers], dim=1).numpy()
+        features[batch] = torch.stack([states[layer][last] for layer in layers], dim=1).float().numpy()
     return features
 
 
@@ -63,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--train-stride", type=int, default=2, help="take every n-th training pair (time)")
     parser.add_argument("--max-tokens", type=int, default=1024)
     parser.add_argument("--token-budget", type=int, default=4096)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="what is computed in")
     return parser
 
 
@@ -71,7 +72,7 @@ def main() -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModel.from_pretrained(
-        options.model, num_hidden_layers=options.keep_layers, dtype=torch.float32
+        options.model, num_hidden_layers=options.keep_layers, dtype=getattr(torch, options.dtype)
     ).eval()
     options.output.mkdir(parents=True, exist_ok=True)
     for split in options.splits:

@@ -73,5 +73,5 @@ def _load(workload: Workload, model: BackboneConfig) -> Any:
         prompts = load_prompts(rows, chat).train
         return [[len(prompts.prompt(place).tokens)] for place in range(len(prompts))]
     if workload.kind == "pairs":
-        return load_preferences(rows, chat).train.lengths
+        return load_preferences(rows, chat, labels=workload.labels).train.lengths
     return load_examples(rows, chat, kind=workload.kind).train.lengths

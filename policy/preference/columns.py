@@ -1,7 +1,7 @@
 """Columns of a batch: the per-pair numbers that objectives read, from log-probabilities of policy and reference."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -60,6 +60,11 @@ class View:
     drift: Tensor | None
     """``(S, B)`` plain log-ratios to the reference, without gradient; ``None`` without a reference."""
 
+    @property
+    def opposite(self) -> "View":
+        """The same pairs with the opposite labels; ``sums`` and ``drift`` stay in the order of the rows."""
+        return replace(self, columns=_swapped(self.columns), plain=_swapped(self.plain))
+
 
 def view(policy: RowSums, reference: RowSums | None, batch: Batch, loss: LossConfig) -> View:
     """Put together what ``loss`` can read of ``batch``."""
@@ -113,6 +118,12 @@ def gathered_columns(
     if "labels" in gathered:
         gathered["labels"] = gathered["labels"] > 0
     return gathered, rows[:, 0].long()
+
+
+def _swapped(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    other = {"chosen": "rejected", "rejected": "chosen"}
+    parts = {name: name.partition("_") for name in columns}
+    return {other.get(side, side) + rest[0] + rest[1]: columns[name] for name, (side, *rest) in parts.items()}
 
 
 def _by_side(name: str, values: Tensor) -> dict[str, Tensor]:

@@ -11,10 +11,10 @@ from annotated_types import Ge, Gt, Le, Lt
 from policy.options import PolicyConfig
 from policy.preference.losses import DIVERGENCE_LOSSES, LOSSES, Objective
 from policy.roles import policy_role, reference_role
-from reward.config import MarginConfig
+from reward.config import MarginConfig, labels_fault
 from rlhf.core.annotations import NoResult
 from rlhf.core.table import listed, parameter_values
-from rlhf.data.options import DataConfig, ExampleDataConfig
+from rlhf.data.options import DataConfig, ExampleDataConfig, LabelsConfig
 from rlhf.engine.options import EngineConfig, OptimizerConfig
 from rlhf.models.roles import ModelRole
 from rlhf.train.options import TrainConfig
@@ -217,6 +217,7 @@ class PreferenceConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     margin: MarginConfig | None = None
     """The margin of ot_margin (null: optimal transport with its defaults)."""
+    labels: LabelsConfig = field(default_factory=LabelsConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
     optim: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=1e-6))
@@ -240,6 +241,11 @@ class PreferenceConfig:
                 f"margin.parameters.queue_pairs = {self.margins.queue_pairs} needs loss.scope = micro_step, "
                 "not global_batch"
             )
+        one_sided = next((term.kind for term in loss.terms if not LOSSES[term.kind].has_opposite), None)
+        if self.data is None and self.labels.kind == "audited":
+            raise ValueError("labels.kind = audited is for pairs, and the section unpaired has none")
+        if self.data is not None and (fault := labels_fault(self.labels, self.data, one_sided)):
+            raise ValueError(fault)
         if reference.sync_every and self.model.lora is not None:
             raise ValueError("reference.sync_every moves whole weights; it does not go with model.lora")
 
@@ -271,6 +277,7 @@ class PreferenceConfig:
         return Workload(
             rows=self.rows,
             kind="unpaired" if self.data is None else "pairs",
+            labels=self.labels,
             first_pass=self.over_all_pairs,
             cached_numbers=2 if cached else 0,
         )

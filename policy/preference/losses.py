@@ -56,6 +56,11 @@ class Objective(Row):
         return any(name.endswith("logratios") for name in self.inputs)
 
     @property
+    def has_opposite(self) -> bool:
+        """Whether the loss of the opposite label is that of the two answers swapped, all else as it is."""
+        return not self.statistics and not self.unpaired
+
+    @property
     def unpaired(self) -> bool:
         """Whether rows are single responses with a label instead of pairs."""
         return "labels" in self.inputs

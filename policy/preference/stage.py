@@ -71,7 +71,7 @@ def run(config: PreferenceConfig, ranks: Ranks) -> HeldOut | None:
 
 def _load(config: PreferenceConfig, chat: ChatFormat, folder: Path | None) -> LoadedData:
     if config.data is not None:
-        return load_preferences(config.data, chat, run_folder=folder)
+        return load_preferences(config.data, chat, labels=config.labels, run_folder=folder)
     assert config.unpaired is not None
     return load_examples(config.unpaired, chat, kind="unpaired", run_folder=folder)
 
@@ -166,6 +166,7 @@ class _References:
 def _identity(config: PreferenceConfig, data: LoadedData, references: _References, steps: int) -> dict[str, Any]:
     return run_identity(config, data.train, steps) | {
         "loss": asdict(config.loss),
+        "labels": asdict(config.labels),
         "margin": config.margins.to_dict() if config.loss.takes_margins else None,
         "reference": references.weights,
         "reference.kind": "live" if config.reference.kind == "live" else "cache",

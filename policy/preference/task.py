@@ -16,10 +16,12 @@ from policy.preference.schedules import DeltaSchedule
 from policy.preference.statistics import BatchStatistics
 from policy.preference.telemetry import HeldOut, StepRows, held_out_evaluation, start_of, step_metrics
 from policy.preference.watch import Watch
+from reward.labels import Labels
 from reward.margin_maker import MarginMaker
 from reward.pairs import Pairs, concatenate, detached_pairs, gather_pairs
 from reward.telemetry import margin_telemetry
 from rlhf.data.batching import Batch, ItemSource
+from rlhf.data.preferences import PreferenceDataset
 from rlhf.engine.api import Engine
 from rlhf.train.batches import BatchMaker, without_gradient
 
@@ -49,6 +51,7 @@ class PreferenceTask:
         self._terms = [(term, LOSSES[term.kind], BatchStatistics(term)) for term in config.loss.terms]
         self._gathers = config.loss.takes_margins or any(statistics.names for _, _, statistics in self._terms)
         self._margins = MarginMaker(config.margins, total_steps)
+        self._labels = Labels(config.labels, train.wrong if isinstance(train, PreferenceDataset) else np.empty(0))
         self._delta = _delta_schedule(config, total_steps)
         self._watch = Watch(config.watch, engine.ranks)
         self._rows = StepRows(engine.ranks)
@@ -81,8 +84,18 @@ class PreferenceTask:
         view = self._view(sums, batch)
         if self._gathers and not self._config.over_all_pairs:
             self._look([(batch, view, output)])
-        columns = view.columns
-        losses = torch.zeros(len(batch), device=sums.head.device)
+        weights = self._wpo_weights(view.columns | view.plain, output, batch) if config.wpo else None
+        losses = self._labels.losses(
+            lambda opposite: self._losses(view.opposite if opposite else view, batch, weights), batch.indices
+        )
+        self._rows.add(batch, view, losses)
+        # Filler rows keep the graph of this forward alive on ranks that have no pair.
+        return losses.sum() / self._batches.items + 0.0 * sum(part.sum() for part in output.logprobs)
+
+    def _losses(self, view: View, batch: Batch, weights: Tensor | None) -> Tensor:
+        """``(B,)`` losses of the labels of ``view``; ``weights`` are of the objectives, not of the likelihood."""
+        config, columns = self._config.loss, view.columns
+        losses = torch.zeros(len(batch), device=view.sums.head.device)
         for term, objective, statistics in self._terms:
             read = columns | view.plain if objective.likelihood == "alone" else columns
             inputs: dict[str, Any] = {name: read[name] for name in objective.inputs}
@@ -92,13 +105,11 @@ class PreferenceTask:
             if self._delta is not None and "delta" in objective.parameters:
                 inputs["delta"] = self._delta.value
             losses = losses + term.weight * objective(**inputs)
-        if config.wpo:
-            losses = losses * self._wpo_weights(columns | view.plain, output, batch)
+        if weights is not None:
+            losses = losses * weights
         if config.nll_weight:
             losses = losses - config.nll_weight * view.plain["chosen_logprobs"] / columns["chosen_lengths"]
-        self._rows.add(batch, view, losses)
-        # Filler rows keep the graph of this forward alive on ranks that have no pair.
-        return losses.sum() / self._batches.items + 0.0 * sum(part.sum() for part in output.logprobs)
+        return losses
 
     def step_metrics(self) -> dict[str, float]:
         seen = self._rows.gathered()

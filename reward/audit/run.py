@@ -19,11 +19,12 @@ from reward.audit.margins import Head
 from reward.audit.mixture import Interval, share_interval
 from rlhf.core.errors import DataError
 from rlhf.core.files import write_json, write_text
-from rlhf.data.labels import AUDIT_COLUMNS, SWAP_ABOVE, pair_digest
+from rlhf.data.labels import SWAP_ABOVE, pair_digest
 from rlhf.data.loading import default_cache_dir
 from rlhf.data.messages import BadRow
 from rlhf.data.options import ColumnConfig, SourceConfig
 from rlhf.data.records import PreferenceRecord, prompt_key, to_records
+from rlhf.data.rows import AUDIT_COLUMNS
 from rlhf.data.sources import open_source, row_names
 from rlhf.data.templates import ChatFormat, TemplateFault
 from rlhf.engine.build import has_bfloat16

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from rlhf.data.labels import wrong_label
 from rlhf.data.messages import Message
 from rlhf.data.options import ColumnConfig, ExampleColumns, PromptColumns
 from rlhf.data.records import ExampleRecord, PreferenceRecord, PromptRecord, to_example, to_prompt, to_records
@@ -36,7 +37,7 @@ class Pairs:
         return [settings.learned(*_to_the_end(*settings.format.render(prompt, side))) for side in sides]
 
     def fields(self, entry: PreferenceRecord, sides: list[Turns]) -> Fields:
-        numbers = (entry.margin, entry.chosen_score, entry.rejected_score)
+        numbers = (entry.margin, entry.chosen_score, entry.rejected_score, wrong_label(entry))
         (chosen, chosen_spans), (rejected, rejected_spans) = sides
         starts = (chosen_spans[0, 0], rejected_spans[0, 0])
         return Fields((chosen, rejected), (starts, tuple(np.nan if n is None else n for n in numbers)))

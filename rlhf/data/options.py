@@ -47,6 +47,8 @@ class ColumnConfig:
     chosen_avg_rating); needs the other score too."""
     rejected_score: str | None = None
     """A judge's score of rejected (usual names: rejected_score, score_rejected, and so on)."""
+    wrong: str | None = None
+    """How likely it is that chosen is not the better one, from 0 to 1 (usual name: audit_wrong). Read by labels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,6 +243,25 @@ class DataConfig(RowsConfig):
     @property
     def eval_sources(self) -> tuple[SourceConfig, ...]:
         return _as_sources(self.eval, SourceConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelsConfig:
+    """Whether the labels of training pairs are believed."""
+
+    kind: Literal["as_given", "audited"] = "as_given"
+    """as_given: each label counts as right. audited: as far as its probability to be wrong lets it (data.columns.wrong,
+    as ``rlhf data audit`` writes it). Pairs to evaluate on always count as given."""
+    use: Literal["soft", "swap", "drop", "weight"] = "soft"
+    """What becomes of doubtful labels. soft: the loss is that of the label and that of the opposite one, by their
+    probabilities. swap: pairs above `above` have their answers swapped. drop: they are left out. weight: pairs count
+    by the probability that their label is right, over its mean."""
+    above: Annotated[float, Gt(0), Lt(1)] = 0.5
+    """The probability above which swap and drop take a label to be wrong."""
+
+
+AS_GIVEN = LabelsConfig()
+"""All labels are believed."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,9 @@ import numpy as np
 from rlhf.core.errors import DataError
 from rlhf.data.batching import Item, Row
 from rlhf.data.kinds import Pairs
+from rlhf.data.labels import OF_ANOTHER_PAIR
 from rlhf.data.loading import load_sources
-from rlhf.data.options import DataConfig
+from rlhf.data.options import AS_GIVEN, DataConfig, LabelsConfig
 from rlhf.data.report import DataReport
 from rlhf.data.splitting import Draw, StoredRows, split
 from rlhf.data.templates import ChatFormat
@@ -40,6 +41,7 @@ class PreferenceDataset:
         margins: ``(N,)`` float64, the data's own margins, nan where there is none.
         given_margins: ``(N,)`` float64, these, or where no pair has one, how far the scores are apart.
         scores: ``(N, 2)`` float64, of chosen and rejected, nan where there are none.
+        wrong: ``(N,)`` float64, the probability that the label of the file is wrong, nan where none is given.
         flipped: ``(N,)`` bool, True where the answers have been swapped on purpose.
         source_index: ``(N,)`` int32, into ``source_names``.
         fingerprint: a name for the tokens, their order and the flips.
@@ -53,7 +55,8 @@ class PreferenceDataset:
         self.lengths = np.where(flipped[:, None], lengths[:, ::-1], lengths)
         self.prompt_keys = rows.records["prompt_key"]
         self.margins = rows.records["number"][:, 0]
-        self.scores = rows.records["number"][:, 1:]
+        self.scores = rows.records["number"][:, 1:3]
+        self.wrong = rows.records["number"][:, 3]
         gaps = self.scores[:, 0] - self.scores[:, 1]
         self.given_margins = gaps if np.isnan(self.margins).all() else self.margins
         self.fingerprint = rows.fingerprint(flipped)
@@ -95,7 +98,7 @@ class PreferenceDataset:
         order = slice(None, None, -1) if self.flipped[index] else slice(None)
         chosen, rejected = self._rows.arrays(index)[order]
         chosen_start, rejected_start = record["start"][order].tolist()
-        margin, *scores = (None if np.isnan(number) else float(number) for number in record["number"])
+        margin, *scores = (None if np.isnan(number) else float(number) for number in record["number"][:3])
         return TokenizedPair(
             self.row_id(index),
             int(record["prompt_key"]),
@@ -118,7 +121,12 @@ class LoadedPreferences:
 
 
 def load_preferences(
-    config: DataConfig, chat: ChatFormat, *, run_folder: Path | None = None, cache_dir: Path | None = None
+    config: DataConfig,
+    chat: ChatFormat,
+    *,
+    labels: LabelsConfig = AS_GIVEN,
+    run_folder: Path | None = None,
+    cache_dir: Path | None = None,
 ) -> LoadedPreferences:
     """Read, check, tokenize (or take from the cache), split and mix the sources of ``config``.
 
@@ -127,10 +135,11 @@ def load_preferences(
     Args:
         config: the data section of a recipe.
         chat: tokenizer and template of the run.
+        labels: whether the labels of training pairs are believed.
         run_folder: where ``quarantine.jsonl`` goes; ``None`` writes none.
         cache_dir: where to keep tokens if ``config.cache_dir`` is unset; by default the user's cache folder.
     Raises:
-        DataError: if a source cannot be read, or too many of its rows are bad.
+        DataError: if a source cannot be read, too many of its rows are bad, or audited labels were not audited.
     """
     sources = load_sources(
         config,
@@ -148,11 +157,41 @@ def load_preferences(
         max_eval=config.max_eval_pairs,
         trainable=None if least is None else lambda rows: _far_apart(rows, least),
     )
-    train = PreferenceDataset(train_rows, _flips(train_rows.entries, config))
+    if labels.kind == "audited":
+        train = _audited(train_rows, labels, sources.report)
+    else:
+        train = PreferenceDataset(train_rows, _flips(train_rows.entries, config))
     evals = PreferenceDataset(eval_rows, np.zeros(len(eval_rows), bool))
     sources.report.flipped = int(train.flipped.sum())
     sources.report.describe(train.prompt_keys, evals.prompt_keys, train.lengths)
     return LoadedPreferences(train, evals, sources.report)
+
+
+def _audited(rows: StoredRows, labels: LabelsConfig, report: DataReport) -> PreferenceDataset:
+    """The pairs with their labels swapped, or without them, as ``labels`` says; what was done goes into the report."""
+    wrong = rows.records["number"][:, 3]
+    _refuse(rows, np.isnan(wrong), "no probability of a wrong label: `rlhf data audit` writes it (data.columns.wrong)")
+    changed = "changed since their audit (audit_pair is another pair's): audit the data again"
+    _refuse(rows, wrong == OF_ANOTHER_PAIR, changed)
+    suspected = wrong > labels.above
+    report.notes.append(
+        f"labels.use={labels.use}: {wrong.mean():.1%} of the training labels are expected to be wrong; "
+        f"{int(suspected.sum())} of {len(rows)} with a probability above {labels.above:g}"
+    )
+    if labels.use == "drop":
+        if suspected.all():
+            raise DataError(f"labels.use = drop with labels.above = {labels.above:g} leaves no training pairs")
+        return PreferenceDataset(rows.only(~suspected), np.zeros(int((~suspected).sum()), bool))
+    return PreferenceDataset(rows, suspected & (labels.use == "swap"))
+
+
+def _refuse(rows: StoredRows, unfit: np.ndarray, fault: str) -> None:
+    places = np.flatnonzero(unfit)
+    if len(places):
+        shown = ", ".join(rows.row_id(int(place)) for place in places[:3])
+        raise DataError(
+            f"labels.kind = audited, but {len(places)} of {len(rows)} training pairs, such as {shown}, have {fault}"
+        )
 
 
 def _far_apart(records: np.ndarray, least: float) -> np.ndarray:

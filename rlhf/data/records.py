@@ -33,6 +33,10 @@ class PreferenceRecord:
     margin: float | None
     chosen_score: float | None
     rejected_score: float | None
+    wrong: float | None = None
+    """Probability that chosen is not the better one."""
+    audited_pair: str = ""
+    """The name, by :func:`rlhf.data.labels.pair_digest`, of the pair that this was said of; empty for this one."""
     notes: tuple[str, ...] = ()
     """What a reader of the report should know of the row."""
     unread: tuple[str, ...] = ()
@@ -91,6 +95,9 @@ def to_records(value: Any, columns: ColumnConfig, *, row_id: str, source: str) -
     margin = row.number("margin")
     strength = abs(row.number("strength") or 0) or None
     row.word("group")  # of no use here, but no stray column: `rlhf score` writes it
+    wrong = row.number("wrong")
+    if wrong is not None and not 0 <= wrong <= 1:
+        raise BadRow("wrong type", f"the probability that the label is wrong is {wrong:g}, expected one from 0 to 1")
     prompts = [row.with_context(pair.prompt) for pair in candidates]
     if any(len(side) > 1 for pair in candidates for side in (pair.chosen, pair.rejected)):
         row.note("note: answers of several messages count as a whole, with what others say in between")
@@ -105,6 +112,8 @@ def to_records(value: Any, columns: ColumnConfig, *, row_id: str, source: str) -
             margin=strength if margin is None else margin,
             chosen_score=pair.scores[0],
             rejected_score=pair.scores[1],
+            wrong=wrong,
+            audited_pair=row.word("audited_pair"),
             notes=notes,
             unread=unread,
         )

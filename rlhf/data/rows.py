@@ -31,11 +31,23 @@ _USUAL_NAMES = {
         "rejected-rating",
         "rejected_avg_rating",
     ),
+    "wrong": ("audit_wrong",),
+    "audited_pair": ("audit_pair",),
     "messages": ("messages", "conversations"),
     "completion": ("completion", "response"),
     "label": ("label",),
     "tools": ("tools", "functions"),
 }
+AUDIT_COLUMNS = (
+    "audit_margin",
+    "audit_margin_sd",
+    "audit_wrong",
+    "audit_weight",
+    "audit_label",
+    "audit_pair",
+)
+"""Columns that ``rlhf data audit`` adds: margin with its spread over repeats, probability that the label is wrong, one
+minus that, the label that it suggests (as_given or swap), and :func:`rlhf.data.labels.pair_digest`."""
 _CONVERSATIONS = ("conversations", "messages")
 """Where the prompt of a pair may stand whose answers are single messages."""
 
@@ -208,7 +220,8 @@ class RowReader:
 
     def noticed(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Notes on the row; and the columns and keys that hold something but were not read."""
-        columns = [str(name) for name, cell in self._value.items() if name not in self._read and holds(cell)]
+        read = {*self._read, *AUDIT_COLUMNS}  # of which those that are not read say nothing more
+        columns = [str(name) for name, cell in self._value.items() if name not in read and holds(cell)]
         return tuple(self._notices.notes), (*columns, *self._notices.unread)
 
     @staticmethod

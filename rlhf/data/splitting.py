@@ -3,6 +3,7 @@
 Whatever is drawn at random depends on ``data.seed`` and the data alone.
 """
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from enum import IntEnum
 
@@ -49,6 +50,14 @@ class StoredRows:
 
     def __len__(self) -> int:
         return len(self.records)
+
+    def only(self, kept: np.ndarray) -> "StoredRows":
+        """The rows of a ``(N,)`` mask."""
+        fewer = copy.copy(self)
+        fewer.entries, fewer.records, fewer.source_index = (
+            values[kept] for values in (self.entries, self.records, self.source_index)
+        )
+        return fewer
 
     def arrays(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """The two arrays that the store has of a row."""

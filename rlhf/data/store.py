@@ -38,7 +38,7 @@ PAIR = np.dtype(
     [
         *_PLACE,  # the arrays are the tokens of chosen and of rejected
         ("start", "<i4", (2,)),  # first response token of chosen and rejected
-        ("number", "<f8", (3,)),  # margin, chosen score, rejected score; nan where there is none
+        ("number", "<f8", (4,)),  # margin, chosen score, rejected score, labels.wrong_label; nan where there is none
     ]
 )
 

@@ -23,6 +23,7 @@ from rlhf.data import (
     built_in_templates,
     ending,
     formats,
+    labels,
     markup,
     messages,
     records,
@@ -324,7 +325,7 @@ def _with_progress(rows: Iterable[RawRow], title: str) -> Iterator[RawRow]:
 
 def _code_digest(kind: RowKind) -> str:
     """Digest of the code that turns rows into tokens: a new version of it makes its own cache entries."""
-    reading = (formats, messages, records, rows, shapes, sources, store)
+    reading = (formats, labels, messages, records, rows, shapes, sources, store)
     rendering = (built_in_templates, ending, markup, template_text, templates)
     files = [__file__, inspect.getfile(type(kind)), *(inspect.getfile(module) for module in (*reading, *rendering))]
     return digest(*(Path(file).read_bytes() for file in files))

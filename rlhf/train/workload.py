@@ -1,10 +1,10 @@
 """What a run computes, as its recipe says: what a plan needs to know beside the models."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
-from rlhf.data.options import RowsConfig
+from rlhf.data.options import LabelsConfig, RowsConfig
 from rlhf.engine.options import EngineConfig
 from rlhf.models.roles import ModelRole
 from rlhf.train.options import TrainConfig
@@ -37,6 +37,8 @@ class Workload:
     rows: RowsConfig
     """The section that they come from."""
     kind: RowsKind
+    labels: LabelsConfig = field(default_factory=LabelsConfig)
+    """Whether the labels of pairs are believed."""
     rollout: RolloutLoad | None = None
     """What is generated, in stages whose rows are prompts to be answered."""
     first_pass: bool = False

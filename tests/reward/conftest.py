@@ -8,8 +8,8 @@ import torch
 from reward.config import LossConfig, MarginConfig, RewardConfig, RewardModelConfig
 from reward.model import build_reward_model
 from reward.task import RewardTask
-from rlhf.data.options import DataConfig
-from rlhf.data.preferences import load_preferences
+from rlhf.data.options import AS_GIVEN, DataConfig, LabelsConfig
+from rlhf.data.preferences import LoadedPreferences, load_preferences
 from rlhf.engine.local import LocalEngine
 from rlhf.engine.options import EngineConfig, OptimizerConfig
 from rlhf.engine.ranks import Ranks
@@ -49,6 +49,8 @@ def make_task(tiny_config, tiny_data):
         *,
         loss: LossConfig | None = None,
         margin: MarginConfig | None = None,
+        labels: LabelsConfig = AS_GIVEN,
+        data: LoadedPreferences = tiny_data,
         packing: str = "auto",
         **model,
     ):
@@ -56,6 +58,7 @@ def make_task(tiny_config, tiny_data):
             tiny_config,
             loss=loss or tiny_config.loss,
             margin=margin or tiny_config.margin,
+            labels=labels,
             model=replace(tiny_config.model, **model),
             train=replace(tiny_config.train, micro_batch_tokens=token_budget, packing=packing),
         )
@@ -70,6 +73,6 @@ def make_task(tiny_config, tiny_data):
         )
         engine = LocalEngine(module, ranks=ALONE, optimizer=config.optim, total_steps=20)
         assert allow_packing(engine)
-        return engine, RewardTask(engine, config, tiny_data.train, tiny_data.evals, 20)
+        return engine, RewardTask(engine, config, data.train, data.evals, 20)
 
     return make

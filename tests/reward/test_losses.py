@@ -10,6 +10,8 @@ from reward.losses import (
     bsr_loss,
     centering_loss,
     focal_loss,
+    forward_robust_loss,
+    generalized_cross_entropy_loss,
     grm_dpo_loss,
     grm_sft_loss,
     hinge_loss,
@@ -17,6 +19,7 @@ from reward.losses import (
     moving_average,
     norm_bt_loss,
     pos_reg_loss,
+    robust_loss,
 )
 from reward.tables import LOSSES
 from rlhf.core.table import parameter_values
@@ -58,6 +61,61 @@ def test_bradley_terry_by_hand():
 def test_label_smoothing_by_hand():
     assert value(label_smoothing_loss, 1.0, 0.0) == pytest.approx(0.9 * 0.31326169 + 0.1 * 1.31326169)
     assert value(label_smoothing_loss, 3.0, 0.0, 2.0, smoothing=0.2) == pytest.approx(0.51326169)
+
+
+def test_generalized_cross_entropy_by_hand():
+    assert value(generalized_cross_entropy_loss, math.log(3), 0.0, q=1.0) == pytest.approx(1 / 4)
+    assert value(generalized_cross_entropy_loss, math.log(3), 0.0, q=0.5) == pytest.approx(2 * (1 - math.sqrt(0.75)))
+    assert value(generalized_cross_entropy_loss, 2.0, 0.0, 2.0) == pytest.approx((1 - 0.5**0.7) / 0.7)
+
+
+def test_robust_losses_by_hand():
+    assert value(robust_loss, 1.0, 0.0) == pytest.approx((0.9 * 0.31326169 - 0.1 * 1.31326169) / 0.8)
+    assert value(forward_robust_loss, math.log(3), 0.0, wrong_share=0.2) == pytest.approx(-math.log(0.8 * 0.75 + 0.05))
+
+
+def robust_by_hand(gap, margin, share):
+    """Both corrections in another way: by probabilities, one pair at a time."""
+    right, wrong = 1 / (1 + math.exp(margin - gap)), 1 / (1 + math.exp(margin + gap))
+    backward = (share * math.log(wrong) - (1 - share) * math.log(right)) / (1 - 2 * share)
+    return backward, -math.log((1 - share) * right + share * wrong)
+
+
+@pytest.mark.parametrize("q", [0.05, 0.7, 1.0])
+@pytest.mark.parametrize("share", [0.01, 0.2, 0.45])
+def test_losses_for_wrong_labels_are_those_of_another_implementation(q, share):
+    chosen, rejected, margins = 3 * randn(3, 40, seed=7)
+    gaps, handicaps = (chosen - rejected).tolist(), margins.tolist()
+    expected = [robust_by_hand(*pair, share) for pair in zip(gaps, handicaps, strict=True)]
+    backward = robust_loss(chosen, rejected, margins, wrong_share=share)
+    forward = forward_robust_loss(chosen, rejected, margins, wrong_share=share)
+    torch.testing.assert_close(torch.stack([backward, forward], 1), torch.tensor(expected, dtype=torch.float64))
+    fading = generalized_cross_entropy_loss(chosen, rejected, margins, q=q)
+    by_powers = [(1 - (1 / (1 + math.exp(m - d))) ** q) / q for d, m in zip(gaps, handicaps, strict=True)]
+    torch.testing.assert_close(fading, torch.tensor(by_powers, dtype=torch.float64))
+
+
+def test_backward_correction_has_in_the_mean_over_wrong_labels_the_loss_of_right_ones():
+    chosen, rejected, margins = randn(3, 6)
+    share = 0.3
+    as_given = robust_loss(chosen, rejected, margins, wrong_share=share)
+    swapped = robust_loss(rejected, chosen, margins, wrong_share=share)
+    mean = (1 - share) * as_given + share * swapped
+    torch.testing.assert_close(mean, bradley_terry_loss(chosen, rejected, margins))
+
+
+def test_the_gradient_of_generalized_cross_entropy_is_that_of_bradley_terry_times_a_power_of_p():
+    chosen, rejected = randn(2, 6).requires_grad_()
+    (fading,) = torch.autograd.grad(generalized_cross_entropy_loss(chosen, rejected, q=0.6).sum(), chosen)
+    (plain,) = torch.autograd.grad(bradley_terry_loss(chosen, rejected).sum(), chosen)
+    torch.testing.assert_close(fading, plain * torch.sigmoid(chosen - rejected).detach() ** 0.6)
+
+
+@pytest.mark.parametrize("kind", ["robust", "forward_robust"])
+def test_without_wrong_labels_a_corrected_loss_is_bradley_terry(kind):
+    chosen, rejected, margins = randn(3, 6)
+    found = LOSSES[kind](chosen, rejected, margins, wrong_share=0.0)
+    torch.testing.assert_close(found, bradley_terry_loss(chosen, rejected, margins))
 
 
 def test_hinge_by_hand():
@@ -343,6 +401,9 @@ def test_the_table_tells_what_each_loss_takes():
     }
     defaults = {kind: parameter_values(LOSSES, kind, {}, noun="loss") for kind in LOSSES}
     assert {kind: values for kind, values in defaults.items() if values} == {
+        "generalized_cross_entropy": {"q": 0.7},
+        "robust": {"wrong_share": 0.1},
+        "forward_robust": {"wrong_share": 0.1},
         "label_smoothing": {"smoothing": 0.1},
         "hinge": {"width": 1.0},
         "focal": {"gamma": 2.0},

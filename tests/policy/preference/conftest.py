@@ -11,7 +11,7 @@ from policy.preference.config import LossConfig, PreferenceConfig
 from policy.preference.reference import LiveReference
 from policy.preference.task import PreferenceTask
 from rlhf.data.options import DataConfig
-from rlhf.data.preferences import load_preferences
+from rlhf.data.preferences import LoadedPreferences, load_preferences
 from rlhf.engine.frozen import ReplicatedModel
 from rlhf.engine.local import LocalEngine
 from rlhf.engine.options import EngineConfig, OptimizerConfig
@@ -67,7 +67,7 @@ def tiny_policy(tiny_config, tiny_tokenizer):
 def make_task(tiny_config, tiny_data, tiny_policy):
     """``make_task(token_budget, **sections)``: engine and task whose policy is already some way from the reference."""
 
-    def make(token_budget: int = 400, *, noise: float = 0.03, **sections):
+    def make(token_budget: int = 400, *, noise: float = 0.03, data: LoadedPreferences = tiny_data, **sections):
         train = replace(sections.pop("train", tiny_config.train), micro_batch_tokens=token_budget)
         config = replace(tiny_config, train=train, **sections)
         engine = LocalEngine(tiny_policy(noise), ranks=ALONE, optimizer=config.optim, total_steps=20)
@@ -77,7 +77,7 @@ def make_task(tiny_config, tiny_data, tiny_policy):
             moves = bool(config.reference.sync_every)
             reference = LiveReference(ReplicatedModel(tiny_policy(), ALONE), moves=moves)
             assert allow_packing(reference.model)
-        task = PreferenceTask(engine, config, tiny_data.train, tiny_data.evals, (reference, reference), 20)
+        task = PreferenceTask(engine, config, data.train, data.evals, (reference, reference), 20)
         return engine, task
 
     return make
