@@ -70,3 +70,9 @@ class TrainConfig:
     """Trackio project to log to as well (pip install 'margin-rlhf[trackio]')."""
     prometheus_file: Annotated[Path | None, NoResult()] = None
     """File for the latest metrics in the text format of Prometheus, replaced at each line of metrics.jsonl."""
+
+    def __post_init__(self) -> None:
+        for name in ("wandb_project", "mlflow_experiment", "trackio_project", "prometheus_file"):
+            given = getattr(self, name)
+            if given == Path() or (isinstance(given, str) and not given.strip()):
+                raise ValueError(f"{name} is empty; give it a name, or {name}=null to do without")

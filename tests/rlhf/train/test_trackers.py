@@ -16,6 +16,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from policy.sft.config import SftConfig
+from rlhf.config import load_config
 from rlhf.core.errors import ConfigError, RunStopped
 from rlhf.engine.ranks import Ranks
 from rlhf.train import trackers
@@ -190,3 +192,23 @@ def test_ids_that_cannot_be_read_begin_anew(folder):
     assert run.known_as("wandb") is None
     run.remember("wandb", "a")
     assert run.known_as("wandb") == "a" and Path(run.folder / "tracking.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("key", "given"),
+    [
+        ("wandb_project", "''"),
+        ("wandb_project", "'  '"),
+        ("mlflow_experiment", "''"),
+        ("trackio_project", "''"),
+        ("prometheus_file", "''"),
+    ],
+)
+def test_a_service_without_a_name_is_refused_and_null_is_none(key, given):
+    def load(text: str) -> TrainConfig:
+        words = ("model.path=m", "data.train=t.jsonl", "output=o", f"train.{key}={text}")
+        return load_config(SftConfig, [], words, program="sft").train
+
+    with pytest.raises(ConfigError, match=rf"train: {key} is empty; give it a name, or {key}=null to do without"):
+        load(given)
+    assert getattr(load("null"), key) is None
