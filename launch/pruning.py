@@ -42,7 +42,8 @@ def find_needless(folder: Path, kinds: Sequence[str] = tuple(KINDS)) -> list[Nee
         Owned: if a run or a pipeline is at work there.
     """
     for place in sorted(owner.parent for owner in folder.rglob(OWNER)):
-        check_not_owned(place.parent if place.name == NOTES else place, place=place)
+        notes = next((each for each in (place, *place.parents) if each.name == NOTES), None)
+        check_not_owned(place if notes is None else notes.parent, place=place)
     found = [(path, kind) for path, kind in _candidates(folder) if kind in kinds]
     return [Needless(path=path, kind=kind, size=_size(path)) for path, kind in sorted(found)]
 

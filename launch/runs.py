@@ -37,6 +37,11 @@ class PipelineStage:
     """Time limit of its job on a cluster, where it has one of its own; ``None`` for that of the profile."""
 
     @property
+    def says_size(self) -> bool:
+        """Whether its recipe says how much of the run's nodes and devices it uses."""
+        return self.nodes is not None or self.ranks is not None
+
+    @property
     def title(self) -> str:
         return self.name or self.stage.name
 

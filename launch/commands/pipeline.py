@@ -1,4 +1,4 @@
-"""``rlhf pipeline``: all stages of a recipe, one after the other, each started, continued or skipped as it must be."""
+"""``rlhf pipeline``: all stages of a recipe, each after those that it needs: started, continued or skipped."""
 
 import argparse
 from collections.abc import Sequence
@@ -13,14 +13,16 @@ if TYPE_CHECKING:
     from launch.pipeline.run import RunOptions
 
 _DESCRIPTION = """\
-Run the stages of a pipeline recipe in their order, each as a job of its own on all ranks. A stage
+Run the stages of a pipeline recipe, each as a job of its own after those that it needs. Stages that do not need each
+other run side by side where there are devices for both: by what their recipe asks for (nodes, ranks), or with
+--parallel N, which gives each an N-th. A stage that fails stops nothing that does not need it. A stage
 that is finished with the same settings, inputs, code and libraries is skipped; one that was begun goes on from its
 checkpoint, also where only code or libraries have changed; any other change does it again, and its earlier folder is
 kept as NAME.before. Work of more than ten minutes is done again only if --redo names it. Settings of the command line
 are remembered in the pipeline's folder.
 
-Ctrl-C, SIGTERM, SIGUSR1 or a file STOP in the pipeline's folder let the running stage save at its next step and end the
-pipeline with exit status 75: the same command goes on from there. A second signal ends it at once.
+Ctrl-C, SIGTERM, SIGUSR1 or a file STOP in the pipeline's folder let the stages at work save at their next step and end
+the pipeline with exit status 75: the same command goes on from there. A second signal ends them at once.
 
 Exit status: 0 done; 1 a stage failed; 2 something is refused; 75 stopped, to be continued; 130 ended at once.
 """
@@ -40,9 +42,10 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """What every command takes that runs stages one after the other."""
+    """What every command takes that runs stages."""
     add_machine(parser)
-    only = "run this one alone, by its name; may be given again"
+    add_parallel(parser)
+    only = "run this one alone, by its name; may be given again; other calls may run other stages meanwhile"
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help=only)
     parser.add_argument("--no-doctor", action="store_true", help="do not check the machine first")
     parser.add_argument("--dry-run", action="store_true", help="show what would be done, and exit")
@@ -51,6 +54,15 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add_any_code(parser)
     redo = "do this one again, and what builds on it; may be given again"
     parser.add_argument("--redo", action="append", default=[], metavar="NAME", help=redo)
+
+
+def add_parallel(parser: argparse.ArgumentParser) -> None:
+    several = "stages at a time: auto (as many as have devices of their own; without a GPU, one), or N at the most"
+    parser.add_argument("--parallel", type=_count_or_auto, default=None, metavar="auto|N", help=several)
+
+
+def _count_or_auto(text: str) -> int | None:
+    return None if text == "auto" else positive_int(text)
 
 
 def add_forget(parser: argparse.ArgumentParser) -> None:
@@ -80,6 +92,7 @@ def run_settings(options: argparse.Namespace) -> "RunOptions":
 
     return RunOptions(
         machine=find_machine(options.ranks, options.hostfile),
+        at_once=options.parallel,
         only=tuple(options.only),
         any_code=options.any_code,
         redo=tuple(options.redo),

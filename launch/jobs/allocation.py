@@ -1,5 +1,6 @@
 """What the SLURM allocation around this process has."""
 
+import contextlib
 import os
 import re
 import socket
@@ -44,6 +45,15 @@ def allocated_hosts() -> dict[str, int] | None:
 def is_here(node: str) -> bool:
     """Whether this process runs on that node of its allocation, and not where the allocation was asked for."""
     return node in (os.environ.get("SLURMD_NODENAME"), socket.gethostname(), socket.gethostname().partition(".")[0])
+
+
+def node_address(node: str) -> str:
+    """Where SLURM reaches a node; its name, where that cannot be asked."""
+    with contextlib.suppress(UnknownAllocation):
+        found = re.search(r"\bNodeAddr=(\S+)", _scontrol("show", "node", node))
+        if found:
+            return found[1]
+    return node
 
 
 def _asked(nodes: str, job: str) -> dict[str, int]:

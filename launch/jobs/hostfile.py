@@ -109,9 +109,15 @@ def ssh_words(timeout_seconds: float = CONNECT_SECONDS, options: tuple[str, ...]
 
 
 def end_on_hosts(hosts: Iterable[str], words: str) -> None:
-    """Kill the processes of all hosts whose command line has ``words`` in it. A host that is silent is left out."""
+    """Kill the processes of all hosts whose command line has ``words`` in it. A host that is silent is left out.
+
+    Args:
+        hosts: where.
+        words: whole words, or the beginning of a path that ends with a slash.
+    """
     literal = re.sub(r"([][.^$*+?(){}|\\])", r"\\\1", words[1:])
-    pattern = f"[{words[0]}]{literal}"  # which is not what the command line of pkill itself says
+    end = "" if words.endswith("/") else "( |$)"
+    pattern = f"[{words[0]}]{literal}{end}"  # which is not what the command line of pkill itself says
     _on_all(hosts, f"pkill -KILL -f {shlex.quote(pattern)}", CONNECT_SECONDS, None)
 
 

@@ -5,17 +5,19 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from launch.jobs.allocation import HOSTFILE_VARIABLE, UnknownAllocation, allocated_hosts, is_here
+from launch.jobs.allocation import HOSTFILE_VARIABLE, UnknownAllocation, allocated_hosts, is_here, node_address
 from launch.jobs.devices import default_ranks, visible_gpus
 from launch.jobs.hostfile import check_hosts
 from launch.jobs.srun import SUPERVISOR, srun_command
-from launch.runs import PipelineStage
 from launch.stages import Stage
 from rlhf.core.errors import ConfigError
 from rlhf.core.ports import free_port
+
+HERE = ""
+"""Stands for this machine where nodes are named."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,25 +33,28 @@ class Machine:
     allocated: bool = False
     """They are those of the SLURM allocation around this process, else reached over ssh."""
 
+    devices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Those of each node (:data:`HERE` for this machine) by their places among the visible ones; all if left out."""
+    partial: bool = False
+    """There are other devices on these nodes, which others may use meanwhile."""
+    cores: int | None = None
+    """Cores of this machine for the work of CPUs; all if left out."""
+    number: int = 0
+    """Counts those that work at the same time, from 0: each has a port of its own."""
+    elsewhere: bool = False
+    """It begins with another node than the run, so MASTER_ADDR is not that of its rank 0."""
+
     @property
     def over_ssh(self) -> bool:
         """Whether what a stage starts on other nodes is out of reach of this machine's processes."""
         return bool(self.hosts) and not self.allocated
 
-    def part_for(self, stage: PipelineStage) -> "Machine":
-        """What ``stage`` uses of it.
-
-        Raises:
-            ConfigError: if it asks for more than there is.
-        """
-        if self.hosts:
-            return replace(self, hosts=stage.share(self.hosts))
-        if stage.nodes is not None and stage.nodes > 1:
-            raise ConfigError(f"stages.{stage.name}.nodes = {stage.nodes}: the run has 1; ask for no more")
-        gpus = visible_gpus() if stage.ranks is not None else 0
-        if stage.ranks is not None and gpus and stage.ranks > gpus:
-            raise ConfigError(f"stages.{stage.name}.ranks = {stage.ranks}: {gpus} GPUs are visible; ask for no more")
-        return self if stage.ranks is None else replace(self, ranks=stage.ranks)
+    @property
+    def device_words(self) -> list[str]:
+        """Options of the supervisor that leave the ranks those devices, if they are not all."""
+        if not self.partial:
+            return []
+        return ["--devices", "/".join(",".join(map(str, places)) for places in self.devices.values())]
 
 
 def find_machine(ranks: int | None, hostfile: Path | None) -> Machine:
@@ -85,18 +90,40 @@ def stage_command(stage: Stage, arguments: Sequence[str], machine: Machine) -> l
     if stage.alone:
         return command
     if machine.allocated:
-        return srun_command(command, hosts=machine.hosts, port=_port())
+        return srun_command(
+            command,
+            hosts=machine.hosts,
+            port=_port(machine),
+            address=node_address(next(iter(machine.hosts))) if machine.elsewhere else None,
+            more=machine.device_words,
+            options=("--overlap",) if machine.partial else (),  # else the second of two steps on a node would wait
+        )
     if machine.hosts:
-        return [sys.executable, "-m", "launch.jobs.over_ssh", str(machine.hostfile), str(_port()), "--", *command]
-    # On CPUs the threads of one process do an evaluation as fast as ranks with a model each.
-    slots = str(machine.ranks or (default_ranks() if stage.trains else visible_gpus() or 1))
+        words = [*(("--address", "") if machine.elsewhere else ()), *machine.device_words]
+        module = [sys.executable, "-m", "launch.jobs.over_ssh"]
+        return [*module, *words, str(machine.hostfile), str(_port(machine)), "--", *command]
+    where = ["--address", "127.0.0.1", "--port", str(free_port())]
     # Always a free port: MASTER_PORT may be that of the run around this one.
-    return [*SUPERVISOR, "--slots", slots, "--address", "127.0.0.1", "--port", str(free_port()), "--", *command]
+    return [*SUPERVISOR, "--slots", str(_slots(stage, machine)), *machine.device_words, *where, "--", *command]
 
 
-def _port() -> int:
+def stage_environment(stage: Stage, machine: Machine) -> dict[str, str]:
+    """What the environment of a stage says of its share of the cores; what the user has set stays."""
+    if machine.cores is None or machine.hosts or "OMP_NUM_THREADS" in os.environ:
+        return {}
+    ranks = 1 if stage.alone else _slots(stage, machine)
+    return {"OMP_NUM_THREADS": str(max(1, machine.cores // ranks))}
+
+
+def _slots(stage: Stage, machine: Machine) -> int:
+    """Ranks on this machine. On CPUs the threads of one process do an evaluation as fast as ranks with a model each."""
+    return machine.ranks or (default_ranks() if stage.trains else visible_gpus() or 1)
+
+
+def _port(machine: Machine) -> int:
     """Where rank 0 of several nodes listens: MASTER_PORT if it is set, for firewalls; else one free on this node."""
-    return int(os.environ.get("MASTER_PORT", free_port()))
+    given = os.environ.get("MASTER_PORT")
+    return int(given) + machine.number if given is not None else free_port()
 
 
 class Job:
@@ -105,6 +132,7 @@ class Job:
     def __init__(self, command: Sequence[str], log: Path, **environment: str) -> None:
         """Start ``command`` with ``environment`` on top of that of this process."""
         log.parent.mkdir(parents=True, exist_ok=True)
+        self._lifeline: int | None
         reading, self._lifeline = os.pipe()
         own = [*SUPERVISOR, "--lifeline", str(reading)]
         supervised = command[len(SUPERVISOR) :] if [*command[: len(SUPERVISOR)]] == SUPERVISOR else ["--", *command]
@@ -130,7 +158,16 @@ class Job:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.end()
+
+    def let_go(self) -> None:
+        """Tell what still runs to end, and do not wait for it."""
+        if self._lifeline is not None:
+            with contextlib.suppress(OSError):
+                os.close(self._lifeline)
+            self._lifeline = None
+
+    def end(self) -> None:
         """End what still runs, and wait for that."""
-        with contextlib.suppress(OSError):
-            os.close(self._lifeline)
+        self.let_go()
         self._process.wait()

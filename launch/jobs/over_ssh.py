@@ -16,10 +16,11 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from launch.jobs.hostfile import read_hostfile, ssh_words
 from launch.jobs.srun import SECONDS_AFTER_FIRST, SUPERVISOR
-from launch.jobs.supervisor import REQUESTS, STOPPED
+from launch.jobs.supervisor import REQUESTS, STOPPED, places_of
 from rlhf.core.errors import ConfigError, UserError
 
 PASSED = (
@@ -49,12 +50,13 @@ def passed_environment() -> dict[str, str]:
 class Hosts:
     """The connections to all hosts."""
 
-    def __init__(self, hosts: dict[str, int], address: str, port: str, command: Sequence[str]) -> None:
+    def __init__(self, hosts: dict[str, int], **options: Any) -> None:
+        """Start a supervisor on each of ``hosts``, with ``options`` of :mod:`launch.jobs.supervisor`."""
         self._processes: list[subprocess.Popen[bytes]] = []
         environment = passed_environment()
         for node, host in enumerate(hosts):
-            options = {"slots": [*hosts.values()], "node": node, "address": address, "port": port, "command": command}
-            request = {"options": options, "environment": environment, "folder": os.getcwd()}
+            own = options | {"slots": [*hosts.values()], "node": node}
+            request = {"options": own, "environment": environment, "folder": os.getcwd()}
             process = subprocess.Popen(
                 [*ssh_words(), host, shlex.join([*SUPERVISOR, "--stdin"])], stdin=subprocess.PIPE
             )
@@ -104,9 +106,7 @@ class Hosts:
 
 
 def address_of(host: str) -> str:
-    """Where the others reach the first host: MASTER_ADDR, else the first address that it says is its own."""
-    if "MASTER_ADDR" in os.environ:
-        return os.environ["MASTER_ADDR"]
+    """Where the others reach a host: the first address that it says is its own."""
     said = subprocess.run([*ssh_words(), host, "hostname -I"], stdin=subprocess.DEVNULL, capture_output=True, text=True)
     addresses = said.stdout.split()
     if not addresses:
@@ -116,14 +116,19 @@ def address_of(host: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="launch.jobs.over_ssh", allow_abbrev=False)
+    address = "where the others reach the first host (default: MASTER_ADDR); if that is empty, the host is asked"
+    parser.add_argument("--address", default=os.environ.get("MASTER_ADDR", ""), help=address)
+    parser.add_argument("--devices", type=places_of, help="those of every host, by their places: 2,3/0,1")
     parser.add_argument("hostfile", type=Path)
-    parser.add_argument("port")
+    parser.add_argument("port", help="where rank 0 listens on the first host")
     parser.add_argument("command", nargs="+", help="behind --")
     options = parser.parse_args(argv)
     noted, woken = _noting((*REQUESTS, signal.SIGCHLD))
     try:
         found = read_hostfile(options.hostfile)
-        hosts = Hosts(found, address_of(next(iter(found))), options.port, options.command)
+        address = options.address or address_of(next(iter(found)))
+        own = {"port": options.port, "devices": options.devices, "command": options.command}
+        hosts = Hosts(found, address=address, **own)
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -22,16 +22,31 @@ SRUN_OPTIONS = (
 )
 
 
-def srun_command(command: Sequence[str], *, hosts: Mapping[str, int], port: int) -> list[str]:
+def srun_command(
+    command: Sequence[str],
+    *,
+    hosts: Mapping[str, int],
+    port: int,
+    address: str | None = None,
+    more: Sequence[str] = (),
+    options: Sequence[str] = (),
+) -> list[str]:
     """The command line that runs ``command`` on all ``hosts`` from inside an allocation, once for each device.
 
-    Every node starts a supervisor, which SLURM tells the number of its node. Rank 0 is on the first node, reached by
-    MASTER_ADDR or, without that, by its name.
+    Every node starts a supervisor, which SLURM tells the number of its node. Rank 0 is on the first node.
+
+    Args:
+        command: of every rank.
+        hosts: ranks by node.
+        port: where rank 0 listens.
+        address: where the others reach the first node; MASTER_ADDR, or without that its name, if left out.
+        more: further options of the supervisor.
+        options: further options of srun.
     """
-    address = ("--address", os.environ.get("MASTER_ADDR", next(iter(hosts))), "--port", str(port))
-    step = step_words(SUPERVISOR, [*hosts.values()], command, *address)
-    options = (f"--nodelist={','.join(hosts)}", *shlex.split(os.environ.get(SRUN_VARIABLE, "")))
-    return [*srun_words(len(hosts), options), *step]
+    where = ("--address", address or os.environ.get("MASTER_ADDR", next(iter(hosts))), "--port", str(port))
+    step = step_words(SUPERVISOR, [*hosts.values()], command, *where, *more)
+    given = (f"--nodelist={','.join(hosts)}", *options, *shlex.split(os.environ.get(SRUN_VARIABLE, "")))
+    return [*srun_words(len(hosts), given), *step]
 
 
 def srun_words(nodes: int, options: Sequence[str] = ()) -> list[str]:

@@ -6,7 +6,8 @@
 
 With ``--slots`` (ranks of every node) COMMAND is started once for each rank of node ``--node``, with the environment
 that torchrun gives: RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT. The devices that are
-visible here stay visible: rank n of the node takes the n-th of them. With ``--stdin`` all this is one line of JSON.
+visible here stay visible: rank n of the node takes the n-th of them. ``--devices 2,3/0,1`` leaves some of them, by
+their places on every node. With ``--stdin`` all this is one line of JSON.
 
 * ``LIFELINE`` is the reading end of a pipe whose other end only the process that asked for the command holds. However
   that dies, kill -9 or a broken connection included, the pipe closes, and all that was started is ended.
@@ -163,11 +164,25 @@ def rank_environments(slots: Sequence[int], node: int, address: str, port: str) 
     return [common | {"RANK": str(first + place), "LOCAL_RANK": str(place)} for place in range(slots[node])]
 
 
+def device_environment(places: Sequence[int]) -> dict[str, str]:
+    """The variable that shows only the devices at these places of those that are visible here."""
+    name = "HIP_VISIBLE_DEVICES" if "HIP_VISIBLE_DEVICES" in os.environ else "CUDA_VISIBLE_DEVICES"
+    if name not in os.environ:
+        return {name: ",".join(map(str, places))}
+    shown = [each.strip() for each in os.environ[name].split(",")]
+    if shown[0] in ("", "-1"):
+        return {}  # none are, and none will be
+    if max(places) >= len(shown):
+        raise SystemExit(f"supervisor: {name}={os.environ[name]} shows {len(shown)} devices, --devices wants {places}")
+    return {name: ",".join(shown[place] for place in places)}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="launch.jobs.supervisor", allow_abbrev=False)
     parser.add_argument("--lifeline", type=int, metavar="FD", help="a descriptor whose end is that of the command")
     parser.add_argument("--stdin", action="store_true", help="read all else as one line of JSON; stdin is the lifeline")
     parser.add_argument("--slots", type=_counts, help="ranks of every node: 4,4,2; 8x16 for 16 of 8")
+    parser.add_argument("--devices", type=places_of, help="those of every node, by their places: 2,3/0,1")
     parser.add_argument("--node", default="0", help='which node this is, from 0; "slurm" asks SLURM_NODEID')
     parser.add_argument("--address", default=os.environ.get("MASTER_ADDR", "127.0.0.1"), help="of node 0")
     parser.add_argument("--port", default=os.environ.get("MASTER_PORT", "29500"), help="where rank 0 listens")
@@ -188,6 +203,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if int(nodes) != len(options.slots):
         print(f"supervisor: --slots names {len(options.slots)} nodes, the step has {nodes}", file=sys.stderr)
         return 2
+    if options.devices is not None:
+        environment |= device_environment(options.devices[node])
     ranks = rank_environments(options.slots, node, options.address, options.port)
     supervisor = Supervisor(lifeline=options.lifeline, deaf=True)
     return supervisor.run([(options.command, environment | rank) for rank in ranks])
@@ -197,6 +214,11 @@ def _counts(text: str) -> list[int]:
     """``4,4,2``, or ``8x16`` for 16 nodes of 8."""
     parts = (part.partition("x") for part in text.split(","))
     return [count for ranks, _, nodes in parts for count in [int(ranks)] * int(nodes or 1)]
+
+
+def places_of(text: str) -> list[list[int]]:
+    """``2,3/0,1``: the third and fourth device of the first node, the first two of the second."""
+    return [[int(place) for place in node.split(",")] for node in text.split("/")]
 
 
 def _first_line(descriptor: int) -> bytes:

@@ -39,6 +39,9 @@ class Inputs:
 
     @functools.cached_property
     def _known(self) -> dict[str, list]:
+        return self._kept()
+
+    def _kept(self) -> dict[str, list]:
         try:
             known = json.loads(self._memory.read_text())
             return known if isinstance(known, dict) else {}
@@ -54,7 +57,7 @@ class Inputs:
             names = {str(file.relative_to(path)): self._of_file(file) for file in files_in(path)}
             found = digest(*(part for item in names.items() for part in item))
         if self._read_now and self._writes:
-            write_json(self._memory, self._known)
+            write_json(self._memory, self._kept() | self._known)  # others may have read other files meanwhile
         return found
 
     def _of_file(self, path: Path) -> str:

@@ -37,7 +37,7 @@ class Overview:
     console: Console
     lines: dict[str, Line] = field(default_factory=dict)
     _live: Live | None = None
-    _printed: tuple[float, str | None] = (0.0, None)
+    _printed: dict[str, tuple[float, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.lines = {stage.name: Line(stage.stage.name) for stage in self.pipeline.stages}
@@ -67,9 +67,9 @@ class Overview:
         """What the running stage has come to; in a log file a line now and then."""
         line, progress = self.lines[name], status.where if status is not None else None
         line.detail, line.seconds = progress or line.detail, seconds
-        now, (then, before) = time.monotonic(), self._printed
+        now, (then, before) = time.monotonic(), self._printed.get(name, (0.0, ""))
         if self._live is None and progress and progress != before and now - then > SECONDS_BETWEEN_LINES:
-            self._printed = now, progress
+            self._printed[name] = now, progress
             self.say(f"{name}: {progress}")
 
     def say(self, text: str) -> None:

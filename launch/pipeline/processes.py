@@ -1,4 +1,5 @@
-"""One pipeline at a time in a folder, told to stop by signal or file, and with nothing left of an earlier one."""
+"""One pipeline at a time in a folder, or several that each have other stages of it: told to stop by signal or file, and
+with nothing left of an earlier one."""
 
 import contextlib
 import os
@@ -10,22 +11,28 @@ from typing import Any
 
 import psutil
 
+from launch.jobs.supervisor import ASKED_VARIABLE
 from launch.runs import NOTES, Pipeline
 from rlhf.core.clock import process_started
 from rlhf.core.errors import STOP_FILE
-from rlhf.core.owner import owning
+from rlhf.core.owner import check_not_owned, owning
 
-MARK = "RLHF_PIPELINE"
-"""Environment variable that the processes of a pipeline carry: its folder."""
+MARK, STAGE_MARK = "RLHF_PIPELINE", "RLHF_STAGE"
+"""Environment variables that the processes of a pipeline carry: its folder, and the stage."""
+OWNERS = "owners"
+"""Folder in the pipeline's notes: a folder for each stage that a call of its own works on (--only)."""
 ONE_REQUEST_SECONDS = 1.0
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 class StopRequest:
-    """Requests to stop: signals to this process, and a file STOP in the pipeline's folder."""
+    """Requests to stop: signals to this process, a file STOP in the pipeline's folder, and what its job has noted."""
 
-    def __init__(self, folder: Path) -> None:
-        self._file, self._reason = folder / STOP_FILE, ""
+    def __init__(self, folder: Path, *, others: bool = False) -> None:
+        """``others``: further calls work in the folder, for which STOP is meant as well: it stays."""
+        self._file, self._others, self._reason = folder / STOP_FILE, others, ""
+        asked = os.environ.get(ASKED_VARIABLE)
+        self._asked = Path(asked) if asked else None
         self._first_signal: float | None = None
         self.at_once = False
         """Somebody asked again: signals of one moment are one request (a closing terminal sends two)."""
@@ -36,7 +43,10 @@ class StopRequest:
         """Why to stop; empty as long as nobody asked."""
         if not self._reason and self._file.exists():
             self._reason = f"{self._file} is there"
-            self._file.unlink(missing_ok=True)
+            if not self._others:
+                self._file.unlink(missing_ok=True)
+        if not self._reason and self._asked is not None and self._asked.exists():
+            self._reason = " ".join(sorted({*self._asked.read_text().split()}))
         return self._reason
 
     def __enter__(self) -> "StopRequest":
@@ -59,30 +69,42 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def alone(pipeline: Pipeline) -> Iterator[None]:
+def alone(pipeline: Pipeline, only: Sequence[str] = ()) -> Iterator[None]:
     """Hold the pipeline's folder; what an earlier pipeline left running there is ended.
 
+    Args:
+        pipeline: that works in the folder.
+        only: the stages of a call that works on these alone: it holds them, and not the rest.
     Raises:
-        Owned: if another pipeline works in it.
+        Owned: if another pipeline works in it, or a call on one of these stages.
         ConfigError: if it cannot be written to.
     """
-    with owning(pipeline.output, "a pipeline", place=pipeline.output / NOTES):
-        kill_all(processes_of(pipeline.output))  # its pipeline is gone, and it would write where this one does
+    folder, notes = pipeline.output, pipeline.output / NOTES
+    with contextlib.ExitStack() as held:
+        for name in only:
+            held.enter_context(owning(folder, f"a pipeline with --only {name}", place=notes / OWNERS / name))
+        if not only:
+            held.enter_context(owning(folder, "a pipeline", place=notes))
+        # Of two that begin at one moment both may be refused, but never both go on: each looks when it has claimed.
+        for place in [notes] if only else sorted((notes / OWNERS).glob("*")):
+            check_not_owned(folder, place=place)
+        kill_all(processes_of(folder, only))  # its pipeline is gone, and it would write where this one does
         yield
 
 
-def mark(folder: Path) -> dict[str, str]:
-    """The environment variable by which leftovers are known."""
-    return {MARK: str(folder.resolve())}
+def mark(folder: Path, stage: str) -> dict[str, str]:
+    """The environment variables by which leftovers are known."""
+    return {MARK: str(folder.resolve()), STAGE_MARK: stage}
 
 
-def processes_of(folder: Path) -> list[psutil.Process]:
-    """What carries the mark of ``folder``, but for this process and those above it."""
+def processes_of(folder: Path, only: Sequence[str] = ()) -> list[psutil.Process]:
+    """What carries the mark of ``folder``, and of these stages, but for this process and those above it."""
     wanted, family = str(folder.resolve()), {os.getpid(), *(each.pid for each in psutil.Process().parents())}
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if process.pid not in family and process.environ().get(MARK) == wanted:
+            marks = process.environ() if process.pid not in family else {}
+            if marks.get(MARK) == wanted and (not only or marks.get(STAGE_MARK) in only):
                 found.append(process)
     return found
 

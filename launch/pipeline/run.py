@@ -1,8 +1,11 @@
-"""Runs the stages of a pipeline: each as a job of its own, skipped, continued or redone as its marker says."""
+"""Runs the stages of a pipeline: each as a job of its own, skipped, continued or redone as its marker says.
+
+Those that do not need each other run side by side where each has devices of its own. A stage that fails stops nothing
+that does not need it; after a request to stop, and after a stage that has stopped by itself, nothing new is started.
+"""
 
 import shlex
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -11,21 +14,23 @@ from rich.console import Console
 from launch.doctor import Subject, run_checks
 from launch.jobs import log
 from launch.jobs.hostfile import end_on_hosts, write_hostfile
-from launch.jobs.launcher import Job, Machine, stage_command
+from launch.jobs.launcher import Job, Machine, stage_command, stage_environment
+from launch.jobs.sharing import Sharing
 from launch.pipeline.overview import Overview, outcome
 from launch.pipeline.processes import StopRequest, alone, mark
+from launch.pipeline.started import Logs, Started
 from launch.pipeline.state import Action, Decision, Progress
 from launch.runs import Pipeline, PipelineStage
 from launch.stages import load
 from rlhf.core.clock import clock
-from rlhf.core.errors import STOP_FILE, STOPPED_EXIT_CODE, UserError
+from rlhf.core.errors import STOPPED_EXIT_CODE, UserError
 from rlhf.core.files import naming_disk_faults
 from rlhf.core.owner import check_not_owned
-from rlhf.train.status import Status, read_status
+from rlhf.train.status import read_status
 
 FAILED_EXIT_CODE = 1
 KILLED_EXIT_CODE = 130
-SECONDS_BETWEEN_REQUESTS = 5.0
+SECONDS_BETWEEN_LOOKS = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +38,8 @@ class RunOptions:
     """How a pipeline runs."""
 
     machine: Machine
+    at_once: int | None = None
+    """The most stages at a time; ``None`` for as many as have devices of their own."""
     only: tuple[str, ...] = ()
     """Names of the stages to run; all if empty."""
     doctor: bool = True
@@ -57,8 +64,11 @@ class PipelineRun:
     killed: bool = False
 
     def __post_init__(self) -> None:
+        self._sharing = Sharing(self.options.machine, self.options.at_once)
+        self.pipeline = self._sharing.split(self.pipeline)
         self._progress = Progress(self.pipeline, any_code=self.options.any_code, redo=self.options.redo)
         self._to_check = self.options.doctor
+        self._started: dict[str, Started] = {}
 
     def run(self) -> int:
         """Run what is to be run; the exit code.
@@ -67,11 +77,11 @@ class PipelineRun:
             UserError: if another pipeline works in the folder, a folder of a stage holds something else, or a stage
                 cannot be started.
         """
-        chosen = [self.pipeline.named(name) for name in self.options.only] or self.pipeline.stages
+        chosen = [self.pipeline.named(name) for name in self.options.only] or [*self.pipeline.stages]
         for stage in chosen:
-            self.options.machine.part_for(stage)  # it may ask for more than there is
-        began = time.monotonic()
-        with naming_disk_faults(self.pipeline.output), alone(self.pipeline), StopRequest(self.pipeline.output) as stop:
+            self._sharing.check(stage)
+        began, folder, only = time.monotonic(), self.pipeline.output, self.options.only
+        with naming_disk_faults(folder), alone(self.pipeline, only), StopRequest(folder, others=bool(only)) as stop:
             self._progress.check_free(chosen)
             for stage in self.pipeline.stages:
                 self._progress.settle(stage)
@@ -82,47 +92,92 @@ class PipelineRun:
                 self.console.print(f"as an earlier call said: {given} (--forget leaves that out)", soft_wrap=True)
             with Overview(self.pipeline, self.console) as view:
                 for stage in self.pipeline.stages:
-                    if stage in chosen and not self.stopped:
-                        self._settle(stage, view, stop)
-                    elif stage not in chosen:
+                    if stage not in chosen:
                         view.show(stage.name, "left out")
+                try:
+                    self._work([stage for stage in self.pipeline.stages if stage in chosen], view, stop)
+                finally:
+                    self._end_all()
             self._report(view, time.monotonic() - began)
         if self.killed:
             return KILLED_EXIT_CODE
         return FAILED_EXIT_CODE if self.failures else STOPPED_EXIT_CODE if self.stopped else 0
 
-    def _settle(self, stage: PipelineStage, view: Overview, stop: StopRequest) -> None:
-        """Bring one stage to its end, if that can be done."""
+    def _work(self, waiting: list[PipelineStage], view: Overview, stop: StopRequest) -> None:
+        """Start what can be started, and watch it, until nothing is left to do or no more is to be begun.
+
+        Raises:
+            UserError: if a stage cannot be started. Those at work come to their end first.
+        """
+        refusal: UserError | None = None
+        while True:
+            while waiting and not self._stops(stop) and refusal is None:
+                try:
+                    changed = self._start_what_fits(waiting, view)
+                except UserError as error:
+                    refusal = error
+                    break
+                if not changed:
+                    break
+            if not self._started:
+                break
+            self._watch(view, stop)
+        if refusal is not None:
+            raise refusal
+        if waiting:
+            for stage in waiting:
+                view.show(stage.name, self._progress.decide(stage).action.value)
+
+    def _stops(self, stop: StopRequest) -> bool:
+        """Whether nothing more is to be started."""
+        self.stopped = self.stopped or stop.reason
+        return bool(self.stopped)
+
+    def _start_what_fits(self, waiting: list[PipelineStage], view: Overview) -> bool:
+        """Go once through what waits; whether any of it waits no more."""
+        before = len(waiting)
+        for stage in [*waiting]:
+            open_names = {*self._started, *(each.name for each in waiting)}
+            if open_names.isdisjoint(stage.needs) and self._begin(stage, view):
+                waiting.remove(stage)
+        return len(waiting) < before
+
+    def _begin(self, stage: PipelineStage, view: Overview) -> bool:
+        """Start a stage, or settle that there is nothing to start; false if its devices are not free."""
         blocked = [name for name in stage.needs if name in self.failures]
         if blocked:
             self.failures[stage.name] = f"not run: it needs {', '.join(blocked)}"
             view.show(stage.name, "not run", f"needs {', '.join(blocked)}")
-            return
+            return True
         decision = self._progress.decide(stage)
         if decision.action is Action.WAIT:
             raise UserError(f"{stage.name} waits {decision.reason}: run that first, or leave --only out")
         if decision.action is Action.SKIP:
             seconds = (self._progress.read(stage) or {}).get("seconds", 0.0)
             view.show(stage.name, "finished", outcome(stage, self._progress.measured(stage)), seconds)
-            return
-        if stop.reason:
-            self.stopped = stop.reason
-            view.show(stage.name, decision.action.value)
-            return
+            return True
         self._progress.check_redo([stage])  # for what those before it have changed
-        self._work(stage, decision, view, stop)
+        part = self._sharing.take(stage)
+        if part is None:
+            return False
+        self._start(stage, part, decision, view)
+        return True
 
-    def _work(self, stage: PipelineStage, decision: Decision, view: Overview, stop: StopRequest) -> None:
-        """Start one stage, watch it to its end, and note how that was."""
+    def _start(self, stage: PipelineStage, part: Machine, decision: Decision, view: Overview) -> None:
+        """Start one stage on its part of the machine."""
         if self._to_check:  # only once, and only where something is to be done
             self._check_machine(stage, view)
         folder = self._progress.log_folder(stage)
         if self.options.machine.over_ssh:
             folder = folder.absolute()  # by which the ranks of other hosts are known
-            self._end_on_hosts()  # an earlier pipeline may have been killed: its ranks would meet ours in the folder
+            self._end_earlier(stage)
         check_not_owned(stage.output)  # by somebody who started that stage alone
-        machine = self._machine(stage, folder)
-        command = stage_command(stage.stage, (*stage.arguments, "--log-folder", str(folder)), machine)
+        if part.hosts and part.hosts != self.options.machine.hosts:
+            part = replace(part, hostfile=folder / "hostfile")
+            write_hostfile(folder / "hostfile", part.hosts)
+        else:
+            (folder / "hostfile").unlink(missing_ok=True)
+        command = stage_command(stage.stage, (*stage.arguments, "--log-folder", str(folder)), part)
         if decision.action is Action.REDO:
             view.say(f"{stage.name}: done again: {decision.reason}")
         elif decision.action is Action.CONTINUE and decision.reason:
@@ -130,12 +185,39 @@ class PipelineRun:
         view.show(stage.name, "running", "from its last checkpoint" if decision.action is Action.CONTINUE else "")
         # Noted before the process exists: if this pipeline is killed from here on, the next one sees a stage begun.
         self._progress.start(stage, decision)
-        view.say(f"  {shlex.join(map(_shown, command))}")
-        began, logs = time.monotonic(), _Logs(folder)
-        code = self._watch(stage, command, logs, view, stop)
-        if code is None and self.options.machine.over_ssh:  # the launcher was killed, and cannot end what it started
-            self._end_on_hosts()
-        seconds = time.monotonic() - began
+        environment, logs = stage_environment(stage.stage, part), Logs(folder)
+        shown = [*(f"{name}={value}" for name, value in environment.items()), *map(_shown, command)]
+        view.say(f"  {shlex.join(shown)}")
+        own = {"COLUMNS": "120"} | environment | mark(self.pipeline.output, stage.name)
+        self._started[stage.name] = Started(stage, Job(command, logs.launcher, **own), logs)
+
+    def _watch(self, view: Overview, stop: StopRequest) -> None:
+        """Look after the stages at work for a moment: show how far they are, ask them to stop, note how they ended."""
+        first = next(iter(self._started.values()))
+        first.job.wait(SECONDS_BETWEEN_LOOKS if len(self._started) == 1 else SECONDS_BETWEEN_LOOKS / 2)
+        for each in [*self._started.values()]:
+            code = each.job.wait(0)
+            if code is not None:
+                self._ended(each, code, view, stop)
+                continue
+            view.tick(each.stage.name, read_status(each.stage.output), each.seconds)
+            if not stop.reason:
+                continue
+            if each.ask():
+                end = "saves at its next step and stops (again: ends it at once)" if each.saves else "ends"
+                view.say(f"{stop.reason}: {each.stage.name} {end}")
+            if stop.at_once or each.is_late(self.options.grace_seconds):
+                view.say(f"{each.stage.name}: ended at once")
+                self.killed = stop.at_once
+                self._end(each)
+                self._ended(each, None, view, stop)
+
+    def _ended(self, each: Started, code: int | None, view: Overview, stop: StopRequest) -> None:
+        """Note how a stage has ended; ``code`` is ``None`` if it was killed."""
+        stage, seconds = each.stage, each.seconds
+        del self._started[stage.name]
+        each.job.end()
+        self._sharing.give_back(stage)
         status = read_status(stage.output)
         state = status.state if status is not None else ""
         if state == "finished":  # the exit code proves nothing: deepspeed's can be 0 after a kill
@@ -145,13 +227,26 @@ class PipelineRun:
             return
         self._progress.interrupt(stage, seconds)
         if code is None or state == "stopped":
-            self.stopped = stop.reason or "the stage was asked to stop"
+            self.stopped = self.stopped or stop.reason or f"{stage.name} was asked to stop"
             self._progress.speak_for(stage, "stopped", self.stopped)
             view.show(stage.name, "stopped", status.reason if status is not None else "", seconds)
             return
-        self.failures[stage.name] = f"{log.meaning(code)}: {logs.cause(status)}"
+        self.failures[stage.name] = f"{log.meaning(code)}: {each.logs.cause(status)}"
         self._progress.speak_for(stage, "failed", self.failures[stage.name])
         view.show(stage.name, "failed", log.meaning(code), seconds)
+
+    def _end(self, each: Started) -> None:
+        """End a stage at once."""
+        each.job.end()
+        if self.options.machine.over_ssh:  # the launcher was killed, and cannot end what it started
+            self._end_on_hosts(self._progress.log_folder(each.stage))
+
+    def _end_all(self) -> None:
+        """End what still runs: this pipeline cannot go on."""
+        for each in self._started.values():
+            each.job.let_go()
+        for each in self._started.values():
+            self._end(each)
 
     def _check_machine(self, first: PipelineStage, view: Overview) -> None:
         """Look at it with what the stages from ``first`` on need.
@@ -180,41 +275,18 @@ class PipelineRun:
             way_out = "rlhf doctor says more; --no-doctor starts all the same"
             raise UserError("\n  ".join(["this machine is not ready:", *lines, way_out]))
 
-    def _watch(
-        self, stage: PipelineStage, command: Sequence[str], logs: "_Logs", view: Overview, stop: StopRequest
-    ) -> int | None:
-        """Wait for the end of a stage, or bring it about; the exit code, ``None`` if it was killed."""
-        began, asked, again = time.monotonic(), None, 0.0
-        with Job(command, logs.launcher, COLUMNS="120", **mark(self.pipeline.output)) as job:
-            while (code := job.wait(0.5)) is None:
-                view.tick(stage.name, read_status(stage.output), time.monotonic() - began)
-                if not stop.reason:
-                    continue
-                if asked is None:
-                    asked = time.monotonic()
-                    end = "saves at its next step and stops (again: ends it at once)" if stage.stage.trains else "ends"
-                    view.say(f"{stop.reason}: {stage.name} {end}")
-                if stage.stage.trains and time.monotonic() >= again:
-                    _touch_stop(stage)
-                    again = time.monotonic() + SECONDS_BETWEEN_REQUESTS
-                late = time.monotonic() - asked > self.options.grace_seconds
-                if stop.at_once or late or not stage.stage.trains:
-                    view.say(f"{stage.name}: ended at once")
-                    self.killed = stop.at_once
-                    return None
-            return code
+    def _end_on_hosts(self, folder: Path) -> None:
+        """End what is left of the stage that logs there on the hosts of a hostfile: it is no child of anything here.
 
-    def _end_on_hosts(self) -> None:
-        """End what is left of this pipeline on the hosts of a hostfile: it is no child of anything here."""
-        end_on_hosts(self.options.machine.hosts, f"--log-folder {self._progress.logs.absolute()}/")
+        The folder of all logs stands for all stages.
+        """
+        slash = "/" if folder == self._progress.logs else ""
+        end_on_hosts(self.options.machine.hosts, f"--log-folder {folder.absolute()}{slash}")
 
-    def _machine(self, stage: PipelineStage, folder: Path) -> Machine:
-        """What it uses of the machine. Over ssh a hostfile in ``folder`` says it, if that is not all."""
-        machine = self.options.machine.part_for(stage)
-        if machine.over_ssh and machine.hosts != self.options.machine.hosts:
-            machine = replace(machine, hostfile=folder / "hostfile")
-            write_hostfile(folder / "hostfile", machine.hosts)
-        return machine
+    def _end_earlier(self, stage: PipelineStage) -> None:
+        """End what an earlier pipeline, which was killed, has left on other hosts: its ranks would meet ours."""
+        everything = not self._started and not self.options.only
+        self._end_on_hosts(self._progress.logs if everything else self._progress.log_folder(stage))
 
     def _report(self, view: Overview, seconds: float) -> None:
         console = self.console
@@ -231,39 +303,6 @@ class PipelineRun:
         else:
             end = "done"
         console.print(f"{end}, after {clock(seconds)}", soft_wrap=True, highlight=False)
-
-
-@dataclass(frozen=True)
-class _Logs:
-    """The log files of a stage, and how long each was when it started."""
-
-    folder: Path
-    starts: dict[Path, int] = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "starts", {path: log.size(path) for path in self.folder.glob("*.log")})
-
-    @property
-    def launcher(self) -> Path:
-        return self.folder / "launcher.log"
-
-    def cause(self, status: Status | None) -> str:
-        """Why the stage failed, and the log that tells more: by its status, else by what was said last."""
-        if status is not None and status.state == "failed":
-            of_rank = f"rank {status.rank}: " if status.rank else ""
-            of_it = self.folder / f"rank{status.rank}.log"
-            path = of_it if of_it.exists() else self.launcher  # it broke before it had one
-            return f"{of_rank}{status.reason}\n  its log: {path}"
-        there = [path for path in (self.folder / "rank0.log", self.launcher) if path.exists()]
-        words = {path: log.last_line(path, self.starts.get(path, 0)) for path in there}
-        path = next((path for path in there if words[path]), next(iter(there), self.launcher))
-        return f"{words.get(path) or 'no output'}\n  its log: {path}"
-
-
-def _touch_stop(stage: PipelineStage) -> None:
-    """Ask for a checkpoint. Ranks that are still starting drop a file that is older than they are: ask again later."""
-    stage.output.mkdir(parents=True, exist_ok=True)
-    (stage.output / STOP_FILE).touch()
 
 
 def _shown(part: str) -> str:

@@ -176,3 +176,29 @@ def test_a_python_or_kernel_without_pidfd_and_other_new_calls_supervises_as_well
 def test_ranks_besides_a_hostfile_are_refused(tmp_path):
     with pytest.raises(Exception, match="--ranks 2: the hostfile"):
         find_machine(2, tmp_path / "hosts")
+
+
+# Devices
+
+
+@pytest.mark.parametrize(
+    ("given", "seen"),
+    [(None, "2,0"), ("4,5,6", "6,4"), ("GPU-a, MIG-b ,GPU-c", "GPU-c,GPU-a"), ("", ""), ("-1", "-1")],
+    ids=["all", "indices", "names", "none", "none, as -1"],
+)
+def test_a_part_of_the_devices_is_one_of_those_that_are_visible(monkeypatch, given, seen):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if given is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    script = "import os; print(repr(os.environ.get('CUDA_VISIBLE_DEVICES')))"
+    words = ["--slots", "1,1", "--node", "1", "--devices", "7/2,0", "--", sys.executable, "-c", script]
+    done = subprocess.run([*SUPERVISOR, *words], capture_output=True, text=True)
+    assert done.stdout == f"{seen!r}\n", done.stderr
+
+
+def test_a_device_that_is_not_visible_is_one_line(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    words = ["--slots", "1", "--devices", "2", "--", sys.executable, "-c", "print('started')"]
+    done = subprocess.run([*SUPERVISOR, *words], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == "supervisor: CUDA_VISIBLE_DEVICES=4,5 shows 2 devices, --devices wants [2]\n"

@@ -14,7 +14,7 @@ import pytest
 from launch.jobs.log import meaning
 from launch.pipeline.overview import status_table
 from launch.pipeline.processes import alone
-from launch.pipeline.run import _Logs
+from launch.pipeline.started import Logs
 from launch.pipeline.state import Progress
 from rlhf.core.errors import UserError
 from rlhf.train.status import new_status, read_status, recording, write_status
@@ -273,18 +273,18 @@ def test_the_rank_that_broke_is_quoted_with_its_log(tmp_path):
     (tmp_path / "rank1.log").touch()
     status = new_status("toy", state="failed", rank=1, reason="torch.OutOfMemoryError: CUDA out of memory")
     said = f"rank 1: torch.OutOfMemoryError: CUDA out of memory\n  its log: {tmp_path / 'rank1.log'}"
-    assert _Logs(tmp_path).cause(status) == said
+    assert Logs(tmp_path).cause(status) == said
 
 
 def test_a_log_that_is_not_there_is_not_named(tmp_path):
     (tmp_path / "launcher.log").write_text("ConfigError: cannot be imported\n")
     status = new_status("toy", state="failed", rank=0, reason="ConfigError: cannot be imported")
-    assert _Logs(tmp_path).cause(status).endswith(f"its log: {tmp_path / 'launcher.log'}")
+    assert Logs(tmp_path).cause(status).endswith(f"its log: {tmp_path / 'launcher.log'}")
 
 
 @pytest.mark.parametrize("name", ["rank0", "launcher"])
 def test_a_stage_that_was_killed_without_a_word_is_shown_by_the_end_of_its_log(tmp_path, name):
-    logs = _Logs(tmp_path)
+    logs = Logs(tmp_path)
     (tmp_path / f"{name}.log").write_text("step 1/9\nlast words\n")
     for status in (None, new_status("toy", phase="training")):
         assert logs.cause(status) == f"last words\n  its log: {tmp_path / f'{name}.log'}"

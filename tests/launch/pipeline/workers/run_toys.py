@@ -1,5 +1,5 @@
-"""run_toys.py RECIPE [train [hasty]]: a pipeline of toy stages; with train they count as stages that save when told to
-stop, and get a second for it with hasty."""
+"""run_toys.py RECIPE [train [hasty]] [two] [only NAME]: a pipeline of toy stages; with train they count as stages that
+save when told to stop, and get a second for it with hasty; with two, as many at a time."""
 
 import sys
 from pathlib import Path
@@ -15,5 +15,8 @@ stages.STAGES["toy"] = stages.Stage(
 )
 running.stage_command = lambda stage, arguments, machine: [sys.executable, "-m", stage.module, *arguments]
 grace = 1.0 if "hasty" in sys.argv else 600.0
-options = running.RunOptions(machine=Machine(ranks=1), doctor=False, grace_seconds=grace)
+only = tuple(sys.argv[sys.argv.index("only") + 1 :]) if "only" in sys.argv else ()
+at_once = 2 if "two" in sys.argv else None
+machine = Machine(ranks=1)
+options = running.RunOptions(machine=machine, at_once=at_once, only=only, doctor=False, grace_seconds=grace)
 sys.exit(running.PipelineRun(load_pipeline(Path(sys.argv[1])), options, console()).run())

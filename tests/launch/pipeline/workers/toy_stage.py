@@ -1,5 +1,6 @@
 """A stage that takes no time: it adds its number to that of its input, step by step, or does what a test tells it."""
 
+import json
 import os
 import signal
 import sys
@@ -25,6 +26,8 @@ class ToyConfig:
     behave: str = "finish"
     data: str = ""
     cache_dir: Annotated[str, NoResult()] = ""
+    meets: Annotated[tuple[str, ...], NoResult()] = ()
+    """Names of stages that must be at work at the same time."""
     steps: int = 0
 
 
@@ -32,6 +35,9 @@ def run(config: ToyConfig) -> None:
     (config.output / "final").mkdir(parents=True, exist_ok=True)
     with (config.output / "starts").open("a") as starts:
         starts.write("x")
+    seen = {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")}
+    (config.output / "seen").write_text(json.dumps(seen))
+    meet([config.output.parent / name for name in config.meets])
     before = int((Path(config.source) / "number").read_text()) if config.source else 0
     if config.cache_dir:
         Path(config.cache_dir).mkdir()
@@ -58,6 +64,15 @@ def train(config: ToyConfig) -> None:
         with saved.open("a") as steps:
             steps.write("x")
         report_metrics({"loss": 1 / step}, step=step, total=config.steps)
+
+
+def meet(others: list[Path]) -> None:
+    """Until all of them have begun: stages one after the other never do."""
+    deadline = time.monotonic() + 20
+    while not all((other / "seen").exists() for other in others):
+        if time.monotonic() > deadline:
+            raise ConfigError("toy: the others did not come")
+        time.sleep(0.05)
 
 
 def wait(output: Path, behave: str) -> None:
