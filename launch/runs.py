@@ -130,6 +130,11 @@ class Pipeline:
         return [self.named(name) for name in stage.needs]
 
 
+def stage_logs(pipeline: Path, stage: str) -> Path:
+    """Where a stage of the pipeline in this folder logs, and has its hostfile if it uses a part of the nodes."""
+    return pipeline / "logs" / stage
+
+
 def put_aside_names(folder: Path) -> Iterator[Path]:
     """Where a run may be kept that is done again in ``folder``: NAME.before, NAME.before-2 and so on."""
     yield folder.with_name(f"{folder.name}.before")

@@ -69,6 +69,15 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hostfile", type=home_path, help="machines to use over ssh, one 'HOST slots=N' a line")
 
 
+def add_parallel(parser: argparse.ArgumentParser) -> None:
+    several = "stages at a time: auto (as many as have devices of their own; without a GPU, one), or N at the most"
+    parser.add_argument("--parallel", type=_count_or_auto, default=None, metavar="auto|N", help=several)
+
+
+def _count_or_auto(text: str) -> int | None:
+    return None if text == "auto" else positive_int(text)
+
+
 def add_columns(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
     """``--NAME-column`` for each; :func:`given_columns` reads them."""
     for name in names:

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from launch.commands.arguments import Subparsers, add_machine, add_settings, command, group, positive_int
+from launch.commands.arguments import Subparsers, add_machine, add_parallel, add_settings, command, group, positive_int
 from launch.screen import console
 from rlhf.core.paths import recipe_path
 
@@ -54,15 +54,6 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add_any_code(parser)
     redo = "do this one again, and what builds on it; may be given again"
     parser.add_argument("--redo", action="append", default=[], metavar="NAME", help=redo)
-
-
-def add_parallel(parser: argparse.ArgumentParser) -> None:
-    several = "stages at a time: auto (as many as have devices of their own; without a GPU, one), or N at the most"
-    parser.add_argument("--parallel", type=_count_or_auto, default=None, metavar="auto|N", help=several)
-
-
-def _count_or_auto(text: str) -> int | None:
-    return None if text == "auto" else positive_int(text)
 
 
 def add_forget(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from launch.commands.arguments import Subparsers, add_recipes, add_settings, command, group
+from launch.commands.arguments import Subparsers, add_parallel, add_recipes, add_settings, command, group
 from launch.stages import STAGES, training
 from rlhf.core.errors import ConfigError
 from rlhf.core.paths import home_path
@@ -54,6 +54,7 @@ def add_parser(subparsers: Subparsers) -> None:
         parser.add_argument("--sweep", metavar="FOLDER", type=home_path, help=sweep)
         jobs = "of a pipeline or sweep: one job for all (default), or one a stage, each after those that it needs"
         parser.add_argument("--jobs", choices=["one", "dependent"], default="one", help=jobs)
+        add_parallel(parser)
         add_settings(parser, "settings as the stage or pipeline takes them; profile.key=value changes the profile")
         if action is render_jobs:
             writing = "write into the run folder, where submit would, instead of printing"
@@ -122,7 +123,7 @@ def render_jobs(options: argparse.Namespace) -> int:
         for job, profile in jobs:
             write_script(job, profile)
             print(f"written: {job.script}")
-        print("submit with:", *_by_hand([job for job, _ in jobs]), sep="\n  ")
+        print("submit with:", *_by_hand([job for job, _ in jobs], options.parallel), sep="\n  ")
         return 0
     for number, (job, profile) in enumerate(jobs, start=1):
         if len(jobs) > 1:
@@ -132,7 +133,7 @@ def render_jobs(options: argparse.Namespace) -> int:
     return 0
 
 
-def _by_hand(jobs: Sequence["Job"]) -> Iterator[str]:
+def _by_hand(jobs: Sequence["Job"], parallel: int | None) -> Iterator[str]:
     """Lines of shell that do what :func:`submit_jobs` does."""
     from launch.slurm.submit import waiting
 
@@ -141,7 +142,7 @@ def _by_hand(jobs: Sequence["Job"]) -> Iterator[str]:
         return
     numbers: dict[str, str] = {}
     for count, job in enumerate(jobs, start=1):
-        waits = waiting([numbers[need] for need in job.needs], list(numbers.values())[-1:])
+        waits = waiting([numbers[need] for need in job.needs], _behind([*numbers.values()], parallel))
         yield f"job{count}=$({' '.join(['sbatch --parsable', *waits, shlex.quote(str(job.script))])})"
         numbers[job.label] = f"$job{count}"
 
@@ -157,13 +158,18 @@ def submit_jobs(options: argparse.Namespace) -> int:
     check_no_other(first)  # all have one folder
     numbers: dict[str, str] = {}
     for job, profile in jobs:
-        # One at a time, whatever they need: only one pipeline may work in a folder.
-        behind = list(numbers.values())[-1:]
-        numbers[job.label] = submit(job, profile, after=[numbers[need] for need in job.needs], behind=behind)
-        waits = f", after {behind[0]}" if behind else ""
+        after, behind = [numbers[need] for need in job.needs], _behind([*numbers.values()], options.parallel)
+        numbers[job.label] = submit(job, profile, after=after, behind=behind)
+        first_of_all = ", ".join(dict.fromkeys([*after, *behind]))
+        waits = f", after {first_of_all}" if first_of_all else ""
         print(f"submitted job {numbers[job.label]}{waits}: {job.title}")
     print(_what_now(first, list(numbers.values())))
     return 0
+
+
+def _behind(numbers: Sequence[str], parallel: int | None) -> list[str]:
+    """The job that must have ended, in whatever way, before the next one begins: so that no more run at a time."""
+    return [numbers[-parallel]] if parallel is not None and len(numbers) >= parallel else []
 
 
 def _what_now(job: "Job", numbers: list[str]) -> str:
@@ -195,6 +201,8 @@ def _read(options: argparse.Namespace) -> list[tuple["Job", "ClusterProfile"]]:
         raise ConfigError(f"--sweep {options.sweep}: a sweep is of one stage; name it instead of pipeline")
     if options.stage == PIPELINE or options.sweep:
         return list(_pipeline_jobs(options, profile))
+    if options.parallel is not None:
+        raise ConfigError(f"--parallel {options.parallel}: {options.stage} is one stage; leave --parallel out")
     if options.jobs != "one":
         raise ConfigError(f"--jobs {options.jobs}: {options.stage} is one stage, hence one job; leave --jobs out")
     return [(_stage_job(options, profile), profile)]
@@ -220,7 +228,7 @@ def _pipeline_jobs(options: argparse.Namespace, profile: "ClusterProfile") -> It
     from launch.slurm.script import Job
 
     pipeline, command = _sweep(options) if options.sweep else _recipe(options)
-    common = {"output": pipeline.output, "pipeline": True, "written_by": options.written_by, "stages": pipeline.stages}
+    common = {"output": pipeline.output, "pipeline": True, "written_by": options.written_by}
     name = pipeline.name.replace(" ", "-")
     if options.jobs == "one":
         nodes = {f"node {place}": profile.devices for place in range(1, profile.nodes + 1)}
@@ -228,7 +236,9 @@ def _pipeline_jobs(options: argparse.Namespace, profile: "ClusterProfile") -> It
             stage.share(nodes)  # it may ask for more than there is
         stages = ", ".join(each.name for each in pipeline.stages)
         title = f"pipeline {pipeline.name} ({stages}) in {pipeline.output}, on {_shape(profile)}"
-        yield Job(name=name, title=title, arguments=command, **common), profile
+        if options.parallel is not None:
+            command = (*command, "--parallel", str(options.parallel))
+        yield Job(name=name, title=title, arguments=command, stages=pipeline.stages, **common), profile
         return
     for stage in pipeline.stages:
         own = stage_profile(profile, stage)
@@ -236,6 +246,7 @@ def _pipeline_jobs(options: argparse.Namespace, profile: "ClusterProfile") -> It
             name=f"{name}-{stage.name}",
             title=f"stage {stage.name} of pipeline {pipeline.name} in {pipeline.output}, on {_shape(own)}",
             arguments=(*command, "--only", stage.name),
+            stages=(stage,),
             label=stage.name,
             needs=stage.needs,
             **common,
@@ -278,4 +289,6 @@ def _written_by(options: argparse.Namespace) -> str:
     profiles = [word for path in options.profile for word in ("--profile", str(path))]
     sweep = ["--sweep", str(options.sweep)] if options.sweep else []
     words = ["rlhf", "slurm", "render", options.stage, *_recipe_words(options), *profiles, *sweep]
-    return " ".join(map(quote, [*words, *(["--jobs", options.jobs] if options.jobs != "one" else [])]))
+    jobs = ["--jobs", options.jobs] if options.jobs != "one" else []
+    parallel = ["--parallel", str(options.parallel)] if options.parallel is not None else []
+    return " ".join(map(quote, [*words, *jobs, *parallel]))

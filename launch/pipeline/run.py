@@ -239,7 +239,7 @@ class PipelineRun:
         """End a stage at once."""
         each.job.end()
         if self.options.machine.over_ssh:  # the launcher was killed, and cannot end what it started
-            self._end_on_hosts(self._progress.log_folder(each.stage))
+            self._end_on_hosts(each.stage)
 
     def _end_all(self) -> None:
         """End what still runs: this pipeline cannot go on."""
@@ -275,18 +275,17 @@ class PipelineRun:
             way_out = "rlhf doctor says more; --no-doctor starts all the same"
             raise UserError("\n  ".join(["this machine is not ready:", *lines, way_out]))
 
-    def _end_on_hosts(self, folder: Path) -> None:
-        """End what is left of the stage that logs there on the hosts of a hostfile: it is no child of anything here.
-
-        The folder of all logs stands for all stages.
-        """
-        slash = "/" if folder == self._progress.logs else ""
-        end_on_hosts(self.options.machine.hosts, f"--log-folder {folder.absolute()}{slash}")
+    def _end_on_hosts(self, stage: PipelineStage) -> None:
+        """End what is left of a stage on the hosts of a hostfile: it is no child of anything here."""
+        end_on_hosts(self.options.machine.hosts, f"--log-folder {self._progress.log_folder(stage).absolute()}")
 
     def _end_earlier(self, stage: PipelineStage) -> None:
         """End what an earlier pipeline, which was killed, has left on other hosts: its ranks would meet ours."""
-        everything = not self._started and not self.options.only
-        self._end_on_hosts(self._progress.logs if everything else self._progress.log_folder(stage))
+        if self._started or self.options.only:
+            self._end_on_hosts(stage)
+        else:
+            logs = self._progress.log_folder(stage).parent.absolute()
+            end_on_hosts(self.options.machine.hosts, f"--log-folder {logs}/")
 
     def _report(self, view: Overview, seconds: float) -> None:
         console = self.console

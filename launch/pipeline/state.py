@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from launch.pipeline.fingerprint import RESULT, TOOLS, Inputs, Parts, changes, files_in, parts_of
 from launch.pipeline.recipe import load_pipeline
-from launch.runs import NOTES, Pipeline, PipelineStage, put_aside_names
+from launch.runs import NOTES, Pipeline, PipelineStage, put_aside_names, stage_logs
 from rlhf.core.clock import clock
 from rlhf.core.errors import STOP_FILE, ConfigError, UserError
 from rlhf.core.files import DONE, RUN_FILES, STATUS, digest, write_json
@@ -213,11 +213,7 @@ class Progress:
             write_json(path, {"recipe": _name(self._pipeline.recipe), "overrides": [*self._pipeline.overrides]})
 
     def log_folder(self, stage: PipelineStage) -> Path:
-        return self.logs / stage.name
-
-    @property
-    def logs(self) -> Path:
-        return self._pipeline.output / "logs"
+        return stage_logs(self._pipeline.output, stage.name)
 
     def _results(self, stage: PipelineStage) -> dict[str, str]:
         """Names for what the finished ones of those that ``stage`` needs have published."""

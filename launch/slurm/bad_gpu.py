@@ -1,9 +1,13 @@
-"""``python -m launch.slurm.bad_gpu STATUS``: the rank that broke with a fault of its GPU; exit code 1 if none did."""
+"""``python -m launch.slurm.bad_gpu STATUS HOSTFILE``: the node of a rank that broke with a fault of its GPU.
+
+Exit code 1 if none did.
+"""
 
 import re
 import sys
 from pathlib import Path
 
+from launch.jobs.hostfile import read_hostfile
 from rlhf.train.status import read_status
 
 FAULT = re.compile(
@@ -15,10 +19,11 @@ FAULT = re.compile(
 
 
 def main() -> int:
-    status = read_status(Path(sys.argv[1]).parent)
+    status, hosts = read_status(Path(sys.argv[1]).parent), read_hostfile(Path(sys.argv[2]))
     if status is None or status.state != "failed" or status.waited or not FAULT.search(status.reason):
         return 1
-    print(status.rank or 0)
+    nodes = [host for host, ranks in hosts.items() for _ in range(ranks)]
+    print(nodes[status.rank or 0])
     return 0
 
 

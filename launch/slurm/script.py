@@ -11,7 +11,7 @@ from pathlib import Path
 
 import launch
 from launch.jobs.srun import SRUN_VARIABLE, srun_words, step_words
-from launch.runs import PipelineStage
+from launch.runs import PipelineStage, stage_logs
 from launch.slurm.profile import ClusterProfile
 from rlhf.core.errors import REFUSED_EXIT_CODE, STOPPED_EXIT_CODE, ConfigError
 from rlhf.core.files import STATUS, digest, staged_directory, write_text
@@ -91,7 +91,7 @@ def render(job: Job, profile: ClusterProfile) -> str:
         early_seconds=profile.time_seconds - profile.signal_lead_seconds - _SIGNAL_SLACK_SECONDS,
         output=job.output.absolute(),
         statuses=[(folder / STATUS).absolute() for folder in [each.output for each in job.stages] or [job.output]],
-        ranks_per_node=[each.ranks or profile.devices for each in job.stages] or [profile.devices],
+        hostfiles=[stage_logs(job.output, each.name).absolute() / "hostfile" for each in job.stages],
         code=None if profile.container else snapshot_name(),
         script_name=job.script.name,
         venv=_venv(profile),

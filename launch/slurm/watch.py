@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from launch.runs import stage_logs
 from launch.slurm.submit import NUMBER, Queued, cancel_job, queued
 from rlhf.core.errors import STOP_FILE, ConfigError
 from rlhf.train.status import Status, read_status
@@ -114,10 +115,10 @@ def stage_log(run: Path, stage: str) -> Path:
         ConfigError: naming the stages that have said something.
     """
     for name in ("rank0.log", "launcher.log"):
-        path = run / "logs" / stage / name
+        path = stage_logs(run, stage) / name
         if path.exists():
             return path
-    there = ", ".join(sorted(path.name for path in (run / "logs").glob("*"))) or "none yet"
+    there = ", ".join(sorted(path.name for path in stage_logs(run, stage).parent.glob("*"))) or "none yet"
     raise ConfigError(f"{run}: no log of a stage {stage}; there are those of: {there}")
 
 

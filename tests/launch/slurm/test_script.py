@@ -244,7 +244,7 @@ def write_status(folder: Path, step: int, state: str = "stopped") -> None:
 def test_a_start_has_made_progress_if_its_stages_came_further_wherever_their_folders_are(tmp_path):
     elsewhere = tmp_path / "scratch disk" / "ppo"
     stages = (tmp_path / "run" / "sft", elsewhere)
-    entries = tuple(SimpleNamespace(output=folder, ranks=None) for folder in stages)
+    entries = tuple(SimpleNamespace(name=folder.name, output=folder, ranks=None) for folder in stages)
     text = render(job(output=tmp_path / "run", stages=entries), ClusterProfile(requeue=True))
     (statuses,) = [line for line in text.splitlines() if line.startswith("statuses=")]
     check = f"here={tmp_path}\n{statuses}\n{functions_of(text, 'steps', 'came_further')}\ncame_further"
@@ -388,12 +388,13 @@ def run_job(tmp_path):
         ("ValueError: margins", False),
     ],
 )
-def test_a_fault_of_a_gpu_names_the_rank_that_has_it(tmp_path, capsys, monkeypatch, reason, bad):
+def test_a_fault_of_a_gpu_names_the_node_of_the_rank_that_has_it(tmp_path, capsys, monkeypatch, reason, bad):
     status = new_status("reward", state="failed", rank=5, reason=reason)
     statuses.write_status(tmp_path, status)
-    monkeypatch.setattr(sys, "argv", ["bad_gpu", str(tmp_path / "status.json")])
+    (tmp_path / "hosts").write_text("n1 slots=4\nn2 slots=1\nn3 slots=8\n")
+    monkeypatch.setattr(sys, "argv", ["bad_gpu", str(tmp_path / "status.json"), str(tmp_path / "hosts")])
     assert bad_gpu.main() == (0 if bad else 1)
-    assert capsys.readouterr().out == ("5\n" if bad else "")
+    assert capsys.readouterr().out == ("n3\n" if bad else "")
 
 
 STATUS_OF = (
@@ -418,6 +419,33 @@ def test_a_crash_is_tried_again_as_long_as_the_run_comes_further_and_not_on_a_no
     assert "scontrol update JobId=12 ExcNodeList=n2" in calls and "from now on without n2" in text
     text, calls = run_job("exit 2", restart=3)
     assert "failed with exit code 2" in text and "requeue" not in calls, "what is refused is refused again"
+
+
+def test_of_a_stage_on_a_part_of_the_nodes_the_bad_gpu_is_on_one_of_its_own(tmp_path):
+    folder = tmp_path / "run" / "left"
+    entries = tuple(
+        SimpleNamespace(name=name, output=tmp_path / "run" / name, ranks=None) for name in ("left", "right")
+    )
+    text = render(job(output=tmp_path / "run", stages=entries, pipeline=True), ClusterProfile(nodes=2))
+    lines = [line for line in text.splitlines() if line.startswith(("statuses=", "hostfiles="))]
+    for name, ranks in {"left": "n2 slots=4", "right": "n1 slots=4"}.items():
+        statuses.write_status(tmp_path / "run" / name, new_status("reward", state="running"))
+        (tmp_path / "run" / "logs" / name).mkdir(parents=True)
+        (tmp_path / "run" / "logs" / name / "hostfile").write_text(f"{ranks}\n")
+    (tmp_path / "all").write_text("n1 slots=4\nn2 slots=4\n")
+    reason = "CUDA error: uncorrectable ECC error"
+    statuses.write_status(folder, new_status("reward", state="failed", rank=1, reason=reason))
+    check = "\n".join([*lines, functions_of(text, "note_bad_gpu"), "note_bad_gpu"])
+    environment = os.environ | {"RLHF_HOSTFILE": str(tmp_path / "all"), "unfit": str(tmp_path / "unfit")}
+    environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    subprocess.run(["bash", "-c", check], env=environment | {"PYTHONPATH": str(ROOT)})
+    assert (tmp_path / "unfit").read_text() == "n2\n"
+
+
+def test_a_pipeline_is_told_of_requests_by_the_note_of_its_own_job_and_not_by_a_file_for_all():
+    text = render(job(pipeline=True, arguments=("rlhf", "pipeline", "run", "p.yaml")), ClusterProfile())
+    assert "export RLHF_ASKED=" in text and 'STOP"' not in text
+    assert 'touch "$run/STOP"' in render(job(), ClusterProfile())
 
 
 def test_a_node_that_is_not_fit_is_left_out_and_only_so_often(run_job, tmp_path):

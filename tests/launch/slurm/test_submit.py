@@ -97,13 +97,36 @@ def test_nothing_is_submitted_while_a_job_of_any_stage_is_queued(slurm, tmp_path
         assert submitted(slurm) == []
 
 
-def test_stages_wait_for_those_that_they_need_and_for_the_one_before(slurm, tmp_path):
-    words = [*PIPELINE, "--jobs", "dependent", f"output={tmp_path}/run"]
+@pytest.mark.parametrize(
+    ("parallel", "expected"),
+    [
+        ("auto", {"sft": "", "reward": "afterok:101", "preference": "afterok:101", "ppo": "afterok:102:103"}),
+        ("2", {"preference": "afterok:101,afterany:101", "ppo": "afterok:102:103,afterany:102"}),
+        ("1", {"reward": "afterok:101,afterany:101", "preference": "afterok:101,afterany:102"}),
+    ],
+)
+def test_stages_wait_for_those_that_they_need_and_for_no_others_unless_so_many_would_run(
+    slurm, tmp_path, parallel, expected
+):
+    words = [*PIPELINE, "--jobs", "dependent", f"output={tmp_path}/run", "--parallel", parallel]
     assert main(["slurm", "submit", *words]) == 0
-    first, second, *_ = submitted(slurm)
-    assert first == f"--parsable {tmp_path}/run/slurm/sft.sh"
-    waits = "--dependency=afterok:101,afterany:101 --kill-on-invalid-dep=yes"
-    assert second == f"--parsable {waits} {tmp_path}/run/slurm/reward.sh"
+    waits = {line.rpartition("/")[2].removesuffix(".sh"): line for line in submitted(slurm)}
+    for name, dependency in expected.items():
+        words = f"--dependency={dependency} --kill-on-invalid-dep=yes " if dependency else ""
+        assert waits[name] == f"--parsable {words}{tmp_path}/run/slurm/{name}.sh"
+
+
+def test_one_job_for_all_hands_on_how_many_stages_run_at_a_time(slurm, tmp_path, capsys):
+    assert main(["slurm", "render", *PIPELINE, "--parallel", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "--parallel 2" in said.partition("start() {")[2] and "--parallel 2" in said.partition("Written by")[2]
+    stage = ["reward", "--config", "launch/recipes/reward_smollm2.yaml", *PIPELINE[3:]]
+    for words, message in (([*stage, "--parallel", "2"], "leave --parallel out"),):
+        assert main(["slurm", "render", *words]) == 2
+        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["slurm", "render", *PIPELINE, "--parallel", "0"])
+    assert "--parallel: 0: expected a number above 0" in capsys.readouterr().err
 
 
 RECIPE = """\
@@ -141,7 +164,7 @@ def test_the_job_of_a_stage_asks_for_what_the_stage_says_and_an_import_for_one_n
         "reward": ["2", "h100:3", "2:00:00"],
         "again": ["4", "h100:8", "24:00:00"],
     }
-    assert "ranks_per_node=(8 3 8)" in (folder / "again.sh").read_text()
+    assert f"hostfiles=({tmp_path}/run/logs/again/hostfile)" in (folder / "again.sh").read_text()
     (folder / "reward.sh").unlink()
     assert main(["slurm", "render", *words, "--jobs", "dependent", "profile.signal_lead_seconds=7200"]) == 2
 
