@@ -25,6 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue", "sinfo")
 SYSTEM = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 NODES = ("node1", "node2", "node3", "node4")  # two for a job, and two to take the place of lost ones
+GPUS = {"node1": 2, "node2": 1, "node3": 2}
+"""How many a node says that it has: other devices stand for them, and node4 has none."""
 PATIENCE = 400.0
 """Seconds until something that has not happened is a failure: a start takes 15 s on two idle cores."""
 CONFIGURATION = """\
@@ -84,7 +86,11 @@ class Cluster:
         host = socket.gethostname()
         text = CONFIGURATION.format(host=host, folder=self.folder, user=getpass.getuser(), controller_port=free_port())
         nodes = (f"NodeName={n} NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()} CPUs=1" for n in NODES)
+        nodes = (f"{line} Gres=gpu:{GPUS[n]}" if n in GPUS else line for n, line in zip(NODES, nodes, strict=True))
         self.configuration.write_text(text + "\n".join(nodes) + "\n")
+        gpus = ((node, file) for node, count in GPUS.items() for file in ("/dev/null", "/dev/zero")[:count])
+        lines = (f"NodeName={node} Name=gpu File={file}\n" for node, file in gpus)
+        (self.folder / "gres.conf").write_text("".join(lines))
         self._daemon("slurmctld", "-c")
         for node in NODES:
             self.start_node(node)

@@ -37,6 +37,8 @@ class Machine:
     """Those of each node (:data:`HERE` for this machine) by their places among the visible ones; all if left out."""
     partial: bool = False
     """There are other devices on these nodes, which others may use meanwhile."""
+    there: Mapping[str, int] = field(default_factory=dict)
+    """How many the run has on each of these nodes in all, if that is more than :attr:`hosts` say."""
     cores: int | None = None
     """Cores of this machine for the work of CPUs; all if left out."""
     number: int = 0
@@ -94,9 +96,10 @@ def stage_command(stage: Stage, arguments: Sequence[str], machine: Machine) -> l
             command,
             hosts=machine.hosts,
             port=_port(machine),
+            there=machine.there or machine.hosts,
+            shared=machine.partial,
             address=node_address(next(iter(machine.hosts))) if machine.elsewhere else None,
             more=machine.device_words,
-            options=("--overlap",) if machine.partial else (),  # else the second of two steps on a node would wait
         )
     if machine.hosts:
         words = [*(("--address", "") if machine.elsewhere else ()), *machine.device_words]

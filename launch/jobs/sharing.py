@@ -120,7 +120,8 @@ class Sharing:
             return replace(part, ranks=len(places[HERE]) if places else None)
         hosts = {host: len(taken) for host, taken in places.items()}
         first = next(iter(self.machine.hosts))
-        return replace(part, hosts=hosts, elsewhere=first != next(iter(hosts), first))
+        there = {host: self._sizes[host] for host in hosts}
+        return replace(part, hosts=hosts, there=there, elsewhere=first != next(iter(hosts), first))
 
     def _cores(self) -> int | None:
         """Those that a stage has for itself, where several are wanted at once."""

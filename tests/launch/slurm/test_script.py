@@ -158,13 +158,13 @@ def joined(text: str) -> str:
 def test_srun_starts_a_supervisor_on_each_node_with_what_each_has_and_the_words_unchanged(monkeypatch, hosts, slots):
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     words = [sys.executable, "-m", "policy.sft", "--config", "a recipe.yaml", "data.train=it's $HOME.jsonl"]
-    command = srun_command(words, hosts=hosts, port=29511)
+    command = srun_command(words, hosts=hosts, port=29511, there=hosts)
     assert command[:4] == ["srun", f"--nodes={len(hosts)}", f"--ntasks={len(hosts)}", "--ntasks-per-node=1"]
     assert f"--nodelist={','.join(hosts)}" in command  # not whichever nodes of the allocation are free
     options = ["--slots", slots, "--node", "slurm", "--address", "n1", "--port", "29511", "--"]
     assert command[-len(options) - len(words) :] == [*options, *words]
     monkeypatch.setenv("MASTER_ADDR", "10.1.1.1")
-    assert "10.1.1.1" in srun_command(words, hosts=hosts, port=29511)
+    assert "10.1.1.1" in srun_command(words, hosts=hosts, port=29511, there=hosts)
 
 
 def test_a_container_wraps_the_supervisor_and_its_python_is_used(tmp_path):

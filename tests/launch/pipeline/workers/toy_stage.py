@@ -35,8 +35,7 @@ def run(config: ToyConfig) -> None:
     (config.output / "final").mkdir(parents=True, exist_ok=True)
     with (config.output / "starts").open("a") as starts:
         starts.write("x")
-    seen = {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")}
-    (config.output / "seen").write_text(json.dumps(seen))
+    (config.output / f"seen{os.environ.get('RANK', '0').strip('0')}").write_text(json.dumps(dict(os.environ)))
     meet([config.output.parent / name for name in config.meets])
     before = int((Path(config.source) / "number").read_text()) if config.source else 0
     if config.cache_dir:
