@@ -45,10 +45,10 @@ def profile(tmp_path_factory, profile) -> Path:
 
 @pytest.fixture
 def submit(cluster, jobs, profile, pipeline):
-    """``submit(output, *settings)`` queues the pipeline; the numbers of its jobs."""
+    """``submit(output, *settings, recipe=...)`` queues the pipeline; the numbers of its jobs."""
 
-    def act(output: Path, *words: str) -> list[str]:
-        common = ("--config", str(pipeline), "--profile", str(profile), f"output={output}")
+    def act(output: Path, *words: str, recipe: Path = pipeline) -> list[str]:
+        common = ("--config", str(recipe), "--profile", str(profile), f"output={output}")
         return jobs.numbers(cluster.rlhf("slurm", "submit", "pipeline", *common, *words))
 
     return act
@@ -102,3 +102,31 @@ def test_a_stage_that_fails_takes_those_behind_it_out_of_the_queue(cluster, jobs
     cluster.wait(first, "FAILED", jobs.log(tmp_path / "run", first))
     assert "gone.jsonl" in jobs.log(tmp_path / "run", first).read_text()
     cluster.until(lambda: cluster.state(second) == "CANCELLED")
+
+
+@pytest.mark.full
+def test_stages_that_do_not_need_each_other_run_side_by_side_in_jobs_and_in_one_and_publish_what_they_do_one_by_one(
+    cluster, jobs, submit, pipeline, tmp_path
+):
+    """Two SFT runs of one node each, and the reward model from the first."""
+    tree = yaml.safe_load(pipeline.read_text())
+    sft, reward = tree["stages"]["sft"], tree["stages"]["reward"]
+    stages = {"sft": sft | {"nodes": 1}, "other": sft | {"kind": "sft", "nodes": 1, "set": {"train": {"seed": 5}}}}
+    pipeline = pipeline.with_name("three.yaml")
+    pipeline.write_text(yaml.safe_dump(tree | {"stages": stages | {"reward": reward}}, sort_keys=False))
+    outputs = [tmp_path / name for name in ("jobs", "one", "after")]
+    more = ("sft.train.max_steps=30", "other.train.max_steps=30")
+
+    numbers = submit(outputs[0], *more, "--jobs", "dependent", recipe=pipeline)
+    together = lambda: [cluster.state(number) for number in numbers] == ["RUNNING", "RUNNING", "PENDING"]  # noqa: E731
+    cluster.until(together, jobs.log(outputs[0], numbers[0]))
+    for number in numbers:
+        cluster.wait(number, "COMPLETED", jobs.log(outputs[0], number))
+    for output, words in ((outputs[1], ()), (outputs[2], ("--parallel", "1"))):
+        (number,) = submit(output, *more, *words, recipe=pipeline)
+        cluster.wait(number, "COMPLETED", jobs.log(output, number))
+    one, after = (jobs.log(output, "*").parent for output in outputs[1:])
+    said = ["".join(path.read_text() for path in folder.glob("*.log")) for folder in (one, after)]
+    assert said[0].index("other: running") < said[0].index("sft: finished")
+    assert said[1].index("sft: finished") < said[1].index("other: running")
+    assert len(weights(outputs[0])) == 3 and weights(outputs[0]) == weights(outputs[1]) == weights(outputs[2])
