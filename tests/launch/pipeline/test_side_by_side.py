@@ -21,6 +21,7 @@ from launch.pipeline.processes import OWNERS, alone
 from launch.pipeline.run import PipelineRun, RunOptions
 from launch.runs import NOTES
 from rlhf.core.errors import UserError
+from rlhf.train.status import read_status
 
 WORKERS = Path(__file__).parent / "workers"
 FORK = {
@@ -162,11 +163,16 @@ def test_a_second_signal_ends_all_of_them(toys, processes_of):
 
 def test_after_one_has_stopped_by_itself_nothing_new_begins_and_the_other_comes_to_its_end(toys, monkeypatch):
     monkeypatch.setitem(stages.STAGES, "toy", replace(stages.STAGES["toy"], trains=True))
-    toys.write({"a": {"set": {"behave": "wait"}}, "b": {"set": {"number": 2, "meets": ["a"]}}, "c": {}})
+    toys.write({"a": {"set": {"behave": "wait"}}, "b": {"set": {"number": 2, "meets": ["later"]}}, "c": {}})
 
     def stop() -> None:
         wait_for(toys.folder / "out" / "a" / "pid", toys.folder / "out" / "b" / "seen")
         (toys.folder / "out" / "a" / "STOP").touch()
+        while read_status(toys.folder / "out" / "a").state != "stopped":
+            time.sleep(0.05)
+        time.sleep(2 * running.SECONDS_BETWEEN_LOOKS)
+        (toys.folder / "out" / "later").mkdir()
+        (toys.folder / "out" / "later" / "seen").touch()
 
     thread = threading.Thread(target=stop)
     thread.start()
@@ -203,6 +209,7 @@ def test_a_call_on_one_stage_leaves_the_processes_of_another_alone(toys):
     assert process.returncode == 75
     assert (toys.folder / "out" / "STOP").exists()  # for all calls in the folder; the next one takes it away
     toys.write({"a": {"set": {"number": 1}}, "b": {"set": {"number": 2}}})
+    time.sleep(1.5)  # when a process began is known to about a second
     assert subprocess.run(words).returncode == 0
     assert not (toys.folder / "out" / "STOP").exists()
 
