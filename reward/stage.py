@@ -6,6 +6,7 @@ from rich.console import Console
 
 from reward.config import RewardConfig
 from reward.evaluate import Evaluation, evaluation_table
+from reward.held_out import pair_rows
 from reward.publish import PublishableRewardModel, new_model
 from reward.tables import MARGINS
 from reward.task import RewardTask
@@ -59,7 +60,14 @@ def run(config: RewardConfig, ranks: Ranks) -> Evaluation | None:
         "labels": asdict(config.labels),
     }
     step = train(config, engine, task, identity, steps)
-    report(config, ranks, task.evaluation, step, lambda found: Console().print(evaluation_table(found)))
+    report(
+        config,
+        ranks,
+        task.evaluation,
+        step,
+        lambda found: Console().print(evaluation_table(found)),
+        lambda: pair_rows(data.evals, task.held_out_rewards, chat.tokenizer),
+    )
     measured = replace(published, evaluation=task.evaluation, margins=task.margin_statistics)
     publish_run(config, engine, sample_of(data), measured)
     return task.evaluation

@@ -10,7 +10,9 @@ from torch import Tensor
 from reward.config import RewardConfig
 from reward.evaluate import Evaluation, evaluate_held_out
 from reward.labels import Labels
+from reward.margin_log import MarginLog
 from reward.margin_maker import MarginMaker
+from reward.margins import similarity_margins
 from reward.model import Scores
 from reward.pairs import Pairs, concatenate, detached_pairs, gather_pairs
 from reward.statistics import StepStatistics
@@ -48,10 +50,14 @@ class RewardTask:
         self._parameters = config.loss.values
         self._labels = Labels(config.labels, train.wrong)
         self._global = config.over_all_pairs
+        self._margin_log = MarginLog(config.output, engine.ranks, total_steps)
         self._seen: list[tuple[Pairs, Tensor]] = []
         self._loss_sum = 0.0
+        self._step = 0
         self.evaluation: Evaluation | None = None
         """The latest held-out evaluation; ``None`` before the first, and without held-out data."""
+        self.held_out_rewards = np.zeros((0, 2))
+        """``(N, 2)`` of chosen and rejected, of that evaluation."""
         self.margin_statistics: dict[str, float] = {}
         """Telemetry of the margins of the latest step whose rewards were finite."""
 
@@ -59,6 +65,7 @@ class RewardTask:
 
     def micro_batches(self, step: int) -> list[Batch]:
         batches = self._batches.step(self._train, step)
+        self._step = step + 1
         self._loss_sum = 0.0
         self._seen = []
         self._margins.start_step(step)
@@ -113,6 +120,9 @@ class RewardTask:
             rejected_embeddings=pairs.rejected_embeddings,
         )
         telemetry = self._margins.transport_metrics() | telemetry
+        if self._config.margin.kind != "none" and self._margin_log.wants(self._step):
+            likeness = similarity_margins(pairs.chosen_embeddings, pairs.rejected_embeddings, semantic_weight=1.0)
+            self._margin_log.write(self._step, {"margin": margins, "gap": gap, "similarity": likeness})
         self.margin_statistics = {name: value for name, value in telemetry.items() if math.isfinite(value)}
         return metrics | telemetry
 
@@ -160,6 +170,7 @@ class RewardTask:
                 f"{data.item(bad[0]).row_id}: the weights have run away. Go on from an earlier checkpoint with a lower "
                 "optim.learning_rate, or with engine.precision=bfloat16 instead of float16"
             )
+        self.held_out_rewards = rewards.double().numpy()
         chosen, rejected = rewards.unbind(dim=1)
         return evaluate_held_out(chosen.numpy(), rejected.numpy(), lengths=data.lengths, scores=data.scores)
 

@@ -31,7 +31,9 @@ def evaluate(config: BenchmarkConfig, ranks: "Ranks") -> None:
 
     from policy.benchmark.run import run_benchmark
     from reward.benchmarks.results import benchmark_table
+    from rlhf.train.environment import write_environment
 
+    write_environment(config.output, ranks)
     found = run_benchmark(config, ranks)
     if ranks.is_main:
         report_metrics({f"benchmark/{each.name}": each.value for each in found.measures})

@@ -33,7 +33,9 @@ def evaluate(config: EvaluationConfig, ranks: "Ranks") -> None:
     from policy.evaluation.results import evaluation_table
     from reward.function import load_reward
     from rlhf.data.options import TemplateChoice
+    from rlhf.train.environment import write_environment
 
+    write_environment(config.output, ranks)
     found = evaluate_policies(
         config.policies,
         config.reference,

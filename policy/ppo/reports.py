@@ -18,6 +18,7 @@ from policy.ppo.scoring import Scored
 from policy.ppo.telemetry import response_kl
 from rlhf.core.intervals import Estimate, mean_with_interval
 from rlhf.engine.ranks import Ranks
+from rlhf.train.held_out import shortened
 from rlhf.train.metrics import drop_rows_after
 
 ROLLOUTS, SKIPPED = "rollouts.jsonl", "skipped_rollouts.jsonl"
@@ -90,6 +91,28 @@ def held_out(
         prompts=len(rollouts),
         selection=selection,
     )
+
+
+def held_out_rows(
+    rollouts: Rollouts, scored: Scored, second: Scored | None, log_ratios: Tensor, prompt_keys: np.ndarray
+) -> list[dict[str, Any]]:
+    """A row for ``held_out.jsonl`` of each response to a held-out prompt; ``value`` is its reward.
+
+    Args:
+        rollouts: N responses, one to each prompt.
+        scored: their rewards.
+        second: those of the second scorer, if there is one.
+        log_ratios: ``(N,)`` of policy and reference, in nats.
+        prompt_keys: ``(N,)`` uint64.
+    """
+    rows = []
+    for place in range(len(rollouts)):
+        row = _row(0, rollouts, scored, place)
+        row.pop("step")
+        row |= {"prompt": shortened(row["prompt"]), "response": shortened(row["response"])}
+        row |= {"group": f"{int(prompt_keys[place]):016x}", "value": row["reward"], "kl": float(log_ratios[place])}
+        rows.append(row | ({} if second is None else {"second": _number(second.raw[place])}))
+    return rows
 
 
 def print_held_out(found: HeldOut) -> None:

@@ -85,7 +85,7 @@ def run(config: PpoConfig, ranks: Ranks) -> HeldOut | None:
     }
     step = run_and_take(config, engines, task, identity, documents, loop)
     task.take_average()
-    report(config, ranks, task.evaluation, step, print_held_out)
+    report(config, ranks, task.evaluation, step, print_held_out, lambda: task.held_out_rows)
     _warn_of_drift(config, ranks, task.evaluation)
     if config.train.publish != "none":
         _publish(config, engines, task, published)

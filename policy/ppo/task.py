@@ -20,7 +20,7 @@ from policy.ppo.experience import Measured, experience_metrics, make_experience,
 from policy.ppo.kl import AdaptiveKl, FixedKl, horizon_of
 from policy.ppo.reference import ReferenceModel
 from policy.ppo.replay import Replay
-from policy.ppo.reports import HeldOut, RolloutLog, held_out
+from policy.ppo.reports import HeldOut, RolloutLog, held_out, held_out_rows
 from policy.ppo.rollouts import Rollouts, ask, by_response, roll_out
 from policy.ppo.scoring import Scored, Scorer
 from policy.ppo.update import Updater, UpdateReport
@@ -111,6 +111,8 @@ class PpoTask:
         self._saved = 0  # steps that a checkpoint holds
         self.evaluation: HeldOut | None = None
         """The latest held-out evaluation; ``None`` before the first, and without held-out prompts."""
+        self.held_out_rows: list[dict[str, Any]] = []
+        """The responses of that evaluation, for ``held_out.jsonl``."""
 
     # The step
 
@@ -274,6 +276,9 @@ class PpoTask:
         reference = self._roles.reference.logprobs(self._maker, rollouts, temperature=temperature)
         self.evaluation = held_out(
             rollouts, scored, second, logprobs, reference, kl_budget=self._config.watch.kl_budget
+        )
+        self.held_out_rows = held_out_rows(
+            rollouts, scored, second, (logprobs - reference).sum(dim=1), self._data.evals.prompt_keys
         )
         return self.evaluation.metrics()
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from policy.model import PolicyModel, build_policy
 from policy.preference.config import PreferenceConfig
+from policy.preference.held_out import held_out_rows
 from policy.preference.reference import CacheJob, LiveReference, Reference, cache_folder, open_cache
 from policy.preference.task import PreferenceTask
 from policy.preference.telemetry import HeldOut, print_evaluation
@@ -64,7 +65,14 @@ def run(config: PreferenceConfig, ranks: Ranks) -> HeldOut | None:
     references = _References(config, next(iter(others), None), engine, chat, data)
     task = PreferenceTask(engine, config, data.train, data.evals, references.open(), steps)
     step = train(config, engine, task, _identity(config, data, references, steps), steps)
-    report(config, ranks, task.evaluation, step, print_evaluation)
+    report(
+        config,
+        ranks,
+        task.evaluation,
+        step,
+        print_evaluation,
+        lambda: held_out_rows(data.evals, task.held_out, config.loss, chat.tokenizer),
+    )
     publish_run(config, engine, sample_of(data), published)
     return task.evaluation
 

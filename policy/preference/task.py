@@ -17,6 +17,7 @@ from policy.preference.statistics import BatchStatistics
 from policy.preference.telemetry import HeldOut, StepRows, held_out_evaluation, start_of, step_metrics
 from policy.preference.watch import Watch
 from reward.labels import Labels
+from reward.margin_log import MarginLog
 from reward.margin_maker import MarginMaker
 from reward.pairs import Pairs, concatenate, detached_pairs, gather_pairs
 from reward.telemetry import margin_telemetry
@@ -55,10 +56,13 @@ class PreferenceTask:
         self._delta = _delta_schedule(config, total_steps)
         self._watch = Watch(config.watch, engine.ranks)
         self._rows = StepRows(engine.ranks)
+        self._margin_log = MarginLog(config.output, engine.ranks, total_steps)
         self._step = 0
         self._start_logprobs: dict[str, float] | None = None
         self.evaluation: HeldOut | None = None
         """The latest held-out evaluation; ``None`` before the first, and without held-out data."""
+        self.held_out: dict[str, Tensor] = {}
+        """Columns of all items, of that evaluation."""
 
     # The training step
 
@@ -130,6 +134,8 @@ class PreferenceTask:
         if not bool(torch.isfinite(chosen - rejected).all()):
             return {}
         margins = self._margins.of(torch.arange(len(chosen), device=chosen.device))
+        if self._margin_log.wants(self._step + 1):
+            self._margin_log.write(self._step + 1, {"margin": margins, "gap": chosen - rejected})
         return margin_telemetry(margins, chosen, rejected) | self._margins.transport_metrics()
 
     def row_ids(self, batch: Batch) -> tuple[str, ...]:
@@ -215,7 +221,8 @@ class PreferenceTask:
             for batch, output in without_gradient(self._engine, batches):
                 reference = None if self._held_out_reference is None else self._held_out_reference.of(batch)
                 seen.add(batch, view(row_sums(output, batch), reference, batch, self._config.loss), offset=start)
-        self.evaluation, metrics = held_out_evaluation(seen.gathered(), self._held_out, self._config.loss)
+        self.held_out = seen.gathered()
+        self.evaluation, metrics = held_out_evaluation(self.held_out, self._held_out, self._config.loss)
         return metrics
 
 

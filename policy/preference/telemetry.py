@@ -170,6 +170,12 @@ def held_out_evaluation(seen: Columns, data: ItemSource, loss: LossConfig) -> tu
     return record, metrics
 
 
+def labeled_right(seen: Columns, loss: LossConfig) -> Tensor:
+    """``(N,)`` bool: whether the rule of :attr:`UnpairedEvaluation.accuracy` gives an unpaired response its label."""
+    kl = max(0.0, float(seen["mismatched_logratios"].mean()))
+    return (loss.beta * seen["logratios"] > loss.beta * kl) == seen["labels"]
+
+
 def _evaluate_unpaired(seen: Columns, loss: LossConfig) -> UnpairedEvaluation:
     rewards = (loss.beta * seen["logratios"]).cpu().numpy()
     labels = seen["labels"].cpu().numpy()
@@ -177,7 +183,7 @@ def _evaluate_unpaired(seen: Columns, loss: LossConfig) -> UnpairedEvaluation:
     good, bad = rewards[labels], rewards[~labels]
     both = len(good) and len(bad)
     return UnpairedEvaluation(
-        accuracy=preference_accuracy(np.where((rewards > loss.beta * kl) == labels, 1.0, -1.0)),
+        accuracy=preference_accuracy(np.where(labeled_right(seen, loss).cpu().numpy(), 1.0, -1.0)),
         auc=float(mannwhitneyu(good, bad).statistic) / (len(good) * len(bad)) if both else None,
         kl=kl,
         mean_desirable=float(good.mean()) if len(good) else None,

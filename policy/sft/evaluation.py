@@ -3,6 +3,7 @@
 Plain arrays in, a frozen record out: no ranks, no files.
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from rich.table import Table
 from scipy.stats import t as student
 
 from rlhf.core.errors import DataError
+from rlhf.data.examples import ExampleDataset
 
 CONFIDENCE = 0.95
 
@@ -68,6 +70,17 @@ def evaluate_responses(nll: ArrayLike, tokens: ArrayLike) -> SftEvaluation:
     return SftEvaluation(
         loss=float(loss), loss_low=low, loss_high=high, response_tokens=int(total), conversations=count
     )
+
+
+def held_out_rows(data: ExampleDataset, nll: np.ndarray, tokens: np.ndarray) -> Iterator[dict[str, Any]]:
+    """A row for ``held_out.jsonl`` of each conversation with a response: ``value`` is its loss in nats per token."""
+    for place in np.flatnonzero(tokens > 0).tolist():
+        yield {
+            "row": data.row_id(place),
+            "group": f"{int(data.prompt_keys[place]):016x}",
+            "value": float(nll[place] / tokens[place]),
+            "weight": float(tokens[place]),
+        }
 
 
 def print_evaluation(evaluation: SftEvaluation) -> None:

@@ -3,7 +3,7 @@
 from policy.model import build_policy
 from policy.publish import PublishablePolicy
 from policy.sft.config import SftConfig
-from policy.sft.evaluation import SftEvaluation, print_evaluation
+from policy.sft.evaluation import SftEvaluation, held_out_rows, print_evaluation
 from policy.sft.task import SftTask
 from rlhf.data.examples import load_examples
 from rlhf.engine.build import DTYPES, precision_of
@@ -47,6 +47,8 @@ def run(config: SftConfig, ranks: Ranks) -> SftEvaluation | None:
     engine = start_engine(model, role, config, ranks, steps=steps, hidden_size=model.hf.config.hidden_size)
     task = SftTask(engine, config, data.train, data.evals)
     step = train(config, engine, task, run_identity(config, data.train, steps), steps)
-    report(config, ranks, task.evaluation, step, print_evaluation)
+    report(
+        config, ranks, task.evaluation, step, print_evaluation, lambda: held_out_rows(data.evals, *task.held_out_sums)
+    )
     publish_run(config, engine, sample_of(data), published)
     return task.evaluation

@@ -29,6 +29,8 @@ class SftTask:
         self._response_tokens = 0  # of all ranks in this step
         self.evaluation: SftEvaluation | None = None
         """The latest held-out evaluation; ``None`` before the first, and without held-out data."""
+        self.held_out_sums = np.zeros(0), np.zeros(0)
+        """``(N,)`` negative log-likelihood and number of response tokens of every conversation, of that evaluation."""
 
     # The training step
 
@@ -85,6 +87,7 @@ class SftTask:
                 f"{self._held_out.item(int(bad[0])).row_id}: the policy has broken down. Lower optim.learning_rate, "
                 "or publish an earlier checkpoint"
             )
+        self.held_out_sums = nll, tokens
         self.evaluation = evaluate_responses(nll, tokens)
         return {"eval/loss": self.evaluation.loss, "eval/perplexity": self.evaluation.perplexity}
 

@@ -100,6 +100,7 @@ def _run_on_all_ranks(config: StageConfig, module: str, program: str) -> None:
     from rlhf.engine.build import check_precision
     from rlhf.engine.ranks import start_ranks
     from rlhf.engine.stop import noting_signals
+    from rlhf.train.environment import write_environment
     from rlhf.train.fresh import end_fresh_process
     from rlhf.train.heartbeat import heart_beating
     from rlhf.train.shortage import naming_shortage
@@ -112,6 +113,7 @@ def _run_on_all_ranks(config: StageConfig, module: str, program: str) -> None:
             rendezvous_seconds=config.engine.rendezvous_minutes * 60,
         )
         report_phase("loading")
+        write_environment(config.output, ranks)
         ranks.together(lambda: check_precision(config.engine, ranks.device))
         ranks.together(lambda: check_trackers(config.train))
         shortage = naming_shortage(config, program.rpartition(".")[2], ranks)

@@ -3,7 +3,7 @@
 import json
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -31,10 +31,14 @@ from rlhf.models.roles import ModelRole
 from rlhf.train.chat import load_chat
 from rlhf.train.command import StageConfig
 from rlhf.train.fresh import start_fresh_process
+from rlhf.train.held_out import write_held_out
 from rlhf.train.loop import TOTAL_STEPS, LoopState, Run, Stateful, Task, Watched, fit, load_checkpoint
 from rlhf.train.options import TrainConfig
 from rlhf.train.roles import engine_of
 from rlhf.train.status import report_metrics, report_phase, report_status
+
+DATA = "data.json"
+"""What a run reads: how many items, under which fingerprints, and what became of the rows of each source."""
 
 log = logging.getLogger(__name__)
 
@@ -138,8 +142,10 @@ def load_data(
     def action() -> DataT:
         data = load(config.output if ranks.is_main else None)
         if ranks.is_main:
-            for line in data.report.lines():
+            lines = data.report.lines()
+            for line in lines:
                 print(line, flush=True)
+            write_json(config.output / DATA, _data_summary(data, lines))
         if not len(data.train):
             raise ConfigError("data.train: no usable row is left; see quarantine.jsonl in the run folder")
         longest = max(int(part.lengths.max()) for part in (data.train, data.evals) if len(part))
@@ -151,6 +157,13 @@ def load_data(
     report_phase("loading models")
     stop_requests(config, ranks).check("before training")
     return data
+
+
+def _data_summary(data: LoadedRows, lines: Iterable[str]) -> dict[str, Any]:
+    """Names for what a run reads, and what was said of it."""
+    parts = {"train": data.train, "eval": data.evals}
+    found = {name: {"items": len(part), "fingerprint": part.fingerprint} for name, part in parts.items()}
+    return {**found, "report": [*lines]}
 
 
 def total_steps(train: TrainConfig, items: int) -> int:
@@ -247,14 +260,29 @@ def stop_requests(config: StageConfig, ranks: Ranks) -> StopRequests:
 
 
 def report(
-    config: StageConfig, ranks: Ranks, evaluation: EvaluationRecord | None, step: int, show: Callable[[Any], None]
+    config: StageConfig,
+    ranks: Ranks,
+    evaluation: EvaluationRecord | None,
+    step: int,
+    show: Callable[[Any], None],
+    rows: Callable[[], Iterable[Mapping[str, Any]]],
 ) -> None:
-    """Let the main rank ``show`` the held-out evaluation and write it to ``evaluation.json``; ``step`` it is of."""
+    """Let the main rank ``show`` the held-out evaluation and write it to ``evaluation.json``, item by item too.
+
+    Args:
+        config: the recipe.
+        ranks: every rank must call this.
+        evaluation: of the weights that were taken; ``None`` without held-out data.
+        step: that it is of.
+        show: prints it.
+        rows: what :mod:`rlhf.train.held_out` keeps; called by the main rank alone.
+    """
     if evaluation is None:
         say(ranks, "no held-out data: nothing to evaluate")
         return
     record = {"step": step, **evaluation.to_dict()}
     ranks.on_main(lambda: write_json(config.output / "evaluation.json", record))
+    ranks.on_main(lambda: write_held_out(config.output, rows()))
     if ranks.is_main:
         show(evaluation)
         report_status(evaluation=record)

@@ -24,6 +24,7 @@ from rlhf.core.errors import ConfigError, RunStopped, UserError
 from rlhf.core.files import STATUS, write_json
 from rlhf.core.owner import is_running, machine, owning
 from rlhf.train.output import this_rank
+from rlhf.train.warned import keeping_warnings
 
 SECONDS_BETWEEN_WRITES = 1.0
 SECONDS_BETWEEN_BEATS = 10.0
@@ -211,8 +212,10 @@ def _recorded(folder: Path, stage: str) -> Iterator[None]:
         _recorder = recorder
         recorder.change(at_once=True)
         recorder.start()
+    kept = keeping_warnings(folder, lambda: recorder.status.step) if rank == 0 else contextlib.nullcontext()
     try:
-        yield
+        with kept:
+            yield
         report_status(state="finished", phase="finished", eta_seconds=None)
     except RunStopped as error:
         report_status(state="stopped", phase="stopped", eta_seconds=None, reason=str(error))
