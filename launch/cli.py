@@ -16,6 +16,7 @@ from launch.commands import (
     plan,
     prune,
     publish,
+    report,
     score,
     slurm,
     sweep,
@@ -24,7 +25,7 @@ from launch.commands.arguments import SettingsParser
 from rlhf.core.errors import UserError
 from rlhf.core.files import NOT_PERMITTED, place_of
 
-COMMANDS = (init, pipeline, plan, data, doctor, ds, evaluate, import_gguf, prune, publish, score, slurm, sweep)
+COMMANDS = (init, pipeline, plan, data, doctor, ds, evaluate, import_gguf, prune, publish, report, score, slurm, sweep)
 
 
 def build_parser() -> argparse.ArgumentParser:

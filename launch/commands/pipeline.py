@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from launch.commands.arguments import Subparsers, add_machine, add_parallel, add_settings, command, group, positive_int
+from launch.commands.report import end_with_report
 from launch.screen import console
 from rlhf.core.paths import recipe_path
 
@@ -73,7 +74,10 @@ def run(options: argparse.Namespace) -> int:
     pipeline = load_remembering(options.recipe, options.overrides, forget=options.forget)
     if options.dry_run:
         return show(pipeline, options.any_code, options.redo)
-    return PipelineRun(pipeline, run_settings(options), console()).run()
+    screen = console()
+    code = PipelineRun(pipeline, run_settings(options), screen).run()
+    end_with_report(screen, pipeline.output)
+    return code
 
 
 def run_settings(options: argparse.Namespace) -> "RunOptions":

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from launch.commands.arguments import Subparsers, add_recipes, add_settings, command, group
 from launch.commands.pipeline import add_forget, add_run_options, run_settings, show
+from launch.commands.report import end_with_report
 from launch.screen import console
 from launch.stages import STAGES, training
 from rlhf.core.paths import home_path
@@ -50,7 +51,9 @@ def run(options: argparse.Namespace) -> int:
     screen = console()
     training_runs = PipelineRun(sweep.pipeline, run_settings(options), screen)
     try:
-        return training_runs.run()
+        code = training_runs.run()
+        end_with_report(screen, folder)
+        return code
     finally:  # also where a run cannot be started: those before it are finished
         report = report_of(sweep, any_code=options.any_code)
         if folder.is_dir():

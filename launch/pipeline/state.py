@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -231,7 +232,7 @@ class Progress:
         return self._folder / f"{stage.name}.json"
 
     def _write(self, stage: PipelineStage, marker: dict[str, Any]) -> None:
-        write_json(self._path(stage), marker)
+        write_json(self._path(stage), marker | {"output": os.path.abspath(stage.output)})
         self._decided.clear()
 
 

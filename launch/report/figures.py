@@ -1,0 +1,101 @@
+"""What is drawn, apart from how: lines, points and bars with their units. Colors are numbers of a palette."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+MOST_POINTS = 400
+"""A longer line is drawn as the means of equal parts of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One thing in a figure."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] | None = None
+    """Lower ends of intervals: of a line a band, of points and bars a whisker."""
+    high: Sequence[float] | None = None
+    color: int = 0
+    kind: Literal["line", "points", "bars"] = "line"
+    dashed: bool = False
+    faint: bool = False
+    """Stands behind others."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """A plot."""
+
+    key: str
+    """Its name in the page."""
+    title: str
+    x: str
+    """Label of the horizontal axis, with its unit."""
+    y: str
+    lines: tuple[Line, ...]
+    note: str = ""
+    categories: tuple[str, ...] = ()
+    """Words at 0, 1, 2... of the horizontal axis, in the place of numbers."""
+    marks: tuple[tuple[float, str], ...] = ()
+    """Places on the horizontal axis, with words."""
+    levels: tuple[float, ...] = ()
+    """Heights of dotted lines."""
+    percent: bool = False
+    """Values are shares, shown as percentages."""
+
+    @property
+    def is_empty(self) -> bool:
+        return not any(len(line.x) for line in self.lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What scripts of the page read."""
+        return {
+            "key": self.key,
+            "x": self.x,
+            "y": self.y,
+            "percent": self.percent,
+            "categories": [*self.categories],
+            "marks": [[place, text] for place, text in self.marks],
+            "levels": [*self.levels],
+            "lines": [
+                {
+                    "name": line.name,
+                    "x": _short(line.x),
+                    "y": _short(line.y),
+                    "low": None if line.low is None else _short(line.low),
+                    "high": None if line.high is None else _short(line.high),
+                    "color": line.color,
+                    "kind": line.kind,
+                    "dashed": line.dashed,
+                    "faint": line.faint,
+                }
+                for line in self.lines
+            ],
+        }
+
+
+def _short(values: Sequence[float]) -> list[float]:
+    return [float(f"{value:.5g}") for value in values]
+
+
+def thinned(values: Sequence[float]) -> list[float]:
+    """Means of so many equal parts that a line has room for them."""
+    parts = min(len(values), MOST_POINTS)
+    if parts == len(values):
+        return [*values]
+    cuts = [round(place * len(values) / parts) for place in range(parts + 1)]
+    return [math.fsum(values[start:end]) / (end - start) for start, end in itertools.pairwise(cuts)]
+
+
+def smoothed(values: Sequence[float], window: int) -> list[float]:
+    """At each place the mean of it and of those before, ``window`` at most."""
+    found, total = [], 0.0
+    for place, value in enumerate(values):
+        total += value - (values[place - window] if place >= window else 0.0)
+        found.append(total / min(place + 1, window))
+    return found

@@ -1,0 +1,163 @@
+"""The page itself: all sections of the runs at hand, in one file that asks nothing of any network."""
+
+import base64
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from launch.report.about import About, about, costs, differing, warned
+from launch.report.contents import Advice, Section, Table, curves
+from launch.report.figures import Figure
+from launch.report.kinds import KINDS, other
+from launch.report.reading import Run, read_runs
+from launch.report.svg import draw
+from rlhf.core.files import write_text
+
+TEMPLATES = Path(__file__).with_name("templates")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """All that a page says."""
+
+    title: str
+    runs: tuple[Run, ...]
+    sections: tuple[Section, ...]
+    advice: tuple[Advice, ...]
+    abouts: tuple[About, ...]
+    differing: tuple[Table, ...]
+    costs: tuple[Table, ...]
+    cost_figures: tuple[Figure, ...]
+
+    @property
+    def is_live(self) -> bool:
+        return any(
+            run.status is not None and run.status.state == "running" and not run.status.is_gone for run in self.runs
+        )
+
+    @property
+    def figures(self) -> list[Figure]:
+        return [*(figure for section in self.sections for figure in section.figures), *self.cost_figures]
+
+    def lines(self) -> list[str]:
+        """The summary in short, for a terminal."""
+        found = []
+        for section in self.sections:
+            found += [f"{section.title}: {text}" for text in section.lead]
+        found += [f"warning: {each.run}: {each.text}" for each in self.advice]
+        return found
+
+
+def report_of(folders: Sequence[Path], *, planned: Mapping[str, float] | None = None) -> Report:
+    """Read ``folders`` and say what is in them.
+
+    Args:
+        folders: of stages or pipelines.
+        planned: bytes that ``rlhf plan`` foretold, by the name of a run.
+    Raises:
+        UserError: if there is no run in them, or they cannot be compared.
+    """
+    runs = read_runs(folders)
+    kinds = dict.fromkeys(run.stage for run in runs if run.stage != "import")
+    ordered = sorted(runs, key=lambda run: [*kinds].index(run.stage) if run.stage in kinds else -1)
+    sections = []
+    for kind in kinds:
+        same = [run for run in ordered if run.stage == kind]
+        section = KINDS.get(kind, other)(same, ordered.index(same[0])).filled
+        prefixed = tuple(_prefixed(figure, section.key) for figure in section.figures)
+        sections.append(Section(**vars(section) | {"figures": prefixed}))
+    trained = [run for run in ordered if "time/step_seconds" in run.columns]
+    names = [folder.resolve().name for folder in folders]
+    return Report(
+        title=names[0] if len(names) == 1 else " and ".join(names) if len(names) < 4 else f"{len(names)} runs",
+        runs=tuple(ordered),
+        sections=tuple(sections),
+        advice=(*(each for section in sections for each in section.advice), *warned(ordered)),
+        abouts=about(ordered),
+        differing=tuple(differing(ordered)),
+        costs=tuple(costs(ordered, planned or {})),
+        cost_figures=tuple(_prefixed(figure, "cost") for figure in _cost_figures(trained) if not figure.is_empty),
+    )
+
+
+def _prefixed(figure: Figure, prefix: str) -> Figure:
+    return Figure(**vars(figure) | {"key": f"{prefix}-{figure.key}"})
+
+
+def _cost_figures(runs: Sequence[Run]) -> list[Figure]:
+    rate, memory = {"tokens": "time/tokens_per_second"}, {"peak": "memory/peak_gib"}
+    return [
+        curves("tokens", "Throughput", runs, rate, "tokens a second"),
+        curves("memory", "Peak memory", runs, memory, "GiB on one rank", noisy=False),
+    ]
+
+
+def render(report: Report, *, plotly: str | None = None, reload_seconds: float | None = None, state: str = "") -> str:
+    """The page as HTML.
+
+    Args:
+        report: what it says.
+        plotly: the script of Plotly, which makes figures that can be zoomed; without it they are SVG alone.
+        reload_seconds: ask the server so often whether there is something new; ``None`` for a page that stands alone.
+        state: what the server calls the present state.
+    """
+    script = (TEMPLATES / "page.js").read_text(encoding="utf-8")
+    scripts = [Markup(text) for text in (plotly, script) if text is not None]
+    allowed = " ".join(f"'sha256-{_digest(text)}'" for text in scripts)
+    connect = "'self'" if reload_seconds is not None else "'none'"
+    policy = (
+        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:; "
+        f"connect-src {connect}; base-uri 'none'; form-action 'none'"
+    )
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals |= {"draw": draw}
+    return environment.get_template("page.html.j2").render(
+        report=report,
+        policy=policy,
+        style=Markup((TEMPLATES / "page.css").read_text(encoding="utf-8")),
+        scripts=scripts,
+        data=embedded(
+            {"figures": [figure.to_dict() for figure in report.figures], "reload": reload_seconds, "state": state}
+        ),
+        made=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+    )
+
+
+def _digest(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def embedded(value: Any) -> Markup:
+    """JSON for a ``script`` element: no text in it can end the element."""
+    text = json.dumps(value, ensure_ascii=True)
+    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
+
+
+def plotly_script() -> str | None:
+    """The script of the installed Plotly (extra ``report``); ``None`` without one."""
+    import importlib.util
+
+    found = importlib.util.find_spec("plotly")
+    if found is None or found.origin is None:
+        return None
+    path = Path(found.origin).parent / "package_data" / "plotly.min.js"
+    # A script element ends at the first </script> in it, whatever the language says.
+    return path.read_text(encoding="utf-8").replace("</script", "<\\/script") if path.is_file() else None
+
+
+def write_report(path: Path, report: Report, *, interactive: bool = True) -> None:
+    """Write the page to ``path`` in one step."""
+    write_text(path, render(report, plotly=plotly_script() if interactive else None), durable=False)

@@ -1,0 +1,92 @@
+"""The page in a real browser: nothing fails, everything shows, texts stay texts, and a keyboard is enough."""
+
+import pytest
+
+from launch.report.page import render, report_of
+from tests.browser import CHROMIUM, Browser
+from tests.lacking import lacking
+from tests.launch.report.made_up import HOSTILE, pipeline
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if CHROMIUM is None:
+        lacking("no chromium: apt-get install chromium")
+    with Browser(tmp_path_factory.mktemp("profile")) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("runs")
+    page = folder / "report.html"
+    page.write_text(render(report_of([pipeline(folder / "study", text=HOSTILE)])))
+    return f"file://{page}"
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [390, 1400])
+def test_everything_shows_and_nothing_fails(browser, address, width, dark):
+    browser.look(width=width, dark=dark, phone=width < 500)
+    browser.open(address)
+    browser.run("document.querySelectorAll('details').forEach(each => each.open = true)")
+    assert browser.said == []
+    assert browser.run("window.hacked === undefined && !document.querySelector('main img')")
+    assert browser.run("document.documentElement.scrollWidth") <= width
+    shown = browser.run(
+        "[...document.querySelectorAll('figure')].map(each => {"
+        " const box = each.querySelector('svg').getBoundingClientRect();"
+        " return [each.id, box.width, each.querySelectorAll('polyline, circle, rect').length];})"
+    )
+    assert len(shown) > 20
+    assert all(across > 250 and pieces for _, across, pieces in shown)
+    ink, back = browser.run("['color', 'backgroundColor'].map(name => getComputedStyle(document.body)[name])")
+    assert (_light(back) > _light(ink)) != dark
+
+
+def _light(color: str) -> int:
+    return sum(int(part) for part in color.removeprefix("rgb(").removesuffix(")").split(","))
+
+
+def test_a_keyboard_reaches_everything(browser, address):
+    browser.look(width=1400)
+    browser.open(address)
+    wanted = browser.run("document.querySelectorAll('a[href], button, summary, figure, pre:not(details pre)').length")
+    browser.run("document.activeElement.blur(); window.reached = new Set()")
+    for _ in range(wanted):
+        browser.press("Tab")
+        browser.run("window.reached.add(document.activeElement)")
+    assert browser.run("window.reached.size") == wanted
+    browser.run("document.getElementById('reward-loss').focus()")
+    for key in ("ArrowRight", "ArrowRight", "End"):
+        browser.press(key)
+    assert browser.run("document.querySelector('#reward-loss .readout').textContent").startswith("step 40: training 0.")
+    browser.run("document.querySelector('#reward details summary').focus()")
+    browser.press("Enter")
+    assert browser.run("document.querySelector('#reward details').open")
+
+
+def test_a_heading_sorts_by_its_numbers_both_ways(browser, address):
+    browser.open(address)
+    column = "[...document.querySelectorAll('#evaluate tbody tr')].map(row => row.cells[2].textContent).join()"
+    browser.run("document.querySelectorAll('#evaluate thead button')[2].focus()")
+    browser.press("Enter")
+    assert browser.run(column) == "0.2,0.7"
+    browser.press("Enter")
+    assert browser.run(column) == "0.7,0.2"
+    assert browser.run("document.querySelectorAll('#evaluate thead th')[2].getAttribute('aria-sort')") == "descending"
+
+
+def test_colors_can_be_chosen_and_paper_is_white(browser, address):
+    browser.look(width=1400)
+    browser.open(address)
+    browser.run("localStorage.clear(); document.getElementById('theme').dataset.theme = 'light'")
+    browser.run("document.getElementById('theme').click()")
+    assert browser.run("document.documentElement.dataset.theme") == "dark"
+    browser.call("Emulation.setEmulatedMedia", media="print")
+    assert browser.run("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert browser.run("getComputedStyle(document.querySelector('nav')).display") == "none"
+    browser.call("Emulation.setEmulatedMedia", media="")
+    browser.run("localStorage.clear()")

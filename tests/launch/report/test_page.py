@@ -1,0 +1,172 @@
+"""The page: what it says, that nothing in it runs but its own script, and that it needs nothing else."""
+
+import base64
+import hashlib
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launch.cli import main
+from launch.report.diff import marked
+from launch.report.figures import Figure, Line, smoothed, thinned
+from launch.report.frontier import frontier_of, parting
+from launch.report.page import embedded, render, report_of
+from launch.report.reading import read_runs
+from launch.report.svg import draw, ticks_between
+from rlhf.core.files import write_text
+from tests.launch.report.made_up import HOSTILE, evaluate_run, pipeline, ppo_run, preference_run, reward_run
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory) -> str:
+    return render(report_of([pipeline(tmp_path_factory.mktemp("runs") / "study", text=HOSTILE)]))
+
+
+def test_hostile_texts_are_shown_and_are_no_markup(page):
+    assert "window.hacked = 1" in page
+    assert "<script>window" not in page and "<img" not in page
+    assert page.count("<script") == 2  # the figures' numbers, and the page's own script
+
+
+def test_only_the_pages_own_script_may_run(page):
+    (policy,) = re.findall(r'Content-Security-Policy" content="([^"]+)"', page)
+    (own,) = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(own.encode()).digest()).decode()
+    assert "default-src &#39;none&#39;" in policy and f"script-src &#39;sha256-{digest}&#39;;" in policy
+    assert "connect-src &#39;none&#39;" in policy
+
+
+def test_the_page_refers_to_nothing_outside_itself(page):
+    assert set(re.findall(r'(?:src|href)="([^"#][^"]*)"', page)) == {"data:,"}
+    targets = set(re.findall(r'href="#([^"]+)"', page))
+    assert targets <= set(re.findall(r'id="([^"]+)"', page))
+
+
+@pytest.mark.parametrize("text", ["</script><script>x", "<!-- <script>", "&lt;", "\u2028"])
+def test_no_text_ends_the_element_that_holds_the_numbers(text):
+    assert not set("<>&\u2028") & set(embedded({"name": text}))
+
+
+def test_every_figure_of_every_stage_is_there(page):
+    for key in ("reward-margins", "reward-margin-gap", "reward-margin-similarity", "reward-calibration", "reward-gaps"):
+        assert f'id="{key}"' in page
+    for key in ("preference-drift-of-log-probabilities", "preference-resting", "ppo-frontier", "ppo-kl", "ppo-entropy"):
+        assert f'id="{key}"' in page
+    for key in ("ppo-length", "evaluate-rewards", "evaluate-reward-kl", "cost-tokens", "cost-memory"):
+        assert f'id="{key}"' in page
+    for title in ("Misranked pairs", "Hard pairs", "Easy pairs", "Largest gains", "Held-out prompts"):
+        assert title in page
+
+
+def test_warnings_are_said_once_with_what_to_change(tmp_path):
+    reward_run(tmp_path / "p" / "reward", text="odd")
+    preference_run(tmp_path / "p" / "preference")
+    said = report_of([tmp_path / "p"]).lines()
+    assert [line for line in said if "odd warning" in line] == ["warning: reward: odd warning: set a=b"]
+    assert any("lost 0.60 nats per token" in line and "loss.nll_weight" in line for line in said)
+    assert any("67% of the pairs of the last step rest" in line for line in said)
+
+
+def test_compared_runs_share_figures_and_lead_to_each_other(tmp_path):
+    folders = [reward_run(tmp_path / name, seed=seed) for seed, name in enumerate(("first", "second"))]
+    page = render(report_of(folders))
+    assert page.count('id="reward-loss"') == 1
+    assert "Settings that differ: reward" in page and "train.seed" in page
+    card = page.partition('id="run-0"')[2].partition("</article>")[0]
+    assert '<a href="#run-1">second</a>' in card
+    assert page.count('<a href="#run-1">second</a>') >= 3  # of tables, too
+
+
+# The frontier
+
+
+def test_the_second_scorer_parts_at_its_peak(tmp_path):
+    (run,) = read_runs([ppo_run(tmp_path / "ppo")])
+    found = frontier_of(run)
+    assert found is not None and found.parted == 6
+    assert (found.steps[6], found.kl[6]) == (7, 10.5)
+    said = report_of([run.folder]).lines()
+    assert any("parted at step 7, at a KL of 10.5 nats" in line for line in said)
+    assert any("kl.coefficient" in line and line.startswith("warning") for line in said)
+
+
+def test_scorers_that_rise_together_have_not_parted(tmp_path):
+    folder = ppo_run(tmp_path / "ppo", parts=False)
+    assert any("have not parted" in line for line in report_of([folder]).lines())
+
+
+@pytest.mark.parametrize(
+    ("proxy", "gold", "expected"),
+    [
+        ([0, 1, 2, 3], [0, 1, 0.9, 0.6], None),  # fell, but not by enough
+        ([0, 1, 2, 3], [0, 1, 0.9, 0.5], 1),
+        ([0, 3, 2, 1], [0, 1, 0.5, 0.0], None),  # both fell
+        ([0], [0], None),
+    ],
+)
+def test_parting_by_hand(proxy, gold, expected):
+    assert parting(proxy, gold) == expected
+
+
+# Pieces
+
+
+@given(st.text(), st.text())
+def test_a_marked_text_is_still_the_text(before, after):
+    assert "".join(part for part, _ in marked(before, after)) == after
+
+
+def test_marked_words_are_those_that_were_not_there():
+    assert marked("a red fox", "a grey fox ran") == (
+        ("a ", False),
+        ("grey", True),
+        (" fox", False),
+        (" ran", True),
+    )
+
+
+def test_smoothing_and_thinning_by_hand():
+    assert smoothed([2, 4, 6, 8], 2) == [2, 3, 5, 7]
+    assert thinned([1.0] * 3) == [1.0] * 3
+    long = thinned([float(value) for value in range(1000)])
+    assert len(long) == 400 and sum(long) / 400 == pytest.approx(499.5, abs=0.5)
+
+
+@given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))
+def test_ticks_are_round_and_within(low, span):
+    found = ticks_between(low, low + span)
+    assert 2 <= len(found) <= 11
+    assert all(low - 1e-6 * span <= tick <= low + span * (1 + 1e-6) for tick in found)
+
+
+@pytest.mark.parametrize("kind", ["line", "points", "bars"])
+@pytest.mark.parametrize("values", [[1.0], [0.0, 0.0], [-1.0, 5.0, 2.0]])
+def test_figures_are_drawn_whatever_they_hold(kind, values):
+    line = Line(name=HOSTILE, x=[*range(len(values))], y=values, low=values, high=values, kind=kind)
+    drawn = draw(
+        Figure(key="k", title="t", x=HOSTILE, y="y", lines=(line,), categories=(HOSTILE,), marks=((0, HOSTILE),))
+    )
+    assert "nan" not in drawn and "<script" not in drawn and "<img" not in drawn
+
+
+# The command
+
+
+def test_the_command_writes_the_page_and_says_the_same_in_short(tmp_path, capsys):
+    folder = evaluate_run(tmp_path / "evaluate")
+    assert main(["report", str(folder), "-o", str(tmp_path / "out.html"), "--no-plan"]) == 0
+    said = capsys.readouterr().out
+    assert "Ppo gains +0.500 of reward over reference (95 % interval +0.300 to +0.700, 6 prompts): better." in said
+    assert said.endswith(f"report: {tmp_path}/out.html\n")
+    assert "gains +0.500 of reward" in (tmp_path / "out.html").read_text()
+
+
+def test_a_folder_as_output_and_a_run_that_is_none_are_refused(tmp_path, capsys):
+    folder = evaluate_run(tmp_path / "evaluate")
+    assert main(["report", str(folder), "-o", str(tmp_path)]) == 2
+    assert "a folder; expected a file" in capsys.readouterr().err
+    write_text(tmp_path / "file", "x")
+    assert main(["report", str(tmp_path / "file")]) == 2
+    assert "file: no such folder" in capsys.readouterr().err
