@@ -36,6 +36,9 @@ class Stage:
     """Packages whose source decides on its result."""
     report: str = ""
     """``module:name`` of a function of the run folder: what a pipeline shows of it at its end."""
+    page: str = ""
+    """``module:name`` of what a report says of its runs: a function as in launch.report.kinds. Without one, all that it
+    logged is drawn."""
     comparison: str = ""
     """``module:name`` of a :class:`rlhf.train.comparison.Comparison`, where its metrics alone do not say how runs
     compare."""
@@ -70,19 +73,27 @@ STAGES = {
             reads={"source": FILE},
             code=("rlhf",),
         ),
-        Stage(name="sft", module="policy.sft", config="policy.sft.config:SftConfig", metric="-eval/perplexity"),
+        Stage(
+            name="sft",
+            module="policy.sft",
+            config="policy.sft.config:SftConfig",
+            metric="-eval/perplexity",
+            page="launch.report.kinds:sft",
+        ),
         Stage(
             name="reward",
             module="reward",
             config="reward.config:RewardConfig",
             metric="eval/accuracy",
             code=("rlhf", "reward", "ds_configs"),
+            page="launch.report.kinds:reward",
         ),
         Stage(
             name="preference",
             module="policy.preference",
             config="policy.preference.config:PreferenceConfig",
             metric="eval/accuracy",
+            page="launch.report.kinds:preference",
             comparison="policy.preference.comparison:COMPARISON",
         ),
         Stage(
@@ -90,6 +101,7 @@ STAGES = {
             module="policy.ppo",
             config="policy.ppo.config:PpoConfig",
             metric="eval/reward",
+            page="launch.report.kinds:ppo",
         ),
         Stage(
             name="evaluate",
@@ -100,6 +112,7 @@ STAGES = {
             metric="reward",
             reads={"prompts": FILE, "reference": FOLDER, "policies": FOLDER, "reward": FOLDER},
             report="policy.evaluation.results:report_of",
+            page="launch.report.policies:evaluate",
         ),
         Stage(
             name="benchmark",
@@ -110,9 +123,15 @@ STAGES = {
             metric="benchmark",
             reads={"model": FOLDER, "reference": FOLDER, "data": FILE},
             report="reward.benchmarks.results:report_of",
+            page="launch.report.policies:benchmark",
         ),
     )
 }
+
+
+def by_program(name: str) -> Stage | None:
+    """The stage whose module ends in ``name``, as status.json and done.json call it; ``None`` if there is none."""
+    return next((stage for stage in STAGES.values() if stage.module.rpartition(".")[2] == name), None)
 
 
 def training() -> dict[str, Stage]:

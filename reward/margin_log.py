@@ -11,7 +11,7 @@ from rlhf.train.metrics import drop_rows_after
 
 MARGINS = "margins.jsonl"
 STEPS, PAIRS = 100, 32
-"""So many steps of a run are written, and so many pairs of each, evenly spread: the file stays small in a long run."""
+"""Most steps of a run, and most pairs of each, that are written, evenly spread: the file stays small."""
 
 
 class MarginLog:

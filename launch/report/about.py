@@ -9,7 +9,7 @@ from typing import Any
 
 from launch.report.contents import Advice, Cell, Table, cell, run_cell
 from launch.report.reading import Run
-from launch.stages import STAGES
+from launch.stages import by_program
 from rlhf.core.clock import clock
 from rlhf.train.status import MINUTES, RATES
 
@@ -46,13 +46,15 @@ def about(runs: Sequence[Run]) -> tuple[About, ...]:
 
 
 def _about(number: int, run: Run) -> About:
-    module = next((stage.module for stage in STAGES.values() if stage.module.split(".")[-1] == run.stage), "")
+    stage = by_program(run.stage)
+    module = "" if stage is None else stage.module
     recipe = run.folder / ("config.yaml" if (run.folder / "config.yaml").is_file() else "recipe.yaml")
+    again = shlex.join(["python", "-m", module, "--config", str(recipe), "output=FOLDER"])
     return About(
         number=number,
         run=run,
         facts=tuple((name, text) for name, text in _facts(run) if text),
-        command=shlex.join(["python", "-m", module, "--config", str(recipe)]) if module and run.recipe else "",
+        command=again if module and run.recipe else "",
         data=tuple(map(str, run.data.get("report", ()))),
         inputs=tuple((name, str(value)) for name, value in run.inputs.items()),
     )
@@ -77,7 +79,8 @@ def _facts(run: Run) -> Iterator[tuple[str, str]]:
     ranks = environment.get("ranks", ())
     if ranks:
         hosts, device = len({each["host"] for each in ranks}), ranks[0]["device"]
-        yield "machine", f"{len(ranks)} ranks on {hosts} host{'s' if hosts > 1 else ''}: {device}"
+        counts = f"{len(ranks)} rank{'s' * (len(ranks) > 1)} on {hosts} host{'s' * (hosts > 1)}"
+        yield "machine", f"{counts}: {device}"
     versions = environment.get("packages") or run.manifest.get("versions") or {}
     yield "versions", ", ".join(f"{name} {version}" for name, version in versions.items())
     yield "Python", str(environment.get("python", ""))
@@ -159,8 +162,8 @@ def warned(runs: Sequence[Run]) -> Iterator[Advice]:
             yield Advice(run=run.name, step=status.step, text="says that it runs, and is gone: start it again")
         for fault in run.faults:
             yield Advice(run=run.name, text=fault)
-        trains = run.stage in STAGES and STAGES[run.stage].trains
-        if trains and not run.metrics:
+        stage = by_program(run.stage)
+        if stage is not None and stage.trains and not run.metrics:
             text = f"{run.folder}: no metrics.jsonl, or none of its lines is a step: no curves. Has it taken a step?"
             yield Advice(run=run.name, text=text)
         skipped = sum(run.columns.get("step_skipped", ((), ()))[1])

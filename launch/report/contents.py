@@ -84,7 +84,7 @@ class Section:
 
     @property
     def filled(self) -> "Section":
-        """Without figures of which nothing is known."""
+        """The same section, less the figures of which nothing is known."""
         return replace(self, figures=tuple(each for each in self.figures if not each.is_empty))
 
 

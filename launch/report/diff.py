@@ -8,7 +8,7 @@ LONGEST = 600
 
 
 def marked(before: str, after: str) -> tuple[tuple[str, bool], ...]:
-    """``after`` in parts, each with whether it is new; joined they are ``after``."""
+    """Parts that make up ``after``, each with whether it is new."""
     old, new = re.findall(r"\s+|\S+", before), re.findall(r"\s+|\S+", after)
     if not old or len(old) + len(new) > 2 * LONGEST:
         return ((after, False),)

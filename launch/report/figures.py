@@ -93,7 +93,7 @@ def thinned(values: Sequence[float]) -> list[float]:
 
 
 def smoothed(values: Sequence[float], window: int) -> list[float]:
-    """At each place the mean of it and of those before, ``window`` at most."""
+    """Means of each value and those before it, ``window`` at most."""
     found, total = [], 0.0
     for place, value in enumerate(values):
         total += value - (values[place - window] if place >= window else 0.0)

@@ -19,7 +19,7 @@ class Frontier:
     kl: Sequence[float]
     proxy: Sequence[float]
     gold: Sequence[float] | None
-    """Of the second scorer; ``None`` without one."""
+    """Gains by the second scorer; ``None`` without one."""
 
     @property
     def parted(self) -> int | None:

@@ -1,11 +1,13 @@
-"""What is shown of the runs of each stage: a function by kind, of its runs and the number of the first in the page."""
+"""What is shown of the runs of stages that train: a function of its runs and the number of the first in the page.
 
-from collections.abc import Callable, Iterator, Sequence
+launch.stages.STAGES says which stage has which; one without is shown by :func:`other`.
+"""
+
+from collections.abc import Iterator, Sequence
 
 from launch.report import frontier, pairs
 from launch.report.contents import Advice, Section, Table, cell, curves, named, run_cell
 from launch.report.figures import Figure
-from launch.report.policies import benchmark, evaluate
 from launch.report.reading import Run
 from launch.report.samples import rollout_readings
 
@@ -160,7 +162,7 @@ def ppo(runs: Sequence[Run], first: int) -> Section:
             curves("length", "Length", runs, {"mean": "tokens_per_response"}, "tokens", held_out="eval/tokens"),
             curves(
                 "ended",
-                "Responses that end by themselves",
+                "Ended by themselves",
                 runs,
                 {"training": "ended_share"},
                 "share of responses",
@@ -235,14 +237,3 @@ def other(runs: Sequence[Run], first: int) -> Section:
     names = dict.fromkeys(name for run in runs for name in run.columns if not name.startswith(("time/", "memory/")))
     figures = tuple(curves(name.replace("/", "-"), name, runs, {name: name}, "") for name in names)
     return Section(key=runs[0].stage, title=runs[0].stage.capitalize(), figures=figures)
-
-
-KINDS: dict[str, Callable[[Sequence[Run], int], Section]] = {
-    "sft": sft,
-    "reward": reward,
-    "preference": preference,
-    "ppo": ppo,
-    "evaluation": evaluate,
-    "benchmark": benchmark,
-}
-"""By the name that a stage's status gives it; any other is shown by :func:`other`."""

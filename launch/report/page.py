@@ -15,9 +15,10 @@ from markupsafe import Markup
 from launch.report.about import About, about, costs, differing, warned
 from launch.report.contents import Advice, Section, Table, curves
 from launch.report.figures import Figure
-from launch.report.kinds import KINDS, other
+from launch.report.kinds import other
 from launch.report.reading import Run, read_runs
 from launch.report.svg import draw
+from launch.stages import by_program, load
 from rlhf.core.files import write_text
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -65,12 +66,14 @@ def report_of(folders: Sequence[Path], *, planned: Mapping[str, float] | None = 
         UserError: if there is no run in them, or they cannot be compared.
     """
     runs = read_runs(folders)
-    kinds = dict.fromkeys(run.stage for run in runs if run.stage != "import")
+    kinds = dict.fromkeys(run.stage for run in runs if _has_page(run))
     ordered = sorted(runs, key=lambda run: [*kinds].index(run.stage) if run.stage in kinds else -1)
     sections = []
     for kind in kinds:
         same = [run for run in ordered if run.stage == kind]
-        section = KINDS.get(kind, other)(same, ordered.index(same[0])).filled
+        stage = by_program(kind)
+        show = load(stage.page) if stage is not None and stage.page else other
+        section = show(same, ordered.index(same[0])).filled
         prefixed = tuple(_prefixed(figure, section.key) for figure in section.figures)
         sections.append(Section(**vars(section) | {"figures": prefixed}))
     trained = [run for run in ordered if "time/step_seconds" in run.columns]
@@ -85,6 +88,12 @@ def report_of(folders: Sequence[Path], *, planned: Mapping[str, float] | None = 
         costs=tuple(costs(ordered, planned or {})),
         cost_figures=tuple(_prefixed(figure, "cost") for figure in _cost_figures(trained) if not figure.is_empty),
     )
+
+
+def _has_page(run: Run) -> bool:
+    """Whether there is anything to see: an import, for one, has made nothing but a folder."""
+    stage = by_program(run.stage)
+    return bool(run.metrics) or stage is None or bool(stage.page)
 
 
 def _prefixed(figure: Figure, prefix: str) -> Figure:

@@ -122,7 +122,7 @@ def _by_bucket(runs: Sequence[Run], name: str, title: str, x: str) -> Figure:
         key=name,
         title=title,
         x=x,
-        y="held-out accuracy",
+        y="accuracy",
         lines=tuple(lines),
         percent=True,
         levels=(0.5,),
@@ -135,7 +135,9 @@ def _gaps(runs: Sequence[Run]) -> Figure:
     lines = []
     everything = [_gap(row) for run in runs for row in _pairs(run)]
     if everything:
-        edges = np.histogram_bin_edges(np.array(everything), bins=min(30, max(8, len(everything) // 15)))
+        width = (max(everything) - min(everything)) / min(30, max(8, len(everything) // 15)) or 1.0
+        first, last = np.floor(min(everything) / width), np.floor(max(everything) / width) + 1
+        edges = np.arange(first, last + 1) * width  # 0 is one of them
         middles = ((edges[:-1] + edges[1:]) / 2).tolist()
         for place, run in enumerate(runs):
             counts = np.histogram([_gap(row) for row in _pairs(run)], bins=edges)[0].tolist()
@@ -147,7 +149,8 @@ def _gaps(runs: Sequence[Run]) -> Figure:
         x="chosen minus rejected, logits",
         y="pairs",
         lines=tuple(lines),
-        marks=((0.0, "misranked | right"),) if lines and min(everything) < 0 < max(everything) else (),
+        marks=((0.0, ""),) if lines and min(everything) < 0 < max(everything) else (),
+        note="Left of the dashed line the rejected answer has the higher reward.",
     )
 
 

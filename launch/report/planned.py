@@ -1,14 +1,17 @@
 """What ``rlhf plan`` foretells of the memory of runs that have been made, on machines like those that they had."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from launch.report.reading import Run, read_runs
-from launch.stages import STAGES
+from launch.stages import by_program
 
 
 def planned_bytes(folders: Sequence[Path]) -> dict[str, float]:
     """Bytes of the busiest rank at its peak, by the name of a run; a run that cannot be planned is left out."""
+    for name in ("DeepSpeed", "deepspeed", "accelerate", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     found = {}
     for run in read_runs(folders):
         planned = _planned(run)
@@ -23,7 +26,7 @@ def _planned(run: Run) -> float | None:
     from rlhf.config import load_config
     from rlhf.core.errors import UserError
 
-    stage, ranks = STAGES.get(run.stage), run.environment.get("ranks", ())
+    stage, ranks = by_program(run.stage), run.environment.get("ranks", ())
     if stage is None or not stage.trains or not ranks or not run.recipe or "memory/peak_gib" not in run.columns:
         return None
     recipe = run.folder / ("config.yaml" if (run.folder / "config.yaml").is_file() else "recipe.yaml")

@@ -23,8 +23,8 @@ def evaluate(runs: Sequence[Run], first: int) -> Section:
             interval = "" if gain is None else f"{gain.low:+.3f} to {gain.high:+.3f}"
             if gain is not None:
                 verdict = "better" if gain.low > 0 else "worse" if gain.high < 0 else "undecided"
-                text = f"{each.name} gains {gain.value:+.3f} of reward over {found[0].name} (95 % interval {interval}"
-                lead.append(named(run, runs, f"{text}, {each.prompts} prompts): {verdict}."))
+                text = f"policy {each.name} gains {gain.value:+.3f} of reward over {found[0].name} (95 % interval"
+                lead.append(named(run, runs, f"{text} {interval}, {each.prompts} prompts): {verdict}."))
             rows.append(
                 (
                     run_cell(run, first + place),

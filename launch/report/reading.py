@@ -12,7 +12,7 @@ import yaml
 from launch.runs import NOTES, put_aside_from
 from rlhf.config import flat
 from rlhf.core.errors import UserError
-from rlhf.core.files import CONFIG, DONE, ENVIRONMENT, RECIPE, STATUS, WARNINGS
+from rlhf.core.files import CONFIG, DATA, DONE, ENVIRONMENT, RECIPE, STATUS, WARNINGS
 from rlhf.models.manifest import MANIFEST_NAME
 from rlhf.train.held_out import HELD_OUT
 from rlhf.train.status import Status, read_status
@@ -26,7 +26,7 @@ class Run:
     """The folder of one stage."""
 
     name: str
-    """As it is called on the page: the folder's own name where that tells it from the others."""
+    """Its name on the page: the folder's own where that tells it from the others."""
     folder: Path
     stage: str
     """A name of launch.stages.STAGES."""
@@ -71,7 +71,7 @@ class Run:
 
     @cached_property
     def data(self) -> Mapping[str, Any]:
-        return _read(self.folder / "data.json")
+        return _read(self.folder / DATA)
 
     @cached_property
     def manifest(self) -> Mapping[str, Any]:
@@ -154,7 +154,7 @@ def _check_comparable(found: Sequence[tuple[Path, Sequence[Run]]]) -> None:
 
 
 def _titles(folders: Sequence[Path]) -> list[str]:
-    """As much of each path as tells it from the others."""
+    """What of each path tells it from the others."""
     parts = [folder.resolve().parts for folder in folders]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(each[-length:]) for each in parts]

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 from markupsafe import Markup, escape
 
@@ -13,16 +14,17 @@ TICKS = 5
 
 
 class _Axis:
-    """From values to places between two ends, with ticks at round numbers."""
+    """Places of values between two ends, with ticks at round numbers."""
 
     def __init__(self, values: Sequence[float], ends: tuple[float, float], *, rounded: bool) -> None:
         low, high = min(values, default=0.0), max(values, default=1.0)
         if low == high:
-            low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
+            low, high = (low - abs(low) / 2, high + abs(high) / 2) if low else (0.0, 1.0)
         self.ticks = ticks_between(low, high)
         if rounded:
             step = self.ticks[1] - self.ticks[0]
-            low, high = math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
+            # A rounding error below a round number needs no further step.
+            low, high = math.floor(low / step + 1e-3) * step, math.ceil(high / step - 1e-3) * step
             self.ticks = [low + place * step for place in range(round((high - low) / step) + 1)]
         self.low, self.high, self._ends = low, high, ends
 
@@ -39,6 +41,11 @@ def ticks_between(low: float, high: float) -> list[float]:
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     found = [place * step for place in range(first, last + 1)]
     return found if len(found) > 1 else [low, high]
+
+
+def bar_width(line: Line) -> float:
+    """How far its bars are apart."""
+    return min((after - before for before, after in pairwise(line.x)), default=1.0)
 
 
 def number(value: float, *, percent: bool = False) -> str:
@@ -59,6 +66,9 @@ def draw(figure: Figure) -> Markup:
     if any(line.kind == "bars" for line in drawn):
         heights.append(0.0)
     across = [value for line in drawn for value in line.x] + [place for place, _ in figure.marks]
+    for line in drawn:
+        if line.kind == "bars":
+            across += [line.x[0] - bar_width(line) / 2, line.x[-1] + bar_width(line) / 2]
     if figure.categories:
         across = [-0.5, len(figure.categories) - 0.5]
     x = _Axis(across, (LEFT, WIDTH - RIGHT), rounded=False)
@@ -109,8 +119,7 @@ def _line(line: Line, x: _Axis, y: _Axis) -> Iterator[str]:
             yield f'<circle class="dot {tone}" cx="{places[0][0]:.1f}" cy="{places[0][1]:.1f}" r="3.5"/>'
         return
     if line.kind == "bars":
-        gap = min((b - a for a, b in zip(line.x, line.x[1:], strict=False)), default=1.0)
-        width, floor = 0.86 * abs(x(gap) - x(0)), y(0.0)
+        width, floor = 0.9 * (x(bar_width(line)) - x(0)), y(0.0)
         for across, height in places:
             top, tall = min(height, floor), abs(floor - height)
             yield f'<rect class="bar {tone}" x="{across - width / 2:.1f}" y="{top:.1f}" width="{width:.1f}" '

@@ -30,8 +30,8 @@ NOT_PERMITTED = (errno.EACCES, errno.EPERM, errno.EROFS)
 CONFIG = "config.yaml"
 """All settings of a run, in its folder from its first step on."""
 STATUS, RECIPE, DONE, OWNER = "status.json", "recipe.yaml", "done.json", "owner.json"
-ENVIRONMENT, WARNINGS = "environment.json", "warnings.jsonl"
-RUN_FILES = frozenset({STATUS, RECIPE, DONE, OWNER, ENVIRONMENT, WARNINGS})
+ENVIRONMENT, DATA, WARNINGS = "environment.json", "data.json", "warnings.jsonl"
+RUN_FILES = frozenset({STATUS, RECIPE, DONE, OWNER, ENVIRONMENT, DATA, WARNINGS})
 """Files at the top of a run folder that tell how the run goes and went. They are no part of its result."""
 
 

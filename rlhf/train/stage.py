@@ -14,7 +14,7 @@ from torch import nn
 from rlhf.config import to_yaml
 from rlhf.core.epochs import steps_per_epoch
 from rlhf.core.errors import ConfigError
-from rlhf.core.files import CONFIG, write_json
+from rlhf.core.files import CONFIG, DATA, write_json
 from rlhf.data.batching import ItemSource
 from rlhf.data.options import TemplateChoice
 from rlhf.data.report import DataReport
@@ -36,9 +36,6 @@ from rlhf.train.loop import TOTAL_STEPS, LoopState, Run, Stateful, Task, Watched
 from rlhf.train.options import TrainConfig
 from rlhf.train.roles import engine_of
 from rlhf.train.status import report_metrics, report_phase, report_status
-
-DATA = "data.json"
-"""What a run reads: how many items, under which fingerprints, and what became of the rows of each source."""
 
 log = logging.getLogger(__name__)
 
@@ -160,7 +157,7 @@ def load_data(
 
 
 def _data_summary(data: LoadedRows, lines: Iterable[str]) -> dict[str, Any]:
-    """Names for what a run reads, and what was said of it."""
+    """What a run reads: how many items, under which names for their contents, and what was said of them."""
     parts = {"train": data.train, "eval": data.evals}
     found = {name: {"items": len(part), "fingerprint": part.fingerprint} for name, part in parts.items()}
     return {**found, "report": [*lines]}
