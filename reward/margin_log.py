@@ -32,6 +32,7 @@ class MarginLog:
 
     def _write(self, step: int, columns: dict[str, Tensor]) -> None:
         if not self._begun:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
             drop_rows_after(self._path, step - 1)
         self._begun = True
         line: dict[str, object] = {"step": step}

@@ -76,15 +76,21 @@ def say_where(screen: "Console", page: Path) -> None:
 
 
 def end_with_report(screen: "Console", folder: Path) -> None:
-    """Write the page of all that is in ``folder`` and say where; what goes wrong with it is said and no more."""
-    from launch.report.page import report_of, write_report
+    """Write the page of all that is in ``folder``, if it shows anything new, and say where.
 
+    What goes wrong with it is said and no more: the work is done, whatever becomes of its picture.
+    """
+    from launch.report.page import is_current, report_of, write_report
+
+    page = folder / PAGE
     try:
-        write_report(folder / PAGE, report_of([folder]))
-    except (UserError, OSError) as error:  # the work is done, whatever becomes of its picture
+        report = report_of([folder])
+        if not is_current(page, report):
+            write_report(page, report)
+    except (UserError, OSError) as error:
         screen.print(f"no report: {error}", soft_wrap=True, markup=False, highlight=False)
     else:
-        say_where(screen, folder / PAGE)
+        say_where(screen, page)
 
 
 def _serve(folders: Sequence[Path], port: int, *, interactive: bool) -> int:

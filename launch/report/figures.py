@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+COLORS = 8
+"""Colors of the palette (templates/page.css); further lines begin anew."""
 MOST_POINTS = 400
 """A longer line is drawn as the means of equal parts of it."""
 
@@ -69,7 +71,7 @@ class Figure:
                     "y": _short(line.y),
                     "low": None if line.low is None else _short(line.low),
                     "high": None if line.high is None else _short(line.high),
-                    "color": line.color,
+                    "color": line.color % COLORS,
                     "kind": line.kind,
                     "dashed": line.dashed,
                     "faint": line.faint,

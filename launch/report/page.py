@@ -167,6 +167,15 @@ def plotly_script() -> str | None:
     return path.read_text(encoding="utf-8").replace("</script", "<\\/script") if path.is_file() else None
 
 
+def is_current(path: Path, report: Report) -> bool:
+    """Whether the page at ``path`` is newer than all files of the runs that it would show."""
+    if not path.is_file():
+        return False
+    made = path.stat().st_mtime_ns
+    files = (each for run in report.runs for each in run.folder.iterdir() if each.is_file())
+    return all(each.stat().st_mtime_ns <= made for each in files)
+
+
 def write_report(path: Path, report: Report, *, interactive: bool = True) -> None:
     """Write the page to ``path`` in one step."""
     write_text(path, render(report, plotly=plotly_script() if interactive else None), durable=False)

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 from markupsafe import Markup, escape
 
-from launch.report.figures import Figure, Line
+from launch.report.figures import COLORS, Figure, Line
 
 WIDTH, HEIGHT = 440, 270
 LEFT, RIGHT, TOP, BOTTOM = 58, 12, 14, 44
@@ -107,7 +107,7 @@ def _marks(figure: Figure, x: _Axis) -> Iterator[str]:
 
 
 def _line(line: Line, x: _Axis, y: _Axis) -> Iterator[str]:
-    tone = f"c{line.color}" + (" faint" if line.faint else "") + (" dashed" if line.dashed else "")
+    tone = f"c{line.color % COLORS}" + (" faint" if line.faint else "") + (" dashed" if line.dashed else "")
     places = [(x(across), y(height)) for across, height in zip(line.x, line.y, strict=True)]
     if line.kind == "line":
         if line.low is not None and line.high is not None:

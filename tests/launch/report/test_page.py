@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import os
 import re
 
 import pytest
@@ -12,7 +13,7 @@ from launch.cli import main
 from launch.report.diff import marked
 from launch.report.figures import Figure, Line, smoothed, thinned
 from launch.report.frontier import frontier_of, parting
-from launch.report.page import embedded, render, report_of
+from launch.report.page import embedded, is_current, render, report_of, write_report
 from launch.report.reading import read_runs
 from launch.report.svg import draw, ticks_between
 from rlhf.core.files import write_text
@@ -149,6 +150,18 @@ def test_figures_are_drawn_whatever_they_hold(kind, values):
         Figure(key="k", title="t", x=HOSTILE, y="y", lines=(line,), categories=(HOSTILE,), marks=((0, HOSTILE),))
     )
     assert "nan" not in drawn and "<script" not in drawn and "<img" not in drawn
+
+
+def test_a_page_is_current_until_a_run_has_something_new(tmp_path):
+    folder = reward_run(tmp_path / "run" / "reward")
+    report = report_of([tmp_path / "run"])
+    page = tmp_path / "run" / "report.html"
+    assert not is_current(page, report)
+    write_report(page, report, interactive=False)
+    assert is_current(page, report)
+    later = page.stat().st_mtime_ns + 1
+    os.utime(folder / "metrics.jsonl", ns=(later, later))
+    assert not is_current(page, report)
 
 
 # The command
