@@ -5,6 +5,7 @@
 writes each block of the document anew, behind its heading.
 """
 
+import argparse
 import contextlib
 import io
 from collections.abc import Collection, Iterator
@@ -91,5 +92,10 @@ def rewritten(document: str, blocks: Collection[Planned]) -> str:
     return document
 
 
+def _parser() -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
 if __name__ == "__main__":
+    _parser().parse_args()
     write_text(DOCUMENT, rewritten(DOCUMENT.read_text(encoding="utf-8"), list(planned())))

@@ -101,11 +101,15 @@ def measure(publishable: Any, folder: Path) -> None:
     end_fresh_process()
 
 
-def main() -> None:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="llama-3-8b", help="a name that rlhf plan knows")
     parser.add_argument("--vocabulary", type=int, default=128256, help="tokens of the tokenizer, as the shape has")
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    options = _parser().parse_args()
     print(f"{torch.get_num_threads()} threads")
     with tempfile.TemporaryDirectory() as scratch:
         base = Path(scratch) / "base"

@@ -92,12 +92,12 @@ PRESETS: Mapping[str, Preset] = {
             "advantage.estimator": "rloo",
             "advantage.whiten": False,
             "rollout.samples": 4,  # the larger of the two k that they try
-            "kl.place": "reward",  # eq. 3
-            "kl.estimator": "k1",  # eq. 3
+            "kl.place": "reward",
+            "kl.estimator": "k1",  # the log-ratio of the whole response
             "kl.coefficient": 0.03,  # app. C, for TL;DR
             "loss.normalize": "constant",
         },
-        updates=2,  # app. C
+        updates=2,  # app. C: two gradient steps to a batch
     ),
     "reinforce_pp": Preset(
         source="Hu et al., arXiv:2501.03262, one response to a prompt; numbers: the commands of their OpenRLHF",
@@ -105,19 +105,19 @@ PRESETS: Mapping[str, Preset] = {
             **PLAIN,
             "advantage.estimator": "reinforce_pp",
             "advantage.gamma": 1.0,
-            "advantage.whiten": True,
+            "advantage.whiten": True,  # v9, eq. 10
             "rollout.samples": 1,
-            "kl.place": "reward",
-            "kl.estimator": "k1",
-            "kl.coefficient": 0.01,  # --init_kl_coef
-            "loss.normalize": "token",
+            "kl.place": "reward",  # v9, eq. 8
+            "kl.estimator": "k1",  # v9, eq. 9
+            "kl.coefficient": 0.01,  # --init_kl_coef; 0.001 in the paper's runs for reasoning
+            "loss.normalize": "token",  # as their code; eq. 1 of v9 is the mean of each response
         },
         updates=8,  # 1,024 responses (--rollout_batch_size), 128 to an update (--train_batch_size)
     ),
 }
-"""GRPO's paper states no clip, and takes one update, which meets none: 0.2 is PPO's. RLOO's paper has neither ratio nor
-clip: in the second of its two updates, they are ours. Its appendix C, GSPO's section 5.1 and that GSPO has no KL are
-read as TRL's index of papers quotes them."""
+"""GRPO's paper states no number for its clip, and takes one update, which meets none: 0.2 is PPO's. RLOO's paper has
+neither ratio nor clip: in the second of its two updates, they are ours. GSPO's paper leaves KL out of its formulas for
+brevity, and gives no number for it."""
 
 
 def preset_values(values: Settings) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks import disturbances, make_corpus
+from benchmarks import disturbances, make_corpus, rehearsal
 from launch.cli import build_parser
 from launch.commands import ds, slurm
 from launch.jobs import hostfile
@@ -270,6 +270,7 @@ MODULES = {
     "benchmarks.measure": parse_measure,
     "benchmarks.make_corpus": lambda words: make_corpus._parser().parse_args(words),
     "benchmarks.disturbances": lambda words: disturbances._parser().parse_args(words),
+    "benchmarks.rehearsal": lambda words: rehearsal._parser().parse_args(words),
 }
 
 
