@@ -127,7 +127,7 @@ def main() -> None:
 
 
 def _cpu_seconds() -> float:
-    """Of this process and of its children that have ended."""
+    """Seconds of this process and of its children that have ended."""
     return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 

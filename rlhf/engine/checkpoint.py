@@ -150,7 +150,7 @@ def _load_random_state(folder: Path, rank: int) -> None:
         return
     state = torch.load(folder / f"rng-rank{rank}.pt", weights_only=True)
     torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None:
+    if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
     random.setstate(state["python"])
     version, key, *rest = state["numpy"]

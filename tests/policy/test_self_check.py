@@ -51,6 +51,16 @@ def make(family, **changes):
     return model.eval()
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_model_that_is_going_to_run_on_flash_attention_is_checked_on_the_cpu(family):
+    model = make(family)
+    model.config._attn_implementation_internal = "flash_attention_2"
+    with pytest.raises((ImportError, TypeError)):  # as it is, a CPU cannot run it
+        model(input_ids=torch.arange(3, 9)[None])
+    check_logprobs(PolicyModel(model), family)
+    assert model.config._attn_implementation == "flash_attention_2"
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families_that_can_be_trained_and_sampled(family):
     model = PolicyModel(make(family))

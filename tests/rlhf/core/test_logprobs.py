@@ -333,3 +333,36 @@ def test_what_does_not_fit_is_refused(change, message):
     arguments = {"hidden": hidden, "head_weight": weight, "targets": targets, "response_mask": mask}
     with pytest.raises(ValueError, match=message):
         response_logprobs(**(arguments | change))
+
+
+class OnGpu(torch.Tensor):
+    """A tensor on the CPU that says it is on a GPU."""
+
+    is_cuda = True  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_gpu_adds_up_and_keeps_logits_in_float32(monkeypatch, dtype):
+    """CUDA can do it in one call, without a float32 copy of the weights; HIP cannot."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(5, 16, generator=generator).to(dtype)
+    weight = torch.randn(11, 16, generator=generator).to(dtype)
+    calls, plain = [], torch.mm
+
+    def mm(first, second, *, out_dtype=None, out=None):
+        calls.append((first.dtype, second.dtype, out_dtype))
+        if out_dtype is None:
+            return plain(first, second, out=out)
+        return plain(first.as_subclass(torch.Tensor).to(out_dtype), second.to(out_dtype))
+
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(torch.version, "hip", None)
+    expected = hidden.double() @ weight.double().T
+    found = logprobs._float32_product(hidden.as_subclass(OnGpu), weight)
+    assert calls == [(dtype, dtype, torch.float32)] and found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    calls.clear()
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    again = logprobs._float32_product(hidden.as_subclass(OnGpu), weight)
+    assert {call[2] for call in calls} == {None}
+    torch.testing.assert_close(again.as_subclass(torch.Tensor).double(), expected, rtol=1e-5, atol=1e-5)

@@ -71,6 +71,16 @@ def test_all_random_states_come_back(store):
     assert torch.equal(found[0], expected[0]) and found[1:] == expected[1:]
 
 
+def test_a_checkpoint_of_a_gpu_goes_on_without_one(store, monkeypatch):
+    with monkeypatch.context() as gpu:
+        gpu.setattr(torch.cuda, "is_available", lambda: True)
+        gpu.setattr(torch.cuda, "get_rng_state", lambda: torch.zeros(16, dtype=torch.uint8))
+        store.save(1, write("1"))
+    expected = torch.rand(3)
+    store.restore_random_state(store.path(1))
+    assert torch.equal(torch.rand(3), expected)
+
+
 def test_a_rank_that_was_not_there_draws_its_own_numbers_and_the_same_each_time(store):
     store.save(1, write("1"))
     first = replace(store, ranks=replace(ALONE, rank=1))

@@ -11,6 +11,7 @@ from rlhf.engine.build import precision_of
 from rlhf.engine.options import EngineConfig
 from rlhf.models import backbones
 from rlhf.models.backbones import attention_implementation
+from rlhf.models.options import BackboneConfig
 
 AMPERE, TURING, VOLTA = (8, 0), (7, 5), (7, 0)
 
@@ -50,6 +51,22 @@ def test_bfloat16_is_taken_where_the_gpu_has_it_not_where_it_is_emulated(gpu, ca
 def test_flash_attention_is_taken_where_gpu_and_model_have_it(gpu, settings, has_flash, capability, expected):
     gpu(capability)
     assert attention_implementation("auto", torch.float16, settings, has_flash) == expected
+
+
+@pytest.mark.parametrize(
+    ("attention", "capability", "expected"),
+    [
+        ("auto", AMPERE, "eager"),
+        ("auto", TURING, "auto"),
+        ("flash_attention_2", AMPERE, "eager"),
+        ("sdpa", AMPERE, "sdpa"),
+    ],
+)
+def test_a_copy_on_the_cpu_has_nothing_that_runs_on_gpus_alone(gpu, attention, capability, expected):
+    gpu(capability)
+    config = BackboneConfig(path="m", attention=attention, kernels="liger", gradient_checkpointing=True)
+    copied = backbones.plain_copy(config)
+    assert (copied.attention, copied.kernels, copied.gradient_checkpointing) == (expected, "none", False)
 
 
 @pytest.mark.parametrize("name", ["bloom", "mamba", "llama"])
