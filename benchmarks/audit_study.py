@@ -2,22 +2,24 @@
 
     python benchmarks/audit_study.py --model MODEL --data PAIRS
 
-Labels of a share of the pairs are swapped at random, and the audit is asked without being told. One line a seed: the
-share that it estimates with its interval, the area under the curve of its ranking, and how many of the most suspect
-pairs (as many as were swapped) are among the swapped ones. Given labels count as right, which they are not all.
+Labels of a share of the pairs are swapped at random, and the audit is asked without being told, with other swaps for
+every seed. One line a share: the mean of what it estimates and its standard deviation over seeds, how often it is
+within 3 points, how often its interval holds what was planted, the area under the curve of its ranking, and how many
+of the most suspect pairs (as many as were swapped) are among the swapped ones. Given labels count as right, which
+they are not all.
 """
 
 import argparse
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy import stats
 
 from reward.audit.estimate import Audited, OutOfFold, audited
+from reward.audit.margins import Differences
 from reward.audit.run import AuditOptions, read_features
 from rlhf.data.options import ColumnConfig
 
@@ -27,36 +29,60 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, help="folder of the backbone")
     parser.add_argument("--data", required=True, help="preference pairs")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.0, 0.1, 0.2, 0.3], help="swapped on purpose")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=40, help="swaps and folds, for each share")
     parser.add_argument("--layer", type=int, help="as of the audit")
-    parser.add_argument("--head", choices=("linear", "mlp"), default="linear")
+    parser.add_argument("--unseen", choices=("pairs", "prompts"), default="pairs", help="as of the audit")
     parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--cache", type=Path, help="folder for features (default: that of the audit)")
+    parser.add_argument("--part", type=float, default=1.0, help="share of the pairs that is audited, drawn by seed")
     return parser
 
 
-def swapped(pairs: OutOfFold, share: float, seed: int) -> tuple[OutOfFold, NDArray[np.bool_]]:
-    """The pairs with a random share of the labels swapped, and which these are."""
-    count = len(pairs.prompts)
-    wrong = np.zeros(count, bool)
-    wrong[np.random.default_rng(seed).permutation(count)[: round(share * count)]] = True
-    places = torch.from_numpy(wrong)[:, None]
-    chosen = torch.where(places, pairs.rejected, pairs.chosen)
-    rejected = torch.where(places, pairs.chosen, pairs.rejected)
-    return replace(pairs, chosen=chosen, rejected=rejected, seed=seed), wrong
+@dataclass(frozen=True)
+class Outcome:
+    """One audit beside what is so."""
+
+    share: float
+    held: bool
+    area: float
+    found: float
 
 
-def line(found: Audited, wrong: NDArray[np.bool_], seconds: float) -> str:
-    """What the audit says beside what is so."""
-    interval = found.interval
-    text = f"{100 * interval.share:.1f} ({100 * interval.low:.1f} to {100 * interval.high:.1f})"
+def planted(pairs: OutOfFold, share: float, part: float, seed: int) -> OutOfFold:
+    """A share of the pairs, of whose labels a share is swapped."""
+    draw = np.random.default_rng(seed)
+    kept = np.sort(draw.permutation(len(pairs.prompts))[: round(part * len(pairs.prompts))])
+    labels = np.ones(len(kept))
+    labels[draw.permutation(len(kept))[: round(share * len(kept))]] = -1
+    values = Differences(pairs.differences.values[kept])
+    return replace(
+        pairs, differences=values, prompts=pairs.prompts[kept], groups=pairs.groups[kept], labels=labels, seed=seed
+    )
+
+
+def outcome(found: Audited, labels: NDArray[np.float64], share: float) -> Outcome:
+    """What an audit of labels of which ``share`` are swapped was worth."""
+    wrong, interval = labels < 0, found.interval
+    held = interval.low <= share <= interval.high
     if not wrong.any():
-        return f"{text} | | | {seconds:.0f}"
-    ranks = stats.mannwhitneyu(-found.margins[wrong], -found.margins[~wrong]).statistic
-    area = ranks / (wrong.sum() * (~wrong).sum())
+        return Outcome(interval.share, held, np.nan, np.nan)
+    area = stats.mannwhitneyu(-found.margins[wrong], -found.margins[~wrong]).statistic / (wrong.sum() * (~wrong).sum())
     first = np.argsort(found.margins)[: wrong.sum()]
-    return f"{text} | {area:.3f} | {wrong[first].mean():.0%} | {seconds:.0f}"
+    return Outcome(interval.share, held, float(area), float(wrong[first].mean()))
+
+
+def line(share: float, outcomes: list[Outcome]) -> str:
+    """A row of the table."""
+    shares = np.array([each.share for each in outcomes])
+    within = np.mean(np.abs(shares - share) <= 0.03)
+    area, found = (np.mean([getattr(each, name) for each in outcomes]) for name in ("area", "found"))
+    ranked = f"{area:.3f} | {found:.0%}" if share else " | "
+    held = np.mean([each.held for each in outcomes])
+    mean, deviation, highest = 100 * shares.mean(), 100 * shares.std(ddof=1), 100 * shares.max()
+    return (
+        f"| {100 * share:.0f} | {mean:.1f} | {deviation:.1f} | {highest:.1f} | {within:.0%} | {held:.0%} | {ranked} |"
+    )
 
 
 def main() -> None:
@@ -67,20 +93,26 @@ def main() -> None:
         output=Path(),
         columns=ColumnConfig(),
         layer=options.layer,
+        unseen=options.unseen,
         dtype=options.dtype,
         cache_dir=options.cache,
     )
     pairs = read_features(audit)
-    print(f"{len(pairs.prompts)} pairs of {len(np.unique(pairs.prompts))} prompts")
-    print("| swapped, % | seed | estimate, % (95 %) | area under the curve | of the most suspect | s |")
-    print("|---|---|---|---|---|---|")
+    began = time.process_time()
+    print(f"{len(pairs.prompts)} pairs of {len(np.unique(pairs.prompts))} prompts, {options.seeds} seeds")
+    print(
+        "| swapped, % | estimate, % | sd | highest | within 3 points | interval holds it | area under the curve "
+        "| of the most suspect |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
     for share in options.shares:
+        outcomes = []
         for seed in range(options.seeds):
-            planted, wrong = swapped(pairs, share, seed)
-            began = time.perf_counter()
-            found = audited(planted, options.head, repeats=options.repeats)
-            told = line(found, wrong, time.perf_counter() - began)
-            print(f"| {100 * share:.0f} | {seed} | {told} |", flush=True)
+            asked = planted(pairs, share, options.part, seed)
+            assert asked.labels is not None
+            outcomes.append(outcome(audited(asked, repeats=options.repeats), asked.labels, share))
+        print(line(share, outcomes), flush=True)
+    print(f"{time.process_time() - began:.0f} CPU seconds")
 
 
 if __name__ == "__main__":

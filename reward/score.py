@@ -1,7 +1,7 @@
 """Score texts with a published reward model: batched by tokens, in order, resumable."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -29,6 +29,8 @@ from rlhf.models.manifest import MANIFEST_NAME, read_manifest
 from rlhf.train.chat import load_chat
 
 CHUNK_ROWS = 256
+MARGIN = "reward_margin"
+"""The column with how much better a reward model finds the chosen answer, in logits; below 0 where it disagrees."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,15 +44,18 @@ class ScoreOptions:
     batch_tokens: int = 8192
     max_tokens: int | None = None
     split: str | None = None
+    keep_rows: bool = False
+    """Whether a line holds the row's own columns, too, so that a stage can read it."""
 
 
 def score_file(options: ScoreOptions) -> int:
     """Score every row of ``options.data`` and append one JSON line per row to ``options.output``.
 
-    Every line names file and row. A row with chosen and rejected gives ``chosen_reward`` and ``rejected_reward``
-    (lists where it has several of them), one with a response gives ``reward``; a row that cannot be scored gives
-    ``error``. Rows that the output already holds are skipped, so a stopped run goes on where it was; what was
-    written by another model, or from other data, is refused.
+    Every line names file and row. A row with chosen and rejected gives ``chosen_reward`` and ``rejected_reward`` (lists
+    where it has several of them) and, for one of each, :data:`MARGIN`, by how much the first exceeds the second; one
+    with a response gives ``reward``; a row that cannot be scored gives ``error``. Rows that the output already holds
+    are skipped, so a stopped run goes on where it was; what was written by another model, or from other data, is
+    refused.
 
     Returns:
         The number of rows that could not be scored.
@@ -72,9 +77,13 @@ def score_file(options: ScoreOptions) -> int:
     with options.output.open("a", encoding="utf-8") as output, _progress() as progress:
         task = progress.add_task("scoring", total=total, completed=done)
         for rows in _chunks(islice(source.rows(), done, None)):
-            places = [{"file": names[source.files[row.file]], "row": row.line} for row in rows]
+            places = [
+                (dict(row.value) if options.keep_rows and isinstance(row.value, Mapping) else {})
+                | {"file": names[source.files[row.file]], "row": row.line}
+                for row in rows
+            ]
             lines = _score_rows(model, chat, rows, places, options)
-            output.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+            output.write("".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines))
             output.flush()
             faults += sum("error" in line for line in lines)
             progress.advance(task, len(rows))
@@ -152,6 +161,10 @@ def _score_rows(
     for place, name, count in places:
         values = list(islice(rewards, count))
         lines[place][name if count == 1 else f"{name}s"] = values[0] if count == 1 else values
+    for place in {place for place, _, _ in places}:
+        chosen, rejected = (lines[place].get(f"{side}_reward") for side in ("chosen", "rejected"))
+        if isinstance(chosen, float) and isinstance(rejected, float):
+            lines[place][MARGIN] = chosen - rejected
     return lines
 
 
@@ -175,7 +188,7 @@ def _origin(source: Source, options: ScoreOptions) -> dict[str, str]:
     return {
         "model": _model_digest(options.model),
         "data": source.digest(),
-        "settings": digest(columns, str(options.max_tokens)),
+        "settings": digest(columns, str(options.max_tokens), *(["rows"] if options.keep_rows else [])),
     }
 
 

@@ -9,8 +9,8 @@ from rlhf.core.paths import home_path
 COLUMNS = ("prompt", "chosen", "rejected", "system", "input", "better", "strength", "answers")
 _DESCRIPTION = """\
 Judge the label of every pair by small reward heads that did not see it. The answers become frozen features of
---model (kept on disk: a second audit of the same pairs takes minutes on a CPU), prompts are dealt out to folds, a
-head is trained on all folds but one and judges that one, several times over. A mixture fitted to these margins says
+--model (kept on disk: a second audit of the same pairs takes seconds on a CPU), pairs are dealt out to folds, a
+head is fitted to all folds but one and judges that one, several times over. A mixture fitted to these margins says
 how many labels are wrong, and how likely each is.
 
 Written to the folder: pairs.jsonl, the data with the columns audit_margin, audit_margin_sd, audit_wrong,
@@ -29,9 +29,9 @@ def add_parser(actions: Subparsers) -> None:
     parser.add_argument("--template", help="as data.template in a recipe")
     layer = "read the states after this layer (default: two fifths of the way up)"
     parser.add_argument("--layer", type=positive_int, help=layer)
-    head = "what is trained on them; auto tries both on held-out prompts (default %(default)s)"
-    parser.add_argument("--head", choices=["auto", "linear", "mlp"], default="auto", help=head)
-    parser.add_argument("--folds", type=_several, default=5, help="parts of the prompts (default %(default)s)")
+    unseen = "heads judge pairs that they did not see, or prompts of which they saw no pair (default %(default)s)"
+    parser.add_argument("--unseen", choices=["pairs", "prompts"], default="pairs", help=unseen)
+    parser.add_argument("--folds", type=_several, default=5, help="parts of the pairs (default %(default)s)")
     repeats = "times that they are dealt out anew (default %(default)s)"
     parser.add_argument("--repeats", type=positive_int, default=4, help=repeats)
     longest = "tokens of prompt and answer that are read; longer ones lose their beginning (default %(default)s)"
@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
 
     if options.output.exists() and not options.output.is_dir():
         raise UserError(f"--output {options.output}: a file; an audit writes a folder")
-    own = ("data", "model", "output", "split", "template", "layer", "head", "folds", "repeats", "max_tokens")
+    own = ("data", "model", "output", "split", "template", "layer", "unseen", "folds", "repeats", "max_tokens")
     more = ("batch_tokens", "dtype", "cache_dir", "seed")
     columns = ColumnConfig(**given_columns(options, COLUMNS))
     print(audit_file(AuditOptions(columns=columns, group_columns=tuple(options.by), **chosen(options, own + more))))

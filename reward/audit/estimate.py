@@ -5,36 +5,36 @@ Arrays in, arrays out: no ranks, no files, no model.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
-from reward.audit.margins import Head, HeadTraining, out_of_fold_margins, prompt_folds
+from reward.audit.margins import STRENGTHS, Differences, folds_of
 from reward.audit.mixture import Array, Interval, fit_mixture, posterior_wrong, share_interval
 
+CHOOSING = 999
+"""The repeat whose folds the strength of the penalty is chosen by."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class OutOfFold:
     """Pairs as features, with the way they are cut into folds."""
 
-    chosen: Tensor
-    """``(N, D)``."""
-    rejected: Tensor
-    """``(N, D)``."""
+    differences: Differences
     prompts: NDArray[np.uint64]
     """``(N,)`` equal for pairs of the same prompt."""
+    groups: NDArray[np.uint64]
+    """``(N,)`` equal for pairs that are in the same fold: :attr:`prompts`, or a name for the two answers."""
+    labels: Array | None = None
+    """``(N,)`` -1 where the label is to be swapped, else 1; ``None`` for all as they are given."""
     folds: int = 5
     seed: int = 0
 
-    def margins(self, head: Head, repeat: int, advance: Callable[[int], None] = lambda count: None) -> Array:
-        """``(N,)`` margins with folds, starts and order of this repeat."""
-        seed = self.seed * 1000 + repeat
-        fold_of = prompt_folds(self.prompts, self.folds, seed)
-        return out_of_fold_margins(
-            self.chosen, self.rejected, fold_of, HeadTraining(head=head), seed=seed, advance=advance
-        )
+    def margins(self, strength: float, repeat: int, advance: Callable[[int], None] = lambda count: None) -> Array:
+        """``(N,)`` margins by the folds of this repeat."""
+        fold_of = folds_of(self.groups, self.folds, self.seed * 1000 + repeat)
+        labels = np.ones(len(self.groups)) if self.labels is None else self.labels
+        return self.differences.out_of_fold_margins(fold_of, strength, labels, advance=advance)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,28 +50,42 @@ class Audited:
     interval: Interval
     """The share of wrong labels."""
     temperature: float
+    strength: float
+    """The penalty of the heads."""
 
 
-def chosen_head(pairs: OutOfFold, advance: Callable[[int], None] = lambda count: None) -> Head:
-    """The head whose margins make the labels of prompts that it did not see most likely."""
-    likelihoods = {head: fit_mixture(pairs.margins(head, 999, advance)).log_likelihood for head in get_args(Head)}
-    return max(likelihoods, key=lambda head: likelihoods[head])
+def heads_of_an_audit(folds: int, repeats: int) -> int:
+    """How many heads :func:`audited` fits."""
+    return folds * (len(STRENGTHS) + repeats)
 
 
-def audited(
-    pairs: OutOfFold, head: Head, *, repeats: int = 4, advance: Callable[[int], None] = lambda count: None
-) -> Audited:
-    """Margins of every pair from ``repeats`` ways to cut the prompts, and what the mixture of their means says."""
-    each = np.stack([pairs.margins(head, repeat, advance) for repeat in range(repeats)])
-    margins = each.mean(0)
+def audited(pairs: OutOfFold, *, repeats: int = 4, advance: Callable[[int], None] = lambda count: None) -> Audited:
+    """Margins of every pair from ``repeats`` ways to cut the pairs, and what the mixture of their means says."""
+    margins, spread, strength = judged(pairs, repeats=repeats, advance=advance)
     fitted = fit_mixture(margins)
     interval = share_interval(margins, pairs.prompts, seed=pairs.seed)
     return Audited(
         margins=margins,
-        spread=each.std(0),
+        spread=spread,
         wrong=posterior_wrong(margins, fitted.share, fitted.temperature),
         interval=Interval(
             share=fitted.share, low=min(interval.low, fitted.share), high=max(interval.high, fitted.share)
         ),
         temperature=fitted.temperature,
+        strength=strength,
     )
+
+
+def judged(
+    pairs: OutOfFold, *, repeats: int = 4, advance: Callable[[int], None] = lambda count: None
+) -> tuple[Array, Array, float]:
+    """``(N,)`` mean margins over repeats, their ``(N,)`` standard deviations, and the penalty of the heads.
+
+    The penalty is the one whose heads make the labels that they did not see most likely.
+    """
+    likelihoods = {
+        strength: fit_mixture(pairs.margins(strength, CHOOSING, advance)).log_likelihood for strength in STRENGTHS
+    }
+    strength = max(likelihoods, key=likelihoods.__getitem__)
+    each = np.stack([pairs.margins(strength, repeat, advance) for repeat in range(repeats)])
+    return each.mean(0), each.std(0), strength

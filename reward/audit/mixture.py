@@ -14,8 +14,8 @@ Array = NDArray[np.float64]
 
 LARGEST_SHARE = 0.5
 """Highest share that is looked for: if more were wrong, all labels swapped would be the better ones."""
-_SHARES = np.concatenate([np.linspace(0, 0.1, 41), np.linspace(0.105, LARGEST_SHARE, 80)])
-_TEMPERATURES = np.geomspace(0.05, 20, 61)
+_SHARES = np.concatenate([np.linspace(0, 0.1, 21), np.linspace(0.11, LARGEST_SHARE, 40)])
+_TEMPERATURES = np.geomspace(0.05, 20, 41)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +82,8 @@ def fit_mixture(margins: Array, weights: Array | None = None) -> Mixture:
     scale = float(np.abs(margins).mean()) or 1.0
     counts = np.ones_like(margins) if weights is None else weights
     share, temperature = _best(margins, counts, _SHARES, scale * _TEMPERATURES)
-    fine = np.clip(share + np.linspace(-0.008, 0.008, 17), 0, LARGEST_SHARE)
-    share, temperature = _best(margins, counts, fine, temperature * np.geomspace(0.9, 1.1, 21))
+    fine = np.clip(share + np.linspace(-0.01, 0.01, 21), 0, LARGEST_SHARE)
+    share, temperature = _best(margins, counts, fine, temperature * np.geomspace(0.86, 1.16, 21))
     likelihood = float(np.average(log_likelihoods(margins, share, temperature), weights=counts))
     return Mixture(share=share, temperature=temperature, log_likelihood=likelihood)
 

@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from reward.audit.estimate import Audited, OutOfFold, audited, chosen_head
+from reward.audit.estimate import Audited, OutOfFold, audited, heads_of_an_audit
 from reward.audit.features import Extraction, default_layer, features_of
-from reward.audit.margins import Head
+from reward.audit.margins import Differences
 from reward.audit.mixture import Interval, share_interval
 from rlhf.core.errors import DataError
-from rlhf.core.files import write_json, write_text
+from rlhf.core.files import digest, write_json, write_text
 from rlhf.data.labels import SWAP_ABOVE, pair_digest
 from rlhf.data.loading import default_cache_dir
 from rlhf.data.messages import BadRow
@@ -50,7 +50,8 @@ class AuditOptions:
     template: str | None = None
     layer: int | None = None
     """State that is read, counted in layers from the embedding; ``None`` for :func:`default_layer`."""
-    head: Literal["auto", "linear", "mlp"] = "auto"
+    unseen: Literal["pairs", "prompts"] = "pairs"
+    """Whether heads judge pairs that they did not see, or prompts of which they saw no pair."""
     folds: int = 5
     repeats: int = 4
     max_tokens: int = 1024
@@ -85,15 +86,13 @@ def audit_file(options: AuditOptions) -> str:
     pairs, left_out = _read(options)
     with _progress() as progress:
         out_of_fold = pairs_as_features(pairs, options, progress)
-        heads = 2 * options.folds + options.folds * options.repeats
-        advance = _task(progress, "heads", heads if options.head == "auto" else heads - 2 * options.folds)
-        head: Head = chosen_head(out_of_fold, advance) if options.head == "auto" else options.head
-        found = audited(out_of_fold, head, repeats=options.repeats, advance=advance)
+        advance = _task(progress, "heads", heads_of_an_audit(options.folds, options.repeats))
+        found = audited(out_of_fold, repeats=options.repeats, advance=advance)
     rows = [_audited_row(pair, found, place) for place, pair in enumerate(pairs)]
     write_text(options.output / PAIRS, _lines(rows))
     order = np.argsort(found.margins, kind="stable")  # as the posterior orders them, where that is not 0 for all
     write_text(options.output / SUSPECTS, _lines(_suspect(pairs[place], found, place) for place in order))
-    summary = _summary(options, pairs, out_of_fold.prompts, found, head) | {"rows_left_out": left_out}
+    summary = _summary(options, pairs, out_of_fold.prompts, found) | {"rows_left_out": left_out}
     write_json(options.output / SUMMARY, summary)
     return verdict(found.interval, found.wrong)
 
@@ -117,14 +116,21 @@ def pairs_as_features(pairs: Sequence[Pair], options: AuditOptions, progress: Pr
     """
     hide_loading_bars()
     prompts = np.array([prompt_key(pair.record.prompt) for pair in pairs], np.uint64)
-    if len(np.unique(prompts)) < options.folds:
+    groups = prompts if options.unseen == "prompts" else np.array([_both_answers(pair) for pair in pairs], np.uint64)
+    if len(np.unique(groups)) < options.folds:
         raise DataError(
-            f"{options.data}: {len(np.unique(prompts))} different prompts make no {options.folds} folds; "
-            "an audit needs more prompts, or fewer --folds"
+            f"{options.data}: {len(np.unique(groups))} different {options.unseen} make no {options.folds} folds; "
+            f"an audit needs more {options.unseen}, or fewer --folds"
         )
     chat = load_chat(options.model, options.template)
     chosen, rejected = _features(pairs, chat, options, _task(progress, "features", 2 * len(pairs)))
-    return OutOfFold(chosen, rejected, prompts, folds=options.folds, seed=options.seed)
+    return OutOfFold(
+        differences=Differences.of(chosen, rejected),
+        prompts=prompts,
+        groups=groups,
+        folds=options.folds,
+        seed=options.seed,
+    )
 
 
 def verdict(interval: Interval, wrong: NDArray[np.float64]) -> str:
@@ -162,9 +168,15 @@ def _read(options: AuditOptions) -> tuple[list[Pair], int]:
     return pairs, len(faults)
 
 
+def _both_answers(pair: Pair) -> int:
+    """A name for the prompt with both answers, whichever is the chosen one."""
+    sides = sorted(json.dumps(side, sort_keys=True) for side in (pair.record.chosen, pair.record.rejected))
+    return int(digest(str(prompt_key(pair.record.prompt)), *sides), 16)
+
+
 def _features(
     pairs: Sequence[Pair], chat: ChatFormat, options: AuditOptions, advance: Callable[[int], None]
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """``(N, D)`` of chosen and of rejected answers."""
     backbone = BackboneConfig(path=options.model)
     layer = options.layer or default_layer(backbone)
@@ -179,7 +191,7 @@ def _features(
     ]
     cache = (options.cache_dir or default_cache_dir().parent) / "features"
     states = features_of(tokens, extraction, chat, cache=cache, batch_tokens=options.batch_tokens, advance=advance)
-    return torch.from_numpy(states[::2]), torch.from_numpy(states[1::2])
+    return states[::2].astype(np.float64), states[1::2].astype(np.float64)
 
 
 def _tokens(record: PreferenceRecord, side: Sequence[Any], chat: ChatFormat) -> NDArray[np.int32]:
@@ -224,7 +236,7 @@ def _text(messages: Sequence[Any]) -> str:
 
 
 def _summary(
-    options: AuditOptions, pairs: Sequence[Pair], prompts: NDArray[np.uint64], found: Audited, head: Head
+    options: AuditOptions, pairs: Sequence[Pair], prompts: NDArray[np.uint64], found: Audited
 ) -> dict[str, Any]:
     interval = found.interval
     return {
@@ -233,7 +245,8 @@ def _summary(
         "prompts": len(np.unique(prompts)),
         "share_wrong": {"estimate": interval.share, "low": interval.low, "high": interval.high},
         "temperature": found.temperature,
-        "head": head,
+        "unseen": options.unseen,
+        "penalty": found.strength,
         "layer": options.layer or default_layer(BackboneConfig(path=options.model)),
         "folds": options.folds,
         "repeats": options.repeats,

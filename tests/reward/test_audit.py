@@ -5,14 +5,12 @@ import math
 
 import numpy as np
 import pytest
-import torch
 
 from launch.cli import main
 from reward.audit import features
-from reward.audit.margins import HeadTraining, out_of_fold_margins, prompt_folds
+from reward.audit.estimate import OutOfFold, audited
+from reward.audit.margins import Differences, folds_of
 from reward.audit.mixture import fit_mixture, log_likelihoods, posterior_wrong, share_interval
-
-LINEAR = HeadTraining(head="linear", epochs=2, learning_rate=1e-2)
 
 
 def planted_margins(share, pairs=8_000, temperature=2.0, seed=0):
@@ -75,26 +73,69 @@ def test_margins_that_are_not_finite_are_refused(margins):
 
 def test_pairs_of_a_prompt_share_a_fold_and_folds_are_alike_in_size():
     groups = np.random.default_rng(0).integers(0, 40, 500).astype(np.uint64)
-    fold_of = prompt_folds(groups, 5, seed=3)
+    fold_of = folds_of(groups, 5, seed=3)
     assert all(len(set(fold_of[groups == group])) == 1 for group in groups)
     sizes = np.bincount(fold_of)
     assert len(sizes) == 5 and sizes.max() - sizes.min() <= np.bincount(groups.astype(int)).max()
 
 
-@pytest.mark.parametrize("head", ["linear", "mlp"])
-def test_the_label_of_a_pair_has_no_say_in_its_own_margin(head):
-    chosen, rejected = torch.randn(2, 60, 8, generator=torch.Generator().manual_seed(0))
-    fold_of = prompt_folds(np.arange(60, dtype=np.uint64), 4, seed=0)
-    training = HeadTraining(head=head, hidden=16, epochs=1)
-    before = out_of_fold_margins(chosen, rejected, fold_of, training, seed=1)
-    pair = 17
-    swapped_chosen, swapped_rejected = chosen.clone(), rejected.clone()
-    swapped_chosen[pair], swapped_rejected[pair] = rejected[pair], chosen[pair]
-    after = out_of_fold_margins(swapped_chosen, swapped_rejected, fold_of, training, seed=1)
-    assert after[pair] == -before[pair] != 0
+def random_pairs(pairs, features=8):
+    chosen, rejected = np.random.default_rng(0).normal(size=(2, pairs, features))
+    return chosen + 0.4 * np.arange(features) / features, rejected
+
+
+def test_margins_are_those_of_ridge_regressions_on_the_other_folds():
+    chosen, rejected = random_pairs(70)
+    labels = np.where(np.random.default_rng(1).random(70) < 0.3, -1.0, 1.0)
+    fold_of = folds_of(np.arange(70, dtype=np.uint64), 4, seed=0)
+    found = Differences.of(chosen, rejected).out_of_fold_margins(fold_of, 3.0, labels)
+    spread = np.concatenate([chosen, rejected]).std(0)
+    for pair in range(70):
+        others = [other for other in range(70) if fold_of[other] != fold_of[pair]]
+        rows = labels[others, None] * (chosen[others] - rejected[others]) / spread
+        every = ((chosen - rejected) / spread) ** 2
+        penalty = 3.0 * every.sum() / 8
+        stacked = np.concatenate([rows, math.sqrt(penalty) * np.eye(8)])
+        head = np.linalg.lstsq(stacked, np.concatenate([np.ones(len(others)), np.zeros(8)]), rcond=None)[0]
+        expected = labels[pair] * ((chosen[pair] - rejected[pair]) / spread) @ head
+        assert found[pair] == pytest.approx(expected, abs=1e-10)
+
+
+def test_the_label_of_a_pair_has_no_say_in_its_own_margin():
+    chosen, rejected = random_pairs(60)
+    fold_of = folds_of(np.arange(60, dtype=np.uint64), 4, seed=0)
+    pairs, labels, pair = Differences.of(chosen, rejected), np.ones(60), 17
+    before = pairs.out_of_fold_margins(fold_of, 1.0, labels)
+    labels[pair] = -1
+    after = pairs.out_of_fold_margins(fold_of, 1.0, labels)
+    assert after[pair] == pytest.approx(-before[pair], rel=1e-9) and before[pair] != 0
     others = (fold_of == fold_of[pair]) & (np.arange(60) != pair)
-    np.testing.assert_array_equal(after[others], before[others])
-    assert not np.array_equal(after[fold_of != fold_of[pair]], before[fold_of != fold_of[pair]])
+    np.testing.assert_allclose(after[others], before[others], rtol=1e-9)
+    assert not np.allclose(after[fold_of != fold_of[pair]], before[fold_of != fold_of[pair]])
+
+
+def test_answers_whose_features_are_all_alike_are_not_told_apart():
+    same = np.ones((40, 3))
+    groups = np.arange(40, dtype=np.uint64)
+    found = audited(OutOfFold(differences=Differences.of(same, same), prompts=groups, groups=groups), repeats=2)
+    np.testing.assert_array_equal(found.margins, np.zeros(40))
+    assert np.isfinite(found.wrong).all()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.25])
+def test_planted_labels_are_counted_and_ranked(share):
+    draw = np.random.default_rng(3)
+    chosen, rejected = draw.normal(size=(2, 3000, 16))
+    better = (chosen - rejected) @ draw.normal(size=16) > 0
+    sides = np.where(better[:, None], chosen, rejected), np.where(better[:, None], rejected, chosen)
+    labels = np.where(draw.random(3000) < share, -1.0, 1.0)
+    groups = np.arange(3000, dtype=np.uint64)
+    pairs = OutOfFold(differences=Differences.of(*sides), prompts=groups, groups=groups, labels=labels)
+    found = audited(pairs, repeats=2)
+    assert found.interval.share == pytest.approx((labels < 0).mean(), abs=0.03)
+    assert found.interval.low - 0.01 <= (labels < 0).mean() <= found.interval.high + 0.01
+    if share:
+        assert found.wrong[labels < 0].mean() > 0.7 > 0.1 > found.wrong[labels > 0].mean()
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +207,7 @@ def test_another_layer_has_features_of_its_own(audit, planted, tiny_model, monke
     asked = []
     load = features._load
     monkeypatch.setattr(features, "_load", lambda *given: asked.append(given) or load(*given))
-    assert run_audit(planted, tiny_model, audit.with_name("other"), "--layer", "2", "--head", "linear") == 0
+    assert run_audit(planted, tiny_model, audit.with_name("other"), "--layer", "2") == 0
     assert len(asked) == 1
 
 
@@ -180,7 +221,7 @@ def test_one_source_only_is_said_in_words(planted, tiny_model, tmp_path):
     rows = [row | {"source": "web"} for row in lines_of(planted)]
     pairs = tmp_path / "one.jsonl"
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert run_audit(pairs, tiny_model, tmp_path / "audit", "--head", "linear") == 0
+    assert run_audit(pairs, tiny_model, tmp_path / "audit") == 0
     summary = json.loads((tmp_path / "audit" / "summary.json").read_text())
     assert summary["by"]["source"] == "all rows have web: nothing to compare"
 
@@ -190,9 +231,18 @@ def test_fewer_prompts_than_folds_are_one_line(planted, tiny_model, tmp_path, ca
     rows = [row | {"prompt": f"prompt {number % prompts}"} for number, row in enumerate(lines_of(planted))]
     pairs = tmp_path / "few.jsonl"
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert run_audit(pairs, tiny_model, tmp_path / "audit", "--folds", folds) == 2
+    assert run_audit(pairs, tiny_model, tmp_path / "audit", "--folds", folds, "--unseen", "prompts") == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "folds" in line]
     assert f"{prompts} different prompts make no {folds} folds" in line
+
+
+def test_fewer_pairs_than_folds_are_one_line_and_a_pair_both_ways_round_is_one(planted, tiny_model, tmp_path, capsys):
+    row = lines_of(planted)[0]
+    pairs = tmp_path / "few.jsonl"
+    turned = row | {"chosen": row["rejected"], "rejected": row["chosen"]}
+    pairs.write_text("".join(json.dumps(each) + "\n" for each in (row, turned)))
+    assert run_audit(pairs, tiny_model, tmp_path / "audit", "--folds", "2") == 2
+    assert "1 different pairs make no 2 folds" in capsys.readouterr().err
 
 
 def test_features_that_are_not_finite_are_one_line_and_are_not_kept(planted, tiny_model, tmp_path, capsys, monkeypatch):
@@ -205,6 +255,6 @@ def test_features_that_are_not_finite_are_one_line_and_are_not_kept(planted, tin
 def test_rows_that_cannot_be_read_are_counted_and_left_out(planted, tiny_model, tmp_path, capsys):
     pairs = tmp_path / "bad.jsonl"
     pairs.write_text(planted.read_text() + '{"prompt": "the sun", "chosen": 3}\nnot json\n')
-    assert run_audit(pairs, tiny_model, tmp_path / "audit", "--head", "linear") == 0
+    assert run_audit(pairs, tiny_model, tmp_path / "audit") == 0
     assert "2 rows are left out" in capsys.readouterr().err
     assert json.loads((tmp_path / "audit" / "summary.json").read_text())["rows_left_out"] == 2

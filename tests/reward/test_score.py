@@ -11,7 +11,9 @@ from reward.config import RewardModelConfig
 from reward.model import build_reward_model, save_reward_model
 from rlhf.core import tokenizers
 from rlhf.core.files import digest
+from rlhf.data.options import ColumnConfig, DataConfig
 from rlhf.data.portable import portable_tokenizer
+from rlhf.data.preferences import load_preferences
 from rlhf.data.templates import chat_format
 from rlhf.models.manifest import Manifest, write_manifest
 from rlhf.models.tokenizer import load_tokenizer
@@ -58,7 +60,8 @@ def test_scores_are_those_of_plain_transformers(final, rows, tmp_path):
     assert score(final, rows, tmp_path / "scores.jsonl", "--batch-tokens", "40") == 1
     lines = read(tmp_path / "scores.jsonl")
     assert [(line["file"], line["row"]) for line in lines] == [("rows.jsonl", number) for number in (1, 2, 3, 4)]
-    assert lines[1].keys() == {"file", "row", "chosen_reward", "rejected_reward"}
+    assert lines[1].keys() == {"file", "row", "chosen_reward", "rejected_reward", "reward_margin"}
+    assert lines[1]["reward_margin"] == lines[1]["chosen_reward"] - lines[1]["rejected_reward"] != 0
     assert "empty" in lines[2]["error"]
     tokenizer = load_tokenizer(final)
     model = AutoModelForSequenceClassification.from_pretrained(final).eval()
@@ -67,6 +70,27 @@ def test_scores_are_those_of_plain_transformers(final, rows, tmp_path):
     with torch.no_grad():
         expected = float(model(torch.tensor([ids])).logits)
     assert lines[3]["reward"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_rows_that_are_kept_are_data_with_the_margin_of_the_model(final, tmp_path, tiny_pairs):
+    output = tmp_path / "scored.jsonl"
+    assert score(final, tiny_pairs, output, "--keep-rows") == 0
+    rows = read(output)
+    assert [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows] == [
+        {name: row[name] for name in ("prompt", "chosen", "rejected")} for row in read(tiny_pairs)
+    ]
+    data = DataConfig(
+        train=str(output),
+        eval_share=0.0,
+        columns=ColumnConfig(margin="reward_margin"),
+        cache_dir=tmp_path / "cache",
+    )
+    margins = load_preferences(data, load_chat(final)).train.given_margins
+    assert margins.tolist() == [row["reward_margin"] for row in rows]
+    assert {row["reward_margin"] > 0 for row in rows} == {True, False}
+    with_rows = output.read_text()
+    assert score(final, tiny_pairs, output) == 2  # the same file without its rows would be another file
+    assert output.read_text() == with_rows
 
 
 def test_a_stopped_run_goes_on_after_its_last_whole_line(final, rows, tmp_path):

@@ -164,7 +164,8 @@ def test_a_file_gets_the_scores_that_the_run_gave_it_when_it_was_held_out(tmp_pa
              "train.max_steps=2", "train.global_batch_size=4", "train.tensorboard=false"]  # fmt: skip
     assert train_reward([f"output={tmp_path}/run", *given, *settings]) == 0
     final = tmp_path / "run" / "final"
-    found = np.array([list(row.values())[-2:] for row in scores(final, rows[4:], tmp_path)], float)
+    scored = scores(final, rows[4:], tmp_path)
+    found = np.array([[row["chosen_reward"], row["rejected_reward"]] for row in scored], float)
     expected = read_manifest(final).rewards
     assert (found.mean(), found.std()) == pytest.approx((expected.mean, expected.standard_deviation), abs=1e-5)
     assert expected.standard_deviation > 1e-2

@@ -1,0 +1,394 @@
+"""Do audited labels make a better reward model where labels are wrong, and none a worse one where they are right?
+
+The features, head, schedule and tests of study.py (step 1 is the same); what differs is what is made of the labels:
+
+    python benchmarks/margin_study/label_study.py --features features/ --data DIR --output labels/
+
+1. The loss for doubtful labels, its number and the scale of margins are chosen on held-out training prompts, with 20 %
+   of the labels wrong, and from what estimated share on that loss is used.
+2. Every method, with every share of wrong labels, from every seed. Wrong labels are drawn uniformly, or by length: of
+   the pairs whose rejected answer is the longer one. The audit is one of the training pairs alone, made anew for every
+   seed, and is told nothing.
+
+Every finished run is a line of label_runs.jsonl in the output folder; started again, only missing runs are made. At the
+end labels.md and label_study.png are written there.
+"""
+
+import argparse
+import json
+import multiprocessing
+import pathlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+
+import matplotlib
+import numpy as np
+import torch
+from report import mean_and_half_width, prompt_interval
+from scipy import stats
+from torch import Tensor
+from training import FOLDS, WEIGHT_DECAY, Corpus, Pairs, batches, gaps, new_head, read_corpus, schedule
+
+from reward.audit.estimate import OutOfFold, judged
+from reward.audit.margins import Differences
+from reward.audit.mixture import fit_mixture, posterior_wrong
+from reward.labels import Labels
+from reward.margins import optimal_transport_margins
+from reward.tables import LOSSES
+from rlhf.core.files import write_text
+from rlhf.core.intervals import preference_accuracy
+from rlhf.data.options import LabelsConfig
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+LEARNING_RATE = 1e-3
+"""That of study.py, chosen there for Bradley-Terry with right labels."""
+BASELINE = "Bradley-Terry"
+TESTS = ("id_test", "ood_test")
+NOISES = {"uniform": (0.0, 0.1, 0.2, 0.3, 0.4), "by length": (0.2, 0.4)}
+TUNED_AT = 0.2
+TUNING_SEEDS = 3
+"""Held-out tenths that numbers are chosen on; their seeds count from 1000."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """What is made of labels in training."""
+
+    use: str = "as_given"
+    """As ``labels.use``."""
+    loss: str = "bradley_terry"
+    options: tuple[tuple[str, float], ...] = ()
+    found: float = 0.0
+    """The estimated share of wrong labels below which the loss is Bradley-Terry instead."""
+    transport: float = 0.0
+    """Scale of optimal-transport margins."""
+    share: bool = False
+    """Whether the loss is told the estimated share."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Audit:
+    """What an audit of the training pairs says."""
+
+    share: float
+    area: float | None
+    """Under the curve of its ranking; ``None`` where nothing is wrong."""
+    wrong: np.ndarray
+
+
+def wrong_labels(noise: str, share: float, lengths: np.ndarray, seed: int) -> np.ndarray:
+    """``(N,)`` bool, True where the annotator errs: anywhere, or where that makes the longer answer the chosen one."""
+    draw = np.random.default_rng((seed, 1))
+    able = np.flatnonzero(lengths[:, 1] > lengths[:, 0]) if noise == "by length" else np.arange(len(lengths))
+    swapped = np.zeros(len(lengths), bool)
+    swapped[draw.choice(able, size=min(len(able), round(share * len(lengths))), replace=False)] = True
+    return swapped
+
+
+def swapped(pairs: Pairs, where: np.ndarray) -> Pairs:
+    places = torch.from_numpy(where)[:, None]
+    chosen = torch.where(places, pairs.rejected, pairs.chosen)
+    return Pairs(chosen=chosen, rejected=torch.where(places, pairs.chosen, pairs.rejected), score_gap=pairs.score_gap)
+
+
+def audit_of(pairs: Pairs, prompts: np.ndarray, wrong: np.ndarray, seed: int) -> Audit:
+    """The audit of pairs whose labels are those at hand; ``wrong`` only judges it."""
+    differences = Differences.of(pairs.chosen.double().numpy(), pairs.rejected.double().numpy())
+    groups = np.arange(len(pairs), dtype=np.uint64)
+    margins, _, _ = judged(
+        OutOfFold(differences=differences, prompts=prompts.astype(np.uint64), groups=groups, seed=seed)
+    )
+    fitted = fit_mixture(margins)
+    area = None
+    if wrong.any():
+        ranks = stats.mannwhitneyu(-margins[wrong], -margins[~wrong]).statistic
+        area = float(ranks / (wrong.sum() * (~wrong).sum()))
+    return Audit(share=fitted.share, area=area, wrong=posterior_wrong(margins, fitted.share, fitted.temperature))
+
+
+def trained(method: Method, pairs: Pairs, audit: Audit, seed: int) -> torch.nn.Module:
+    """The head that ``method`` makes of the labels at hand."""
+    loss, options = method.loss, dict(method.options)
+    if audit.share < method.found:
+        loss, options = "bradley_terry", {}
+    if method.share:
+        options["wrong_share"] = min(audit.share, 0.45)
+    suspected = audit.wrong > LabelsConfig().above
+    wrong = audit.wrong
+    if method.use == "swap":
+        pairs = swapped(pairs, suspected)
+    if method.use == "drop":
+        pairs, wrong = pairs[torch.from_numpy(np.flatnonzero(~suspected))], wrong[~suspected]
+    soft = method.use in ("soft", "weight")
+    labels = Labels(LabelsConfig(kind="audited" if soft else "as_given", use=method.use if soft else "soft"), wrong)
+    head = new_head(pairs.chosen.shape[1], seed)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    plan = list(batches(len(pairs), seed))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(schedule, total=len(plan)))
+    for rows in plan:
+        batch = pairs[rows]
+        sides = head(torch.cat([batch.chosen, batch.rejected])).squeeze(1).split(len(batch))
+        margins = _margins(method.transport, batch, *sides)
+        of = partial(_losses, LOSSES[loss], sides, margins, options)
+        optimizer.zero_grad()
+        labels.losses(of, rows).mean().backward()
+        optimizer.step()
+        scheduler.step()
+    return head
+
+
+def _margins(scale: float, batch: Pairs, chosen: Tensor, rejected: Tensor) -> Tensor | None:
+    if not scale:
+        return None
+    found = optimal_transport_margins(batch.chosen, batch.rejected, chosen, rejected, reward_cost="abs")
+    return scale * found.margins
+
+
+def _losses(loss: Callable[..., Tensor], sides, margins, options, opposite: bool) -> Tensor:
+    return loss(*(reversed(sides) if opposite else sides), margins, **options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """All methods on the same labels from the same start."""
+
+    noise: str
+    share: float
+    seed: int
+    fold: int
+    methods: tuple[tuple[str, Method], ...]
+    tests: bool
+
+
+def done(job: Job, corpus: Corpus) -> dict:
+    """The records of one job: accuracies, and at the end which test pairs were ranked rightly."""
+    rows, held_out = corpus.fold(job.fold)
+    layer = int(corpus.splits["train"]["layers"][0])
+    moments = corpus.moments(layer, rows)
+    lengths = np.stack([corpus.splits["train"][f"{side}_tokens"] for side in ("chosen", "rejected")], axis=1)[rows]
+    wrong = wrong_labels(job.noise, job.share, lengths, job.seed)
+    pairs = swapped(corpus.pairs("train", layer, rows, *moments), wrong)
+    audit = audit_of(pairs, corpus.prompts["train"][rows], wrong, job.seed)
+    watched = {"validation": corpus.pairs("train", layer, held_out, *moments)}
+    if job.tests:
+        sizes = {split: np.arange(len(corpus.prompts[split])) for split in TESTS}
+        watched = {split: corpus.pairs(split, layer, every, *moments) for split, every in sizes.items()}
+    found: dict[str, dict] = {}
+    for name, method in job.methods:
+        head = trained(method, pairs, audit, job.seed)
+        judged_gaps = {split: gaps(head, some) for split, some in watched.items()}
+        found[name] = {split: preference_accuracy(gap).value for split, gap in judged_gaps.items()}
+        if job.tests:
+            found[name]["right"] = {
+                split: "".join(str(int(sign) + 1) for sign in np.sign(gap)) for split, gap in judged_gaps.items()
+            }
+    return {"share": audit.share, "area": audit.area, "methods": found}
+
+
+_corpus: Corpus | None = None
+
+
+def _start_worker(features: pathlib.Path, data: pathlib.Path) -> None:
+    global _corpus
+    torch.set_num_threads(1)
+    _corpus = read_corpus(features, data)
+
+
+def _work(job: Job) -> tuple[Job, dict]:
+    assert _corpus is not None
+    return job, done(job, _corpus)
+
+
+def results(jobs: Iterable[Job], path: pathlib.Path, fingerprint: str, pool) -> list[dict]:
+    """The records of ``jobs``, in order; those not in the file yet are made."""
+    jobs = list(jobs)
+    known = {}
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            known[record["key"]] = record["result"]
+    keys = {job: json.dumps([fingerprint, repr(job)]) for job in jobs}
+    missing = [job for job in jobs if keys[job] not in known]
+    with path.open("a", encoding="utf-8") as output:
+        for count, (job, result) in enumerate(pool.imap_unordered(_work, missing), start=1):
+            output.write(json.dumps({"key": keys[job], "result": result}) + "\n")
+            output.flush()
+            known[keys[job]] = result
+            print(f"{count} of {len(missing)}: {job.noise}, {job.share:.0%}, seed {job.seed}", flush=True)
+    return [known[keys[job]] for job in jobs]
+
+
+LOSS_CANDIDATES = {
+    "generalized cross-entropy": [("generalized_cross_entropy", (("q", q),)) for q in (0.3, 0.5, 0.7, 0.9)],
+}
+TRANSPORT_CANDIDATES = (0.5, 1.0, 2.0, 4.0)
+FOUND_CANDIDATES = (0.03, 0.06, 0.1)
+
+
+def tuning_jobs(methods: dict[str, Method], share: float) -> list[Job]:
+    """The same labels with each of the first tenths held out."""
+    return [
+        Job(noise="uniform", share=share, seed=1000 + fold, fold=fold, methods=tuple(methods.items()), tests=False)
+        for fold in range(TUNING_SEEDS)
+    ]
+
+
+def chosen(ask: Callable[[list[Job]], list[dict]]) -> tuple[dict[str, Method], list[str]]:
+    """The methods of the comparison with their numbers, and lines on what was tried."""
+    said = []
+
+    def best(title: str, candidates: dict[str, Method], shares: tuple[float, ...] = (TUNED_AT,)) -> str:
+        records = [record for share in shares for record in ask(tuning_jobs(candidates, share))]
+        means = {
+            name: float(np.mean([record["methods"][name]["validation"] for record in records])) for name in candidates
+        }
+        taken = max(means, key=means.__getitem__)
+        cells = [
+            f"**{name}: {100 * mean:.1f}**" if name == taken else f"{name}: {100 * mean:.1f}"
+            for name, mean in means.items()
+        ]
+        said.append(f"| {title} | {', '.join(cells)} |")
+        return taken
+
+    fading = {
+        f"q {options[0][1]:g}": Method(loss=loss, options=options)
+        for loss, options in LOSS_CANDIDATES["generalized cross-entropy"]
+    }
+    alone = fading[best("generalized cross-entropy", fading)]
+    soft = {name: Method(use="soft", loss=method.loss, options=method.options) for name, method in fading.items()}
+    with_soft = soft[best("the same with soft labels", soft)]
+    scales = {f"scale {scale:g}": Method(transport=scale) for scale in TRANSPORT_CANDIDATES}
+    scale = scales[best("OT margins", scales)].transport
+    from_share = {
+        f"from {100 * found:g} %": Method(use="soft", loss=with_soft.loss, options=with_soft.options, found=found)
+        for found in FOUND_CANDIDATES
+    }
+    found = from_share[best("soft labels with it from this estimate on", from_share, (0.0, 0.1, TUNED_AT))].found
+    both = {"use": "soft", "loss": with_soft.loss, "options": with_soft.options, "found": found}
+    methods = {
+        BASELINE: Method(),
+        "generalized cross-entropy": alone,
+        "backward correction": Method(loss="robust", share=True),
+        "forward correction": Method(loss="forward_robust", share=True),
+        "swapped": Method(use="swap"),
+        "dropped": Method(use="drop"),
+        "weighted": Method(use="weight"),
+        "soft": Method(use="soft"),
+        "soft, GCE if found": Method(**both),
+        "OT margins": Method(transport=scale),
+        "OT margins, soft": Method(use="soft", transport=scale),
+        "OT margins, soft, GCE if found": Method(**both, transport=scale),
+    }
+    return methods, said
+
+
+def tables(records: dict[tuple[str, float], list[dict]], methods: list[str], prompts: dict, tuned: list[str]) -> str:
+    """Differences to Bradley-Terry with intervals over seeds and prompts, and what the audits said."""
+    seeds = len(next(iter(records.values())))
+    parts = [
+        f"Accuracy in %, mean over {seeds} seeds; difference to {BASELINE} with the 95 % interval over seeds and "
+        "test prompts (a star: without 0):\n"
+    ]
+    for (noise, share), found in records.items():
+        estimates = 100 * np.array([record["share"] for record in found])
+        area = [record["area"] for record in found if record["area"] is not None]
+        ranked = f", area under its curve {np.mean(area):.3f}" if area else ""
+        estimated = f"estimated {estimates.mean():.1f} % (sd {estimates.std(ddof=1):.1f}){ranked}"
+        parts.append(f"{noise}, {share:.0%} wrong; {estimated}:\n")
+        parts.append("| method | ID | OOD | to Bradley-Terry, ID | to Bradley-Terry, OOD |\n|---|---|---|---|---|")
+        parts += [_row(name, found, prompts) for name in methods]
+        parts.append("")
+    parts.append("Validation accuracy on held-out training prompts, % (bold: taken):\n")
+    parts.append("\n".join(["| number | candidates |", "|---|---|", *tuned]))
+    return "\n".join(parts) + "\n"
+
+
+def _row(name: str, found: list[dict], prompts: dict) -> str:
+    cells = [name, *(f"{100 * np.mean([r['methods'][name][split] for r in found]):.1f}" for split in TESTS)]
+    for split in TESTS:
+        ours, theirs = ([record["methods"][method] for record in found] for method in (name, BASELINE))
+        mean = 100 * (np.mean([r[split] for r in ours]) - np.mean([r[split] for r in theirs]))
+        low, high = (100 * bound for bound in prompt_interval(ours, theirs, split, prompts[split]))
+        star = "" if low <= 0 <= high else " *"
+        cells.append("" if name == BASELINE else f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]{star}")
+    return "| " + " | ".join(cells) + " |"
+
+
+def plot(records: dict[tuple[str, float], list[dict]], target: pathlib.Path) -> None:
+    """Draw the difference to Bradley-Terry against the share of uniformly wrong labels."""
+    shown = {
+        "generalized cross-entropy": "#56B4E9",
+        "swapped": "#009E73",
+        "soft": "#E69F00",
+        "soft, GCE if found": "#D55E00",
+        "OT margins": "#CC79A7",
+        "OT margins, soft, GCE if found": "#0072B2",
+    }
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True, constrained_layout=True)
+    for axis, split, title in zip(axes, TESTS, ("in distribution", "out of distribution"), strict=True):
+        for place, (name, color) in enumerate(shown.items()):
+            shares, means, halves = [], [], []
+            for (noise, share), found in records.items():
+                if noise != "uniform":
+                    continue
+                values = [r["methods"][name][split] - r["methods"][BASELINE][split] for r in found]
+                mean, half = mean_and_half_width(100 * np.array(values))
+                shares.append(100 * share + 0.35 * (place - 2.5))
+                means.append(mean)
+                halves.append(half)
+            axis.errorbar(shares, means, yerr=halves, color=color, marker="o", ms=4, lw=1.3, capsize=2, label=name)
+        axis.axhline(0, color="black", lw=1)
+        axis.set_title(title)
+        axis.set_xlabel("wrong training labels, %")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("accuracy minus Bradley-Terry, points")
+    axes[0].legend(fontsize=8, loc="upper left")
+    temporary = target.with_name("." + target.name)
+    figure.savefig(temporary, dpi=110)
+    pyplot.close(figure)
+    temporary.replace(target)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--features", required=True, type=pathlib.Path, help="folder written by features.py")
+    parser.add_argument("--data", required=True, type=pathlib.Path, help="folder of alpaca_eval_pairs_*.jsonl.gz")
+    parser.add_argument("--output", required=True, type=pathlib.Path, help="folder for runs, tables and plot")
+    parser.add_argument("--seeds", type=int, default=10, help="for each noise and share of wrong labels")
+    parser.add_argument("--workers", type=int, default=2, help="jobs made at the same time, one core each")
+    return parser
+
+
+def main() -> None:
+    parser = build_parser()
+    options = parser.parse_args()
+    if options.seeds < 2:
+        parser.error(f"--seeds {options.seeds}: an interval needs at least 2")
+    corpus = read_corpus(options.features, options.data)
+    options.output.mkdir(parents=True, exist_ok=True)
+    start = options.features, options.data
+    with multiprocessing.get_context("spawn").Pool(options.workers, _start_worker, start) as pool:
+        ask = partial(results, path=options.output / "label_runs.jsonl", fingerprint=corpus.fingerprint, pool=pool)
+        methods, tuned = chosen(ask)
+        cases = [(noise, share) for noise, shares in NOISES.items() for share in shares]
+        jobs = [
+            Job(noise=noise, share=share, seed=seed, fold=seed % FOLDS, methods=tuple(methods.items()), tests=True)
+            for seed, (noise, share) in product(range(options.seeds), cases)
+        ]
+        found = dict(zip(jobs, ask(jobs), strict=True))
+    records = {
+        (noise, share): [record for job, record in found.items() if (job.noise, job.share) == (noise, share)]
+        for noise, share in cases
+    }
+    text = tables(records, list(methods), corpus.prompts, tuned)
+    write_text(options.output / "labels.md", text)
+    plot(records, options.output / "label_study.png")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
