@@ -13,7 +13,7 @@ import json
 import lzma
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,15 @@ _OTHER_FILES = {
     b"version https://git-lfs": "the pointer of a file in Git LFS; fetch the file itself (git lfs pull)",
     b"<!DOCTYPE": "a page of HTML, such as a server sends in place of a file; download it anew",
     b"<html": "a page of HTML, such as a server sends in place of a file; download it anew",
+    b"\x04\x22\x4d\x18": "packed by lz4; unpack it, or pack it by gzip, bzip2, xz or zstd",
+    b"7z\xbc\xaf\x27\x1c": "a 7-Zip archive; unpack it",
+    b"Rar!\x1a\x07": "a RAR archive; unpack it",
+    b"SQLite format 3": "a database of SQLite; write its rows as jsonl or csv",
+    b"\x80\x04\x95": "a pickle of Python; write its rows as jsonl",
+    b"\x80\x05\x95": "a pickle of Python; write its rows as jsonl",
 }
+_TAR = slice(257, 262)
+"""Where a tar archive says what it is."""
 
 
 def _open(path: Path) -> io.BufferedReader:
@@ -121,6 +129,8 @@ def _open(path: Path) -> io.BufferedReader:
 
 def _other_kind(head: bytes) -> str:
     """What a file is that begins so, where that can be told and rows are of another kind."""
+    if head[_TAR] == b"ustar":
+        return "a tar archive; unpack it"
     return next((words for magic, words in _OTHER_FILES.items() if head.startswith(magic)), "")
 
 
@@ -138,6 +148,8 @@ def _read_lines(path: Path) -> Iterator[Entry]:
                 f"{path}: expected one JSON object a line, but here an object takes several; write each on one "
                 "(jq -c . does)"
             )
+        if b"\r" in begin.rstrip() and b"\n" not in begin:
+            raise DataError(f"{path}: its lines end with CR alone, as on old Macs; write LF (tr '\\r' '\\n')")
         yield from _parse_lines(handle)
 
 
@@ -146,13 +158,40 @@ def _parse_lines(lines: Iterable[bytes]) -> Iterator[Entry]:
         if not line.strip():
             continue
         try:
-            yield number, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8")), None
+            yield number, _loaded(line.decode("utf-8-sig" if number == 1 else "utf-8")), None
         except UnicodeDecodeError as error:
             yield number, None, f"not UTF-8: {error.reason} at byte {error.start}"
         except json.JSONDecodeError as error:
             yield number, None, f"not JSON: {error.msg} at column {error.colno}"
         except RecursionError:
             yield number, None, "not JSON that can be read: nested too deeply"
+        except _Twice as error:
+            yield number, None, str(error)
+
+
+class _Twice(ValueError):
+    """A key stands twice in an object: which value is meant, nobody knows."""
+
+
+def _loaded(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        _Twice, json.JSONDecodeError, RecursionError: if it is none.
+    """
+    return json.loads(text, object_pairs_hook=_object)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise _Twice(f"the key {_doubled([key for key, _ in pairs])!r} stands twice in an object")
+    return found
+
+
+def _doubled(names: Sequence[str]) -> str:
+    """The first name that stands there a second time; empty without one."""
+    return next((name for place, name in enumerate(names) if name in names[:place]), "")
 
 
 def _read_json(path: Path) -> Iterator[Entry]:
@@ -165,8 +204,8 @@ def _read_json(path: Path) -> Iterator[Entry]:
         yield from _parse_lines(io.BytesIO(raw))
         return
     try:
-        rows = json.loads(raw.decode("utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        rows = _loaded(raw.decode("utf-8-sig"))
+    except (UnicodeDecodeError, json.JSONDecodeError, _Twice) as error:
         hint = "its rows cannot be told apart; save it as jsonl"
         raise DataError(f"{path}: not a valid JSON array ({error}); {hint}") from None
     yield from ((number, row, None) for number, row in enumerate(rows, start=1))
@@ -225,6 +264,9 @@ def _read_csv(path: Path) -> Iterator[Entry]:
         if header is None:
             return
         _refuse_other_separator(path, header, separator)
+        twice = _doubled([name for name in header if name])
+        if twice:
+            raise DataError(f"{path}: the column {twice!r} stands twice in the header; rename one of them")
         while True:
             begins = reader.line_num + 1
             try:

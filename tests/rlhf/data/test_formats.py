@@ -2,8 +2,12 @@
 
 import bz2
 import gzip
+import io
 import json
 import lzma
+import pickle
+import re
+import tarfile
 from decimal import Decimal
 
 import pyarrow
@@ -221,3 +225,66 @@ def test_decimals_of_a_table_are_numbers(tmp_path):
     assert record.margin == 1.5
     with pytest.raises(BadRow, match=r"non-finite number: margin is 10{39}$"):
         to_records({**row.value, "margin": 10**400}, ColumnConfig(), row_id="x:1", source="x")
+
+
+def tar(content):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        entry = tarfile.TarInfo("rows.jsonl")
+        entry.size = len(content)
+        archive.addfile(entry, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (tar(LINES), "a tar archive; unpack it"),
+        (gzip.compress(tar(LINES)), "a tar archive; unpack it"),
+        (b"\x04\x22\x4d\x18\x64\x40\xa7" + LINES, "packed by lz4"),
+        (b"7z\xbc\xaf\x27\x1c\x00\x04", "a 7-Zip archive"),
+        (b"SQLite format 3\x00", "a database of SQLite"),
+        (pickle.dumps(ROWS), "a pickle of Python"),
+    ],
+)
+@pytest.mark.parametrize("name", ["x.jsonl", "x.csv", "x.json"])
+def test_files_of_other_kinds_are_named_whatever_they_are_called(tmp_path, content, named, name):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=rf"{name}: expected text in UTF-8, but the file is {named}"):
+        rows_of(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "doubled",
+    ['{"prompt": "q", "chosen": "a", "chosen": "b"}', '{"prompt": [{"role": "a", "content": "", "role": "b"}]}'],
+)
+def test_a_key_that_stands_twice_makes_a_bad_row(tmp_path, doubled):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(LINES + doubled.encode() + b"\n")
+    *good, bad = open_source(SourceConfig(path=str(path))).rows()
+    assert [row.value for row in good] == ROWS
+    assert re.fullmatch(r"the key '(chosen|role)' stands twice in an object", bad.fault)
+    path = tmp_path / "x.json"
+    path.write_text(f"[{doubled}]")
+    with pytest.raises(DataError, match=r"x\.json: not a valid JSON array \(the key '\w+' stands twice in an object\)"):
+        rows_of(path)
+
+
+def test_a_column_that_stands_twice_is_refused_and_one_without_a_name_is_not(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text("prompt,chosen,chosen\na,b,c\n")
+    with pytest.raises(DataError, match=r"x\.csv: the column 'chosen' stands twice in the header"):
+        rows_of(path)
+    path.write_text("prompt,chosen,,\na,b,,\n")
+    assert rows_of(path) == [{"prompt": "a", "chosen": "b", "": ""}]
+
+
+def test_lines_that_end_as_on_old_macs_are_named(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(LINES.replace(b"\n", b"\r"))
+    with pytest.raises(DataError, match=r"x\.jsonl: its lines end with CR alone"):
+        rows_of(path)
+    path.write_bytes(LINES.replace(b"\n", b"\r\n"))
+    assert rows_of(path) == ROWS
+    path.write_bytes(LINES.splitlines()[0] + b"\r")  # one row
+    assert rows_of(path) == ROWS[:1]
