@@ -3,6 +3,7 @@ import logging
 
 import pytest
 
+from rlhf.core.errors import ModelError
 from rlhf.models.stops import model_stop_tokens
 from rlhf.models.tokenizer import load_tokenizer
 
@@ -50,3 +51,24 @@ def test_a_token_beyond_the_vocabulary_is_no_end_token(folder, tiny_model):
 
 def test_a_folder_without_configurations_names_none(tmp_path, tiny_model):
     assert model_stop_tokens(tmp_path, load_tokenizer(tiny_model)) == ()
+
+
+@pytest.mark.parametrize("ends", ["<|im_end|>", [2, None], [2, "0"], [[2]], {"a": 1}, 1.5])
+def test_ends_that_are_no_tokens_are_refused_in_one_line(folder, tiny_model, ends):
+    with pytest.raises(ModelError, match=r"eos_token_id = .*expected the number of a token|cannot be read") as refused:
+        model_stop_tokens(folder({"eos_token_id": ends}), load_tokenizer(tiny_model))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_negative_number_is_no_end_token(folder, tiny_model):
+    assert model_stop_tokens(folder({"eos_token_id": [-1, 2]}), load_tokenizer(tiny_model)) == (2,)
+
+
+@pytest.mark.parametrize("settings", [{"pad_token_id": [1]}, {"suppress_tokens": [2], "forced_eos_token_id": [2]}])
+def test_a_generation_config_that_transformers_does_not_open_is_refused_in_one_line(folder, tiny_model, settings):
+    path = folder(settings)
+    with pytest.raises(ModelError, match=r"generation_config\.json cannot be read \(.*Transformers would not open it"):
+        model_stop_tokens(path, load_tokenizer(tiny_model))
+    (path / "generation_config.json").write_text("{not json")
+    with pytest.raises(ModelError, match=r"generation_config\.json cannot be read"):
+        model_stop_tokens(path, load_tokenizer(tiny_model))
