@@ -45,7 +45,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 LEARNING_RATE = 1e-3
-"""That of study.py, chosen there for Bradley-Terry with right labels."""
+"""Chosen by study.py for Bradley-Terry with right labels."""
 BASELINE = "Bradley-Terry"
 TESTS = ("id_test", "ood_test")
 NOISES = {"uniform": (0.0, 0.1, 0.2, 0.3, 0.4), "by length": (0.2, 0.4)}
@@ -59,7 +59,7 @@ class Method:
     """What is made of labels in training."""
 
     use: str = "as_given"
-    """As ``labels.use``."""
+    """What becomes of doubtful labels: ``labels.use``, or as_given."""
     loss: str = "bradley_terry"
     options: tuple[tuple[str, float], ...] = ()
     found: float = 0.0
@@ -76,7 +76,7 @@ class Audit:
 
     share: float
     area: float | None
-    """Under the curve of its ranking; ``None`` where nothing is wrong."""
+    """The area under the curve of its ranking; ``None`` where nothing is wrong."""
     wrong: np.ndarray
 
 
