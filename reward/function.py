@@ -1,28 +1,232 @@
-"""A reward as a function of texts: a Python function that a recipe names, or a published reward model."""
+"""Rewards as functions of answers: a Python function that a recipe names, or a published reward model.
 
+A Python function gets two lists, one entry for each response, and by name whatever else its parameters ask for::
+
+    def reward(prompts, responses, *, answer):
+        return [float(text.strip() == right) for text, right in zip(responses, answer)]
+
+``answer`` is a column of the rows that the prompts come from.
+"""
+
+import asyncio
 import importlib
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from rlhf.core.errors import ConfigError
+from rlhf.core.errors import ConfigError, DataError, UserError
 from rlhf.data.messages import Asked, as_messages, last_text
 
-RewardFunction = Callable[[Sequence[Asked], Sequence[str]], Sequence[float]]
-"""``(prompts, responses) -> rewards``, one for each response, in their order."""
 TOKENS_AT_ONCE = 8192
+TIMEOUT_SECONDS = 60.0
+CONCURRENCY = 32
+KNOWN = ("messages", "token_ids", "ended")
+"""What functions may ask for by name, beside the columns of the rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """N responses to be judged, and what a judge may know of each: lists of N, in one order."""
+
+    prompts: Sequence[Asked]
+    responses: Sequence[str]
+    token_ids: Sequence[Sequence[int]]
+    """Tokens of the responses, the end token included where there is one."""
+    ended: Sequence[bool]
+    """Whether the model ended the response, rather than the limit."""
+    columns: Sequence[Mapping[str, Any]]
+    """The columns of the rows that the prompts come from, without what the prompts are made of."""
+
+    def __len__(self) -> int:
+        return len(self.responses)
+
+    def at(self, place: int) -> "Answers":
+        """One of them alone."""
+        return Answers(**{name: [values[place]] for name, values in vars(self).items()})
+
+
+RewardFunction = Callable[[Answers], Sequence[float | None]]
+"""One reward for each answer, in their order; ``None`` for one that it has no word on."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What came of an answer in the place of a reward."""
+
+    what: str
+
+
+@dataclass(frozen=True)
+class PythonReward:
+    """A user's function, called with what its parameters ask for. A RewardFunction.
+
+    Attributes:
+        spec: where it was found.
+        function: gets what users said last and the responses, as two lists of texts, and by name: ``messages`` (lists
+            of the whole conversations), ``token_ids``, ``ended``, ``options``, and columns of the rows. Where it is
+            asynchronous, it is called for every answer by itself, with lists of one.
+        options: of the recipe: further arguments, by name.
+        columns: the column that a parameter stands for, where the two have different names.
+        timeout_seconds: that one call of an asynchronous function may take.
+        concurrency: calls of an asynchronous function that run at one time.
+    """
+
+    spec: str
+    function: Callable[..., Any]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    columns: Mapping[str, str] = field(default_factory=dict)
+    timeout_seconds: float = TIMEOUT_SECONDS
+    concurrency: int = CONCURRENCY
+
+    def __post_init__(self) -> None:
+        """Refuse options that the function does not know.
+
+        Raises:
+            ConfigError: naming the first one.
+        """
+        for name in (*self.options, *self.columns):
+            if name not in self._by_name and not self._takes_all:
+                known = ", ".join(self._by_name) or "none besides the two lists"
+                raise ConfigError(f"reward {self.spec}: it has no parameter {name!r} to set; there are: {known}")
+
+    @cached_property
+    def needs(self) -> tuple[str, ...]:
+        """Columns that it cannot do without."""
+        given = {*KNOWN, *self.options}
+        own = [name for name, optional in self._by_name.items() if not optional and name not in given]
+        return tuple(dict.fromkeys((*(self.columns.get(name, name) for name in own), *self.columns.values())))
+
+    def __call__(self, answers: Answers) -> list[float | None]:
+        """Ask about all answers.
+
+        Raises:
+            DataError: if the function fails, or does not give one number or ``None`` for each.
+            ConfigError: if no row has a column that it needs.
+        """
+        if self._is_async:
+            found = self.each(answers)
+            failed = next((each.what for each in found if isinstance(each, Failure)), None)
+            if failed is not None:
+                raise DataError(self._complaint(answers, failed))
+            return [each for each in found if not isinstance(each, Failure)]
+        try:
+            return self._numbers(self._call(answers), answers)
+        except UserError:
+            raise
+        except Exception as error:
+            raise DataError(self._complaint(answers, _in_words(error))) from error
+
+    def each(self, answers: Answers) -> list[float | Failure | None]:
+        """Ask about all answers; where that fails, about each by itself.
+
+        Raises:
+            DataError: if the function does not give one number or ``None`` for each.
+            ConfigError: if no row has a column that it needs.
+        """
+        if self._is_async:
+            return asyncio.run(self._all_at_once(answers))
+        try:
+            return [*self._numbers(self._call(answers), answers)]
+        except UserError:
+            raise
+        except Exception as error:
+            if len(answers) == 1:
+                return [Failure(_in_words(error))]
+        return [self.each(answers.at(place))[0] for place in range(len(answers))]
+
+    async def _all_at_once(self, answers: Answers) -> list[float | Failure | None]:
+        gate = asyncio.Semaphore(self.concurrency)
+
+        async def ask(answer: Answers) -> float | Failure | None:
+            async with gate:
+                try:
+                    given = await asyncio.wait_for(self._call(answer), self.timeout_seconds)
+                    return self._numbers(given, answer)[0]
+                except UserError:
+                    raise
+                except TimeoutError:
+                    return Failure(f"no answer within {self.timeout_seconds:g} s")
+                except Exception as error:
+                    return Failure(_in_words(error))
+
+        return await asyncio.gather(*(ask(answers.at(place)) for place in range(len(answers))))
+
+    def _call(self, answers: Answers) -> Any:
+        known = {
+            "messages": [as_messages(prompt) for prompt in answers.prompts],
+            "token_ids": answers.token_ids,
+            "ended": answers.ended,
+        }
+        there = dict.fromkeys(name for row in answers.columns for name in row)
+        columns = {name: [row.get(name) for row in answers.columns] for name in there}
+        missing = [name for name in self.needs if name not in there]
+        if missing:
+            raise ConfigError(missing_column(self.spec, missing[0], there))
+        renamed = {name: columns[column] for name, column in self.columns.items()}
+        given = {**columns, **renamed, **known, **self.options}
+        wanted = given if self._takes_all else {name: given[name] for name in self._by_name if name in given}
+        return self.function([last_text(prompt) for prompt in answers.prompts], answers.responses, **wanted)
+
+    def _numbers(self, given: Any, answers: Answers) -> list[float | None]:
+        values = [None if value is None else float(value) for value in given]
+        if len(values) != len(answers):
+            raise DataError(
+                f"the reward function {self.spec} gave {len(values)} scores for {len(answers)} responses; "
+                "expected one number (or None) for each, in their order"
+            )
+        return values
+
+    def _complaint(self, answers: Answers, what: str) -> str:
+        return f"the reward function {self.spec} failed on {len(answers)} responses: {what}"
+
+    @cached_property
+    def _is_async(self) -> bool:
+        called = getattr(self.function, "__call__", None)  # noqa: B004
+        return inspect.iscoroutinefunction(self.function) or inspect.iscoroutinefunction(called)
+
+    @cached_property
+    def _by_name(self) -> dict[str, bool]:
+        """The parameters behind the two lists, and whether each may be left out."""
+        named = [each for each in self._parameters[2:] if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
+        return {each.name: each.default is not each.empty for each in named}
+
+    @cached_property
+    def _takes_all(self) -> bool:
+        return any(each.kind is each.VAR_KEYWORD for each in self._parameters)
+
+    @cached_property
+    def _parameters(self) -> list[inspect.Parameter]:
+        try:
+            return list(inspect.signature(self.function).parameters.values())
+        except (TypeError, ValueError):  # builtins have none to show
+            return []
+
+
+def missing_column(spec: str, name: str, there: Sequence[str] | Mapping[str, Any]) -> str:
+    """What to say of a function that needs a column which is not there."""
+    found = ", ".join(there) or "none beside the prompt"
+    return f"the reward function {spec} asks for {name!r}, and the rows have no such column; there are: {found}"
 
 
 def load_reward(spec: str) -> RewardFunction:
     """The function behind ``module:function``, or the reward model in a folder.
 
-    A function gets the text that the user said last; a model, the whole conversation.
-
     Raises:
         ConfigError: if there is no such function.
         ModelError: if the folder holds no reward model.
     """
-    if Path(spec).is_dir():
-        return _reward_of(Path(spec))
+    return _reward_of(Path(spec)) if Path(spec).is_dir() else load_function(spec)
+
+
+def load_function(spec: str, **settings: Any) -> PythonReward:
+    """The function behind ``module:function``, with the ``settings`` of a :class:`PythonReward`.
+
+    Raises:
+        ConfigError: if there is no such function, or it does not know one of its options or columns.
+    """
     module, _, name = spec.partition(":")
     try:
         function = getattr(importlib.import_module(module), name)
@@ -33,7 +237,7 @@ def load_reward(spec: str) -> RewardFunction:
         ) from error
     if not callable(function):
         raise ConfigError(f"reward {spec}: expected a function, found a {type(function).__name__}")
-    return lambda prompts, responses: function([last_text(prompt) for prompt in prompts], responses)
+    return PythonReward(spec, function, **settings)
 
 
 def _reward_of(folder: Path) -> RewardFunction:
@@ -41,11 +245,15 @@ def _reward_of(folder: Path) -> RewardFunction:
 
     check_scorer(folder)
 
-    def reward(prompts: Sequence[Asked], responses: Sequence[str]) -> list[float]:
+    def reward(answers: Answers) -> list[float]:
         model, chat = load_scorer(folder)  # now, and no sooner: what is judged may need the memory until then
-        asked = map(as_messages, prompts)
-        rendered = [chat.render_written(*each) for each in zip(asked, responses, strict=True)]
+        asked = map(as_messages, answers.prompts)
+        rendered = [chat.render_written(*each) for each in zip(asked, answers.responses, strict=True)]
         rows = [tokens for tokens, _ in chat.tokenize(rendered)]
         return score_tokens(model, rows, batch_tokens=TOKENS_AT_ONCE)
 
     return reward
+
+
+def _in_words(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

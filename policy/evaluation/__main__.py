@@ -36,16 +36,18 @@ def evaluate(config: EvaluationConfig, ranks: "Ranks") -> None:
     from rlhf.train.environment import write_environment
 
     write_environment(config.output, ranks)
+    prompts, columns = read_prompts(config.prompts)
     found = evaluate_policies(
         config.policies,
         config.reference,
-        read_prompts(config.prompts),
+        prompts,
         load_reward(config.reward),
         template=TemplateChoice(text=config.template, options=config.template_options, fold_system=config.fold_system),
         settings=config.sampling,
         output=config.output,
         precision=config.precision,
         ranks=ranks,
+        columns=columns,
     )
     if ranks.is_main:
         report_metrics({f"reward/{each.name}": each.reward.value for each in found})

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -20,10 +20,10 @@ from policy.generation.check import check_sampling
 from policy.model import PolicyModel
 from policy.ppo.telemetry import response_kl
 from policy.self_check import check_logprobs
-from reward.function import RewardFunction
+from reward.function import Answers, RewardFunction
 from rlhf.core.errors import DataError, ModelError
 from rlhf.core.files import write_json, write_text
-from rlhf.core.intervals import mean_with_interval
+from rlhf.core.intervals import Estimate, mean_with_interval
 from rlhf.data.batching import length_bucket
 from rlhf.data.messages import Asked, BadRow, as_messages
 from rlhf.data.options import PromptColumns, RowSource, TemplateChoice
@@ -68,6 +68,7 @@ def evaluate_policies(
     output: Path,
     precision: Precision | Literal["auto"] = "auto",
     ranks: Ranks | None = None,
+    columns: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[PolicyEvaluation]:
     """Sample from every policy and from the reference and compare; writes samples, evaluations.json and .md.
 
@@ -77,7 +78,8 @@ def evaluate_policies(
         policies: Transformers folders by name.
         reference: the folder that KL and gains are counted from.
         prompts: held-out ones.
-        reward: ``(prompts, responses) -> rewards``.
+        columns: the other columns of their rows, for reward functions; ``None`` for none.
+        reward: of answers. Those that it gives ``None`` for are left out.
         template: as ``data.template``.
         settings: of the samples; only where they come from the policy as it is, their mean log-ratio is called KL.
         output: folder to write into.
@@ -102,6 +104,7 @@ def evaluate_policies(
         check_same_tokens(f"policies.{name}", str(folder), chat, f"reference = {reference}", trust_remote_code=False)
     for prompt in prompts:
         chat.render_prompt(as_messages(prompt))
+    rows = [{}] * len(prompts) if columns is None else columns
     names = {REFERENCE: reference, **policies}
     drawn, against = _drawn_from_each(names, chat, prompts, settings, dtype, ranks)
     found: list[PolicyEvaluation] = []
@@ -110,8 +113,8 @@ def evaluate_policies(
         samples = _all_of(drawn[name].samples, ranks)
         logprobs = _padded(_all_of(drawn[name].logprobs, ranks))
         other = _padded(_all_of(against[name], ranks))
-        rewards = ranks.on_main(functools.partial(_rewards, reward, prompts, samples))
-        by_prompt = rewards.reshape(len(prompts), settings.samples).mean(axis=1)
+        rewards = ranks.on_main(functools.partial(_rewards, reward, prompts, rows, samples))
+        by_prompt = mean_by_prompt(rewards.reshape(len(prompts), settings.samples))
         ratios = response_kl(logprobs, other)
         found.append(_summary(name, samples, by_prompt, base_rewards, ratios, named=settings.from_the_policy))
         base_rewards = by_prompt if base_rewards is None else base_rewards
@@ -179,13 +182,26 @@ def _free() -> None:
         torch.cuda.empty_cache()
 
 
-def read_prompts(path: Path) -> list[Asked]:
-    """The prompts of a file of rows, as the stages read them; those that are one text of the user as that text.
+def mean_by_prompt(rewards: NDArray[np.float64]) -> NDArray[np.float64]:
+    """``(N,)`` means over the samples of each prompt; NaN for a prompt without rewards.
+
+    Args:
+        rewards: ``(N, samples)``; NaN where there is none.
+    """
+    counts = np.isfinite(rewards).sum(axis=1)
+    return np.where(counts > 0, np.nansum(rewards, axis=1) / np.maximum(counts, 1), np.nan)
+
+
+def read_prompts(path: Path) -> tuple[list[Asked], list[Mapping[str, Any]]]:
+    """The prompts of a file of rows, as the stages read them, and the other columns of the rows.
+
+    A prompt that is one text of the user comes as that text.
 
     Raises:
         DataError: naming the row that has none.
     """
     prompts: list[Asked] = []
+    columns: list[Mapping[str, Any]] = []
     source = open_source(RowSource(path=str(path)))
     for row in source.rows():
         place = f"{row_names(source.files)[source.files[row.file]]}:{row.line}"
@@ -195,7 +211,8 @@ def read_prompts(path: Path) -> list[Asked]:
             raise DataError(f"{path}, {place}: {error}") from error
         lone = len(record.prompt) == 1 and record.prompt[0].keys() == {"role", "content"}
         prompts.append(record.prompt[0]["content"] if lone else record.prompt)
-    return prompts
+        columns.append(record.columns)
+    return prompts, columns
 
 
 def check_model_folders(folders: Iterable[Path]) -> None:
@@ -232,15 +249,30 @@ def open_policy(folder: Path, dtype: torch.dtype = torch.float32, ranks: Ranks |
     return model
 
 
-def _rewards(reward: RewardFunction, prompts: Sequence[Asked], samples: Sequence[Sample]) -> NDArray[np.float64]:
-    given = reward([prompts[sample.prompt] for sample in samples], [sample.text for sample in samples])
-    values = np.asarray(list(given), dtype=np.float64)
-    if values.shape != (len(samples),) or not np.isfinite(values).all():
+def _rewards(
+    reward: RewardFunction,
+    prompts: Sequence[Asked],
+    columns: Sequence[Mapping[str, Any]],
+    samples: Sequence[Sample],
+) -> NDArray[np.float64]:
+    """``(N,)`` rewards; NaN for those that there is none of."""
+    answers = Answers(
+        prompts=[prompts[sample.prompt] for sample in samples],
+        responses=[sample.text for sample in samples],
+        token_ids=[sample.row.tokens[sample.row.response].tolist() for sample in samples],
+        ended=[sample.ended for sample in samples],
+        columns=[columns[sample.prompt] for sample in samples],
+    )
+    given = list(reward(answers))
+    known = np.array([value for value in given if value is not None], dtype=np.float64)
+    if len(given) != len(samples) or not np.isfinite(known).all():
         raise DataError(
-            f"the reward function gave {values.shape} values for {len(samples)} responses, "
-            f"{int((~np.isfinite(values)).sum())} of them not finite; expected one finite number each"
+            f"the reward function gave {len(given)} values for {len(samples)} responses, "
+            f"{int((~np.isfinite(known)).sum())} of them not finite; expected one finite number (or None) each"
         )
-    return values
+    if not len(known):
+        raise DataError(f"the reward function gave None for all of {len(samples)} responses: nothing can be compared")
+    return np.array([np.nan if value is None else value for value in given], dtype=np.float64)
 
 
 def _own_logprobs(model: Frozen, samples: Sequence[Sample], settings: SamplingSettings) -> Sequence[Tensor]:
@@ -276,23 +308,34 @@ def _summary(
     """``named``: the log-ratios of the samples may be called KL."""
     return PolicyEvaluation(
         name=name,
-        reward=mean_with_interval(by_prompt),
-        gain=None if base is None else mean_with_interval(by_prompt - base),
+        reward=mean_with_interval(by_prompt[np.isfinite(by_prompt)]),
+        gain=None if base is None else _gain(by_prompt - base),
         kl=ratios["kl"] if named else None,
         kl_k3=ratios["kl_k3"] if named else None,
         log_ratio=ratios["kl"],
         tokens=float(np.mean([sample.row.response.sum() for sample in samples])),
         ended_share=float(np.mean([sample.ended for sample in samples])),
-        prompts=len(by_prompt),
+        prompts=int(np.isfinite(by_prompt).sum()),
         samples=len(samples),
     )
+
+
+def _gain(by_prompt: NDArray[np.float64]) -> Estimate | None:
+    """The mean gain on the prompts that both have rewards for; ``None`` if there is none."""
+    both = by_prompt[np.isfinite(by_prompt)]
+    return mean_with_interval(both) if len(both) else None
 
 
 def _write_samples(
     path: Path, prompts: Sequence[Asked], samples: Sequence[Sample], rewards: NDArray[np.float64]
 ) -> None:
     rows = [
-        {"prompt": prompts[sample.prompt], "response": sample.text, "reward": reward, "ended": sample.ended}
+        {
+            "prompt": prompts[sample.prompt],
+            "response": sample.text,
+            "reward": reward if np.isfinite(reward) else None,
+            "ended": sample.ended,
+        }
         for sample, reward in zip(samples, rewards.tolist(), strict=True)
     ]
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

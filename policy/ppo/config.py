@@ -1,5 +1,6 @@
 """The recipe of a PPO run."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from policy.options import PolicyConfig
 from policy.ppo.estimators import ESTIMATORS
 from policy.ppo.presets import preset_values
 from policy.roles import policy_role, reference_role
+from reward.function import CONCURRENCY, TIMEOUT_SECONDS
 from rlhf.core.annotations import NoResult
 from rlhf.core.epochs import steps_per_epoch
 from rlhf.data.options import ExampleDataConfig, PromptDataConfig
@@ -26,13 +28,52 @@ STANDARDIZED_LIMIT = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
+class RewardTermConfig:
+    """One of several rewards that are added up: a reward model or a Python function."""
+
+    path: str = ""
+    """final/ of a reward run."""
+    function: str = ""
+    """module:function(prompts, responses, ...) in its place."""
+    weight: float = 1.0
+    """What its scores are multiplied by before they are added up."""
+    options: Mapping[str, bool | int | float | str] = field(default_factory=dict)
+    """Further arguments of the function, by name."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """The column that a parameter of the function stands for, where they differ in name: {answer: solution}."""
+    failures: Annotated[float, Ge(0), Le(1)] = 0.0
+    """Share of the responses of a step that the function may fail on or be late for: they are left out of this term.
+    Beyond it, the run stops."""
+    timeout_seconds: Annotated[float, Gt(0)] = TIMEOUT_SECONDS
+    """What an asynchronous function may take for one response."""
+    concurrency: Annotated[int, Gt(0)] = CONCURRENCY
+    """Responses that a rank asks an asynchronous function about at one time."""
+
+    def __post_init__(self) -> None:
+        if bool(self.path) == bool(self.function):
+            raise ValueError("give either path (the final/ folder of a reward run) or function (module:function)")
+        if self.path and (self.options or self.columns or self.failures):
+            raise ValueError(f"path = {self.path}: options, columns and failures are those of a function")
+        if not math.isfinite(self.weight):
+            raise ValueError(f"weight = {self.weight}: expected a finite number")
+
+    @property
+    def name(self) -> str:
+        """What its scores are called in the log."""
+        return self.function.rpartition(":")[2] if self.function else Path(self.path).parent.name or self.path
+
+
+@dataclass(frozen=True, kw_only=True)
 class RewardSourceConfig:
-    """Where rewards come from: reward models, or a Python function."""
+    """Where rewards come from: reward models, a Python function, or several of these, added up."""
 
     path: str | tuple[str, ...] = ()
     """final/ of a reward run, or a list of these: an ensemble."""
     function: str | None = None
-    """module:function(prompts, responses) -> scores, in place of models: rules, gold scorers."""
+    """module:function(prompts, responses, ...) -> scores, in place of models: rules, gold scorers. By the names of its
+    parameters it gets columns of the rows, messages, token_ids, ended (docs/ppo.md); None leaves a response out."""
+    terms: tuple[RewardTermConfig, ...] = ()
+    """Several models and functions, whose scores are added up by weight; in place of path and function."""
     combine: Literal["mean", "min", "mean_minus_sd"] = "mean"
     """What an ensemble says: its mean, its most doubtful member, or the mean minus `deviations` standard deviations."""
     deviations: Annotated[float, Ge(0)] = 1.0
@@ -60,9 +101,9 @@ class RewardSourceConfig:
     """Tokens that length_penalty does not count."""
 
     def __post_init__(self) -> None:
-        if bool(self.paths) == bool(self.function):
-            raise ValueError("give either path (the final/ folder of a reward run, or several) or function")
-        if len(self.paths) < 2 and self.combine != "mean":
+        if [bool(self.path), bool(self.function), bool(self.terms)].count(True) != 1:
+            raise ValueError("give one of path (the final/ folder of a reward run, or several), function and terms")
+        if (len(self.paths) < 2 or self.terms) and self.combine != "mean":
             raise ValueError(f"combine = {self.combine} needs an ensemble: several folders in path")
         if self.truncated == "penalty" and not self.missing_end_penalty:
             raise ValueError("truncated = penalty scores what was cut off minus missing_end_penalty: set that above 0")
@@ -74,14 +115,28 @@ class RewardSourceConfig:
 
     @property
     def paths(self) -> tuple[str, ...]:
+        """The folders of all models."""
+        if self.terms:
+            return tuple(term.path for term in self.terms if term.path)
         return (self.path,) if isinstance(self.path, str) else self.path
+
+    @property
+    def models_setting(self) -> str:
+        """The key that names the models."""
+        return "terms" if self.terms else "path"
+
+    @property
+    def all_terms(self) -> tuple[RewardTermConfig, ...]:
+        """The terms, of which a function by itself is one; none for models without terms."""
+        return (RewardTermConfig(function=self.function),) if self.function else self.terms
 
     @property
     def score_limit(self) -> float | None:
         """The bound of ``clip``; ``None`` for none."""
         if self.clip != "auto":
             return self.clip
-        return STANDARDIZED_LIMIT if self.paths and self.standardize else None
+        functions = self.function or any(term.function for term in self.terms)
+        return STANDARDIZED_LIMIT if self.standardize and not functions else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +181,9 @@ class RolloutConfig(SamplingConfig):
     """Prompts of a step, over all ranks."""
     samples: Annotated[int, Gt(0)] = 1
     """Responses to each; rloo, grpo and reinforce_pp_baseline compare them and need at least 2."""
+    extra_rounds: Annotated[int, Ge(0)] = 0
+    """Dynamic sampling: a prompt whose responses all have one score teaches nothing to estimators that compare them.
+    Sample up to this many times as many prompts again, and take those with scores that differ in their place."""
     stop_token_ids: tuple[Annotated[int, Ge(0)], ...] = ()
     """Tokens that end a response besides the tokenizer's EOS, the token behind an answer in the chat template and those
     of the model's generation config. The published model stops at all of them."""
@@ -199,8 +257,11 @@ class SurrogateConfig:
 
     epochs: Annotated[int, Gt(0)] = 2
     """Passes over the rollouts of a step, in minibatches of train.global_batch_size rollouts."""
+    objective: Literal["clip", "cispo"] = "clip"
+    """clip: PPO's surrogate, in which tokens beyond the bounds are learned no further. cispo: the likelihood of every
+    token, its weight being the ratio within the bounds."""
     clip_low: Annotated[float, Gt(0)] = 0.2
-    """Lower bound of the ratio to the old policy: 1 - clip_low."""
+    """Lower bound of the ratio to the old policy: 1 - clip_low; from 1 on there is none."""
     clip_high: Annotated[float, Gt(0)] | None = None
     """Upper bound of the ratio: 1 + clip_high (clip-higher); null: as clip_low."""
     dual_clip: Annotated[float, Gt(1)] | None = None
@@ -214,6 +275,10 @@ class SurrogateConfig:
     """Weight of an entropy bonus."""
     stop_epoch_kl: Annotated[float, Gt(0)] | None = None
     """End the epochs of a step once the policy is this far from the one that wrote the rollouts (nats per token)."""
+
+    def __post_init__(self) -> None:
+        if self.objective == "cispo" and self.dual_clip is not None:
+            raise ValueError(f"dual_clip = {self.dual_clip} bounds the surrogate of objective = clip; cispo has none")
 
     @property
     def upper(self) -> float:
@@ -269,7 +334,7 @@ class PpoConfig:
 
     output: Annotated[Path, NoResult()]
     """Run folder: config, logs, rollouts, checkpoints, and final/ when done."""
-    preset: Literal["grpo", "dr_grpo", "gspo", "rloo", "reinforce_pp"] | None = None
+    preset: Literal["grpo", "dr_grpo", "dapo", "cispo", "gspo", "rloo", "reinforce_pp"] | None = None
     """Settings of a method as its paper has them, in the place of defaults; what the recipe sets itself wins, and the
     log says where that differs from the paper. Null: PPO, or what the recipe makes of it."""
     policy: PolicyConfig
@@ -306,6 +371,11 @@ class PpoConfig:
         if ESTIMATORS[kind].needs_groups and rollout.samples < 2:
             raise ValueError(
                 f"advantage.estimator = {kind} compares the responses to one prompt: rollout.samples must be 2 or more"
+            )
+        if rollout.extra_rounds and not ESTIMATORS[kind].needs_groups:
+            raise ValueError(
+                f"rollout.extra_rounds = {rollout.extra_rounds} looks for prompts whose responses differ in score, but "
+                f"advantage.estimator = {kind} does not compare them"
             )
         if self.train.global_batch_size > self.rollouts:
             raise ValueError(
@@ -370,7 +440,7 @@ class PpoConfig:
         elif section.path is not None:
             setting, path = "critic.path", section.path
         elif readable:
-            setting, path = "reward.path", rewards.paths[0]
+            setting, path = f"reward.{rewards.models_setting}", rewards.paths[0]
         else:
             setting, path = policy.setting, policy.backbone.path
         own = BackboneConfig(
@@ -424,13 +494,13 @@ class PpoConfig:
 
 
 def scorer_roles(name: str, section: str, config: RewardSourceConfig) -> tuple[ModelRole, ...]:
-    """One for each member of an ensemble; none for a function."""
+    """One for each model of an ensemble or of the terms; none for a function."""
     names = [name] if len(config.paths) == 1 else [f"{name} {number}" for number, _ in enumerate(config.paths, start=1)]
     return tuple(
         ModelRole(
             name=each,
             section=section,
-            setting=f"{section}.path",
+            setting=f"{section}.{config.models_setting}",
             backbone=BackboneConfig(path=path),
             kind="reward model",
             placement=config.placement,

@@ -80,22 +80,41 @@ def make_experience(
     if config.kl.place == "reward":
         kl = kl_estimates(measured.logprobs, measured.reference, config.kl.kind)
     by_token = token_rewards(rewards, kl, rollouts.mask, kl_coefficient)
-    learned = learned_responses(rollouts, config)
+    learned = learned_responses(rollouts, scored.known, config)
     advantages, returns = estimate(by_token, measured.values, rollouts, learned, config.advantage)
     mask = rollouts.mask & learned[:, None]
     return Experience(rollouts, scored, measured, clipped, rewards, mask, advantages, returns)
 
 
-def learned_responses(rollouts: Rollouts, config: PpoConfig) -> Tensor:
-    """``(N,)`` bool: the responses that are learned from. Where those that were cut off are masked, neither they are,
-    nor is one that is left alone in its group with nothing to be compared with."""
-    if config.reward.truncated != "mask":
-        return torch.ones(len(rollouts), dtype=torch.bool)
-    ended = rollouts.ended
+def learned_responses(rollouts: Rollouts, known: Tensor, config: PpoConfig) -> Tensor:
+    """``(N,)`` bool: the responses that are learned from.
+
+    Those without a score are not, nor, where they are masked, those that were cut off; nor is one that is then left
+    alone in its group with nothing to be compared with.
+    """
+    learned = known & rollouts.ended if config.reward.truncated == "mask" else known
     if ESTIMATORS[config.advantage.estimator].needs_groups:
         counts = torch.zeros(int(rollouts.groups.max()) + 1, dtype=torch.long)
-        ended = ended & (counts.index_add(0, rollouts.groups, ended.long())[rollouts.groups] > 1)
-    return ended
+        learned = learned & (counts.index_add(0, rollouts.groups, learned.long())[rollouts.groups] > 1)
+    return learned
+
+
+def groups_that_differ(scored: Scored, groups: Tensor) -> Tensor:
+    """``(G,)`` bool: whether the responses to a prompt have more than one score.
+
+    Args:
+        scored: of N responses; those without a score do not count.
+        groups: ``(N,)`` int64 from 0 to G - 1.
+    References:
+        Yu et al., arXiv:2503.14476, sec. 3.2 (dynamic sampling).
+    """
+    count, known = int(groups.max()) + 1, scored.known
+    extremes = [torch.full((count,), sign * torch.inf) for sign in (1, -1)]
+    least, most = (
+        start.scatter_reduce(0, groups[known], scored.scores[known], reduce=how)
+        for start, how in zip(extremes, ("amin", "amax"), strict=True)
+    )
+    return most > least
 
 
 def shaped_scores(scores: Tensor, rollouts: Rollouts, config: RewardSourceConfig, max_tokens: int) -> Tensor:
@@ -142,10 +161,12 @@ def estimate(
 
 
 def not_finite(rollouts: Rollouts, scored: Scored, measured: Measured) -> dict[str, list[str]]:
-    """What is not finite, with the rows where: empty if all is well."""
+    """What is not finite or not there at all, with the rows where: empty if all is well."""
     tensors: dict[str, Any] = {"score": scored.scores, "raw score": scored.raw}
     tensors |= {name: getattr(measured, name) for name in ("logprobs", "entropies", "reference", "values")}
     found = {}
+    if not bool(scored.known.any()):
+        found["score (None for every response)"] = rollouts.row_ids
     for name, values in tensors.items():
         if values is None:
             continue
@@ -157,18 +178,36 @@ def not_finite(rollouts: Rollouts, scored: Scored, measured: Measured) -> dict[s
     return found
 
 
+def score_metrics(scored: Scored, lengths: Tensor, rewards: Tensor) -> dict[str, float]:
+    """Metrics over the responses that have a score, one at least; ``rewards`` are ``(N,)`` scores after penalties."""
+    metrics = {
+        f"reward/{name}": float(each.scores[each.known].mean())
+        for name, each in scored.terms.items()
+        if bool(each.known.any())
+    }
+    if scored.unknown is not None or scored.failed:
+        metrics |= {"unscored_share": 1 - float(scored.known.float().mean()), "reward_failures": float(scored.failed)}
+    known = scored.known
+    scores = scored.scores[known]
+    return metrics | {
+        "reward": float(scored.raw[known].mean()),
+        "score": float(scores.mean()),
+        "score_deviation": float(scores.std(correction=0)),
+        "length_correlation": correlation(scores, lengths[known].float()),
+        "rewarded": float(rewards[known].mean()),
+    }
+
+
 def experience_metrics(experience: Experience) -> dict[str, float]:
     """Metrics over the rollouts of all ranks."""
     rollouts, measured = experience.rollouts, experience.measured
     mask, learned = rollouts.mask, experience.mask
     tokens = [response.tokens for response in rollouts.responses]
-    metrics = rollout_metrics(
-        experience.scored.raw, experience.scored.scores, rollouts.response_lengths, rollouts.ended, tokens
-    )
+    metrics = rollout_metrics(rollouts.response_lengths, rollouts.ended, tokens)
+    metrics |= score_metrics(experience.scored, rollouts.response_lengths, experience.rewards)
     metrics |= {
         **response_kl(measured.logprobs, measured.reference),
         "entropy": float(measured.entropies[mask].mean()),
-        "rewarded": float(experience.rewards.mean()),
         "clipped_share": experience.clipped_share,
         "masked_share": 1 - float(learned.any(dim=1).float().mean()),
     }

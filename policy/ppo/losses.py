@@ -138,6 +138,35 @@ def clipped_surrogate(
     return losses if dual_clip is None else torch.minimum(losses, dual_clip * advantages.abs())
 
 
+def weighted_likelihood(
+    logprobs: Tensor, ratios: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float
+) -> Tensor:
+    r"""CISPO: the likelihood of every token, weighted by its advantage and by its clipped ratio, taken as a constant.
+
+        loss = -sg(clip(r, 1 - clip_low, 1 + clip_high)) A logprobs
+
+    Where :func:`clipped_surrogate` takes the gradient away from a token that has moved too far, this one bounds its
+    weight: rare tokens that matter (wait, however) go on being learned.
+
+    Args:
+        logprobs: ``(B, T)`` of the policy, in nats. Gradients flow.
+        ratios: ``(B, T)``, of :func:`token_ratios` or :func:`sequence_ratios`, taken as constants.
+        advantages: ``(B, T)``, taken as constants.
+        clip_low: at least 0; from 1 on, there is no lower bound.
+        clip_high: at least 0.
+    Returns:
+        ``(B, T)`` losses in nats times units of the advantage, unreduced.
+    Raises:
+        ValueError: if the shapes differ or a number is out of range.
+    References:
+        MiniMax-M1, arXiv:2506.13585, eq. 4 and 5.
+    """
+    check_same_shape(logprobs=logprobs, ratios=ratios, advantages=advantages)
+    check_range(0, math.inf, clip_low=clip_low, clip_high=clip_high)
+    weights = ratios.detach().clamp(1 - clip_low, 1 + clip_high)
+    return -weights * advantages.detach() * logprobs
+
+
 def clipped_share(
     ratios: Tensor, advantages: Tensor, mask: Tensor, *, clip_low: float, clip_high: float
 ) -> tuple[Tensor, Tensor]:

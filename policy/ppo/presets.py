@@ -28,6 +28,7 @@ class Preset:
 
 PLAIN_LOSS = {
     "loss.epochs": 1,
+    "loss.objective": "clip",
     "loss.ratio": "token",
     "loss.clip_low": 0.2,
     "loss.clip_high": None,
@@ -35,7 +36,12 @@ PLAIN_LOSS = {
     "loss.entropy": 0.0,
     "loss.stop_epoch_kl": None,
 }
-PLAIN_SAMPLING = {"rollout.temperature": 1.0, "rollout.top_p": 1.0, "rollout.top_k": 0}
+PLAIN_SAMPLING = {
+    "rollout.temperature": 1.0,
+    "rollout.top_p": 1.0,
+    "rollout.top_k": 0,
+    "rollout.extra_rounds": 0,
+}
 PLAIN_REWARD = {"reward.length_penalty": 0.0, "reward.missing_end_penalty": 0.0}
 PLAIN = {**PLAIN_LOSS, **PLAIN_SAMPLING, **PLAIN_REWARD, "kl.controller": "fixed"}
 
@@ -67,6 +73,40 @@ PRESETS: Mapping[str, Preset] = {
             "loss.normalize": "constant",
         },
         updates=8,  # 128 prompts with 8 responses each (--rollout_batch_size), 128 to an update (--train_batch_size)
+    ),
+    "dapo": Preset(
+        source="Yu et al., arXiv:2503.14476, without soft punishment of length; rounds of sampling have a limit here",
+        settings={
+            **PLAIN,
+            "advantage.estimator": "grpo",  # eq. 9
+            "advantage.whiten": False,
+            "rollout.samples": 16,  # sec. 4.1
+            "rollout.extra_rounds": 3,  # sec. 3.2, eq. 11
+            "kl.place": "reward",
+            "kl.estimator": None,
+            "kl.coefficient": 0.0,  # sec. 2.3
+            "loss.clip_low": 0.2,  # sec. 4.1
+            "loss.clip_high": 0.28,  # sec. 4.1
+            "loss.normalize": "token",  # eq. 12
+        },
+        updates=16,  # sec. 4.1: 512 prompts with 16 responses each, 512 to an update
+    ),
+    "cispo": Preset(
+        source="MiniMax-M1, arXiv:2506.13585; upper bound of ScaleRL, arXiv:2510.13786; the samples are ours",
+        settings={
+            **PLAIN,
+            "advantage.estimator": "grpo",  # eq. 2
+            "advantage.whiten": False,
+            "rollout.samples": 16,
+            "kl.place": "reward",
+            "kl.estimator": None,
+            "kl.coefficient": 0.0,
+            "loss.objective": "cispo",  # eq. 4 and 5
+            "loss.clip_low": 1.0,  # no lower bound
+            "loss.clip_high": 4.0,  # weights up to 5
+            "loss.normalize": "token",  # eq. 4
+        },
+        updates=16,
     ),
     "gspo": Preset(
         source="Zheng et al., arXiv:2507.18071v2, sec. 5.1, without KL; the samples to a prompt are ours",

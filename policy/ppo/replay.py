@@ -16,19 +16,22 @@ from rlhf.engine.ranks import Ranks
 
 
 class Replay:
-    """One file a step: ``<folder>/step-00000012.pt``. The main rank writes and reads; every rank must call."""
+    """One file a step and round of sampling: ``<folder>/step-00000012-0.pt``.
+
+    The main rank writes and reads; every rank must call.
+    """
 
     def __init__(self, folder: Path, ranks: Ranks, identity: str) -> None:
         """``identity``: files of another run are passed over."""
         self._folder, self._ranks, self._identity = folder, ranks, identity
 
-    def put(self, step: int, rollouts: Rollouts, oldest: int) -> None:
-        """Keep those of ``step``, and drop those of steps before ``oldest``."""
-        self._ranks.on_main(lambda: self._write(step, rollouts, oldest))
+    def put(self, step: int, round_: int, rollouts: Rollouts, oldest: int) -> None:
+        """Keep those of a round of ``step``, and drop those of steps before ``oldest``."""
+        self._ranks.on_main(lambda: self._write(self._path(step, round_), rollouts, oldest))
 
-    def get(self, step: int, prompts: Sequence[Prompt]) -> Rollouts | None:
-        """What was put for ``step``, whose prompts are these; ``None`` where there is nothing usable."""
-        found = self._ranks.on_main(lambda: self._read(step))
+    def get(self, step: int, round_: int, prompts: Sequence[Prompt]) -> Rollouts | None:
+        """What was put for a round of ``step``, whose prompts are these; ``None`` where there is nothing usable."""
+        found = self._ranks.on_main(lambda: self._read(self._path(step, round_)))
         if found is None:
             return None
         responses = [
@@ -38,10 +41,10 @@ class Replay:
         groups = torch.tensor(found["groups"])
         return Rollouts([prompts[place] for place in found["groups"]], responses, found["texts"], groups)
 
-    def _path(self, step: int) -> Path:
-        return self._folder / f"step-{step:08d}.pt"
+    def _path(self, step: int, round_: int) -> Path:
+        return self._folder / f"step-{step:08d}-{round_}.pt"
 
-    def _write(self, step: int, rollouts: Rollouts, oldest: int) -> None:
+    def _write(self, path: Path, rollouts: Rollouts, oldest: int) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         state = {
             "identity": self._identity,
@@ -54,14 +57,14 @@ class Replay:
         }
         buffer = io.BytesIO()
         torch.save(state, buffer)
-        write_bytes(self._path(step), buffer.getbuffer())
-        for path in self._folder.glob("step-????????.pt"):
-            if int(path.stem.removeprefix("step-")) < oldest:
-                path.unlink()
+        write_bytes(path, buffer.getbuffer())
+        for each in self._folder.glob("step-????????-*.pt"):
+            if int(each.stem.split("-")[1]) < oldest:
+                each.unlink()
 
-    def _read(self, step: int) -> dict | None:
+    def _read(self, path: Path) -> dict | None:
         try:
-            state = torch.load(self._path(step), weights_only=True)
+            state = torch.load(path, weights_only=True)
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
             return None
         return state if state.get("identity") == self._identity else None

@@ -70,7 +70,7 @@ def held_out(
 
     Args:
         rollouts: one response to each prompt.
-        scored: their rewards.
+        scored: their rewards; those without one are left out.
         second: those of the second scorer, if there is one.
         logprobs: ``(N, W)`` of the policy; 0 behind a response.
         reference: the same of the reference.
@@ -78,12 +78,12 @@ def held_out(
     """
     kls = response_kl(logprobs, reference)
     kl = kls["kl"]
-    score = _estimate(scored.scores)
+    score = _estimate(scored.scores[scored.known])
     selection = score.value if kl <= kl_budget else OVER_BUDGET - kl
     return HeldOut(
-        reward=_estimate(scored.raw),
+        reward=_estimate(scored.raw[scored.known]),
         score=score,
-        second=None if second is None else _estimate(second.raw),
+        second=None if second is None else _estimate(second.raw[second.known]),
         kl=kl,
         kl_k3=kls["kl_k3"],
         tokens=float(rollouts.response_lengths.float().mean()),
@@ -96,7 +96,7 @@ def held_out(
 def held_out_rows(
     rollouts: Rollouts, scored: Scored, second: Scored | None, log_ratios: Tensor, prompt_keys: np.ndarray
 ) -> list[dict[str, Any]]:
-    """A row for ``held_out.jsonl`` of each response to a held-out prompt; ``value`` is its reward.
+    """A row for ``held_out.jsonl`` of each response to a held-out prompt that has a reward, its ``value``.
 
     Args:
         rollouts: N responses, one to each prompt.
@@ -106,12 +106,12 @@ def held_out_rows(
         prompt_keys: ``(N,)`` uint64.
     """
     rows = []
-    for place in range(len(rollouts)):
+    for place in scored.known.nonzero().flatten().tolist():
         row = _row(0, rollouts, scored, place)
         row.pop("step")
         row |= {"prompt": shortened(row["prompt"]), "response": shortened(row["response"])}
         row |= {"group": f"{int(prompt_keys[place]):016x}", "value": row["reward"], "kl": float(log_ratios[place])}
-        rows.append(row | ({} if second is None else {"second": _number(second.raw[place])}))
+        rows.append(row | ({} if second is None else {"second": _score(second.raw, second, place)}))
     return rows
 
 
@@ -152,7 +152,7 @@ class RolloutLog:
         for place in places:
             row = _row(step, rollouts, experience.scored, place)
             row |= {"rewarded": float(experience.rewards[place]), "kl": float(kl[place])}
-            row |= {} if second is None else {"second": _number(second.raw[place])}
+            row |= {} if second is None else {"second": _score(second.raw, second, place)}
             rows.append(row)
         self._append(ROLLOUTS, step, rows)
 
@@ -177,16 +177,19 @@ def _row(step: int, rollouts: Rollouts, scored: Scored, place: int) -> dict[str,
         "row": rollouts.row_ids[place],
         "prompt": rollouts.prompts[place].text,
         "response": rollouts.texts[place],
-        "reward": _number(scored.raw[place]),
-        "score": _number(scored.scores[place]),
+        "reward": _score(scored.raw, scored, place),
+        "score": _score(scored.scores, scored, place),
+        **{f"reward/{name}": _score(term.scores, term, place) for name, term in scored.terms.items()},
         "tokens": len(rollouts.responses[place].tokens),
         "ended": rollouts.responses[place].ended,
     }
 
 
-def _number(value: Tensor) -> float | str:
-    """JSON has no word for what is not finite."""
-    number = float(value)
+def _score(values: Tensor, scored: Scored, place: int) -> float | str | None:
+    """Null where there is none; a text where it is not finite, which JSON has no word for."""
+    if not bool(scored.known[place]):
+        return None
+    number = float(values[place])
     return number if np.isfinite(number) else str(number)
 
 

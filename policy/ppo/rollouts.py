@@ -39,6 +39,19 @@ class Rollouts:
     def __len__(self) -> int:
         return len(self.responses)
 
+    def of_groups(self, groups: Sequence[int]) -> tuple["Rollouts", Tensor]:
+        """The responses of these groups, numbered anew in their order, and their ``(n,)`` places among all."""
+        places = torch.cat([(self.groups == group).nonzero().flatten() for group in groups])
+        counts = torch.tensor([int((self.groups == group).sum()) for group in groups])
+        chosen = places.tolist()
+        kept = Rollouts(
+            [self.prompts[place] for place in chosen],
+            [self.responses[place] for place in chosen],
+            [self.texts[place] for place in chosen],
+            torch.arange(len(groups)).repeat_interleave(counts),
+        )
+        return kept, places
+
     def item(self, index: int) -> Item:
         prompt, response = self.prompts[index].tokens, self.responses[index].tokens
         tokens = np.concatenate([prompt, response])
@@ -92,6 +105,17 @@ class Rollouts:
         column = torch.zeros(self.mask.shape)
         column[self.mask] = torch.from_numpy(np.concatenate(values))
         return column
+
+
+def joined(parts: Sequence[Rollouts]) -> Rollouts:
+    """All of ``parts``, whose groups stay apart."""
+    starts = np.cumsum([0, *(int(part.groups.max()) + 1 for part in parts)])
+    return Rollouts(
+        [prompt for part in parts for prompt in part.prompts],
+        [response for part in parts for response in part.responses],
+        [text for part in parts for text in part.texts],
+        torch.cat([part.groups + int(start) for part, start in zip(parts, starts, strict=False)]),
+    )
 
 
 def closed(rollouts: Rollouts, chat: ChatFormat, *, cut: bool) -> Rollouts:

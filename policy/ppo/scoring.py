@@ -1,19 +1,20 @@
-"""Rewards of rollouts: from reward models with a manifest, from an ensemble of them, or from a Python function."""
+"""Rewards of rollouts: from reward models with a manifest, an ensemble of them, Python functions, or sums of these."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from policy.ppo.config import RewardSourceConfig
+from policy.ppo.config import RewardSourceConfig, RewardTermConfig
 from policy.ppo.rollouts import Reencoded, Rollouts, ask, closed
-from reward.function import RewardFunction, load_reward
+from reward.function import Answers, Failure, load_function, missing_column
 from reward.model import Scores, load_reward_model
-from rlhf.core.errors import DataError, ModelError, UserError
+from rlhf.core.errors import ConfigError, DataError, ModelError
 from rlhf.core.files import digest
 from rlhf.data.batching import Batch
 from rlhf.data.prompts import PromptDataset
@@ -29,14 +30,48 @@ from rlhf.train.batches import BatchMaker
 from rlhf.train.chat import load_chat
 from rlhf.train.roles import frozen_of, is_shared_out
 
+CHECKED_PROMPTS = 64
+"""Prompts of training and of evaluation that are looked at for the columns that reward functions need."""
 
-class Scored(NamedTuple):
-    """``(N,)`` float32 each, the same on every rank."""
+
+@dataclass(frozen=True)
+class Scored:
+    """``(N,)`` each, the same on every rank."""
 
     raw: Tensor
-    """Rewards as the model or function gives them; of an ensemble, their mean."""
+    """float32 rewards as the model or function gives them; of an ensemble, their mean; of terms, their sum."""
     scores: Tensor
-    """Scores, standardized and combined: what the policy is trained on, before clipping and penalties."""
+    """float32 scores, standardized and combined: what the policy is trained on, before clipping and penalties."""
+    unknown: Tensor | None = None
+    """bool, True on the responses that nothing is known of, whose scores are 0; ``None`` where all are known."""
+    failed: int = 0
+    """Responses that a function failed on, over all terms."""
+    terms: Mapping[str, "Scored"] = field(default_factory=dict)
+    """What the terms of a sum say, by name."""
+
+    @property
+    def known(self) -> Tensor:
+        """``(N,)`` bool, True on the responses that have a score."""
+        return torch.ones(len(self.scores), dtype=torch.bool) if self.unknown is None else ~self.unknown
+
+
+    def at(self, places: Tensor) -> "Scored":
+        """Those of the responses ``places``, ``(n,)`` int64. Failures stay those of all."""
+        unknown = None if self.unknown is None or not bool(self.unknown[places].any()) else self.unknown[places]
+        terms = {name: term.at(places) for name, term in self.terms.items()}
+        return Scored(self.raw[places], self.scores[places], unknown, self.failed, terms)
+
+
+def joined_scores(parts: Sequence[Scored]) -> Scored:
+    """Scores of all ``parts``, of one scorer."""
+    unknown = torch.cat([~part.known for part in parts])
+    return Scored(
+        torch.cat([part.raw for part in parts]),
+        torch.cat([part.scores for part in parts]),
+        unknown if bool(unknown.any()) else None,
+        sum(part.failed for part in parts),
+        {name: joined_scores([part.terms[name] for part in parts]) for name in parts[0].terms},
+    )
 
 
 class Scorer(Protocol):
@@ -62,47 +97,69 @@ class ScorerParts:
 
 
 class FunctionScorer:
-    """``function(prompts, responses) -> scores``; the ranks share the rows."""
+    """A Python function; the ranks share the rows."""
 
-    def __init__(self, spec: str, ranks: Ranks) -> None:
-        self.identity = spec
-        self._function: RewardFunction = load_reward(spec)
-        self._ranks = ranks
+    def __init__(self, term: RewardTermConfig, parts: ScorerParts) -> None:
+        """Build the function.
+
+        Raises:
+            ConfigError: if there is no such function, it does not know one of its options, or needs a column that the
+                rows do not have.
+        """
+        given = [dict(each) for each in (term.options, term.columns) if each]
+        self.identity = " ".join([term.function, *(json.dumps(each, sort_keys=True) for each in given)])
+        self._term, self._ranks = term, parts.ranks
+        self._function = load_function(
+            term.function,
+            options=term.options,
+            columns=term.columns,
+            timeout_seconds=term.timeout_seconds,
+            concurrency=term.concurrency,
+        )
+        for prompts in parts.prompts:
+            self._check_columns(prompts)
+
+    def _check_columns(self, prompts: PromptDataset) -> None:
+        places = np.unique(np.linspace(0, len(prompts) - 1, min(CHECKED_PROMPTS, len(prompts))).astype(int))
+        there = dict.fromkeys(name for place in places.tolist() for name in prompts.prompt(place).columns)
+        for name in self._function.needs if len(prompts) else ():
+            if name not in there:
+                raise ConfigError(missing_column(self._term.function, name, there))
 
     def score(self, rollouts: Rollouts) -> Scored:
         """Values that are not finite come back as they are.
 
         Raises:
-            DataError: if the function raises, or does not give one number per response.
+            DataError: if the function fails on more responses than it may, or does not give one number (or ``None``)
+                for each.
         """
         ranks = self._ranks
         mine = list(range(len(rollouts)))[ranks.rank :: ranks.world_size]
-        values = ranks.together(lambda: self._call(rollouts, mine))
-        found = torch.empty(len(rollouts))
-        for rank, part in enumerate(ranks.gather_objects(values)):
-            found[rank :: ranks.world_size] = part
-        return Scored(found, found)
-
-    def _call(self, rollouts: Rollouts, rows: list[int]) -> Tensor:
-        if not rows:  # there are fewer responses than ranks
-            return torch.zeros(0)
-        prompts = [rollouts.prompts[row].messages for row in rows]
-        responses = [rollouts.texts[row] for row in rows]
-        try:
-            given = self._function(prompts, responses)
-            values = np.asarray([float(value) for value in given], np.float32)
-        except UserError:
-            raise
-        except Exception as error:
+        given: list[float | Failure | None] = [None] * len(rollouts)
+        for rank, part in enumerate(ranks.gather_objects(ranks.together(lambda: self._call(rollouts, mine)))):
+            given[rank :: ranks.world_size] = part
+        failures = [each for each in given if isinstance(each, Failure)]
+        if len(failures) > self._term.failures * len(given):
             raise DataError(
-                f"the reward function {self.identity} failed on {len(rows)} responses: {type(error).__name__}: {error}"
-            ) from error
-        if len(values) != len(rows):
-            raise DataError(
-                f"the reward function {self.identity} gave {len(values)} scores for {len(rows)} responses; "
-                "expected one number for each, in their order"
+                f"the reward function {self._term.function} failed on {len(failures)} of {len(given)} responses, more "
+                f"than its failures = {self._term.failures:g} lets pass: {failures[0].what}"
             )
-        return torch.from_numpy(values)
+        numbers = [each if isinstance(each, float) else None for each in given]
+        values = torch.tensor([0.0 if each is None else each for each in numbers])
+        unknown = torch.tensor([each is None for each in numbers])
+        return Scored(values, values, unknown if bool(unknown.any()) else None, len(failures))
+
+    def _call(self, rollouts: Rollouts, rows: list[int]) -> Sequence[float | Failure | None]:
+        if not rows:  # there are fewer responses than ranks
+            return []
+        answers = Answers(
+            prompts=[rollouts.prompts[row].messages for row in rows],
+            responses=[rollouts.texts[row] for row in rows],
+            token_ids=[rollouts.responses[row].tokens.tolist() for row in rows],
+            ended=[rollouts.responses[row].ended for row in rows],
+            columns=[rollouts.prompts[row].columns for row in rows],
+        )
+        return self._function.each(answers) if self._term.failures else self._function(answers)
 
 
 class ModelScorer:
@@ -167,6 +224,22 @@ class Ensemble:
         return Scored(raw, combine(scores, self._config.combine, self._config.deviations))
 
 
+class Sum:
+    """Terms that are added up by weight. A term that has no word on a response adds nothing to its score."""
+
+    def __init__(self, terms: Mapping[str, tuple[float, Scorer]]) -> None:
+        """``terms``: weight and scorer, by name."""
+        self._terms = terms
+        self.identity = digest(*(f"{weight:g} {scorer.identity}" for weight, scorer in terms.values()))
+
+    def score(self, rollouts: Rollouts) -> Scored:
+        said = {name: scorer.score(rollouts) for name, (_, scorer) in self._terms.items()}
+        total = torch.stack([self._terms[name][0] * each.scores for name, each in said.items()]).sum(dim=0)
+        unknown = ~torch.stack([each.known for each in said.values()]).any(dim=0)
+        failed = sum(each.failed for each in said.values())
+        return Scored(total, total, unknown if bool(unknown.any()) else None, failed, said)
+
+
 def combine(scores: Tensor, how: str, deviations: float) -> Tensor:
     """``(N,)`` from ``(M, N)`` scores of M models: their mean, their minimum, or mean minus so many deviations.
 
@@ -181,11 +254,23 @@ def combine(scores: Tensor, how: str, deviations: float) -> Tensor:
 
 def build_scorer(config: RewardSourceConfig, roles: Sequence[ModelRole], parts: ScorerParts) -> Scorer:
     """What the recipe's section asks for, with its ``roles`` if it names models. Every rank must call it."""
-    function = config.function
-    if function is not None:
-        return parts.ranks.together(lambda: FunctionScorer(function, parts.ranks))
-    members = [ModelScorer(role, config, parts) for role in roles]
-    return members[0] if len(members) == 1 else Ensemble(members, config)
+    if not config.all_terms:
+        members = [ModelScorer(role, config, parts) for role in roles]
+        return members[0] if len(members) == 1 else Ensemble(members, config)
+    models = iter(roles)
+    terms: dict[str, tuple[float, Scorer]] = {}
+    for number, term in enumerate(config.all_terms, start=1):
+        name = term.name if term.name not in terms else f"{term.name} {number}"
+        terms[name] = term.weight, _term_scorer(term, config, models, parts)
+    return next(iter(terms.values()))[1] if config.function else Sum(terms)
+
+
+def _term_scorer(
+    term: RewardTermConfig, config: RewardSourceConfig, models: Iterator[ModelRole], parts: ScorerParts
+) -> Scorer:
+    if term.path:
+        return ModelScorer(next(models), config, parts)
+    return parts.ranks.together(lambda: FunctionScorer(term, parts))
 
 
 def check_same_text(folder: Path, manifest: Manifest, parts: ScorerParts) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -16,13 +17,14 @@ from policy.generation.api import Sampler
 from policy.model import PolicyOutput
 from policy.ppo.config import PpoConfig
 from policy.ppo.ema import MovingAverage
-from policy.ppo.experience import Measured, experience_metrics, make_experience, not_finite
+from policy.ppo.estimators import ESTIMATORS
+from policy.ppo.experience import Measured, experience_metrics, groups_that_differ, make_experience, not_finite
 from policy.ppo.kl import AdaptiveKl, FixedKl, horizon_of
 from policy.ppo.reference import ReferenceModel
 from policy.ppo.replay import Replay
 from policy.ppo.reports import HeldOut, RolloutLog, held_out, held_out_rows
-from policy.ppo.rollouts import Rollouts, ask, by_response, roll_out
-from policy.ppo.scoring import Scored, Scorer
+from policy.ppo.rollouts import Rollouts, ask, by_response, joined, roll_out
+from policy.ppo.scoring import Scored, Scorer, joined_scores
 from policy.ppo.update import Updater, UpdateReport
 from policy.ppo.watch import Watch
 from rlhf.core.errors import TrainingStopped
@@ -120,18 +122,9 @@ class PpoTask:
         """One PPO step; every rank must call it."""
         clock = _Clock()
         self._steps_taken = step + 1
-        # 1. Sample prompts.
-        prompts = self._prompts(step)
-        # 2. Generate responses, or take those that a killed run has left.
-        with clock("generate"):
-            rollouts = self._replay.get(step, prompts)
-            if rollouts is None:
-                rollouts = self._roll_out(prompts, self._config.rollout.samples, ("train", step), progress)
-                self._replay.put(step, rollouts, oldest=self._saved)
-        # 3. Score them.
-        progress.phase(f"step {step + 1}: scoring {len(rollouts)} responses")
+        # 1. Sample prompts; 2. generate responses; 3. score them.
+        rollouts, scored, sampling = self._sample_and_score(step, clock, progress)
         with clock("score"):
-            scored = self._roles.scorer.score(rollouts)
             second = None if self._roles.second is None else self._roles.second.score(rollouts)
         # 4. Log-probabilities of policy and reference; 5. values.
         progress.phase(f"step {step + 1}: log-probabilities and values")
@@ -155,23 +148,71 @@ class PpoTask:
         metrics = experience_metrics(experience)
         self._kl.update(metrics["kl"], len(rollouts))
         metrics |= report.metrics() | {"kl_coefficient": coefficient, "rollouts": float(len(rollouts))}
-        metrics |= {"tokens": float(rollouts.lengths.sum())} | clock.metrics()
-        if second is not None:
-            metrics |= {"second": float(second.raw.mean()), "second_deviation": float(second.raw.std(correction=0))}
+        metrics |= {"tokens": float(rollouts.lengths.sum())} | sampling | clock.metrics()
+        if second is not None and bool(second.known.any()):
+            seen = second.raw[second.known]
+            metrics |= {"second": float(seen.mean()), "second_deviation": float(seen.std(correction=0))}
         self._log.write(step + 1, experience, second)
         self._watch.look(step + 1, metrics)
         return self._outcome(step, metrics, report)
 
-    def _prompts(self, step: int) -> list[Prompt]:
+    def _sample_and_score(
+        self, step: int, clock: "_Clock", progress: Progress
+    ) -> tuple[Rollouts, Scored, dict[str, float]]:
+        """Responses to the prompts of a step, with their scores and what the log says of these prompts.
+
+        With rounds to spare, other prompts take the places of those whose responses all have one score.
+        """
+        first = self._places(step)
+        rollouts, scored = self._round(step, 0, first, clock, progress)
+        if not ESTIMATORS[self._config.advantage.estimator].needs_groups:
+            return rollouts, scored, {}
+        differ, seen, number = groups_that_differ(scored, rollouts.groups), first, 0
+        while int(differ.sum()) < len(first) and number < self._config.rollout.extra_rounds:
+            others = self._other_places(step, number + 1, seen)
+            if not len(others):
+                break
+            number, seen = number + 1, np.concatenate([seen, others])
+            found, of_found = self._round(step, number, others, clock, progress)
+            rollouts, scored = joined([rollouts, found]), joined_scores([scored, of_found])
+            differ = groups_that_differ(scored, rollouts.groups)
+        metrics = {"flat_prompts_share": 1 - float(differ.float().mean()), "extra_rounds": float(number)}
+        if number:  # those that differ first, and of both kinds the earlier ones
+            kept = torch.argsort((~differ).long(), stable=True)[: len(first)].sort().values
+            rollouts, places = rollouts.of_groups(kept.tolist())
+            scored = scored.at(places)
+        return rollouts, scored, metrics
+
+    def _round(
+        self, step: int, number: int, places: NDArray[np.int64], clock: "_Clock", progress: Progress
+    ) -> tuple[Rollouts, Scored]:
+        """Responses to these prompts, or those that a killed run has left, and their scores."""
+        prompts = [self._data.train.prompt(int(place)) for place in places]
+        with clock("generate"):
+            rollouts = self._replay.get(step, number, prompts)
+            if rollouts is None:
+                seed = ("train", step) if number == 0 else ("train", step, "round", number)
+                rollouts = self._roll_out(prompts, self._config.rollout.samples, seed, progress)
+                self._replay.put(step, number, rollouts, oldest=self._saved)
+        progress.phase(f"step {step + 1}: scoring {len(rollouts)} responses")
+        with clock("score"):
+            return rollouts, self._roles.scorer.score(rollouts)
+
+    def _other_places(self, step: int, number: int, seen: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Training prompts that a step has not ``seen``: as many as it has, or all that are left."""
+        left = np.setdiff1d(np.arange(len(self._data.train)), seen)
+        mixed = np.random.default_rng([self._config.train.seed, step, number]).permutation(left)
+        return mixed[: self._config.rollout.prompts]
+
+    def _places(self, step: int) -> NDArray[np.int64]:
         train = self._data.train
-        places = global_batch(
+        return global_batch(
             step,
             items=len(train),
             batch_size=self._config.rollout.prompts,
             seed=self._config.train.seed,
             last=self._config.train.last_batch,
         )
-        return [train.prompt(int(place)) for place in places]
 
     def _roll_out(
         self, prompts: Sequence[Prompt], samples: int, seed: Sequence[int | str], progress: Progress | None = None
@@ -320,7 +361,7 @@ class _Clock:
     def __call__(self, phase: str) -> Iterator[None]:
         began = time.perf_counter()
         yield
-        self._seconds[phase] = time.perf_counter() - began
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - began
 
     def metrics(self) -> dict[str, float]:
         return {f"time/{phase}_seconds": seconds for phase, seconds in self._seconds.items()}
@@ -334,11 +375,16 @@ def _kl_controller(config: PpoConfig, steps: int) -> FixedKl | AdaptiveKl:
 
 
 def _check_held_out(rollouts: Rollouts, scored: Scored | None) -> None:
-    """Refuse held-out scores that are not finite.
+    """Refuse held-out scores that are not finite, or not there.
 
     Raises:
-        TrainingStopped: if a score is not finite: it would be the best there is for ever.
+        TrainingStopped: if a score is not finite: it would be the best there is for ever; or if there is none.
     """
+    if scored is not None and not bool(scored.known.any()):
+        raise TrainingStopped(
+            f"the reward function has no score for any of the {len(rollouts)} responses to held-out prompts: it "
+            "returned None or failed on each. Earlier checkpoints are intact"
+        )
     bad = [] if scored is None else (~torch.isfinite(scored.scores)).nonzero().flatten().tolist()
     if bad:
         raise TrainingStopped(

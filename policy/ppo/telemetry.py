@@ -27,26 +27,20 @@ def response_kl(logprobs: Tensor, reference: Tensor) -> dict[str, float]:
     }
 
 
-def rollout_metrics(raw: Tensor, scores: Tensor, lengths: Tensor, ended: Tensor, tokens: Sequence) -> dict[str, float]:
-    """Rewards, lengths and repetition of N responses.
+def rollout_metrics(lengths: Tensor, ended: Tensor, tokens: Sequence) -> dict[str, float]:
+    """Lengths and repetition of N responses.
 
     Args:
-        raw: ``(N,)`` rewards as the model gives them.
-        scores: ``(N,)`` standardized and combined.
         lengths: ``(N,)`` tokens.
         ended: ``(N,)`` bool.
         tokens: N arrays of token ids.
     """
     return {
-        "reward": float(raw.mean()),
-        "score": float(scores.mean()),
-        "score_deviation": float(scores.std(correction=0)),
         "tokens_per_response": float(lengths.float().mean()),
         "longest_response": float(lengths.max()),
         "ended_share": float(ended.float().mean()),
         "empty_share": float((lengths <= ended.long()).float().mean()),
         "repetition": sum(repetition(each) for each in tokens) / len(tokens),
-        "length_correlation": correlation(scores, lengths.float()),
     }
 
 

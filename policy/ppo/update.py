@@ -17,6 +17,7 @@ from policy.ppo.losses import (
     reduce_tokens,
     sequence_ratios,
     token_ratios,
+    weighted_likelihood,
 )
 from policy.ppo.rollouts import by_response
 from rlhf.core.epochs import steps_per_epoch
@@ -145,7 +146,10 @@ class Updater:
         by_token = config.ratio == "token"
         ratios = token_ratios(logprobs, old) if by_token else sequence_ratios(logprobs, old, mask)
         bounds = {"clip_low": config.clip_low, "clip_high": config.upper}
-        losses = clipped_surrogate(ratios, advantages, **bounds, dual_clip=config.dual_clip)
+        if config.objective == "clip":
+            losses = clipped_surrogate(ratios, advantages, **bounds, dual_clip=config.dual_clip)
+        else:
+            losses = weighted_likelihood(logprobs, ratios, advantages, **bounds)
         if self._config.kl.place == "loss":
             losses = losses + kl_coefficient * kl_estimates(logprobs, rows["reference"], self._config.kl.kind)
         if output.entropies is not None:

@@ -82,7 +82,8 @@ class Examples:
 
 
 class Prompts:
-    """What a model is to answer: tokens up to where it begins to write, and the messages that they come from."""
+    """What a model is to answer: tokens up to where it begins to write, the messages that they come from, and the row's
+    other columns."""
 
     name = unit = check = "prompts"
     parts = ("prompt",)
@@ -103,8 +104,13 @@ class Prompts:
 
     def fields(self, entry: PromptRecord, sides: list[Turns]) -> Fields:
         [(ids, _)] = sides
-        messages = json.dumps(entry.prompt, ensure_ascii=False, separators=(",", ":"))
-        return Fields((ids, text_as_numbers(messages)), ())
+        row = json.dumps([entry.prompt, entry.columns], separators=(",", ":"), default=_plain)
+        return Fields((ids, text_as_numbers(row)), ())
+
+
+def _plain(cell: Any) -> str | None:
+    """What JSON has no word for: dates and decimal numbers as text, bytes (images) not at all."""
+    return None if isinstance(cell, bytes) else str(cell)
 
 
 def _to_the_end(before: str, whole: str) -> tuple[str, list[Span]]:

@@ -1,9 +1,10 @@
 """Prompts, from the sources of a recipe to tokens: checked, tokenized, freed of repeats, split, mixed."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,6 +30,8 @@ class Prompt:
     start is cut here and nowhere else."""
     messages: tuple[Message, ...]
     """The messages of the file, behind the recipe's system prompt where they have none; the last one is the user's."""
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    """The other columns of its row, for reward functions: ``answer``, ``tests``."""
 
     @property
     def text(self) -> str:
@@ -37,13 +40,13 @@ class Prompt:
 
 
 class PromptDataset:
-    """N prompts in a fixed order; tokens and messages stay on disk.
+    """N prompts in a fixed order; tokens, messages and columns stay on disk.
 
     Attributes:
         lengths: ``(N, 1)`` int32, tokens of every prompt.
         prompt_keys: ``(N,)`` uint64; equal for equal prompts.
         source_index: ``(N,)`` int32, into ``source_names``.
-        fingerprint: a name for the tokens, the messages, their order, and the tokenizer and template.
+        fingerprint: a name for the tokens, the messages, the columns, their order, and the tokenizer and template.
     """
 
     def __init__(self, rows: StoredRows, settings: Tokenizing) -> None:
@@ -66,9 +69,10 @@ class PromptDataset:
         return self._rows.row_id(index)
 
     def prompt(self, index: int) -> Prompt:
-        ids, messages = self._rows.arrays(index)
-        own = json.loads(text_of_numbers(messages))
-        return Prompt(self.row_id(index), ids.astype(np.int64), tuple(self._settings.with_system_prompt(own)))
+        ids, row = self._rows.arrays(index)
+        messages, columns = json.loads(text_of_numbers(row))
+        shown = tuple(self._settings.with_system_prompt(messages))
+        return Prompt(self.row_id(index), ids.astype(np.int64), shown, columns)
 
 
 @dataclass(frozen=True)

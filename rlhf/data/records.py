@@ -1,7 +1,7 @@
 """Rows of a file, whatever their shape, as pairs, single answers or prompts; bad rows are refused."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +73,8 @@ class PromptRecord:
     row_id: str
     source: str
     prompt: tuple[Message, ...]  # ends with a message from the user
+    columns: Mapping[str, Any]
+    """What stands beside the prompt: the cells of all other columns, for reward functions."""
     notes: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
 
@@ -167,7 +169,10 @@ def to_prompt(value: Any, columns: PromptColumns, *, row_id: str, source: str) -
         raise BadRow("no prompt", f"the prompt ends with a message from {prompt[-1]['role']!r}, expected 'user'")
     prompt = row.with_context(prompt)
     notes, unread = row.noticed()
-    return PromptRecord(row_id=row_id, source=source, prompt=prompt, notes=notes, unread=unread), shape
+    record = PromptRecord(
+        row_id=row_id, source=source, prompt=prompt, columns=row.others(), notes=notes, unread=unread
+    )
+    return record, shape
 
 
 def to_conversations(

@@ -224,6 +224,10 @@ class RowReader:
         columns = [str(name) for name, cell in self._value.items() if name not in read and holds(cell)]
         return tuple(self._notices.notes), (*columns, *self._notices.unread)
 
+    def others(self) -> dict[str, Any]:
+        """The columns that were not read, with what they hold, empty or not."""
+        return {str(name): cell for name, cell in self._value.items() if name not in self._read}
+
     @staticmethod
     def as_number(cell: Any, name: str) -> float | None:
         """A number, or a text that is one; ``None`` for none. Raises BadRow."""

@@ -50,7 +50,7 @@ EXAMPLE = np.dtype(
     ]
 )
 
-PROMPT = np.dtype(_PLACE)  # the arrays are the tokens, and the messages as text_as_numbers makes them
+PROMPT = np.dtype(_PLACE)  # the arrays are the tokens, and messages and columns as text_as_numbers makes them
 
 
 class Fields(NamedTuple):

@@ -191,8 +191,8 @@ def test_a_kill_in_the_middle_of_a_batch_changes_nothing_in_the_end(tiny_model, 
 
 
 def test_the_samples_are_those_of_an_evaluation_with_the_same_seed(tiny_model, tmp_path):
-    def none(prompts, responses):
-        return [0.0] * len(responses)
+    def none(answers):
+        return [0.0] * len(answers)
 
     template = str(make_corpus.TEMPLATE)
     evaluate_policies({}, tiny_model, PROMPTS, none, template=template, settings=SETTINGS, output=tmp_path)

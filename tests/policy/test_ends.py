@@ -98,7 +98,7 @@ def test_evaluation_ends_where_each_policy_says(model_that_says, tiny_model, tmp
         {"policy": policy},
         tiny_model,
         ["the sun", "a tax form"],
-        lambda prompts, responses: [0.0] * len(responses),
+        lambda answers: [0.0] * len(answers),
         template=None,
         settings=SamplingSettings(samples=2, max_new_tokens=5),
         output=tmp_path / "evaluation",

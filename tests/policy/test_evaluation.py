@@ -20,7 +20,7 @@ from policy.evaluation.compare import evaluate_policies, open_policy, read_promp
 from policy.evaluation.options import SamplingSettings
 from policy.evaluation.results import markdown, read_evaluations
 from policy.evaluation.sampling import sample_responses
-from reward.function import load_reward
+from reward.function import Answers, PythonReward, load_reward
 from rlhf.core.errors import ConfigError, DataError, ModelError
 from rlhf.train.chat import load_chat
 from rlhf.train.done import read_completion
@@ -49,7 +49,7 @@ def evaluate(reference, policies, output, reward=length_of, precision="auto", **
         policies,
         reference,
         PROMPTS,
-        reward,
+        PythonReward("a function of the test", reward),
         template=None,
         settings=replace(SETTINGS, **changes),
         output=output,
@@ -286,11 +286,16 @@ TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"ty
 def test_prompts_are_read_as_the_stages_read_them(tmp_path):
     path = tmp_path / "prompts.jsonl"
     talk = [{"role": "system", "content": "so"}, {"role": "human", "content": "the sun"}]
-    rows = [{"prompt": "the sun"}, {"prompt": talk}, {"messages": [{"from": "human", "value": "tax"}], "tools": TOOLS}]
+    rows = [
+        {"prompt": "the sun", "answer": "7"},
+        {"prompt": talk},
+        {"messages": [{"from": "human", "value": "tax"}], "tools": TOOLS},
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    text, with_system, with_tools = read_prompts(path)
+    (text, with_system, with_tools), columns = read_prompts(path)
     assert text == "the sun"
     assert [message["role"] for message in with_system] == ["system", "user"]
+    assert columns == [{"answer": "7"}, {}, {}]
     assert with_tools == ({"role": "user", "content": "tax", "tools": TOOLS},)
 
 
@@ -300,9 +305,9 @@ def test_conversations_are_sampled_and_judged_whole(tiny_model, tmp_path):
               {"role": "user", "content": "so", "tools": TOOLS}], "so"]  # fmt: skip
     seen = []
 
-    def reward(prompts, responses):
-        seen.extend(prompts)
-        return [0.0] * len(responses)
+    def reward(answers):
+        seen.extend(answers.prompts)
+        return [0.0] * len(answers)
 
     given = {"settings": replace(SETTINGS, samples=1), "output": tmp_path / "out"}
     evaluate_policies({}, tiny_model, asked, reward, template="qwen3", **given)
@@ -317,4 +322,6 @@ def test_a_function_as_reward_gets_what_the_user_said_last():
     talk = [{"role": "system", "content": "so"}, {"role": "user", "content": "Tell me about the sun."}]
     gold = load_reward("launch.quickstart.gold:gold_reward")
     answer = "The sun is good and happy."
-    assert list(gold([talk], [answer])) == list(gold(["Tell me about the sun."], [answer]))
+    asked = [Answers(prompts=[prompt], responses=[answer], token_ids=[[1]], ended=[True], columns=[{}])
+             for prompt in (talk, "Tell me about the sun.")]  # fmt: skip
+    assert len({*gold(asked[0]), *gold(asked[1])}) == 1

@@ -169,7 +169,8 @@ class Workshop:
 
     def rollouts(self, step: int = 0) -> Rollouts:
         """The responses of ``step`` to its prompts, as the task draws them."""
-        return self.task._roll_out(self.task._prompts(step), self.config.rollout.samples, ("train", step))
+        prompts = [self.data.train.prompt(place) for place in self.task._places(step)]
+        return self.task._roll_out(prompts, self.config.rollout.samples, ("train", step))
 
 
 @pytest.fixture

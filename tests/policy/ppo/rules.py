@@ -46,3 +46,14 @@ def needs_a_response(prompts, responses):
     """Length, from a function that cannot be asked about no response at all."""
     longest = max(map(len, responses))
     return [len(text) / 10 for text in responses if longest >= 0]
+
+
+def nearness(prompts, responses, *, wanted):
+    """How near the length of a response is to that which its row asks for; ``None`` where it asks for none."""
+    return [None if each is None else -abs(len(text) - each) for text, each in zip(responses, wanted, strict=True)]
+
+
+def fails_on_odd_lengths(prompts, responses):
+    if any(len(text) % 2 for text in responses):
+        raise ValueError("odd")
+    return [1.0] * len(responses)

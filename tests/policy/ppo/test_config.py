@@ -23,7 +23,7 @@ def parse(*overrides, reward=REWARD):
 @pytest.mark.parametrize(
     ("overrides", "reason"),
     [
-        (["reward.function=m:f"], r"give either path .* or function"),
+        (["reward.function=m:f"], r"give one of path .* function and terms"),
         (["reward.combine=min"], r"combine = min needs an ensemble"),
         (["advantage.estimator=ppo"], r"estimator = ppo: there are gae, rloo"),
         (["kl.place=loss", "kl.estimator=k1"], r"expected gradient of zero; take k2 or k3"),
@@ -48,7 +48,7 @@ def parse(*overrides, reward=REWARD):
             r"length_free_tokens = 128 must be below rollout\.max_new_tokens = 128",
         ),
         (["watch.second.combine=min", "watch.second.function=m:f"], r"combine = min needs an ensemble"),
-        (["watch.second.retokenize=true"], r"give either path"),
+        (["watch.second.retokenize=true"], r"give one of path"),
         (["reward.truncated=penalty"], r"minus missing_end_penalty: set that above 0"),
         (["reward.truncated=mask", "reward.missing_end_penalty=1"], r"penalty = 1\.0 would count for nothing"),
         (["loss.clip_low=0"], r"greater than 0"),
@@ -68,7 +68,7 @@ def test_refused(overrides, reason):
 
 
 def test_a_reward_must_be_named():
-    with pytest.raises(ConfigError, match=r"give either path .* or function"):
+    with pytest.raises(ConfigError, match=r"give one of path .* function and terms"):
         parse(reward=None)
 
 
@@ -122,6 +122,14 @@ METHODS = {
     "gspo": {
         "advantage.estimator": "grpo", "kl.coefficient": 0, "loss.normalize": "sequence", "loss.ratio": "sequence",
         "loss.clip_low": 0.0003, "loss.upper": 0.0004, "rollout.samples": 8, "updates": 4, "minibatch": 128,
+    },
+    "dapo": {
+        "advantage.estimator": "grpo", "kl.coefficient": 0, "loss.normalize": "token", "loss.clip_low": 0.2,
+        "loss.upper": 0.28, "rollout.samples": 16, "rollout.extra_rounds": 3, "updates": 16, "minibatch": 64,
+    },
+    "cispo": {
+        "advantage.estimator": "grpo", "kl.coefficient": 0, "loss.objective": "cispo", "loss.clip_low": 1.0,
+        "loss.upper": 4.0, "loss.normalize": "token", "rollout.samples": 16, "updates": 16, "minibatch": 64,
     },
     "rloo": {
         "advantage.estimator": "rloo", "kl.coefficient": 0.03, "kl.place": "reward", "kl.kind": "k1",

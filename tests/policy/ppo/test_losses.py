@@ -14,6 +14,7 @@ from policy.ppo.losses import (
     reduce_tokens,
     sequence_ratios,
     token_ratios,
+    weighted_likelihood,
 )
 from rlhf.core.masking import length_mask
 
@@ -137,6 +138,19 @@ def test_the_surrogate_is_that_of_single_tokens_on_a_grid(bounds, dual):
     found = clipped_surrogate(ratios, advantages, clip_low=low, clip_high=high, dual_clip=dual)
     expected = [[surrogate(ratio, advantage, low, high, dual) for ratio, advantage in GRID]]
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
+
+
+def test_cispo_bounds_the_weight_of_a_token_and_goes_on_learning_it():
+    """The gradient of every token is that of its likelihood, weighted by advantage and clipped ratio."""
+    logprobs = torch.tensor([[-1.0, -0.2, -3.0, -0.5]], dtype=torch.float64, requires_grad=True)
+    old = torch.tensor([[-1.5, -2.2, -1.0, -0.5]], dtype=torch.float64)
+    advantages = torch.tensor([[1.0, -2.0, 3.0, -4.0]], dtype=torch.float64)
+    ratios = token_ratios(logprobs, old)
+    weighted_likelihood(logprobs, ratios, advantages, clip_low=0.5, clip_high=1.0).sum().backward()
+    expected = [-1.0 * math.exp(0.5), 2.0 * 2.0, -3.0 * 0.5, 4.0 * 1.0]
+    assert logprobs.grad[0].tolist() == pytest.approx(expected)
+    unbounded = weighted_likelihood(logprobs, ratios, advantages, clip_low=1.0, clip_high=1.0)
+    assert unbounded[0, 2].item() == pytest.approx(-math.exp(-2.0) * 3.0 * -3.0), "from 1 on there is no lower bound"
 
 
 def test_a_dual_clip_bounds_the_loss_of_bad_tokens_alone():

@@ -344,7 +344,7 @@ def test_a_function_sees_prompts_and_responses_as_text(scorer_for, rollouts, mon
     ("name", "message"),
     [
         ("raises", r"rules:raises failed on 16 responses: RuntimeError: the scoring service is down"),
-        ("one_too_few", r"rules:one_too_few gave 15 scores for 16 responses; expected one number for each"),
+        ("one_too_few", r"rules:one_too_few gave 15 scores for 16 responses; expected one number"),
         ("no_numbers", r"rules:no_numbers failed on 16 responses: ValueError: could not convert"),
         ("nothing", r"rules:nothing failed on 16 responses: TypeError: 'NoneType' object is not iterable"),
     ],

@@ -27,6 +27,7 @@ from policy.ppo.update import Updater
 from rlhf.core.errors import TrainingStopped
 from rlhf.data.examples import load_examples
 from rlhf.data.options import ExampleDataConfig
+from rlhf.data.prompts import PromptData
 from rlhf.engine.options import EngineConfig, OptimizerConfig
 from rlhf.models.options import LoraOptions
 from rlhf.train.chat import load_chat
@@ -269,6 +270,7 @@ LOSSES = {
     "constant": {"normalize": "constant"},
     "GSPO": {"ratio": "sequence", "normalize": "sequence", "clip_low": 0.02, "clip_high": 0.03},
     "clip-higher": {"clip_high": 0.4},
+    "CISPO": {"objective": "cispo", "clip_low": 1.0, "clip_high": 0.3},
     "dual clip": {"dual_clip": 1.2},
     "entropy bonus": {"entropy": 0.3},
     "KL in the loss, k3": {"kl": KlConfig(place="loss", coefficient=0.5)},
@@ -292,6 +294,8 @@ def surrogate_by_hand(config, hf, experience, rows):
             beyond = 1 + config.loss.upper if advantage > 0 else 1 - config.loss.clip_low
             is_clipped = ratio.item() > beyond if advantage > 0 else ratio.item() < beyond
             loss = -(beyond if is_clipped else ratio) * torch.tensor(advantage)
+            if config.loss.objective == "cispo":
+                loss = -min(ratio.item(), 1 + config.loss.upper) * advantage * now[place]
             if advantage < 0 and config.loss.dual_clip is not None:
                 loss = loss.clamp_max(config.loss.dual_clip * -advantage)
             if config.kl.place == "loss":
@@ -563,13 +567,14 @@ def test_conversations_without_a_template_of_their_own_have_the_runs(tiny_config
     chat = load_chat(tiny_config.policy.path, template)
     section = PretrainingConfig(data=replace(conversations, template=None))
     config = replace(tiny_config, pretraining=section)
-    rows = _Builder(config, alone, chat, 1).pretraining()
+    prompts = PromptData(None, None, None)
+    rows = _Builder(config, alone, chat, prompts, 1).pretraining()
     assert rows.fingerprint == load_examples(section.data, chat, kind="conversation").train.fingerprint
     other = SHORT_TEMPLATE.replace("' '", "' - '")
     own = replace(config, pretraining=replace(section, data=replace(section.data, template=other)))
     with_other = load_chat(tiny_config.policy.path, other)
     expected = load_examples(section.data, with_other, kind="conversation").train.fingerprint
-    assert _Builder(own, alone, chat, 1).pretraining().fingerprint == expected != rows.fingerprint
+    assert _Builder(own, alone, chat, prompts, 1).pretraining().fingerprint == expected != rows.fingerprint
 
 
 def test_pretraining_adds_its_weight_times_the_mean_loss_of_response_tokens(make_task, tiny_config, conversations):
@@ -746,7 +751,7 @@ def test_kept_rollouts_go_once_a_checkpoint_holds_their_step(make_task):
     shop.task.state_dict()
     shop.step(2)
     kept = sorted(path.name for path in (shop.config.output / "replay").glob("step-*"))
-    assert kept == ["step-00000002.pt"]
+    assert kept == ["step-00000002-0.pt"]
 
 
 # Trouble.
@@ -773,7 +778,7 @@ def test_a_reward_that_is_not_finite_costs_the_step_and_names_its_row(make_task,
 def test_a_policy_that_is_not_finite_costs_the_step(make_task):
     shop = make_task()
     rollouts = shop.rollouts(0)
-    shop.task._replay.put(0, rollouts, oldest=0)
+    shop.task._replay.put(0, 0, rollouts, oldest=0)
     with torch.no_grad():
         shop.policy.module.hf.get_output_embeddings().weight[7] = math.nan
     assert not shop.step(0).applied

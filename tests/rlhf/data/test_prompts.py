@@ -1,8 +1,12 @@
 import csv
+import datetime
 import json
 from collections import Counter
+from decimal import Decimal
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from rlhf.config import load_config
@@ -84,6 +88,30 @@ def test_the_tokens_are_those_of_the_rendered_prompt(load, write_rows, request, 
     assert texts(data) == ["Why? näïve ☕ \n", "why?", "tea?"]
     assert [prompt.row_id for prompt in prompts(data)] == ["x.jsonl:1", "x.jsonl:2", "x.jsonl:3"]
     assert (data.lengths.shape, data.lengths.dtype) == ((3, 1), np.int32)
+
+
+def test_the_other_columns_of_a_row_come_along(load, write_rows):
+    """Whatever JSON can hold; also what stands beside the messages that a prompt is read from."""
+    rows = [
+        {"prompt": "Why?", "answer": "#### 4", "tests": [{"in": 1, "out": None}], "empty": ""},
+        {"messages": [user("tea?"), assistant("hot")], "label": True, "odd": "\ud800 ☕", "n": 2**70},
+        {"prompt": "So?", "tools": []},
+    ]
+    data = load(write_rows("x.jsonl", rows)).train
+    first = {name: cell for name, cell in rows[0].items() if name != "prompt"}
+    second = {name: cell for name, cell in rows[1].items() if name != "messages"}
+    assert [prompt.columns for prompt in prompts(data)] == [first, second, {}]
+    changed = [{**rows[0], "answer": "#### 5"}, *rows[1:]]
+    other = load(write_rows("y.jsonl", changed)).train
+    assert other.fingerprint != data.fingerprint, "another answer is another run"
+
+
+def test_dates_and_bytes_of_tables_are_told_as_text_or_left_out(load, tmp_path):
+    table = {"prompt": ["Why?"], "when": [datetime.date(2026, 1, 2)], "image": [b"\x00\xff"]}
+    table["price"] = [Decimal("1.50")]
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "x.parquet")
+    (prompt,) = prompts(load(tmp_path / "x.parquet").train)
+    assert prompt.columns == {"when": "2026-01-02", "image": None, "price": "1.50"}
 
 
 def test_a_prompt_ends_where_the_model_begins_to_write_and_begins_with_one_bos(load, write_rows, base_tokenizer):

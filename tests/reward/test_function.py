@@ -1,0 +1,135 @@
+"""Python functions as rewards: what they may ask for, what they may answer, how they fail."""
+
+import asyncio
+import functools
+
+import pytest
+
+from reward.function import Answers, Failure, PythonReward
+from rlhf.core.errors import ConfigError, DataError
+
+TALK = ({"role": "system", "content": "so"}, {"role": "user", "content": "2 + 2?"})
+ANSWERS = Answers(
+    prompts=["1 + 1?", TALK],
+    responses=["2", "5"],
+    token_ids=[[7], [8, 9]],
+    ended=[True, False],
+    columns=[{"answer": "2", "level": 1}, {"answer": "4"}],
+)
+
+
+def reward(function, **settings) -> PythonReward:
+    return PythonReward("rules:it", function, **settings)
+
+
+def test_a_function_gets_what_its_parameters_ask_for():
+    seen = {}
+
+    def ask(prompts, responses, answer, *, messages, token_ids, ended, level=None, absent="unset", scale):
+        seen.update(locals())
+        return [scale, None]
+
+    assert reward(ask, options={"scale": 3})(ANSWERS) == [3.0, None]
+    del seen["seen"]
+    assert seen == {
+        "prompts": ["1 + 1?", "2 + 2?"], "responses": ["2", "5"], "answer": ["2", "4"], "token_ids": [[7], [8, 9]],
+        "messages": [({"role": "user", "content": "1 + 1?"},), TALK], "ended": [True, False], "level": [1, None],
+        "absent": "unset", "scale": 3,
+    }  # fmt: skip
+
+
+def test_a_function_that_takes_all_gets_all():
+    def ask(prompts, completions, **others):
+        return [len(others)] * 2
+
+    assert reward(ask)(ANSWERS) == [5.0, 5.0]  # answer, level, messages, token_ids, ended
+    assert reward(ask).needs == ()
+
+
+def test_a_parameter_may_stand_for_a_column_of_another_name():
+    def ask(prompts, responses, *, right):
+        return [float(a == b) for a, b in zip(responses, right, strict=True)]
+
+    renamed = reward(ask, columns={"right": "answer"})
+    assert renamed(ANSWERS) == [1.0, 0.0]
+    assert renamed.needs == ("answer",)
+
+
+@pytest.mark.parametrize("function", [min, functools.partial(lambda prompts, responses, *, k: [k] * 2, k=1)])
+def test_what_is_callable_is_called(function):
+    """Built-in functions have no parameters to look at; those of partial ones are set."""
+    if function is min:
+        assert reward(function)(Answers(**{**vars(ANSWERS), "responses": ["0", "1"], "prompts": ["5", "6"]})) == [0, 1]
+    else:
+        assert reward(function)(ANSWERS) == [1.0, 1.0]
+
+
+def test_a_column_that_is_in_no_row_is_named_with_those_that_are():
+    def ask(prompts, responses, *, tests):
+        return [0.0, 0.0]
+
+    assert reward(ask).needs == ("tests",)
+    with pytest.raises(ConfigError, match=r"rules:it asks for 'tests'.*no such column; there are: answer, level"):
+        reward(ask)(ANSWERS)
+
+
+@pytest.mark.parametrize("settings", [{"options": {"scale": 2}}, {"columns": {"scale": "answer"}}])
+def test_an_argument_that_the_function_does_not_know_is_refused(settings):
+    with pytest.raises(ConfigError, match="no parameter 'scale' to set; there are: answer"):
+        reward(lambda prompts, responses, answer: [0.0], **settings)
+
+
+def fails_on_5(prompts, responses):
+    return [1.0 if float(text) < 5 else 1 / 0 for text in responses]
+
+
+async def fails_on_5_slowly(prompts, responses):
+    assert len(responses) == 1
+    await asyncio.sleep(0.01)
+    return fails_on_5(prompts, responses)
+
+
+@pytest.mark.parametrize("function", [fails_on_5, fails_on_5_slowly])
+def test_a_response_that_a_function_fails_on_fails_alone(function):
+    with pytest.raises(DataError, match="rules:it failed on 2 responses: ZeroDivisionError"):
+        reward(function)(ANSWERS)
+    assert reward(function).each(ANSWERS) == [1.0, Failure("ZeroDivisionError: division by zero")]
+
+
+@pytest.mark.parametrize("given", [[1.0], [1.0, 2.0, 3.0], []])
+def test_a_wrong_number_of_rewards_is_no_matter_of_single_responses(given):
+    async def later(prompts, responses):
+        return given * 3
+
+    for function in (lambda prompts, responses: given, later):
+        if function is later and len(given) == 0:
+            continue
+        with pytest.raises(DataError, match=r"gave \d scores for \d responses"):
+            reward(function).each(ANSWERS)
+
+
+def test_asynchronous_calls_run_side_by_side_within_their_bound_and_time():
+    running, most = 0, 0
+
+    async def ask(prompts, responses):
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        try:
+            await asyncio.sleep(30 if responses == ["5"] else 0.02)
+        finally:
+            running -= 1
+        return [1.0]
+
+    many = Answers(**{name: list(values) * 4 for name, values in vars(ANSWERS).items()})
+    found = reward(ask, timeout_seconds=0.2, concurrency=3).each(many)
+    assert found == [1.0, Failure("no answer within 0.2 s")] * 4
+    assert most == 3
+
+
+def test_an_object_with_an_asynchronous_call_is_asynchronous():
+    class Judge:
+        async def __call__(self, prompts, responses, *, answer):
+            return [float(responses == answer)]
+
+    assert reward(Judge())(ANSWERS) == [1.0, 0.0]
