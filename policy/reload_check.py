@@ -100,7 +100,12 @@ def check_ends(model: Any, tokenizer: Any, prompt: list[int], ends: list[int], d
     for end in ends:
         forced = LogitsProcessorList([Forced(len(prompt), end)])
         written = model.generate(
-            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=3, do_sample=False, logits_processor=forced
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=3,
+            do_sample=False,
+            logits_processor=forced,
+            tokenizer=tokenizer,  # asked for where the generation config has stop strings
         )[0, len(prompt) :]
         if written.tolist() != [end]:
             name = tokenizer.convert_ids_to_tokens(end)

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 from policy.evaluation.compare import evaluate_policies
 from policy.evaluation.options import SamplingSettings
 from policy.ppo.__main__ import main as ppo
+from policy.reload_check import check_ends
 from policy.sft.__main__ import main as sft
 from rlhf.models.tokenizer import load_tokenizer
 
@@ -152,3 +153,12 @@ def test_a_base_model_trained_with_chatml_is_published_so_that_plain_generate_st
         processor = LogitsProcessorList([Says(prompt.shape[1], published.convert_tokens_to_ids(token))])
         written = model.generate(prompt, max_new_tokens=4, do_sample=False, logits_processor=processor)
         assert written.shape[1] == prompt.shape[1] + 1, token
+
+
+def test_stop_strings_of_a_generation_config_are_no_obstacle_to_publishing(tiny_model):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
+    model.generation_config.update(stop_strings=["Human:"], eos_token_id=[2, 0], pad_token_id=0)
+    check_ends(model, tokenizer, [5, 6], [2, 0])
+    model.generation_config.eos_token_id = [2]
+    with pytest.raises(SystemExit, match="does not stop behind .* \\(token 0\\)"):
+        check_ends(model, tokenizer, [5, 6], [2, 0])
