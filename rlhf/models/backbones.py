@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 import transformers
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -159,8 +160,9 @@ def _load(
             ),
             trust_remote_code=config.trust_remote_code,
         )
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        reason = _no_class(settings, loader) if str(error).startswith("Unrecognized configuration class") else error
+    except FAULTS as error:
+        unknown = str(error).startswith("Unrecognized configuration class")
+        reason = _no_class(settings, loader) if unknown else str(error) or type(error).__name__
         raise ModelError(f"model.path = {config.path}: cannot be loaded as {what}: {reason}") from error
     finally:
         transformers_logging.set_verbosity(chatter)
@@ -254,6 +256,11 @@ def plain_copy(config: BackboneT) -> BackboneT:
 
 
 LITTLE_BYTES = 64 * 2**20
+FAULTS = (
+    OSError, ValueError, RuntimeError, ImportError, ArithmeticError, AssertionError, AttributeError, LookupError,
+    TypeError, StrictDataclassError,
+)  # fmt: skip
+"""What a configuration that does not fit together raises inside of Transformers and of a model's own code."""
 
 
 def cut_copy(config: BackboneT, layers: int) -> BackboneT | None:
@@ -373,7 +380,7 @@ def _whole_config(config: BackboneConfig) -> PretrainedConfig:
     origin, revision = _origin(config)
     try:
         return AutoConfig.from_pretrained(origin, revision=revision, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError) as error:
+    except FAULTS as error:
         raise ModelError(
             f"model.path = {config.path}: neither a Transformers folder nor a model of the hub: {error}"
         ) from error

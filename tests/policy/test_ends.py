@@ -160,5 +160,5 @@ def test_stop_strings_of_a_generation_config_are_no_obstacle_to_publishing(tiny_
     model.generation_config.update(stop_strings=["Human:"], eos_token_id=[2, 0], pad_token_id=0)
     check_ends(model, tokenizer, [5, 6], [2, 0])
     model.generation_config.eos_token_id = [2]
-    with pytest.raises(SystemExit, match="does not stop behind .* \\(token 0\\)"):
+    with pytest.raises(SystemExit, match=r"does not stop behind .* \(token 0\)"):
         check_ends(model, tokenizer, [5, 6], [2, 0])

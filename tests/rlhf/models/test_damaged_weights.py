@@ -1,5 +1,6 @@
 """Weights that are not whole are named before anything is loaded."""
 
+import json
 import shutil
 
 import pytest
@@ -33,6 +34,29 @@ def test_weights_that_are_not_whole_are_named(tiny_model, tmp_path, damage, mess
     with pytest.raises(ModelError, match=rf"model\.safetensors: the weights are .*{message}"):
         checkpoint_bytes(folder, torch.float32)
     with pytest.raises(ModelError, match=r"model\.safetensors: the weights are"):
+        load_causal_lm(BackboneConfig(path=str(folder)), dtype=torch.float32, vocabulary=0)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"pad_token_id": 99999},
+        {"dtype": "auto", "torch_dtype": "auto"},
+        {"num_attention_heads": 5},
+        {"num_attention_heads": 0},
+        {"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}},
+        {"hidden_act": "no such"},
+        {"vocab_size": "many"},
+        {"model_type": "no such"},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_a_configuration_that_does_not_fit_together_is_one_message(tiny_model, tmp_path, settings):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    config = json.loads((folder / "config.json").read_text()) | settings
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=rf"model\.path = {folder}: .+"):
         load_causal_lm(BackboneConfig(path=str(folder)), dtype=torch.float32, vocabulary=0)
 
 
