@@ -102,9 +102,9 @@ def stage_command(stage: Stage, arguments: Sequence[str], machine: Machine) -> l
             more=machine.device_words,
         )
     if machine.hosts:
-        words = [*(("--address", "") if machine.elsewhere else ()), *machine.device_words]
-        module = [sys.executable, "-m", "launch.jobs.over_ssh"]
-        return [*module, *words, str(machine.hostfile), str(_port(machine)), "--", *command]
+        where = [*(("--address", "") if machine.elsewhere else ()), "--port", str(_port(machine))]
+        over_ssh = [sys.executable, "-m", "launch.jobs.over_ssh", *where, *machine.device_words]
+        return [*over_ssh, str(machine.hostfile), "--", *command]
     where = ["--address", "127.0.0.1", "--port", str(free_port())]
     # Always a free port: MASTER_PORT may be that of the run around this one.
     return [*SUPERVISOR, "--slots", str(_slots(stage, machine)), *machine.device_words, *where, "--", *command]

@@ -1,4 +1,4 @@
-"""``python -m launch.jobs.over_ssh HOSTFILE PORT -- COMMAND...``: COMMAND once for each device of all hosts, over ssh.
+"""``python -m launch.jobs.over_ssh HOSTFILE -- COMMAND...``: COMMAND once for each device of all hosts, over ssh.
 
 On every host ssh starts a supervisor, and tells it over its stdin what to run, where, and with which environment: none
 of that is on a command line, where everybody on these machines could read it. The connection is the supervisor's
@@ -115,14 +115,7 @@ def address_of(host: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="launch.jobs.over_ssh", allow_abbrev=False)
-    address = "where the others reach the first host (default: MASTER_ADDR); if that is empty, the host is asked"
-    parser.add_argument("--address", default=os.environ.get("MASTER_ADDR", ""), help=address)
-    parser.add_argument("--devices", type=places_of, help="those of every host, by their places: 2,3/0,1")
-    parser.add_argument("hostfile", type=Path)
-    parser.add_argument("port", help="where rank 0 listens on the first host")
-    parser.add_argument("command", nargs="+", help="behind --")
-    options = parser.parse_args(argv)
+    options = build_parser().parse_args(argv)
     noted, woken = _noting((*REQUESTS, signal.SIGCHLD))
     try:
         found = read_hostfile(options.hostfile)
@@ -136,6 +129,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return hosts.watch(noted, woken)
     finally:
         hosts.end()
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="launch.jobs.over_ssh", allow_abbrev=False)
+    address = "where the others reach the first host (default: MASTER_ADDR); if that is empty, the host is asked"
+    parser.add_argument("--address", default=os.environ.get("MASTER_ADDR", ""), help=address)
+    port = "where rank 0 listens on the first host (default: MASTER_PORT, or 29500)"
+    parser.add_argument("--port", default=os.environ.get("MASTER_PORT", "29500"), help=port)
+    parser.add_argument("--devices", type=places_of, help="those of every host, by their places: 2,3/0,1")
+    parser.add_argument("hostfile", type=Path)
+    parser.add_argument("command", nargs="+", help="behind --")
+    return parser
 
 
 def _noting(numbers: Iterable[int]) -> tuple[list[int], int]:

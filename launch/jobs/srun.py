@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 import launch.jobs.supervisor
+from launch.jobs.asked_step import STEPS_VARIABLE, asked_step, container_words
 
 SUPERVISOR = [sys.executable, launch.jobs.supervisor.__file__]
 """The start of a command line of :mod:`launch.jobs.supervisor` in this very environment."""
@@ -52,10 +53,13 @@ def srun_command(
         more: further options of the supervisor.
     """
     where = ("--address", address or os.environ.get("MASTER_ADDR", next(iter(hosts))), "--port", str(port))
-    step = step_words(SUPERVISOR, [*hosts.values()], command, *where, *more)
+    inside = container_words()
+    supervisor = [*inside, sys.executable, "-m", "launch.jobs.supervisor"] if inside else SUPERVISOR
+    step = step_words(supervisor, [*hosts.values()], command, *where, *more)
     plain, asking = _all_gpus([*there.values()], shared)
     given = [f"--nodelist={','.join(hosts)}", *asking, *shlex.split(os.environ.get(SRUN_VARIABLE, ""))]
-    return [*plain, *srun_words(len(hosts), given), *step]
+    words = [*plain, *srun_words(len(hosts), given), *step]
+    return asked_step(words) if STEPS_VARIABLE in os.environ else words
 
 
 def _all_gpus(counts: Sequence[int], shared: bool) -> tuple[list[str], list[str]]:

@@ -27,7 +27,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
@@ -164,16 +164,16 @@ def rank_environments(slots: Sequence[int], node: int, address: str, port: str) 
     return [common | {"RANK": str(first + place), "LOCAL_RANK": str(place)} for place in range(slots[node])]
 
 
-def device_environment(places: Sequence[int]) -> dict[str, str]:
-    """The variable that shows only the devices at these places of those that are visible here."""
-    name = "HIP_VISIBLE_DEVICES" if "HIP_VISIBLE_DEVICES" in os.environ else "CUDA_VISIBLE_DEVICES"
-    if name not in os.environ:
+def device_environment(environment: Mapping[str, str], places: Sequence[int]) -> dict[str, str]:
+    """The variable that shows only the devices at these places of those that ``environment`` shows."""
+    name = "HIP_VISIBLE_DEVICES" if "HIP_VISIBLE_DEVICES" in environment else "CUDA_VISIBLE_DEVICES"
+    if name not in environment:
         return {name: ",".join(map(str, places))}
-    shown = [each.strip() for each in os.environ[name].split(",")]
+    shown = [each.strip() for each in environment[name].split(",")]
     if shown[0] in ("", "-1"):
         return {}  # none are, and none will be
     if max(places) >= len(shown):
-        raise SystemExit(f"supervisor: {name}={os.environ[name]} shows {len(shown)} devices, --devices wants {places}")
+        raise SystemExit(f"supervisor: {name}={environment[name]} shows {len(shown)} devices, --devices wants {places}")
     return {name: ",".join(shown[place] for place in places)}
 
 
@@ -204,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"supervisor: --slots names {len(options.slots)} nodes, the step has {nodes}", file=sys.stderr)
         return 2
     if options.devices is not None:
-        environment |= device_environment(options.devices[node])
+        environment |= device_environment(environment, options.devices[node])
     ranks = rank_environments(options.slots, node, options.address, options.port)
     supervisor = Supervisor(lifeline=options.lifeline, deaf=True)
     return supervisor.run([(options.command, environment | rank) for rank in ranks])

@@ -10,6 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import launch
+from launch.jobs.asked_step import CONTAINER_VARIABLE, STEPS_VARIABLE
 from launch.jobs.srun import SRUN_VARIABLE, srun_words, step_words
 from launch.runs import PipelineStage, stage_logs
 from launch.slurm.profile import ClusterProfile
@@ -71,11 +72,6 @@ def render(job: Job, profile: ClusterProfile) -> str:
     """
     from jinja2 import Environment, StrictUndefined
 
-    if job.pipeline and profile.container:
-        raise ConfigError(
-            "profile.container: a pipeline runs on the first node itself, outside of the container, and starts its "
-            "stages from there; use profile.venv, or submit the stages one by one"
-        )
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False
     )
@@ -97,6 +93,9 @@ def render(job: Job, profile: ClusterProfile) -> str:
         venv=_venv(profile),
         preflight=_preflight(profile),
         pipeline=job.pipeline,
+        container=" ".join(map(quote, profile.container)),
+        steps_variable=STEPS_VARIABLE,
+        container_variable=CONTAINER_VARIABLE,
         srun_options=" ".join(map(quote, profile.srun_options)),
         srun_variable=SRUN_VARIABLE,
         command=_command(job, profile),
@@ -206,6 +205,8 @@ def _preflight(profile: ClusterProfile) -> str:
 
 
 def _command(job: Job, profile: ClusterProfile) -> str:
+    if job.pipeline and profile.container:
+        return _lines([*profile.container, "python", "-m", "launch.cli", *job.arguments[1:]], indent=8)
     if job.pipeline:
         return _lines(job.arguments, indent=8)
     supervisor = [*profile.container, "python", "-m", "launch.jobs.supervisor"]

@@ -19,7 +19,7 @@ import yaml
 from benchmarks import disturbances, make_corpus, rehearsal
 from launch.cli import build_parser
 from launch.commands import ds, slurm
-from launch.jobs import hostfile
+from launch.jobs import hostfile, over_ssh
 from launch.pipeline.recipe import load_pipeline
 from launch.pipeline.sweep import plan_sweep
 from launch.stages import STAGES, read_stage, training
@@ -267,6 +267,7 @@ def find_tests(words: list[str]) -> None:
 MODULES = {
     "pytest": find_tests,
     "launch.jobs.hostfile": parse_hostfile,
+    "launch.jobs.over_ssh": lambda words: over_ssh.build_parser().parse_args(words),
     "benchmarks.measure": parse_measure,
     "benchmarks.make_corpus": lambda words: make_corpus._parser().parse_args(words),
     "benchmarks.disturbances": lambda words: disturbances._parser().parse_args(words),

@@ -1,6 +1,6 @@
 """launch/scripts: the commands that they start, caught by stand-ins, are parsed by the parsers that would run them.
 
-Runs of these scripts: tests/launch/jobs/test_hostfile.py (deepspeed over ssh), tests/launch/slurm/ (srun, sbatch).
+Runs of these scripts: tests/launch/jobs/test_hostfile.py (over ssh), tests/launch/slurm/ (srun, sbatch).
 """
 
 import importlib
@@ -19,7 +19,7 @@ from tests.lacking import lacking
 ROOT = Path(__file__).resolve().parents[2]
 CONTAINERS = ROOT / "launch" / "containers"
 SCRIPTS = sorted((ROOT / "launch" / "scripts").glob("*.sh"))
-PROGRAMS = ("deepspeed", "torchrun", "srun", "ssh")
+PROGRAMS = ("deepspeed", "torchrun", "srun")
 SCONTROL = """\
 case "$*" in
     *hostnames*) echo node1; echo node2;;
@@ -27,6 +27,16 @@ case "$*" in
     *) echo "NodeName=node1 NodeAddr=10.0.0.1 X=y";;
 esac
 """
+SSH = """\
+for last; do :; done
+case "$last" in
+    hostname*) echo 10.0.0.1;;
+    *--stdin) read -r told; python -c 'import json, sys
+command = json.loads(sys.argv[1])["options"]["command"]
+open("{folder}/ssh.words", "w").write(chr(0).join([*command, ""]))' "$told";;
+esac
+"""
+"""A host that says its address, and a supervisor that keeps the command that it is told."""
 
 
 @pytest.fixture
@@ -52,7 +62,7 @@ def caught(start, tmp_path):
 
     def act(script: Path, *arguments: str) -> dict[str, list[str]]:
         catching = {program: f'printf "%s\\0" "$@" > {tmp_path}/{program}.words' for program in PROGRAMS}
-        done = start(script, *arguments, **catching | {"ssh": "exit 0", "scontrol": SCONTROL})
+        done = start(script, *arguments, **catching | {"ssh": SSH.format(folder=tmp_path), "scontrol": SCONTROL})
         assert done.returncode == 0, done.stderr
         return {path.stem: path.read_text().split("\0")[:-1] for path in tmp_path.glob("*.words")}
 

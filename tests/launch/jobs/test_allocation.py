@@ -2,7 +2,7 @@
 
 import pytest
 
-from launch.jobs.allocation import allocated_hosts
+from launch.jobs.allocation import UnknownAllocation, allocated_hosts, node_names
 from launch.jobs.launcher import Machine, find_machine
 from rlhf.core.errors import ConfigError
 
@@ -28,6 +28,7 @@ def allocation(program, monkeypatch):
     """``allocation(nodes)``: an allocation of three nodes of which scontrol says that."""
 
     def make(nodes: str, names: str = NAMES) -> None:
+        program("srun", "exit 0")
         text = DETAILS.format(nodes=nodes)
         program("scontrol", f"case $2 in hostnames) {names};; *) cat <<'END'\n{text}END\n;; esac")
         for name, value in {"JOB_ID": "5", "JOB_NUM_NODES": "3", "JOB_NODELIST": "node[001-002,7]"}.items():
@@ -80,7 +81,78 @@ def test_without_an_answer_of_slurm_it_is_one_line_and_ranks_use_this_machine(
         monkeypatch.setenv("PATH", str(tmp_path / "empty"))
     if fault == "silent":
         program("scontrol", "echo 'error: one' >&2; echo 'scontrol: fatal: no configuration' >&2; exit 1")
-    with pytest.raises(ConfigError, match=r"scontrol .*--ranks to use this machine alone$") as caught:
+    with pytest.raises(ConfigError, match=r"(scontrol|srun).*--ranks to use this machine alone$") as caught:
         find_machine(None, None)
     assert "\n" not in str(caught.value)
     assert find_machine(2, None) == Machine(ranks=2)
+
+
+# ---- inside of a container, where SLURM has left its environment alone
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("node7", ["node7"]),
+        ("node[001-003,7],login1", ["node001", "node002", "node003", "node7", "login1"]),
+        ("rack[1-2]n[08-10]", [f"rack{rack}n{node}" for rack in (1, 2) for node in ("08", "09", "10")]),
+        ("a-b[9-11].c,d.e", ["a-b9.c", "a-b10.c", "a-b11.c", "d.e"]),
+    ],
+)
+def test_names_of_nodes_are_read_as_slurm_writes_them(text, names):
+    assert node_names(text) == names
+
+
+@pytest.fixture
+def inside(program, monkeypatch, tmp_path):
+    """``inside(nodes, name=value)``: an allocation without scontrol, with such variables; srun is there."""
+
+    def make(nodes: str, **variables: str) -> None:
+        program("srun", "exit 0")
+        monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+        for name in ("SLURMD_NODENAME", "RLHF_HOSTFILE", "SLURM_GPUS_ON_NODE"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in {"JOB_ID": "5", "JOB_NODELIST": nodes, **variables}.items():
+            monkeypatch.setenv(name if name.startswith("SLURM") else f"SLURM_{name}", value)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("variables", "counts"),
+    [
+        ({"GPUS_PER_NODE": "4"}, [4, 4, 4]),
+        ({"GPUS_PER_NODE": "h100:6,a100:2", "GPUS_ON_NODE": "8"}, [8, 8, 8]),
+        ({"GPUS_PER_TASK": "1", "TASKS_PER_NODE": "4(x2),2"}, [4, 4, 2]),
+        ({"GPUS_PER_TASK": "a100:2", "TASKS_PER_NODE": "2,1,3"}, [4, 2, 6]),
+        ({"GPUS_ON_NODE": "2", "SLURMD_NODENAME": "n1"}, [2, 2, 2]),  # --gres is alike on all nodes
+        ({"SLURMD_NODENAME": "n1"}, [1, 1, 1]),
+    ],
+    ids=["by node", "with a type", "by task", "by task, with a type", "of this node", "none"],
+)
+def test_without_scontrol_the_environment_says_what_the_nodes_have(inside, variables, counts):
+    inside("n[1-3]", **variables)
+    assert allocated_hosts() == dict(zip(("n1", "n2", "n3"), counts, strict=True))
+
+
+@pytest.mark.parametrize("variables", [{"GPUS": "5"}, {}, {"GPUS": "5", "GPUS_ON_NODE": "2", "SLURMD_NODENAME": "n1"}])
+def test_what_the_environment_does_not_say_is_not_guessed(inside, variables):
+    inside("n[1-3]", **variables)
+    with pytest.raises(UnknownAllocation, match=r"no scontrol here .*n\[1-3\].*--ranks to use this machine alone$"):
+        find_machine(None, None)
+    assert find_machine(2, None) == Machine(ranks=2)
+
+
+def test_a_container_on_the_one_node_of_an_allocation_trains_there(inside, monkeypatch, tmp_path):
+    inside("n1", GPUS="3", SLURMD_NODENAME="n1")
+    (tmp_path / "bin" / "srun").unlink()
+    assert find_machine(None, None) == Machine() and find_machine(2, None) == Machine(ranks=2)
+
+
+@pytest.mark.parametrize("nodes", ["n[1-2]", "n2"], ids=["several", "another one"])
+def test_nodes_that_cannot_be_reached_from_inside_are_one_line(inside, tmp_path, nodes):
+    inside(nodes, GPUS_PER_NODE="4", SLURMD_NODENAME="n1")
+    (tmp_path / "bin" / "srun").unlink()
+    with pytest.raises(UnknownAllocation, match=r"reached by srun, and there is none here .*--ranks") as caught:
+        find_machine(None, None)
+    assert "\n" not in str(caught.value) and find_machine(2, None) == Machine(ranks=2)

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+import yaml
 
 from launch.jobs import hostfile
 from launch.jobs.hostfile import check_hosts, read_hostfile, unreachable_hosts
@@ -177,8 +178,8 @@ def over_ssh(hosts, name: str, text: str) -> dict[str, str]:
 
 
 def train_over_ssh(hosts, name: str, text: str, *arguments: str) -> subprocess.CompletedProcess:
-    """launch/scripts/deepspeed_hostfile.sh with a hostfile of this text."""
-    script = ROOT / "launch" / "scripts" / "deepspeed_hostfile.sh"
+    """launch/scripts/ssh_hostfile.sh with a hostfile of this text."""
+    script = ROOT / "launch" / "scripts" / "ssh_hostfile.sh"
     return subprocess.run(
         [str(script), *arguments],
         env=over_ssh(hosts, name, text),
@@ -204,7 +205,7 @@ def test_two_hosts_over_ssh_train_as_two_ranks_on_one(two_hosts, tiny_recipe, ru
     settings = (*tiny_recipe, "train.publish=none", f"output={there}")
     done = train_over_ssh(two_hosts, "hosts", "node1 slots=1\nnode2 slots=1\n", *settings)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "node2: " in done.stdout + done.stderr, "pdsh names the host of a line: node2 took part"
+    assert "2 rank(s)" in done.stdout and "ZeRO-2" in done.stdout
     assert (there / "done.json").is_file()
     runs.assert_close(runs.rows(there), runs.rows(here), 1e-5)
 
@@ -217,7 +218,7 @@ def processes_with(words: str) -> list[psutil.Process]:
 def start_over_ssh(hosts, name: str, text: str, command: list[str], folder: Path, **environment: str):
     """``command`` for each device of a hostfile of this text, as a pipeline starts it."""
     found = over_ssh(hosts, name, text) | environment
-    words = [sys.executable, "-m", "launch.jobs.over_ssh", found["HOSTFILE"], found["MASTER_PORT"], "--", *command]
+    words = [sys.executable, "-m", "launch.jobs.over_ssh", found["HOSTFILE"], "--", *command]
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(words, env=found, cwd=folder, **pipes)
 
@@ -314,3 +315,52 @@ def test_an_unreachable_host_or_a_missing_hostfile_is_refused_before_anything_st
     assert not output.exists()
     with pytest.raises(ConfigError, match="no such file"):
         check_hosts(tmp_path / "missing")
+
+
+WORKERS = ROOT / "tests" / "launch" / "pipeline" / "workers"
+
+
+def test_stages_on_a_part_of_the_hosts_run_there_and_side_by_side(two_hosts, tmp_path):
+    """A node each, of which the second does not begin with the first host; then both, then two of one host."""
+    one, both = {"nodes": 1}, {"after": ["a", "b"]}
+    half = {"nodes": 1, "ranks": 1}
+    entries = {
+        "a": one | {"set": {"meets": ["b"]}},
+        "b": one | {"set": {"meets": ["a"]}},
+        "all": both,
+        "c": half | {"after": ["all"], "set": {"meets": ["d"]}},
+        "d": half | {"after": ["all"], "set": {"meets": ["c"]}},
+    }
+    recipe = tmp_path / "toys.yaml"
+    stages = {name: {"kind": "toy", **entry} for name, entry in entries.items()}
+    recipe.write_text(yaml.safe_dump({"output": f"{tmp_path}/out put", "stages": stages}, sort_keys=False))
+    environment = over_ssh(two_hosts, "part", "node1 slots=2\nnode2 slots=2\n") | {"PYTHONPATH": f"{ROOT}:{WORKERS}"}
+    (two_hosts.folder / "deepspeed_env").write_text("CUDA_VISIBLE_DEVICES=4,7\n")
+    words = [sys.executable, str(WORKERS / "run_toys.py"), str(recipe), "hostfile", environment["HOSTFILE"]]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    def seen(stage: str) -> list[tuple[str, str]]:
+        """The host of each rank, and the devices that it sees."""
+        ports = {str(port): host for host, port in two_hosts.ports.items()}
+        told = [json.loads(path.read_text()) for path in sorted((tmp_path / "out put" / stage).glob("seen*"))]
+        return [(ports[each["SSH_CONNECTION"].split()[-1]], each["CUDA_VISIBLE_DEVICES"]) for each in told]
+
+    assert {name: seen(name) for name in entries} == {
+        "a": [("node1", "4,7")] * 2,
+        "b": [("node2", "4,7")] * 2,
+        "all": [("node1", "4,7")] * 2 + [("node2", "4,7")] * 2,
+        "c": [("node1", "4")],
+        "d": [("node1", "7")],
+    }
+
+
+def test_what_is_left_of_one_stage_is_ended_on_its_host_and_that_of_another_is_not(two_hosts, tmp_path, monkeypatch):
+    """Of two whose names begin alike."""
+    monkeypatch.setenv("PATH", two_hosts.environment["PATH"])
+    words = [sys.executable, "-c", "import time; time.sleep(60)", "--log-folder"]
+    left = {name: subprocess.Popen([*words, f"{tmp_path}/logs/{name}"]) for name in ("a", "ab")}
+    hostfile.end_on_hosts(["node1"], f"--log-folder {tmp_path}/logs/a")
+    assert left["a"].wait(10) == -signal.SIGKILL and left["ab"].poll() is None
+    hostfile.end_on_hosts(["node1"], f"--log-folder {tmp_path}/logs/")
+    assert left["ab"].wait(10) == -signal.SIGKILL

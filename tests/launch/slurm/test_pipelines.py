@@ -8,6 +8,7 @@ import yaml
 
 from benchmarks.killed_pipeline import weights
 from launch.jobs.hostfile import read_hostfile
+from tests.slurm import PROGRAMS
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
@@ -130,3 +131,30 @@ def test_stages_that_do_not_need_each_other_run_side_by_side_in_jobs_and_in_one_
     assert said[0].index("other: running") < said[0].index("sft: finished")
     assert said[1].index("sft: finished") < said[1].index("other: running")
     assert len(weights(outputs[0])) == 3 and weights(outputs[0]) == weights(outputs[1]) == weights(outputs[2])
+
+
+@pytest.mark.full
+def test_a_pipeline_inside_of_a_container_without_slurm_runs_on_both_nodes_and_goes_on_after_a_pause(
+    cluster, jobs, submit, profile, tmp_path
+):
+    """The stand-in of a container has the programs of this machine but for SLURM's."""
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for path in [*Path("/usr/bin").iterdir(), *Path("/usr/sbin").iterdir()]:
+        if path.name not in PROGRAMS and not (programs / path.name).exists():
+            (programs / path.name).symlink_to(path)
+    container = tmp_path / "container"
+    container.write_text(f'#!/bin/sh\nPATH={Path(sys.executable).parent}:{programs}\nexport PATH\nexec "$@"\n')
+    container.chmod(0o755)
+    output = tmp_path / "run"
+    settings = ("reward.train.epochs=15", "reward.train.checkpoint_every=10", f"profile.container=[{container}]")
+    (number,) = submit(output, *settings)
+    log = jobs.log(output, number)
+    cluster.until(lambda: jobs.steps(output / "reward") > 4, log)
+    cluster.run("scancel", "--signal=USR1", "--full", number)
+    cluster.wait_for_restart(number, 1, log)
+    cluster.wait(number, "COMPLETED", log)
+    assert "saved and stopped on SIGUSR1" in log.read_text() and "launch.jobs.asked_step" in log.read_text()
+    said = (output / "logs" / "reward" / "rank0.log").read_text()
+    assert "2 rank(s)" in said and said.count("resuming from") == 1
+    assert (output / "logs" / "reward" / "rank1.log").exists() and len(weights(output)) == 2

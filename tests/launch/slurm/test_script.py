@@ -106,8 +106,7 @@ PROFILES = [
 @pytest.mark.parametrize("settings", PROFILES, ids=lambda each: "-".join(map(str, each.values()))[:20])
 def test_every_script_is_valid_shell(settings, tmp_path):
     profile = ClusterProfile(**settings)
-    kinds = [{}] if profile.container else [{}, {"pipeline": True, "arguments": ("rlhf", "pipeline", "run", "p.yaml")}]
-    for kind in kinds:
+    for kind in [{}, {"pipeline": True, "arguments": ("rlhf", "pipeline", "run", "p.yaml")}]:
         path = tmp_path / "job.sh"
         path.write_text(render(job(**kind), profile))
         subprocess.run(["bash", "-n", path], check=True)
@@ -172,8 +171,71 @@ def test_a_container_wraps_the_supervisor_and_its_python_is_used(tmp_path):
     assert "apptainer exec x.sif python -m launch.jobs.supervisor --slots 8x1" in joined(text)
     assert "apptainer exec x.sif python -m launch.slurm.preflight" in joined(text)
     assert sys.prefix not in text
-    with pytest.raises(ConfigError, match=r"profile\.container: a pipeline"):
-        render(job(pipeline=True), ClusterProfile(container=("apptainer", "exec", "x.sif")))
+
+
+def test_a_pipeline_is_started_inside_of_the_container_and_its_steps_outside(monkeypatch):
+    profile = ClusterProfile(container=("apptainer", "exec", "--bind", "/a b", "x.sif"), nodes=2)
+    text = render(job(pipeline=True, arguments=("rlhf", "pipeline", "run", "p.yaml")), profile)
+    inside = "apptainer exec --bind '/a b' x.sif"
+    assert f"{inside} python -m launch.cli pipeline run p.yaml" in joined(text).partition("start() {")[2]
+    (line,) = [line for line in text.splitlines() if line.startswith("export RLHF_STEPS=")]
+    told = subprocess.run(["bash", "-c", f"{line}; printenv RLHF_CONTAINER"], capture_output=True, text=True).stdout
+    monkeypatch.setenv("RLHF_STEPS", "/steps")
+    monkeypatch.setenv("RLHF_CONTAINER", told.strip())
+    words = srun_command(["python", "-m", "reward"], hosts={"n1": 2, "n2": 2}, port=1, there={"n1": 2, "n2": 2})
+    assert words[:5] == [sys.executable, "-m", "launch.jobs.asked_step", "/steps", "--"]
+    step = words[5:]
+    assert step[0] == "srun" and step[step.index("apptainer") :][:5] == shlex.split(inside)
+    supervisor = [sys.executable, "-m", "launch.jobs.supervisor", "--slots", "2x2", "--node", "slurm"]
+    assert step[step.index("x.sif") + 1 :][: len(supervisor)] == supervisor
+
+
+SERVING = """
+trap : USR1 TERM
+{functions}
+"$@" &
+pid=$!
+while kill -0 "$pid" 2> /dev/null; do serve_steps 2> /dev/null; sleep 0.1; done
+wait "$pid"
+"""
+
+
+@pytest.fixture
+def serve(tmp_path):
+    """``serve(command)``: a process that asks for a step with that command, and the job script's shell around it."""
+    profile = ClusterProfile(container=("apptainer", "exec", "x.sif"))
+    text = render(job(pipeline=True, arguments=("rlhf", "pipeline", "run", "p.yaml")), profile)
+    shell = SERVING.format(functions=functions_of(text, "run_step", "serve_steps"))
+
+    def start(*command: str) -> psutil.Popen:
+        steps = tmp_path / "steps"
+        steps.mkdir()
+        environment = os.environ | {"RLHF_STEPS": str(steps), "PYTHONPATH": str(ROOT)}
+        words = [sys.executable, "-m", "launch.jobs.asked_step", str(steps), "--", *command]
+        with (tmp_path / "its log").open("w") as log:
+            return psutil.Popen(["bash", "-c", shell, "-", *words], env=environment, cwd=tmp_path, stdout=log)
+
+    return start
+
+
+@pytest.mark.parametrize("code", [0, 75, 7])
+def test_a_step_that_is_asked_for_runs_outside_in_the_same_folder_and_gives_back_its_code(serve, tmp_path, code):
+    process = serve("bash", "-c", 'echo "$1 in $PWD"; exit "$2"', "-", "it's $HOME\nand more", str(code))
+    assert process.wait(60) == code
+    assert (tmp_path / "its log").read_text() == f"it's $HOME\nand more in {tmp_path}\n"
+
+
+def test_a_step_is_ended_with_whoever_asked_for_it(serve, tmp_path):
+    process = serve("bash", "-c", "echo $$ > pid; exec sleep 60")
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text().strip():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    step = psutil.Process(int((tmp_path / "pid").read_text()))
+    (client,) = [each for each in process.children() if each.cmdline()[:1] == [sys.executable]]
+    client.terminate()
+    assert process.wait(60) == 128 + signal.SIGTERM
+    assert not step.is_running() or step.status() == psutil.STATUS_ZOMBIE
 
 
 def test_render_prints_a_script_for_a_shipped_recipe_with_changes_to_recipe_and_profile(capsys, monkeypatch):

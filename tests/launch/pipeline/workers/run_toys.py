@@ -1,6 +1,8 @@
-"""run_toys.py RECIPE [train [hasty]] [two] [allocated] [only NAME]: a pipeline of toy stages; with train they count as
-stages that save when told to stop, and get a second for it with hasty; with two, as many at a time; with allocated, on
-what the SLURM allocation has."""
+"""run_toys.py RECIPE [train [hasty]] [two] [allocated | hostfile FILE] [only NAME]: a pipeline of toy stages.
+
+With train they count as stages that save when told to stop, and get a second for it with hasty; with two, as many run
+at a time; with allocated, on what the SLURM allocation has.
+"""
 
 import sys
 from pathlib import Path
@@ -15,13 +17,15 @@ from rlhf.core.errors import UserError
 stages.STAGES["toy"] = stages.Stage(
     name="toy", module="toy_stage", config="toy_stage:ToyConfig", trains="train" in sys.argv
 )
-if "allocated" not in sys.argv:
+hostfile = Path(sys.argv[sys.argv.index("hostfile") + 1]) if "hostfile" in sys.argv else None
+elsewhere = hostfile is not None or "allocated" in sys.argv
+if not elsewhere:
     running.stage_command = lambda stage, arguments, machine: [sys.executable, "-m", stage.module, *arguments]
 grace = 1.0 if "hasty" in sys.argv else 600.0
 only = tuple(sys.argv[sys.argv.index("only") + 1 :]) if "only" in sys.argv else ()
 at_once = 2 if "two" in sys.argv else None
 try:
-    machine = find_machine(None, None) if "allocated" in sys.argv else Machine(ranks=1)
+    machine = find_machine(None, hostfile) if elsewhere else Machine(ranks=1)
     options = running.RunOptions(machine=machine, at_once=at_once, only=only, doctor=False, grace_seconds=grace)
     sys.exit(running.PipelineRun(load_pipeline(Path(sys.argv[1])), options, console()).run())
 except UserError as error:
