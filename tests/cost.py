@@ -23,6 +23,7 @@ TOGETHER = {
     "tests/launch/slurm/test_jobs.py": "the SLURM cluster of a session",
     "tests/launch/slurm/test_pipelines.py": "the SLURM cluster of a session",
     "tests/launch/slurm/test_allocations.py": "the SLURM cluster of a session",
+    "tests/launch/slurm/test_queue.py": "the SLURM cluster of a session",
     "tests/launch/doctor/test_checks.py": "how long things take, and their memory",
     "tests/launch/plan/test_measured.py": "how long things take, and their memory",
 }

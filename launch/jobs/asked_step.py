@@ -15,6 +15,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from launch.jobs.supervisor import split_command
+
 STEPS_VARIABLE = "RLHF_STEPS"
 """Environment variable: the folder in which the job script looks for steps."""
 CONTAINER_VARIABLE = "RLHF_CONTAINER"
@@ -35,14 +37,14 @@ def container_words() -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="launch.jobs.asked_step", allow_abbrev=False)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("command", nargs="+", help="behind --")
-    options = parser.parse_args(argv)
+    words, command = split_command(argv)
+    options = parser.parse_args(words)
     step = options.folder / f"{time.time_ns()}-{secrets.token_hex(4)}"
     ended: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: ended.append(number))
     log = os.readlink("/proc/self/fd/1")
-    script = f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(options.command)} >> {shlex.quote(log)} 2>&1\n"
+    script = f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(command)} >> {shlex.quote(log)} 2>&1\n"
     step.with_suffix(".new").write_text(script)
     step.with_suffix(".new").rename(step.with_suffix(".asked"))
     deadline: float | None = None

@@ -20,7 +20,7 @@ from typing import Any
 
 from launch.jobs.hostfile import read_hostfile, ssh_words
 from launch.jobs.srun import SECONDS_AFTER_FIRST, SUPERVISOR
-from launch.jobs.supervisor import REQUESTS, STOPPED, places_of
+from launch.jobs.supervisor import REQUESTS, STOPPED, places_of, split_command
 from rlhf.core.errors import ConfigError, UserError
 
 PASSED = (
@@ -115,7 +115,7 @@ def address_of(host: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = build_parser().parse_args(argv)
+    options = parse(argv)
     noted, woken = _noting((*REQUESTS, signal.SIGCHLD))
     try:
         found = read_hostfile(options.hostfile)
@@ -131,16 +131,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         hosts.end()
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="launch.jobs.over_ssh", allow_abbrev=False)
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options; ``command`` is what stands behind ``--``."""
+    words, command = split_command(argv)
+    usage = "%(prog)s [options] HOSTFILE -- COMMAND..."
+    parser = argparse.ArgumentParser(prog="launch.jobs.over_ssh", usage=usage, allow_abbrev=False)
     address = "where the others reach the first host (default: MASTER_ADDR); if that is empty, the host is asked"
     parser.add_argument("--address", default=os.environ.get("MASTER_ADDR", ""), help=address)
     port = "where rank 0 listens on the first host (default: MASTER_PORT, or 29500)"
     parser.add_argument("--port", default=os.environ.get("MASTER_PORT", "29500"), help=port)
     parser.add_argument("--devices", type=places_of, help="those of every host, by their places: 2,3/0,1")
     parser.add_argument("hostfile", type=Path)
-    parser.add_argument("command", nargs="+", help="behind --")
-    return parser
+    options = parser.parse_args(words)
+    if not command:
+        parser.error("expected a command behind --")
+    options.command = command
+    return options
 
 
 def _noting(numbers: Iterable[int]) -> tuple[list[int], int]:

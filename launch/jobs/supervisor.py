@@ -216,6 +216,13 @@ def _counts(text: str) -> list[int]:
     return [count for ranks, _, nodes in parts for count in [int(ranks)] * int(nodes or 1)]
 
 
+def split_command(argv: Sequence[str] | None) -> tuple[list[str], list[str]]:
+    """What stands before and behind the first ``--``: argparse would take out a second one, which is the command's."""
+    words = [*(sys.argv[1:] if argv is None else argv)]
+    place = words.index("--") if "--" in words else len(words)
+    return words[:place], words[place + 1 :]
+
+
 def places_of(text: str) -> list[list[int]]:
     """``2,3/0,1``: the third and fourth device of the first node, the first two of the second."""
     return [[int(place) for place in node.split(",")] for node in text.split("/")]

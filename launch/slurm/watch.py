@@ -61,7 +61,10 @@ def submitted(name: str | None) -> list[Submitted]:
 def _below(folder: Path) -> Iterator[Submitted]:
     paths = [path for depth in DEPTH for path in sorted(folder.glob(f"{depth}slurm/*{NUMBER}"))]
     for path in sorted(paths, key=lambda path: (path.parent, path.stat().st_mtime)):
-        number, *folders = path.read_text(encoding="utf-8").splitlines()
+        try:
+            number, *folders = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError):  # somebody else's, or empty
+            continue
         run = path.parents[1]
         yield Submitted(run=run, label=path.stem, number=number, folders=tuple(map(Path, folders)) or (run,))
 
@@ -167,8 +170,13 @@ def cancel(jobs: Sequence[Submitted], *, now: bool) -> Iterator[str]:
             running.append(job)
     for job in running:
         yield f"job {job.number} ({job.label}): saves at its next step and ends; Ctrl-C leaves it to that"
-        while queued(job.number) is not None:
+        end = "ended"
+        while (entry := queued(job.number)) is not None:
+            if entry.state == PENDING:  # back in the queue: it was paused or preempted, or lost a node
+                cancel_job(job.number)
+                end = "had gone back into the queue, canceled there"
+                break
             (job.run / STOP_FILE).touch()  # ranks that still start take no notice of one that is older than they are
             time.sleep(SECONDS_BETWEEN_REQUESTS)
         (job.run / STOP_FILE).unlink(missing_ok=True)
-        yield f"job {job.number} ({job.label}): ended"
+        yield f"job {job.number} ({job.label}): {end}"

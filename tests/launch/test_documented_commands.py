@@ -267,7 +267,7 @@ def find_tests(words: list[str]) -> None:
 MODULES = {
     "pytest": find_tests,
     "launch.jobs.hostfile": parse_hostfile,
-    "launch.jobs.over_ssh": lambda words: over_ssh.build_parser().parse_args(words),
+    "launch.jobs.over_ssh": lambda words: over_ssh.parse(words),
     "benchmarks.measure": parse_measure,
     "benchmarks.make_corpus": lambda words: make_corpus._parser().parse_args(words),
     "benchmarks.disturbances": lambda words: disturbances._parser().parse_args(words),

@@ -220,9 +220,9 @@ def serve(tmp_path):
 
 @pytest.mark.parametrize("code", [0, 75, 7])
 def test_a_step_that_is_asked_for_runs_outside_in_the_same_folder_and_gives_back_its_code(serve, tmp_path, code):
-    process = serve("bash", "-c", 'echo "$1 in $PWD"; exit "$2"', "-", "it's $HOME\nand more", str(code))
+    process = serve("bash", "-c", 'echo "$2 $3 in $PWD"; exit "$1"', "-", str(code), "--", "it's $HOME\nand more")
     assert process.wait(60) == code
-    assert (tmp_path / "its log").read_text() == f"it's $HOME\nand more in {tmp_path}\n"
+    assert (tmp_path / "its log").read_text() == f"-- it's $HOME\nand more in {tmp_path}\n"
 
 
 def test_a_step_is_ended_with_whoever_asked_for_it(serve, tmp_path):
