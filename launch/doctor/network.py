@@ -89,9 +89,6 @@ def hostfile(subject: Subject) -> Iterator[Finding]:
     except ConfigError as error:
         yield Finding("failure", str(error), "write a line 'HOST slots=DEVICES' for each node")
         return
-    if shutil.which("pdsh") is None:
-        text = "pdsh, with which DeepSpeed starts the nodes of a hostfile, is not installed"
-        yield Finding("failure", text, "install pdsh (Debian, Ubuntu: apt install pdsh)")
     try:
         lost = unreachable_hosts(hosts)
     except ConfigError as error:

@@ -121,10 +121,10 @@ def _start_sshd(folder: Path, port: int, authorized: Path) -> subprocess.Popen:
 @pytest.fixture(scope="module")
 def two_hosts(tmp_path_factory):
     """The hosts node1 and node2: two sshd on this machine. Its ssh knows them, and node3, where nobody listens."""
-    needed = ("sshd", "ssh", "ssh-keygen", "pdsh")
+    needed = ("sshd", "ssh", "ssh-keygen")
     missing = [program for program in needed if shutil.which(program, path=SYSTEM) is None]
     if missing:
-        lacking(f"no {', '.join(missing)}: apt-get install openssh-server pdsh (.ci/run does)")
+        lacking(f"no {', '.join(missing)}: apt-get install openssh-server (.ci/run does)")
     if os.getuid() == 0:
         Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # sshd wants it, and only its init script makes it
     folder = tmp_path_factory.mktemp("ssh")
