@@ -63,6 +63,19 @@ def test_a_link_leads_to_the_same_thing_on_the_site(page, link, there):
     assert links.for_site(f"see [it]({link}).", page) == f"see [it]({there})."
 
 
+@pytest.mark.parametrize(
+    ("html", "shown"),
+    [
+        ("<p><code>rlhf x --any-code -f</code></p>", "<p><code>rlhf x {--any-code} {-f}</code></p>"),
+        ("<code>step-0001 a--b</code> --no-code", "<code>step-0001 a--b</code> --no-code"),
+        ("<pre><code>x --two-words</code></pre>", "<pre><code>x --two-words</code></pre>"),
+    ],
+)
+def test_an_option_in_a_sentence_is_a_word_that_no_line_breaks(html, shown):
+    marked = shown.replace("{", '<span class="option">').replace("}", "</span>")
+    assert links.with_whole_options(html) == marked
+
+
 def test_files_that_pages_link_to_are_pages_and_what_these_link_to_as_well():
     pages = links.pages()
     assert "files/benchmarks/margin_study/README.md" in pages and "files/CHANGELOG.md" in pages

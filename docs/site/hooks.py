@@ -54,6 +54,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     return links.for_site(markdown, path)
 
 
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """The options of commands as words that no line breaks."""
+    return links.with_whole_options(html)
+
+
 def on_post_build(config: MkDocsConfig) -> None:
     """Refuse a site that needs a network.
 

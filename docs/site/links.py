@@ -20,6 +20,7 @@ FILES = "files"
 LANGUAGES = {".yaml": "yaml", ".yml": "yaml", ".py": "python", ".sh": "bash", ".json": "json", ".cfg": "ini"}
 _LINK = re.compile(r"(?<=\]\()[^)\s]+(?=\))")
 _FENCE = re.compile(r"\s*(```+|~~~+)")
+_OPTION = re.compile(r"(?<![\w-])--?[A-Za-z][\w-]*")
 _ELSEWHERE = re.compile(r"[a-z][a-z0-9+.-]*:|//")
 
 
@@ -110,6 +111,13 @@ def for_site(text: str, page: str) -> str:
         return posixpath.relpath(target, posixpath.dirname(page) or ".") + mark + anchor
 
     return "\n".join(_LINK.sub(replaced, line) if is_prose else line for _, line, is_prose in prose(text))
+
+
+def with_whole_options(html: str) -> str:
+    """``html`` in which options in the code of a sentence are marked: a browser would break them at their hyphens."""
+    marked = r'<span class="option">\g<0></span>'
+    code = re.compile(r"<pre\b.*?</pre>|(?<=<code>)[^<]*(?=</code>)", flags=re.DOTALL)
+    return code.sub(lambda found: found[0] if found[0].startswith("<pre") else _OPTION.sub(marked, found[0]), html)
 
 
 def titles() -> dict[str, str]:
