@@ -75,7 +75,11 @@ def add_parallel(parser: argparse.ArgumentParser) -> None:
 
 
 def _count_or_auto(text: str) -> int | None:
-    return None if text == "auto" else positive_int(text)
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text}: expected auto or a whole number above 0")
+    return int(text)
 
 
 def add_columns(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:

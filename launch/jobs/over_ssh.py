@@ -41,10 +41,15 @@ def passed_environment() -> dict[str, str]:
     places = [Path(given)] if given else [Path(_ENVIRONMENT_FILE), Path(os.path.expanduser("~")) / _ENVIRONMENT_FILE]
     for path in places:
         if path.is_file():
-            lines = (line.strip() for line in path.read_text().splitlines())
+            lines = (line.strip().removeprefix("export ") for line in path.read_text().splitlines())
             pairs = (line.partition("=") for line in lines if "=" in line and not line.startswith("#"))
-            return found | {name.strip(): value for name, _, value in pairs}
+            return found | {name.strip(): _unquoted(value) for name, _, value in pairs}
     return found
+
+
+def _unquoted(value: str) -> str:
+    """DeepSpeed's launcher has a shell read what the file says, so people write quotes."""
+    return value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" else value
 
 
 class Hosts:

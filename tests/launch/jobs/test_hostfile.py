@@ -18,6 +18,7 @@ import yaml
 
 from launch.jobs import hostfile
 from launch.jobs.hostfile import check_hosts, read_hostfile, unreachable_hosts
+from launch.jobs.over_ssh import passed_environment
 from rlhf.core.errors import ConfigError
 from tests.lacking import lacking
 from tests.ports import free_port
@@ -252,6 +253,16 @@ def test_chosen_variables_pass_and_no_secret_is_in_a_log_or_on_a_command_line(tw
         assert "MINE" not in each and each.get("CUDA_VISIBLE_DEVICES") != "5", "devices are those of the host"
     assert [each["LOCAL_RANK"] for each in found] == ["0", "0", "1"]
     assert "a b'c" in said and "secret" not in said and "k3y" not in said
+
+
+def test_the_file_for_deepspeeds_launcher_is_read_as_its_shell_would(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text(
+        "# mine\nA=1\nexport HF_TOKEN='a b'\n B=\"x=y\" \nC=it's\n\nD=\nnothing\n\"E=1\nCUDA_VISIBLE_DEVICES=2,3\n"
+    )
+    monkeypatch.setenv("DS_ENV_FILE", str(tmp_path / "file"))
+    found = passed_environment()
+    names = ("A", "HF_TOKEN", "B", "C", "D", "CUDA_VISIBLE_DEVICES")
+    assert [found[name] for name in names] == ["1", "a b", "x=y", "it's", "", "2,3"]
 
 
 def test_a_hostfile_with_one_host_starts_there_and_not_here(two_hosts, tmp_path):

@@ -196,6 +196,11 @@ def test_a_part_of_the_devices_is_one_of_those_that_are_visible(monkeypatch, giv
     assert done.stdout == f"{seen!r}\n", done.stderr
 
 
+def test_devices_of_rocm_are_shown_by_the_variable_that_hides_the_others():
+    shown = {"HIP_VISIBLE_DEVICES": "4, 6,7", "CUDA_VISIBLE_DEVICES": "0"}
+    assert supervisor.device_environment(shown, [2, 0]) == {"HIP_VISIBLE_DEVICES": "7,4"}
+
+
 def test_a_device_that_is_not_visible_is_one_line(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
     words = ["--slots", "1", "--devices", "2", "--", sys.executable, "-c", "print('started')"]

@@ -117,6 +117,21 @@ def test_every_script_is_valid_shell(settings, tmp_path):
         assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.parametrize("name", ["it's mine", 'a "quoted" $(touch gone)', "tab\\and `date`", "-rf *"])
+def test_a_run_folder_of_any_name_stays_one_word(tmp_path, name):
+    """As a line for sbatch, and in the shell."""
+    entries = (SimpleNamespace(name="sft", output=tmp_path / name / "sft", ranks=None),)
+    text = render(job(output=tmp_path / name, stages=entries, pipeline=True), ClusterProfile())
+    (output,) = [line for line in text.splitlines() if line.startswith("#SBATCH --output=")]
+    assert shlex.split(output.removeprefix("#SBATCH ")) == [f"--output={tmp_path}/{name}/slurm/logs/%j.log"]
+    lines = [line for line in text.splitlines() if line.startswith(("run=", "statuses=", "hostfiles="))]
+    shown = "printf '%s\\0' \"$run\" \"${statuses[@]}\" \"${hostfiles[@]}\""
+    done = subprocess.run(["bash", "-c", "\n".join([*lines, shown])], capture_output=True, text=True, cwd=tmp_path)
+    folder = f"{tmp_path}/{name}"
+    assert done.stdout.split("\0")[:-1] == [folder, f"{folder}/sft/status.json", f"{folder}/logs/sft/hostfile"]
+    assert not (tmp_path / "gone").exists()
+
+
 def test_directives_say_what_the_profile_says():
     text = render(job(), load_profile([EXAMPLE], []))
     found = re.findall(r"^#SBATCH (.*)$", text, flags=re.MULTILINE)

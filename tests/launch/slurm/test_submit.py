@@ -124,9 +124,10 @@ def test_one_job_for_all_hands_on_how_many_stages_run_at_a_time(slurm, tmp_path,
     for words, message in (([*stage, "--parallel", "2"], "leave --parallel out"),):
         assert main(["slurm", "render", *words]) == 2
         assert message in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main(["slurm", "render", *PIPELINE, "--parallel", "0"])
-    assert "--parallel: 0: expected a number above 0" in capsys.readouterr().err
+    for odd in ("0", "many", "-1", "1.5"):
+        with pytest.raises(SystemExit):
+            main(["slurm", "render", *PIPELINE, f"--parallel={odd}"])
+        assert f"--parallel: {odd}: expected auto or a whole number above 0" in capsys.readouterr().err
 
 
 RECIPE = """\
