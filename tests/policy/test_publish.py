@@ -58,6 +58,23 @@ def test_low_precision_adapters_are_reproduced_by_a_fresh_process(trained, tmp_p
     assert (tmp_path / "final" / "adapter_config.json").exists() == (publish_lora == "adapter")
 
 
+def test_adapters_are_merged_in_float32_and_rounded_once(trained):
+    engine, _, _ = trained(torch.bfloat16)
+    before = {name: value.detach().clone() for name, value in engine.module.named_parameters()}
+    merged = dict(engine.module.merged().named_parameters())
+    checked = 0
+    for name, value in before.items():
+        if "lora_A" not in name:
+            continue
+        stem = name.removeprefix("hf.").partition(".lora_A")[0]
+        down, up = value.float(), before[name.replace("lora_A", "lora_B")].float()
+        base = before[f"hf.{stem}.base_layer.weight"].float()
+        expected = (base + 8.0 / 4 * up @ down).bfloat16()
+        assert torch.equal(merged[f"{stem}.weight"], expected), name
+        checked += not torch.equal(expected, base.bfloat16() + (8.0 / 4 * up @ down).bfloat16())
+    assert checked  # rounding twice would give other numbers
+
+
 def test_weights_that_were_not_saved_are_found_out_and_an_earlier_final_stays(trained, tmp_path, monkeypatch):
     (tmp_path / "final").mkdir()
     (tmp_path / "final" / "earlier").write_text("kept")

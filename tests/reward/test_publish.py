@@ -4,17 +4,21 @@ import os
 import pkgutil
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from reward.config import MarginConfig
+from reward.publish import PublishableRewardModel
 from reward.stage import run
 from reward.task import RewardTask
+from rlhf.core.errors import ModelError
 from rlhf.data.preferences import load_preferences
 from rlhf.engine.ranks import Ranks
 from rlhf.models.manifest import read_manifest
 from rlhf.train.chat import load_chat
+from rlhf.train.publishing import check_low_precision
 
 ALONE = Ranks(rank=0, world_size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
 
@@ -119,3 +123,21 @@ def test_a_colleague_can_read_what_was_published(stage, tmp_path):
     finally:
         os.umask(before)
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "run" / "final").iterdir()} == {0o644}
+
+
+@pytest.mark.parametrize("spread", [0.05, 3.7, 40.0])
+def test_low_precision_is_measured_by_the_spread_of_rewards_and_is_a_warning(spread, caplog):
+    """At an absolute .1, reward models in bfloat16 with a usual spread were refused, again on every repeat."""
+    evaluation = SimpleNamespace(reward_sd=spread)
+    published = PublishableRewardModel(config=None, chat=None, evaluation=evaluation, margins={}, training_data="")
+    expected = spread * torch.linspace(-1, 1, 9)
+    tolerance = published.tolerance(expected)
+    assert tolerance == pytest.approx(0.1 * spread)
+    check_low_precision(expected + 0.09 * spread, expected, tolerance, "logits")
+    assert not caplog.text
+    check_low_precision(expected + 0.2 * spread, expected, tolerance, "logits")
+    assert f"differ by up to {0.2 * spread:.3f} logits" in caplog.text
+    with pytest.raises(ModelError, match="not finite"):
+        check_low_precision(expected * float("nan"), expected, tolerance, "logits")
+    none_held_out = replace(published, evaluation=None)
+    assert none_held_out.tolerance(expected) == pytest.approx(0.1 * float(expected.std()))

@@ -29,8 +29,10 @@ SYSTEM = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 def test_a_hostfile_keeps_the_order_of_its_lines(tmp_path):
     path = tmp_path / "hostfile"
-    path.write_text("# two of the rack\n\nb7  slots=8 max_slots=8\na3\tslots=4\n")
-    assert list(read_hostfile(path).items()) == [("b7", 8), ("a3", 4)]
+    text = "b7  slots=8 max_slots=8\n# two of the rack\n\na3\tslots=4\n"
+    for mark in ("", "\ufeff"):  # as editors of Windows put it in front
+        path.write_text(mark + text, encoding="utf-8")
+        assert list(read_hostfile(path).items()) == [("b7", 8), ("a3", 4)]
 
 
 @pytest.mark.parametrize(
