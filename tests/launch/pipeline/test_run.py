@@ -128,6 +128,17 @@ def test_a_second_pipeline_in_the_same_folder_is_refused(toys):
     assert toys.run() == 0
 
 
+def test_a_second_pipeline_by_another_way_to_the_same_folder_is_refused(toys):
+    """Through a link, and as a sweep or a recipe of another name would."""
+    toys.write({"a": {}})
+    (toys.folder / "out").mkdir()
+    (toys.folder / "link").symlink_to(toys.folder / "out")
+    with alone(toys.load()):
+        for options in ({}, {"only": ("a",)}):
+            with pytest.raises(UserError, match=rf"a pipeline, process {os.getpid()} on .*at work here"):
+                toys.run(f"output={toys.folder}/link", **options)
+
+
 def test_a_stage_that_somebody_runs_by_hand_is_left_alone(training_toys):
     toys = training_toys
     toys.write({"a": {"set": {"number": 1}}})

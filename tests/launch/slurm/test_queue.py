@@ -35,7 +35,7 @@ def test_a_job_that_runs_is_shown_followed_and_asked_to_save(cluster, jobs, subm
     cluster.until(lambda: jobs.steps(output) > 3, log)
     line = line_of(cluster.rlhf("slurm", "status", str(output)), number)
     assert "RUNNING" in line and "reward: " in line and "/6000" in line
-    assert "step 3/6000" in cluster.rlhf("slurm", "logs", str(output))
+    assert "step 1/6000" in cluster.rlhf("slurm", "logs", str(output))
     words = [sys.executable, "-m", "launch.cli", "slurm", "logs", "--follow", str(output)]
     follower = subprocess.Popen(words, env=cluster.environment, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     said = cluster.rlhf("slurm", "cancel", str(output))
