@@ -4,7 +4,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -149,8 +149,19 @@ def host_memory(subject: Subject) -> Iterator[Finding]:
     if plan.node_host_bytes > memory.free:
         text += ": the system would kill the run (exit code -9)"
         yield Finding("failure", text, _what_to_change(stage), values)
+        return
+    group = max(subject.planned_together, key=_host_bytes)
+    need = _host_bytes(group)
+    if need > memory.free:
+        names = ", ".join(each.title for each, _ in group)
+        text += f"; {names} at a time take {gib(need)}: the system may kill them (exit code -9)"
+        yield Finding("warning", text, "--parallel 1 runs one after the other", values | {"together_bytes": need})
     else:
         yield Finding("ok", text, values=values)
+
+
+def _host_bytes(group: "Sequence[tuple[PipelineStage, StagePlan]]") -> int:
+    return sum(plan.node_host_bytes for _, plan in group)
 
 
 def _what_to_change(stage: PipelineStage) -> str:
@@ -180,10 +191,13 @@ def disk(subject: Subject) -> Iterator[Finding]:
     """Room and rights where the run writes."""
     needs = {subject.output: sum(_disk_bytes(plan) for _, plan in subject.planned)}
     needs |= {Path(path): 0 for stage in subject.trained if (path := stage.config.engine.nvme_path) is not None}
-    for stage, plan in subject.planned:
-        if (path := stage.config.engine.nvme_path) is not None:  # one run after the other uses it
-            swapped = plan.cluster.devices_per_node * sum(states.nvme for states in plan.states.values())
-            needs[Path(path)] = max(needs[Path(path)], swapped)
+    for group in subject.planned_together:
+        swapped: dict[Path, int] = {}
+        for stage, plan in group:
+            if (path := stage.config.engine.nvme_path) is not None:
+                own = plan.cluster.devices_per_node * sum(states.nvme for states in plan.states.values())
+                swapped[Path(path)] = swapped.get(Path(path), 0) + own
+        needs |= {folder: max(needs.get(folder, 0), size) for folder, size in swapped.items()}
     for folder, need in needs.items():
         yield _room(folder, need)
 

@@ -26,6 +26,8 @@ class Subject:
     """Where the run writes."""
     stages: tuple[PipelineStage, ...] = ()
     """What it still has to do."""
+    together: tuple[tuple[PipelineStage, ...], ...] = ()
+    """Groups of them that are likely to be at work at a time."""
     pipeline: Pipeline | None = None
     """All that the stages belong to; those that are done count as what others start from."""
     seconds: float = 180.0
@@ -66,6 +68,13 @@ class Subject:
     def planned(self) -> "tuple[tuple[PipelineStage, StagePlan], ...]":
         """Those of :attr:`plans` that there are."""
         return tuple((stage, plan) for stage, plan in self.plans if not isinstance(plan, Exception))
+
+    @cached_property
+    def planned_together(self) -> "tuple[tuple[tuple[PipelineStage, StagePlan], ...], ...]":
+        """Those of :attr:`planned` that use this host at a time, one alone as well."""
+        found = {stage.title: (stage, plan) for stage, plan in self.planned}
+        groups = [tuple(found[each.title] for each in group if each.title in found) for group in self.together]
+        return (*((each,) for each in self.planned), *(group for group in groups if not self.hosts and len(group) > 1))
 
     def world(self, stage: PipelineStage) -> tuple[int, int]:
         """Ranks of a stage in all, and on one node."""

@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from launch.jobs.devices import visible_gpus
@@ -52,6 +52,18 @@ class Sharing:
         gpus = self._sizes[HERE]
         if stage.ranks is not None and gpus and stage.ranks > gpus:
             raise ConfigError(f"stages.{stage.name}.ranks = {stage.ranks}: {gpus} GPUs are visible; ask for no more")
+
+    def together(self, stages: Sequence[PipelineStage]) -> tuple[tuple[PipelineStage, ...], ...]:
+        """Groups of several stages that are likely to be at work at a time: as deep in the pipeline, and they fit."""
+        depths: dict[str, int] = {}
+        for stage in stages:
+            depths[stage.name] = 1 + max((depths.get(need, 0) for need in stage.needs), default=0)
+        groups = []
+        for depth in sorted({*depths.values()}):
+            empty = Sharing(self.machine, self.at_once)
+            alike = (stage for stage in stages if depths[stage.name] == depth)
+            groups.append(tuple(stage for stage in alike if empty.take(stage) is not None))
+        return tuple(group for group in groups if len(group) > 1)
 
     def take(self, stage: PipelineStage) -> Machine | None:
         """What ``stage`` uses of the machine from now on; ``None`` if that is not free."""

@@ -261,6 +261,7 @@ class PipelineRun:
         subject = Subject(
             output=self.pipeline.output,
             stages=ahead,
+            together=self._sharing.together(ahead),
             pipeline=self.pipeline,
             ranks=machine.ranks,
             hosts=machine.hosts,

@@ -86,6 +86,12 @@ def test_a_pipeline_at_work_is_named_by_its_folder_where_it_can_be_stopped(runs,
     assert said.startswith(f"{runs}: a pipeline, process {os.getpid()}") and f"touch {runs}/STOP" in said
 
 
+def test_so_is_a_call_on_one_of_its_stages(runs, capsys):
+    with owning(runs, "a pipeline with --only ppo", place=runs / NOTES / "owners" / "ppo"):
+        assert main(["prune", str(runs.parent)]) == 2
+    assert capsys.readouterr().err.startswith(f"{runs}: a pipeline with --only ppo, process {os.getpid()}")
+
+
 def test_every_earlier_run_of_a_stage_may_go(runs):
     stage = runs / "reward"
     first, second, third = itertools.islice(put_aside_names(stage), 3)

@@ -1,4 +1,5 @@
 import os
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -136,6 +137,24 @@ def test_host_memory_is_what_the_plan_says(free_memory, stage):
     assert "rlhf plan reward" in finding.remedy
     free_memory(need)
     assert only(hardware.host_memory(Subject(ranks=2, stages=(own,)))).status == "ok"
+
+
+def test_stages_at_a_time_take_what_each_of_them_takes(free_memory, stage, tmp_path):
+    """Memory of the host, and the folder of offloaded states; on other nodes it is that of others."""
+    settings = ("engine.precision=float32", f"engine.nvme_path={tmp_path}", "engine.deepspeed=zero3_nvme")
+    two = tuple(replace(stage(*settings), name=name) for name in ("left", "right"))
+    need = planned(two[0], 2).node_host_bytes
+    free_memory(2 * need - 1)
+    beside = Subject(ranks=2, stages=two, together=(two,))
+    finding = only(hardware.host_memory(beside))
+    assert finding.status == "warning" and finding.values["together_bytes"] == 2 * need
+    assert "left, right at a time take" in finding.text and "--parallel 1" in finding.remedy
+    swapped = [[*hardware.disk(each)][-1].values["needed_bytes"] for each in (beside, Subject(ranks=2, stages=two))]
+    assert swapped[0] == 2 * swapped[1] > 0
+    for alone in (Subject(ranks=2, stages=two), Subject(hosts={"a": 2, "b": 2}, stages=two, together=(two,))):
+        assert only(hardware.host_memory(alone)).status == "ok"
+    free_memory(2 * need)
+    assert only(hardware.host_memory(beside)).status == "ok"
 
 
 @pytest.mark.parametrize(

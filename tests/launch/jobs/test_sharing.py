@@ -1,5 +1,7 @@
 """What stages get of a machine: their own devices, never more than there are, and the same ones in number each time."""
 
+from dataclasses import replace
+
 import pytest
 
 from launch.jobs import launcher, sharing
@@ -147,3 +149,14 @@ def test_more_than_there_is_is_refused(gpus, size, said):
     gpus(4)
     with pytest.raises(ConfigError, match=f"stages.a.{said}; ask for no more"):
         Sharing(Machine()).check(stage("a", **size))
+
+
+def test_who_is_likely_to_be_at_work_together_is_as_deep_in_the_pipeline_and_fits(gpus):
+    def of(name: str, *needs: str, **size: int) -> PipelineStage:
+        return replace(stage(name, **size), needs=needs)
+
+    gpus(4)
+    stages = [of("a", ranks=2), of("b", "a", ranks=2), of("c", "a", ranks=1), of("d", "a", ranks=2), of("e", "b")]
+    groups = Sharing(Machine()).together(stages)
+    assert [[each.name for each in group] for group in groups] == [["b", "c"]]
+    assert Sharing(Machine(), 1).together(stages) == ()
