@@ -19,13 +19,30 @@ from launch.commands import (
     report,
     score,
     slurm,
+    study,
     sweep,
 )
 from launch.commands.arguments import SettingsParser
 from rlhf.core.errors import UserError
 from rlhf.core.files import NOT_PERMITTED, place_of
 
-COMMANDS = (init, pipeline, plan, data, doctor, ds, evaluate, import_gguf, prune, publish, report, score, slurm, sweep)
+COMMANDS = (
+    init,
+    pipeline,
+    plan,
+    data,
+    doctor,
+    ds,
+    evaluate,
+    import_gguf,
+    prune,
+    publish,
+    report,
+    score,
+    slurm,
+    study,
+    sweep,
+)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -30,6 +30,9 @@ class Stage:
     metric: str = ""
     """The metric that tells most about a result: of this name, or all below it (``NAME/...``). Higher is better, or
     lower with a leading minus."""
+    item: str = ""
+    """What a line of its held_out.jsonl has as ``value``, in words with a unit; higher or lower is better as by
+    :attr:`metric`. Empty if it writes none."""
     reads: Mapping[str, str] = field(default_factory=dict)
     """What a stage that does not train reads: ``file`` or ``folder`` by setting (a mapping: each of its values)."""
     code: tuple[str, ...] = ("rlhf", "reward", "policy", "ds_configs")
@@ -78,6 +81,7 @@ STAGES = {
             module="policy.sft",
             config="policy.sft.config:SftConfig",
             metric="-eval/perplexity",
+            item="loss, nats per token",
             page="launch.report.kinds:sft",
         ),
         Stage(
@@ -85,6 +89,7 @@ STAGES = {
             module="reward",
             config="reward.config:RewardConfig",
             metric="eval/accuracy",
+            item="accuracy",
             code=("rlhf", "reward", "ds_configs"),
             page="launch.report.kinds:reward",
         ),
@@ -93,6 +98,7 @@ STAGES = {
             module="policy.preference",
             config="policy.preference.config:PreferenceConfig",
             metric="eval/accuracy",
+            item="accuracy",
             page="launch.report.kinds:preference",
             comparison="policy.preference.comparison:COMPARISON",
         ),
@@ -101,6 +107,7 @@ STAGES = {
             module="policy.ppo",
             config="policy.ppo.config:PpoConfig",
             metric="eval/reward",
+            item="reward",
             page="launch.report.kinds:ppo",
         ),
         Stage(

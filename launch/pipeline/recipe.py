@@ -101,11 +101,11 @@ def _read(path: Path) -> DictConfig:
         if isinstance(entry, dict) and isinstance(entry.get("recipe"), str):
             entry["recipe"] = [entry["recipe"]]
         if isinstance(entry, dict) and isinstance(entry.get("recipe"), list):
-            entry["recipe"] = [_from_here(recipe) for recipe in entry["recipe"]]
+            entry["recipe"] = [from_here(recipe) for recipe in entry["recipe"]]
     return OmegaConf.create(beside(tree, path.parent))
 
 
-def _from_here(recipe: Any) -> Any:
+def from_here(recipe: Any) -> Any:
     """A path without a root, as one of the folder of the pipeline's recipe."""
     rooted = not isinstance(recipe, str) or recipe.startswith(("/", "~", "./", "../", "${", SHIPPED))
     return recipe if rooted else f"./{recipe}"

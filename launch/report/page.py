@@ -5,7 +5,7 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from launch.report.contents import Advice, Section, Table, curves
 from launch.report.figures import Figure
 from launch.report.kinds import other
 from launch.report.reading import Run, read_runs
+from launch.report.studies import studies
 from launch.report.svg import draw
 from launch.stages import by_program, load
 from rlhf.core.files import write_text
@@ -68,14 +69,12 @@ def report_of(folders: Sequence[Path], *, planned: Mapping[str, float] | None = 
     runs = read_runs(folders)
     kinds = dict.fromkeys(run.stage for run in runs if _has_page(run))
     ordered = sorted(runs, key=lambda run: [*kinds].index(run.stage) if run.stage in kinds else -1)
-    sections = []
+    sections = [_with_prefix(section.filled) for section in studies(folders, runs)]
     for kind in kinds:
         same = [run for run in ordered if run.stage == kind]
         stage = by_program(kind)
         show = load(stage.page) if stage is not None and stage.page else other
-        section = show(same, ordered.index(same[0])).filled
-        prefixed = tuple(_prefixed(figure, section.key) for figure in section.figures)
-        sections.append(Section(**vars(section) | {"figures": prefixed}))
+        sections.append(_with_prefix(show(same, ordered.index(same[0])).filled))
     trained = [run for run in ordered if "time/step_seconds" in run.columns]
     names = [folder.resolve().name for folder in folders]
     return Report(
@@ -96,8 +95,12 @@ def _has_page(run: Run) -> bool:
     return bool(run.metrics) or stage is None or bool(stage.page)
 
 
+def _with_prefix(section: Section) -> Section:
+    return replace(section, figures=tuple(_prefixed(figure, section.key) for figure in section.figures))
+
+
 def _prefixed(figure: Figure, prefix: str) -> Figure:
-    return Figure(**vars(figure) | {"key": f"{prefix}-{figure.key}"})
+    return replace(figure, key=f"{prefix}-{figure.key}")
 
 
 def _cost_figures(runs: Sequence[Run]) -> list[Figure]:

@@ -1,5 +1,7 @@
 """The stage as users start it: real processes, DeepSpeed, files."""
 
+import json
+
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -60,6 +62,37 @@ def test_ranks_stages_and_packing_give_one_curve(run_ranks, runs, recipe, one_ra
     runs.assert_close(runs.rows(tmp_path / "run", "eval"), runs.rows(one_rank, "eval"), 2e-4)
     moved = [row["loss"] for row in runs.rows(one_rank)]
     assert max(moved) - min(moved) > 0.02, "the curves agree because nothing was trained"
+
+
+def test_single_items_and_margins_say_what_the_summaries_say(one_rank):
+    rows = read_lines(one_rank / "held_out.jsonl")
+    evaluation = json.loads((one_rank / "evaluation.json").read_text())
+    assert len(rows) == evaluation["accuracy"]["pairs"] == len({row["row"] for row in rows})
+    assert sum(row["value"] for row in rows) / len(rows) == pytest.approx(evaluation["accuracy"]["value"])
+    gaps = [row["chosen_reward"] - row["rejected_reward"] for row in rows]
+    assert sum(gaps) / len(gaps) == pytest.approx(evaluation["mean_gap"])
+    told = [gap for gap, row in zip(gaps, rows, strict=True) if "prompt" in row]
+    assert {min(gaps), max(gaps), min(gaps, key=abs)} <= set(told)
+    steps = {row["step"]: row for row in read_lines(one_rank / "metrics.jsonl") if "margin/mean" in row}
+    margins = read_lines(one_rank / "margins.jsonl")
+    assert [row["step"] for row in margins] == [*steps] and all(len(row["similarity"]) == 12 for row in margins)
+    for row in margins:
+        assert sum(row["margin"]) / 12 == pytest.approx(steps[row["step"]]["margin/mean"], rel=1e-3)
+        assert sum(row["gap"]) / 12 == pytest.approx(steps[row["step"]]["gap"], rel=1e-3, abs=1e-5)
+
+
+def test_a_run_folder_says_where_and_on_what_it_was_made(one_rank):
+    environment = json.loads((one_rank / "environment.json").read_text())
+    assert [rank["device"] for rank in environment["ranks"]] == ["cuda" if torch.cuda.is_available() else "cpu"]
+    assert environment["packages"]["torch"] == torch.__version__
+    data = json.loads((one_rank / "data.json").read_text())
+    assert data["train"]["fingerprint"] == read_manifest(one_rank / "final").training_data
+    assert data["eval"]["items"] == len(read_lines(one_rank / "held_out.jsonl"))
+    assert any(line.startswith("template:") for line in data["report"])
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.mark.slow

@@ -82,6 +82,14 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def test_single_responses_say_what_the_evaluation_says(local_run):
+    rows, found = lines(local_run / "held_out.jsonl"), json.loads((local_run / "evaluation.json").read_text())
+    assert len(rows) == found["prompts"]
+    for name, value in (("value", found["reward"]["value"]), ("score", found["score"]["value"]), ("kl", found["kl"])):
+        assert sum(row[name] for row in rows) / len(rows) == pytest.approx(value, abs=1e-6)
+    assert all(row["prompt"] and "response" in row and "step" not in row for row in rows)
+
+
 ZERO = {
     "zero1": ["engine.deepspeed=zero1"],
     "zero2, smaller batches": ["engine.deepspeed=zero2", "train.micro_batch_tokens=60", "rollout.batch_rows=3"],

@@ -61,6 +61,16 @@ def test_ranks_stages_and_references_give_one_curve(run_ranks, runs, recipe, one
     assert max(moved) - min(moved) > 0.02, "the curves agree because nothing was trained"
 
 
+def test_single_items_say_what_the_evaluation_says(one_rank):
+    rows = [json.loads(line) for line in (one_rank / "held_out.jsonl").read_text().splitlines()]
+    evaluation = json.loads((one_rank / "evaluation.json").read_text())
+    assert sum(row["value"] for row in rows) / len(rows) == pytest.approx(evaluation["accuracy"]["value"])
+    gaps = [row["chosen_reward"] - row["rejected_reward"] for row in rows]
+    assert sum(gaps) / len(gaps) == pytest.approx(evaluation["mean_gap"])
+    margins = [json.loads(line) for line in (one_rank / "margins.jsonl").read_text().splitlines()]
+    assert [len(row["margin"]) for row in margins] == [12] * 4 and "similarity" not in margins[0]
+
+
 @pytest.mark.slow
 @pytest.mark.full
 def test_killed_while_caching_and_while_training_equals_never_stopped(run_ranks, start_ranks, runs, recipe, tmp_path):

@@ -282,6 +282,14 @@ def one_rank(recipe, run_ranks):
     return folder
 
 
+def test_single_conversations_say_what_the_evaluation_says(one_rank):
+    rows = [json.loads(line) for line in (one_rank / "held_out.jsonl").read_text().splitlines()]
+    found = json.loads((one_rank / "evaluation.json").read_text())
+    assert (len(rows), sum(row["weight"] for row in rows)) == (found["conversations"], found["response_tokens"])
+    loss = sum(row["value"] * row["weight"] for row in rows) / found["response_tokens"]
+    assert loss == pytest.approx(found["loss"])
+
+
 @pytest.mark.dist
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
 def test_two_ranks_under_deepspeed_give_the_curve_of_one_rank(run_ranks, runs, recipe, one_rank, tmp_path, stage):

@@ -1,0 +1,55 @@
+"""``rlhf study``: variants of a stage with several seeds each, and a verdict for every comparison."""
+
+import argparse
+
+from launch.commands.arguments import Subparsers, add_settings, command
+from launch.commands.pipeline import add_run_options, run_settings, show
+from launch.commands.report import end_with_report
+from launch.screen import console
+from rlhf.core.paths import recipe_path
+
+_DESCRIPTION = """\
+Train every variant once with every seed, as a pipeline with an entry for each run, and compare each variant with the
+baseline on the same held-out items: paired differences, with an interval that counts chance among seeds and among
+prompts, and one line that says better, worse, or undecided with what would decide it.
+
+Runs that are finished with the same settings, data and code are skipped; one that was begun goes on. Written to the
+study's folder: results.csv (one row an item and run), study.json, study.md, and report.html with curves and bands.
+
+Exit status: 0 done; 1 a run failed; 2 something is refused; 75 stopped, to be continued; 130 ended at once.
+"""
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    about = "variants of a stage with several seeds each, and a verdict"
+    parser = command(subparsers, "study", run, help=about, description=_DESCRIPTION)
+    parser.add_argument("--config", metavar="STUDY", type=recipe_path, required=True, help="the study's YAML")
+    add_run_options(parser)
+    add_settings(parser, "settings of the study, such as seeds=[0,1]; they win over its file")
+
+
+def run(options: argparse.Namespace) -> int:
+    from launch.pipeline.run import PipelineRun
+    from launch.screen import titled_table
+    from launch.study.recipe import load_study
+    from launch.study.results import headings_and_rows, results_of, write_results
+
+    study = load_study(options.config, options.overrides)
+    if options.dry_run:
+        return show(study.pipeline, options.any_code, options.redo)
+    screen = console()
+    runs = PipelineRun(study.pipeline, run_settings(options), screen)
+    code = runs.run()
+    results = results_of(study, any_code=options.any_code)
+    write_results(study.config.output, results, runs.failures)
+    headings, rows = headings_and_rows(results)
+    table = titled_table(f"Held-out {study.stage.item}", *headings)
+    for row in rows:
+        table.add_row(*row)
+    screen.print(table)
+    for each in results.compared:
+        screen.print(each.verdict, soft_wrap=True, markup=False, highlight=False)
+    folder = study.config.output
+    screen.print(f"written: {folder}/results.csv, study.json, study.md", soft_wrap=True, markup=False)
+    end_with_report(screen, folder)
+    return code

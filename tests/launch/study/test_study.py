@@ -1,0 +1,142 @@
+"""``rlhf study``: what it refuses, what it runs, and the line that it ends with."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launch import stages
+from launch.cli import main
+from launch.pipeline import run as pipeline_run
+from launch.report.page import report_of
+from launch.stages import Stage
+from launch.study.recipe import load_study
+from rlhf.core.errors import ConfigError
+
+WORKERS = Path(__file__).parent / "workers"
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """``study(**fields)``: the path of a study of coins, in whose folder it is run."""
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{WORKERS}")
+    monkeypatch.syspath_prepend(str(WORKERS))
+    coin = Stage(
+        name="coin", module="coin_stage", config="coin_stage:CoinConfig", metric="eval/accuracy", item="accuracy"
+    )
+    monkeypatch.setitem(stages.STAGES, "coin", coin)
+    command = lambda stage, arguments, machine: [sys.executable, "-m", stage.module, *arguments]  # noqa: E731
+    monkeypatch.setattr(pipeline_run, "stage_command", command)
+    path = tmp_path / "coins.yaml"
+
+    def write(**fields) -> Path:
+        given = {"output": str(tmp_path / "out"), "stage": "coin", "seed_settings": ["seed"], "seeds": [0, 1]}
+        given |= {"variants": {"plain": {"skill": 0.5}, "better": {"skill": 0.75}}} | fields
+        path.write_text(yaml.safe_dump(given, sort_keys=False))
+        return path
+
+    yield write
+    sys.modules.pop("coin_stage", None)
+
+
+def run(path: Path, *words: str) -> int:
+    return main(["study", "--config", str(path), "--ranks", "1", "--no-doctor", *words])
+
+
+def test_a_planted_difference_ends_in_a_verdict_with_its_files_and_its_page(study, tmp_path, capsys):
+    path = study(seeds=[0, 1, 2])
+    assert run(path) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("better against plain"))
+    assert line.endswith(": better.") and "points" in line and "150 prompts, 3 seeds" in line
+    rows = list(csv.DictReader((tmp_path / "out" / "results.csv").open()))
+    assert len(rows) == 6 * 300 and {row["variant"] for row in rows} == {"plain", "better"}
+    found = json.loads((tmp_path / "out" / "study.json").read_text())["comparisons"][0]["found"]
+    assert found["low"] > 0 and found["difference"] == pytest.approx(0.25, abs=0.06)
+    means = [[row["value"] for row in rows if row["variant"] == name] for name in ("better", "plain")]
+    by_hand = [sum(map(float, each)) / len(each) for each in means]
+    assert found["difference"] == pytest.approx(by_hand[0] - by_hand[1])
+    report = report_of([tmp_path / "out"])
+    assert any(line.startswith("Study: better against plain") for line in report.lines())
+    figures = {figure.key: figure for figure in report.figures}
+    band = figures["study-eval-accuracy"].lines[1]
+    assert band.name == "better" and len(band.x) == 3 and band.low[2] < band.y[2] < band.high[2]
+    assert "study-differences" in figures
+
+
+def test_a_null_is_printed_as_a_null_with_what_would_decide_it(study, capsys):
+    path = study(seeds=[0, 1, 2], variants={"plain": {"skill": 0.6}, "same": {"skill": 0.6}}, smallest=0.02)
+    # The same coins for both would be no chance at all.
+    text = path.read_text().replace("same:\n    skill: 0.6", "same:\n    skill: 0.601")
+    path.write_text(text)
+    assert run(path) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("same against plain"))
+    assert "undecided" in line and ("would show 2 points" in line or "would have been seen" in line)
+
+
+def test_less_is_better_where_the_metric_says_so(study, monkeypatch, capsys):
+    coin = stages.STAGES["coin"]
+    monkeypatch.setitem(stages.STAGES, "coin", Stage(**vars(coin) | {"metric": "-eval/accuracy", "item": "loss"}))
+    assert run(study()) == 0
+    said = capsys.readouterr().out
+    assert ": worse." in said and "points" not in said
+
+
+def test_another_number_of_the_items_may_count(study, capsys):
+    assert run(study(value="second")) == 0
+    assert "better against plain: second -0.2" in capsys.readouterr().out
+
+
+def test_a_number_that_the_items_lack_is_named(study, capsys):
+    assert run(study(value="third")) == 2
+    assert "value = third: rows:0 has none; there are second, value" in capsys.readouterr().err
+
+
+def test_what_failed_is_left_out_and_said(study, tmp_path, capsys):
+    path = study(variants={"plain": {}, "broken": {"fails": True}, "better": {"skill": 0.8}})
+    assert run(path) == 1
+    said = capsys.readouterr().out
+    assert "broken against plain: nothing to compare yet: no seed is finished in both." in said
+    assert "better against plain" in said and ": better." in said
+    assert "this cannot work" in (tmp_path / "out" / "study.md").read_text()
+
+
+def test_finished_runs_are_not_made_again_and_further_seeds_join_them(study, tmp_path, capsys):
+    path = study(seeds=[0])
+    assert run(path) == 0
+    first = (tmp_path / "out" / "better-seed0" / "held_out.jsonl").stat().st_mtime_ns
+    assert "With one seed this says nothing of other seeds." in capsys.readouterr().out
+    assert run(path, "seeds=[0,1]") == 0
+    assert (tmp_path / "out" / "better-seed0" / "held_out.jsonl").stat().st_mtime_ns == first
+    assert "150 prompts, 2 seeds" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"stage": "evaluate"}, r"stage = evaluate: expected one of .*reward"),
+        ({"baseline": "other"}, r"baseline = other: no such variant; there are plain, better"),
+        ({"seeds": [1, 2, 1]}, r"seeds has 1 twice"),
+        ({"variants": {"plain": {}}}, r"variants = .*at least 2"),
+        ({"variants": {"plain": {}, "a b": {}}}, r"variants.a b: expected a name"),
+        (
+            {"variants": {"plain": {"skil": 1}, "better": {}}},
+            r"skil.*did you mean skill.*\n    in plain-seed0, plain-seed1",
+        ),
+        ({"smallest": 0}, r"smallest = 0"),
+        ({"seed": 3}, r"seed = 3: unknown key \(did you mean seeds\?\)"),
+    ],
+)
+def test_a_faulty_study_is_refused_before_anything_starts(study, fields, message):
+    with pytest.raises(ConfigError, match=message):
+        load_study(study(**fields))
+
+
+def test_the_shipped_study_is_a_study():
+    found = load_study(ROOT / "benchmarks" / "margins_at_work.yaml")
+    kinds = {variant: run.config.margin.kind for (variant, _), run in found.runs.items()}
+    assert kinds == {"plain": "none", "transport": "ot"} and len(found.runs) == 6
+    assert {run.config.train.seed for run in found.runs.values()} == {0, 1, 2}
