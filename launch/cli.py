@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from launch.commands import (
+    capsule,
     data,
     doctor,
     ds,
@@ -17,6 +18,7 @@ from launch.commands import (
     prune,
     publish,
     report,
+    reproduce,
     score,
     slurm,
     study,
@@ -38,6 +40,8 @@ COMMANDS = (
     prune,
     publish,
     report,
+    reproduce,
+    capsule,
     score,
     slurm,
     study,

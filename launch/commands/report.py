@@ -1,6 +1,7 @@
 """``rlhf report RUN [RUN ...] -o report.html``: one page that shows what runs came to."""
 
 import argparse
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -99,5 +100,6 @@ def _serve(folders: Sequence[Path], port: int, *, interactive: bool) -> int:
     with server_of(folders, port, interactive=interactive) as server:
         host, chosen = server.server_address[:2]
         print(f"http://{host!s}:{chosen}/ (Ctrl-C ends it)", flush=True)
-        server.serve_forever()
+        with contextlib.suppress(KeyboardInterrupt):
+            server.serve_forever()
     return 0

@@ -63,23 +63,23 @@ class Run:
 
     @cached_property
     def evaluation(self) -> Mapping[str, Any]:
-        return _read(self.folder / "evaluation.json")
+        return read_json(self.folder / "evaluation.json")
 
     @cached_property
     def environment(self) -> Mapping[str, Any]:
-        return _read(self.folder / ENVIRONMENT)
+        return read_json(self.folder / ENVIRONMENT)
 
     @cached_property
     def data(self) -> Mapping[str, Any]:
-        return _read(self.folder / DATA)
+        return read_json(self.folder / DATA)
 
     @cached_property
     def manifest(self) -> Mapping[str, Any]:
-        return _read(self.folder / "final" / MANIFEST_NAME)
+        return read_json(self.folder / "final" / MANIFEST_NAME)
 
     @cached_property
     def done(self) -> Mapping[str, Any]:
-        return _read(self.folder / DONE)
+        return read_json(self.folder / DONE)
 
     def rows(self, name: str) -> Rows:
         """Lines of a file of the folder; none where it is not there."""
@@ -123,7 +123,7 @@ def read_runs(folders: Sequence[Path]) -> tuple[Run, ...]:
     for folder in dict.fromkeys(folders):
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder; expected the output of a stage, or of a pipeline")
-        own = _run(folder, folder.resolve().name, _read(folder.parent / NOTES / f"{folder.name}.json"))
+        own = _run(folder, folder.resolve().name, read_json(folder.parent / NOTES / f"{folder.name}.json"))
         runs = [own] if own is not None else list(_inside(folder))
         if not runs:
             raise UserError(
@@ -165,7 +165,7 @@ def _titles(folders: Sequence[Path]) -> list[str]:
 
 def _inside(folder: Path) -> Iterator[Run]:
     """Runs in the folders of ``folder``, in the order in which they began."""
-    markers = {path.stem: _read(path) for path in sorted((folder / NOTES).glob("*.json"))}
+    markers = {path.stem: read_json(path) for path in sorted((folder / NOTES).glob("*.json"))}
     places = {Path(marker["output"]): name for name, marker in markers.items() if "output" in marker}
     for path in sorted(folder.iterdir()):
         if path.is_dir() and not path.name.startswith(".") and put_aside_from(path) is None:
@@ -219,7 +219,7 @@ def _settings(text: str) -> Mapping[str, Any]:
     return flat(tree) if isinstance(tree, dict) else {}
 
 
-def _read(path: Path) -> Mapping[str, Any]:
+def read_json(path: Path) -> Mapping[str, Any]:
     """A JSON object from a file; an empty one where there is none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
