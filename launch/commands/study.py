@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
     results = results_of(study, any_code=options.any_code)
     write_results(study.config.output, results, runs.failures)
     headings, rows = headings_and_rows(results)
-    table = titled_table(f"Held-out {study.stage.item}", *headings)
+    table = titled_table(f"Held-out {study.judged_by}", *headings)
     for row in rows:
         table.add_row(*row)
     screen.print(table)

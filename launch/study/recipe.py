@@ -62,6 +62,11 @@ class Study:
     def baseline(self) -> str:
         return self.config.baseline or next(iter(self.config.variants))
 
+    @property
+    def judged_by(self) -> str:
+        """What counts of a held-out item, in words."""
+        return self.stage.item if self.config.value == "value" else self.config.value
+
 
 def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     """Read a study; every run is checked by its stage's own parser.

@@ -128,26 +128,30 @@ def _compared(
             verdict = f"{variant} against {base}: nothing to compare: all held-out items have one prompt."
         else:
             found = compare(*group_means(values, weights, groups))
-            verdict = _verdict(study, found, f"{variant} against {base}", is_share=is_share)
+            verdict = _verdict(study, found, f"{variant} against {base}", len(order), is_share=is_share)
     return Compared(variant=variant, baseline=base, seeds=seeds, items=len(order), found=found, verdict=verdict)
 
 
-def _verdict(study: Study, found: Comparison, which: str, *, is_share: bool) -> str:
+def _verdict(study: Study, found: Comparison, which: str, items: int, *, is_share: bool) -> str:
     """Better, worse, or undecided with what would decide it."""
 
-    def amount(value: float, *, sign: bool = False) -> str:
-        return f"{100 * value:{'+' if sign else ''}.3g} points" if is_share else f"{value:{'+' if sign else ''}.3g}"
+    def number(value: float, sign: str = "") -> str:
+        return f"{100 * value:{sign}.3g}" if is_share else f"{value:{sign}.3g}"
+
+    def amount(value: float, sign: str = "") -> str:
+        shown = number(value, sign)
+        return f"{shown} point{'' if shown == '1' else 's'}" if is_share else shown
 
     lower_is_better = study.stage.metric.startswith("-")
-    what = f"{study.stage.item if study.config.value == 'value' else study.config.value}"
-    counts = f"{found.prompts} prompts, {found.seeds} seed{'s' * (found.seeds > 1)}"
-    interval = f"95 % interval {amount(found.low, sign=True)} to {amount(found.high, sign=True)}"
-    line = f"{which}: {what} {amount(found.difference, sign=True)} ({interval}; {counts}):"
+    of_prompts = "" if items == found.prompts else f"{items} items of "
+    counts = f"{found.seeds} seed{'s' * (found.seeds > 1)}, {of_prompts}{found.prompts} prompts"
+    interval = f"95 % interval {number(found.low, '+')} to {number(found.high, '+')}"
+    line = f"{which}: {study.judged_by} {amount(found.difference, '+')} ({interval}; {counts}):"
     only = "" if found.seeds > 1 else " With one seed this says nothing of other seeds."
     if found.is_decided:
         return f"{line} {'better' if (found.difference > 0) != lower_is_better else 'worse'}.{only}"
-    line += f" undecided. {counts} cannot show less than {amount(found.detectable)}"
     smallest, design = study.config.smallest, deciding_design(found, study.config.smallest)
+    line += f" undecided. So many cannot show less than {amount(found.detectable)}"
     if found.detectable <= smallest:
         return f"{line}: a difference of {amount(smallest)} would have been seen.{only}"
     if design is not None:
@@ -197,7 +201,7 @@ def write_results(folder: Path, results: Results, failures: Mapping[str, str]) -
         {
             "stage": study.stage.name,
             "metric": study.stage.key_metric,
-            "item": study.stage.item if study.config.value == "value" else study.config.value,
+            "item": study.judged_by,
             "is_share": results.is_share,
             "baseline": study.baseline,
             "variants": [
@@ -222,5 +226,5 @@ def _markdown(
     yield ""
     for cells in (headings, ["---", *["---:"] * (len(headings) - 1)], *rows):
         yield f"| {' | '.join(cells)} |"
-    yield from ("", f"Held-out {study.stage.item}, a line a variant. Every comparison has its own 95 % interval.", "")
+    yield from ("", f"Held-out {study.judged_by}, a line a variant. Every comparison has its own 95 % interval.", "")
     yield from (f"* failed: `{name}`: {' '.join(why.split())}" for name, why in failures.items())

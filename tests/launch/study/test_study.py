@@ -51,7 +51,7 @@ def test_a_planted_difference_ends_in_a_verdict_with_its_files_and_its_page(stud
     path = study(seeds=[0, 1, 2])
     assert run(path) == 0
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("better against plain"))
-    assert line.endswith(": better.") and "points" in line and "150 prompts, 3 seeds" in line
+    assert line.endswith(": better.") and "points" in line and "3 seeds, 300 items of 150 prompts" in line
     rows = list(csv.DictReader((tmp_path / "out" / "results.csv").open()))
     assert len(rows) == 6 * 300 and {row["variant"] for row in rows} == {"plain", "better"}
     found = json.loads((tmp_path / "out" / "study.json").read_text())["comparisons"][0]["found"]
@@ -111,7 +111,7 @@ def test_finished_runs_are_not_made_again_and_further_seeds_join_them(study, tmp
     assert "With one seed this says nothing of other seeds." in capsys.readouterr().out
     assert run(path, "seeds=[0,1]") == 0
     assert (tmp_path / "out" / "better-seed0" / "held_out.jsonl").stat().st_mtime_ns == first
-    assert "150 prompts, 2 seeds" in capsys.readouterr().out
+    assert "2 seeds, 300 items of 150 prompts" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
