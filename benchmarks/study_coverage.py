@@ -3,6 +3,8 @@
     python benchmarks/study_coverage.py
 """
 
+import argparse
+
 import numpy as np
 
 from launch.study.statistics import compare
@@ -20,7 +22,12 @@ CASES = (
 EFFECT = 0.03
 
 
+def build_parser() -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
 def main() -> None:
+    build_parser().parse_args()
     print("| seeds | prompts | deviation of seeds | of prompts | of the rest | holds | shows 3 points |")
     print("|--:|--:|--:|--:|--:|--:|--:|")
     for seeds, prompts, by_seed, by_prompt, rest in CASES:

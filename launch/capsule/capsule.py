@@ -25,7 +25,7 @@ class Capsule:
     """What :func:`capsule_of` keeps of a run."""
 
     stage: str
-    """As status.json calls it."""
+    """The name that status.json has for it."""
     recipe: dict[str, Any]
     """All settings."""
     ranks: int

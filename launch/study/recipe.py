@@ -56,7 +56,7 @@ class Study:
     stage: Stage
     pipeline: Pipeline
     runs: dict[tuple[str, int], PipelineStage]
-    """By variant and seed."""
+    """Each run by its variant and seed."""
 
     @property
     def baseline(self) -> str:
