@@ -175,7 +175,7 @@ CHECKS = {
     "slurm": lambda options: slurm._read(options) if "profile" in options else None,  # the others name a run
     "doctor": check_doctor,
     "pipeline": lambda options: load_pipeline(options.recipe, options.overrides),
-    "study": lambda options: load_study(options.config, options.overrides) if options.config.is_file() else None,
+    "study": lambda options: load_study(options.config, options.overrides),
     "sweep": lambda options: plan_sweep(
         STAGES[options.stage], options.config, options.overrides, Path("runs/sweep")
     ),
