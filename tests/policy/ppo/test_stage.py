@@ -59,10 +59,10 @@ def arguments(recipe, output, *overrides):
 
 @pytest.fixture(scope="session")
 def one_rank(recipe, run_ranks):
-    """The folder of a finished run on one rank by DeepSpeed, started as users start it."""
+    """The folder of a finished run on one rank by DeepSpeed, started as users start it where no home can be written."""
     folder = recipe.parent / "one_rank"
     given = arguments(recipe, folder, "engine.deepspeed=zero0", "train.publish=none")
-    run_ranks(["-m", "policy.ppo", *given], ranks=1, cold=True, **RULES)
+    run_ranks(["-m", "policy.ppo", *given], ranks=1, cold=True, HOME="/proc/1", **RULES)
     return folder
 
 
