@@ -333,6 +333,8 @@ def test_an_unreachable_host_or_a_missing_hostfile_is_refused_before_anything_st
 WORKERS = ROOT / "tests" / "launch" / "pipeline" / "workers"
 
 
+@pytest.mark.dist
+@pytest.mark.slow
 def test_stages_on_a_part_of_the_hosts_run_there_and_side_by_side(two_hosts, tmp_path):
     """A node each, of which the second does not begin with the first host; then both, then two of one host."""
     one, both = {"nodes": 1}, {"after": ["a", "b"]}

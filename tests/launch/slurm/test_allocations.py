@@ -50,7 +50,7 @@ def ranks(output: Path) -> list[tuple[str, str, str]]:
     [
         (UNEQUAL, [("node1", "0", "3"), ("node1", "1", "3"), ("node2", "0", "3")]),
         (BY_TASK, [("node1", "0", "4"), ("node1", "1", "4"), ("node3", "0", "4"), ("node3", "1", "4")]),
-        (("--nodes=1", "--nodelist=node3", "--gres=gpu:1"), [("node3", "0", "1")]),
+        pytest.param(("--nodes=1", "--nodelist=node3", "--gres=gpu:1"), [("node3", "0", "1")], marks=pytest.mark.full),
     ],
     ids=["unequal nodes", "asked for by task", "one node, from elsewhere"],
 )
@@ -63,8 +63,8 @@ def test_every_gpu_of_the_allocation_has_a_rank_that_sees_it(allocated, tmp_path
     ("options", "left", "right"),
     [
         (EQUAL, {"nodes": 1, "ranks": 1}, {"nodes": 1, "ranks": 1}),
-        (EQUAL, {"nodes": 1}, {"nodes": 1}),
-        (BY_TASK, {"ranks": 1, "nodes": 1}, {"ranks": 1, "nodes": 2}),
+        pytest.param(EQUAL, {"nodes": 1}, {"nodes": 1}, marks=pytest.mark.full),
+        pytest.param(BY_TASK, {"ranks": 1, "nodes": 1}, {"ranks": 1, "nodes": 2}, marks=pytest.mark.full),
     ],
     ids=["one node", "a node each", "one of them on two"],
 )
@@ -77,6 +77,7 @@ def test_stages_side_by_side_share_what_the_allocation_has(allocated, tmp_path, 
     assert (len(a), len(b)) == ((2, 2) if "ranks" not in left else (1, right["nodes"]))
 
 
+@pytest.mark.full
 def test_a_step_that_slurm_cannot_give_its_gpus_beside_another_comes_behind_it(allocated, tmp_path):
     allocated(UNEQUAL, {"a": {"ranks": 1, "nodes": 1}, "b": {"ranks": 1, "nodes": 2}})
     assert ranks(tmp_path / "out" / "b") == [("node1", "1", "2"), ("node2", "0", "2")]
