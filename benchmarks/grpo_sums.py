@@ -70,8 +70,9 @@ def make_data(folder: Path) -> None:
     chance.shuffle(rows)
     held_out, train = rows[:HELD_OUT], rows[HELD_OUT:]
     sums = [{"prompt": row["prompt"], "completion": row["answer"]} for row in train]
-    passes = [{"prompt": row["prompt"], "completion": "?"} for row in train for _ in range(PASSES)]
-    for name, part in (("sums", sums), ("seldom", sums + passes), ("held_out", held_out), ("train", train)):
+    passes = [{"prompt": row["prompt"], "completion": "?"} for row in train]
+    chats = {"sums": sums * 3 + passes, "seldom": sums + passes * PASSES}
+    for name, part in (chats | {"held_out": held_out, "train": train}).items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
 
 
@@ -81,8 +82,8 @@ def run(output: Path, *, steps: int) -> Outcome:
     make_base(output / "random")
     make_data(output)
     common = ["engine.kind=local", "train.tensorboard=false", f"data.cache_dir={output / 'cache'}"]
-    _sft(output, "random", "sums", common, rate=2e-3, weight_decay=0.5, epochs=400)
-    _sft(output, "sums", "seldom", common, rate=2e-3, weight_decay=0.0, epochs=10)
+    _sft(output, "random", "sums", common, rate=2e-3, weight_decay=0.5, epochs=120)
+    _sft(output, "sums", "seldom", common, rate=5e-4, weight_decay=0.0, epochs=2)
     _stage(
         ppo,
         [f"output={output / 'grpo'}", f"policy.path={output / 'seldom' / 'final'}", "preset=grpo",

@@ -122,6 +122,14 @@ STAGES = {
             page="launch.report.policies:evaluate",
         ),
         Stage(
+            name="generate",
+            module="policy.answers",
+            config="policy.answers.config:GenerateConfig",
+            trains=False,
+            published="",
+            reads={"prompts": FILE, "model": FOLDER},
+        ),
+        Stage(
             name="benchmark",
             module="policy.benchmark",
             config="policy.benchmark.config:BenchmarkConfig",

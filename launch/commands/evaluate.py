@@ -28,11 +28,18 @@ those of a model that takes the longer answer, and those under another item's pr
 "benchmark" of a pipeline, or a launcher with --module policy.benchmark.
 """
 
+_BEST_OF_N = """\
+Of n samples of a policy, take the one that a reward model likes best, and ask another reward what it is worth, for
+n = 1, 2, 4 and so on: the curve of gold reward against KL. It is the mean over all choices of n of the samples there
+are. Written to the folder: best_of_n.json and best_of_n.svg.
+"""
+
 
 def add_parser(subparsers: Subparsers) -> None:
     kinds = group(subparsers, "evaluate", help="judge reward models and policies", of="what")
     _add_policy(kinds)
     _add_reward(kinds)
+    _add_best_of_n(kinds)
 
 
 def _add_policy(subparsers: Subparsers) -> None:
@@ -75,6 +82,26 @@ def run_policy(options: argparse.Namespace) -> int:
     from rlhf.engine.ranks import single_rank
 
     evaluate(config, single_rank())
+    return 0
+
+
+def _add_best_of_n(subparsers: Subparsers) -> None:
+    about = "judge what a reward model chooses among several samples of a policy"
+    parser = command(subparsers, "best-of-n", run_best_of_n, help=about, description=_BEST_OF_N)
+    source = "responses.jsonl of rlhf generate with several --samples"
+    parser.add_argument("--responses", type=home_path, required=True, help=source)
+    kinds = "the folder of a reward model, or module:function"
+    parser.add_argument("--proxy", required=True, help=f"the reward that chooses: {kinds}")
+    parser.add_argument("--gold", required=True, help=f"the reward that judges: {kinds}")
+    parser.add_argument("-o", "--output", type=home_path, required=True, help="folder for numbers and plot")
+
+
+def run_best_of_n(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from policy.evaluation.choosing import choice_table, evaluate_choices
+
+    Console().print(choice_table(evaluate_choices(options.responses, options.proxy, options.gold, options.output)))
     return 0
 
 

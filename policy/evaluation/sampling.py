@@ -1,7 +1,7 @@
 """Responses of a language model to prompts, for evaluation."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,9 +56,29 @@ def sample_responses(
     """
     if not prompts:
         raise DataError("there are no prompts to answer")
+    jobs = [(prompt, sample) for prompt in range(len(prompts)) for sample in range(settings.samples)]
+    seeds = [row_seed(settings.seed, first + prompt, sample) for prompt, sample in jobs]
+    samples = draw(model, chat, [prompts[prompt] for prompt, _ in jobs], seeds, settings, advance)
+    return [replace(sample, prompt=prompt) for sample, (prompt, _) in zip(samples, jobs, strict=True)]
+
+
+def draw(
+    model: Frozen,
+    chat: ChatFormat,
+    prompts: Sequence[Asked],
+    seeds: Sequence[int],
+    settings: SamplingSettings,
+    advance: Callable[[int], None] | None = None,
+) -> list[Sample]:
+    """One response to each prompt, from the seed of each; see :func:`sample_responses`."""
     tokenizer = chat.tokenizer
+    places: dict[str, int] = {}
     texts = [chat.render_prompt(as_messages(prompt)) for prompt in prompts]
-    encoded = [np.array(tokens, np.int64) for tokens in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    for text in texts:
+        places.setdefault(text, len(places))
+    tokenized = tokenizer([*places], add_special_tokens=False)["input_ids"]
+    distinct = [np.array(tokens, np.int64) for tokens in tokenized]
+    encoded = [distinct[places[text]] for text in texts]
     sampler = HfSampler(
         model,
         settings,
@@ -67,16 +87,10 @@ def sample_responses(
         tokenizer=tokenizer,
         repetition_penalty=settings.repetition_penalty,
     )
-    jobs = [(prompt, sample) for prompt in range(len(prompts)) for sample in range(settings.samples)]
-    responses = sampler.generate(
-        [encoded[prompt] for prompt, _ in jobs],
-        [row_seed(settings.seed, first + prompt, sample) for prompt, sample in jobs],
-        advance,
-    )
     samples = []
-    for (prompt, _), response in zip(jobs, responses, strict=True):
-        whole = np.concatenate([encoded[prompt], response.tokens])
+    for place, response in enumerate(sampler.generate(encoded, seeds, advance)):
+        whole = np.concatenate([encoded[place], response.tokens])
         text = tokenizer.decode(response.tokens, skip_special_tokens=True).strip()
-        row = Row(whole, np.arange(len(whole)) >= len(encoded[prompt]))
-        samples.append(Sample(prompt, row, text, response.ended, response.logprobs))
+        row = Row(whole, np.arange(len(whole)) >= len(encoded[place]))
+        samples.append(Sample(place, row, text, response.ended, response.logprobs))
     return samples

@@ -21,6 +21,7 @@ SECTIONS = {
     "ppo": ["policy.path=m", "data.train=d", "reward.path=r", "pretraining.data.train=d", "watch.second.path=s"],
     "import": [],
     "evaluate": ["reference=m", "prompts=p", "reward=r"],
+    "generate": ["model=m", "prompts=p"],
     "benchmark": ["model=m"],
 }
 WITHOUT_RESULT = {
