@@ -86,7 +86,7 @@ def benchmark(runs: Sequence[Run], first: int) -> Section:
             continue
         found = read_result(run.folder)
         main = found.main
-        text = f"{found.benchmark}: {main.name} {share(main.value)} (95 % interval {share(main.low)} to"
+        text = f"{main.name} on {found.benchmark}: {share(main.value)} (95 % interval {share(main.low)} to"
         lead.append(named(run, runs, f"{text} {share(main.high)}, {found.items} items)."))
         columns = {"model": found.measures, "longer answer wins": found.by_length}
         if found.wrong_prompt:

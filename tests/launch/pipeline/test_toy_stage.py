@@ -28,7 +28,10 @@ def run_words(toys) -> tuple:
 def test_it_runs_in_a_pipeline_and_shows_its_key_metric(training_toys, rlhf, capsys):
     assert rlhf(*run_words(training_toys)) == 0
     assert training_toys.number("second") == 11
-    assert "number 11.0000" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    page = training_toys.folder / "out" / "report.html"
+    assert "number 11.0000" in said and said.endswith(f"report: {page}\n")
+    assert "<h3>first</h3>" in page.read_text() and "<h3>second</h3>" in page.read_text()
     assert rlhf("pipeline", "status", training_toys.path) == 0
     assert capsys.readouterr().out.count("finished") == 2
 

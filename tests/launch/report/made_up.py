@@ -6,6 +6,10 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from reward.benchmarks.formulas import Scored
+from reward.benchmarks.results import summarize, to_dict
 from rlhf.core.files import write_json, write_text
 from rlhf.train.status import new_status, write_status
 
@@ -126,6 +130,24 @@ def evaluate_run(folder: Path, *, text: str = "plain") -> Path:
         lines(folder / f"samples_{name}.jsonl", rows)
     write_text(folder / "evaluations.json", json.dumps(found))
     write_status(folder, new_status("evaluation", state="finished"))
+    return folder
+
+
+def benchmark_run(folder: Path, *, text: str = "plain") -> Path:
+    draw = np.random.default_rng(0)
+    items = [Scored(id=str(n), subset=f"{text} {n % 2}", scores=draw.normal([1, 0]), right=1) for n in range(40)]
+    lengths, elsewhere = draw.integers(1, 9, (40, 2)), draw.normal(size=(40, 2))
+    found = summarize("hh", text, items, lengths=lengths, elsewhere=elsewhere, notes=[f"{text} note"])
+    write_json(folder / "evaluation.json", to_dict(found))
+    write_status(folder, new_status("benchmark", state="finished"))
+    return folder
+
+
+def sft_run(folder: Path) -> Path:
+    rows = [{"step": step, "loss": 3 - step / 10, "grad_norm": 1.0, "learning_rate": 1e-4} for step in range(1, 9)]
+    lines(folder / "metrics.jsonl", [*rows, {"step": 8, "eval/loss": 2.0, "eval/perplexity": 7.4}])
+    write_json(folder / "evaluation.json", {"loss": 2.0, "perplexity": 7.389, "conversations": 30, "step": 8})
+    write_status(folder, new_status("sft", state="finished", step=8, total=8))
     return folder
 
 

@@ -79,6 +79,24 @@ def test_a_heading_sorts_by_its_numbers_both_ways(browser, address):
     assert browser.run("document.querySelectorAll('#evaluate thead th')[2].getAttribute('aria-sort')") == "descending"
 
 
+def test_plotly_draws_what_is_looked_at_and_paper_has_the_svg(browser, tmp_path):
+    plotly = "window.Plotly = {react: (place, traces) => { place.dataset.traces = JSON.stringify(traces); }}"
+    page = tmp_path / "report.html"
+    page.write_text(render(report_of([pipeline(tmp_path / "study", text=HOSTILE)]), plotly=plotly))
+    browser.look(width=1400)
+    browser.open(f"file://{page}")
+    browser.run("document.querySelector('#reward-margins').scrollIntoView()")
+    browser.run("new Promise(done => setTimeout(done, 300))")
+    band = "JSON.parse(document.querySelector('#reward-margins .live-plot').dataset.traces)"
+    assert browser.run(f"{band}.map(each => each.fill || '')") == ["", "tonexty", ""]
+    assert browser.run(f"{band}[2].y.length") == 40 and browser.said == []
+    shown = "getComputedStyle(document.querySelector('#reward-margins svg')).display"
+    assert browser.run(shown) == "none"
+    browser.call("Emulation.setEmulatedMedia", media="print")
+    assert browser.run(shown) == "block"
+    browser.call("Emulation.setEmulatedMedia", media="")
+
+
 def test_colors_can_be_chosen_and_paper_is_white(browser, address):
     browser.look(width=1400)
     browser.open(address)

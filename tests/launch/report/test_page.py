@@ -17,7 +17,16 @@ from launch.report.page import embedded, is_current, render, report_of, write_re
 from launch.report.reading import read_runs
 from launch.report.svg import draw, ticks_between
 from rlhf.core.files import write_text
-from tests.launch.report.made_up import HOSTILE, evaluate_run, pipeline, ppo_run, preference_run, reward_run
+from tests.launch.report.made_up import (
+    HOSTILE,
+    benchmark_run,
+    evaluate_run,
+    pipeline,
+    ppo_run,
+    preference_run,
+    reward_run,
+    sft_run,
+)
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +68,19 @@ def test_every_figure_of_every_stage_is_there(page):
         assert f'id="{key}"' in page
     for title in ("Misranked pairs", "Hard pairs", "Easy pairs", "Largest gains", "Held-out prompts"):
         assert title in page
+
+
+def test_benchmarks_and_fine_tuning_have_their_sections(tmp_path):
+    benchmark_run(tmp_path / "p" / "bench", text=HOSTILE)
+    sft_run(tmp_path / "p" / "tune")
+    report = report_of([tmp_path / "p"])
+    page, said = render(report), report.lines()
+    assert any(line.startswith("Benchmarks: Accuracy on hh: ") and "40 items" in line for line in said)
+    assert "Supervised fine-tuning: Perplexity 7.389 on 30 held-out conversations." in said
+    assert 'id="benchmark-benchmark"' in page and 'id="sft-loss"' in page and "note" in page
+    assert "<script>window" not in page
+    figure = next(each for each in report.figures if each.key == "benchmark-benchmark")
+    assert [line.name for line in figure.lines] == ["model", "longer answer wins", "wrong prompt"]
 
 
 def test_warnings_are_said_once_with_what_to_change(tmp_path):
