@@ -48,6 +48,7 @@ LEARNING_RATE = 1e-3
 """Chosen by study.py for Bradley-Terry with right labels."""
 BASELINE = "Bradley-Terry"
 TESTS = ("id_test", "ood_test")
+TITLES = ("in distribution", "out of distribution")
 NOISES = {"uniform": (0.0, 0.1, 0.2, 0.3, 0.4), "by length": (0.2, 0.4)}
 TUNED_AT = 0.2
 TUNING_SEEDS = 3
@@ -287,34 +288,41 @@ def chosen(ask: Callable[[list[Job]], list[dict]]) -> tuple[dict[str, Method], l
 
 
 def tables(records: dict[tuple[str, float], list[dict]], methods: list[str], prompts: dict, tuned: list[str]) -> str:
-    """Differences to Bradley-Terry with intervals over seeds and prompts, and what the audits said."""
+    """What the audits said, differences to Bradley-Terry with intervals over seeds and prompts, and what was tuned."""
     seeds = len(next(iter(records.values())))
-    parts = [
-        f"Accuracy in %, mean over {seeds} seeds; difference to {BASELINE} with the 95 % interval over seeds and "
-        "test prompts (a star: without 0):\n"
-    ]
-    for (noise, share), found in records.items():
-        estimates = 100 * np.array([record["share"] for record in found])
-        area = [record["area"] for record in found if record["area"] is not None]
-        ranked = f", area under its curve {np.mean(area):.3f}" if area else ""
-        estimated = f"estimated {estimates.mean():.1f} % (sd {estimates.std(ddof=1):.1f}){ranked}"
-        parts.append(f"{noise}, {share:.0%} wrong; {estimated}:\n")
-        parts.append("| method | ID | OOD | to Bradley-Terry, ID | to Bradley-Terry, OOD |\n|---|---|---|---|---|")
-        parts += [_row(name, found, prompts) for name in methods]
-        parts.append("")
-    parts.append("Validation accuracy on held-out training prompts, % (bold: taken):\n")
-    parts.append("\n".join(["| number | candidates |", "|---|---|", *tuned]))
+    parts = ["| wrong labels | estimated, % | sd | area under the curve |", "|---|---|---|---|"]
+    parts += [_audits(f"{noise}, {share:.0%}", found) for (noise, share), found in records.items()]
+    for split, title in zip(TESTS, TITLES, strict=True):
+        parts.append(
+            f"\nAccuracy {title}: of {BASELINE} in %, of the others minus that, points, mean over {seeds} seeds with "
+            "the 95 % interval over seeds and test prompts (a star: without 0):\n"
+        )
+        parts.append("| method | " + " | ".join(f"{noise}, {share:.0%}" for noise, share in records) + " |")
+        parts.append("|---" * (len(records) + 1) + "|")
+        parts += [_row(name, records.values(), split, prompts[split]) for name in methods]
+    parts.append("\nValidation accuracy on held-out training prompts, % (bold: taken):\n")
+    parts += ["| number | candidates |", "|---|---|", *tuned]
     return "\n".join(parts) + "\n"
 
 
-def _row(name: str, found: list[dict], prompts: dict) -> str:
-    cells = [name, *(f"{100 * np.mean([r['methods'][name][split] for r in found]):.1f}" for split in TESTS)]
-    for split in TESTS:
+def _audits(case: str, found: list[dict]) -> str:
+    estimates = 100 * np.array([record["share"] for record in found])
+    areas = [record["area"] for record in found if record["area"] is not None]
+    area = f"{np.mean(areas):.3f}" if areas else ""
+    return f"| {case} | {estimates.mean():.1f} | {estimates.std(ddof=1):.1f} | {area} |"
+
+
+def _row(name: str, cases: Iterable[list[dict]], split: str, prompts: np.ndarray) -> str:
+    cells = [name]
+    for found in cases:
         ours, theirs = ([record["methods"][method] for record in found] for method in (name, BASELINE))
-        mean = 100 * (np.mean([r[split] for r in ours]) - np.mean([r[split] for r in theirs]))
-        low, high = (100 * bound for bound in prompt_interval(ours, theirs, split, prompts[split]))
+        mean, baseline = (100 * float(np.mean([record[split] for record in group])) for group in (ours, theirs))
+        if name == BASELINE:
+            cells.append(f"{baseline:.1f}")
+            continue
+        low, high = (100 * bound for bound in prompt_interval(ours, theirs, split, prompts))
         star = "" if low <= 0 <= high else " *"
-        cells.append("" if name == BASELINE else f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]{star}")
+        cells.append(f"{mean - baseline:+.1f} [{low:+.1f}, {high:+.1f}]{star}")
     return "| " + " | ".join(cells) + " |"
 
 
@@ -329,7 +337,7 @@ def plot(records: dict[tuple[str, float], list[dict]], target: pathlib.Path) -> 
         "OT margins, soft, GCE if found": "#0072B2",
     }
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True, constrained_layout=True)
-    for axis, split, title in zip(axes, TESTS, ("in distribution", "out of distribution"), strict=True):
+    for axis, split, title in zip(axes, TESTS, TITLES, strict=True):
         for place, (name, color) in enumerate(shown.items()):
             shares, means, halves = [], [], []
             for (noise, share), found in records.items():

@@ -10,7 +10,8 @@ from launch.cli import main
 from reward.audit import features
 from reward.audit.estimate import OutOfFold, audited
 from reward.audit.margins import Differences, folds_of
-from reward.audit.mixture import fit_mixture, log_likelihoods, posterior_wrong, share_interval
+from reward.audit.mixture import Interval, fit_mixture, log_likelihoods, posterior_wrong, share_interval
+from reward.audit.run import verdict
 
 
 def planted_margins(share, pairs=8_000, temperature=2.0, seed=0):
@@ -258,3 +259,10 @@ def test_rows_that_cannot_be_read_are_counted_and_left_out(planted, tiny_model, 
     assert run_audit(pairs, tiny_model, tmp_path / "audit") == 0
     assert "2 rows are left out" in capsys.readouterr().err
     assert json.loads((tmp_path / "audit" / "summary.json").read_text())["rows_left_out"] == 2
+
+
+@pytest.mark.parametrize(("low", "share", "warned"), [(0.0, 0.38, True), (0.02, 0.38, False), (0.0, 0.0, False)])
+def test_the_verdict_says_where_there_may_be_no_wrong_label_at_all(low, share, warned):
+    said = verdict(Interval(share=share, low=low, high=0.41), np.full(20, share))
+    assert said.startswith(f"about {share:.0%} ({low:.0%} to 41%) of the labels look wrong")
+    assert ("there may be none" in said) == warned
