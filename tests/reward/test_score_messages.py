@@ -148,8 +148,11 @@ def test_the_runs_system_prompt_is_scored_as_it_was_trained(tmp_path, tiny_model
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [("data.system_prompt=please tell me a short story",), ("data.thoughts=drop",)])
-def test_a_file_gets_the_scores_that_the_run_gave_it_when_it_was_held_out(tmp_path, tiny_model, settings):
+@pytest.mark.parametrize(
+    "setting",
+    ["data.system_prompt=please tell me a short story", pytest.param("data.thoughts=drop", marks=pytest.mark.full)],
+)
+def test_a_file_gets_the_scores_that_the_run_gave_it_when_it_was_held_out(tmp_path, tiny_model, setting):
     """From the recipe to the published folder: mean and deviation of held-out rewards stand in the manifest."""
     said = "<think>so on</think>is {} good"
     rows = [
@@ -162,7 +165,7 @@ def test_a_file_gets_the_scores_that_the_run_gave_it_when_it_was_held_out(tmp_pa
     given = [f"data.train={train}", f"data.eval={held}", f"data.cache_dir={tmp_path}/tokens", "data.template=chatml",
              f"model.path={tiny_model}", "model.head_init_scale=30", "optim.learning_rate=1e-2", "engine.kind=local",
              "train.max_steps=2", "train.global_batch_size=4", "train.tensorboard=false"]  # fmt: skip
-    assert train_reward([f"output={tmp_path}/run", *given, *settings]) == 0
+    assert train_reward([f"output={tmp_path}/run", *given, setting]) == 0
     final = tmp_path / "run" / "final"
     scored = scores(final, rows[4:], tmp_path)
     found = np.array([[row["chosen_reward"], row["rejected_reward"]] for row in scored], float)
