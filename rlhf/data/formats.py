@@ -264,9 +264,7 @@ def _read_csv(path: Path) -> Iterator[Entry]:
         if header is None:
             return
         _refuse_other_separator(path, header, separator)
-        twice = _doubled([name for name in header if name])
-        if twice:
-            raise DataError(f"{path}: the column {twice!r} stands twice in the header; rename one of them")
+        _refuse_doubled(path, [name for name in header if name])
         while True:
             begins = reader.line_num + 1
             try:
@@ -292,6 +290,12 @@ def _refuse_other_separator(path: Path, header: list[str], separator: str) -> No
     )
 
 
+def _refuse_doubled(path: Path, columns: Sequence[str]) -> None:
+    twice = _doubled(columns)
+    if twice:
+        raise DataError(f"{path}: there are two columns {twice!r}; rename one of them")
+
+
 def _csv_fault(header: list[str], cells: list[str]) -> str | None:
     if len(cells) != len(header):
         return f"{len(cells)} cells, but the header has {len(header)}"
@@ -307,7 +311,7 @@ def _read_parquet(path: Path) -> Iterator[Entry]:
     _refuse_other_table(path, b"PAR1", "a parquet file")
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            yield from _numbered(file.iter_batches(batch_size=_BATCH_ROWS))
+            yield from _numbered(path, file.iter_batches(batch_size=_BATCH_ROWS))
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise DataError(f"{path}: not a readable parquet file ({one_line(error)})") from error
 
@@ -322,16 +326,17 @@ def _read_arrow(path: Path) -> Iterator[Entry]:
             mapped.seek(0)
             if is_file:
                 opened = pyarrow.ipc.open_file(mapped)
-                yield from _numbered(opened.get_batch(number) for number in range(opened.num_record_batches))
+                yield from _numbered(path, (opened.get_batch(number) for number in range(opened.num_record_batches)))
             else:
-                yield from _numbered(pyarrow.ipc.open_stream(mapped))
+                yield from _numbered(path, pyarrow.ipc.open_stream(mapped))
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise DataError(f"{path}: not a readable arrow file ({one_line(error)})") from error
 
 
-def _numbered(batches: Iterable[Any]) -> Iterator[Entry]:
+def _numbered(path: Path, batches: Iterable[Any]) -> Iterator[Entry]:
     number = 0
     for batch in batches:
+        _refuse_doubled(path, batch.schema.names)
         for row in batch.to_pylist():
             number += 1
             yield number, {name: _without_nulls(cell) for name, cell in row.items()}, None

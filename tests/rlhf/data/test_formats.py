@@ -273,7 +273,7 @@ def test_a_key_that_stands_twice_makes_a_bad_row(tmp_path, doubled):
 def test_a_column_that_stands_twice_is_refused_and_one_without_a_name_is_not(tmp_path):
     path = tmp_path / "x.csv"
     path.write_text("prompt,chosen,chosen\na,b,c\n")
-    with pytest.raises(DataError, match=r"x\.csv: the column 'chosen' stands twice in the header"):
+    with pytest.raises(DataError, match=r"x\.csv: there are two columns 'chosen'; rename one"):
         rows_of(path)
     path.write_text("prompt,chosen,,\na,b,,\n")
     assert rows_of(path) == [{"prompt": "a", "chosen": "b", "": ""}]
@@ -288,3 +288,15 @@ def test_lines_that_end_as_on_old_macs_are_named(tmp_path):
     assert rows_of(path) == ROWS
     path.write_bytes(LINES.splitlines()[0] + b"\r")  # one row
     assert rows_of(path) == ROWS[:1]
+
+
+@pytest.mark.parametrize("name", ["x.parquet", "x.arrow"])
+def test_a_table_with_two_columns_of_one_name_is_refused(tmp_path, name):
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 3, names=["prompt", "chosen", "chosen"])
+    if name == "x.parquet":
+        pyarrow.parquet.write_table(table, tmp_path / name)
+    else:
+        with pyarrow.OSFile(str(tmp_path / name), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as stream:
+            stream.write_table(table)
+    with pytest.raises(DataError, match=rf"{name}: there are two columns 'chosen'"):
+        rows_of(tmp_path / name)
