@@ -234,6 +234,13 @@ def _pipeline_jobs(options: argparse.Namespace, profile: "ClusterProfile") -> It
         nodes = {f"node {place}": profile.devices for place in range(1, profile.nodes + 1)}
         for stage in pipeline.stages:
             stage.share(nodes)  # it may ask for more than there is
+        timed = [each.name for each in pipeline.stages if each.time is not None]
+        if timed:
+            print(
+                f"note: time of {', '.join(timed)} is that of jobs of their own (--jobs dependent); this one job has "
+                f"profile.time = {profile.time}, and goes on in the next where that ends",
+                file=sys.stderr,
+            )
         stages = ", ".join(each.name for each in pipeline.stages)
         title = f"pipeline {pipeline.name} ({stages}) in {pipeline.output}, on {_shape(profile)}"
         if options.parallel is not None:

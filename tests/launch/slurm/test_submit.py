@@ -170,6 +170,19 @@ def test_the_job_of_a_stage_asks_for_what_the_stage_says_and_an_import_for_one_n
     assert main(["slurm", "render", *words, "--jobs", "dependent", "profile.signal_lead_seconds=7200"]) == 2
 
 
+def test_one_job_for_all_says_that_times_of_stages_are_not_its_own(slurm, tmp_path, capsys):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(RECIPE.format(folder=tmp_path, root=ROOT))
+    words = ["pipeline", "--config", str(recipe), "--profile", "launch/clusters/example.yaml"]
+    for jobs, said in (
+        ("one", "note: time of reward is that of jobs of their own (--jobs dependent)"),
+        ("dependent", ""),
+    ):
+        assert main(["slurm", "render", *words, "--jobs", jobs]) == 0
+        error = capsys.readouterr().err
+        assert error.startswith(said) and error.count("\n") == (1 if said else 0)
+
+
 def test_one_job_for_all_must_have_what_each_stage_asks_for(slurm, tmp_path, capsys):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(RECIPE.format(folder=tmp_path, root=ROOT))
