@@ -18,6 +18,9 @@ from rlhf.train.held_out import HELD_OUT
 from rlhf.train.status import Status, read_status
 
 METRICS = "metrics.jsonl"
+BEST_OF_N = "best_of_n"
+BY_HAND = {"evaluations.json": "evaluation", "benchmark.md": "benchmark", f"{BEST_OF_N}.json": BEST_OF_N}
+"""What ``rlhf evaluate`` writes without being a stage: a file, and as what its folder is shown."""
 Rows = tuple[Mapping[str, Any], ...]
 
 
@@ -29,7 +32,7 @@ class Run:
     """Its name on the page: the folder's own where that tells it from the others."""
     folder: Path
     stage: str
-    """A name of launch.stages.STAGES."""
+    """What its status calls it: the last word of the stage's module; or one of BY_HAND."""
     status: Status | None
     metrics: Rows
     """Lines of ``metrics.jsonl``."""
@@ -179,7 +182,8 @@ def _run(folder: Path, name: str, marker: Mapping[str, Any]) -> Run | None:
     """The run of ``folder`` itself; ``None`` if it has none. ``marker`` is what a pipeline noted of it."""
     status = read_status(folder)
     metrics, faults = read_lines(folder / METRICS)
-    if status is None and not metrics and not faults:
+    by_hand = next((kind for name, kind in BY_HAND.items() if (folder / name).is_file()), "")
+    if status is None and not metrics and not faults and not by_hand:
         return None
     whole = tuple(row for row in metrics if isinstance(row.get("step"), int))
     if len(whole) < len(metrics):
@@ -191,7 +195,7 @@ def _run(folder: Path, name: str, marker: Mapping[str, Any]) -> Run | None:
     return Run(
         name=name,
         folder=folder,
-        stage=_stage_of(status, folder),
+        stage=_stage_of(status, folder) or by_hand or "run",
         status=status,
         metrics=whole,
         settings=_settings(text),
@@ -208,7 +212,7 @@ def _stage_of(status: Status | None, folder: Path) -> str:
     try:
         return str(json.loads((folder / DONE).read_text())["stage"])
     except (OSError, ValueError, LookupError, TypeError):
-        return "run"
+        return ""
 
 
 def _settings(text: str) -> Mapping[str, Any]:

@@ -16,7 +16,7 @@ from launch.report.frontier import frontier_of, parting
 from launch.report.page import embedded, is_current, render, report_of, write_report
 from launch.report.reading import read_runs
 from launch.report.svg import draw, ticks_between
-from rlhf.core.files import write_text
+from rlhf.core.files import write_json, write_text
 from tests.launch.report.made_up import (
     HOSTILE,
     benchmark_run,
@@ -81,6 +81,22 @@ def test_benchmarks_and_fine_tuning_have_their_sections(tmp_path):
     assert "<script>window" not in page
     figure = next(each for each in report.figures if each.key == "benchmark-benchmark")
     assert [line.name for line in figure.lines] == ["model", "longer answer wins", "wrong prompt"]
+
+
+def test_what_rlhf_evaluate_wrote_by_hand_is_shown_too(tmp_path):
+    for make, name in ((benchmark_run, "bench"), (evaluate_run, "policies")):
+        make(tmp_path / "p" / name)
+        (tmp_path / "p" / name / "status.json").unlink()
+    (tmp_path / "p" / "bench" / "benchmark.md").touch()
+    choices = [
+        {"n": n, "kl": n - 1.0, "proxy": {"value": n, "low": n - 1, "high": n + 1}, "gold": gold}
+        for n, gold in ((1, {"value": 0.2, "low": 0.1, "high": 0.3}), (4, {"value": 0.5, "low": 0.4, "high": 0.6}))
+    ]
+    write_json(tmp_path / "p" / "choices" / "best_of_n.json", choices)
+    report = report_of([tmp_path / "p"])
+    assert {section.title for section in report.sections} == {"Benchmarks", "Policies compared", "Best of n"}
+    line = "Best of n: The gold reward is highest for the best of 4, at a KL of 3.00 nats: 0.500."
+    assert line in report.lines() and "best-of-n-best-gold" in render(report)
 
 
 def test_warnings_are_said_once_with_what_to_change(tmp_path):
