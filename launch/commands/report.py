@@ -40,7 +40,13 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--no-plan", dest="plan", action="store_false", help=plan)
     parser.add_argument("--serve", action="store_true", help="show runs that are still going, on this machine alone")
     port = "of --serve (default %(default)s; 0 takes a free one)"
-    parser.add_argument("--port", type=int, default=PORT, help=port)
+    parser.add_argument("--port", type=_port, default=PORT, help=port)
+
+
+def _port(text: str) -> int:
+    if not 0 <= int(text) < 2**16:
+        raise argparse.ArgumentTypeError(f"{text}: expected a number from 0 to {2**16 - 1}")
+    return int(text)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -59,7 +65,10 @@ def run(options: argparse.Namespace) -> int:
         raise UserError(f"--output {output}: a folder; expected a file, such as {output / PAGE}")
     planned = planned_bytes(options.runs) if options.plan else {}
     report = report_of(options.runs, planned=planned)
-    write_report(output, report, interactive=not options.plain)
+    try:
+        write_report(output, report, interactive=not options.plain)
+    except OSError as error:
+        raise UserError(f"--output {output}: {error.strerror}") from None
     screen = console()
     show(screen, report)
     say_where(screen, output)

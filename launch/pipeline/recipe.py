@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+import yaml
 from annotated_types import Gt
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -94,8 +95,8 @@ def _read(path: Path) -> DictConfig:
     """The tree, with the paths of recipes, and others that begin with ./ or ../, as those of the file's folder."""
     try:
         tree: Any = OmegaConf.to_container(read_tree(path))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{PROGRAM}: {path}: {error}") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{PROGRAM}: {path}: {one_line(error)}") from None
     stages = tree.get("stages")
     for entry in stages.values() if isinstance(stages, dict) else ():
         if isinstance(entry, dict) and isinstance(entry.get("recipe"), str):
@@ -103,6 +104,12 @@ def _read(path: Path) -> DictConfig:
         if isinstance(entry, dict) and isinstance(entry.get("recipe"), list):
             entry["recipe"] = [from_here(recipe) for recipe in entry["recipe"]]
     return OmegaConf.create(beside(tree, path.parent))
+
+
+def one_line(error: Exception) -> str:
+    """What is wrong, on one line: of YAML that cannot be parsed, with the place."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, yaml.YAMLError) else str(error).partition("\n")[0]
 
 
 def from_here(recipe: Any) -> Any:
@@ -147,8 +154,8 @@ def _override(tree: DictConfig, override: str, names: Sequence[str]) -> None:
         raise ConfigError(f"{PROGRAM}: {override}: expected one of vars: {', '.join(known) or 'there are none'}{hint}")
     try:
         tree.merge_with_dotlist([f"stages.{head}.set.{override.partition('.')[2]}" if head in names else override])
-    except (OmegaConfBaseException, ValueError) as error:
-        raise ConfigError(f"{PROGRAM}: {override}: {str(error).partition(chr(10))[0]}") from None
+    except (OmegaConfBaseException, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{PROGRAM}: {override}: {one_line(error)}") from None
 
 
 def _hint(word: str, known: Sequence[str]) -> str:

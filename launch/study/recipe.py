@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+import yaml
 from annotated_types import Gt, MinLen
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from launch.pipeline.recipe import from_here
+from launch.pipeline.recipe import from_here, one_line
 from launch.runs import Pipeline, PipelineStage
 from launch.stages import STAGES, Stage, training
 from rlhf.config import flat, load_config, read_tree, validate
@@ -121,8 +123,8 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
 def _config(path: Path, overrides: Sequence[str]) -> StudyConfig:
     try:
         tree: Any = OmegaConf.to_container(read_tree(path), resolve=True)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{PROGRAM}: {path}: {error}") from None
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{PROGRAM}: {path}: {one_line(error)}") from None
     if isinstance(tree.get("recipe"), str):
         tree["recipe"] = [tree["recipe"]]
     if isinstance(tree.get("recipe"), list):
@@ -134,8 +136,8 @@ def _config(path: Path, overrides: Sequence[str]) -> StudyConfig:
             raise ConfigError(f"{PROGRAM}: {override}: expected key=value, such as seeds=[0,1]")
         try:
             merged.merge_with_dotlist([override])
-        except ValueError as error:
-            raise ConfigError(f"{PROGRAM}: {override}: {str(error).partition(chr(10))[0]}") from None
+        except (ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
+            raise ConfigError(f"{PROGRAM}: {override}: {one_line(error)}") from None
     return validate(StudyConfig, OmegaConf.to_container(merged), program=PROGRAM, origin=str(path))
 
 

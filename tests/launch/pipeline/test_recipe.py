@@ -171,6 +171,16 @@ def test_recipes_of_stages_lie_beside_that_of_the_pipeline_or_ship(recipe, tmp_p
 # ---- nodes, ranks and time by stage
 
 
+def test_yaml_that_cannot_be_parsed_is_refused_in_one_line_with_its_place(toys):
+    path = toys.write({"a": {}})
+    with pytest.raises(ConfigError, match=r"a\.data=\[x: while parsing a flow sequence.*line 1"):
+        load_pipeline(path, ["a.data=[x"])
+    path.write_text("stages: [\n")
+    with pytest.raises(ConfigError, match=r"toys\.yaml: while parsing.*line 2") as refused:
+        load_pipeline(path)
+    assert "\n" not in str(refused.value)
+
+
 @pytest.mark.parametrize(
     ("entry", "message"),
     [

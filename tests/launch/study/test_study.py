@@ -135,6 +135,23 @@ def test_a_faulty_study_is_refused_before_anything_starts(study, fields, message
         load_study(study(**fields))
 
 
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("stage: [", (), r"coins\.yaml: while parsing.*line"),
+        ("stage: ${nothing}", (), r"Interpolation key 'nothing' not found"),
+        ("- 1", (), r"expected a mapping"),
+        ("stage: coin", ["seeds"], r"seeds: expected key=value"),
+        ("stage: coin", ["seeds=[1"], r"seeds=\[1: while parsing"),
+    ],
+)
+def test_what_is_no_study_is_refused_in_one_line(tmp_path, text, overrides, message):
+    (tmp_path / "coins.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message) as refused:
+        load_study(tmp_path / "coins.yaml", overrides)
+    assert "\n" not in str(refused.value)
+
+
 def test_the_shipped_study_is_a_study():
     found = load_study(ROOT / "benchmarks" / "margins_at_work.yaml")
     kinds = {variant: run.config.margin.kind for (variant, _), run in found.runs.items()}
