@@ -40,10 +40,10 @@ class Report:
     cost_figures: tuple[Figure, ...]
 
     @property
-    def is_live(self) -> bool:
-        return any(
-            run.status is not None and run.status.state == "running" and not run.status.is_gone for run in self.runs
-        )
+    def live(self) -> list[tuple[str, str]]:
+        """Runs that are still going, with where they stand."""
+        stated = [(run.name, run.status) for run in self.runs if run.status is not None]
+        return [(name, each.where) for name, each in stated if each.state == "running" and not each.is_gone]
 
     @property
     def figures(self) -> list[Figure]:
@@ -51,7 +51,7 @@ class Report:
 
     def lines(self) -> list[str]:
         """The summary in short, for a terminal."""
-        found = []
+        found = [f"running: {name}: {where}" for name, where in self.live]
         for section in self.sections:
             found += [f"{section.title}: {text}" for text in section.lead]
         found += [f"warning: {each.run}: {each.text}" for each in self.advice]

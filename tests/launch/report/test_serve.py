@@ -33,7 +33,8 @@ def get(port: int, path: str, host: str | None = None) -> tuple[int, str]:
 def test_a_live_page_knows_its_state_and_a_new_step_is_another(served):
     folder, port = served
     code, page = get(port, "/")
-    assert code == 200 and "running" in page
+    assert code == 200 and '<strong class="live">running</strong>' in page
+    assert '<strong class="live">reward</strong> starting  step 5/5' in page
     before = get(port, "/state")[1]
     assert json.loads(page.partition('id="data">')[2].partition("</script>")[0])["state"] == before
     write_status(folder, new_status("reward", step=5, total=5))  # the run shows that it lives, no more
