@@ -96,8 +96,13 @@ def thinned(values: Sequence[float]) -> list[float]:
 
 def smoothed(values: Sequence[float], window: int) -> list[float]:
     """Means of each value and those before it, ``window`` at most."""
-    found, total = [], 0.0
+    found, behind, ahead = [], [0.0] * (window + 1), 0.0
     for place, value in enumerate(values):
-        total += value - (values[place - window] if place >= window else 0.0)
-        found.append(total / min(place + 1, window))
+        if place and place % window == 0:
+            # Sums of the ends of the block before: nothing is taken off a sum again, so that no rounding error stays.
+            ends = itertools.accumulate(reversed(values[place - window : place]), initial=0.0)
+            behind = [*ends][::-1]
+            ahead = 0.0
+        ahead += value
+        found.append((behind[place % window + 1] + ahead) / min(place + 1, window))
     return found

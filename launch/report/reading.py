@@ -101,7 +101,7 @@ def read_lines(path: Path) -> tuple[Rows, tuple[str, ...]]:
     """The JSON objects of a file, a line each, and what is wrong with the other lines."""
     rows, faults = [], []
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError:
         return (), ()
     for number, line in enumerate(lines, 1):

@@ -1,5 +1,6 @@
 """Responses to read: those of several policies to one prompt, and those that a run of PPO wrote along its way."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ def compared(samples: Mapping[str, Rows]) -> tuple[Reading, ...]:
     last = others[-1][1]
     count = min(map(len, samples.values()))
     gains = [_number(last[place]["reward"]) - _number(base[place]["reward"]) for place in range(count)]
-    order = sorted(range(count), key=lambda place: gains[place])
+    order = sorted((place for place in range(count) if not math.isnan(gains[place])), key=lambda place: gains[place])
     spread = sorted({round(place * (count - 1) / max(1, SHOWN - 1)) for place in range(min(SHOWN, count))})
     name = others[-1][0]
     kinds = {
@@ -35,6 +36,8 @@ def compared(samples: Mapping[str, Rows]) -> tuple[Reading, ...]:
     }
     readings = []
     for title, (places, note) in kinds.items():
+        if not places:
+            continue
         passages = tuple(_compared_at(samples, before, place) for place in places)
         note += " Marked words are not in the first response."
         readings.append(Reading(title=title, passages=passages, note=note))
@@ -49,7 +52,7 @@ def _compared_at(samples: Mapping[str, Rows], before: str, place: int) -> Passag
         response = shortened(str(row["response"]))
         parts = ((response, False),) if name == before else marked(shortened(str(base["response"])), response)
         ended = "" if row.get("ended", True) else ", cut off"
-        texts.append(Text(title=f"{name}: {_number(row['reward']):.3f}{ended}", parts=parts))
+        texts.append(Text(title=f"{name}: {_reward(row)}{ended}", parts=parts))
     return Passage(title=f"prompt {place + 1}", prompt=prompt_text(base["prompt"]), texts=tuple(texts))
 
 
@@ -78,7 +81,7 @@ def rollout_readings(runs: Sequence[Run]) -> Iterator[Reading]:
 
 def _rollout(row: Mapping[str, Any]) -> Passage:
     step = f"step {row['step']}, " if "step" in row else ""
-    title = f"{step}{row['row']}: reward {_number(row['reward']):.3f}, KL {_number(row.get('kl', 0.0)):.1f}"
+    title = f"{step}{row['row']}: reward {_reward(row)}, KL {_number(row.get('kl', 0.0)):.1f}"
     if row.get("second") is not None:
         title += f", second scorer {_number(row['second']):.3f}"
     ended = "ended" if row.get("ended") else "cut off"
@@ -94,4 +97,9 @@ def prompt_text(prompt: Any) -> str:
 
 
 def _number(value: Any) -> float:
-    return float(value)
+    """Not a number where there is none: a response that nothing can be said of has no reward."""
+    return math.nan if value is None else float(value)
+
+
+def _reward(row: Mapping[str, Any]) -> str:
+    return "none" if row["reward"] is None else f"{_number(row['reward']):.3f}"

@@ -11,6 +11,8 @@ from launch.report.figures import COLORS, Figure, Line
 WIDTH, HEIGHT = 440, 270
 LEFT, RIGHT, TOP, BOTTOM = 58, 12, 14, 44
 TICKS = 5
+ROUNDING = 1e-12
+"""Values whose differences are a smaller part of them are drawn as equal."""
 
 
 class _Axis:
@@ -18,7 +20,7 @@ class _Axis:
 
     def __init__(self, values: Sequence[float], ends: tuple[float, float], *, rounded: bool) -> None:
         low, high = min(values, default=0.0), max(values, default=1.0)
-        if low == high:
+        if high - low <= ROUNDING * max(abs(low), abs(high)):
             low, high = (low - abs(low) / 2, high + abs(high) / 2) if low else (0.0, 1.0)
         self.ticks = ticks_between(low, high)
         if rounded:

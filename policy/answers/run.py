@@ -125,7 +125,8 @@ class _Kept:
         if not self._path.exists():
             write_text(self._path, json.dumps({"answers_of": identity}) + "\n")
             return {}
-        first, *lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True) or [""]
+        with self._path.open(encoding="utf-8", newline="\n") as handle:  # an answer may hold other ends of lines
+            first, *lines = [*handle] or [""]
         if json.loads(first or "{}").get("answers_of") != identity:
             raise ConfigError(
                 f"{self._path}: holds answers of another model, to other questions or by other settings; "

@@ -85,7 +85,7 @@ def drop_rows_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").split("\n"):  # a text in it may hold other ends of lines
         try:
             row = json.loads(line)
         except ValueError:  # the last line of a killed run may be cut short

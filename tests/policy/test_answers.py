@@ -138,6 +138,17 @@ def test_a_stopped_run_goes_on_behind_what_it_has_kept(answer, monkeypatch, tmp_
     assert len(calls) == 1 and kept.read_text() == before, "nothing is asked again"
 
 
+@pytest.mark.parametrize("end", ["\u2028", "\x85"])
+def test_an_answer_with_an_end_of_line_of_another_kind_is_kept_whole(answer, tmp_path, monkeypatch, end):
+    draw = answering.draw
+    says = lambda *given: [replace(each, text=f"one{end}two") for each in draw(*given)]  # noqa: E731
+    monkeypatch.setattr(answering, "draw", says)
+    answer(ALPACA[:1])
+    kept = (tmp_path / "out" / "answers.jsonl").read_bytes()
+    answer(ALPACA[:1])
+    assert (tmp_path / "out" / "answers.jsonl").read_bytes() == kept
+
+
 @pytest.mark.parametrize("changes", [{"sampling": replace(SHORT, seed=1)}, {"system_prompt": "be brief"}, {}])
 def test_answers_by_other_settings_or_to_other_questions_are_not_mixed(answer, changes):
     answer(ALPACA)

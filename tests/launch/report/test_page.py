@@ -2,6 +2,8 @@
 
 import base64
 import hashlib
+import json
+import math
 import os
 import re
 
@@ -21,6 +23,7 @@ from tests.launch.report.made_up import (
     HOSTILE,
     benchmark_run,
     evaluate_run,
+    lines,
     pipeline,
     ppo_run,
     preference_run,
@@ -68,6 +71,21 @@ def test_every_figure_of_every_stage_is_there(page):
         assert f'id="{key}"' in page
     for title in ("Misranked pairs", "Hard pairs", "Easy pairs", "Largest gains", "Held-out prompts"):
         assert title in page
+
+
+def test_responses_without_a_reward_are_shown_and_are_no_gain(tmp_path):
+    ppo, evaluation = ppo_run(tmp_path / "p" / "ppo"), evaluate_run(tmp_path / "p" / "evaluate")
+    for path in (ppo / "rollouts.jsonl", evaluation / "samples_ppo.jsonl"):
+        first, *others = [json.loads(line) for line in path.read_text().splitlines()]
+        lines(path, [first | {"reward": None}, *others])
+    report = report_of([tmp_path / "p"])
+    readings = {each.title: each.passages for section in report.sections for each in section.readings}
+    assert readings["Rollouts of the first and of the last step"][0].title.startswith(
+        "step 1, prompts.jsonl:1: reward none"
+    )
+    assert readings["Evenly spread prompts"][0].texts[1].title == "ppo: none"
+    for kind in ("Largest gains", "Largest losses"):
+        assert readings[kind] and "prompt 1" not in {each.title for each in readings[kind]}
 
 
 def test_benchmarks_and_fine_tuning_have_their_sections(tmp_path):
@@ -173,6 +191,14 @@ def test_smoothing_and_thinning_by_hand():
     assert len(long) == 400 and sum(long) / 400 == pytest.approx(499.5, abs=0.5)
 
 
+@pytest.mark.parametrize("window", [1, 2, 3, 7])
+@pytest.mark.parametrize("spike", [0.0, 1e17, -3e300])
+def test_behind_a_spike_the_means_are_as_without_it(window, spike):
+    values = [1.0, 2.0, spike, *(float(value % 5) for value in range(20))]
+    expected = [math.fsum(values[max(0, at + 1 - window) : at + 1]) / min(at + 1, window) for at in range(len(values))]
+    assert smoothed(values, window) == pytest.approx(expected, rel=1e-12)
+
+
 @given(st.floats(-1e6, 1e6), st.floats(1e-2, 1e6))
 def test_ticks_are_round_and_within(low, span):
     found = ticks_between(low, low + span)
@@ -181,7 +207,10 @@ def test_ticks_are_round_and_within(low, span):
 
 
 @pytest.mark.parametrize("kind", ["line", "points", "bars"])
-@pytest.mark.parametrize("values", [[1.0], [0.0, 0.0], [-1.0, 5.0, 2.0]])
+@pytest.mark.parametrize(
+    "values",
+    [[1.0], [0.0, 0.0], [-1.0, 5.0, 2.0], [1.0, 1.0 + 2**-52], [-1e-6, -1.0000000000000002e-6], [1e300, 2e300]],
+)
 def test_figures_are_drawn_whatever_they_hold(kind, values):
     line = Line(name=HOSTILE, x=[*range(len(values))], y=values, low=values, high=values, kind=kind)
     drawn = draw(

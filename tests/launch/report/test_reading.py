@@ -5,9 +5,10 @@ import json
 import pytest
 
 from launch.report.page import report_of
-from launch.report.reading import read_runs
+from launch.report.reading import read_lines, read_runs
 from rlhf.core.errors import UserError
 from rlhf.core.files import write_json
+from rlhf.train.held_out import HELD_OUT, write_held_out
 from rlhf.train.status import new_status, write_status
 from tests.launch.report.made_up import lines, pipeline, ppo_run, reward_run
 
@@ -43,6 +44,13 @@ def test_a_broken_line_is_named_and_left_out(tmp_path, broken):
     assert len(run.columns["loss"][1]) == 5
     assert run.faults == (f"{folder}/metrics.jsonl, line 3: no JSON object; the line is left out",)
     assert any("line 3" in line for line in report_of([folder]).lines())
+
+
+@pytest.mark.parametrize("end", ["\u2028", "\x85"])
+def test_an_end_of_line_of_another_kind_in_a_text_is_part_of_it(tmp_path, end):
+    row = {"row": "a:1", "prompt": f"one{end}two"}
+    write_held_out(tmp_path, [row, row])
+    assert read_lines(tmp_path / HELD_OUT) == ((row, row), ())
 
 
 def test_the_line_that_is_being_written_is_no_fault(tmp_path):

@@ -21,7 +21,7 @@ from rlhf.config import load_config
 from rlhf.core.errors import ConfigError, RunStopped
 from rlhf.engine.ranks import Ranks
 from rlhf.train import trackers
-from rlhf.train.metrics import MetricLog
+from rlhf.train.metrics import MetricLog, drop_rows_after
 from rlhf.train.options import TrainConfig
 
 ALONE = Ranks(rank=0, world_size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
@@ -48,6 +48,14 @@ def track(folder, config, steps, resume_step=-1, error=None):
 
 def curve(folder):
     return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("end", ["\u2028", "\x85"])
+def test_rows_whose_texts_hold_other_ends_of_lines_are_kept_when_later_ones_are_dropped(tmp_path, end):
+    rows = [json.dumps({"step": step, "response": f"one{end}two"}, ensure_ascii=False) + "\n" for step in (1, 2, 3)]
+    (tmp_path / "rollouts.jsonl").write_text("".join([*rows, '{"st']), encoding="utf-8")
+    drop_rows_after(tmp_path / "rollouts.jsonl", 2)
+    assert (tmp_path / "rollouts.jsonl").read_text(encoding="utf-8") == rows[0] + rows[1]
 
 
 def test_tensorboard_replaces_steps_that_are_taken_again(folder):
