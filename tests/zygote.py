@@ -40,6 +40,8 @@ def main() -> None:
 
 
 def _import_everything() -> None:
+    # Where it is installed, POT and Transformers import it, it pandas, and that pyarrow, which starts a thread.
+    sys.modules["sklearn"] = None  # type: ignore[assignment]
     for name in IMPORTED_LATE:
         importlib.import_module(name)
     for package in map(importlib.import_module, PACKAGES):
