@@ -16,7 +16,7 @@ from policy.evaluation.sampling import draw
 from policy.generation.api import row_seed
 from rlhf.config import to_dict
 from rlhf.core.errors import ConfigError, DataError
-from rlhf.core.files import digest, file_checksum, write_text
+from rlhf.core.files import digest, file_checksum, whole_lines, write_text
 from rlhf.data.messages import BadRow
 from rlhf.data.options import RowSource, TemplateChoice
 from rlhf.data.sources import open_source, row_names
@@ -125,17 +125,13 @@ class _Kept:
         if not self._path.exists():
             write_text(self._path, json.dumps({"answers_of": identity}) + "\n")
             return {}
-        with self._path.open(encoding="utf-8", newline="\n") as handle:  # an answer may hold other ends of lines
-            first, *lines = [*handle] or [""]
-        if json.loads(first or "{}").get("answers_of") != identity:
+        first, *lines = whole_lines(self._path) or ["{}"]
+        if json.loads(first).get("answers_of") != identity:
             raise ConfigError(
                 f"{self._path}: holds answers of another model, to other questions or by other settings; "
                 "give another output, or delete it to begin anew"
             )
-        whole = [line for line in lines if line.endswith("\n")]  # the last one may have been cut short
-        if len(whole) < len(lines):
-            write_text(self._path, first + "".join(whole))
-        rows = map(json.loads, whole)
+        rows = map(json.loads, lines)
         return {tuple(row.pop("place")): Answer(**row) for row in rows}
 
     def add(self, found: dict[Place, Answer]) -> None:

@@ -60,6 +60,15 @@ def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
     write_text(path, text + "\n", durable=durable)
 
 
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a file that is appended to, without their ends; a last one that a kill has cut short is cut off."""
+    text = path.read_bytes().decode()  # other ends of lines stand inside of texts
+    whole = text[: text.rfind("\n") + 1]
+    if len(whole) < len(text):
+        write_text(path, whole)
+    return whole.split("\n")[:-1]
+
+
 def write_bytes(path: Path, content: bytes | memoryview, *, durable: bool = True, private: bool = False) -> None:
     """Replace ``path`` by ``content`` in one step, as :func:`write_text` does."""
     path.parent.mkdir(parents=True, exist_ok=True)

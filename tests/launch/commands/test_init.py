@@ -29,7 +29,8 @@ def resolved(command: str) -> list[dict[str, Any]]:
     if words[:3] == ["rlhf", "pipeline", "run"]:
         options = build_parser().parse_args(words[1:])
         return [to_dict(stage.config) for stage in load_pipeline(options.recipe, options.overrides).stages]
-    place = next(place for place, word in enumerate(words) if word in ("--module", "-m"))
+    places = [place for place, word in enumerate(words) if word in ("--module", "-m")]
+    place = next(place for place in places if words[place + 1] in MODULES)  # behind a launcher that is a module itself
     config_class = MODULES[words[place + 1]].config_class()
     return [to_dict(parse_command_line(config_class, words[place + 2 :], program="x", description="").config)]
 
@@ -73,7 +74,7 @@ def test_a_folder_that_holds_something_is_refused_and_left_alone(held, elsewhere
 
 def test_a_name_that_does_not_ship_is_answered_with_those_that_do(elsewhere, capsys):
     assert main(["init", "mine", "--recipe", "quikstart"]) == 2
-    assert "there are pipeline, " in capsys.readouterr().err and not Path("mine").exists()
+    assert "there are grpo_math, pipeline, " in capsys.readouterr().err and not Path("mine").exists()
 
 
 def test_a_folder_below_a_file_is_refused_in_one_line(elsewhere, capsys):
