@@ -16,6 +16,8 @@ from tests.zygote import ENDED, STARTED
 
 ZYGOTE = Path(__file__).with_name("zygote.py")
 ROOT = ZYGOTE.parent.parent
+NO_THREADS = {"JE_ARROW_MALLOC_CONF": "background_thread:false"}
+"""Keeps Arrow from starting one when it is imported, which POT does where scikit-learn and pandas are installed."""
 _used: list[float] = []
 
 
@@ -54,7 +56,7 @@ class Zygote:
             number = theirs.fileno()
             self._process = subprocess.Popen(
                 [sys.executable, str(ZYGOTE), str(number)],
-                env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+                env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | NO_THREADS,
                 pass_fds=[number],
                 stdout=subprocess.DEVNULL,
             )
