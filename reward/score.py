@@ -20,7 +20,7 @@ from rlhf.data.batching import batches_by_length
 from rlhf.data.messages import BadRow
 from rlhf.data.options import ColumnConfig, SourceConfig
 from rlhf.data.records import to_conversations
-from rlhf.data.rows import RowReader
+from rlhf.data.rows import RowReader, json_cell
 from rlhf.data.sources import Source, open_source, row_names
 from rlhf.data.templates import ChatFormat, TemplateFault
 from rlhf.engine.build import has_bfloat16
@@ -83,7 +83,7 @@ def score_file(options: ScoreOptions) -> int:
                 for row in rows
             ]
             lines = _score_rows(model, chat, rows, places, options)
-            output.write("".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines))
+            output.write("".join(json.dumps(line, ensure_ascii=False, default=json_cell) + "\n" for line in lines))
             output.flush()
             faults += sum("error" in line for line in lines)
             progress.advance(task, len(rows))

@@ -11,6 +11,7 @@ from rlhf.core.errors import DataError
 from rlhf.data.messages import BadRow, Message, described
 from rlhf.data.options import PromptColumns
 from rlhf.data.records import to_prompt
+from rlhf.data.rows import json_cell
 
 CATEGORY_TEMPERATURES = {
     "writing": 0.7,
@@ -136,7 +137,7 @@ def written(kind: str, questions: Sequence[Question], answers: Sequence[Answers]
     pairs = list(zip(questions, answers, strict=True))
     if kind == "alpaca_eval":
         rows = [_alpaca_eval(question, samples[0], name) for question, samples in pairs]
-        return json.dumps(rows, ensure_ascii=False, indent=1) + "\n"
+        return json.dumps(rows, ensure_ascii=False, indent=1, default=json_cell) + "\n"
     if kind == "prompts":
         return _lines(row for question, samples in pairs for row in _plain(question, samples))
     write: Callable[[Question, Answers, str, float], dict[str, Any]] = _mt_bench
@@ -146,7 +147,7 @@ def written(kind: str, questions: Sequence[Question], answers: Sequence[Answers]
 
 
 def _lines(rows: Iterable[Mapping[str, Any]]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return "".join(json.dumps(row, ensure_ascii=False, default=json_cell) + "\n" for row in rows)
 
 
 def _alpaca_eval(question: Question, turns: Sequence[Answer], name: str) -> dict[str, Any]:

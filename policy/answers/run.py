@@ -12,7 +12,7 @@ from policy.answers.config import GenerateConfig
 from policy.answers.formats import Answer, Question, file_of, format_of, read_question, written
 from policy.evaluation.compare import check_model_folders, open_policy
 from policy.evaluation.options import SamplingSettings
-from policy.evaluation.sampling import draw
+from policy.evaluation.sampling import Sample, draw
 from policy.generation.api import row_seed
 from rlhf.config import to_dict
 from rlhf.core.errors import ConfigError, DataError
@@ -188,7 +188,8 @@ def _answer(
         mine = part[ranks.rank :: ranks.world_size]
         asked = [questions[place[0]].asked(kept.turns_before(place)) for place in mine]
         seeds = [_seed(settings.seed, place) for place in mine]
-        drawn = ranks.together(functools.partial(draw, model, chat, asked, seeds, settings)) if mine else []
+        drawing = functools.partial(draw, model, chat, asked, seeds, settings) if mine else list[Sample]
+        drawn = ranks.together(drawing)
         found = {
             place: Answer(text=each.text, tokens=int(each.row.response.sum()), ended=each.ended)
             for place, each in zip(mine, drawn, strict=True)

@@ -15,7 +15,7 @@ from reward.function import Answers, RewardFunction, load_reward
 from rlhf.core.errors import DataError
 from rlhf.core.files import write_bytes, write_json
 from rlhf.core.intervals import Estimate
-from rlhf.data.messages import Asked
+from rlhf.data.messages import Asked, BadRow
 from rlhf.data.options import RowSource
 from rlhf.data.sources import open_source
 from rlhf.data.tokenizing import parsed
@@ -71,7 +71,10 @@ def read_responses(path: Path) -> tuple[Answers, int]:
     """
     rows: list[Mapping[str, Any]] = []
     for raw in open_source(RowSource(path=str(path))).rows():
-        row = parsed(raw)
+        try:
+            row = parsed(raw)
+        except BadRow as error:
+            raise DataError(f"{path}:{raw.line}: {error}") from error
         if not isinstance(row, Mapping) or not {"row", "prompt", "response"} <= row.keys():
             raise DataError(
                 f"{path}:{raw.line}: expected row, prompt and response, as `rlhf generate` writes them of prompts"

@@ -24,7 +24,7 @@ from rlhf.data.loading import default_cache_dir
 from rlhf.data.messages import BadRow
 from rlhf.data.options import ColumnConfig, SourceConfig
 from rlhf.data.records import PreferenceRecord, prompt_key, to_records
-from rlhf.data.rows import AUDIT_COLUMNS
+from rlhf.data.rows import AUDIT_COLUMNS, json_cell
 from rlhf.data.sources import open_source, row_names
 from rlhf.data.templates import ChatFormat, TemplateFault
 from rlhf.engine.build import has_bfloat16
@@ -301,7 +301,7 @@ def _longer_chosen(pairs: Sequence[Pair], among: NDArray[np.bool_]) -> float | N
 
 
 def _lines(rows: Sequence[Any] | Iterator[Any]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+    return "".join(json.dumps(row, ensure_ascii=False, default=json_cell) + "\n" for row in rows)
 
 
 def _rounded(value: Any) -> Any:

@@ -11,6 +11,7 @@ from rlhf.data.labels import wrong_label
 from rlhf.data.messages import Message
 from rlhf.data.options import ColumnConfig, ExampleColumns, PromptColumns
 from rlhf.data.records import ExampleRecord, PreferenceRecord, PromptRecord, to_example, to_prompt, to_records
+from rlhf.data.rows import json_cell
 from rlhf.data.store import EXAMPLE, PAIR, PROMPT, Fields, text_as_numbers
 from rlhf.data.templates import Span, Turns
 from rlhf.data.tokenizing import Tokenizing
@@ -104,13 +105,8 @@ class Prompts:
 
     def fields(self, entry: PromptRecord, sides: list[Turns]) -> Fields:
         [(ids, _)] = sides
-        row = json.dumps([entry.prompt, entry.columns], separators=(",", ":"), default=_plain)
+        row = json.dumps([entry.prompt, entry.columns], separators=(",", ":"), default=json_cell)
         return Fields((ids, text_as_numbers(row)), ())
-
-
-def _plain(cell: Any) -> str | None:
-    """What JSON has no word for: dates and decimal numbers as text, bytes (images) not at all."""
-    return None if isinstance(cell, bytes) else str(cell)
 
 
 def _to_the_end(before: str, whole: str) -> tuple[str, list[Span]]:

@@ -252,6 +252,12 @@ class RowReader:
         return next((name for name in _CONVERSATIONS if isinstance(self._value.get(name), list | tuple)), None)
 
 
+def json_cell(cell: Any) -> str | None:
+    """What stands for a cell of a table that JSON has no word for: dates and decimal numbers as text, bytes (images)
+    not at all. For ``json.dumps(default=...)``."""
+    return None if isinstance(cell, bytes) else str(cell)
+
+
 def _parsed(text: str, name: str) -> float | None:
     try:
         return float(text) if text else None

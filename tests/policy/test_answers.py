@@ -2,8 +2,11 @@
 
 import json
 from dataclasses import replace
+from datetime import datetime
+from decimal import Decimal
 
 import pytest
+from pyarrow import parquet, table
 
 from launch.cli import main
 from policy.answers import run as answering
@@ -40,9 +43,8 @@ def questions(tmp_path):
 @pytest.fixture
 def answer(tiny_model, tmp_path, questions):
     def start(rows, output="out", **changes):
-        config = GenerateConfig(
-            output=tmp_path / output, model=tiny_model, prompts=questions(rows), **{"sampling": SHORT, **changes}
-        )
+        given = {"prompts": questions(rows), "sampling": SHORT, **changes}
+        config = GenerateConfig(output=tmp_path / output, model=tiny_model, **given)
         config.output.mkdir(exist_ok=True)
         return generate(config, single_rank())
 
@@ -147,6 +149,33 @@ def test_an_answer_with_an_end_of_line_of_another_kind_is_kept_whole(answer, tmp
     kept = (tmp_path / "out" / "answers.jsonl").read_bytes()
     answer(ALPACA[:1])
     assert (tmp_path / "out" / "answers.jsonl").read_bytes() == kept
+
+
+@pytest.mark.dist
+def test_two_ranks_answer_what_one_answers_though_one_has_less_to_do(run_ranks, tiny_model, questions, tmp_path):
+    path = questions(PROMPTS[:1] * 3)  # three batches of one row on two ranks
+    for ranks in (1, 2):
+        run_ranks(
+            [
+                "-m", "policy.answers", f"output={tmp_path / str(ranks)}", f"model={tiny_model}", f"prompts={path}",
+                "sampling={samples: 1, max_new_tokens: 4, batch_rows: 1}",
+            ],
+            ranks=ranks, timeout=60,
+        )  # fmt: skip
+    one, two = ((tmp_path / str(ranks) / "responses.jsonl").read_text() for ranks in (1, 2))
+    assert one == two and len(one.splitlines()) == 3
+
+
+def test_the_columns_of_a_table_stay_beside_the_answers_where_json_has_words_for_them(answer, tmp_path):
+    rows = {
+        "prompt": ["x", "y"],
+        "when": [datetime(2026, 1, 2)] * 2,
+        "image": [b"\x00"] * 2,
+        "cost": [Decimal("1.5")] * 2,
+    }
+    parquet.write_table(table(rows), tmp_path / "rows.parquet")
+    first, _ = lines(answer([], prompts=tmp_path / "rows.parquet"))
+    assert (first["when"], first["image"], first["cost"]) == ("2026-01-02 00:00:00", None, "1.5")
 
 
 @pytest.mark.parametrize("changes", [{"sampling": replace(SHORT, seed=1)}, {"system_prompt": "be brief"}, {}])

@@ -96,3 +96,6 @@ def test_samples_that_cannot_be_chosen_from_are_refused(tmp_path, counts, messag
     path.write_text('{"prompt": "a"}\n')
     with pytest.raises(DataError, match=r"r\.jsonl:1: expected row, prompt and response"):
         evaluate_choices(path, "math:isnan", "math:isnan", tmp_path / "out")
+    path.write_text('{"row": "p:1", "prompt": "a", "response": "b"}\n{"row": "p:1", "pro')
+    with pytest.raises(DataError, match=r"r\.jsonl:2: unreadable row: not JSON"):
+        evaluate_choices(path, "math:isnan", "math:isnan", tmp_path / "out")
