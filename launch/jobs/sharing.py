@@ -50,6 +50,8 @@ class Sharing:
         if stage.nodes is not None and stage.nodes > 1:
             raise ConfigError(f"stages.{stage.name}.nodes = {stage.nodes}: the run has 1; ask for no more")
         gpus = self._sizes[HERE]
+        if self.machine.ranks is not None and gpus and self.machine.ranks > gpus:
+            raise ConfigError(f"--ranks {self.machine.ranks}: {gpus} GPUs are visible; ask for no more")
         if stage.ranks is not None and gpus and stage.ranks > gpus:
             raise ConfigError(f"stages.{stage.name}.ranks = {stage.ranks}: {gpus} GPUs are visible; ask for no more")
 

@@ -151,6 +151,15 @@ def test_more_than_there_is_is_refused(gpus, size, said):
         Sharing(Machine()).check(stage("a", **size))
 
 
+@pytest.mark.parametrize(("count", "ranks"), [(1, 2), (4, 8)])
+def test_more_ranks_than_gpus_are_refused_not_waited_for(gpus, count, ranks):
+    gpus(count)
+    with pytest.raises(ConfigError, match=f"--ranks {ranks}: {count} GPUs are visible; ask for no more"):
+        Sharing(Machine(ranks=ranks)).check(stage("a"))
+    gpus(0)
+    Sharing(Machine(ranks=ranks)).check(stage("a"))
+
+
 def test_who_is_likely_to_be_at_work_together_is_as_deep_in_the_pipeline_and_fits(gpus):
     def of(name: str, *needs: str, **size: int) -> PipelineStage:
         return replace(stage(name, **size), needs=needs)
