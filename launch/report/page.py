@@ -18,7 +18,7 @@ from launch.report.figures import Figure
 from launch.report.kinds import other
 from launch.report.policies import best_of_n
 from launch.report.reading import BEST_OF_N, Run, read_runs
-from launch.report.studies import studies
+from launch.report.studies import STUDY, studies
 from launch.report.svg import draw
 from launch.stages import by_program, load
 from rlhf.core.files import write_text
@@ -172,12 +172,12 @@ def plotly_script() -> str | None:
 
 
 def is_current(path: Path, report: Report) -> bool:
-    """Whether the page at ``path`` is newer than all files of the runs that it would show."""
+    """Whether the page at ``path`` is newer than all files of the runs that it would show, and than their study."""
     if not path.is_file():
         return False
     made = path.stat().st_mtime_ns
-    files = (each for run in report.runs for each in run.folder.iterdir() if each.is_file())
-    return all(each.stat().st_mtime_ns <= made for each in files)
+    files = [path.with_name(STUDY), *(each for run in report.runs for each in run.folder.iterdir())]
+    return all(each.stat().st_mtime_ns <= made for each in files if each.is_file())
 
 
 def write_report(path: Path, report: Report, *, interactive: bool = True) -> None:

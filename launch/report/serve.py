@@ -7,13 +7,14 @@ from pathlib import Path
 
 from launch.report.page import plotly_script, render, report_of
 from launch.report.reading import METRICS
+from launch.report.studies import STUDY
 from rlhf.core.errors import UserError
 from rlhf.core.files import STATUS, digest
 
 LOOPBACK = "127.0.0.1"
 SECONDS = 3.0
 """How often a page asks whether there is something new."""
-WATCHED = (STATUS, METRICS, "evaluation.json", "evaluations.json", "held_out.jsonl", "warnings.jsonl")
+WATCHED = (STATUS, METRICS, "evaluation.json", "evaluations.json", "held_out.jsonl", "warnings.jsonl", STUDY)
 
 
 def state_of(folders: Sequence[Path]) -> str:
@@ -76,5 +77,5 @@ def server_of(folders: Sequence[Path], port: int, *, interactive: bool) -> http.
     plotly = plotly_script() if interactive else None
     try:
         return http.server.ThreadingHTTPServer((LOOPBACK, port), partial(_Handler, folders, plotly))
-    except OSError as error:
-        raise UserError(f"--port {port}: {error.strerror}; give another one, or 0 for a free one") from None
+    except (OSError, OverflowError) as error:
+        raise UserError(f"--port {port}: {getattr(error, 'strerror', None) or error}; give another one, or 0 for a free one") from None

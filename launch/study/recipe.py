@@ -20,6 +20,8 @@ from rlhf.core.paths import beside, recipe_path
 from rlhf.data.options import row_sections
 
 PROGRAM = "rlhf study"
+VALUE = "value"
+"""The number of a held-out item that the stage's main number is the mean of."""
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
 
 
@@ -43,9 +45,9 @@ class StudyConfig:
     """Every variant is trained once with each of them."""
     seed_settings: tuple[str, ...] = ("train.seed",)
     """Settings that a seed goes into."""
-    value: str = "value"
+    value: str = VALUE
     """What counts of each held-out item: a number of held_out.jsonl, such as second for the second scorer of PPO; value
-    is what the stage's main number is the mean of."""
+    is what the stage's main number is the mean of. Of others a verdict says higher or lower, not better or worse."""
     smallest: Annotated[float, Gt(0)] = 0.01
     """The smallest difference that would matter: where nothing is decided, the study says what would show it."""
 
@@ -67,7 +69,7 @@ class Study:
     @property
     def judged_by(self) -> str:
         """What counts of a held-out item, in words."""
-        return self.stage.item if self.config.value == "value" else self.config.value
+        return self.stage.item if self.config.value == VALUE else self.config.value
 
 
 def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:

@@ -12,7 +12,7 @@ import numpy as np
 from launch.pipeline.state import Action, Progress
 from launch.report.contents import share
 from launch.report.reading import read_lines
-from launch.study.recipe import Study
+from launch.study.recipe import VALUE, Study
 from launch.study.statistics import Comparison, compare, deciding_design, group_means
 from rlhf.core.errors import UserError
 from rlhf.core.files import write_json, write_text
@@ -58,7 +58,7 @@ class Results:
     @property
     def is_share(self) -> bool:
         """Whether values are shares, shown as percentages and their differences as points."""
-        return self.study.stage.item == ACCURACY and self.study.config.value == "value"
+        return self.study.stage.item == ACCURACY and self.study.config.value == VALUE
 
     def mean(self, variant: str, seed: int) -> float | None:
         found = self.items.get((variant, seed))
@@ -148,6 +148,8 @@ def _verdict(study: Study, found: Comparison, which: str, items: int, *, is_shar
     interval = f"95 % interval {number(found.low, '+')} to {number(found.high, '+')}"
     line = f"{which}: {study.judged_by} {amount(found.difference, '+')} ({interval}; {counts}):"
     only = "" if found.seeds > 1 else " With one seed this says nothing of other seeds."
+    if found.is_decided and study.config.value != VALUE:
+        return f"{line} {'higher' if found.difference > 0 else 'lower'}.{only}"  # which of a KL, say, is no merit
     if found.is_decided:
         return f"{line} {'better' if (found.difference > 0) != lower_is_better else 'worse'}.{only}"
     smallest, design = study.config.smallest, deciding_design(found, study.config.smallest)

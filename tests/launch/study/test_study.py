@@ -87,7 +87,15 @@ def test_less_is_better_where_the_metric_says_so(study, monkeypatch, capsys):
 
 def test_another_number_of_the_items_may_count(study, capsys):
     assert run(study(value="second")) == 0
-    assert "better against plain: second -0.2" in capsys.readouterr().out
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("better against plain"))
+    assert "second -0.2" in line and line.endswith(": lower."), "nobody knows whether more of it is better"
+
+
+def test_the_page_follows_a_verdict_that_changed_although_no_run_did(study, tmp_path, capsys):
+    path = study()
+    assert run(path) == 0
+    assert run(path, "baseline=better") == 0
+    assert "plain against better: accuracy" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_a_number_that_the_items_lack_is_named(study, capsys):
