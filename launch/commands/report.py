@@ -97,8 +97,9 @@ def end_with_report(screen: "Console", folder: Path) -> None:
         report = report_of([folder])
         if not is_current(page, report):
             write_report(page, report)
-    except (UserError, OSError) as error:
-        screen.print(f"no report: {error}", soft_wrap=True, markup=False, highlight=False)
+    except Exception as error:
+        said = str(error) if isinstance(error, UserError | OSError) else f"{type(error).__name__}: {error}"
+        screen.print(f"no report: {said}", soft_wrap=True, markup=False, highlight=False)
     else:
         say_where(screen, page)
 

@@ -1,6 +1,5 @@
 """Studies: their verdicts, their table, and the main metric along the runs with bands over seeds."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,19 +8,18 @@ import numpy as np
 
 from launch.report.contents import Cell, Section, Table
 from launch.report.figures import Figure, Line
-from launch.report.reading import Run
+from launch.report.reading import Run, read_json
 
 STUDY = "study.json"
+NEEDED = {"item", "is_share", "metric", "baseline", "variants", "headings", "rows", "comparisons"}
 
 
 def studies(folders: Sequence[Path], runs: Sequence[Run]) -> Iterator[Section]:
     """A section for each of ``folders`` that holds a study."""
     for number, folder in enumerate(folders):
-        try:
-            found = json.loads((folder / STUDY).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        yield _section(found, folder, runs, "study" if number == 0 else f"study-{number}")
+        found = read_json(folder / STUDY)
+        if found.keys() >= NEEDED:  # another program's file may have this name
+            yield _section(found, folder, runs, "study" if number == 0 else f"study-{number}")
 
 
 def _section(found: Mapping[str, Any], folder: Path, runs: Sequence[Run], key: str) -> Section:

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import io
 import json
 import math
 import os
@@ -10,8 +11,10 @@ import re
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from launch.cli import main
+from launch.commands.report import end_with_report
 from launch.report.diff import marked
 from launch.report.figures import Figure, Line, smoothed, thinned
 from launch.report.frontier import frontier_of, parting
@@ -217,6 +220,22 @@ def test_figures_are_drawn_whatever_they_hold(kind, values):
         Figure(key="k", title="t", x=HOSTILE, y="y", lines=(line,), categories=(HOSTILE,), marks=((0, HOSTILE),))
     )
     assert "nan" not in drawn and "<script" not in drawn and "<img" not in drawn
+
+
+@pytest.mark.parametrize("content", ["[1]", '{"rows": 3}', "null"])
+def test_a_study_of_another_program_is_let_be(tmp_path, content):
+    reward_run(tmp_path / "p" / "reward")
+    (tmp_path / "p" / "study.json").write_text(content)
+    assert [section.key for section in report_of([tmp_path / "p"]).sections] == ["reward"]
+
+
+@pytest.mark.parametrize("content", ['{"accuracy": 0.7}', '{"accuracy": {"value": 0.7}}'])
+def test_what_cannot_be_drawn_is_said_and_the_work_before_it_counts(tmp_path, content):
+    folder = reward_run(tmp_path / "p" / "reward")
+    (folder / "evaluation.json").write_text(content)
+    screen = Console(file=io.StringIO())
+    end_with_report(screen, tmp_path / "p")
+    assert screen.file.getvalue().startswith("no report: ")
 
 
 def test_a_page_is_current_until_a_run_has_something_new(tmp_path):

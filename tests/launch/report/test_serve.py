@@ -58,6 +58,12 @@ def test_a_run_that_vanishes_is_told(served):
     assert code == 503 and "no run" in text
 
 
+@pytest.mark.parametrize("port", [-1, 65536])
+def test_a_port_that_cannot_be_is_refused(served, port):
+    with pytest.raises(UserError, match=rf"--port {port}: .*0-65535.*0 for a free one"):
+        server_of([served[0]], port, interactive=False)
+
+
 def test_a_port_that_is_taken_is_refused(served):
     folder, port = served
     with pytest.raises(UserError, match=rf"--port {port}: .*0 for a free one"):
