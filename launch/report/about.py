@@ -116,7 +116,8 @@ def costs(runs: Sequence[Run], planned: Mapping[str, float]) -> Iterator[Table]:
         tokens = rates.get("time/tokens_per_second")
         peak, plan = max(run.columns.get("memory/peak_gib", ((), (0.0,)))[1]), planned.get(run.name)
         unit = "" if items is None else items[0].removeprefix("time/").removesuffix("_per_second")
-        taken = sum(run.columns.get("time/step_seconds", ((), ()))[1]) / 60 or _minutes(run)
+        logged = sum(run.columns.get("time/step_seconds", ((), ()))[1]) / 60 or None
+        taken = _minutes(run) or logged  # not every step may be logged
         rows.append(
             (
                 run_cell(run, number),

@@ -78,4 +78,5 @@ def server_of(folders: Sequence[Path], port: int, *, interactive: bool) -> http.
     try:
         return http.server.ThreadingHTTPServer((LOOPBACK, port), partial(_Handler, folders, plotly))
     except (OSError, OverflowError) as error:
-        raise UserError(f"--port {port}: {getattr(error, 'strerror', None) or error}; give another one, or 0 for a free one") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--port {port}: {reason}; give another one, or 0 for a free one") from None
