@@ -167,9 +167,12 @@ def warned(runs: Sequence[Run]) -> Iterator[Advice]:
         if stage is not None and stage.trains and not run.metrics:
             text = f"{run.folder}: no metrics.jsonl, or none of its lines is a step: no curves. Has it taken a step?"
             yield Advice(run=run.name, text=text)
-        skipped = sum(run.columns.get("step_skipped", ((), ()))[1])
+        # Not every step may be logged; skipped.jsonl has a line for each that a row was to blame for.
+        skipped = {row["step"] for row in run.metrics if row.get("step_skipped")}
+        skipped |= {row["step"] for row in run.rows("skipped.jsonl")}
         if skipped:
-            text = f"{skipped:.0f} steps were skipped, as something was not finite: skipped.jsonl names their rows."
+            count = f"{len(skipped)} step{'s were' if len(skipped) > 1 else ' was'}"
+            text = f"{count} skipped, as something was not finite: skipped.jsonl names their rows."
             yield Advice(run=run.name, text=text)
         said: dict[str, Any] = {}
         for row in run.warnings:

@@ -22,6 +22,7 @@ from launch.report.page import embedded, is_current, render, report_of, write_re
 from launch.report.reading import read_runs
 from launch.report.svg import draw, ticks_between
 from rlhf.core.files import write_json, write_text
+from rlhf.train.status import new_status, write_status
 from tests.launch.report.made_up import (
     HOSTILE,
     benchmark_run,
@@ -127,6 +128,21 @@ def test_warnings_are_said_once_with_what_to_change(tmp_path):
     assert [line for line in said if "odd warning" in line] == ["warning: reward: odd warning: set a=b"]
     assert any("lost 0.60 nats per token" in line and "loss.nll_weight" in line for line in said)
     assert any("67% of the pairs of the last step rest" in line for line in said)
+
+
+def test_steps_that_were_not_logged_count_in_minutes_and_among_the_skipped(tmp_path):
+    folder = reward_run(tmp_path / "reward", steps=40)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines(
+        folder / "metrics.jsonl",
+        [row | {"step_skipped": float(row["step"] == 40)} for row in rows if not row["step"] % 10],
+    )
+    lines(folder / "skipped.jsonl", [{"step": step, "not_finite": "loss", "rows": []} for step in (3, 7, 40)])
+    write_status(folder, new_status("reward", state="finished", step=40, total=40, metrics={"time/minutes": 1.25}))
+    report = report_of([folder])
+    (row,) = report.costs[0].rows
+    assert row[report.costs[0].headings.index("minutes in steps")].order == 1.25
+    assert any("3 steps were skipped" in line for line in report.lines())
 
 
 def test_compared_runs_share_figures_and_lead_to_each_other(tmp_path):
