@@ -64,9 +64,7 @@ def make_base(folder: Path) -> None:
 def make_data(folder: Path) -> None:
     """Conversations for SFT, and rows with the right answer for GRPO and for evaluation."""
     chance = random.Random(0)
-    rows = [
-        {"prompt": f"{a} + {b} =", "answer": str(a + b)} for a in range(LARGEST + 1) for b in range(LARGEST + 1)
-    ]
+    rows = [{"prompt": f"{a} + {b} =", "answer": str(a + b)} for a in range(LARGEST + 1) for b in range(LARGEST + 1)]
     chance.shuffle(rows)
     held_out, train = rows[:HELD_OUT], rows[HELD_OUT:]
     sums = [{"prompt": row["prompt"], "completion": row["answer"]} for row in train]
@@ -90,7 +88,7 @@ def run(output: Path, *, steps: int) -> Outcome:
          "kl.coefficient=0", f"reward.function={RULE}",
          f"data.train={output / 'train.jsonl'}", f"data.eval={output / 'held_out.jsonl'}", "rollout.prompts=128",
          "rollout.samples=8", "rollout.max_new_tokens=3", "train.epochs=1000", f"train.max_steps={steps}",
-         "optim.learning_rate=1e-3", "optim.schedule=linear", "optim.warmup_share=0", "optim.weight_decay=0.1",
+         "optim.learning_rate=3e-4", "optim.schedule=constant", "optim.warmup_share=0",
          "train.evaluate_every=50", "train.checkpoint_every=0", "train.publish=last", *common],
     )  # fmt: skip
     prompts, columns = read_prompts(output / "held_out.jsonl")
@@ -128,7 +126,7 @@ def _stage(main: Any, argv: list[str]) -> None:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="a new folder")
-    parser.add_argument("--steps", type=int, default=250, help="of GRPO (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=100, help="of GRPO (default: %(default)s)")
     return parser
 
 

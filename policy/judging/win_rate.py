@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 from rlhf.core.intervals import CONFIDENCE, Estimate
 
 LARGEST_LOGIT = 30.0
+EXACTLY = {"ftol": 1e-16, "gtol": 1e-9}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +82,7 @@ def logistic_fit(features: NDArray[np.float64], targets: NDArray[np.float64]) ->
         )
 
     bounds = [(-LARGEST_LOGIT, LARGEST_LOGIT)] * features.shape[1]  # targets that can be told apart have no maximum
-    found = minimize(loss, np.zeros(features.shape[1]), jac=True, method="L-BFGS-B", bounds=bounds, tol=1e-12)
+    found = minimize(loss, np.zeros(features.shape[1]), jac=True, method="L-BFGS-B", bounds=bounds, options=EXACTLY)
     return np.asarray(found.x)
 
 

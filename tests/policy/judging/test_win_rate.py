@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from sklearn.linear_model import LogisticRegression
+import torch
 
 from policy.judging.win_rate import logistic_fit, win_rate
 
@@ -15,20 +15,31 @@ def judged(generator, count, quality, bias):
     return (generator.random(count) < 1 / (1 + np.exp(-logits))).astype(float), own, other
 
 
-def test_the_fit_is_that_of_scikit_learn_on_the_same_judgments():
+def test_the_fit_is_that_of_another_library_on_the_same_judgments():
     generator = np.random.default_rng(0)
     won, own, other = judged(generator, 800, 0.3, 1.2)
     soft = np.where(generator.random(800) < 0.2, 0.5, won)  # ties
     difference = own - other
     features = np.column_stack([np.ones(800), np.tanh(difference / difference.std(ddof=1))])
     found = logistic_fit(features, soft)
-    twice, targets = np.vstack([features, features]), np.r_[np.ones(800), np.zeros(800)]
-    other_fit = LogisticRegression(C=np.inf, fit_intercept=False, tol=1e-10, max_iter=10_000)
-    other_fit.fit(twice, targets, sample_weight=np.r_[soft, 1 - soft])
-    np.testing.assert_allclose(found, other_fit.coef_[0], atol=2e-4)
+    weights = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [weights], max_iter=200, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
+    inputs, targets = torch.tensor(features), torch.tensor(soft)
+
+    def loss():
+        optimizer.zero_grad()
+        value = torch.nn.functional.binary_cross_entropy_with_logits(inputs @ weights, targets)
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    constant, slope = weights.detach().tolist()
+    np.testing.assert_allclose(found, [constant, slope], atol=1e-5)
     result = win_rate(soft, own, other)
-    assert result.length_controlled.value == pytest.approx(1 / (1 + np.exp(-other_fit.coef_[0][0])), abs=1e-4)
-    assert result.length_slope == pytest.approx(other_fit.coef_[0][1], abs=2e-4)
+    assert result.length_controlled.value == pytest.approx(1 / (1 + np.exp(-constant)), abs=1e-5)
+    assert result.length_slope == pytest.approx(slope, abs=1e-5)
 
 
 def test_the_planted_win_rate_is_found_where_the_judge_likes_length():
