@@ -12,7 +12,7 @@ import asyncio
 import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -44,8 +44,14 @@ class Answers:
         return len(self.responses)
 
     def at(self, place: int) -> "Answers":
-        """One of them alone."""
-        return Answers(**{name: [values[place]] for name, values in vars(self).items()})
+        """One of them alone, with the columns of all."""
+        one: dict[str, Any] = {each.name: [getattr(self, each.name)[place]] for each in fields(self)}
+        return Answers(**one | {"columns": [{**dict.fromkeys(self.names), **self.columns[place]}]})
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The columns that one of the rows has at least."""
+        return tuple(dict.fromkeys(name for row in self.columns for name in row))
 
 
 RewardFunction = Callable[[Answers], Sequence[float | None]]
@@ -160,11 +166,10 @@ class PythonReward:
             "token_ids": answers.token_ids,
             "ended": answers.ended,
         }
-        there = dict.fromkeys(name for row in answers.columns for name in row)
-        columns = {name: [row.get(name) for row in answers.columns] for name in there}
-        missing = [name for name in self.needs if name not in there]
+        columns = {name: [row.get(name) for row in answers.columns] for name in answers.names}
+        missing = [name for name in self.needs if name not in columns]
         if missing:
-            raise ConfigError(missing_column(self.spec, missing[0], there))
+            raise ConfigError(missing_column(self.spec, missing[0], answers.names))
         renamed = {name: columns[column] for name, column in self.columns.items()}
         given = {**columns, **renamed, **known, **self.options}
         wanted = given if self._takes_all else {name: given[name] for name in self._by_name if name in given}

@@ -10,6 +10,7 @@ from fractions import Fraction
 
 MARK = "####"
 MOST_DIGITS = 300
+"""Longer numbers have no value: a model that repeats itself writes digits without end."""
 THINK_THEN_ANSWER = r"\s*<think>.+?</think>\s*\S.*"
 
 _BOXED = re.compile(r"\\boxed\s*\{")
@@ -82,7 +83,7 @@ def final_answer(text: str) -> str:
 
 def number_of(text: str) -> Fraction | None:
     """The value of a text that is a number, with a currency or a unit at most; else ``None``."""
-    found = _ALONE.fullmatch(_bare(text).strip())
+    found = _ALONE.fullmatch(" ".join(_bare(text).split()))
     return _value(found[1]) if found else None
 
 
@@ -110,7 +111,8 @@ def _is_same(given: str, right: str) -> bool:
 def _value(number: str) -> Fraction | None:
     over, _, under = number.replace(",", "").replace("\u2212", "-").replace(" ", "").partition("/")
     _, _, exponent = over.lower().partition("e")
-    if len(exponent) > 4 or abs(int(exponent or 0)) > MOST_DIGITS:  # its exact value would fill the memory
+    too_long = max(len(over), len(under)) > MOST_DIGITS or len(exponent) > 4
+    if too_long or abs(int(exponent or 0)) > MOST_DIGITS:  # its exact value would fill the memory
         return None
     if not under:
         return Fraction(over)

@@ -54,7 +54,6 @@ class Scored:
         """``(N,)`` bool, True on the responses that have a score."""
         return torch.ones(len(self.scores), dtype=torch.bool) if self.unknown is None else ~self.unknown
 
-
     def at(self, places: Tensor) -> "Scored":
         """Those of the responses ``places``, ``(n,)`` int64. Failures stay those of all."""
         unknown = None if self.unknown is None or not bool(self.unknown[places].any()) else self.unknown[places]
@@ -116,15 +115,21 @@ class FunctionScorer:
             timeout_seconds=term.timeout_seconds,
             concurrency=term.concurrency,
         )
+        self._blank: dict[str, None] = {}
         for prompts in parts.prompts:
-            self._check_columns(prompts)
+            self._blank |= self._columns_of(prompts)
 
-    def _check_columns(self, prompts: PromptDataset) -> None:
-        places = np.unique(np.linspace(0, len(prompts) - 1, min(CHECKED_PROMPTS, len(prompts))).astype(int))
-        there = dict.fromkeys(name for place in places.tolist() for name in prompts.prompt(place).columns)
-        for name in self._function.needs if len(prompts) else ():
+    def _columns_of(self, prompts: PromptDataset) -> dict[str, None]:
+        """The columns of all rows, as some tell, or all where one is missing that few may have."""
+        needs = self._function.needs if len(prompts) else ()
+        some = np.unique(np.linspace(0, len(prompts) - 1, min(CHECKED_PROMPTS, len(prompts))).astype(int)).tolist()
+        there: dict[str, None] = dict.fromkeys(name for place in some for name in prompts.prompt(place).columns)
+        if not there.keys() >= set(needs):
+            there = dict.fromkeys(name for place in range(len(prompts)) for name in prompts.prompt(place).columns)
+        for name in needs:
             if name not in there:
                 raise ConfigError(missing_column(self._term.function, name, there))
+        return there
 
     def score(self, rollouts: Rollouts) -> Scored:
         """Values that are not finite come back as they are.
@@ -157,7 +162,7 @@ class FunctionScorer:
             responses=[rollouts.texts[row] for row in rows],
             token_ids=[rollouts.responses[row].tokens.tolist() for row in rows],
             ended=[rollouts.responses[row].ended for row in rows],
-            columns=[rollouts.prompts[row].columns for row in rows],
+            columns=[{**self._blank, **rollouts.prompts[row].columns} for row in rows],
         )
         return self._function.each(answers) if self._term.failures else self._function(answers)
 

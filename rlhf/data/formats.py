@@ -205,7 +205,7 @@ def _read_json(path: Path) -> Iterator[Entry]:
         return
     try:
         rows = _loaded(raw.decode("utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError, _Twice) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, _Twice) as error:
         hint = "its rows cannot be told apart; save it as jsonl"
         raise DataError(f"{path}: not a valid JSON array ({error}); {hint}") from None
     yield from ((number, row, None) for number, row in enumerate(rows, start=1))

@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+from dataclasses import fields, replace
 
 import pytest
 
@@ -59,7 +60,7 @@ def test_a_parameter_may_stand_for_a_column_of_another_name():
 def test_what_is_callable_is_called(function):
     """Built-in functions have no parameters to look at; those of partial ones are set."""
     if function is min:
-        assert reward(function)(Answers(**{**vars(ANSWERS), "responses": ["0", "1"], "prompts": ["5", "6"]})) == [0, 1]
+        assert reward(function)(replace(ANSWERS, responses=["0", "1"], prompts=["5", "6"])) == [0, 1]
     else:
         assert reward(function)(ANSWERS) == [1.0, 1.0]
 
@@ -121,7 +122,7 @@ def test_asynchronous_calls_run_side_by_side_within_their_bound_and_time():
             running -= 1
         return [1.0]
 
-    many = Answers(**{name: list(values) * 4 for name, values in vars(ANSWERS).items()})
+    many = Answers(**{each.name: list(getattr(ANSWERS, each.name)) * 4 for each in fields(Answers)})
     found = reward(ask, timeout_seconds=0.2, concurrency=3).each(many)
     assert found == [1.0, Failure("no answer within 0.2 s")] * 4
     assert most == 3
@@ -133,3 +134,20 @@ def test_an_object_with_an_asynchronous_call_is_asynchronous():
             return [float(responses == answer)]
 
     assert reward(Judge())(ANSWERS) == [1.0, 0.0]
+
+
+def level_or_fault(prompts, responses, *, level, tests=None):
+    assert len(level) == len(responses) and tests is None
+    if "5" in responses and "2" in responses:
+        raise ValueError("too many at once")
+    return level
+
+
+async def level_later(prompts, responses, *, level, tests=None):
+    return level_or_fault(prompts, responses, level=level, tests=tests)
+
+
+@pytest.mark.parametrize("function", [level_or_fault, level_later])
+def test_an_answer_that_is_asked_about_by_itself_has_the_columns_of_all(function):
+    """Its row may lack one that others have."""
+    assert reward(function).each(ANSWERS) == [1.0, None]

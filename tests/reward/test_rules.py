@@ -1,5 +1,6 @@
 """Rewards from rules: texts, numbers, forms."""
 
+import time
 from fractions import Fraction
 
 import pytest
@@ -30,6 +31,8 @@ GSM8K = "He has 3 boxes of 6 eggs.\nHe sold 3 * 6 = <<3*6=18>>18 eggs.\n#### 18"
         ("", "", None),
         ("1/0", "1/0", None),
         ("9e999999999", "9e999999999", None),
+        pytest.param("9" * 5000, "9" * 5000, None, id="5000 digits"),
+        pytest.param("1/" + "3" * 4400, "1/" + "3" * 4400, None, id="a fraction of 4400 digits"),
         (r"\boxed{never closed 4", "4", 4),
     ],
 )
@@ -66,3 +69,14 @@ def test_a_form_is_that_of_the_whole_response():
     responses = ["<think>a\nb</think>\n4", "4", "<think></think>4", "x <think>a</think> 4"]
     assert has_form(["q"] * 4, responses) == [1.0, 0.0, 0.0, 0.0]
     assert has_form(["q"] * 2, ["42", "42 apples"], pattern=r"\d+") == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [r"\boxed{1" + " " * 50_000 + "1}", "1" * 50_000, "answer " * 20_000, "1,111" * 20_000],
+    ids=["spaces", "digits", "words", "thousands"],
+)
+def test_a_model_that_repeats_itself_keeps_nobody_waiting(text):
+    began = time.process_time()
+    assert same_number(["q"], [text], answer=["5"]) == [0.0]
+    assert time.process_time() - began < 2

@@ -141,6 +141,23 @@ def test_a_step_without_any_score_is_passed_over_and_named(make_task):
     assert "score (None for every response)" in (shop.config.output / "skipped.jsonl").read_text()
 
 
+def test_what_a_function_sees_of_a_row_does_not_depend_on_the_rows_beside_it(make_task, tiny_config, tmp_path, alone):
+    """Columns that few rows have are there for all: whoever scores a row, and beside which others."""
+    path = tmp_path / "few.jsonl"
+    rows = [{"prompt": f"write {n}"} | ({"wanted": 1, "level": 2} if n == 97 else {}) for n in range(200)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shop = make_task(data=replace(tiny_config.data, train=str(path), eval_share=0))
+    rollouts, prompts = shop.rollouts(), (shop.data.train,)
+    parts = ScorerParts(ranks=alone, engine=tiny_config.engine, chat=shop.chat, maker=None, prompts=prompts)
+    config = RewardSourceConfig(function="rules:tells_columns")
+    scored = build_scorer(config, (), parts).score(rollouts)
+    assert scored.raw.tolist() == [2.0] * 16, "both columns, with nothing in them"
+    places = [place for place in range(16) if rollouts.prompts[place].columns]
+    assert len(places) <= 2
+    with pytest.raises(ConfigError, match="asks for 'absent'"):
+        build_scorer(RewardSourceConfig(function="rules:asks_for_what_is_absent"), (), parts)
+
+
 def test_rows_without_a_column_that_is_asked_for_are_refused_before_the_first_step(tiny_config, alone):
     config = replace(tiny_config, reward=RewardSourceConfig(function="rules:nearness"))
     with pytest.raises(ConfigError, match="rules:nearness asks for 'wanted', and the rows have no such column"):
@@ -200,9 +217,7 @@ class ByPrompt:
 def resampling(make_task, tiny_config):
     def make(rounds, **sections):
         rollout = replace(tiny_config.rollout, extra_rounds=rounds, stop=(), temperature=3.0)
-        return make_task(
-            scorer=ByPrompt(), advantage=AdvantageConfig(estimator="grpo"), rollout=rollout, **sections
-        )
+        return make_task(scorer=ByPrompt(), advantage=AdvantageConfig(estimator="grpo"), rollout=rollout, **sections)
 
     return make
 

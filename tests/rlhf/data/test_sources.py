@@ -96,9 +96,7 @@ def test_a_glob_takes_what_matches(write_rows):
 
 def test_a_missing_file_is_named_with_its_nearest_neighbor(write_rows):
     path = write_rows("pairs_train.jsonl", ROWS)
-    with pytest.raises(
-        DataError, match=r"pair_train\.jsonl: no such file or folder; did you mean .*pairs_train"
-    ):
+    with pytest.raises(DataError, match=r"pair_train\.jsonl: no such file or folder; did you mean .*pairs_train"):
         read(path.with_name("pair_train.jsonl"))
     with pytest.raises(DataError, match=r"there is no folder .*nowhere"):
         read(path.parent / "nowhere" / "x.jsonl")
@@ -115,9 +113,7 @@ def test_an_unreachable_hub_name_says_that_both_places_were_tried(monkeypatch):
         raise ConnectionError("Couldn't reach 'someone/pairs' on the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(
-        DataError, match=r"no such local file or folder .* from the hub failed: ConnectionError"
-    ):
+    with pytest.raises(DataError, match=r"no such local file or folder .* from the hub failed: ConnectionError"):
         read("someone/pairs")
 
 
@@ -144,9 +140,10 @@ def test_damaged_files_are_named(tmp_path, write_rows):
         (tmp_path / name).write_bytes(b"[] but not that format")
         with pytest.raises(DataError, match=name):
             read(tmp_path / name)
-    (tmp_path / "array.json").write_text('[{"a": 1}, {"a": ]')
-    with pytest.raises(DataError, match=r"array\.json: not a valid JSON array .* save it as jsonl"):
-        read(tmp_path / "array.json")
+    for content in ('[{"a": 1}, {"a": ]', "[" * 100_000 + "]" * 100_000):
+        (tmp_path / "array.json").write_text(content)
+        with pytest.raises(DataError, match=r"array\.json: not a valid JSON array .* save it as jsonl"):
+            read(tmp_path / "array.json")
 
 
 def test_the_digest_follows_the_content_and_not_the_name(write_rows):
