@@ -92,29 +92,34 @@ def learned_responses(rollouts: Rollouts, known: Tensor, config: PpoConfig) -> T
     Those without a score are not, nor, where they are masked, those that were cut off; nor is one that is then left
     alone in its group with nothing to be compared with.
     """
-    learned = known & rollouts.ended if config.reward.truncated == "mask" else known
+    learned = compared_responses(rollouts, known, config.reward)
     if ESTIMATORS[config.advantage.estimator].needs_groups:
         counts = torch.zeros(int(rollouts.groups.max()) + 1, dtype=torch.long)
         learned = learned & (counts.index_add(0, rollouts.groups, learned.long())[rollouts.groups] > 1)
     return learned
 
 
-def groups_that_differ(scored: Scored, groups: Tensor) -> Tensor:
-    """``(G,)`` bool: whether the responses to a prompt have more than one score.
+def compared_responses(rollouts: Rollouts, known: Tensor, config: RewardSourceConfig) -> Tensor:
+    """``(N,)`` bool: those with a score, without those that were cut off where these are masked."""
+    return known & rollouts.ended if config.truncated == "mask" else known
+
+
+def groups_that_differ(scores: Tensor, compared: Tensor, groups: Tensor) -> Tensor:
+    """``(G,)`` bool: whether the responses to a prompt have more than one score, or one that is not finite.
 
     Args:
-        scored: of N responses; those without a score do not count.
+        scores: ``(N,)``.
+        compared: ``(N,)`` bool; the other responses do not count.
         groups: ``(N,)`` int64 from 0 to G - 1.
     References:
         Yu et al., arXiv:2503.14476, sec. 3.2 (dynamic sampling).
     """
-    count, known = int(groups.max()) + 1, scored.known
-    extremes = [torch.full((count,), sign * torch.inf) for sign in (1, -1)]
+    extremes = [torch.full((int(groups.max()) + 1,), sign * torch.inf) for sign in (1, -1)]
     least, most = (
-        start.scatter_reduce(0, groups[known], scored.scores[known], reduce=how)
+        start.scatter_reduce(0, groups[compared], scores[compared], reduce=how)
         for start, how in zip(extremes, ("amin", "amax"), strict=True)
     )
-    return most > least
+    return ~(most <= least)
 
 
 def shaped_scores(scores: Tensor, rollouts: Rollouts, config: RewardSourceConfig, max_tokens: int) -> Tensor:

@@ -18,7 +18,14 @@ from policy.model import PolicyOutput
 from policy.ppo.config import PpoConfig
 from policy.ppo.ema import MovingAverage
 from policy.ppo.estimators import ESTIMATORS
-from policy.ppo.experience import Measured, experience_metrics, groups_that_differ, make_experience, not_finite
+from policy.ppo.experience import (
+    Measured,
+    compared_responses,
+    experience_metrics,
+    groups_that_differ,
+    make_experience,
+    not_finite,
+)
 from policy.ppo.kl import AdaptiveKl, FixedKl, horizon_of
 from policy.ppo.reference import ReferenceModel
 from policy.ppo.replay import Replay
@@ -167,7 +174,7 @@ class PpoTask:
         rollouts, scored = self._round(step, 0, first, clock, progress)
         if not ESTIMATORS[self._config.advantage.estimator].needs_groups:
             return rollouts, scored, {}
-        differ, seen, number = groups_that_differ(scored, rollouts.groups), first, 0
+        differ, seen, number = self._differ(rollouts, scored), first, 0
         while int(differ.sum()) < len(first) and number < self._config.rollout.extra_rounds:
             others = self._other_places(step, number + 1, seen)
             if not len(others):
@@ -175,13 +182,18 @@ class PpoTask:
             number, seen = number + 1, np.concatenate([seen, others])
             found, of_found = self._round(step, number, others, clock, progress)
             rollouts, scored = joined([rollouts, found]), joined_scores([scored, of_found])
-            differ = groups_that_differ(scored, rollouts.groups)
+            differ = self._differ(rollouts, scored)
         metrics = {"flat_prompts_share": 1 - float(differ.float().mean()), "extra_rounds": float(number)}
         if number:  # those that differ first, and of both kinds the earlier ones
             kept = torch.argsort((~differ).long(), stable=True)[: len(first)].sort().values
             rollouts, places = rollouts.of_groups(kept.tolist())
             scored = scored.at(places)
         return rollouts, scored, metrics
+
+    def _differ(self, rollouts: Rollouts, scored: Scored) -> Tensor:
+        """``(G,)`` bool: the prompts from whose responses something can be learned."""
+        compared = compared_responses(rollouts, scored.known, self._config.reward)
+        return groups_that_differ(scored.scores, compared, rollouts.groups)
 
     def _round(
         self, step: int, number: int, places: NDArray[np.int64], clock: "_Clock", progress: Progress

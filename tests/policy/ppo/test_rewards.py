@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from policy.ppo.config import AdvantageConfig, RewardSourceConfig, RewardTermConfig, scorer_roles
-from policy.ppo.experience import make_experience
+from policy.ppo.experience import groups_that_differ, make_experience
 from policy.ppo.scoring import Scored, ScorerParts, build_scorer
 from policy.ppo.stage import run
 from policy.ppo.task import _Clock
@@ -245,6 +245,44 @@ def test_prompts_with_one_score_give_way_to_others(resampling):
     assert torch.equal(scored.scores, again.scores) and torch.equal(scored.terms["length"].scores, again.scores)
     outcome = shop.step()
     assert outcome.metrics["rollouts"] == 16 and outcome.metrics["extra_rounds"] == shares["extra_rounds"]
+
+
+@pytest.mark.parametrize(
+    ("scores", "compared", "differ"),
+    [
+        ([1, 0, 1, 1], [1, 1, 1, 1], [True, False]),
+        ([1, 0, 5, 1], [1, 0, 1, 0], [False, False]),
+        ([1, 0, 5, 1], [0, 0, 1, 1], [False, True]),
+        ([1, math.nan, 1, math.inf], [1, 1, 1, 1], [True, True]),
+        ([1, math.nan, math.inf, math.inf], [1, 0, 1, 1], [False, False]),
+    ],
+)
+def test_prompts_differ_in_the_scores_that_are_compared(scores, compared, differ):
+    """One that is not finite is no reason to look for another prompt: the step is to name it."""
+    groups = torch.tensor([0, 0, 1, 1])
+    found = groups_that_differ(torch.tensor(scores, dtype=torch.float32), torch.tensor(compared) > 0, groups)
+    assert found.tolist() == differ
+
+
+class ByEnd:
+    identity = "by end"
+
+    def score(self, rollouts):
+        return Scored(rollouts.ended.float(), rollouts.ended.float())
+
+
+@pytest.mark.parametrize("truncated", ["mask", "end"])
+def test_responses_that_are_masked_make_no_difference(make_task, tiny_config, truncated):
+    """A step of prompts that differ by what was cut off alone would learn nothing."""
+    shop = make_task(
+        scorer=ByEnd(),
+        reward=replace(tiny_config.reward, truncated=truncated),
+        advantage=AdvantageConfig(estimator="grpo"),
+        rollout=replace(tiny_config.rollout, extra_rounds=1, temperature=3.0),
+    )
+    rollouts, _, shares = collected(shop)
+    assert 0 < int(rollouts.ended.sum()) < 16
+    assert (shares["flat_prompts_share"] == 1) is (truncated == "mask")
 
 
 def test_rounds_end_when_no_prompt_is_left_and_flat_ones_fill_the_step(resampling, tiny_config):
