@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 RELATIVE, ABSOLUTE = 1e-3, 1e-5
 """Numbers that are no farther apart than this differ by rounding: another order of the same sums."""
+SMALL_BY_NATURE = "learning_rate"
+"""Metrics of this ending are worked out, not measured: near 0 they have no rounding of their own."""
 NOT_COMPARED = ("time/", "memory/")
 """Metrics of the machine, not of the run."""
 
@@ -57,7 +59,7 @@ def compare_runs(before: Sequence[Row], now: Sequence[Row]) -> Verdict:
     kept = comparable(before)
     for row in kept:
         other = found.get((row["step"], _is_evaluation(row)), {})
-        apart = [(_distance(value, other.get(name)), name) for name, value in row.items() if name != "step"]
+        apart = [(_distance(name, value, other.get(name)), name) for name, value in row.items() if name != "step"]
         distance, name = max(apart, default=(0.0, ""))
         if distance and (worst is None or distance > worst[0]):
             worst = distance, row["step"], name, row[name], other.get(name)
@@ -75,10 +77,11 @@ def _is_evaluation(row: Row) -> bool:
     return any(name.startswith("eval/") for name in row)
 
 
-def _distance(first: Any, second: Any) -> float:
-    """How far two values are apart, in what rounding may make."""
+def _distance(name: str, first: Any, second: Any) -> float:
+    """How far two values of a metric are apart, in what rounding may make."""
     if first == second:
         return 0.0
     if not isinstance(first, int | float) or not isinstance(second, int | float):
         return math.inf
-    return abs(first - second) / (ABSOLUTE + RELATIVE * max(abs(first), abs(second)))
+    smallest = 0.0 if name.endswith(SMALL_BY_NATURE) else ABSOLUTE
+    return abs(first - second) / (smallest + RELATIVE * max(abs(first), abs(second)))

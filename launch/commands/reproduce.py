@@ -1,6 +1,7 @@
 """``rlhf reproduce FILE``: make the run of a capsule again, and say whether it came to the same."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from launch.commands.arguments import Subparsers, add_settings, command
@@ -10,7 +11,8 @@ from rlhf.core.files import DATA, ENVIRONMENT
 from rlhf.core.paths import home_path
 
 _DESCRIPTION = """\
-Run the stage of a capsule (rlhf capsule) with its settings on as many ranks, and compare all metrics of the steps that
+Run the stage of a capsule (rlhf capsule) with its settings on as many ranks (on hosts and in allocations of several
+nodes: on all devices there), and compare all metrics of the steps that
 the capsule has. The last line says: equal; within rounding (a thousandth); or different, first at step n. What is
 not as it was then (versions, code, data, devices) is named before it.
 
@@ -50,11 +52,13 @@ def run(options: argparse.Namespace) -> int:
     config = load_config(stage.config_class(), (), options.overrides, settings=settings, program="rlhf reproduce")
     entry = PipelineStage(name=stage.name, stage=stage, config=config)
     pipeline = Pipeline(name="reproduce", output=folder, stages=(entry,), elsewhere="--output FOLDER")
-    options.ranks = options.ranks or capsule.ranks
     if options.dry_run:
         return show(pipeline, options.any_code, options.redo)
+    how = run_settings(options)
+    if how.machine.ranks is None and not how.machine.hosts:  # hosts and allocations have the ranks that they have
+        how = replace(how, machine=replace(how.machine, ranks=capsule.ranks))
     screen = console()
-    code = PipelineRun(pipeline, run_settings(options), screen).run()
+    code = PipelineRun(pipeline, how, screen).run()
     if code:
         return code
     made = entry.output

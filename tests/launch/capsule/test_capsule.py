@@ -11,6 +11,8 @@ from launch import stages
 from launch.capsule.capsule import FIRST_ROWS, MOST_ROWS, capsule_of
 from launch.capsule.comparing import Verdict, compare_runs
 from launch.cli import main
+from launch.jobs import launcher
+from launch.jobs.launcher import Machine
 from launch.pipeline import run as pipeline_run
 from launch.stages import Stage
 from tests.launch.report.made_up import evaluate_run, pipeline, reward_run
@@ -42,6 +44,12 @@ def changed(place: int, **values) -> list[dict]:
 def test_verdicts_by_hand(now, kind, step):
     found = compare_runs(ROWS, now)
     assert (found.kind, found.step, found.steps) == (kind, step, 3)
+
+
+@pytest.mark.parametrize(("name", "now"), [("learning_rate", 2e-6), ("critic/learning_rate", 5e-7)])
+def test_a_learning_rate_is_another_one_however_small_both_are(name, now):
+    verdict = compare_runs([{"step": 1, name: 1e-6}], [{"step": 1, name: now}])
+    assert (verdict.kind, verdict.metric) == ("different", name)
 
 
 def test_a_value_that_was_never_finite_is_equal_to_itself():
@@ -84,6 +92,25 @@ def test_the_same_run_is_equal_and_another_seed_is_different_from_the_first_step
     assert capsys.readouterr().out.splitlines()[-1] == "equal: all metrics of 3 rows"
     assert reproduce(coin, "other", "seed=6") == 1
     assert capsys.readouterr().out.splitlines()[-1].startswith("different, first at step 1: eval/accuracy was 0.")
+
+
+@pytest.mark.parametrize("hosts", [{}, {"a": 4, "b": 4}])
+def test_it_has_the_ranks_of_the_capsule_on_this_machine_and_those_of_the_nodes_elsewhere(coin, monkeypatch, hosts):
+    coin.write_text(json.dumps(json.loads(coin.read_text()) | {"ranks": 3}))
+    seen = []
+
+    def find(ranks, hostfile):
+        assert ranks is None, "several nodes refuse it"
+        return Machine(hosts=hosts, allocated=bool(hosts))
+
+    def command(stage, arguments, machine):
+        seen.append((machine.ranks, dict(machine.hosts)))
+        return [sys.executable, "-m", stage.module, *arguments]
+
+    monkeypatch.setattr(launcher, "find_machine", find)
+    monkeypatch.setattr(pipeline_run, "stage_command", command)
+    assert reproduce(coin, "again") == 0
+    assert seen == [(None if hosts else 3, hosts)]
 
 
 def test_what_is_not_as_it_was_is_named(coin, capsys):
