@@ -10,12 +10,16 @@ from typing import Any
 from launch.stages import Stage
 from rlhf.config import to_yaml
 from rlhf.core.errors import ConfigError
-from rlhf.core.files import RECIPE, write_text
+from rlhf.core.files import OWNER, RECIPE, write_text
 from rlhf.models.options import BackboneConfig
 from rlhf.models.roles import ModelRole, published_role
 
 NOTES = ".pipeline"
-"""Folder in that of a pipeline: its owner, and what it knows of its stages."""
+"""Folder in that of a pipeline: its owner, and what it knows of its stages, each by its name."""
+INPUTS, OVERRIDES = "inputs.json", "overrides.json"
+"""Files there that are about no stage."""
+NO_NAMES = frozenset(name.removesuffix(".json") for name in (INPUTS, OVERRIDES, OWNER))
+"""What no stage can be called."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from annotated_types import Gt
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from launch.runs import Pipeline, PipelineStage
+from launch.runs import NO_NAMES, Pipeline, PipelineStage
 from launch.slurm.profile import seconds_of
 from launch.stages import STAGES
 from rlhf.config import flat, load_config, read_tree, to_dict, validate
@@ -127,6 +127,8 @@ def _with_overrides(tree: DictConfig, path: Path, overrides: Sequence[str]) -> D
     for name in names:
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
             raise ConfigError(f"{PROGRAM}: {path}: stages.{name}: expected a name of letters, digits, _ and -")
+        if name in NO_NAMES:
+            raise ConfigError(f"{PROGRAM}: {path}: stages.{name}: the pipeline keeps a note so named; choose another")
         node = stages._get_node(name)
         if node is not None and node._is_none():
             stages[name] = {}

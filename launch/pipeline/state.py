@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from launch.pipeline.fingerprint import RESULT, TOOLS, Inputs, Parts, changes, files_in, parts_of
 from launch.pipeline.recipe import load_pipeline
-from launch.runs import NOTES, Pipeline, PipelineStage, put_aside_names, stage_logs
+from launch.runs import INPUTS, NOTES, OVERRIDES, Pipeline, PipelineStage, put_aside_names, stage_logs
 from rlhf.core.clock import clock
 from rlhf.core.errors import STOP_FILE, ConfigError, UserError
 from rlhf.core.files import DONE, RUN_FILES, STATUS, digest, write_json
@@ -78,7 +78,7 @@ class Progress:
             if self._allowed & {*stage.needs}:
                 self._allowed.add(stage.name)
         self._folder = pipeline.output / NOTES
-        self._inputs = Inputs(self._folder / "inputs.json", writes=writes)
+        self._inputs = Inputs(self._folder / INPUTS, writes=writes)
         self._decided: dict[str, Decision] = {}
 
     def decide(self, stage: PipelineStage) -> Decision:
@@ -268,7 +268,7 @@ def kept_settings(output: Path, recipe: Path, overrides: Sequence[str]) -> list[
 
 
 def _overrides_file(output: Path) -> Path:
-    return output / NOTES / "overrides.json"
+    return output / NOTES / OVERRIDES
 
 
 def _name(recipe: Path | None) -> str:

@@ -108,6 +108,8 @@ def test_a_stage_may_be_left_empty(toys):
         (SAME_FOLDER, "stages.a and stages.b have the same output: x"),
         ({"a": {"set": {"output": "x"}}, "b": {"set": {"output": "y/../x"}}}, "b have the same output: y/../x"),
         ({"a b": {}}, "expected a name of letters"),
+        ({"owner": {}}, "stages.owner: the pipeline keeps a note so named"),
+        ({"a": {}, "inputs": {}}, "stages.inputs: the pipeline keeps a note so named"),
         ({}, "expected stages: with an entry or more"),
     ],
 )
