@@ -19,7 +19,7 @@ class MarginLog:
 
     def __init__(self, folder: Path, ranks: Ranks, total_steps: int) -> None:
         self._path, self._ranks = folder / MARGINS, ranks
-        self._last, self._every = total_steps, max(1, total_steps // STEPS)
+        self._last, self._every = total_steps, max(1, -(-total_steps // STEPS))
         self._begun = False
 
     def wants(self, step: int) -> bool:

@@ -134,6 +134,13 @@ def _publish(config: PpoConfig, engines: Engines, task: PpoTask, published: Publ
     publish_run(config, engine, rollouts, published)
 
 
+def _reward_identity(section: dict[str, Any]) -> dict[str, Any]:
+    """What decides on the scores: neither where models are, nor how long a judge that is asked may take or fail."""
+    patience = ("failures", "timeout_seconds", "concurrency")
+    terms = [{name: term[name] for name in term if name not in patience} for term in section["terms"]]
+    return section | {"placement": None, "terms": terms}
+
+
 class _Builder:
     """Builds the roles of a run. Every rank must call each method."""
 
@@ -200,7 +207,7 @@ class _Builder:
             **run_identity(config, self._data.train, self._steps),
             **sections,
             "policy weights": self._ranks.on_main(lambda: weights_digest(config.policy)),
-            "reward": plain["reward"] | {"placement": None},
+            "reward": _reward_identity(plain["reward"]),
             "reference.path": config.reference.path,
             "scorers": self._scorer_identity,
         }

@@ -182,6 +182,8 @@ def _audited(rows: StoredRows, labels: LabelsConfig, report: DataReport) -> Pref
         if suspected.all():
             raise DataError(f"labels.use = drop with labels.above = {labels.above:g} leaves no training pairs")
         return PreferenceDataset(rows.only(~suspected), np.zeros(int((~suspected).sum()), bool))
+    if labels.use == "weight" and (wrong == 1).all():
+        raise DataError("labels.use = weight leaves no training pairs: every label is wrong for sure")
     return PreferenceDataset(rows, suspected & (labels.use == "swap"))
 
 

@@ -187,6 +187,10 @@ def test_a_column_of_ones_own_needs_no_digest(load, audited_rows):
 def test_dropping_all_pairs_is_refused(load, audited_rows):
     with pytest.raises(DataError, match="leaves no training pairs"):
         load([row | {"audit_wrong": 0.9} for row in audited_rows], DROP)
+    surely_wrong = [row | {"audit_wrong": 1.0} for row in audited_rows]
+    with pytest.raises(DataError, match=r"labels\.use = weight leaves no training pairs"):
+        load(surely_wrong, WEIGHT)
+    assert load(surely_wrong, SWAP).train.flipped.all()
 
 
 BASE = ("output=o", "model.path=m", "data.train=d", "labels.kind=audited")

@@ -2,9 +2,11 @@ import pytest
 import torch
 
 from reward.config import LossConfig, MarginConfig
+from reward.margin_log import STEPS, MarginLog
 from reward.margins import optimal_transport_margins
 from reward.tables import LOSSES
 from rlhf.core.errors import TrainingStopped
+from rlhf.engine.ranks import single_rank
 
 GLOBAL_OT = MarginConfig(kind="ot", parameters={"scope": "global_batch"})
 NO_MARGIN = MarginConfig(kind="none")
@@ -136,3 +138,10 @@ def test_a_prompt_that_is_computed_once_changes_neither_loss_nor_gradient(make_t
     assert together["loss"] == pytest.approx(apart["loss"], rel=1e-5)
     assert (own - shared).abs().max() < 1e-5 * own.abs().max()
     assert together["tokens"] == apart["tokens"] and together["shared_share"] > 0.05, "the prompt is computed once"
+
+
+@pytest.mark.parametrize("steps", [1, 150, 199, 5000])
+def test_margins_of_a_hundred_steps_and_the_two_ends_are_written(steps, tmp_path):
+    log = MarginLog(tmp_path, single_rank(), steps)
+    written = [step for step in range(1, steps + 1) if log.wants(step)]
+    assert len(written) <= STEPS + 2 and {1, steps} <= {*written}

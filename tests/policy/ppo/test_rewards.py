@@ -11,8 +11,9 @@ import torch
 from policy.ppo.config import AdvantageConfig, RewardSourceConfig, RewardTermConfig, scorer_roles
 from policy.ppo.experience import groups_that_differ, make_experience
 from policy.ppo.scoring import Scored, ScorerParts, build_scorer
-from policy.ppo.stage import run
+from policy.ppo.stage import _reward_identity, run
 from policy.ppo.task import _Clock
+from rlhf.config import to_dict
 from rlhf.core.errors import ConfigError, DataError
 from rlhf.train.batches import BatchMaker
 from rlhf.train.chat import load_chat
@@ -131,6 +132,24 @@ def test_metrics_and_rollouts_tell_scores_from_none(make_task):
     assert metrics["reward"] == pytest.approx(np.arange(3, 16).mean())
     rows = [json.loads(line) for line in (shop.config.output / "rollouts.jsonl").read_text().splitlines()]
     assert rows[0]["reward"] is None and rows[0]["score"] is None and rows[-1]["reward"] == 15.0
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        ({"failures": 0.5}, True),
+        ({"timeout_seconds": 9.0}, True),
+        ({"concurrency": 2}, True),
+        ({"weight": 2.0}, False),
+        ({"columns": {"wanted": "level"}}, False),
+    ],
+)
+def test_a_run_whose_judge_was_late_goes_on_with_more_patience(change, same):
+    """Which the message that ended it advises."""
+    term = RewardTermConfig(function="rules:nearness")
+    sections = (RewardSourceConfig(terms=(each, term)) for each in (term, replace(term, **change)))
+    before, after = (_reward_identity(to_dict(section)) for section in sections)
+    assert (before == after) is same
 
 
 def test_a_step_without_any_score_is_passed_over_and_named(make_task):
