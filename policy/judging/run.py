@@ -15,7 +15,7 @@ from policy.judging.win_rate import WinRate, win_rate
 from reward.function import Answers, load_reward
 from rlhf.core.errors import DataError
 from rlhf.core.files import write_json
-from rlhf.data.messages import Asked, as_messages
+from rlhf.data.messages import Asked, BadRow, as_messages
 from rlhf.data.options import RowSource
 from rlhf.data.sources import open_source
 from rlhf.data.tokenizing import parsed
@@ -28,7 +28,7 @@ _INSTRUCTIONS = (
     "it is right, helpful, honest and clear. Neither length nor the order of the answers is a merit. Reply with one "
     "word: A if the first answer is better, B if the second is, or TIE."
 )
-_VERDICT = re.compile(r"\b(A|B|TIE)\b", re.IGNORECASE)
+_VERDICT = re.compile(r"\b(?:A|B|(?i:TIE))\b")  # an "a" within a sentence is an article
 _WORTH = {"A": 1.0, "B": 0.0, "TIE": 0.5}
 
 
@@ -157,7 +157,8 @@ def verdict(reply: str) -> float:
     Raises:
         ValueError: if the reply holds none of the three words, or several.
     """
-    words = {each.upper() for each in _VERDICT.findall(reply)}
+    whole = reply.strip(" \n.*").upper()
+    words = {whole} if whole in _WORTH else {each.upper() for each in _VERDICT.findall(reply)}
     if len(words) != 1:
         raise ValueError(f"a reply without one verdict: {reply[:60]!r}")
     return _WORTH[words.pop()]
@@ -179,7 +180,8 @@ def win_rate_table(found: Comparison, result: WinRate) -> Table:
     table = Table(title=f"{found.name} against {found.reference}, {len(found.pairs)} questions", title_justify="left")
     for name in ("measure", "value", "uncertainty"):
         table.add_column(name, justify="left" if name == "measure" else "right")
-    table.add_row("win rate", f"{result.value:.1%}", f"standard error {result.standard_error:.1%}")
+    error = "" if result.standard_error is None else f"standard error {result.standard_error:.1%}"
+    table.add_row("win rate", f"{result.value:.1%}", error)
     controlled = result.length_controlled
     if controlled is not None:
         table.add_row("length-controlled", f"{controlled.value:.1%}", f"{controlled.low:.1%} to {controlled.high:.1%}")
@@ -200,7 +202,10 @@ def _read(path: Path) -> tuple[str, dict[str, tuple[Asked, str]]]:
     found: dict[str, tuple[Asked, str]] = {}
     names: set[str] = set()
     for raw in open_source(RowSource(path=str(path))).rows():
-        row = parsed(raw)
+        try:
+            row = parsed(raw)
+        except BadRow as error:
+            raise DataError(f"{path}:{raw.line}: {error}") from error
         cells: Mapping[str, Any] = row if isinstance(row, Mapping) else {}
         prompt, text = cells.get("instruction", cells.get("prompt")), cells.get("output", cells.get("response"))
         if not isinstance(prompt, str | list) or not isinstance(text, str):

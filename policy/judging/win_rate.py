@@ -18,8 +18,8 @@ class WinRate:
 
     value: float
     """Mean preference; a tie is half a win."""
-    standard_error: float
-    """Standard error of the mean over questions."""
+    standard_error: float | None
+    """Standard error of the mean over questions; ``None`` for a single one."""
     length_controlled: Estimate | None
     """What it would be if both answered at equal length, with a 95 % interval over questions; ``None`` where lengths or
     preferences do not vary."""
@@ -52,7 +52,7 @@ def win_rate(preferences: ArrayLike, lengths: ArrayLike, reference_lengths: Arra
         )
     if not ((won >= 0) & (won <= 1)).all():
         raise ValueError("preferences must be in [0, 1]")
-    error = float(won.std(ddof=1) / np.sqrt(len(won))) if len(won) > 1 else float("nan")
+    error = float(won.std(ddof=1) / np.sqrt(len(won))) if len(won) > 1 else None
     controlled, slope = _controlled(won, own - other)
     return WinRate(
         value=float(won.mean()),

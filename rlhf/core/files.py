@@ -62,11 +62,11 @@ def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
 
 def whole_lines(path: Path) -> list[str]:
     """The lines of a file that is appended to, without their ends; a last one that a kill has cut short is cut off."""
-    text = path.read_bytes().decode()  # other ends of lines stand inside of texts
-    whole = text[: text.rfind("\n") + 1]
-    if len(whole) < len(text):
-        write_text(path, whole)
-    return whole.split("\n")[:-1]
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        write_bytes(path, whole)
+    return whole.decode().split("\n")[:-1]  # other ends of lines stand inside of texts
 
 
 def write_bytes(path: Path, content: bytes | memoryview, *, durable: bool = True, private: bool = False) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from rlhf.core.files import write_text
+from rlhf.core.files import write_bytes
 from rlhf.engine.ranks import Ranks
 from rlhf.train.options import TrainConfig
 from rlhf.train.trackers import TrackedRun, Trackers
@@ -85,11 +85,11 @@ def drop_rows_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").split("\n"):  # a text in it may hold other ends of lines
+    for line in path.read_bytes().split(b"\n"):  # a text in it may hold other ends of lines
         try:
             row = json.loads(line)
-        except ValueError:  # the last line of a killed run may be cut short
+        except ValueError:  # the last line of a killed run may be cut short, within a character too
             continue
         if row["step"] <= step:
-            kept.append(line)
-    write_text(path, "".join(line + "\n" for line in kept))
+            kept.append(line + b"\n")
+    write_bytes(path, b"".join(kept))

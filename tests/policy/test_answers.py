@@ -129,8 +129,8 @@ def test_a_stopped_run_goes_on_behind_what_it_has_kept(answer, monkeypatch, tmp_
         answer(MT_BENCH)
     kept = tmp_path / "out" / "answers.jsonl"
     assert len(kept.read_text().splitlines()) == 3, "what it answers, and two turns"
-    with kept.open("a") as handle:
-        handle.write('{"place": [0, 0')
+    with kept.open("ab") as handle:
+        handle.write('{"place": [0, 0, 1], "text": "\u00e9'.encode()[:-1])  # killed within a character
     calls.clear()
     monkeypatch.setattr(answering, "draw", lambda *given: calls.append(given) or draw(*given))
     assert answer(MT_BENCH).read_text().split('"tstamp"')[0] == whole

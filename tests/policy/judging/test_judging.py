@@ -11,7 +11,7 @@ from rich.console import Console
 
 from launch.cli import main
 from policy.judging.endpoint import Endpoint, Judge, Refused
-from policy.judging.run import by_endpoint, by_reward, compare, cost, question, read_pairs, verdict
+from policy.judging.run import by_endpoint, by_reward, compare, cost, question, read_pairs, verdict, win_rate_table
 from rlhf.core.errors import DataError
 
 QUESTIONS = [f"question {number}" for number in range(6)]
@@ -171,14 +171,40 @@ def test_an_address_where_nobody_is_ends_in_one_message(files, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("reply", "worth"), [("A", 1.0), ("b", 0.0), ("**Tie**", 0.5), ("Verdict: A.", None), ("", None), ("A B", None)]
+    ("reply", "worth"),
+    [
+        ("A", 1.0),
+        ("b", 0.0),
+        ("**Tie**", 0.5),
+        ("Verdict: A.", 1.0),
+        ("It is a tie.", 0.5),
+        ("B is a better answer", 0.0),
+        ("", None),
+        ("A B", None),
+        ("a better one", None),
+    ],
 )
 def test_a_verdict_is_one_word(reply, worth):
-    if worth is None and reply != "Verdict: A.":
+    if worth is None:
         with pytest.raises(ValueError, match="without one verdict"):
             verdict(reply)
     else:
-        assert verdict(reply) == (1.0 if worth is None else worth)
+        assert verdict(reply) == worth
+
+
+def test_a_single_question_has_no_standard_error(files, tmp_path):
+    _, _, write = files
+    own, other = (write(name, [name], ["why?"]) for name in ("longer", "short"))
+    found, result = compare(own, other, lambda pairs: [1.0], tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "win_rate.json").read_text())["standard_error"] is None
+    assert win_rate_table(found, result).row_count == 2
+
+
+def test_a_line_that_cannot_be_read_is_named(files, tmp_path):
+    path = tmp_path / "responses.jsonl"
+    path.write_text('{"prompt": "a", "response": "b"}\n{"prompt": "c", "resp')
+    with pytest.raises(DataError, match=r"responses\.jsonl:2: unreadable row: not JSON"):
+        read_pairs(path, files[1])
 
 
 def test_the_cost_is_told_before(files):

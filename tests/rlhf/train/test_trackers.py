@@ -53,7 +53,8 @@ def curve(folder):
 @pytest.mark.parametrize("end", ["\u2028", "\x85"])
 def test_rows_whose_texts_hold_other_ends_of_lines_are_kept_when_later_ones_are_dropped(tmp_path, end):
     rows = [json.dumps({"step": step, "response": f"one{end}two"}, ensure_ascii=False) + "\n" for step in (1, 2, 3)]
-    (tmp_path / "rollouts.jsonl").write_text("".join([*rows, '{"st']), encoding="utf-8")
+    cut = '{"step": 2, "response": "\u00e9'.encode()[:-1]  # killed within a character
+    (tmp_path / "rollouts.jsonl").write_bytes("".join(rows).encode() + cut)
     drop_rows_after(tmp_path / "rollouts.jsonl", 2)
     assert (tmp_path / "rollouts.jsonl").read_text(encoding="utf-8") == rows[0] + rows[1]
 
