@@ -80,15 +80,15 @@ def run(output: Path, *, steps: int) -> Outcome:
     make_base(output / "random")
     make_data(output)
     common = ["engine.kind=local", "train.tensorboard=false", f"data.cache_dir={output / 'cache'}"]
-    _sft(output, "random", "sums", common, rate=2e-3, weight_decay=0.5, epochs=120)
+    _sft(output, "random", "sums", common, rate=2e-3, weight_decay=0.5, epochs=200)
     _sft(output, "sums", "seldom", common, rate=5e-4, weight_decay=0.0, epochs=2)
     _stage(
         ppo,
-        [f"output={output / 'grpo'}", f"policy.path={output / 'seldom' / 'final'}", "preset=grpo",
-         "kl.coefficient=0", f"reward.function={RULE}",
+        [f"output={output / 'grpo'}", f"policy.path={output / 'seldom' / 'final'}", "preset=dr_grpo",
+         "train.global_batch_size=512", f"reward.function={RULE}",
          f"data.train={output / 'train.jsonl'}", f"data.eval={output / 'held_out.jsonl'}", "rollout.prompts=128",
-         "rollout.samples=8", "rollout.max_new_tokens=3", "train.epochs=1000", f"train.max_steps={steps}",
-         "optim.learning_rate=3e-4", "optim.schedule=constant", "optim.warmup_share=0",
+         "rollout.samples=16", "rollout.max_new_tokens=3", "train.epochs=1000", f"train.max_steps={steps}",
+         "optim.learning_rate=5e-4", "optim.schedule=linear", "optim.warmup_share=0",
          "train.evaluate_every=50", "train.checkpoint_every=0", "train.publish=last", *common],
     )  # fmt: skip
     prompts, columns = read_prompts(output / "held_out.jsonl")
@@ -126,7 +126,7 @@ def _stage(main: Any, argv: list[str]) -> None:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="a new folder")
-    parser.add_argument("--steps", type=int, default=100, help="of GRPO (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=200, help="of GRPO (default: %(default)s)")
     return parser
 
 

@@ -12,7 +12,7 @@ import asyncio
 import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,7 @@ class PythonReward:
         columns: the column that a parameter stands for, where the two have different names.
         timeout_seconds: that one call of an asynchronous function may take.
         concurrency: calls of an asynchronous function that run at one time.
+        known: columns that rows of the data have; a row without one of these has ``None`` there.
     """
 
     spec: str
@@ -86,6 +87,7 @@ class PythonReward:
     columns: Mapping[str, str] = field(default_factory=dict)
     timeout_seconds: float = TIMEOUT_SECONDS
     concurrency: int = CONCURRENCY
+    known: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse options that the function does not know.
@@ -97,6 +99,16 @@ class PythonReward:
             if name not in self._by_name and not self._takes_all:
                 known = ", ".join(self._by_name) or "none besides the two lists"
                 raise ConfigError(f"reward {self.spec}: it has no parameter {name!r} to set; there are: {known}")
+
+    def reading(self, prompts: Sequence[Asked], columns: Sequence[Mapping[str, Any]]) -> "PythonReward":
+        """The same function for answers to these prompts, or to others with such columns.
+
+        Raises:
+            ConfigError: if no row has a column that it needs.
+        """
+        there = tuple(dict.fromkeys(name for row in columns for name in row))
+        self._refuse_without(there)
+        return replace(self, known=there)
 
     @cached_property
     def needs(self) -> tuple[str, ...]:
@@ -166,10 +178,9 @@ class PythonReward:
             "token_ids": answers.token_ids,
             "ended": answers.ended,
         }
-        columns = {name: [row.get(name) for row in answers.columns] for name in answers.names}
-        missing = [name for name in self.needs if name not in columns]
-        if missing:
-            raise ConfigError(missing_column(self.spec, missing[0], answers.names))
+        there = tuple(dict.fromkeys((*self.known, *answers.names)))
+        self._refuse_without(there)
+        columns = {name: [row.get(name) for row in answers.columns] for name in there}
         renamed = {name: columns[column] for name, column in self.columns.items()}
         given = {**columns, **renamed, **known, **self.options}
         wanted = given if self._takes_all else {name: given[name] for name in self._by_name if name in given}
@@ -183,6 +194,15 @@ class PythonReward:
                 "expected one number (or None) for each, in their order"
             )
         return values
+
+    def _refuse_without(self, there: Sequence[str]) -> None:
+        for name in self.needs:
+            if name not in there:
+                found = ", ".join(there) or "none beside the prompt"
+                raise ConfigError(
+                    f"the reward function {self.spec} asks for {name!r}, and the rows have no such column; there are: "
+                    f"{found}"
+                )
 
     def _complaint(self, answers: Answers, what: str) -> str:
         return f"the reward function {self.spec} failed on {len(answers)} responses: {what}"
@@ -210,20 +230,52 @@ class PythonReward:
             return []
 
 
-def missing_column(spec: str, name: str, there: Sequence[str] | Mapping[str, Any]) -> str:
-    """What to say of a function that needs a column which is not there."""
-    found = ", ".join(there) or "none beside the prompt"
-    return f"the reward function {spec} asks for {name!r}, and the rows have no such column; there are: {found}"
+@dataclass(frozen=True)
+class ModelReward:
+    """The published reward model in a folder. A RewardFunction; it is loaded when it is asked, and no sooner."""
+
+    folder: Path
+
+    def reading(self, prompts: Sequence[Asked], columns: Sequence[Mapping[str, Any]]) -> "ModelReward":
+        """Itself, if its chat template can show these prompts.
+
+        Raises:
+            DataError: naming the first one that it cannot show.
+        """
+        from reward.score import check_scorer  # it loads Transformers: a function needs none
+        from rlhf.data.templates import TemplateFault
+
+        chat = check_scorer(self.folder)
+        for number, prompt in enumerate(prompts, start=1):
+            try:
+                chat.render_prompt(as_messages(prompt))
+            except TemplateFault as fault:
+                raise DataError(f"{self.folder}: its chat template cannot show prompt {number}: {fault}") from fault
+        return self
+
+    def __call__(self, answers: Answers) -> list[float]:
+        from reward.score import load_scorer, score_tokens
+
+        model, chat = load_scorer(self.folder)  # now: what is judged may have needed the memory until here
+        asked = map(as_messages, answers.prompts)
+        rendered = [chat.render_written(*each) for each in zip(asked, answers.responses, strict=True)]
+        rows = [tokens for tokens, _ in chat.tokenize(rendered)]
+        return score_tokens(model, rows, batch_tokens=TOKENS_AT_ONCE)
 
 
-def load_reward(spec: str) -> RewardFunction:
+def load_reward(spec: str) -> PythonReward | ModelReward:
     """The function behind ``module:function``, or the reward model in a folder.
 
     Raises:
         ConfigError: if there is no such function.
         ModelError: if the folder holds no reward model.
     """
-    return _reward_of(Path(spec)) if Path(spec).is_dir() else load_function(spec)
+    if not Path(spec).is_dir():
+        return load_function(spec)
+    from reward.score import check_scorer
+
+    check_scorer(Path(spec))
+    return ModelReward(Path(spec))
 
 
 def load_function(spec: str, **settings: Any) -> PythonReward:
@@ -243,21 +295,6 @@ def load_function(spec: str, **settings: Any) -> PythonReward:
     if not callable(function):
         raise ConfigError(f"reward {spec}: expected a function, found a {type(function).__name__}")
     return PythonReward(spec, function, **settings)
-
-
-def _reward_of(folder: Path) -> RewardFunction:
-    from reward.score import check_scorer, load_scorer, score_tokens  # they load Transformers: a function needs none
-
-    check_scorer(folder)
-
-    def reward(answers: Answers) -> list[float]:
-        model, chat = load_scorer(folder)  # now, and no sooner: what is judged may need the memory until then
-        asked = map(as_messages, answers.prompts)
-        rendered = [chat.render_written(*each) for each in zip(asked, answers.responses, strict=True)]
-        rows = [tokens for tokens, _ in chat.tokenize(rendered)]
-        return score_tokens(model, rows, batch_tokens=TOKENS_AT_ONCE)
-
-    return reward
 
 
 def _in_words(error: Exception) -> str:

@@ -41,7 +41,7 @@ def evaluate(config: EvaluationConfig, ranks: "Ranks") -> None:
         config.policies,
         config.reference,
         prompts,
-        load_reward(config.reward),
+        ranks.together(lambda: load_reward(config.reward).reading(prompts, columns)),
         template=TemplateChoice(text=config.template, options=config.template_options, fold_system=config.fold_system),
         settings=config.sampling,
         output=config.output,

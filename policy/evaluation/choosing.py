@@ -51,6 +51,7 @@ def evaluate_choices(responses: Path, proxy: str, gold: str, output: Path) -> li
     """
     judges = {"proxy": load_reward(proxy), "gold": load_reward(gold)}
     answers, samples = read_responses(responses)
+    judges = {name: judge.reading(answers.prompts, answers.columns) for name, judge in judges.items()}
     rewards = {name: _rewards(judge, answers, name).reshape(-1, samples) for name, judge in judges.items()}
     ns = [n for n in (2**power for power in range(samples.bit_length())) if n < samples] + [samples]
     found = [

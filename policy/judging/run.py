@@ -101,9 +101,10 @@ def by_reward(spec: str) -> Prefer:
     reward = load_reward(spec)
 
     def prefer(pairs: Sequence[Pair]) -> list[float]:
+        judge = reward.reading([pair.prompt for pair in pairs], [{}] * len(pairs))
         sides = []
         for texts in ([pair.own for pair in pairs], [pair.other for pair in pairs]):
-            given = reward(
+            given = judge(
                 Answers(
                     prompts=[pair.prompt for pair in pairs],
                     responses=texts,

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from policy.ppo.config import RewardSourceConfig, RewardTermConfig
 from policy.ppo.rollouts import Reencoded, Rollouts, ask, closed
-from reward.function import Answers, Failure, load_function, missing_column
+from reward.function import Answers, Failure, load_function
 from reward.model import Scores, load_reward_model
-from rlhf.core.errors import ConfigError, DataError, ModelError
+from rlhf.core.errors import DataError, ModelError
 from rlhf.core.files import digest
 from rlhf.data.batching import Batch
-from rlhf.data.prompts import PromptDataset
+from rlhf.data.prompts import Prompt, PromptDataset
 from rlhf.data.templates import ChatFormat, TemplateFault
 from rlhf.engine.build import DTYPES, precision_of
 from rlhf.engine.frozen import Frozen
@@ -108,28 +108,17 @@ class FunctionScorer:
         given = [dict(each) for each in (term.options, term.columns) if each]
         self.identity = " ".join([term.function, *(json.dumps(each, sort_keys=True) for each in given)])
         self._term, self._ranks = term, parts.ranks
-        self._function = load_function(
+        function = load_function(
             term.function,
             options=term.options,
             columns=term.columns,
             timeout_seconds=term.timeout_seconds,
             concurrency=term.concurrency,
         )
-        self._blank: dict[str, None] = {}
-        for prompts in parts.prompts:
-            self._blank |= self._columns_of(prompts)
-
-    def _columns_of(self, prompts: PromptDataset) -> dict[str, None]:
-        """The columns of all rows, as some tell, or all where one is missing that few may have."""
-        needs = self._function.needs if len(prompts) else ()
-        some = np.unique(np.linspace(0, len(prompts) - 1, min(CHECKED_PROMPTS, len(prompts))).astype(int)).tolist()
-        there: dict[str, None] = dict.fromkeys(name for place in some for name in prompts.prompt(place).columns)
-        if not there.keys() >= set(needs):
-            there = dict.fromkeys(name for place in range(len(prompts)) for name in prompts.prompt(place).columns)
-        for name in needs:
-            if name not in there:
-                raise ConfigError(missing_column(self._term.function, name, there))
-        return there
+        for prompts in filter(len, parts.prompts):
+            some = _some_of(prompts, function.needs)
+            function = function.reading([prompt.messages for prompt in some], [prompt.columns for prompt in some])
+        self._function = function
 
     def score(self, rollouts: Rollouts) -> Scored:
         """Values that are not finite come back as they are.
@@ -162,9 +151,18 @@ class FunctionScorer:
             responses=[rollouts.texts[row] for row in rows],
             token_ids=[rollouts.responses[row].tokens.tolist() for row in rows],
             ended=[rollouts.responses[row].ended for row in rows],
-            columns=[{**self._blank, **rollouts.prompts[row].columns} for row in rows],
+            columns=[rollouts.prompts[row].columns for row in rows],
         )
         return self._function.each(answers) if self._term.failures else self._function(answers)
+
+
+def _some_of(prompts: PromptDataset, needed: Sequence[str]) -> list[Prompt]:
+    """Prompts whose rows tell the columns of all; all prompts, where some lack a column that few may have."""
+    places = np.unique(np.linspace(0, len(prompts) - 1, min(CHECKED_PROMPTS, len(prompts))).astype(int))
+    some = [prompts.prompt(place) for place in places.tolist()]
+    if {name for prompt in some for name in prompt.columns} >= set(needed):
+        return some
+    return [prompts.prompt(place) for place in range(len(prompts))]
 
 
 class ModelScorer:

@@ -71,12 +71,13 @@ def responses(path, counts=(4, 4, 4)):
 
 
 def test_the_command_writes_numbers_and_a_curve(tmp_path, monkeypatch, capsys):
-    (tmp_path / "judges.py").write_text(
+    (tmp_path / "choosers.py").write_text(
         "def length(prompts, responses): return [len(text) for text in responses]\n"
         "def wanted(prompts, responses, *, wanted): return [float(-each) for each in wanted]\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    given = ["--responses", str(responses(tmp_path / "r.jsonl")), "--proxy", "judges:length", "--gold", "judges:wanted"]
+    rewards = ["--proxy", "choosers:length", "--gold", "choosers:wanted"]
+    given = ["--responses", str(responses(tmp_path / "r.jsonl")), *rewards]
     assert main(["evaluate", "best-of-n", *given, "-o", str(tmp_path / "out")]) == 0
     found = json.loads((tmp_path / "out" / "best_of_n.json").read_text())
     assert [row["n"] for row in found] == [1, 2, 4]

@@ -74,6 +74,23 @@ def test_a_column_that_is_in_no_row_is_named_with_those_that_are():
         reward(ask)(ANSWERS)
 
 
+def test_a_row_without_a_column_that_others_have_has_none_there():
+    """Whatever stands beside it: a rank, or a call for one row, may see no row that has it."""
+
+    def ask(prompts, responses, *, answer, level=7):
+        return [float(answer == [None]), float(level == [None])][: len(responses)]
+
+    plain = reward(ask)
+    alone = Answers(**{**vars(ANSWERS.at(1)), "columns": [{}]})
+    with pytest.raises(ConfigError, match="asks for 'answer'"):
+        plain(alone)
+    knowing = plain.reading(ANSWERS.prompts, ANSWERS.columns)
+    assert knowing(alone) == [1.0]
+    assert knowing.known == ("answer", "level")
+    with pytest.raises(ConfigError, match=r"there are: none beside the prompt"):
+        plain.reading(["q"], [{}])
+
+
 @pytest.mark.parametrize("settings", [{"options": {"scale": 2}}, {"columns": {"scale": "answer"}}])
 def test_an_argument_that_the_function_does_not_know_is_refused(settings):
     with pytest.raises(ConfigError, match="no parameter 'scale' to set; there are: answer"):
