@@ -74,13 +74,13 @@ def make_data(folder: Path) -> None:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
 
 
-def run(output: Path, *, steps: int) -> Outcome:
+def run(output: Path, *, steps: int, epochs: int = 200) -> Outcome:
     """Make the base, train it, and ask both for ten samples of each held-out sum."""
     output.mkdir(parents=True, exist_ok=True)
     make_base(output / "random")
     make_data(output)
     common = ["engine.kind=local", "train.tensorboard=false", f"data.cache_dir={output / 'cache'}"]
-    _sft(output, "random", "sums", common, rate=2e-3, weight_decay=0.5, epochs=200)
+    _sft(output, "random", "sums", common, rate=2e-3, weight_decay=0.5, epochs=epochs)
     _sft(output, "sums", "seldom", common, rate=5e-4, weight_decay=0.0, epochs=2)
     _stage(
         ppo,
