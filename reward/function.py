@@ -9,11 +9,12 @@ A Python function gets two lists, one entry for each response, and by name whate
 """
 
 import asyncio
+import atexit
 import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,7 @@ class PythonReward:
             ConfigError: if no row has a column that it needs.
         """
         if self._is_async:
-            return asyncio.run(self._all_at_once(answers))
+            return _runner().run(self._all_at_once(answers))
         try:
             return [*self._numbers(self._call(answers), answers)]
         except UserError:
@@ -295,6 +296,14 @@ def load_function(spec: str, **settings: Any) -> PythonReward:
     if not callable(function):
         raise ConfigError(f"reward {spec}: expected a function, found a {type(function).__name__}")
     return PythonReward(spec, function, **settings)
+
+
+@cache
+def _runner() -> asyncio.Runner:
+    """One event loop for all calls of this process: clients that functions keep open belong to that of the first."""
+    runner = asyncio.Runner()
+    atexit.register(runner.close)
+    return runner
 
 
 def _in_words(error: Exception) -> str:

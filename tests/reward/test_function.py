@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import socket
 from dataclasses import fields, replace
 
 import pytest
@@ -143,6 +144,28 @@ def test_asynchronous_calls_run_side_by_side_within_their_bound_and_time():
     found = reward(ask, timeout_seconds=0.2, concurrency=3).each(many)
     assert found == [1.0, Failure("no answer within 0.2 s")] * 4
     assert most == 3
+
+
+def test_a_client_that_functions_keep_open_serves_all_calls():
+    """Those of the next step, and those of another term: a connection is of the event loop that opened it."""
+    connections = []
+
+    async def ask(prompts, responses):
+        if not connections:
+            reader, writer = await asyncio.open_connection(sock=ours)
+            connections.append((reader, writer))
+        reader, writer = connections[0]
+        writer.write(b"4")
+        await writer.drain()
+        return [float(await reader.readexactly(1))]
+
+    ours, theirs = socket.socketpair()
+    with theirs:
+        theirs.send(b"4" * 6)
+        one, other = reward(ask, concurrency=1), reward(ask, concurrency=1)
+        assert [one(ANSWERS), one(ANSWERS), other(ANSWERS)] == [[4.0, 4.0]] * 3
+        assert theirs.recv(10) == b"4" * 6
+        connections[0][1].close()
 
 
 def test_an_object_with_an_asynchronous_call_is_asynchronous():
