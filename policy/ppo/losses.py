@@ -189,6 +189,22 @@ def clipped_share(
     return ((high | low) & mask).sum(), mask.sum()
 
 
+def bounded_tokens(ratios: Tensor, mask: Tensor, *, clip_low: float, clip_high: float) -> Tensor:
+    """Number of tokens whose weight in :func:`weighted_likelihood` is one of its bounds, whatever their advantage.
+
+    Args:
+        ratios, mask, clip_low, clip_high: see :func:`clipped_share`.
+    Returns:
+        An int64 scalar.
+    Raises:
+        ValueError: if the shapes differ, the mask is not bool, or a number is out of range.
+    """
+    check_mask("mask", mask)
+    check_same_shape(ratios=ratios, mask=mask)
+    check_range(0, math.inf, clip_low=clip_low, clip_high=clip_high)
+    return (((ratios > 1 + clip_high) | (ratios < 1 - clip_low)) & mask).sum()
+
+
 def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, clip: float | None) -> Tensor:
     r"""Squared error of the critic, whose move since the rollout counts only up to a bound.
 

@@ -10,6 +10,7 @@ from policy.model import PolicyOutput
 from policy.ppo.config import PpoConfig
 from policy.ppo.experience import Experience
 from policy.ppo.losses import (
+    bounded_tokens,
     clipped_share,
     clipped_surrogate,
     clipped_value_loss,
@@ -148,13 +149,14 @@ class Updater:
         bounds = {"clip_low": config.clip_low, "clip_high": config.upper}
         if config.objective == "clip":
             losses = clipped_surrogate(ratios, advantages, **bounds, dual_clip=config.dual_clip)
+            clipped, _ = clipped_share(ratios.detach(), advantages, mask, **bounds)
         else:
             losses = weighted_likelihood(logprobs, ratios, advantages, **bounds)
+            clipped = bounded_tokens(ratios.detach(), mask, **bounds)
         if self._config.kl.place == "loss":
             losses = losses + kl_coefficient * kl_estimates(logprobs, rows["reference"], self._config.kl.kind)
         if output.entropies is not None:
             losses = losses - config.entropy * by_response(output.entropies, batch)
-        clipped, _ = clipped_share(ratios.detach(), advantages, mask, **bounds)
         gap = (kl_estimates(old, logprobs.detach(), "k3") * mask).sum()
         loss = reduce_tokens(
             losses, mask, normalize=config.normalize, max_tokens=self._config.rollout.max_new_tokens, **counts

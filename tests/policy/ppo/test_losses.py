@@ -7,6 +7,7 @@ from policy.ppo.losses import (
     KL_KINDS,
     MAX_LOG_RATIO,
     NORMALIZATIONS,
+    bounded_tokens,
     clipped_share,
     clipped_surrogate,
     clipped_value_loss,
@@ -189,6 +190,12 @@ def test_the_clipped_share_sees_the_response_only_and_which_way_the_ratio_should
     advantages = torch.tensor([[1.0, -1.0, 1.0, -1.0, 1.0, 1.0]])
     mask = torch.tensor([[True] * 5 + [False]])
     assert [int(n) for n in clipped_share(ratios, advantages, mask, clip_low=0.2, clip_high=0.2)] == [2, 5]
+
+
+def test_cispo_bounds_weights_whichever_way_the_ratio_should_go():
+    ratios, mask = torch.tensor([[2.0, 6.0, 0.5, 0.01, 9.0]]), torch.tensor([[True] * 4 + [False]])
+    assert int(bounded_tokens(ratios, mask, clip_low=0.2, clip_high=4.0)) == 3
+    assert int(bounded_tokens(ratios, mask, clip_low=1.0, clip_high=4.0)) == 1, "no lower bound"
 
 
 def test_value_losses_are_those_of_single_tokens_on_a_grid():

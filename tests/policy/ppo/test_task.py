@@ -336,6 +336,18 @@ def test_the_update_follows_the_gradient_of_the_loss_by_hand(make_task, tiny_con
     assert_moved_by(shop.weights(), before, gradients)
 
 
+def test_cispo_logs_the_share_of_tokens_whose_weight_is_bounded(make_task, tiny_config):
+    train = train_of(tiny_config, **ONE_MINIBATCH)
+    shop = make_task(loss=SurrogateConfig(epochs=1, **LOSSES["CISPO"]), train=train)
+    before = experience_of(shop)
+    moved = with_other_old_logprobs(before)
+    report = Updater(shop.policy, shop.critic, shop.config).run(0, moved, 0.1)
+    ratios = (before.measured.logprobs - moved.measured.logprobs).exp()[before.mask]
+    bounded, good = ratios > 1.3, before.advantages[before.mask] > 0
+    assert 0 < int((bounded & good).sum()) < int(bounded.sum())
+    assert report.metrics()["policy/clip_share"] == pytest.approx(float(bounded.float().mean()), rel=1e-6)
+
+
 def test_every_variant_of_the_loss_is_another_gradient(make_task, tiny_config):
     """Else the test above would not tell one from the other."""
     shop, found = make_task(noise=0.02), {}
