@@ -109,7 +109,7 @@ class PythonReward:
         """
         there = tuple(dict.fromkeys(name for row in columns for name in row))
         self._refuse_without(there)
-        return replace(self, known=there)
+        return replace(self, known=tuple(dict.fromkeys((*self.known, *there))))
 
     @cached_property
     def needs(self) -> tuple[str, ...]:

@@ -88,6 +88,7 @@ def test_a_row_without_a_column_that_others_have_has_none_there():
     knowing = plain.reading(ANSWERS.prompts, ANSWERS.columns)
     assert knowing(alone) == [1.0]
     assert knowing.known == ("answer", "level")
+    assert knowing.reading(["q"], [{"answer": "1"}]).known == ("answer", "level"), "held-out rows take none away"
     with pytest.raises(ConfigError, match=r"there are: none beside the prompt"):
         plain.reading(["q"], [{}])
 
