@@ -89,7 +89,8 @@ class PipelineRun:
             self._progress.remember()
             if self.pipeline.remembered:
                 given = shlex.join(self.pipeline.remembered)
-                self.console.print(f"as an earlier call said: {given} (--forget leaves that out)", soft_wrap=True)
+                said = f"as an earlier call said: {given} (--forget leaves that out)"
+                self.console.print(said, soft_wrap=True, markup=False)
             with Overview(self.pipeline, self.console) as view:
                 for stage in self.pipeline.stages:
                     if stage not in chosen:
@@ -302,7 +303,7 @@ class PipelineRun:
             end = f"stopped ({self.stopped}); the same command goes on from there"
         else:
             end = "done"
-        console.print(f"{end}, after {clock(seconds)}", soft_wrap=True, highlight=False)
+        console.print(f"{end}, after {clock(seconds)}", soft_wrap=True, markup=False, highlight=False)
 
 
 def _shown(part: str) -> str:

@@ -1,9 +1,13 @@
 """What is done again, and what only if somebody asks for it: code and libraries that change, long work, settings."""
 
+from dataclasses import replace
+
 import pytest
 
 from launch.cli import main
+from launch.jobs.launcher import Machine
 from launch.pipeline import fingerprint, state
+from launch.pipeline.run import PipelineRun, RunOptions
 from launch.pipeline.state import load_remembering
 from rlhf.core.errors import ConfigError, UserError
 
@@ -140,3 +144,11 @@ def test_the_command_says_what_it_remembers(toys, capsys):
     assert "as an earlier call said: a.number=2 (--forget leaves that out)" in capsys.readouterr().out
     assert main([*words, "--forget"]) == 0
     assert toys.number("a") == 1
+
+
+@pytest.mark.parametrize("given", ["a.meets=[/a/b]", "a.meets=[b]"])
+def test_brackets_in_what_is_remembered_are_shown_as_they_are(toys, given):
+    toys.write({"a": {}})
+    pipeline = replace(toys.load(), remembered=(given,))
+    assert PipelineRun(pipeline, RunOptions(machine=Machine(ranks=1), doctor=False), toys.console).run() == 0
+    assert f"as an earlier call said: '{given}' (--forget leaves that out)" in toys.said
