@@ -2,6 +2,7 @@
 
 import csv
 import io
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -93,10 +94,14 @@ def _items(path: Path, value: str) -> dict[str, Item]:
     if missing is not None:
         numbers = sorted(name for name, each in missing.items() if isinstance(each, int | float))
         raise UserError(f"{path}: value = {value}: {missing['row']} has none; there are {', '.join(numbers)}")
-    return {
-        row["row"]: Item(prompt=row["group"], value=float(row[value]), weight=float(row.get("weight", 1.0)))
-        for row in rows
-    }
+    items: dict[str, Item] = {}
+    counts: Counter[str] = Counter()
+    for row in rows:
+        counts[row["row"]] += 1
+        # A line of the data may hold several pairs: always in this order.
+        name = row["row"] if counts[row["row"]] == 1 else f"{row['row']} no. {counts[row['row']]}"
+        items[name] = Item(prompt=row["group"], value=float(row[value]), weight=float(row.get("weight", 1.0)))
+    return items
 
 
 def _mean(items: Sequence[Item]) -> float:

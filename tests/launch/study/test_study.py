@@ -91,6 +91,15 @@ def test_another_number_of_the_items_may_count(study, capsys):
     assert "second -0.2" in line and line.endswith(": lower."), "nobody knows whether more of it is better"
 
 
+@pytest.mark.parametrize("per_line", [2, 3])
+def test_all_items_of_a_line_of_the_data_count(study, tmp_path, capsys, per_line):
+    assert run(study(set={"per_line": per_line})) == 0
+    assert "2 seeds, 300 items of 150 prompts" in capsys.readouterr().out
+    rows = list(csv.DictReader((tmp_path / "out" / "results.csv").open()))
+    names = [row["row"] for row in rows if (row["variant"], row["seed"]) == ("plain", "0")]
+    assert len(set(names)) == 300 and names[:2] == ["rows:0", "rows:0 no. 2"]
+
+
 def test_the_page_follows_a_verdict_that_changed_although_no_run_did(study, tmp_path, capsys):
     path = study()
     assert run(path) == 0

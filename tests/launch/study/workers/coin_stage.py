@@ -21,6 +21,8 @@ class CoinConfig:
     skill: float = 0.5
     seed: int = 0
     fails: bool = False
+    per_line: int = 1
+    """Items that a line of the data holds."""
 
 
 def run(config: CoinConfig) -> None:
@@ -30,7 +32,7 @@ def run(config: CoinConfig) -> None:
     hard = [items.uniform(-0.2, 0.2) for _ in range(ITEMS)]
     right = [luck.random() < config.skill + each for each in hard]
     rows = [
-        {"row": f"rows:{n}", "group": str(n // 2), "value": float(each), "second": -float(each)}
+        {"row": f"rows:{n // config.per_line}", "group": str(n // 2), "value": float(each), "second": -float(each)}
         for n, each in enumerate(right)
     ]
     write_held_out(config.output, rows)
