@@ -140,7 +140,7 @@ def costs(runs: Sequence[Run], planned: Mapping[str, float]) -> Iterator[Table]:
         "peak GiB",
         "planned GiB",
     )
-    note = "Rates: medians over steps. Peak: memory of the busiest rank, as it was measured; planned: rlhf plan."
+    note = "Rates: medians over steps. Peak: of rank 0, measured; planned: rlhf plan, of the busiest rank."
     if rows:
         yield Table(title="Time and memory", headings=headings, rows=tuple(rows), note=note)
 

@@ -108,7 +108,7 @@ def _cost_figures(runs: Sequence[Run]) -> list[Figure]:
     rate, memory = {"tokens": "time/tokens_per_second"}, {"peak": "memory/peak_gib"}
     return [
         curves("tokens", "Throughput", runs, rate, "tokens a second"),
-        curves("memory", "Peak memory", runs, memory, "GiB on one rank", noisy=False),
+        curves("memory", "Peak memory", runs, memory, "GiB on rank 0", noisy=False),
     ]
 
 
