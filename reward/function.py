@@ -34,8 +34,8 @@ class Answers:
 
     prompts: Sequence[Asked]
     responses: Sequence[str]
-    token_ids: Sequence[Sequence[int]]
-    """Tokens of the responses, the end token included where there is one."""
+    token_ids: Sequence[Sequence[int]] | None
+    """Tokens of the responses, the end token included where there is one; ``None`` where only texts are known."""
     ended: Sequence[bool]
     """Whether the model ended the response, rather than the limit."""
     columns: Sequence[Mapping[str, Any]]
@@ -46,7 +46,8 @@ class Answers:
 
     def at(self, place: int) -> "Answers":
         """One of them alone, with the columns of all."""
-        one: dict[str, Any] = {each.name: [getattr(self, each.name)[place]] for each in fields(self)}
+        parts = {each.name: getattr(self, each.name) for each in fields(self)}
+        one: dict[str, Any] = {name: None if part is None else [part[place]] for name, part in parts.items()}
         return Answers(**one | {"columns": [{**dict.fromkeys(self.names), **self.columns[place]}]})
 
     @cached_property
@@ -174,11 +175,11 @@ class PythonReward:
         return await asyncio.gather(*(ask(answers.at(place)) for place in range(len(answers))))
 
     def _call(self, answers: Answers) -> Any:
-        known = {
-            "messages": [as_messages(prompt) for prompt in answers.prompts],
-            "token_ids": answers.token_ids,
-            "ended": answers.ended,
-        }
+        known = {"messages": [as_messages(prompt) for prompt in answers.prompts], "ended": answers.ended}
+        if answers.token_ids is not None:
+            known["token_ids"] = answers.token_ids
+        elif self._by_name.get("token_ids") is False:
+            raise ConfigError(f"the reward function {self.spec} asks for token_ids, and here only texts are known")
         there = tuple(dict.fromkeys((*self.known, *answers.names)))
         self._refuse_without(there)
         columns = {name: [row.get(name) for row in answers.columns] for name in there}

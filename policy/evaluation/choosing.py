@@ -93,7 +93,7 @@ def read_responses(path: Path) -> tuple[Answers, int]:
     answers = Answers(
         prompts=asked,
         responses=[str(row["response"]) for row in ordered],
-        token_ids=[[]] * len(ordered),
+        token_ids=None,
         ended=[bool(row.get("ended", True)) for row in ordered],
         columns=[{name: cell for name, cell in row.items() if name not in OWN} for row in ordered],
     )

@@ -108,7 +108,7 @@ def by_reward(spec: str) -> Prefer:
                 Answers(
                     prompts=[pair.prompt for pair in pairs],
                     responses=texts,
-                    token_ids=[[]] * len(pairs),
+                    token_ids=None,
                     ended=[True] * len(pairs),
                     columns=[{}] * len(pairs),
                 )

@@ -93,6 +93,21 @@ def test_a_row_without_a_column_that_others_have_has_none_there():
         plain.reading(["q"], [{}])
 
 
+def test_a_function_that_asks_for_tokens_is_refused_where_there_are_texts_alone():
+    def counts(prompts, responses, *, token_ids):
+        return [float(len(tokens)) for tokens in token_ids]
+
+    def counts_or_guesses(prompts, responses, *, token_ids=None):
+        return [len(text) / 4 for text in responses] if token_ids is None else counts(prompts, responses, token_ids)
+
+    texts = replace(ANSWERS, token_ids=None)
+    assert reward(counts)(ANSWERS) == [1.0, 2.0]
+    for ask in (reward(counts), reward(counts).each):
+        with pytest.raises(ConfigError, match="rules:it asks for token_ids, and here only texts are known"):
+            ask(texts)
+    assert reward(counts_or_guesses)(texts) == reward(counts_or_guesses)(texts.at(0)) * 2 == [0.25, 0.25]
+
+
 @pytest.mark.parametrize("settings", [{"options": {"scale": 2}}, {"columns": {"scale": "answer"}}])
 def test_an_argument_that_the_function_does_not_know_is_refused(settings):
     with pytest.raises(ConfigError, match="no parameter 'scale' to set; there are: answer"):
