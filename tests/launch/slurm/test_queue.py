@@ -62,6 +62,21 @@ def test_a_job_that_is_asked_to_go_back_into_the_queue_while_somebody_cancels_it
     assert "not in the queue" in line_of(cluster.rlhf("slurm", "status", str(output)), number)
 
 
+@pytest.mark.full
+def test_a_job_that_goes_back_into_the_queue_while_somebody_waits_for_its_end_is_canceled_there(cluster, jobs, submit):
+    """Its ranks stand still, and do not see the request to stop before they are gone."""
+    number, log, output = submit()
+    cluster.until(lambda: jobs.steps(output) > 3, log)
+    cluster.run("scancel", "--signal=STOP", number)
+    words = [sys.executable, "-m", "launch.cli", "slurm", "cancel", str(output)]
+    waits = subprocess.Popen(words, env=cluster.environment, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    cluster.until((output / "STOP").exists, log)
+    cluster.run("scontrol", "requeuehold", number)  # it stays there until somebody looks
+    said = waits.communicate(timeout=120)[0]
+    assert f"job {number} (job): had gone back into the queue, canceled there" in said
+    assert cluster.state(number) == "CANCELLED" and not (output / "STOP").exists()
+
+
 def test_a_job_that_waits_says_why_and_is_taken_out_of_the_queue(cluster, submit):
     number, _, output = submit("profile.sbatch_options=[--hold]")
     line = line_of(cluster.rlhf("slurm", "status", str(output)), number)

@@ -1,5 +1,6 @@
 """``rlhf slurm status``, ``logs`` and ``cancel``. SLURM's commands are stand-ins."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -79,6 +80,16 @@ def test_cancel_takes_what_waits_out_of_the_queue_and_asks_what_runs_to_save(que
     assert main(["slurm", "cancel", str(run)]) == 0
     assert asked == [True, True] and (queue / "canceled").read_text() == "7"
     assert "job 8 (sft): ended" in capsys.readouterr().out and not (run / "STOP").exists()
+
+
+def test_cancel_takes_out_what_goes_back_into_the_queue_meanwhile(queue, capsys, monkeypatch):
+    run = run_of(queue / "runs" / "a", job="8")
+    running = watch.queued("8")
+    states = iter([running, running, replace(running, state="PENDING")])
+    monkeypatch.setattr(watch, "queued", lambda number: next(states))
+    assert main(["slurm", "cancel", str(run)]) == 0
+    assert "job 8 (job): had gone back into the queue, canceled there" in capsys.readouterr().out
+    assert (queue / "canceled").read_text() == "8\n" and not (run / "STOP").exists()
 
 
 def test_cancel_now_leaves_no_time_to_save(queue):
