@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from reward.model import RewardModel, load_reward_model
 from rlhf.core.errors import DataError, ModelError
-from rlhf.core.files import digest, weights_checksum, write_json
+from rlhf.core.files import digest, weights_checksum, without_half_line, write_json
 from rlhf.core.masking import length_mask
 from rlhf.data.batching import batches_by_length
 from rlhf.data.messages import BadRow
@@ -221,15 +221,8 @@ def _refuse_other_origin(output: Path, origin: dict[str, str], done: int) -> Non
 
 
 def _rows_done(output: Path) -> int:
-    """Whole lines in ``output``; half a line, left by a killed run, is cut off."""
-    if not output.exists():
-        return 0
-    raw = output.read_bytes()
-    whole = raw[: raw.rfind(b"\n") + 1]
-    if len(whole) < len(raw):
-        with output.open("r+b") as handle:
-            handle.truncate(len(whole))
-    return whole.count(b"\n")
+    """Whole lines in ``output``."""
+    return without_half_line(output).count(b"\n") if output.exists() else 0
 
 
 def _chunks(rows: Iterator[Any]) -> Iterator[list[Any]]:

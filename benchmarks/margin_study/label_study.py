@@ -29,7 +29,7 @@ import torch
 from report import mean_and_half_width, prompt_interval
 from scipy import stats
 from torch import Tensor
-from training import FOLDS, WEIGHT_DECAY, Corpus, Pairs, batches, gaps, new_head, read_corpus, schedule
+from training import FOLDS, WEIGHT_DECAY, Corpus, Pairs, batches, gaps, new_head, read_corpus, schedule, study_parser
 
 from reward.audit.estimate import OutOfFold, judged
 from reward.audit.margins import Differences
@@ -37,8 +37,9 @@ from reward.audit.mixture import fit_mixture, posterior_wrong
 from reward.labels import Labels
 from reward.margins import optimal_transport_margins
 from reward.tables import LOSSES
-from rlhf.core.files import write_text
+from rlhf.core.files import whole_lines, write_text
 from rlhf.core.intervals import preference_accuracy
+from rlhf.core.pictures import write_figure
 from rlhf.data.options import LabelsConfig
 
 matplotlib.use("Agg")
@@ -209,8 +210,7 @@ def results(jobs: Iterable[Job], path: pathlib.Path, fingerprint: str, pool) -> 
     jobs = list(jobs)
     known = {}
     if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
+        for record in map(json.loads, whole_lines(path)):
             known[record["key"]] = record["result"]
     keys = {job: json.dumps([fingerprint, repr(job)]) for job in jobs}
     missing = [job for job in jobs if keys[job] not in known]
@@ -355,27 +355,16 @@ def plot(records: dict[tuple[str, float], list[dict]], target: pathlib.Path) -> 
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("accuracy minus Bradley-Terry, points")
     axes[0].legend(fontsize=8, loc="upper left")
-    temporary = target.with_name("." + target.name)
-    figure.savefig(temporary, dpi=110)
+    write_figure(target, figure, dpi=110)
     pyplot.close(figure)
-    temporary.replace(target)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--features", required=True, type=pathlib.Path, help="folder written by features.py")
-    parser.add_argument("--data", required=True, type=pathlib.Path, help="folder of alpaca_eval_pairs_*.jsonl.gz")
-    parser.add_argument("--output", required=True, type=pathlib.Path, help="folder for runs, tables and plot")
-    parser.add_argument("--seeds", type=int, default=10, help="for each noise and share of wrong labels")
-    parser.add_argument("--workers", type=int, default=2, help="jobs made at the same time, one core each")
-    return parser
+    return study_parser(__doc__, seeds=10, of="for each noise and share of wrong labels", made="jobs")
 
 
 def main() -> None:
-    parser = build_parser()
-    options = parser.parse_args()
-    if options.seeds < 2:
-        parser.error(f"--seeds {options.seeds}: an interval needs at least 2")
+    options = build_parser().parse_args()
     corpus = read_corpus(options.features, options.data)
     options.output.mkdir(parents=True, exist_ok=True)
     start = options.features, options.data

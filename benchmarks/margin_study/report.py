@@ -12,6 +12,7 @@ import numpy as np
 from scipy import stats
 
 from rlhf.core.files import write_text
+from rlhf.core.pictures import write_figure
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -198,10 +199,8 @@ def plot(result: dict, target: pathlib.Path) -> None:
     axes[0][0].set_ylabel("out-of-distribution accuracy, %")
     axes[0][-1].legend(fontsize=8, loc="lower right")
     axes[1][0].legend(fontsize=8, loc="best")
-    temporary = target.with_name("." + target.name)
-    figure.savefig(temporary, dpi=110)
+    write_figure(target, figure, dpi=110)
     pyplot.close(figure)
-    temporary.replace(target)
 
 
 def _plot_curves(axis, groups: Runs, flipped: float) -> None:

@@ -26,7 +26,7 @@ import torch
 import training
 from report import write_report
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from training import METHODS, Corpus, Run, read_corpus
+from training import METHODS, Corpus, Run, read_corpus, study_parser
 
 from rlhf.core.files import write_text
 
@@ -158,20 +158,11 @@ def study(corpus: Corpus, ledger: Ledger, seeds: int) -> dict:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--features", required=True, type=pathlib.Path, help="folder written by features.py")
-    parser.add_argument("--data", required=True, type=pathlib.Path, help="folder of alpaca_eval_pairs_*.jsonl.gz")
-    parser.add_argument("--output", required=True, type=pathlib.Path, help="folder for runs, tables and plot")
-    parser.add_argument("--seeds", type=int, default=20, help="runs for each method and share of flipped labels")
-    parser.add_argument("--workers", type=int, default=2, help="runs made at the same time, one core each")
-    return parser
+    return study_parser(__doc__, seeds=20, of="runs for each method and share of flipped labels", made="runs")
 
 
 def main() -> None:
-    parser = build_parser()
-    options = parser.parse_args()
-    if options.seeds < 2:
-        parser.error(f"--seeds {options.seeds}: an interval needs at least 2")
+    options = build_parser().parse_args()
     corpus = read_corpus(options.features, options.data)
     options.output.mkdir(parents=True, exist_ok=True)
     workers = multiprocessing.get_context("spawn").Pool(

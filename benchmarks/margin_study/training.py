@@ -1,5 +1,6 @@
 """One run of the margin study: frozen features in, a small head trained on them, accuracies out."""
 
+import argparse
 import gzip
 import hashlib
 import json
@@ -25,6 +26,23 @@ HIDDEN = 1024
 EVALUATE_EVERY = 2
 FOLDS = 10
 SPLITS = ("train", "id_test", "ood_test")
+
+
+def study_parser(description: str | None, *, seeds: int, of: str, made: str) -> argparse.ArgumentParser:
+    """Arguments of a study: ``seeds`` by default, each for ``of``, and ``made`` at the same time by workers."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--features", required=True, type=pathlib.Path, help="folder written by features.py")
+    parser.add_argument("--data", required=True, type=pathlib.Path, help="folder of alpaca_eval_pairs_*.jsonl.gz")
+    parser.add_argument("--output", required=True, type=pathlib.Path, help="folder for runs, tables and plot")
+    parser.add_argument("--seeds", type=_several, default=seeds, help=of)
+    parser.add_argument("--workers", type=int, default=2, help=f"{made} made at the same time, one core each")
+    return parser
+
+
+def _several(text: str) -> int:
+    if int(text) < 2:
+        raise argparse.ArgumentTypeError(f"{text}: an interval needs at least 2")
+    return int(text)
 
 
 @dataclass(frozen=True, kw_only=True)

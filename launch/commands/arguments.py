@@ -59,6 +59,24 @@ def add_stage(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stage", choices=[*training()], help=which)
 
 
+SAMPLING = ("samples", "max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "stop", "seed")
+"""The options of :func:`add_sampling`."""
+
+
+def add_sampling(parser: argparse.ArgumentParser, *, samples: int, max_new_tokens: int) -> None:
+    """Add how responses are drawn. Unset options are ``None``; the defaults that are shown are those of the config."""
+    parser.add_argument("--samples", type=positive_int, help=f"responses to a prompt (default {samples})")
+    parser.add_argument("--max-new-tokens", type=positive_int, help=f"(default {max_new_tokens})")
+    parser.add_argument("--temperature", type=float, help="(default 1)")
+    parser.add_argument("--top-p", type=float, help="(default 1)")
+    likeliest = "draw from so many likeliest tokens; 1 is greedy, 0 for all (default 0)"
+    parser.add_argument("--top-k", type=int, help=likeliest)
+    penalty = "makes tokens that were there before less likely (default 1: none)"
+    parser.add_argument("--repetition-penalty", type=float, help=penalty)
+    parser.add_argument("--stop", action="append", metavar="TEXT", help="ends a response; may be repeated")
+    parser.add_argument("--seed", type=int, help="(default 0)")
+
+
 def add_model_config(parser: argparse.ArgumentParser) -> None:
     shape = "a config.json or a known name, for models that are not on disk"
     parser.add_argument("--model-config", metavar="SHAPE", help=shape)

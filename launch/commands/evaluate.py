@@ -4,8 +4,10 @@ import argparse
 import os
 
 from launch.commands.arguments import (
+    SAMPLING,
     Subparsers,
     add_columns,
+    add_sampling,
     chosen,
     command,
     given_columns,
@@ -62,17 +64,8 @@ def _add_policy(subparsers: Subparsers) -> None:
     parser.add_argument("--prompts", type=home_path, required=True, help="file of prompts: texts, or messages")
     parser.add_argument("--reward", required=True, help="module:function(prompts, responses) -> rewards")
     parser.add_argument("--template", help="as data.template of the recipe")
-    parser.add_argument("--samples", type=positive_int, default=4, help="responses to a prompt (default %(default)s)")
-    parser.add_argument("--max-new-tokens", type=positive_int, default=128, help="(default %(default)s)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="(default %(default)s)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="(default %(default)s)")
-    likeliest = "draw from so many likeliest tokens; 0 for all (default %(default)s)"
-    parser.add_argument("--top-k", type=int, default=0, help=likeliest)
-    penalty = "makes tokens that were there before less likely (default %(default)s)"
-    parser.add_argument("--repetition-penalty", type=float, default=1.0, help=penalty)
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends a response; may be repeated")
+    add_sampling(parser, samples=4, max_new_tokens=128)
     parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="of all models (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
     parser.add_argument("--output", type=home_path, required=True, help="folder for samples and tables")
 
 
@@ -85,8 +78,8 @@ def run_policy(options: argparse.Namespace) -> int:
     for name in ("reference", "prompts", "output"):
         settings[name] = str(getattr(options, name))
     settings["policies"] = dict(_named(text) for text in options.policy)
-    sampling = ("samples", "max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "stop", "seed")
-    settings["sampling"] = chosen(options, sampling)
+    sampling = chosen(options, SAMPLING)
+    settings["sampling"] = {name: value for name, value in sampling.items() if value is not None}
     config = validate(EvaluationConfig, settings, program="rlhf evaluate policy", origin="command line")
 
     from rlhf.engine.ranks import single_rank

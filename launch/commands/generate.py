@@ -2,7 +2,7 @@
 
 import argparse
 
-from launch.commands.arguments import Subparsers, chosen, command, positive_int
+from launch.commands.arguments import SAMPLING, Subparsers, add_sampling, chosen, command, positive_int
 from launch.commands.evaluate import PRECISIONS
 from policy.answers.config import FORMATS, PRESETS
 from rlhf.core.paths import home_path
@@ -12,9 +12,6 @@ Answer every question of a file, over all turns, and write the answers in the fo
 answered is kept at once: the same command goes on where it was stopped. On several ranks: a stage "generate" of a
 pipeline, or a launcher with --module policy.answers.
 """
-SAMPLING = ("samples", "max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed", "batch_rows")
-
-
 def add_parser(subparsers: Subparsers) -> None:
     about = "write a policy's answers as AlpacaEval, MT-Bench and Arena-Hard read them"
     parser = command(subparsers, "generate", run, help=about, description=_DESCRIPTION)
@@ -29,17 +26,9 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--one-temperature", dest="category_temperatures", action="store_false", default=None, help=one)
     parser.add_argument("--template", help="as data.template of the recipe (default: the model's own)")
     parser.add_argument("--system-prompt", help="before conversations that have no system message")
-    parser.add_argument("--samples", type=positive_int, help="answers to a question (default 1)")
-    parser.add_argument("--max-new-tokens", type=positive_int, help="(default 1024)")
-    parser.add_argument("--temperature", type=float, help="(default 1)")
-    parser.add_argument("--top-p", type=float, help="(default 1)")
-    parser.add_argument("--top-k", type=int, help="draw from so many likeliest tokens; 1 is greedy (default: all)")
-    penalty = "makes tokens that were there before less likely (default 1: none)"
-    parser.add_argument("--repetition-penalty", type=float, help=penalty)
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends an answer; may be repeated")
+    add_sampling(parser, samples=1, max_new_tokens=1024)
     parser.add_argument("--batch-rows", type=positive_int, help="answers at once (default 64)")
     parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="(default %(default)s)")
-    parser.add_argument("--seed", type=int, help="(default 0)")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -49,9 +38,9 @@ def run(options: argparse.Namespace) -> int:
     from rlhf.config import load_config
 
     names = ("format", "name", "preset", "category_temperatures", "template", "system_prompt", "precision")
-    given = chosen(options, names) | {f"sampling.{name}": value for name, value in chosen(options, SAMPLING).items()}
+    sampling = chosen(options, (*SAMPLING, "batch_rows"))
+    given = chosen(options, names) | {f"sampling.{name}": value for name, value in sampling.items()}
     given |= {name: str(getattr(options, name)) for name in ("model", "prompts", "output")}
-    given |= {"sampling.stop": options.stop or None}
     settings = {name: value for name, value in given.items() if value is not None}
     config = load_config(GenerateConfig, [], [], program="rlhf generate", settings=settings)
 

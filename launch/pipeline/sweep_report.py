@@ -1,6 +1,5 @@
 """What the finished runs of a sweep are worth beside each other: a table, its files and a plot."""
 
-import io
 import math
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +13,8 @@ from launch.pipeline.state import Action, Progress
 from launch.pipeline.sweep import Sweep, comparison_of
 from launch.screen import titled_table
 from launch.stages import Stage
-from rlhf.core.files import write_bytes, write_json, write_text
+from rlhf.core.files import write_json, write_text
+from rlhf.core.pictures import write_figure
 from rlhf.train.comparison import Column
 from rlhf.train.status import MINUTES
 
@@ -154,9 +154,7 @@ def plot(report: Report, path: Path) -> None:
     for axes in panels:
         axes.grid(axis="x", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=150)
-    write_bytes(path, drawn.getvalue())  # in one step: jobs of a sweep may end at one moment
+    write_figure(path, figure, dpi=150)  # in one step: jobs of a sweep may end at one moment
 
 
 def _plot_key_metric(axes: Any, report: Report) -> None:

@@ -3,9 +3,8 @@
 from typing import TYPE_CHECKING
 
 from policy.answers.config import GenerateConfig
-from rlhf.core.importing import import_all_of
 from rlhf.core.leaving import leave
-from rlhf.train.single import single_main
+from rlhf.train.single import on_all_ranks, single_main
 
 if TYPE_CHECKING:
     from rlhf.engine.ranks import Ranks
@@ -15,13 +14,7 @@ DESCRIPTION = "Answer the questions of a benchmark or of a file, and write the a
 
 def run(config: GenerateConfig) -> None:
     """Answer on the ranks that a launcher has started."""
-    import_all_of("policy.answers.run")
-    from rlhf.engine.ranks import start_ranks, stop_ranks
-
-    try:
-        answer(config, start_ranks())
-    finally:
-        stop_ranks()
+    on_all_ranks("policy.answers.run", lambda ranks: answer(config, ranks))
 
 
 def answer(config: GenerateConfig, ranks: "Ranks") -> None:

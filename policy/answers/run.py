@@ -17,11 +17,9 @@ from policy.generation.api import row_seed
 from rlhf.config import to_dict
 from rlhf.core.errors import ConfigError, DataError
 from rlhf.core.files import digest, file_checksum, whole_lines, write_text
-from rlhf.data.messages import BadRow
-from rlhf.data.options import RowSource, TemplateChoice
-from rlhf.data.sources import open_source, row_names
+from rlhf.data.options import TemplateChoice
+from rlhf.data.plain_rows import plain_rows
 from rlhf.data.templates import ChatFormat, TemplateFault
-from rlhf.data.tokenizing import parsed
 from rlhf.engine.build import DTYPES, check_precision, precision_of
 from rlhf.engine.frozen import Frozen
 from rlhf.engine.options import EngineConfig
@@ -95,13 +93,7 @@ def read_questions(path: Path, kind: str) -> tuple[str, list[Question]]:
         DataError: naming file and line of a row that is not of that format.
     """
     questions: list[Question] = []
-    source = open_source(RowSource(path=str(path)))
-    for raw in source.rows():
-        place = f"{row_names(source.files)[source.files[raw.file]]}:{raw.line}"
-        try:
-            row = parsed(raw)
-        except BadRow as error:
-            raise DataError(f"{path}, {place}: {error}") from error
+    for place, row in plain_rows(path):
         if kind == "auto":
             kind = format_of(row) if isinstance(row, dict) else "prompts"
         questions.append(read_question(kind, row, place))

@@ -3,9 +3,8 @@
 from typing import TYPE_CHECKING
 
 from policy.benchmark.config import BenchmarkConfig
-from rlhf.core.importing import import_all_of
 from rlhf.core.leaving import leave
-from rlhf.train.single import single_main
+from rlhf.train.single import on_all_ranks, single_main
 from rlhf.train.status import report_metrics
 
 if TYPE_CHECKING:
@@ -16,13 +15,7 @@ DESCRIPTION = "Judge a reward model, or the reward that a policy implies, by lab
 
 def run(config: BenchmarkConfig) -> None:
     """Evaluate on the ranks that a launcher has started."""
-    import_all_of("policy.benchmark.run")
-    from rlhf.engine.ranks import start_ranks, stop_ranks
-
-    try:
-        evaluate(config, start_ranks())
-    finally:
-        stop_ranks()
+    on_all_ranks("policy.benchmark.run", lambda ranks: evaluate(config, ranks))
 
 
 def evaluate(config: BenchmarkConfig, ranks: "Ranks") -> None:

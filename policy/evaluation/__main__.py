@@ -3,9 +3,8 @@
 from typing import TYPE_CHECKING
 
 from policy.evaluation.config import EvaluationConfig
-from rlhf.core.importing import import_all_of
 from rlhf.core.leaving import leave
-from rlhf.train.single import single_main
+from rlhf.train.single import on_all_ranks, single_main
 from rlhf.train.status import report_metrics
 
 if TYPE_CHECKING:
@@ -16,13 +15,7 @@ DESCRIPTION = "Compare policies by a reward function on fresh samples for held-o
 
 def run(config: EvaluationConfig) -> None:
     """Evaluate on the ranks that a launcher has started."""
-    import_all_of("policy.evaluation.compare")
-    from rlhf.engine.ranks import start_ranks, stop_ranks
-
-    try:
-        evaluate(config, start_ranks())
-    finally:
-        stop_ranks()
+    on_all_ranks("policy.evaluation.compare", lambda ranks: evaluate(config, ranks))
 
 
 def evaluate(config: EvaluationConfig, ranks: "Ranks") -> None:

@@ -1,6 +1,5 @@
 """``rlhf evaluate best-of-n``: several samples to each prompt, chosen by one reward and judged by another."""
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,12 +12,11 @@ from rich.table import Table
 from policy.evaluation.best_of_n import curve
 from reward.function import Answers, RewardFunction, load_reward
 from rlhf.core.errors import DataError
-from rlhf.core.files import write_bytes, write_json
+from rlhf.core.files import write_json
 from rlhf.core.intervals import Estimate
-from rlhf.data.messages import Asked, BadRow
-from rlhf.data.options import RowSource
-from rlhf.data.sources import open_source
-from rlhf.data.tokenizing import parsed
+from rlhf.core.pictures import write_figure
+from rlhf.data.messages import Asked
+from rlhf.data.plain_rows import plain_rows
 
 OWN = ("row", "sample", "prompt", "response", "tokens", "ended")
 """What ``rlhf generate`` writes of a response; all else are columns of the prompt's row."""
@@ -71,14 +69,10 @@ def read_responses(path: Path) -> tuple[Answers, int]:
         DataError: if a row is no response, or the prompts have not equally many, two at least.
     """
     rows: list[Mapping[str, Any]] = []
-    for raw in open_source(RowSource(path=str(path))).rows():
-        try:
-            row = parsed(raw)
-        except BadRow as error:
-            raise DataError(f"{path}:{raw.line}: {error}") from error
+    for place, row in plain_rows(path):
         if not isinstance(row, Mapping) or not {"row", "prompt", "response"} <= row.keys():
             raise DataError(
-                f"{path}:{raw.line}: expected row, prompt and response, as `rlhf generate` writes them of prompts"
+                f"{path}, {place}: expected row, prompt and response, as `rlhf generate` writes them of prompts"
             )
         rows.append(row)
     by_prompt: dict[str, list[Mapping[str, Any]]] = {}
@@ -138,7 +132,5 @@ def _draw(found: Sequence[Choice], path: Path) -> None:
         side.set_ylabel(f"{name} reward", color=color)
     left.set_xlabel("KL from the policy, nats: log n - (n - 1) / n")
     left.set_title("Best of " + ", ".join(str(each.n) for each in found))
-    picture = io.BytesIO()
-    figure.savefig(picture, format="svg")
+    write_figure(path, figure)
     pyplot.close(figure)
-    write_bytes(path, picture.getbuffer())

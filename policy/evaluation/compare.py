@@ -26,11 +26,10 @@ from rlhf.core.files import write_json, write_text
 from rlhf.core.intervals import Estimate, mean_with_interval
 from rlhf.data.batching import length_bucket
 from rlhf.data.messages import Asked, BadRow, as_messages
-from rlhf.data.options import PromptColumns, RowSource, TemplateChoice
+from rlhf.data.options import PromptColumns, TemplateChoice
+from rlhf.data.plain_rows import plain_rows
 from rlhf.data.records import to_prompt
-from rlhf.data.sources import open_source, row_names
 from rlhf.data.templates import ChatFormat
-from rlhf.data.tokenizing import parsed
 from rlhf.engine.build import DTYPES, check_precision, precision_of
 from rlhf.engine.frozen import Frozen, ReplicatedModel
 from rlhf.engine.options import EngineConfig, Precision
@@ -202,11 +201,9 @@ def read_prompts(path: Path) -> tuple[list[Asked], list[Mapping[str, Any]]]:
     """
     prompts: list[Asked] = []
     columns: list[Mapping[str, Any]] = []
-    source = open_source(RowSource(path=str(path)))
-    for row in source.rows():
-        place = f"{row_names(source.files)[source.files[row.file]]}:{row.line}"
+    for place, row in plain_rows(path):
         try:
-            record, _ = to_prompt(parsed(row), PromptColumns(), row_id=place, source=str(path))
+            record, _ = to_prompt(row, PromptColumns(), row_id=place, source=str(path))
         except BadRow as error:
             raise DataError(f"{path}, {place}: {error}") from error
         lone = len(record.prompt) == 1 and record.prompt[0].keys() == {"role", "content"}

@@ -15,10 +15,8 @@ from policy.judging.win_rate import WinRate, win_rate
 from reward.function import Answers, load_reward
 from rlhf.core.errors import DataError
 from rlhf.core.files import write_json
-from rlhf.data.messages import Asked, BadRow, as_messages
-from rlhf.data.options import RowSource
-from rlhf.data.sources import open_source
-from rlhf.data.tokenizing import parsed
+from rlhf.data.messages import Asked, as_messages
+from rlhf.data.plain_rows import plain_rows
 
 CHARACTERS_PER_TOKEN = 4
 CACHE = "judge.jsonl"
@@ -202,18 +200,14 @@ def _read(path: Path) -> tuple[str, dict[str, tuple[Asked, str]]]:
     """Whose answers a file has, and by question: the question and the answer."""
     found: dict[str, tuple[Asked, str]] = {}
     names: set[str] = set()
-    for raw in open_source(RowSource(path=str(path))).rows():
-        try:
-            row = parsed(raw)
-        except BadRow as error:
-            raise DataError(f"{path}:{raw.line}: {error}") from error
+    for place, row in plain_rows(path):
         cells: Mapping[str, Any] = row if isinstance(row, Mapping) else {}
         prompt, text = cells.get("instruction", cells.get("prompt")), cells.get("output", cells.get("response"))
         if not isinstance(prompt, str | list) or not isinstance(text, str):
-            raise DataError(f"{path}:{raw.line}: expected instruction and output, or prompt and response")
+            raise DataError(f"{path}, {place}: expected instruction and output, or prompt and response")
         key = json.dumps(prompt, sort_keys=True)
         if key in found:
-            raise DataError(f"{path}:{raw.line}: a second answer to one question; compare one sample of each")
+            raise DataError(f"{path}, {place}: a second answer to one question; compare one sample of each")
         found[key] = prompt, text
         names.add(str(cells.get("generator", path.parent.name)))
     if not found:

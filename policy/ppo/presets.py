@@ -43,6 +43,7 @@ PLAIN_SAMPLING = {
     "rollout.extra_rounds": 0,
 }
 PLAIN_REWARD = {"reward.length_penalty": 0.0, "reward.missing_end_penalty": 0.0}
+WITHOUT_KL = {"kl.place": "reward", "kl.estimator": None, "kl.coefficient": 0.0}
 PLAIN = {**PLAIN_LOSS, **PLAIN_SAMPLING, **PLAIN_REWARD, "kl.controller": "fixed"}
 
 PRESETS: Mapping[str, Preset] = {
@@ -67,9 +68,7 @@ PRESETS: Mapping[str, Preset] = {
             "advantage.estimator": "grpo_unscaled",
             "advantage.whiten": False,
             "rollout.samples": 8,  # --num_samples
-            "kl.place": "reward",
-            "kl.estimator": None,
-            "kl.coefficient": 0.0,  # --beta
+            **WITHOUT_KL,  # --beta
             "loss.normalize": "constant",
         },
         updates=8,  # 128 prompts with 8 responses each (--rollout_batch_size), 128 to an update (--train_batch_size)
@@ -82,9 +81,7 @@ PRESETS: Mapping[str, Preset] = {
             "advantage.whiten": False,
             "rollout.samples": 16,  # sec. 4.1
             "rollout.extra_rounds": 3,  # sec. 3.2, eq. 11
-            "kl.place": "reward",
-            "kl.estimator": None,
-            "kl.coefficient": 0.0,  # sec. 2.3
+            **WITHOUT_KL,  # sec. 2.3
             "loss.clip_low": 0.2,  # sec. 4.1
             "loss.clip_high": 0.28,  # sec. 4.1
             "loss.normalize": "token",  # eq. 12
@@ -98,9 +95,7 @@ PRESETS: Mapping[str, Preset] = {
             "advantage.estimator": "grpo",  # eq. 2
             "advantage.whiten": False,
             "rollout.samples": 16,
-            "kl.place": "reward",
-            "kl.estimator": None,
-            "kl.coefficient": 0.0,
+            **WITHOUT_KL,
             "loss.objective": "cispo",  # eq. 4 and 5
             "loss.clip_low": 1.0,  # no lower bound
             "loss.clip_high": 4.0,  # weights up to 5
@@ -115,9 +110,7 @@ PRESETS: Mapping[str, Preset] = {
             "advantage.estimator": "grpo",  # eq. 6
             "advantage.whiten": False,
             "rollout.samples": 8,
-            "kl.place": "reward",
-            "kl.estimator": None,
-            "kl.coefficient": 0.0,
+            **WITHOUT_KL,
             "loss.ratio": "sequence",  # eq. 7
             "loss.clip_low": 3e-4,  # sec. 5.1
             "loss.clip_high": 4e-4,  # sec. 5.1

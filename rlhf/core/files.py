@@ -60,13 +60,18 @@ def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
     write_text(path, text + "\n", durable=durable)
 
 
-def whole_lines(path: Path) -> list[str]:
-    """The lines of a file that is appended to, without their ends; a last one that a kill has cut short is cut off."""
+def without_half_line(path: Path) -> bytes:
+    """What a file of lines holds. Half a line at its end, left by a killed process, is cut off the file."""
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     if len(whole) < len(content):
-        write_bytes(path, whole)
-    return whole.decode().split("\n")[:-1]  # other ends of lines stand inside of texts
+        os.truncate(path, len(whole))
+    return whole
+
+
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a file that is appended to, without their ends; see :func:`without_half_line`."""
+    return without_half_line(path).decode().split("\n")[:-1]  # other ends of lines stand inside of texts
 
 
 def write_bytes(path: Path, content: bytes | memoryview, *, durable: bool = True, private: bool = False) -> None:

@@ -5,15 +5,19 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from rlhf.config import parse_command_line, to_yaml
 from rlhf.core.clock import process_started
 from rlhf.core.errors import UserError
 from rlhf.core.files import naming_disk_faults
+from rlhf.core.importing import import_all_of
 from rlhf.train.done import Completion, config_digest, remove_completion, write_completion
 from rlhf.train.output import print_to, this_rank
 from rlhf.train.status import recording
+
+if TYPE_CHECKING:
+    from rlhf.engine.ranks import Ranks
 
 
 class WithOutput(Protocol):
@@ -55,6 +59,17 @@ def single_main(
         if this_rank() == "0":
             print(error, file=sys.stderr, flush=True)
         return error.exit_code
+
+
+def on_all_ranks(module: str, act: Callable[["Ranks"], None]) -> None:
+    """Call ``act`` in the processes that a launcher has started, once ``module``, which it needs, is imported."""
+    import_all_of(module)
+    from rlhf.engine.ranks import start_ranks, stop_ranks
+
+    try:
+        act(start_ranks())
+    finally:
+        stop_ranks()
 
 
 def _run(run: Callable[[ConfigT], Any], config: ConfigT, stage: str) -> None:
