@@ -19,8 +19,8 @@ from rlhf.engine.build import DTYPES, precision_of
 from rlhf.models.backbones import cut_copy, load_causal_lm, plain_copy, save_settings
 from rlhf.models.manifest import Manifest
 from rlhf.models.tokenizer import required_embedding_rows
-from rlhf.train.command import StageConfig
 from rlhf.train.publishing import Weights, text_form
+from rlhf.train.recipe import StageConfig
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,9 @@ from rlhf.data.messages import Message
 from rlhf.data.options import ColumnConfig, ExampleColumns, PromptColumns
 from rlhf.data.records import ExampleRecord, PreferenceRecord, PromptRecord, to_example, to_prompt, to_records
 from rlhf.data.rows import json_cell
+from rlhf.data.spans import Span
 from rlhf.data.store import EXAMPLE, PAIR, PROMPT, Fields, text_as_numbers
-from rlhf.data.templates import Span, Turns
+from rlhf.data.templates import Turns
 from rlhf.data.tokenizing import Tokenizing
 
 
@@ -65,9 +66,7 @@ class Examples:
     def check(self) -> str:
         return "labeled" if self.labeled else "conversations"
 
-    def read(
-        self, value: Any, columns: ExampleColumns, *, row_id: str, source: str
-    ) -> tuple[list[ExampleRecord], str]:
+    def read(self, value: Any, columns: ExampleColumns, *, row_id: str, source: str) -> tuple[list[ExampleRecord], str]:
         record, shape = to_example(value, columns, labeled=self.labeled, row_id=row_id, source=source)
         return [record], shape
 
@@ -93,9 +92,7 @@ class Prompts:
     def answers(self, entry: PromptRecord) -> tuple[Sequence[Message], ...]:
         return ()
 
-    def read(
-        self, value: Any, columns: PromptColumns, *, row_id: str, source: str
-    ) -> tuple[list[PromptRecord], str]:
+    def read(self, value: Any, columns: PromptColumns, *, row_id: str, source: str) -> tuple[list[PromptRecord], str]:
         record, shape = to_prompt(value, columns, row_id=row_id, source=source)
         return [record], shape
 

@@ -34,6 +34,7 @@ from rlhf.data.messages import (
     without_thoughts,
 )
 from rlhf.data.options import TemplateChoice
+from rlhf.data.spans import Span, token_span
 from rlhf.data.template_text import (
     NEEDED_TOKENS,
     drops_thoughts,
@@ -43,9 +44,6 @@ from rlhf.data.template_text import (
     template_text,
     with_settings,
 )
-
-Span = tuple[int, int]
-"""Half-open interval of characters or tokens: the first one, and the one after the last."""
 
 Turns = tuple[np.ndarray, np.ndarray]
 """Token ids ``(T,)`` int32, and ``(n, 2)`` int32: the spans of tokens that a model is to write."""
@@ -166,7 +164,7 @@ class ChatFormat:
         batch = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
         encoded = []
         for row, (ids, (text, spans)) in enumerate(zip(batch["input_ids"], rendered, strict=True)):
-            places = [_token_span(batch, row, span, len(text), len(ids)) for span in spans]
+            places = [token_span(batch, row, span, len(text), len(ids)) for span in spans]
             encoded.append((np.array(ids, np.int32), np.array(places, np.int32).reshape(-1, 2)))
         return encoded
 
@@ -449,17 +447,6 @@ def chat_format(
     return ChatFormat(tokenizer, text, origin, _wanted_bos(tokenizer), tuple(sorted(special)), tuple(stop_token_ids))
 
 
-def after_thoughts(text: str, span: Span) -> int:
-    """Where the answer begins in a turn that may begin with thoughts."""
-    turn = text[slice(*span)]
-    opened = text[: span[0]].rstrip().endswith("<think>")
-    end = turn.find("</think>")
-    if end < 0 or not (opened or turn.lstrip().startswith("<think>")):
-        return span[0]
-    behind = turn[end + len("</think>") :]
-    return span[1] - len(behind.lstrip())
-
-
 # ------------------------------------------------------------------------------------------------- details
 
 _PROBE = "zqxj"
@@ -505,22 +492,6 @@ def _wanted_bos(tokenizer: Any) -> str:
         if token is not None and tokenizer.convert_tokens_to_ids(token) == first:
             return token
     return ""
-
-
-def _token_span(batch: Any, row: int, span: Span, size: int, count: int) -> Span:
-    """Which of the ``count`` tokens of a text of ``size`` characters hold a character of ``span``."""
-    begin, end = (_token_at(batch, row, place, size, count) for place in span)
-    reaches_beyond = end < count and batch.token_to_chars(row, end).start < span[1]
-    return begin, end + reaches_beyond
-
-
-def _token_at(batch: Any, row: int, begin: int, end: int, count: int) -> int:
-    """The first token that holds a character from ``begin`` on (white space may belong to no token)."""
-    for place in range(begin, end):
-        token = batch.char_to_token(row, place)
-        if token is not None:
-            return token
-    return count
 
 
 def _special_texts(tokenizer: Any) -> dict[str, str]:

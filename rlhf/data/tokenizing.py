@@ -39,8 +39,9 @@ from rlhf.data.options import Columns, RowsConfig
 from rlhf.data.records import prompt_key
 from rlhf.data.report import OVER_LENGTH, TOO_LONG
 from rlhf.data.sources import RawRow, Source
+from rlhf.data.spans import Span, after_thoughts
 from rlhf.data.store import BadEntry, DamagedStore, Fields, RowStore, RowWriter
-from rlhf.data.templates import ChatFormat, Span, TemplateFault, Turns, after_thoughts
+from rlhf.data.templates import ChatFormat, TemplateFault, Turns
 
 _CHUNK_ROWS = 256
 TAKEN = (errno.ENOTEMPTY, errno.EEXIST)

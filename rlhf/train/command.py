@@ -7,40 +7,17 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from rlhf.config import parse_command_line, to_yaml
 from rlhf.core.clock import process_started
 from rlhf.core.errors import OutOfMemory, RunStopped, Unmet, UserError
 from rlhf.core.files import naming_disk_faults
 from rlhf.core.importing import import_all_of
-from rlhf.engine.options import EngineConfig, OptimizerConfig
-from rlhf.models.options import BackboneConfig
 from rlhf.train.done import Completion, config_digest, read_completion, write_completion
-from rlhf.train.options import TrainConfig
 from rlhf.train.output import print_to, this_rank
+from rlhf.train.recipe import StageConfig
 from rlhf.train.status import recording, report_phase
-
-
-class StageConfig(Protocol):
-    """Sections that the recipe of every stage has."""
-
-    @property
-    def output(self) -> Path: ...
-
-    @property
-    def model(self) -> BackboneConfig: ...
-
-    @property
-    def optim(self) -> OptimizerConfig: ...
-
-    @property
-    def train(self) -> TrainConfig: ...
-
-    @property
-    def engine(self) -> EngineConfig: ...
-
 
 ConfigT = TypeVar("ConfigT", bound=StageConfig)
 

@@ -28,10 +28,10 @@ from rlhf.models.backbones import shown_as
 from rlhf.models.manifest import Manifest, write_manifest
 from rlhf.models.tokenizer import pad_policy
 from rlhf.train.batches import asking
-from rlhf.train.command import StageConfig
 from rlhf.train.fresh import check_in_fresh_process, check_on_all_ranks
 from rlhf.train.pieces import TrainedWeights, write_whole
 from rlhf.train.probing import probe_rows
+from rlhf.train.recipe import StageConfig
 from rlhf.train.stage import say
 from rlhf.train.status import report_phase
 

@@ -14,8 +14,8 @@ from rlhf.config import to_yaml
 from rlhf.core.errors import OutOfMemory
 from rlhf.engine.checkpoint import checkpoint_folder, saved_steps
 from rlhf.engine.ranks import Ranks
-from rlhf.train.command import StageConfig
 from rlhf.train.fresh import plain_environment
+from rlhf.train.recipe import StageConfig
 
 ADVICE_SECONDS = 120.0
 

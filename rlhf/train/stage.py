@@ -29,11 +29,11 @@ from rlhf.models.backbones import hide_loading_bars
 from rlhf.models.positions import check_places
 from rlhf.models.roles import ModelRole
 from rlhf.train.chat import load_chat
-from rlhf.train.command import StageConfig
 from rlhf.train.fresh import start_fresh_process
 from rlhf.train.held_out import write_held_out
 from rlhf.train.loop import TOTAL_STEPS, LoopState, Run, Stateful, Task, Watched, fit, load_checkpoint
 from rlhf.train.options import TrainConfig
+from rlhf.train.recipe import StageConfig
 from rlhf.train.roles import engine_of
 from rlhf.train.status import report_metrics, report_phase, report_status
 
