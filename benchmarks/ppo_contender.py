@@ -19,11 +19,11 @@ from policy.ppo.config import (
     CriticConfig,
     KlConfig,
     PpoConfig,
-    RewardSourceConfig,
     RolloutConfig,
     SurrogateConfig,
     WatchConfig,
 )
+from policy.ppo.reward_options import RewardSourceConfig
 from policy.ppo.stage import run
 from policy.ppo.task import PpoTask
 from rlhf.data.options import PromptDataConfig

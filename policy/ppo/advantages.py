@@ -289,6 +289,7 @@ class _Groups:
 
 # The estimators by name.
 
+
 @torch.no_grad()
 def gae_advantages(
     rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, lam: float = 1.0

@@ -80,9 +80,7 @@ ESTIMATORS: Mapping[str, Estimator] = {
         parameters=GAMMA,
         whitened=True,
     ),
-    "reinforce_pp_baseline": Estimator(
-        "policy.ppo.advantages:baseline_advantages", inputs=GROUPED, whitened=True
-    ),
+    "reinforce_pp_baseline": Estimator("policy.ppo.advantages:baseline_advantages", inputs=GROUPED, whitened=True),
 }
 """REINFORCE++ is Hu et al., arXiv:2501.03262: rewards to go, whitened over all tokens of the step; with baseline, the
 returns of whole responses less their group's mean."""

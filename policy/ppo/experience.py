@@ -13,9 +13,10 @@ from policy.ppo.advantages import (
     token_rewards,
     whiten,
 )
-from policy.ppo.config import AdvantageConfig, PpoConfig, RewardSourceConfig
+from policy.ppo.config import AdvantageConfig, PpoConfig
 from policy.ppo.estimators import ESTIMATORS
 from policy.ppo.losses import kl_estimates
+from policy.ppo.reward_options import RewardSourceConfig
 from policy.ppo.rollouts import Rollouts
 from policy.ppo.scoring import Scored
 from policy.ppo.telemetry import correlation, explained_variance, response_kl, rollout_metrics, sampler_mismatch

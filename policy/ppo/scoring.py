@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from policy.ppo.config import RewardSourceConfig, RewardTermConfig
+from policy.ppo.reward_options import RewardSourceConfig, RewardTermConfig
 from policy.ppo.rollouts import Reencoded, Rollouts, ask, closed
 from reward.function import Answers, Failure, load_function
 from reward.model import Scores, load_reward_model

@@ -22,7 +22,6 @@ from policy.ppo.config import (
     CriticConfig,
     KlConfig,
     PpoConfig,
-    RewardSourceConfig,
     RolloutConfig,
     SurrogateConfig,
     WatchConfig,
@@ -30,6 +29,7 @@ from policy.ppo.config import (
 from policy.ppo.critic import build_critic, critic_start
 from policy.ppo.reference import ReferenceModel
 from policy.ppo.replay import Replay
+from policy.ppo.reward_options import RewardSourceConfig
 from policy.ppo.rollouts import Rollouts
 from policy.ppo.scoring import Scored
 from policy.ppo.task import Engines, PpoTask, Roles
@@ -98,9 +98,7 @@ def tiny_config(tmp_path, tiny_model, prompts_file, prompt_cache) -> PpoConfig:
         output=tmp_path / "ppo",
         policy=PolicyConfig(path=str(tiny_model)),
         reward=RewardSourceConfig(function="rules:share_of_abc"),
-        data=PromptDataConfig(
-            train=str(prompts_file), eval_share=0.2, template=SHORT_TEMPLATE, cache_dir=prompt_cache
-        ),
+        data=PromptDataConfig(train=str(prompts_file), eval_share=0.2, template=SHORT_TEMPLATE, cache_dir=prompt_cache),
         rollout=RolloutConfig(prompts=8, samples=2, max_new_tokens=10, stop=("e",)),
         advantage=AdvantageConfig(estimator="gae"),
         kl=KlConfig(coefficient=0.1),

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from policy.ppo.config import AdvantageConfig, RewardSourceConfig, RewardTermConfig, scorer_roles
+from policy.ppo.config import AdvantageConfig
 from policy.ppo.experience import groups_that_differ, make_experience
+from policy.ppo.reward_options import RewardSourceConfig, RewardTermConfig, scorer_roles
 from policy.ppo.scoring import Scored, ScorerParts, build_scorer
 from policy.ppo.stage import _reward_identity, run
 from policy.ppo.task import _Clock

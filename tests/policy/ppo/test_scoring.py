@@ -12,8 +12,9 @@ import torch
 from transformers import LlamaForCausalLM
 
 from policy.generation.api import Response
-from policy.ppo.config import CriticConfig, RewardSourceConfig, scorer_roles
+from policy.ppo.config import CriticConfig
 from policy.ppo.critic import ValueModel, build_critic, critic_start
+from policy.ppo.reward_options import RewardSourceConfig, scorer_roles
 from policy.ppo.rollouts import Reencoded, Rollouts
 from policy.ppo.scoring import ScorerParts, build_scorer, combine
 from policy.ppo.stage import check_template

@@ -15,11 +15,11 @@ from policy.ppo.config import (
     CriticConfig,
     KlConfig,
     PretrainingConfig,
-    RewardSourceConfig,
     RolloutConfig,
     SurrogateConfig,
 )
 from policy.ppo.experience import make_experience
+from policy.ppo.reward_options import RewardSourceConfig
 from policy.ppo.rollouts import ask, by_response
 from policy.ppo.scoring import Scored
 from policy.ppo.stage import _Builder, run
