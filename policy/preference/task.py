@@ -48,7 +48,7 @@ class PreferenceTask:
         self._engine, self._config = engine, config
         self._train, self._held_out = train, held_out
         self._reference, self._held_out_reference = references
-        self._batches = BatchMaker(engine.ranks, config.train)
+        self._batches = BatchMaker(engine.ranks, config.train, apart=config.loss.objective.unpaired)
         self._terms = [(term, LOSSES[term.kind], BatchStatistics(term)) for term in config.loss.terms]
         self._gathers = config.loss.takes_margins or any(statistics.names for _, _, statistics in self._terms)
         self._margins = MarginMaker(config.margins, total_steps)
@@ -174,7 +174,7 @@ class PreferenceTask:
         if not self._config.loss.objective.unpaired:
             output = self._engine.forward(batch.buckets, **self._wanted())
             return row_sums(output, batch), output
-        answers, mismatched = batch.part(0), batch.part(1)
+        answers, mismatched = batch.parts
         ((_, constant),) = without_gradient(self._engine, [mismatched])
         output = self._engine.forward(answers.buckets)
         parts = row_sums(output, answers), row_sums(constant, mismatched)

@@ -82,15 +82,6 @@ class LengthBucket:
     token_mask: Tensor  # (R, T) bool, True on real tokens
     response_mask: Tensor  # (R, T) bool, True on response tokens, the end token included
 
-    def rows(self, places: Tensor) -> "LengthBucket":
-        """Some of the rows, padded to the longest of them."""
-        width = int(self.token_mask[places].sum(dim=1).max())
-        return LengthBucket(
-            tokens=self.tokens[places, :width],
-            token_mask=self.token_mask[places, :width],
-            response_mask=self.response_mask[places, :width],
-        )
-
     def to(self, device: torch.device) -> "LengthBucket":
         return LengthBucket(
             tokens=self.tokens.to(device),
@@ -140,6 +131,9 @@ class Batch:
     row_ids: tuple[str, ...]
     margins: Tensor | None  # (B,) float32, the data's own margins, NaN where an item has none
     labels: Tensor | None  # (B,) bool, whether the response is a desirable one
+    parts: tuple["Batch", ...] = ()
+    """The first rows of all items by themselves, then their second rows: S batches of one row an item. They have as
+    many length buckets, of which some may be filler. If asked for."""
 
     def __len__(self) -> int:
         return len(self.row_ids)
@@ -148,29 +142,13 @@ class Batch:
         """Outputs of all buckets, one by row, as S tensors of B: for pairs, of chosen and of rejected."""
         return values[self.order].view(self.rows_per_item, len(self), *values.shape[1:]).unbind()
 
-    def part(self, side: int) -> "Batch":
-        """The same items with one row each, the ``side``-th: in as many length buckets, of which some may be filler."""
-        wanted = self.order.view(self.rows_per_item, len(self))[side]
-        order, buckets = torch.empty_like(wanted), []
-        start = rows = 0
-        for bucket in self.buckets:
-            items = ((wanted >= start) & (wanted < start + len(bucket.tokens))).nonzero().flatten()
-            order[items] = rows + torch.arange(len(items), device=order.device)
-            if len(items):
-                buckets.append(bucket.rows(wanted[items] - start))
-            else:
-                buckets.append(length_bucket([FILLER]).to(bucket.tokens.device))
-            start, rows = start + len(bucket.tokens), rows + len(buckets[-1].tokens)
-        blocks = Buckets(blocks=tuple(buckets), packing=None)
-        return replace(self, buckets=blocks, rows_per_item=1, order=order)
-
     def to(self, device: torch.device) -> "Batch":
         moved: dict[str, Any] = {
             field.name: value.to(device)
             for field in fields(self)
             if isinstance(value := getattr(self, field.name), Tensor | Buckets)
         }
-        return replace(self, **moved)
+        return replace(self, **moved, parts=tuple(part.to(device) for part in self.parts))
 
 
 def global_batch(step: int, *, items: int, batch_size: int, seed: int, last: LastBatch = "keep") -> np.ndarray:
@@ -319,7 +297,13 @@ def _split_rows(rows: np.ndarray, length_buckets: int) -> tuple[int, tuple[tuple
 
 
 def collate(
-    source: ItemSource, indices: np.ndarray, plan: MicroBatchPlan, bucket_count: int, *, packed: bool = False
+    source: ItemSource,
+    indices: np.ndarray,
+    plan: MicroBatchPlan,
+    bucket_count: int,
+    *,
+    packed: bool = False,
+    apart: bool = False,
 ) -> Batch:
     """Tokens of one micro-batch; padded with one-token filler buckets to ``bucket_count`` forwards.
 
@@ -329,23 +313,41 @@ def collate(
         plan: what to collate.
         bucket_count: length buckets that every rank runs in this micro-step.
         packed: whether to lay the rows out as one sequence, too, for models that take it.
+        apart: whether to make the batches of each side of the items, too.
     """
     chosen = np.asarray(indices)[list(plan.items)].astype(np.int64)
     items = [source.item(int(index)) for index in chosen]
     rows = [row for side in zip(*(item.rows for item in items), strict=True) for row in side]
-    buckets = [length_bucket([rows[row] for row in bucket]) for bucket in plan.buckets]
-    buckets += [length_bucket([FILLER])] * (bucket_count - len(buckets))
-    flat = np.array([row for bucket in plan.buckets for row in bucket], dtype=np.int64)
-    return Batch(
-        buckets=packed_buckets(buckets) if packed else Buckets(blocks=tuple(buckets), packing=None),
+    batch = Batch(
+        buckets=Buckets(blocks=(), packing=None),
         rows_per_item=source.lengths.shape[1],
-        order=torch.from_numpy(np.argsort(flat)),
+        order=torch.zeros(0, dtype=torch.long),
         positions=torch.tensor(plan.items, dtype=torch.long),
         indices=torch.from_numpy(chosen),
         row_ids=tuple(item.row_id for item in items),
         margins=_column([item.margin for item in items], torch.float32),
         labels=_column([item.label for item in items], torch.bool),
     )
+    groups = [*plan.buckets, *[()] * (bucket_count - len(plan.buckets))]
+    sides = [_of_side(groups, side, len(items)) for side in range(batch.rows_per_item)] if apart else []
+    parts = (replace(batch, rows_per_item=1, **_laid_out(rows, groups, packed)) for groups in sides)
+    return replace(batch, **_laid_out(rows, groups, packed), parts=tuple(parts))
+
+
+def _of_side(groups: Sequence[tuple[int, ...]], side: int, count: int) -> list[tuple[int, ...]]:
+    """Of each bucket the rows of one side of ``count`` items."""
+    return [tuple(row for row in group if row // count == side) for group in groups] if count else [*groups]
+
+
+def _laid_out(rows: Sequence[Row], groups: Sequence[tuple[int, ...]], packed: bool) -> dict[str, Any]:
+    """The fields ``buckets`` and ``order`` of a batch whose buckets hold the rows ``groups``; an empty one is filler."""
+    buckets = [length_bucket([rows[row] for row in group] or [FILLER]) for group in groups]
+    places = np.cumsum([0, *(max(1, len(group)) for group in groups)])
+    row_of = np.array([row for group in groups for row in group], dtype=np.int64)
+    place_of = [place + np.arange(len(group)) for place, group in zip(places, groups, strict=False)]
+    order = np.concatenate(place_of)[np.argsort(row_of)].astype(np.int64)
+    laid_out = packed_buckets(buckets) if packed else Buckets(blocks=tuple(buckets), packing=None)
+    return {"buckets": laid_out, "order": torch.from_numpy(order)}
 
 
 def packed_buckets(buckets: Sequence[LengthBucket]) -> Buckets:

@@ -26,8 +26,9 @@ class BatchMaker:
         packed_tokens: what is left of them where rows are packed: tokens with the same past count once.
     """
 
-    def __init__(self, ranks: Ranks, config: TrainConfig) -> None:
-        self.ranks, self._config = ranks, config
+    def __init__(self, ranks: Ranks, config: TrainConfig, *, apart: bool = False) -> None:
+        """``apart``: whether the batches of a step have their ``parts``."""
+        self.ranks, self._config, self._apart = ranks, config, apart
         self.items = 0
         self.indices = np.zeros(0, np.int64)
         self.tokens = self.padded_tokens = self.packed_tokens = 0.0
@@ -72,10 +73,16 @@ class BatchMaker:
                 self.tokens += float(lengths[list(mine.items)].sum())
                 self.padded_tokens += mine.padded_tokens
             batch = collate(
-                data, indices, mine, buckets_per_micro_step(micro_step), packed=self._config.packing == "auto"
+                data,
+                indices,
+                mine,
+                buckets_per_micro_step(micro_step),
+                packed=self._config.packing == "auto",
+                apart=self._apart and count,
             )
-            if count and batch.buckets.packing is not None:
-                self.packed_tokens += len(batch.buckets.packing.tokens)
+            if count:
+                asked = (part.buckets.packing for part in batch.parts or [batch])
+                self.packed_tokens += sum(len(packing.tokens) for packing in asked if packing is not None)
             yield batch.to(self.ranks.device)
 
 

@@ -31,6 +31,7 @@ from rlhf.engine.frozen import ReplicatedModel
 from rlhf.engine.local import LocalEngine
 from rlhf.engine.options import OptimizerConfig
 from rlhf.train.chat import load_chat
+from rlhf.train.packing import allow_packing
 
 SHIPPED = Path(__file__).parents[3] / "launch" / "recipes"
 PAIRED = sorted(name for name, objective in LOSSES.items() if not objective.unpaired)
@@ -312,14 +313,15 @@ def unpaired_task(tmp_path, tiny_config, tiny_policy, alone):
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    def make(budget, scope="global_batch"):
+    def make(budget, scope="global_batch", packing="auto"):
         data = ExampleDataConfig(train=str(path), eval_share=0.4, cache_dir=tiny_config.data.cache_dir)
-        train = replace(tiny_config.train, micro_batch_tokens=budget)
+        train = replace(tiny_config.train, micro_batch_tokens=budget, packing=packing)
         loss = LossConfig(kind="kto", scope=scope, parameters={"undesirable_weight": 2.0})
         config = replace(tiny_config, data=None, unpaired=data, train=train, loss=loss)
         loaded = load_examples(data, load_chat(tiny_config.model.path), kind="unpaired")
         engine = LocalEngine(tiny_policy(0.03), ranks=alone, optimizer=config.optim, total_steps=20)
         reference = LiveReference(ReplicatedModel(tiny_policy(), alone))
+        assert allow_packing(engine) and allow_packing(reference.model)
         return engine, PreferenceTask(engine, config, loaded.train, loaded.evals, (reference, reference), 20)
 
     return make
@@ -391,3 +393,13 @@ def test_a_prompt_that_is_computed_once_changes_neither_loss_nor_gradient(make_t
     assert (own - shared).abs().max() < 2e-5 * own.abs().max()
     assert together["tokens"] == apart["tokens"] and together["shared_share"] > 0.05
     assert together["padding_share"] == 0 < apart["padding_share"]
+
+
+@pytest.mark.parametrize("budget", [300, 100_000])
+def test_responses_of_kto_are_packed_by_themselves_and_so_are_mismatched_ones(unpaired_task, budget):
+    (_, apart, own), (_, together, shared) = (
+        one_step(*unpaired_task(budget, packing=packing)) for packing in ("off", "auto")
+    )
+    assert together["loss"] == pytest.approx(apart["loss"], rel=1e-5)
+    assert (own - shared).abs().max() < 2e-5 * own.abs().max()
+    assert together["shared_share"] > 0.05 and together["padding_share"] == 0 < apart["padding_share"]

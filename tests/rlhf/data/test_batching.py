@@ -220,16 +220,20 @@ def test_one_side_of_a_batch_is_its_rows_in_as_many_buckets():
     source = Source([[3, 9], [8, 2], [5, 5], [9, 9]])
     indices = np.array([2, 0, 3, 1])
     (parts,) = plan_micro_batches(source.lengths[indices], token_budget=1000, ranks=1, length_buckets=3)
-    batch = collate(source, indices, parts[0], 5)
+    batch = collate(source, indices, parts[0], 5, packed=True, apart=True)
     whole = batch.sides(torch.cat([bucket.tokens[:, 0] for bucket in batch.buckets]))
-    for side in range(2):
-        part = batch.part(side)
+    for side, part in enumerate(batch.parts):
         assert len(part.buckets) == 5 and part.row_ids == batch.row_ids
         (first,) = part.sides(torch.cat([bucket.tokens[:, 0] for bucket in part.buckets]))
         (counts,) = part.sides(torch.cat([bucket.token_mask.sum(dim=1) for bucket in part.buckets]))
         assert torch.equal(first, whole[side])
         assert counts.tolist() == source.lengths[batch.indices.numpy(), side].tolist()
         assert all(bool(bucket.token_mask[:, -1].any()) for bucket in part.buckets), "no padding for others"
+        packing = part.buckets.packing
+        assert packing is not None and len(packing.tokens) <= sum(counts.tolist()) + 5
+    assert len(batch.parts) == 2
+    filler = collate(source, indices, MicroBatchPlan((), (), 0), 5, apart=True)
+    assert [(len(part), len(part.buckets)) for part in filler.parts] == [(0, 5), (0, 5)]
 
 
 def test_masks_come_from_lengths_even_where_tokens_equal_zero():
