@@ -335,12 +335,12 @@ def collate(
 
 
 def _of_side(groups: Sequence[tuple[int, ...]], side: int, count: int) -> list[tuple[int, ...]]:
-    """Of each bucket the rows of one side of ``count`` items."""
+    """The rows of one side of ``count`` items, of each bucket."""
     return [tuple(row for row in group if row // count == side) for group in groups] if count else [*groups]
 
 
 def _laid_out(rows: Sequence[Row], groups: Sequence[tuple[int, ...]], packed: bool) -> dict[str, Any]:
-    """The fields ``buckets`` and ``order`` of a batch whose buckets hold the rows ``groups``; an empty one is filler."""
+    """``buckets`` and ``order`` of a batch whose buckets hold the rows ``groups``; an empty one is filler."""
     buckets = [length_bucket([rows[row] for row in group] or [FILLER]) for group in groups]
     places = np.cumsum([0, *(max(1, len(group)) for group in groups)])
     row_of = np.array([row for group in groups for row in group], dtype=np.int64)

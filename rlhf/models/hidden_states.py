@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.core.packing import Packing
-from rlhf.models.packed_attention import packed, packs
+from rlhf.models.packed_attention import kernel_of, packed
 
 
 def last_states(model: PreTrainedModel, blocks: Sequence[Tensor], packing: Packing | None = None) -> Iterator[Tensor]:
@@ -23,8 +23,9 @@ def last_states(model: PreTrainedModel, blocks: Sequence[Tensor], packing: Packi
         packing: of these blocks; a model that takes packed sequences is asked about it instead.
     """
     backbone = backbone_of(model)
-    if packing is not None and packs(model):
-        yield from _packed_states(backbone, packing)
+    kernel = None if packing is None else kernel_of(model)
+    if packing is not None and kernel is not None:
+        yield from _packed_states(backbone, packing.padded() if kernel == "flex" else packing)
         return
     if len(blocks) < 2 or not _trains_plain_embedding(backbone):
         for tokens in blocks:
@@ -45,7 +46,7 @@ def _packed_states(backbone: Any, packing: Packing) -> Sequence[Tensor]:
             position_ids=packing.positions[None],
             use_cache=False,
         ).last_hidden_state
-    return packing.blocks(packing.spread(states[0]))
+    return packing.blocks(packing.spread(states[0, : len(packing.first)]))
 
 
 def backbone_of(model: PreTrainedModel) -> Any:

@@ -1,20 +1,28 @@
 """Attention over a packed sequence, for any family that takes its attention from Transformers' interface.
 
 All that a model does token by token (projections, MLPs, norms: nearly all of its work) runs on the packed sequence, in
-which nothing is padding and a shared beginning stands once. Attention alone needs rows: queries, keys and values are
-laid out as blocks of rows, attended by the model's own attention with the mask that Transformers makes for such rows,
-and put back. So sliding windows, soft-capping, grouped heads and sinks are what they are without packing.
+which nothing is padding and a shared beginning stands once. Attention has a kernel of its own:
+
+* ``flex``, on GPUs: FlexAttention over the whole sequence. Its mask lets each token see its own past and no other
+  row's, as the mask that Transformers makes for such a layer has it at their positions: sliding windows and chunks are
+  those of rows. Where no row begins like another and the model has flash-attn, that attends to the rows by their
+  lengths.
+* ``rows``: queries, keys and values are laid out as blocks of rows, attended by the model's own attention with the mask
+  that Transformers makes for such rows, and put back.
 """
 
 import contextlib
+import functools
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -22,38 +30,55 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from rlhf.core.packing import Packing
 
 PREFIX = "packed_"
+Kernel = Literal["flex", "rows"]
 PLAIN = ("sdpa", "eager")
 """Attention of Transformers that can be asked about blocks of rows."""
+FLASH = ("flash_attention_2", "flash_attention_3")
+"""Attention of Transformers that takes the lengths of rows."""
+FLEX = "flex_attention"
 
 _current: ContextVar[Packing | None] = ContextVar("packing", default=None)
+_comparison: ContextVar["Comparison | None"] = ContextVar("comparison", default=None)
 
 
 @dataclass(frozen=True)
 class PackedMask:
-    """What the layers are given as their mask: the packing, and the mask of each block of rows.
+    """What the layers are given as their mask.
 
     Layers that are computed again in the backward pass get it again, when :func:`packed` is long left.
     """
 
     packing: Packing
-    masks: tuple[Tensor | None, ...]
+    masks: tuple[Any, ...]
+    """One for each block of rows, or one for the whole sequence; for rows by their lengths, where they begin."""
+    attend: Callable[..., Tensor]
+    """Gives ``(1, N, H, D)`` from module, queries, keys, values, this mask and the options of the layer."""
+    rows: "PackedMask | None" = None
+    """The same row by row, to compare with; see :func:`comparing_gradients`."""
 
 
-def packs(model: PreTrainedModel) -> bool:
-    """Whether packed sequences may be given to ``model``."""
-    return str(model.config._attn_implementation).startswith(PREFIX)
+def kernels_for(model: PreTrainedModel, device: torch.device) -> tuple[Kernel, ...]:
+    """What ``model`` could attend to packed rows with on ``device``, the fastest first."""
+    name = _plain_name(str(model.config._attn_implementation))
+    flex: tuple[Kernel, ...] = ("flex",) if device.type == "cuda" and name in (*PLAIN, *FLASH) else ()
+    return (*flex, "rows") if name in PLAIN else flex
 
 
-def set_packing(model: PreTrainedModel, wanted: bool) -> bool:
+def kernel_of(model: PreTrainedModel) -> Kernel | None:
+    """What ``model`` attends to packed sequences with; ``None`` for one that takes none."""
+    name = str(model.config._attn_implementation)
+    return next((kernel for kernel in ("flex", "rows") if name.startswith(f"{PREFIX}{kernel}_")), None)
+
+
+def set_packing(model: PreTrainedModel, kernel: Kernel | None) -> bool:
     """Let ``model`` take packed sequences beside ordinary rows, or no longer; whether it takes them now."""
     settings = {id(config): config for part in model.modules() if (config := getattr(part, "config", None)) is not None}
     for config in settings.values():
-        name = getattr(config, "_attn_implementation", None) or ""
-        if wanted and name in PLAIN:
-            config._attn_implementation_internal = PREFIX + name
-        elif not wanted and name.startswith(PREFIX):
-            config._attn_implementation_internal = name.removeprefix(PREFIX)
-    return packs(model)
+        plain = _plain_name(getattr(config, "_attn_implementation", None) or "")
+        name = f"{PREFIX}{kernel}_{plain}"
+        if kernel is None or name in ALL_ATTENTION_FUNCTIONS:
+            config._attn_implementation_internal = plain if kernel is None else name
+    return kernel_of(model) is not None
 
 
 @contextlib.contextmanager
@@ -66,41 +91,144 @@ def packed(packing: Packing) -> Iterator[None]:
         _current.reset(token)
 
 
-def _mask_of(name: str) -> Callable[..., Any]:
+@dataclass(frozen=True)
+class Comparison:
+    """How far packed attention is from attention row by row."""
+
+    recomputing: bool
+    """Whether the model computes its activations again in the backward pass."""
+    differences: list[float] = field(default_factory=list)
+    """The largest of each layer's values and gradients, as a share of the largest of them."""
+
+
+@contextlib.contextmanager
+def comparing_gradients(*, recomputing: bool) -> Iterator[list[float]]:
+    """Packed attention inside the block is computed row by row as well, with gradients, even without those of a model.
+
+    Gives the differences, see :class:`Comparison`; the list is filled inside the block.
+    """
+    found = Comparison(recomputing)
+    token = _comparison.set(found)
+    try:
+        yield found.differences
+    finally:
+        _comparison.reset(token)
+
+
+def _plain_name(name: str) -> str:
+    kernel = next((kernel for kernel in ("flex", "rows") if name.startswith(f"{PREFIX}{kernel}_")), None)
+    return name if kernel is None else name.removeprefix(f"{PREFIX}{kernel}_")
+
+
+def _mask_of(kernel: Kernel, name: str) -> Callable[..., Any]:
     """What makes the mask: once for each kind of layer, before the first layer."""
 
     def make(**asked: Any) -> Any:
-        plain, packing = ALL_MASK_ATTENTION_FUNCTIONS[name], _current.get()
+        packing = _current.get()
         if packing is None:
-            return plain(**asked)
-        masks = []
-        for rows, width in packing.shapes:
-            # Rows are padded on the right: a causal mask hides that already.
-            sizes = {"batch_size": rows, "q_length": width, "kv_length": width, "attention_mask": None}
-            masks.append(plain(**{**asked, **sizes}))
-        return PackedMask(packing, tuple(masks))
+            return ALL_MASK_ATTENTION_FUNCTIONS[name](**asked)
+        row_by_row = name if name in PLAIN else "eager"
+        if kernel == "rows":
+            return _mask_of_rows(row_by_row, packing, asked)
+        rows = None if _comparison.get() is None else _mask_of_rows(row_by_row, packing, asked)
+        if packing.lengths and name in FLASH:
+            return _mask_of_lengths(name, packing, rows, asked["device"])
+        return _mask_of_tree(packing, rows, asked)
 
     return make
+
+
+def _mask_of_rows(name: str, packing: Packing, asked: dict[str, Any]) -> PackedMask:
+    masks = []
+    for rows, width in packing.shapes:
+        # Rows are padded on the right: a causal mask hides that already.
+        sizes = {"batch_size": rows, "q_length": width, "kv_length": width, "attention_mask": None}
+        masks.append(ALL_MASK_ATTENTION_FUNCTIONS[name](**{**asked, **sizes}))
+
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: PackedMask, **options: Any
+    ) -> Tensor:
+        # (1, H, N, D) to (R, H, T, D) of each block, and back from (R, T, H, D).
+        count = len(packing.first)
+        spread = (packing.blocks(packing.spread(part[0, :, :count].transpose(0, 1))) for part in (query, key, value))
+        found = [
+            _plain_attention(name, module)(module, *(part.transpose(1, 2) for part in block), own, **options)[0]
+            for *block, own in zip(*spread, mask.masks, strict=True)
+        ]
+        return packing.collect(torch.cat([part.flatten(0, 1) for part in found]))[None]
+
+    return PackedMask(packing, tuple(masks), attend)
+
+
+def _mask_of_tree(packing: Packing, rows: PackedMask | None, asked: dict[str, Any]) -> PackedMask:
+    """What follows a token in some row stands between it and the end of its branch: so a branch is its own past."""
+    plain, positions, ends = asked["mask_function"], packing.positions, packing.ends
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        in_its_past = (key <= query) & (query < ends[key])
+        return in_its_past & plain(batch, head, positions[query], positions[key])
+
+    count = len(packing.tokens)
+    sizes = {"batch_size": 1, "q_length": count, "kv_length": count, "q_offset": 0, "kv_offset": 0}
+    mask = ALL_MASK_ATTENTION_FUNCTIONS[FLEX](**{**asked, **sizes, "mask_function": sees, "attention_mask": None})
+
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: PackedMask, **options: Any
+    ) -> Tensor:
+        return ALL_ATTENTION_FUNCTIONS[FLEX](module, query, key, value, mask.masks[0], **options)[0]
+
+    return PackedMask(packing, (mask,), attend, rows)
+
+
+def _mask_of_lengths(name: str, packing: Packing, rows: PackedMask | None, device: torch.device) -> PackedMask:
+    starts = torch.tensor([0, *itertools.accumulate(packing.lengths)], dtype=torch.int32).to(device, non_blocking=True)
+    longest = max(packing.lengths)
+
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: PackedMask, **options: Any
+    ) -> Tensor:
+        lengths = {"max_length_q": longest, "max_length_k": longest}
+        begins = {"cu_seq_lens_q": mask.masks[0], "cu_seq_lens_k": mask.masks[0]}
+        return _flash(name, module, query, key, value, None, **{**options, **lengths, **begins})[0]
+
+    return PackedMask(packing, (starts,), attend, rows)
 
 
 def _attention_of(name: str) -> Callable[..., Any]:
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
     ) -> tuple[Tensor, Any]:
-        plain = _plain_attention(name, module)
         if not isinstance(attention_mask, PackedMask):
-            return plain(module, query, key, value, attention_mask, **options)
-        packing = attention_mask.packing
+            if name in FLASH:
+                return _flash(name, module, query, key, value, attention_mask, **options)
+            return _plain_attention(name, module)(module, query, key, value, attention_mask, **options)
         options.pop("position_ids", None)  # those of the packed sequence: some kernels read them as rows of their own
-        # (1, H, N, D) to (R, H, T, D) of each block, and back from (R, T, H, D).
-        spread = (packing.blocks(packing.spread(part[0].transpose(0, 1))) for part in (query, key, value))
-        found = [
-            plain(module, *(part.transpose(1, 2) for part in block), mask, **options)[0].flatten(0, 1)
-            for *block, mask in zip(*spread, attention_mask.masks, strict=True)
-        ]
-        return packing.collect(torch.cat(found))[None], None
+        if attention_mask.rows is not None:
+            _compare(module, (query, key, value), attention_mask, options)
+        return attention_mask.attend(module, query, key, value, attention_mask, **options), None
 
     return attend
+
+
+def _compare(module: nn.Module, inputs: tuple[Tensor, ...], mask: PackedMask, options: dict[str, Any]) -> None:
+    """Note how far a kernel is from attention row by row."""
+    comparison, both = _comparison.get(), []
+    assert comparison is not None and mask.rows is not None
+    count = len(mask.packing.first)
+    for way in (mask, mask.rows):
+        with torch.enable_grad():
+            parts = [part.detach().clone().requires_grad_() for part in inputs]
+            asked = functools.partial(way.attend, mask=way, **options)
+            if comparison.recomputing:
+                values = checkpoint(asked, module, *parts, use_reentrant=False)
+            else:
+                values = asked(module, *parts)
+            values = values[:, :count].float()
+            gradients = torch.autograd.grad((values * values.detach().cos()).sum(), parts)
+        both.append([values.detach(), *(gradient[:, :, :count].float() for gradient in gradients)])
+    comparison.differences.extend(
+        float((one - other).abs().max() / other.abs().max().clamp_min(1e-30)) for one, other in zip(*both, strict=True)
+    )
 
 
 def _plain_attention(name: str, module: nn.Module) -> Callable[..., Any]:
@@ -110,6 +238,18 @@ def _plain_attention(name: str, module: nn.Module) -> Callable[..., Any]:
     return ALL_ATTENTION_FUNCTIONS[name]
 
 
-for _name in PLAIN:
-    ALL_ATTENTION_FUNCTIONS.register(PREFIX + _name, _attention_of(_name))
-    ALL_MASK_ATTENTION_FUNCTIONS.register(PREFIX + _name, _mask_of(_name))
+def _flash(name: str, module: nn.Module, *inputs: Any, **options: Any) -> tuple[Tensor, Any]:
+    """Transformers asks the settings of the module which of its flash attentions is meant."""
+    settings: Any = module.config
+    before = settings._attn_implementation_internal
+    settings._attn_implementation_internal = name
+    try:
+        return ALL_ATTENTION_FUNCTIONS[name](module, *inputs, **options)
+    finally:
+        settings._attn_implementation_internal = before
+
+
+for _name in (*PLAIN, *FLASH):
+    for _kernel in ("flex", "rows") if _name in PLAIN else ("flex",):
+        ALL_ATTENTION_FUNCTIONS.register(f"{PREFIX}{_kernel}_{_name}", _attention_of(_name))
+        ALL_MASK_ATTENTION_FUNCTIONS.register(f"{PREFIX}{_kernel}_{_name}", _mask_of(_kernel, _name))

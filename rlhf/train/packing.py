@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from rlhf.data.batching import Buckets, Row, length_bucket, packed_buckets
 from rlhf.engine.frozen import Frozen
 from rlhf.models.backbones import embedding_rows
-from rlhf.models.packed_attention import set_packing
+from rlhf.models.packed_attention import Kernel, comparing_gradients, kernels_for, set_packing
 from rlhf.train.batches import asking
 from rlhf.train.probing import padding_of
 
@@ -31,31 +31,57 @@ def allow_packing(model: Frozen) -> bool:
     hf = next((part for part in model.module.modules() if isinstance(part, PreTrainedModel)), None)
     if hf is None or not _causal(hf):  # an encoder, or what has a model of another role inside
         return False
-    problem = _difference(model, hf)
-    if not model.ranks.any(bool(problem)):
-        return True
-    set_packing(hf, False)
-    if model.ranks.is_main:
-        print(f"{type(hf).__name__}: length buckets, not packed rows: {problem or 'another rank differs'}", flush=True)
+    set_packing(hf, None)
+    problem = _unfit(hf)
+    kernels = () if problem else kernels_for(hf, model.ranks.device)
+    if not problem and not kernels:
+        problem = f"model.attention = {hf.config._attn_implementation} takes no rows one by one"
+    for place, kernel in enumerate(kernels):
+        problem = _difference(model, hf, kernel)
+        if not model.ranks.any(bool(problem)):
+            return True
+        if place + 1 < len(kernels):
+            _say(model, hf, f"packed rows attend one by one, not by FlexAttention: {problem or ANOTHER}")
+    set_packing(hf, None)
+    _say(model, hf, f"length buckets, not packed rows: {problem or ANOTHER}")
     return False
 
 
-def _difference(model: Frozen, hf: PreTrainedModel) -> str:
-    """Why ``hf`` cannot pack, in words; empty if it can."""
+ANOTHER = "another rank differs"
+
+
+def _say(model: Frozen, hf: PreTrainedModel, what: str) -> None:
+    if model.ranks.is_main:
+        print(f"{type(hf).__name__}: {what}", flush=True)
+
+
+def _unfit(hf: PreTrainedModel) -> str:
+    """Why ``hf`` need not be asked, in words; empty if it is to be."""
     if _draws(hf):
         return "it has dropout, and answers to one prompt would share what is dropped of it"
-    if not hf._can_set_attn_implementation() or set_packing(hf, False):
-        return "its attention is its own, not one of Transformers' interface"
-    rows = _rows(embedding_rows(hf), padding_of(hf.config))
+    return "" if hf._can_set_attn_implementation() else OWN
+
+
+OWN = "its attention is its own, not one of Transformers' interface"
+
+
+def _difference(model: Frozen, hf: PreTrainedModel, kernel: Kernel) -> str:
+    """Why ``hf`` cannot pack with ``kernel``, in words; empty if it can."""
+    limit = TOLERANCE.get(hf.dtype, 1e-3)
+    worst = 0.0
     try:
-        apart = _said(model, rows)
-        if not set_packing(hf, True):
-            return f"model.attention = {hf.config._attn_implementation} takes no rows one by one"
-        together = _said(model, rows)
+        for rows in _rows(embedding_rows(hf), padding_of(hf.config)):
+            set_packing(hf, None)
+            apart = _said(model, rows)
+            if not set_packing(hf, kernel):
+                return OWN
+            with comparing_gradients(recomputing=hf.is_gradient_checkpointing) as differences:
+                together = _said(model, rows)
+            worst = max(worst, float((together - apart).abs().max() / apart.abs().max().clamp_min(1e-30)))
+            if not max(differences, default=0.0) <= limit:
+                return f"its gradients are others, by {max(differences):.2g} of the largest number ({limit})"
     except Exception as error:  # whatever a model's own code raises
         return f"{type(error).__name__}: {str(error)[:200]}"
-    worst = float((together - apart).abs().max() / apart.abs().max().clamp_min(1e-30))
-    limit = TOLERANCE.get(hf.dtype, 1e-3)
     return "" if worst <= limit else f"it says something else of them, {worst:.2g} of the largest number ({limit})"
 
 
@@ -73,13 +99,16 @@ def _draws(hf: PreTrainedModel) -> bool:
     return False
 
 
-def _rows(vocabulary: int, pad: int | None) -> list[Row]:
-    """Answers to one prompt and a row of its own, all of different lengths."""
+def _rows(vocabulary: int, pad: int | None) -> Iterator[list[Row]]:
+    """Answers to one prompt and a row of its own, all of different lengths; and rows that have nothing in common."""
     tokens = (np.arange(40) * 7919 + 11) % vocabulary
     tokens = tokens[tokens != pad]
     prompt, *rest = np.split(tokens, [6, 15, 19, 26])
-    texts = [np.concatenate([prompt, rest[0]]), np.concatenate([prompt, rest[1]]), rest[2], prompt[:4]]
-    return [Row(text, np.arange(len(text)) > 0) for text in texts]
+    for texts in (
+        [np.concatenate([prompt, rest[0]]), np.concatenate([prompt, rest[1]]), rest[2], prompt[:4]],
+        [prompt, rest[0], rest[1], rest[2]],
+    ):
+        yield [Row(text, np.arange(len(text)) > 0) for text in texts]
 
 
 @torch.no_grad()

@@ -1,17 +1,28 @@
 """Packed rows give the states and gradients of ordinary ones, family by family."""
 
+import collections
+import functools
+import itertools
+
 import numpy as np
 import pytest
 import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention import flex_attention
 from transformers import AutoModelForCausalLM
+from transformers import modeling_flash_attention_utils as flash_utils
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    causal_mask_function,
+    sliding_window_causal_mask_function,
+)
 
-from rlhf.core.packing import pack
+from rlhf.core.packing import pack, padded_length
 from rlhf.models.backbones import switch_dropout_off
 from rlhf.models.hidden_states import last_states
-from rlhf.models.packed_attention import packs, set_packing
+from rlhf.models.packed_attention import kernel_of, packed, set_packing
 
 SIZES = {"vocab_size": 120, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
          "intermediate_size": 48, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1,
@@ -66,7 +77,7 @@ def model_of(family):
 def asked(model, rows, groups, *, packed):
     """States of each row, and gradients of a sum that weighs every number of them on its own."""
     blocks = blocks_of(rows, groups)
-    assert set_packing(model, packed) is packed
+    assert set_packing(model, packed or None) is bool(packed)
     model.zero_grad()
     found = last_states(model, [torch.from_numpy(tokens) for tokens, _ in blocks], pack(blocks) if packed else None)
     states = {}
@@ -93,33 +104,162 @@ def test_packed_rows_have_the_states_and_gradients_of_ordinary_ones(family):
     groups = [[0, 3], [1, 4, 5, 2]]
     packing = pack(blocks_of(rows, groups))
     assert len(packing.tokens) == sum(map(len, rows)) - 2 * len(PROMPT) - 5, "what rows begin alike with stands once"
-    assert_equal(asked(model, rows, groups, packed=True), asked(model, rows, groups, packed=False))
+    assert_equal(asked(model, rows, groups, packed="rows"), asked(model, rows, groups, packed=None))
 
 
 @pytest.mark.parametrize("family", ["Llama", "Gemma2"])
 def test_with_recomputed_activations_too(family):
     model, rows, groups = model_of(family), texts(4, 9), [[1, 0], [2, 3, 4]]
-    expected = asked(model, rows, groups, packed=False)
+    expected = asked(model, rows, groups, packed=None)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    assert_equal(asked(model, rows, groups, packed=True), expected)
+    assert_equal(asked(model, rows, groups, packed="rows"), expected)
+
+
+@pytest.fixture
+def flex_on_cpu(monkeypatch):
+    """PyTorch's own reference of FlexAttention, which it has for a CPU; it refuses gradients there without need."""
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *inputs: None)
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@pytest.mark.usefixtures("flex_on_cpu")
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("family", sorted({*FAMILIES} - {"GptOss"}))  # attention sinks: not on a CPU
+def test_flex_attention_over_the_tree_has_the_states_and_gradients_of_ordinary_rows(family):
+    model, rows = model_of(family), texts(12, 7, 3)
+    expected = asked(model, rows, [[0, 3], [1, 4, 5, 2]], packed=None)
+    assert_equal(asked(model, rows, [[0, 3], [1, 4, 5, 2]], packed="flex"), expected)
+    assert_equal(asked(model, rows, [[5, 4, 3, 2, 1, 0]], packed="flex"), expected)
+
+
+@pytest.mark.usefixtures("flex_on_cpu")
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_flex_attention_with_recomputed_activations_too():
+    model, rows, groups = model_of("Mistral"), texts(4, 9), [[1, 0], [2, 3, 4]]
+    expected = asked(model, rows, groups, packed=None)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert_equal(asked(model, rows, groups, packed="flex"), expected)
+
+
+@pytest.mark.usefixtures("flex_on_cpu")
+@pytest.mark.parametrize("window", [None, 4])
+def test_each_token_sees_the_past_of_its_own_row_within_the_window(window):
+    rows, groups = texts(12, 7, 3), [[0, 3], [1, 4, 5, 2]]
+    packing = pack(blocks_of(rows, groups)).padded()
+    plain = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
+    make = ALL_MASK_ATTENTION_FUNCTIONS["packed_flex_sdpa"]
+    with packed(packing):
+        (found,) = make(mask_function=plain, device=torch.device("cpu")).masks
+    count = len(packing.tokens)
+    places = torch.arange(count)
+    sees = found.mask_mod(torch.zeros(()), torch.zeros(()), places[:, None], places[None])
+    # By hand: where the tokens of each row stand in the sequence.
+    expected = torch.zeros(count, count, dtype=torch.bool)
+    order = [index for group in groups for index in group]
+    slots = [block[place] for block in packing.blocks(packing.slots) for place in range(len(block))]
+    for index, row in zip(order, slots, strict=True):
+        for end, place in enumerate(row[: len(rows[index])].tolist()):
+            start = 0 if window is None else max(0, end - window + 1)
+            expected[place, row[start : end + 1]] = True
+    real = len(packing.first)
+    expected[range(real, count), range(real, count)] = True  # padding: each token sees itself
+    assert torch.equal(sees, expected)
+    assert found.to_dense().bool().all(), "blocks that hold a pair are never left out"
+
+
+def test_kernels_are_built_for_few_lengths_that_are_hardly_longer():
+    lengths = {count: padded_length(count) for count in range(2048, 16384)}
+    assert all(count <= length for count, length in lengths.items())
+    assert len({*lengths.values()}) <= 32 * 3 + 1
+    assert sum(lengths.values()) / sum(lengths) < 1.02 and max(a / b - 1 for b, a in lengths.items()) < 1 / 32
+
+
+@pytest.fixture
+def flash(monkeypatch):
+    """flash-attn's function for rows of different lengths, in a few lines; what it was called with."""
+    calls = []
+
+    def varlen(query, key, value, **options):
+        calls.append(options)
+        assert torch.equal(options["cu_seqlens_q"], options["cu_seqlens_k"])
+        assert options["cu_seqlens_q"].dtype == torch.int32 and options["causal"]
+        starts = options["cu_seqlens_q"].tolist()
+        assert max(b - a for a, b in itertools.pairwise(starts)) == options["max_seqlen_q"] == options["max_seqlen_k"]
+        repeats = query.shape[1] // key.shape[1]
+        found = []
+        for start, end in itertools.pairwise(starts):
+            one, other, third = (part[start:end].transpose(0, 1) for part in (query, key, value))
+            other, third = (part.repeat_interleave(repeats, dim=0) for part in (other, third))
+            places = torch.arange(end - start)
+            sees = places[:, None] >= places[None]
+            if options.get("window_size") not in (None, (-1, -1)):
+                sees &= places[:, None] - places[None] <= options["window_size"][0]
+            scores = (one @ other.transpose(1, 2)) * options["softmax_scale"]
+            found.append((scores.masked_fill(~sees, -torch.inf).softmax(-1) @ third).transpose(0, 1))
+        return torch.cat(found)
+
+    def functions(implementation, **_):
+        assert implementation == "flash_attention_2"
+        named = {"cache_seqlens": False, "block_table": False, "page_table": False}
+        supported = collections.defaultdict(lambda: True, named)
+        process = functools.partial(flash_utils._process_flash_attention_kwargs, supports_mapping=supported)
+        return (None, varlen, None, None, None), (process, None)
+
+    monkeypatch.setattr(flash_utils, "lazy_import_flash_attention", functions)
+    return calls
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral"])
+def test_flash_attention_is_told_where_rows_begin_if_none_begins_like_another(family, flash):
+    model = model_of(family)
+    rows = [np.concatenate([[20 + index], row]) for index, row in enumerate(texts(12, 7, 3))]
+    groups = [[0, 3], [1, 4, 5, 2]]
+    expected = asked(model, rows, groups, packed=None)
+    model.config._attn_implementation_internal = "flash_attention_2"
+    assert_equal(asked(model, rows, groups, packed="flex"), expected)
+    padded = padded_length(sum(map(len, rows)))
+    assert [call["cu_seqlens_q"][-1] for call in flash] == [padded] * model.config.num_hidden_layers
+    starts = flash[0]["cu_seqlens_q"].diff().tolist()
+    assert sorted(starts) == sorted([*map(len, rows), *[1] * (padded - sum(map(len, rows)))])
+    assert ("window_size" in flash[0]) == (family == "Mistral")
+    assert model.config._attn_implementation == "packed_flex_flash_attention_2"
+
+
+@pytest.mark.usefixtures("flex_on_cpu")
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_flash_attention_gives_way_to_flex_attention_where_rows_begin_alike(flash):
+    model, rows, groups = model_of("Llama"), texts(12, 7, 3), [[0, 3], [1, 4, 5, 2]]
+    expected = asked(model, rows, groups, packed=None)
+    model.config._attn_implementation_internal = "flash_attention_2"
+    assert_equal(asked(model, rows, groups, packed="flex"), expected)
+    assert not flash
+
+
+def test_one_token_that_all_rows_begin_with_is_not_worth_a_tree():
+    generator = np.random.default_rng(0)
+    rows = [np.concatenate([[1], generator.integers(20, 120, length)]) for length in (90, 70, 80, 100)]
+    packing = pack(blocks_of(rows, [[0, 1], [2, 3]]))
+    assert len(packing.tokens) == sum(map(len, rows)) == sum(packing.lengths) and not len(packing.repeats)
+    assert pack(blocks_of([row[:20] for row in rows], [[0, 1], [2, 3]])).lengths == ()
 
 
 def test_results_do_not_depend_on_how_rows_are_packed():
     model, rows = model_of("Qwen3"), texts(8, 2, 5)
-    first = asked(model, rows, [[0, 3], [1, 2, 4, 5]], packed=True)
-    assert_equal(asked(model, rows, [[5, 4, 3, 2, 1, 0]], packed=True), first)
+    first = asked(model, rows, [[0, 3], [1, 2, 4, 5]], packed="rows")
+    assert_equal(asked(model, rows, [[5, 4, 3, 2, 1, 0]], packed="rows"), first)
 
 
 def test_a_model_that_packs_takes_ordinary_rows_as_before():
     model, rows, groups = model_of("Llama"), texts(8, 2), [[0, 1, 2, 3, 4]]
-    expected = asked(model, rows, groups, packed=False)
+    expected = asked(model, rows, groups, packed=None)
     tokens = torch.from_numpy(blocks_of(rows, groups)[0][0])
-    assert set_packing(model, True)
+    assert set_packing(model, "rows")
     (states,) = last_states(model, [tokens])
     for index, values in expected[0].items():
         assert torch.equal(states[index, : len(values)].detach(), values)
     written = model.generate(tokens[:1], max_new_tokens=4, do_sample=False, pad_token_id=0)
-    assert set_packing(model, False) is False and not packs(model)
+    assert set_packing(model, None) is False and kernel_of(model) is None
     assert torch.equal(written, model.generate(tokens[:1], max_new_tokens=4, do_sample=False, pad_token_id=0))
 
 
@@ -133,6 +273,13 @@ def test_every_place_finds_its_token_and_the_past_of_it_once(rows, data):
     packing = pack(blocks)
     pasts = {tuple(row[: end + 1]) for row in rows for end in range(len(row))}
     assert len(packing.tokens) == len(pasts)
+    order = [index for group in groups for index in group]
+    slots = [block[place] for block in packing.blocks(packing.slots) for place in range(len(block))]
+    past = {int(place): tuple(rows[i][: end + 1]) for i, row in zip(order, slots, strict=True)
+            for end, place in enumerate(row[: len(rows[i])])}  # fmt: skip
+    for one, other in itertools.product(past, past):
+        sees = other <= one < packing.ends[other]
+        assert sees == (past[one][: len(past[other])] == past[other])
     for found, (tokens, lengths) in zip(packing.blocks(packing.spread(packing.tokens)), blocks, strict=True):
         for place, length in enumerate(lengths):
             assert found[place, :length].tolist() == tokens[place, :length].tolist()
