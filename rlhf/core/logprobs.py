@@ -77,7 +77,9 @@ def token_logprobs(
     check_same_shape(hidden=hidden[..., 0], targets=targets, response_mask=response_mask)
     if chunk_tokens is None:
         chunk_tokens = tokens_at_once(len(head_weight))
-    check_positive(chunk_tokens=chunk_tokens, softcap=1.0 if softcap is None else softcap, temperature=temperature)
+    check_positive(
+        chunk_tokens=chunk_tokens, softcap=1.0 if softcap is None else softcap, temperature=temperature
+    )
     shape = _LogitShape(logit_scale, softcap, temperature, chunk_tokens, with_square_sums, with_entropies)
     logprobs, squares, entropies = _ChunkedLogprobs.apply(
         hidden[response_mask], head_weight, head_bias, targets[response_mask], shape

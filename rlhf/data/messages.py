@@ -237,7 +237,9 @@ def _tool(place: str, entry: Any) -> dict[str, Any]:
     parsed = _parsed_object(entry)
     function = parsed.get("function", parsed) if isinstance(parsed, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
-        raise BadRow("wrong type", f"{place} is {described(entry)}, expected a function with a name")
+        raise BadRow(
+            "wrong type", f"{place} is {described(entry)}, expected a function with a name"
+        )
     return parsed if "function" in parsed else {"type": "function", "function": function}
 
 

@@ -192,7 +192,9 @@ class RowsConfig:
             raise ValueError("train names no source")
         for source in self.eval_sources:
             if source.weight != 1:
-                raise ValueError(f"eval source {source.path} has a weight ({source.weight}), which is for training")
+                raise ValueError(
+                    f"eval source {source.path} has a weight ({source.weight}), which is for training"
+                )
 
     @property
     def template_choice(self) -> TemplateChoice:

@@ -169,7 +169,9 @@ def to_prompt(value: Any, columns: PromptColumns, *, row_id: str, source: str) -
         raise BadRow("no prompt", f"the prompt ends with a message from {prompt[-1]['role']!r}, expected 'user'")
     prompt = row.with_context(prompt)
     notes, unread = row.noticed()
-    record = PromptRecord(row_id=row_id, source=source, prompt=prompt, columns=row.others(), notes=notes, unread=unread)
+    record = PromptRecord(
+        row_id=row_id, source=source, prompt=prompt, columns=row.others(), notes=notes, unread=unread
+    )
     return record, shape
 
 

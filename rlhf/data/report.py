@@ -188,7 +188,9 @@ def write_quarantine(path: Path, sources: list[SourceReport]) -> None:
     write_text(path, "".join(json.dumps(asdict(row)) + "\n" for row in rows))
 
 
-def refuse_bad_sources(sources: list[SourceReport], max_share: float, quarantine: Path | None, *, check: str) -> None:
+def refuse_bad_sources(
+    sources: list[SourceReport], max_share: float, quarantine: Path | None, *, check: str
+) -> None:
     """Stop if no row of a source can be used, or if too large a share of the training or of the eval rows is bad.
 
     Args:
@@ -225,10 +227,14 @@ def _nothing_in(source: SourceReport) -> list[str]:
 
 def _too_many_bad(sources: list[SourceReport], max_share: float) -> list[str]:
     rows = sum(source.rows for source in sources)
-    bad = sum(len({(row.file, row.line) for row in source.left_out if row.reason not in NOT_BAD}) for source in sources)
+    bad = sum(
+        len({(row.file, row.line) for row in source.left_out if row.reason not in NOT_BAD}) for source in sources
+    )
     if bad <= max_share * rows:
         return []
-    head = f"data.{sources[0].role}: {bad} of {rows} rows are bad ({bad / rows:.1%}; allowed: {max_share:.1%})"
+    head = (
+        f"data.{sources[0].role}: {bad} of {rows} rows are bad ({bad / rows:.1%}; allowed: {max_share:.1%})"
+    )
     return ["\n".join([head, *_reasons(sources)])]
 
 

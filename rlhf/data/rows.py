@@ -57,36 +57,22 @@ _RATINGS = {"rating", "score", "stars"}
 _TRUTHS = {"true": True, "1": True, "false": False, "0": False}
 
 _KNOWN_SHAPES = (
-    (
-        {"response_0", "response_1", "better_response_id"},
-        "PKU-SafeRLHF",
-        "chosen=response_0 rejected=response_1 better=better_response_id",
-    ),
-    (
-        {"response1", "response2", "overall_preference"},
-        "HelpSteer3",
-        "prompt=context chosen=response1 rejected=response2 strength=overall_preference",
-    ),
-    (
-        {"response_1", "response_2", "preference_strength"},
-        "HelpSteer2's preferences",
-        "chosen=response_1 rejected=response_2 strength=preference_strength",
-    ),
-    (
-        {"conversation_a", "conversation_b", "winner"},
-        "Chatbot Arena",
-        "chosen=conversation_a rejected=conversation_b better=winner",
-    ),
+    ({"response_0", "response_1", "better_response_id"}, "PKU-SafeRLHF", "chosen=response_0 rejected=response_1 "
+     "better=better_response_id"),
+    ({"response1", "response2", "overall_preference"}, "HelpSteer3", "prompt=context chosen=response1 "
+     "rejected=response2 strength=overall_preference"),
+    ({"response_1", "response_2", "preference_strength"}, "HelpSteer2's preferences", "chosen=response_1 "
+     "rejected=response_2 strength=preference_strength"),
+    ({"conversation_a", "conversation_b", "winner"}, "Chatbot Arena", "chosen=conversation_a "
+     "rejected=conversation_b better=winner"),
     ({"response_a", "response_b", "winner"}, "Chatbot Arena", "chosen=response_a rejected=response_b better=winner"),
     ({"instruction", "completions"}, "UltraFeedback", "prompt=instruction"),
     ({"instruction", "input", "output"}, "Alpaca", "prompt=instruction input=input completion=output"),
     ({"instruction", "output"}, "Alpaca", "prompt=instruction completion=output"),
-    (
-        {"question", "response_j", "response_k"},
-        "paired StackExchange",
-        "prompt=question chosen=response_j rejected=response_k",
-    ),
-    ({"question", "response", "system_prompt"}, "OpenOrca", "prompt=question completion=response system=system_prompt"),
+    ({"question", "response_j", "response_k"}, "paired StackExchange", "prompt=question chosen=response_j "
+     "rejected=response_k"),
+    ({"question", "response", "system_prompt"}, "OpenOrca", "prompt=question completion=response "
+     "system=system_prompt"),
     ({"question", "chosen", "rejected"}, "Orca's pairs", "prompt=question system=system"),
     ({"instruction", "chosen", "rejected"}, "Alpaca's pairs", "prompt=instruction input=input"),
     ({"instruction", "chosen_response"}, "UltraFeedback's pairs", "prompt=instruction"),
@@ -221,17 +207,11 @@ class RowReader:
         if isinstance(self.columns, ColumnConfig) and {"messages", "conversations"} & self._value.keys():
             return BadRow(reason, f"{detail}. These look like conversations, as SFT reads them (--kind conversations)")
         if {"response", "helpfulness"} <= self._value.keys() and isinstance(self.columns, ColumnConfig):
-            return BadRow(
-                reason,
-                f"{detail}. These look like HelpSteer2's ratings of single answers: its pairs are in "
-                "preference/preference.jsonl.gz",
-            )
+            return BadRow(reason, f"{detail}. These look like HelpSteer2's ratings of single answers: its pairs are in "
+                          "preference/preference.jsonl.gz")
         if _RATINGS & self._value.keys() and isinstance(self.columns, ColumnConfig):
-            return BadRow(
-                reason,
-                f"{detail}. One rated answer a row makes no pair: put all answers to a prompt into "
-                'one row, as a list "answers" of {"text": ..., "rating": ...}',
-            )
+            return BadRow(reason, f"{detail}. One rated answer a row makes no pair: put all answers to a prompt into "
+                          'one row, as a list "answers" of {"text": ..., "rating": ...}')
         return BadRow(reason, detail)
 
     def note(self, text: str) -> None:

@@ -34,7 +34,9 @@ def check_precision(config: EngineConfig, device: torch.device, setting: str = "
         ConfigError: if ranks on ``device`` cannot train in the precision of the recipe.
     """
     if config.precision == "float16" and device.type == "cpu":
-        raise ConfigError(f"{setting} = float16 needs a GPU, and this rank has none: take float32, bfloat16 or auto")
+        raise ConfigError(
+            f"{setting} = float16 needs a GPU, and this rank has none: take float32, bfloat16 or auto"
+        )
 
 
 def run_values(

@@ -219,7 +219,9 @@ def refused_by_deepspeed(config: dict[str, Any]) -> Iterator[str]:
 
 def _unknown_fields(section: dict[str, Any], model: type[DeepSpeedConfigModel], path: str) -> Iterator[str]:
     """Unknown and deprecated fields of one section and the sections inside it."""
-    fields = {alias: field for name, field in model.model_fields.items() for alias in (name, field.alias or name)}
+    fields = {
+        alias: field for name, field in model.model_fields.items() for alias in (name, field.alias or name)
+    }
     for key, value in section.items():
         if key not in fields:
             yield f"{path}.{key} = {shown(value)}: {_unknown(key, fields)}"

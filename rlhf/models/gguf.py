@@ -55,7 +55,9 @@ def embedded_model() -> Path:
     folder = Path(next(iter(spec.submodule_search_locations)))
     found = sorted(folder.glob("*.gguf"))
     if len(found) != 1:
-        raise ModelError(f"{folder}: {len(found)} GGUF files where one was expected: {install} --force-reinstall")
+        raise ModelError(
+            f"{folder}: {len(found)} GGUF files where one was expected: {install} --force-reinstall"
+        )
     return found[0]
 
 
@@ -115,7 +117,9 @@ def _check_gguf(source: Path) -> None:
 def _check_packages() -> None:
     missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ModelError(f"importing GGUF files needs packages that are not installed: pip install {' '.join(missing)}")
+        raise ModelError(
+            f"importing GGUF files needs packages that are not installed: pip install {' '.join(missing)}"
+        )
 
 
 def _describe(source: Path, dtype: str) -> dict[str, Any]:
@@ -193,7 +197,9 @@ def _split_digits(tokenizer: Any, source: Path) -> None:
 
     field = GGUFReader(str(source)).fields.get("tokenizer.ggml.pre")
     backend = tokenizer.backend_tokenizer
-    taken_for_gpt2 = isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel) and backend.pre_tokenizer.use_regex
+    taken_for_gpt2 = (
+        isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel) and backend.pre_tokenizer.use_regex
+    )
     if field is not None and field.contents() in SINGLE_DIGIT_SPLITS and taken_for_gpt2:
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]

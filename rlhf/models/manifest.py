@@ -109,7 +109,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise ModelError(f"{path}: is damaged (no format_version); {way_out}")
     if version > FORMAT_VERSION:
         raise ModelError(
-            f"{path}: has format {version}, and this margin-rlhf reads up to {FORMAT_VERSION}; upgrade margin-rlhf"
+            f"{path}: has format {version}, and this margin-rlhf reads up to {FORMAT_VERSION}; "
+            "upgrade margin-rlhf"
         )
     unknown = sorted(set(values) - {each.name for each in fields(Manifest)})
     try:

@@ -116,7 +116,11 @@ def required_embedding_rows(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def _existing_candidates(tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str | None, str]]:
     yield tokenizer.pad_token, "the tokenizer's own padding token, which never ends a text"
-    own = f"its own ({tokenizer.pad_token}) can end a text" if tokenizer.pad_token else "it has no padding token"
+    own = (
+        f"its own ({tokenizer.pad_token}) can end a text"
+        if tokenizer.pad_token
+        else "it has no padding token"
+    )
     yield tokenizer.unk_token, f"unknown token: {own}"
     for token in _idle_special_tokens(tokenizer):
         yield token, f"special token without a use in the chat template: {own}"
@@ -124,7 +128,9 @@ def _existing_candidates(tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[s
 
 def _idle_special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Special tokens that say by their name that they are free or made for padding."""
-    special = [str(added.content) for _, added in sorted(tokenizer.added_tokens_decoder.items()) if added.special]
+    special = [
+        str(added.content) for _, added in sorted(tokenizer.added_tokens_decoder.items()) if added.special
+    ]
     for_padding = [token for token in special if "pad" in token.lower()]
     free = [token for token in special if any(word in token.lower() for word in ("reserved", "unused"))]
     return for_padding + free

@@ -122,7 +122,9 @@ class Says(LogitsProcessor):
 
 
 @pytest.mark.slow
-def test_a_base_model_trained_with_chatml_is_published_so_that_plain_generate_stops(tiny_model, tmp_path):
+def test_a_base_model_trained_with_chatml_is_published_so_that_plain_generate_stops(
+    tiny_model, tmp_path
+):
     base = tmp_path / "base"
     shutil.copytree(tiny_model, base)
     tokenizer = AutoTokenizer.from_pretrained(base)

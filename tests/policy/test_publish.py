@@ -87,7 +87,9 @@ def test_weights_that_were_not_saved_are_found_out_and_an_earlier_final_stays(tr
 
 def test_an_adapter_ends_where_training_did_though_its_base_does_not(trained, tiny_model, tmp_path):
     _, _, published = trained()
-    model = build_policy(replace(published.model, publish_lora="adapter"), dtype=torch.float32, vocabulary=1, seed=0)
+    model = build_policy(
+        replace(published.model, publish_lora="adapter"), dtype=torch.float32, vocabulary=1, seed=0
+    )
     tokenizer = published.chat.tokenizer
     other = tokenizer.convert_tokens_to_ids("a")
     assert other not in AutoModelForCausalLM.from_pretrained(tiny_model).generation_config.to_dict().values()

@@ -50,6 +50,8 @@ def make_sampler(tiny_policy):
 
     def make(policy: PolicyModel | None = None, eos=(), tokenizer=None, **sampling) -> HfSampler:
         model = ReplicatedModel(tiny_policy() if policy is None else policy, ALONE)
-        return HfSampler(model, SamplingConfig(**sampling), eos_token_ids=eos, pad_token_id=2, tokenizer=tokenizer)
+        return HfSampler(
+            model, SamplingConfig(**sampling), eos_token_ids=eos, pad_token_id=2, tokenizer=tokenizer
+        )
 
     return make

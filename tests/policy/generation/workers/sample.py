@@ -34,7 +34,9 @@ def my_places(first: int, rank: int, ranks: int) -> list[int]:
 def draw(engine, weights, places: list[int], seed: int) -> list[list[int]]:
     """Tokens of the responses to all prompts, on every rank."""
     config = SamplingConfig(max_new_tokens=20, batch_rows=3, temperature=1.3)
-    sampler = HfSampler(weights.model, config, eos_token_ids=range(0, 321, 15), pad_token_id=2, synced=weights.synced)
+    sampler = HfSampler(
+        weights.model, config, eos_token_ids=range(0, 321, 15), pad_token_id=2, synced=weights.synced
+    )
     weights.refresh()
     generator = np.random.default_rng(0)
     prompts = [generator.integers(3, 300, 1 + place % 5) for place in range(COUNT)]
