@@ -9,20 +9,19 @@ difference is shown. On a GPU, packed rows are padded to one of a few lengths, s
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
+from policy.model import build_policy
 from rlhf.core.packing import padded_length
-from rlhf.data.batching import Batch, token_blocks
+from rlhf.data.batching import Batch, ItemSource, token_blocks
 from rlhf.data.options import DataConfig
 from rlhf.data.preferences import load_preferences
 from rlhf.engine.frozen import ReplicatedModel
 from rlhf.engine.ranks import single_rank
-from rlhf.models.backbones import load_causal_lm
 from rlhf.models.hidden_states import last_states
 from rlhf.models.options import BackboneConfig
 from rlhf.models.packed_attention import kernel_of, set_packing
@@ -44,12 +43,12 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def count(maker: BatchMaker, loaded: object, steps: int) -> None:
+def count(maker: BatchMaker, loaded: ItemSource, steps: int) -> None:
     """Print what would be computed of all steps of an epoch."""
     real = padded = packed = longer = 0
     lengths = set()
     for step in range(steps):
-        for batch in maker.step(loaded, step):  # type: ignore[arg-type]
+        for batch in maker.step(loaded, step):
             assert batch.buckets.packing is not None
             tokens = len(batch.buckets.packing.tokens)
             packed, longer = packed + tokens, longer + padded_length(tokens)
@@ -61,23 +60,13 @@ def count(maker: BatchMaker, loaded: object, steps: int) -> None:
     print(f"on a GPU: {len(lengths)} lengths from {min(lengths)} to {max(lengths)}, {1 - packed / longer:.1%} padding")
 
 
-def gradients(model: PreTrainedModel, batches: list[Batch]) -> Tensor:
+def gradients(model: Any, batches: list[Batch]) -> Tensor:
     model.zero_grad(set_to_none=True)
     for batch in batches:
         states = list(last_states(model, *token_blocks(batch.buckets)))
         last = [block[bucket.token_mask].float() for block, bucket in zip(states, batch.buckets, strict=True)]
         sum(each.square().mean() for each in last).backward()  # type: ignore[union-attr]
     return torch.cat([each.grad.flatten() for each in model.parameters() if each.grad is not None])
-
-
-def seconds(work: Callable[[], object]) -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def main() -> None:
@@ -93,8 +82,8 @@ def main() -> None:
         return
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     backbone = BackboneConfig(path=options.model, layers=options.layers)
-    model = load_causal_lm(backbone, dtype=dtype, vocabulary=len(chat.tokenizer)).to(ranks.device)  # type: ignore[arg-type]
-    placed = ReplicatedModel(model, ranks)
+    policy = build_policy(backbone, dtype=dtype, vocabulary=len(chat.tokenizer), seed=0, checked=False)
+    placed, model = ReplicatedModel(policy, ranks), policy.hf
     kernel = kernel_of(model) if allow_packing(placed) else None
     model.requires_grad_(True).train()
     found: dict[str, list[float]] = {"length buckets": [], "packed rows": []}
@@ -105,7 +94,11 @@ def main() -> None:
             set_packing(model, way)
             if not step:
                 gradients(model, batches)  # warm: memory, kernels
-            found[name].append(seconds(lambda name=name: each.update({name: gradients(model, batches)})))  # type: ignore[misc]
+            start = time.perf_counter()
+            each[name] = gradients(model, batches)
+            if ranks.device.type == "cuda":
+                torch.cuda.synchronize()
+            found[name].append(time.perf_counter() - start)
         apart, together = each.values()
         difference = float((apart - together).abs().max() / apart.abs().max())
         print(f"step {step + 1}: " + ", ".join(f"{name} {times[-1]:.2f} s" for name, times in found.items()))
