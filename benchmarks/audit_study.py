@@ -55,7 +55,8 @@ def planted(pairs: OutOfFold, share: float, part: float, seed: int) -> OutOfFold
     kept = np.sort(draw.permutation(len(pairs.prompts))[: round(part * len(pairs.prompts))])
     labels = np.ones(len(kept))
     labels[draw.permutation(len(kept))[: round(share * len(kept))]] = -1
-    values = Differences(pairs.differences.values[kept])
+    answers = pairs.differences.answers
+    values = Differences(pairs.differences.values[kept], None if answers is None else answers[kept])
     return replace(
         pairs, differences=values, prompts=pairs.prompts[kept], groups=pairs.groups[kept], labels=labels, seed=seed
     )

@@ -1,4 +1,4 @@
-"""Makes one margin per pair as the recipe's margin section says, with warm-up, queue and telemetry."""
+"""Makes one margin or weight per pair as a section of the recipe says, with warm-up, queue and telemetry."""
 
 from collections import defaultdict
 from typing import Any
@@ -6,22 +6,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reward.config import MarginConfig
+from reward.config import MarginConfig, WeightConfig
 from reward.margins import OptimalTransportMargins
 from reward.pairs import Pairs
-from reward.tables import MARGINS
 from reward.telemetry import margin_telemetry
+from reward.weights import TransportWeights
 
 FROM_MODEL = {"chosen_rewards", "rejected_rewards", "chosen_embeddings", "rejected_embeddings"}
 
 
-
 class MarginMaker:
-    """Makes the margins of a step from the pairs of all ranks, and looks them up by position."""
+    """Makes the margins, or weights, of a step from the pairs of all ranks, and looks them up by position."""
 
-    def __init__(self, config: MarginConfig, total_steps: int) -> None:
+    def __init__(self, config: MarginConfig | WeightConfig, total_steps: int) -> None:
         self._config = config
-        self._row = MARGINS[config.kind]
+        self._row = config.row
         self._parameters = {name: config.values[name] for name in self._row.hyperparameters}
         self._warmup_steps = round(config.warmup_share * total_steps)
         self._scale = config.scale
@@ -38,7 +37,8 @@ class MarginMaker:
 
     def make(self, pairs: Pairs, pairs_in_step: int) -> Tensor:
         """``(B,)`` margins of pairs from all ranks; kept for :meth:`of`."""
-        margins = self._scale * self._raw_margins(pairs)
+        neutral = self._config.neutral
+        margins = neutral + self._scale * (self._raw_margins(pairs) - neutral)
         if not len(self._table):
             self._table = margins.new_full((pairs_in_step,), torch.nan)
         self._table[pairs.positions] = margins
@@ -55,8 +55,8 @@ class MarginMaker:
         for count, metrics in self._transport:
             for name, value in metrics.items():
                 means[name] += value * count / total
-        if self._transport:
-            means["margin/residual"] = max(metrics["margin/residual"] for _, metrics in self._transport)
+        for name in filter(lambda name: name.endswith("/residual"), means):
+            means[name] = max(metrics[name] for _, metrics in self._transport)
         return dict(means)
 
     def state_dict(self) -> dict[str, Any]:
@@ -70,7 +70,7 @@ class MarginMaker:
         values = {name: getattr(pairs, name) for name in self._row.inputs}
         if not all(bool(torch.isfinite(values[name]).all()) for name in values.keys() & FROM_MODEL):
             # The loss of such a pair is not finite either, so the step is about to be dropped on all ranks.
-            return torch.zeros_like(pairs.chosen_rewards)
+            return torch.full_like(pairs.chosen_rewards, self._config.neutral)
         if self._queue is not None:
             embeddings, rewards = self._queue
             values["rejected_embeddings"] = torch.cat([values["rejected_embeddings"], embeddings])
@@ -80,7 +80,7 @@ class MarginMaker:
             return result
         self._transport.append((len(pairs), _plan_metrics(result, pairs)))
         self._push(pairs.rejected_embeddings, result.rejected_rewards[: len(pairs)])
-        return result.margins
+        return result.per_pair
 
     def _push(self, embeddings: Tensor, rewards: Tensor) -> None:
         """First in, first out; rewards as they entered the cost, so that centering is not done twice."""
@@ -92,7 +92,14 @@ class MarginMaker:
         self._queue = embeddings[-limit:], rewards[-limit:]
 
 
-def _plan_metrics(result: OptimalTransportMargins, pairs: Pairs) -> dict[str, float]:
+def _plan_metrics(result: OptimalTransportMargins | TransportWeights, pairs: Pairs) -> dict[str, float]:
+    if isinstance(result, TransportWeights):
+        weights = result.weights
+        return {
+            "weight/lowest": float(weights.min()),
+            "weight/sd": float(weights.std(correction=0)),
+            "weight/residual": result.residual,
+        }
     everything = margin_telemetry(
         result.margins, pairs.chosen_rewards, pairs.rejected_rewards, transport=result
     )

@@ -40,6 +40,27 @@ class OptimalTransportMargins:
     """``(N,)`` rewards of the columns as they entered the cost (centered, if asked for). A queue that brings
     columns back later keeps the first B of these, with their embeddings."""
 
+    @property
+    def per_pair(self) -> Tensor:
+        """``(B,)`` what was made."""
+        return self.margins
+
+
+@dataclass(frozen=True)
+class PairCosts:
+    """How hard it is to tell B chosen rows from N rejected columns."""
+
+    reward_part: Tensor
+    """``(B, N)``; 0 where row or column has weight 0."""
+    semantic_part: Tensor
+    """``(B, N)``, likewise."""
+    rows: Tensor
+    """``(B,)`` marginal of the rows, of sum 1."""
+    columns: Tensor
+    """``(N,)`` marginal of the columns, of sum 1."""
+    rejected_rewards: Tensor
+    """``(N,)`` rewards of the columns as they entered the cost."""
+
 
 @torch.no_grad()
 def optimal_transport_margins(
@@ -98,6 +119,56 @@ def optimal_transport_margins(
         ``center_rewards=False``. Row normalization, centering, "signed" and the other readings are ours: see
         docs/papers.md.
     """
+    costs = pair_costs(
+        chosen_embeddings,
+        rejected_embeddings,
+        chosen_rewards,
+        rejected_rewards,
+        reward_weight=reward_weight,
+        semantic_weight=semantic_weight,
+        reward_cost=reward_cost,
+        center_rewards=center_rewards,
+        chosen_weights=chosen_weights,
+        rejected_weights=rejected_weights,
+    )
+    reward_part, semantic_part, rows, columns = costs.reward_part, costs.semantic_part, costs.rows, costs.columns
+    cost = reward_part + semantic_part
+    plan, residual, converged = _coupling(reading, cost, rows, columns, epsilon, max_iterations)
+    shares = plan if reading == "row_sum" else _row_normalized(plan)
+    reward_terms, semantic_terms = (shares * reward_part).sum(1), (shares * semantic_part).sum(1)
+    return OptimalTransportMargins(
+        margins=reward_terms + semantic_terms,
+        cost=cost,
+        plan=plan,
+        residual=residual,
+        converged=converged,
+        reward_terms=reward_terms,
+        semantic_terms=semantic_terms,
+        transport_cost=(plan * cost).sum(),
+        rejected_rewards=costs.rejected_rewards,
+    )
+
+
+@torch.no_grad()
+def pair_costs(
+    chosen_embeddings: Tensor,
+    rejected_embeddings: Tensor,
+    chosen_rewards: Tensor,
+    rejected_rewards: Tensor,
+    *,
+    reward_weight: float,
+    semantic_weight: float,
+    reward_cost: RewardCost,
+    center_rewards: bool,
+    chosen_weights: Tensor | None = None,
+    rejected_weights: Tensor | None = None,
+) -> PairCosts:
+    """The two terms of the cost of :func:`optimal_transport_margins`, whose arguments these are.
+
+    Raises:
+        ValueError: on shapes that do not fit, non-finite rewards or embeddings of non-zero weight, or an unknown
+            option.
+    """
     _check_shapes(chosen_embeddings, rejected_embeddings, chosen_rewards, rejected_rewards)
     dtype = _working_dtype(chosen_embeddings, rejected_embeddings, chosen_rewards, rejected_rewards)
     chosen_embeddings, rejected_embeddings = chosen_embeddings.to(dtype), rejected_embeddings.to(dtype)
@@ -119,21 +190,7 @@ def optimal_transport_margins(
     reward_part = (reward_weight * difficulty).masked_fill(unused, 0)
     cosines = _cosines(chosen_embeddings, rejected_embeddings)
     semantic_part = (semantic_weight * cosines).masked_fill(unused, 0)
-    cost = reward_part + semantic_part
-    plan, residual, converged = _coupling(reading, cost, rows, columns, epsilon, max_iterations)
-    shares = plan if reading == "row_sum" else _row_normalized(plan)
-    reward_terms, semantic_terms = (shares * reward_part).sum(1), (shares * semantic_part).sum(1)
-    return OptimalTransportMargins(
-        margins=reward_terms + semantic_terms,
-        cost=cost,
-        plan=plan,
-        residual=residual,
-        converged=converged,
-        reward_terms=reward_terms,
-        semantic_terms=semantic_terms,
-        transport_cost=(plan * cost).sum(),
-        rejected_rewards=rejected,
-    )
+    return PairCosts(reward_part, semantic_part, rows, columns, rejected)
 
 
 def no_margins(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:

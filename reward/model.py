@@ -2,14 +2,13 @@
 
 import json
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,6 +18,7 @@ from transformers import (
 )
 
 from reward.config import RewardModelConfig
+from reward.heads import Float32Linear, Heads, Judged, NonNegativeHead, draw, mean_head, mlp_head
 from reward.self_check import check_scores
 from rlhf.core.errors import ModelError
 from rlhf.core.files import write_json
@@ -45,6 +45,12 @@ class Scores:
     """``(R, D)`` input of the head: the last layer's state at the last real token."""
     logprobs: Tensor | None = None
     """``(R,)`` summed log-probabilities of the response tokens under the language-model head."""
+    variances: Tensor | None = None
+    """``(R,)`` float32 variances of the rewards, where the head knows them."""
+    divergences: Tensor | None = None
+    """``(R, 2)`` see :class:`reward.heads.Judged`."""
+    each: Tensor | None = None
+    """``(R, H)`` float32 rewards of the single heads, where there are several."""
 
 
 class RewardModel(nn.Module):
@@ -78,34 +84,41 @@ class RewardModel(nn.Module):
             parts = [self._score_states(states, bucket) for states, bucket in zip(blocks, buckets, strict=True)]
         else:
             parts = [self._score_encoder(bucket.tokens, bucket.token_mask) for bucket in buckets]
-        logprobs = [part.logprobs for part in parts if part.logprobs is not None]
-        return Scores(
-            rewards=torch.cat([part.rewards for part in parts]),
-            embeddings=torch.cat([part.embeddings for part in parts]),
-            logprobs=torch.cat(logprobs) if logprobs else None,
-        )
+        columns = [_joined([getattr(part, field.name) for part in parts]) for field in fields(Scores)]
+        return Scores(*columns)  # type: ignore[arg-type]
 
     def _score_states(self, states: Tensor, bucket: LengthBucket) -> Scores:
         scores = self._pool(states, bucket.token_mask)
         if self.lm_head is None:
             return scores
         logprobs = self.lm_head(states, bucket.tokens, bucket.response_mask)
-        return Scores(scores.rewards, scores.embeddings, logprobs)
+        return replace(scores, logprobs=logprobs)
 
     def score(self, tokens: Tensor, token_mask: Tensor) -> Tensor:
         """``(R,)`` rewards of ``(R, T)`` rows padded on either side, found by the mask alone."""
+        return self.score_in_full(tokens, token_mask).rewards
+
+    def score_in_full(self, tokens: Tensor, token_mask: Tensor) -> Scores:
+        """All that is known of ``(R, T)`` rows padded on either side, found by the mask alone."""
         if not self.is_decoder:
-            return self._score_encoder(tokens, token_mask).rewards
+            return self._score_encoder(tokens, token_mask)
         positions = (token_mask.long().cumsum(dim=1) - 1).clamp_min(0)
         output = backbone_of(self.hf)(
             input_ids=tokens, attention_mask=token_mask.long(), position_ids=positions, use_cache=False
         )
-        return self._pool(output.last_hidden_state, token_mask).rewards
+        return self._pool(output.last_hidden_state, token_mask)
 
     def _pool(self, states: Tensor, token_mask: Tensor) -> Scores:
         rows = torch.arange(len(states), device=states.device)
         pooled = states[rows, last_token_index(token_mask)]
-        return Scores(self.hf.get_submodule("score")(pooled).squeeze(-1), pooled)
+        head = self.hf.get_submodule("score")
+        if not isinstance(head, NonNegativeHead | Heads):
+            return Scores(head(pooled).squeeze(-1), pooled)
+        judged = head(pooled, in_full=True)
+        assert isinstance(judged, Judged)
+        return Scores(
+            judged.rewards, pooled, variances=judged.variances, divergences=judged.divergences, each=judged.each
+        )
 
     def _score_encoder(self, tokens: Tensor, token_mask: Tensor) -> Scores:
         """Encoders pool by a part of their own (the first token); the embedding is what their last layer reads."""
@@ -121,6 +134,22 @@ class RewardModel(nn.Module):
     def head(self) -> nn.Module:
         """What makes a score of a state."""
         return _find_head(self.hf)
+
+    @property
+    def heads(self) -> int:
+        """How many heads the reward is the mean of."""
+        head = self.head
+        return head.out_features if isinstance(head, Heads) else 1
+
+    @property
+    def knows_variance(self) -> bool:
+        """Whether a reward comes with its variance."""
+        return isinstance(self.head, NonNegativeHead)
+
+    def keep_means(self) -> None:
+        """Have a head that is random in training, or several, become one that gives their mean, as a critic needs."""
+        if self.is_decoder:
+            self.hf.score = mean_head(self.head)
 
     def merged(self) -> PreTrainedModel:
         """The Transformers model with adapters merged into its weights. Ends training of this object."""
@@ -141,14 +170,6 @@ class LanguageModelHead(nn.Module):
         """``(R,)`` log-probabilities summed over response tokens; position t predicts token t + 1."""
         sums, _ = response_logprobs(states[:, :-1], self.weight, tokens[:, 1:], response_mask[:, 1:], **self._logits)
         return sums
-
-
-class Float32Linear(nn.Linear):
-    """A linear layer that computes in float32 whatever the precision of its weights."""
-
-    def forward(self, values: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.float()
-        return F.linear(values.float(), self.weight.float(), bias)
 
 
 def build_reward_model(
@@ -185,7 +206,7 @@ def build_reward_model(
     hf, missing = backbones.load_classifier(
         config, dtype=dtype, pad_token_id=pad_token_id, vocabulary=vocabulary, processes=processes, shared=shared
     )
-    if not missing and config.head == "linear" and not config.new_head:
+    if not missing and config.head == "linear" and config.heads == 1 and not config.new_head:
         _with_float32_head(hf)
         origin = f"the one of {config.path} (model.new_head=true draws a new one)"
     else:
@@ -217,34 +238,53 @@ def make_trainable(model: RewardModel, config: BackboneConfig, dtype: torch.dtyp
         backbones.checkpoint_activations(hf)
 
 
-MLP_MODEL_TYPE = "margin-rlhf-mlp-reward"
+OWN_MODEL_TYPES = {"mlp": "margin-rlhf-mlp-reward", "bnrm": "margin-rlhf-bnrm-reward"}
+"""Model types of heads that plain Transformers has no place for, which refuses them by their name."""
+HEADS_KEY = "margin_rlhf_heads"
+"""Entry of config.json with the number of heads whose mean is the reward, each of them a label to Transformers."""
+
+
+def is_plain(config: RewardModelConfig) -> bool:
+    """Whether plain Transformers can open what is published."""
+    return config.head == "linear" or (config.head == "bnrm" and not config.head_hidden)
 
 
 def save_reward_model(model: RewardModel, folder: Path, *, weights: bool = True) -> None:
     """Write the merged model as a Transformers folder, or all of it but its ``weights``.
 
-    A two-layer head gets a model type of its own: plain Transformers then refuses the folder instead of loading
-    it with a new, random head.
+    A linear head, also one that the mean of a Bayesian head folds into, opens in plain Transformers, as do several
+    heads, as labels. Other heads get a model type of their own: plain Transformers then refuses the folder instead of
+    loading it with a new, random head.
     """
+    hf = model.merged() if weights else model.hf
+    head = getattr(hf, "score", None)
+    kind, heads = _own_kind(head), model.heads
+    if isinstance(head, NonNegativeHead) and not kind:
+        hf.score = mean_head(head)
     if weights:
-        hf = model.merged()
         for layer in _linear_layers(_find_head(hf)):
             layer.__class__ = nn.Linear
         hf.save_pretrained(folder)
     else:
-        hf = model.hf
         backbones.save_settings(hf, folder)
-    head = getattr(hf, "score", None)
-    if isinstance(head, nn.Sequential):
-        first = head[0]
-        assert isinstance(first, nn.Linear)
-        settings = json.loads((folder / "config.json").read_text())
-        settings |= {
-            "model_type": MLP_MODEL_TYPE,
-            "backbone_model_type": settings["model_type"],
-            "head_hidden": first.out_features,
-        }
-        write_json(folder / "config.json", settings)
+    settings = json.loads((folder / "config.json").read_text())
+    if heads > 1:
+        write_json(folder / "config.json", settings | {HEADS_KEY: heads})
+    if kind:
+        settings |= {"model_type": OWN_MODEL_TYPES[kind], "backbone_model_type": settings["model_type"]}
+        write_json(folder / "config.json", settings | {"head_hidden": _width(head)})
+
+
+def _own_kind(head: object) -> str:
+    """Which of :data:`OWN_MODEL_TYPES` a head needs; empty for none."""
+    if isinstance(head, NonNegativeHead):
+        return "bnrm" if head.local else ""
+    return "mlp" if isinstance(head, nn.Sequential) else ""
+
+
+def _width(head: object) -> int:
+    first = head.factors if isinstance(head, NonNegativeHead) else head[0]  # type: ignore[index]
+    return int(first.out_features)
 
 
 def load_reward_model(
@@ -266,8 +306,8 @@ def load_reward_model(
     settings = json.loads(path.read_text())
     if shared:
         dtype = backbones.stored_type(str(folder)) or dtype
-    if settings.get("model_type") == MLP_MODEL_TYPE:
-        return RewardModel(_load_mlp(folder, settings, dtype))
+    if settings.get("model_type") in OWN_MODEL_TYPES.values():
+        return RewardModel(_load_own(folder, settings, dtype))
     try:
         hf, report = AutoModelForSequenceClassification.from_pretrained(
             folder,
@@ -280,15 +320,18 @@ def load_reward_model(
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder}: cannot be loaded as a reward model: {error}") from error
-    if report["missing_keys"] or hf.config.num_labels != 1:
+    heads = settings.get(HEADS_KEY, 1)
+    if report["missing_keys"] or hf.config.num_labels != heads:
         raise ModelError(
             f"{folder}: not a reward model: it has {hf.config.num_labels} labels and lacks the weights "
             f"{', '.join(sorted(report['missing_keys'])) or '(none)'}; give the final/ folder of a reward run"
         )
+    if heads > 1:
+        hf.score.__class__ = Heads
     return RewardModel(_with_float32_head(hf))
 
 
-def _load_mlp(folder: Path, settings: dict, dtype: torch.dtype) -> PreTrainedModel:
+def _load_own(folder: Path, settings: dict, dtype: torch.dtype) -> PreTrainedModel:
     kept = {name: value for name, value in settings.items() if name not in ("model_type", "backbone_model_type")}
     config = AutoConfig.for_model(settings["backbone_model_type"], **kept)
     hf, report = AutoModelForSequenceClassification.from_pretrained(
@@ -298,7 +341,9 @@ def _load_mlp(folder: Path, settings: dict, dtype: torch.dtype) -> PreTrainedMod
         attn_implementation=backbones.exact_attention(config),
         output_loading_info=True,
     )
-    hf.score = _mlp_head(hf.config.hidden_size, settings["head_hidden"]).to(dtype)
+    width, hidden = hf.config.hidden_size, settings["head_hidden"]
+    bayesian = settings["model_type"] == OWN_MODEL_TYPES["bnrm"]
+    hf.score = (NonNegativeHead(width, hidden) if bayesian else mlp_head(width, hidden)).to(dtype)
     own = {f"score.{name}" for name in hf.score.state_dict()}
     lacking, left = set(report["missing_keys"]) - {"score.weight"}, set(report["unexpected_keys"])
     if lacking or left != own:
@@ -317,14 +362,17 @@ def _tensors(folder: Path, *, prefix: str) -> dict[str, Tensor]:
     return found
 
 
-def _mlp_head(width: int, hidden: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, 1))
-
-
 def _with_float32_head(hf: PreTrainedModel) -> PreTrainedModel:
     for layer in _linear_layers(_find_head(hf)):
-        layer.__class__ = Float32Linear
+        if type(layer) is nn.Linear:
+            layer.__class__ = Float32Linear
     return hf
+
+
+def _joined(parts: list[Tensor | None]) -> Tensor | None:
+    """All rows of several parts, of which all hold something or none does."""
+    there = [part for part in parts if part is not None]
+    return torch.cat(there) if there else None
 
 
 def _init_head(
@@ -336,10 +384,21 @@ def _init_head(
 ) -> None:
     """New weights of type ``dtype`` for the head; what an encoder's files have of it but for its last layer stays."""
     head = _find_head(hf)
+    own = config.head != "linear" or config.heads > 1
+    if own and not hasattr(hf, "score"):
+        asked = f"head = {config.head}" if config.heads == 1 else f"heads = {config.heads}"
+        raise ModelError(f"model.{asked} is for decoder backbones; encoders bring a head of their own")
+    width = hf.config.hidden_size
+    if config.head == "bnrm":
+        hf.score = NonNegativeHead(width, config.head_hidden)
+        hf.score.start(config.head_init_scale, generator)
+        hf.score.to(dtype)
+        return
+    if config.heads > 1:
+        head = hf.score = Heads(width, config.heads, bias=False)
+        hf.config.num_labels = config.heads
     if config.head == "mlp":
-        if not hasattr(hf, "score"):
-            raise ModelError("model.head = mlp is for decoder backbones; encoders bring a head of their own")
-        head = hf.score = _mlp_head(hf.config.hidden_size, config.head_hidden)
+        head = hf.score = mlp_head(width, config.head_hidden)
     _with_float32_head(hf)
     *inner, final = _linear_layers(head)
     names = {layer: f"{name}.weight" for name, layer in hf.named_modules()}
@@ -349,14 +408,6 @@ def _init_head(
         elif names[layer] in missing:
             draw(layer.to(dtype), getattr(hf.config, "initializer_range", 0.02), generator)
     draw(final.to(dtype), config.head_init_scale / (final.in_features + 1), generator)
-
-
-@torch.no_grad()
-def draw(layer: nn.Linear, deviation: float, generator: torch.Generator) -> None:
-    """New weights of a layer of a head, bias 0: the same ones in every precision, whatever was drawn before."""
-    layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator, dtype=torch.float32) * deviation)
-    if layer.bias is not None:
-        layer.bias.zero_()
 
 
 def _find_head(hf: PreTrainedModel) -> nn.Module:

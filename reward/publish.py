@@ -10,7 +10,8 @@ from torch import Tensor
 
 from reward.config import RewardConfig, RewardModelConfig
 from reward.evaluate import Evaluation
-from reward.model import RewardModel, Scores, build_reward_model, save_reward_model
+from reward.model import RewardModel, Scores, build_reward_model, is_plain, save_reward_model
+from rlhf.core.errors import ModelError
 from rlhf.data.batching import Row
 from rlhf.data.templates import ChatFormat
 from rlhf.engine.build import DTYPES, precision_of
@@ -44,7 +45,7 @@ class PublishableRewardModel:
     @property
     def details(self) -> dict[str, Any]:
         model = self.config.model
-        return {"plain": model.head == "linear", "trust_remote_code": model.trust_remote_code}
+        return {"plain": is_plain(model), "trust_remote_code": model.trust_remote_code}
 
     @property
     def manifest(self) -> Manifest:
@@ -116,6 +117,11 @@ def new_model(
     """
     (role,) = config.models
     assert isinstance(role.backbone, RewardModelConfig)
+    if role.backbone.head == "bnrm" and not role.backbone.head_hidden and is_shared_out(role, config.engine):
+        raise ModelError(
+            "model.head_hidden = 0: the mean of such a head is folded into a linear one when it is published, and "
+            f"engine.deepspeed = {config.engine.deepspeed} publishes weights in pieces: take zero2, or local factors"
+        )
     return build_reward_model(
         plain_copy(role.backbone) if copied else role.backbone,
         dtype=dtype,

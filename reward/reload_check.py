@@ -50,7 +50,8 @@ def plain_scorer(folder: Path, trusted: bool, request: dict[str, Any]) -> tuple[
     def score(tokens: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         # Learned absolute positions must be told where a left-padded text starts; rotary ones do not care.
         extra = {"position_ids": positions.to(device)} if is_decoder else {}
-        return model(input_ids=tokens.to(device), attention_mask=mask.to(device), **extra).logits[:, 0].float().cpu()
+        logits = model(input_ids=tokens.to(device), attention_mask=mask.to(device), **extra).logits
+        return logits.float().mean(dim=1).cpu()
 
     return score, is_decoder
 

@@ -53,7 +53,8 @@ def score_file(options: ScoreOptions) -> int:
 
     Every line names file and row. A row with chosen and rejected gives ``chosen_reward`` and ``rejected_reward`` (lists
     where it has several of them) and, for one of each, :data:`MARGIN`, by how much the first exceeds the second; one
-    with a response gives ``reward``; a row that cannot be scored gives ``error``. Rows that the output already holds
+    with a response gives ``reward``; models that know how sure they are give deviations beside them (``reward_sd``);
+    a row that cannot be scored gives ``error``. Rows that the output already holds
     are skipped, so a stopped run goes on where it was; what was written by another model, or from other data, is
     refused.
 
@@ -123,21 +124,33 @@ def check_scorer(folder: Path) -> ChatFormat:
     return chat
 
 
-@torch.inference_mode()
 def score_tokens(model: RewardModel, rows: Sequence[np.ndarray], *, batch_tokens: int) -> list[float]:
     """Rewards of token rows, in their order; batches hold rows of like length, up to ``batch_tokens`` padded."""
+    return [reward for reward, _ in judge_tokens(model, rows, batch_tokens=batch_tokens)]
+
+
+@torch.inference_mode()
+def judge_tokens(
+    model: RewardModel, rows: Sequence[np.ndarray], *, batch_tokens: int
+) -> list[tuple[float, float | None]]:
+    """The same with standard deviations of the rewards: over several heads, or as a Bayesian head knows them."""
     device = next(model.parameters()).device
-    rewards = [0.0] * len(rows)
+    found: list[tuple[float, float | None]] = [(0.0, None)] * len(rows)
     for batch in batches_by_length([len(row) for row in rows], batch_tokens):
         lengths = torch.tensor([len(rows[row]) for row in batch])
         mask = length_mask(lengths, int(lengths.max()))
         tokens = torch.zeros(mask.shape, dtype=torch.long)
         for place, row in enumerate(batch):
             tokens[place, : lengths[place]] = torch.from_numpy(rows[row].astype(np.int64))
-        found = model.score(tokens.to(device), mask.to(device)).tolist()
-        for row, value in zip(batch, found, strict=True):
-            rewards[row] = value
-    return rewards
+        scores = model.score_in_full(tokens.to(device), mask.to(device))
+        deviations: Sequence[float | None] = [None] * len(batch)
+        if scores.variances is not None:
+            deviations = scores.variances.sqrt().tolist()
+        elif scores.each is not None:
+            deviations = scores.each.std(dim=1, correction=0).tolist()
+        for row, reward, deviation in zip(batch, scores.rewards.tolist(), deviations, strict=True):
+            found[row] = reward, deviation
+    return found
 
 
 def _score_rows(
@@ -157,10 +170,14 @@ def _score_rows(
         for name, answers in found.items():
             tokens += answers
             places.append((place, name, len(answers)))
-    rewards = iter(score_tokens(model, tokens, batch_tokens=options.batch_tokens))
+    found_of = iter(judge_tokens(model, tokens, batch_tokens=options.batch_tokens))
     for place, name, count in places:
-        values = list(islice(rewards, count))
-        lines[place][name if count == 1 else f"{name}s"] = values[0] if count == 1 else values
+        values, deviations = zip(*islice(found_of, count), strict=True)
+        lines[place][name if count == 1 else f"{name}s"] = values[0] if count == 1 else list(values)
+        if deviations[0] is not None:
+            lines[place][f"{name}_sd" if count == 1 else f"{name}_sds"] = (
+                deviations[0] if count == 1 else list(deviations)
+            )
     for place in {place for place, _, _ in places}:
         chosen, rejected = (lines[place].get(f"{side}_reward") for side in ("chosen", "rejected"))
         if isinstance(chosen, float) and isinstance(rejected, float):

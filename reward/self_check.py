@@ -33,12 +33,13 @@ def check_scores(model: "RewardModel", path: str) -> None:
     bucket = length_bucket(rows)
     tokens = bucket.tokens.masked_fill(~bucket.token_mask, hf.config.pad_token_id)
     sizes: list[float] = []
-    final = [module for module in model.head.modules() if isinstance(module, nn.Linear)][-1]
+    layers = [module for module in model.head.modules() if isinstance(module, nn.Linear)]
+    final = layers[-1] if layers else model.head  # a head of non-negative weights alone is its own last layer
     watched = final.register_forward_pre_hook(lambda layer, inputs: sizes.append(_usual_score(layer, inputs[0])))
     try:
         with attention_of_any_device(hf):
             hf.eval()
-            own = hf(input_ids=tokens, attention_mask=bucket.token_mask.long()).logits[:, 0].float()
+            own = hf(input_ids=tokens, attention_mask=bucket.token_mask.long()).logits.float().mean(dim=1)
             found = model((bucket,))
             alone = torch.cat([model((length_bucket([row]),)).rewards for row in rows])
     except Exception as error:  # whatever a model's own code raises
@@ -73,7 +74,8 @@ def check_scores(model: "RewardModel", path: str) -> None:
         )
 
 
-def _usual_score(layer: nn.Linear, states: Tensor) -> float:
+def _usual_score(layer: nn.Module, states: Tensor) -> float:
     """The deviation of scores over directions of the weight: one score may be near 0, and says nothing of rounding."""
     rms = states.float().square().mean(dim=-1).sqrt()
-    return float(layer.weight.float().norm() * rms.max())
+    weight = next(layer.parameters()).float()
+    return float(weight.norm() * rms.max())

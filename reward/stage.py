@@ -57,6 +57,7 @@ def run(config: RewardConfig, ranks: Ranks) -> Evaluation | None:
     identity |= {
         "margin": config.margin.to_dict(),
         "loss": config.loss.to_dict(),
+        "weights": config.weights.to_dict(),
         "labels": asdict(config.labels),
     }
     step = train(config, engine, task, identity, steps)

@@ -181,3 +181,30 @@ MARGINS: Mapping[str, Margin] = {
 }
 """none. constant: the same for all. column: the data's margin column, else the gap of its scores. similarity: cosine
 of the two answers. reward: the pair's own reward cost. ot: optimal transport over all pairs at hand."""
+
+WEIGHTS: Mapping[str, Margin] = {
+    "none": Margin("reward.weights:no_weights", inputs=REWARDS),
+    "transport": Margin(
+        "reward.weights:transport_weights",
+        inputs=(*EMBEDDINGS, *REWARDS),
+        parameters={
+            "mass": Parameter(
+                Annotated[float, Gt(0), Le(1)], 0.8, "Share of the pairs that the plan takes along; 1 weighs all alike."
+            ),
+            "reward_weight": REWARD_WEIGHT,
+            "semantic_weight": SEMANTIC_WEIGHT,
+            "epsilon": Parameter(Positive, 0.1, "Entropy of the plan, in units of the cost: blurs who stays behind."),
+            "max_iterations": Parameter(Annotated[int, Gt(0)], 200, "Rounds of the solver at most."),
+            "reward_cost": Parameter(
+                RewardCost,
+                "signed",
+                "With signed, what is ranked wrongly stays behind; with abs, what has a small reward gap.",
+            ),
+            "center_rewards": Parameter(
+                bool, True, "Take the mean reward of each pair out before comparing across pairs."
+            ),
+            **POOL,
+        },
+    ),
+}
+"""none. transport: by partial optimal transport over all pairs at hand, those that fit worst count less."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from reward.config import RewardConfig
 from reward.evaluate import Evaluation, evaluate_held_out
+from reward.heads import draws_of_heads
 from reward.labels import Labels
 from reward.margin_log import MarginLog
 from reward.margin_maker import MarginMaker
@@ -46,6 +47,8 @@ class RewardTask:
         self._train, self._held_out = train, held_out
         self._loss = LOSSES[config.loss.kind]
         self._margins = MarginMaker(config.margin, total_steps)
+        self._weights = MarginMaker(config.weights, total_steps)
+        self._weighted = config.weights.kind != "none"
         self._statistics = StepStatistics(self._loss)
         self._parameters = config.loss.values
         self._labels = Labels(config.labels, train.wrong)
@@ -69,6 +72,7 @@ class RewardTask:
         self._loss_sum = 0.0
         self._seen = []
         self._margins.start_step(step)
+        self._weights.start_step(step)
         if self._global:
             ranks = self._engine.ranks
             seen = [_pairs(scores, batch) for batch, scores in without_gradient(self._engine, batches)]
@@ -79,7 +83,6 @@ class RewardTask:
         scores = self._engine.forward(batch.buckets)
         if not self._global:
             self._observe(gather_pairs(_pairs(scores, batch), self._engine.ranks))
-        sides = batch.sides(scores.rewards)
         inputs: dict[str, Any] = self._statistics.arguments(batch.positions)
         if self._loss.takes_margins:
             inputs["margins"] = self._margins.of(batch.positions)
@@ -87,12 +90,36 @@ class RewardTask:
             both = zip(("chosen_logprobs", "rejected_logprobs"), batch.sides(scores.logprobs), strict=True)
             inputs |= {name: values for name, values in both if name in self._loss.inputs}
         options = inputs | self._parameters
-        losses = self._labels.losses(
-            lambda opposite: self._loss(*(reversed(sides) if opposite else sides), **options), batch.indices
-        )
+        losses = self._of_heads(batch, scores, options)
+        if self._weighted:
+            losses = losses * self._weights.of(batch.positions)
+        if scores.divergences is not None:
+            losses = losses + self._config.model.kl_weight * self._divergences(batch, scores.divergences)
         self._loss_sum += float(losses.detach().sum())
         # Filler rows keep the graph of this forward alive on ranks that have no pair.
         return losses.sum() / self._batches.items + 0.0 * scores.rewards.sum()
+
+    def _of_heads(self, batch: Batch, scores: Scores, options: dict[str, Any]) -> Tensor:
+        """``(B,)`` losses; of several heads, the mean over them, each with its own draw of the pairs."""
+
+        def of(rewards: Tensor) -> Tensor:
+            sides = batch.sides(rewards)
+            return self._labels.losses(
+                lambda opposite: self._loss(*(reversed(sides) if opposite else sides), **options), batch.indices
+            )
+
+        if scores.each is None:
+            return of(scores.rewards)
+        heads = scores.each.shape[1]
+        draws = draws_of_heads(heads, batch.indices, self._config.train.seed).to(scores.each)
+        losses = torch.stack([of(rewards) for rewards in scores.each.unbind(dim=1)], dim=1)
+        return (draws * losses).mean(dim=1)
+
+    def _divergences(self, batch: Batch, divergences: Tensor) -> Tensor:
+        """``(B,)``: those of the factors of both answers, and each pair's share of that of the dictionary."""
+        local, dictionary = divergences.unbind(dim=1)
+        chosen, rejected = batch.sides(local)
+        return chosen + rejected + batch.sides(dictionary)[0] / len(self._train)
 
     def step_metrics(self) -> dict[str, float]:
         ranks = self._engine.ranks
@@ -119,7 +146,7 @@ class RewardTask:
             chosen_embeddings=pairs.chosen_embeddings,
             rejected_embeddings=pairs.rejected_embeddings,
         )
-        telemetry = self._margins.transport_metrics() | telemetry
+        telemetry = self._margins.transport_metrics() | self._weights.transport_metrics() | telemetry
         if self._config.margin.kind != "none" and self._margin_log.wants(self._step):
             likeness = similarity_margins(pairs.chosen_embeddings, pairs.rejected_embeddings, semantic_weight=1.0)
             self._margin_log.write(self._step, {"margin": margins, "gap": gap, "similarity": likeness})
@@ -132,18 +159,21 @@ class RewardTask:
     def state_dict(self) -> dict[str, Any]:
         return {
             "margins": self._margins.state_dict(),
+            "weights": self._weights.state_dict(),
             "statistics": self._statistics.state_dict(),
             "margin_statistics": self.margin_statistics,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._margins.load_state_dict(state["margins"], self._engine.ranks.device)
+        self._weights.load_state_dict(state["weights"], self._engine.ranks.device)
         self._statistics.load_state_dict(state["statistics"])
         self.margin_statistics = state["margin_statistics"]
 
     def _observe(self, pairs: Pairs) -> None:
-        """Margins and statistics from the pairs of all ranks."""
+        """Margins, weights and statistics from the pairs of all ranks."""
         self._seen.append((pairs, self._margins.make(pairs, self._batches.items)))
+        self._weights.make(pairs, self._batches.items)
         self._statistics.update(pairs, self._batches.items)
 
     # Held-out evaluation

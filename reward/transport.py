@@ -1,5 +1,6 @@
-"""Entropic optimal transport between two weighted sets: POT's log-domain Sinkhorn on torch tensors."""
+"""Entropic optimal transport between two weighted sets: all of the mass (POT's Sinkhorn), or the cheapest part."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ class TransportPlan:
     """What :func:`sinkhorn_plan` found, and how far to trust it."""
 
     plan: Tensor
-    """``(N, M)``, non-negative, of unit mass; rows and columns of weight 0 are exactly 0."""
+    """``(N, M)``, non-negative, of unit mass or of the mass asked for; rows and columns of weight 0 are exactly 0."""
     residual: float
     """Marginal error of ``plan``: the L1 distance to the row or the column weights, whichever is larger.
     A share of the unit mass, so comparable across sizes."""
@@ -67,6 +68,62 @@ def sinkhorn_plan(
     solution, iterations = _solve(dense, epsilon, max_iterations, rows[rows > 0], columns[columns > 0])
     plan = torch.zeros_like(cost).masked_scatter(kept, solution)
     residual = max(float((plan.sum(1) - rows).abs().sum()), float((plan.sum(0) - columns).abs().sum()))
+    return TransportPlan(plan, residual, residual <= CONVERGED_RESIDUAL, iterations)
+
+
+@torch.no_grad()
+def partial_plan(
+    cost: Tensor,
+    *,
+    mass: float,
+    epsilon: float,
+    max_iterations: int,
+    row_weights: Tensor | None = None,
+    column_weights: Tensor | None = None,
+) -> TransportPlan:
+    r"""Cheapest coupling of a share ``mass`` of rows and columns, blurred by entropy: what is costly stays behind.
+
+        plan = argmin_T  <T, cost> + epsilon <T, log T>     T 1 <= row_weights,  T' 1 <= column_weights,  1' T 1 = mass
+
+    Solved in the dual: ``T_ij = exp((f_i + g_j + h - cost_ij) / epsilon)``, where f and g are at most 0, and 0 where
+    a row or column is not used up. Each in turn takes the best value there is for it, given the others.
+
+    Args:
+        cost, epsilon, max_iterations, row_weights, column_weights: see :func:`sinkhorn_plan`.
+        mass: of the plan, in (0, 1]; at 1 it is that of :func:`sinkhorn_plan`.
+    Returns:
+        The plan without gradient. Its residual is what rows or columns hold above their weights, or what the sum misses
+        of ``mass``, whichever is largest.
+    Raises:
+        ValueError: as :func:`sinkhorn_plan`, and if ``mass`` is not in (0, 1].
+    References:
+        Benamou et al. (2015), arXiv:1412.5154, section 5, whose scalings are these.
+    """
+    if cost.dim() != 2 or cost.numel() == 0:
+        raise ValueError(f"'cost' must be a matrix with at least one entry, not of shape {tuple(cost.shape)}")
+    check_positive(epsilon=epsilon, max_iterations=max_iterations, mass=mass)
+    if mass > 1:
+        raise ValueError(f"mass must be at most 1, not {mass}")
+    cost = cost.to(torch.float64 if cost.dtype == torch.float64 else torch.float32)
+    rows = normalized_weights("row_weights", row_weights, cost.shape[0], like=cost)
+    columns = normalized_weights("column_weights", column_weights, cost.shape[1], like=cost)
+    kept = torch.outer(rows > 0, columns > 0)
+    check_finite(cost=cost[kept])
+    kernel = torch.where(kept, -cost / epsilon, -torch.inf)
+    f, g, total = torch.zeros_like(rows), torch.zeros_like(columns), math.log(mass)
+    h = total - kernel.flatten().logsumexp(0)
+    iterations = 0
+    for iterations in range(1, max_iterations + 1):  # noqa: B007
+        before = f, g, h
+        f = (rows.log() - (kernel + g + h).logsumexp(1)).nan_to_num(nan=0.0).clamp(max=0)
+        g = (columns.log() - (kernel + f[:, None] + h).logsumexp(0)).nan_to_num(nan=0.0).clamp(max=0)
+        h = total - (kernel + f[:, None] + g).flatten().logsumexp(0)
+        moved = max(float((new - old).abs().max()) for new, old in zip((f, g, h), before, strict=True))
+        if moved <= 4 * torch.finfo(cost.dtype).eps:
+            break
+    plan = (kernel + f[:, None] + g + h).exp()
+    excess = [(plan.sum(1) - rows).clamp(min=0).sum(), (plan.sum(0) - columns).clamp(min=0).sum()]
+    residual = max(float(max(excess)), abs(float(plan.sum()) - mass))
     return TransportPlan(plan, residual, residual <= CONVERGED_RESIDUAL, iterations)
 
 

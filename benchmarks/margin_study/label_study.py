@@ -10,16 +10,17 @@ The features, head, schedule and tests of study.py (step 1 is the same); what di
    the pairs whose rejected answer is the longer one. The audit is one of the training pairs alone, made anew for every
    seed, and is told nothing.
 
-Every finished run is a line of label_runs.jsonl in the output folder; started again, only missing runs are made. At the
-end labels.md and label_study.png are written there.
+Every finished job is a line of label_runs.jsonl in the output folder; started again, only missing methods are made. At
+the end labels.md and label_study.png are written there.
 """
 
 import argparse
 import json
 import multiprocessing
 import pathlib
+import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 
@@ -29,14 +30,28 @@ import torch
 from report import mean_and_half_width, prompt_interval
 from scipy import stats
 from torch import Tensor
-from training import FOLDS, WEIGHT_DECAY, Corpus, Pairs, batches, gaps, new_head, read_corpus, schedule, study_parser
+from training import (
+    FOLDS,
+    HIDDEN,
+    WEIGHT_DECAY,
+    Corpus,
+    Pairs,
+    batches,
+    gaps,
+    new_head,
+    read_corpus,
+    schedule,
+    study_parser,
+)
 
 from reward.audit.estimate import OutOfFold, judged
 from reward.audit.margins import Differences
 from reward.audit.mixture import fit_mixture, posterior_wrong
+from reward.heads import NonNegativeHead, draws_of_heads
 from reward.labels import Labels
 from reward.margins import optimal_transport_margins
 from reward.tables import LOSSES
+from reward.weights import transport_weights
 from rlhf.core.files import whole_lines, write_text
 from rlhf.core.intervals import preference_accuracy
 from rlhf.core.pictures import write_figure
@@ -70,6 +85,12 @@ class Method:
     """Scale of optimal-transport margins."""
     share: bool = False
     """Whether the loss is told the estimated share."""
+    mass: float = 1.0
+    """Share of the pairs that weights by partial transport take along; 1 for no such weights."""
+    bayesian: float | None = None
+    """Weight of the divergences of a Bayesian non-negative head; ``None`` for the plain head."""
+    heads: int = 1
+    """Heads that are averaged, each with a start and a draw of the pairs of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,9 +118,10 @@ def swapped(pairs: Pairs, where: np.ndarray) -> Pairs:
     return Pairs(chosen=chosen, rejected=torch.where(places, pairs.chosen, pairs.rejected), score_gap=pairs.score_gap)
 
 
-def audit_of(pairs: Pairs, prompts: np.ndarray, wrong: np.ndarray, seed: int) -> Audit:
-    """The audit of pairs whose labels are those at hand; ``wrong`` only judges it."""
-    differences = Differences.of(pairs.chosen.double().numpy(), pairs.rejected.double().numpy())
+def audit_of(pairs: Pairs, prompts: np.ndarray, answers: np.ndarray, wrong: np.ndarray, seed: int) -> Audit:
+    """The audit of pairs whose labels are those at hand; ``wrong`` judges it, and says how ``answers`` stand."""
+    answers = np.where(wrong[:, None], answers[:, ::-1], answers)
+    differences = Differences.of(pairs.chosen.double().numpy(), pairs.rejected.double().numpy(), answers)
     groups = np.arange(len(pairs), dtype=np.uint64)
     margins, _, _ = judged(
         OutOfFold(differences=differences, prompts=prompts.astype(np.uint64), groups=groups, seed=seed)
@@ -112,8 +134,8 @@ def audit_of(pairs: Pairs, prompts: np.ndarray, wrong: np.ndarray, seed: int) ->
     return Audit(share=fitted.share, area=area, wrong=posterior_wrong(margins, fitted.share, fitted.temperature))
 
 
-def trained(method: Method, pairs: Pairs, audit: Audit, seed: int) -> torch.nn.Module:
-    """The head that ``method`` makes of the labels at hand."""
+def trained(method: Method, pairs: Pairs, audit: Audit, seed: int) -> Callable[[Tensor], Tensor]:
+    """Rewards of ``(N, D)`` features, ``(N, 1)``, by the head or heads that ``method`` makes of the labels at hand."""
     loss, options = method.loss, dict(method.options)
     if audit.share < method.found:
         loss, options = "bradley_terry", {}
@@ -127,20 +149,47 @@ def trained(method: Method, pairs: Pairs, audit: Audit, seed: int) -> torch.nn.M
         pairs, wrong = pairs[torch.from_numpy(np.flatnonzero(~suspected))], wrong[~suspected]
     soft = method.use in ("soft", "weight")
     labels = Labels(LabelsConfig(kind="audited" if soft else "as_given", use=method.use if soft else "soft"), wrong)
-    head = new_head(pairs.chosen.shape[1], seed)
+    draws = draws_of_heads(method.heads, torch.arange(len(pairs)), seed).float()
+    heads = []
+    for number in range(method.heads):
+        counts = draws[:, number] if method.heads > 1 else torch.ones(len(pairs))
+        of = partial(_losses, LOSSES[loss], options)
+        heads.append(_head(method, of, labels, counts, pairs, seed + 7919 * number))
+    return lambda features: torch.stack([head(features) for head in heads]).mean(0)
+
+
+def _head(
+    method: Method, loss: Callable[..., Tensor], labels: Labels, counts: Tensor, pairs: Pairs, seed: int
+) -> torch.nn.Module:
+    """One head, trained; ``counts`` says how often each pair counts."""
+    width = pairs.chosen.shape[1]
+    head: torch.nn.Module = new_head(width, seed)
+    if method.bayesian is not None:
+        head = NonNegativeHead(width, HIDDEN)
+        head.start(1.0, torch.Generator().manual_seed(seed))
     optimizer = torch.optim.AdamW(head.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     plan = list(batches(len(pairs), seed))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(schedule, total=len(plan)))
     for rows in plan:
         batch = pairs[rows]
-        sides = head(torch.cat([batch.chosen, batch.rejected])).squeeze(1).split(len(batch))
-        margins = _margins(method.transport, batch, *sides)
-        of = partial(_losses, LOSSES[loss], sides, margins, options)
+        both, penalty = torch.cat([batch.chosen, batch.rejected]), torch.zeros(())
+        if method.bayesian is None:
+            rewards = head(both).squeeze(1)
+        else:
+            judged = head(both, in_full=True)
+            rewards = judged.rewards
+            local, dictionary = judged.divergences.unbind(1)
+            penalty = method.bayesian * (local.sum() / len(batch) + dictionary[0] / len(pairs))
+        sides = rewards.split(len(batch))
+        of = partial(loss, sides, _margins(method.transport, batch, *sides))
+        losses = counts[rows] * labels.losses(of, rows)
+        if method.mass < 1:
+            losses = losses * transport_weights(batch.chosen, batch.rejected, *sides, mass=method.mass).weights
         optimizer.zero_grad()
-        labels.losses(of, rows).mean().backward()
+        (losses.mean() + penalty).backward()
         optimizer.step()
         scheduler.step()
-    return head
+    return head.eval()
 
 
 def _margins(scale: float, batch: Pairs, chosen: Tensor, rejected: Tensor) -> Tensor | None:
@@ -150,7 +199,7 @@ def _margins(scale: float, batch: Pairs, chosen: Tensor, rejected: Tensor) -> Te
     return scale * found.margins
 
 
-def _losses(loss: Callable[..., Tensor], sides, margins, options, opposite: bool) -> Tensor:
+def _losses(loss: Callable[..., Tensor], options, sides, margins, opposite: bool) -> Tensor:
     return loss(*(reversed(sides) if opposite else sides), margins, **options)
 
 
@@ -174,7 +223,7 @@ def done(job: Job, corpus: Corpus) -> dict:
     lengths = np.stack([corpus.splits["train"][f"{side}_tokens"] for side in ("chosen", "rejected")], axis=1)[rows]
     wrong = wrong_labels(job.noise, job.share, lengths, job.seed)
     pairs = swapped(corpus.pairs("train", layer, rows, *moments), wrong)
-    audit = audit_of(pairs, corpus.prompts["train"][rows], wrong, job.seed)
+    audit = audit_of(pairs, corpus.prompts["train"][rows], corpus.answers[rows], wrong, job.seed)
     watched = {"validation": corpus.pairs("train", layer, held_out, *moments)}
     if job.tests:
         sizes = {split: np.arange(len(corpus.prompts[split])) for split in TESTS}
@@ -205,28 +254,59 @@ def _work(job: Job) -> tuple[Job, dict]:
     return job, done(job, _corpus)
 
 
-def results(jobs: Iterable[Job], path: pathlib.Path, fingerprint: str, pool) -> list[dict]:
-    """The records of ``jobs``, in order; those not in the file yet are made."""
+def results(jobs: Iterable[Job], path: pathlib.Path, fingerprint: str, pool, until: float) -> list[dict]:
+    """The records of ``jobs``, in order; of those not in the file, methods that are missing are made.
+
+    Raises:
+        SystemExit: if the time is up before all are there.
+    """
     jobs = list(jobs)
-    known = {}
+    known: dict[str, dict] = {}
     if path.is_file():
-        for record in map(json.loads, whole_lines(path)):
-            known[record["key"]] = record["result"]
-    keys = {job: json.dumps([fingerprint, repr(job)]) for job in jobs}
-    missing = [job for job in jobs if keys[job] not in known]
+        for line in map(json.loads, whole_lines(path)):
+            _add(known, line)
+    keys = {job: json.dumps([fingerprint, repr(replace(job, methods=()))]) for job in jobs}
+    missing = []
+    for job in jobs:
+        there = known.get(keys[job], {"methods": {}})["methods"]
+        lacking = tuple((name, method) for name, method in job.methods if repr(method) not in there)
+        if lacking:
+            missing.append(replace(job, methods=lacking))
     with path.open("a", encoding="utf-8") as output:
-        for count, (job, result) in enumerate(pool.imap_unordered(_work, missing), start=1):
-            output.write(json.dumps({"key": keys[job], "result": result}) + "\n")
-            output.flush()
-            known[keys[job]] = result
-            print(f"{count} of {len(missing)}: {job.noise}, {job.share:.0%}, seed {job.seed}", flush=True)
-    return [known[keys[job]] for job in jobs]
+        # One at a time for each worker, so that the end of the time is looked at before each.
+        size = pool._processes
+        for start in range(0, len(missing), size):
+            if time.monotonic() > until:
+                raise SystemExit(f"{len(missing) - start} jobs are left: start again")
+            for job, result in pool.imap_unordered(_work, missing[start : start + size]):
+                key = json.dumps([fingerprint, repr(replace(job, methods=()))])
+                made = {repr(method): result["methods"][name] for name, method in job.methods}
+                line = {"key": key, "result": result | {"methods": made}}
+                output.write(json.dumps(line) + "\n")
+                output.flush()
+                _add(known, line)
+                print(f"{job.noise}, {job.share:.0%}, seed {job.seed}: {len(made)} methods", flush=True)
+    found = []
+    for job in jobs:
+        record = known[keys[job]]
+        found.append(record | {"methods": {name: record["methods"][repr(method)] for name, method in job.methods}})
+    return found
+
+
+def _add(known: dict[str, dict], line: dict) -> None:
+    """What a line of the file says, to what is known of its job."""
+    before = known.setdefault(line["key"], {"methods": {}})
+    methods = before["methods"] | line["result"]["methods"]
+    known[line["key"]] = line["result"] | {"methods": methods}
 
 
 LOSS_CANDIDATES = {
     "generalized cross-entropy": [("generalized_cross_entropy", (("q", q),)) for q in (0.3, 0.5, 0.7, 0.9)],
 }
 TRANSPORT_CANDIDATES = (0.5, 1.0, 2.0, 4.0)
+MASS_CANDIDATES = (0.6, 0.7, 0.8, 0.9)
+DIVERGENCE_CANDIDATES = (1e-6, 1e-5, 1e-4, 1e-3)
+HEADS = 3
 FOUND_CANDIDATES = (0.03, 0.06, 0.1)
 
 
@@ -264,6 +344,10 @@ def chosen(ask: Callable[[list[Job]], list[dict]]) -> tuple[dict[str, Method], l
     with_soft = soft[best("the same with soft labels", soft)]
     scales = {f"scale {scale:g}": Method(transport=scale) for scale in TRANSPORT_CANDIDATES}
     scale = scales[best("OT margins", scales)].transport
+    masses = {f"mass {mass:g}": Method(mass=mass) for mass in MASS_CANDIDATES}
+    mass = masses[best("partial transport", masses)].mass
+    divergences = {f"weight {weight:g}": Method(bayesian=weight) for weight in DIVERGENCE_CANDIDATES}
+    bayesian = divergences[best("BNRM", divergences)].bayesian
     from_share = {
         f"from {100 * found:g} %": Method(use="soft", loss=with_soft.loss, options=with_soft.options, found=found)
         for found in FOUND_CANDIDATES
@@ -282,7 +366,12 @@ def chosen(ask: Callable[[list[Job]], list[dict]]) -> tuple[dict[str, Method], l
         "soft, GCE if found": Method(**both),
         "OT margins": Method(transport=scale),
         "OT margins, soft": Method(use="soft", transport=scale),
-        "OT margins, soft, GCE if found": Method(**both, transport=scale),
+        "partial transport": Method(mass=mass),
+        "partial transport, soft": Method(use="soft", mass=mass),
+        "BNRM": Method(bayesian=bayesian),
+        "BNRM, soft": Method(use="soft", bayesian=bayesian),
+        f"{HEADS} heads": Method(heads=HEADS),
+        f"{HEADS} heads, soft": Method(use="soft", heads=HEADS),
     }
     return methods, said
 
@@ -334,7 +423,8 @@ def plot(records: dict[tuple[str, float], list[dict]], target: pathlib.Path) -> 
         "soft": "#E69F00",
         "soft, GCE if found": "#D55E00",
         "OT margins": "#CC79A7",
-        "OT margins, soft, GCE if found": "#0072B2",
+        "partial transport": "#0072B2",
+        "BNRM": "#000000",
     }
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True, constrained_layout=True)
     for axis, split, title in zip(axes, TESTS, TITLES, strict=True):
@@ -345,7 +435,7 @@ def plot(records: dict[tuple[str, float], list[dict]], target: pathlib.Path) -> 
                     continue
                 values = [r["methods"][name][split] - r["methods"][BASELINE][split] for r in found]
                 mean, half = mean_and_half_width(100 * np.array(values))
-                shares.append(100 * share + 0.35 * (place - 2.5))
+                shares.append(100 * share + 0.35 * (place - 3))
                 means.append(mean)
                 halves.append(half)
             axis.errorbar(shares, means, yerr=halves, color=color, marker="o", ms=4, lw=1.3, capsize=2, label=name)
@@ -360,7 +450,26 @@ def plot(records: dict[tuple[str, float], list[dict]], target: pathlib.Path) -> 
 
 
 def build_parser() -> argparse.ArgumentParser:
-    return study_parser(__doc__, seeds=10, of="for each noise and share of wrong labels", made="jobs")
+    parser = study_parser(__doc__, seeds=10, of="for each noise and share of wrong labels", made="jobs")
+    parser.add_argument("--minutes", type=float, default=1e9, help="start nothing more after this time")
+    cases = [(noise, share) for noise, shares in NOISES.items() for share in shares]
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        type=_case,
+        default=cases,
+        metavar="NOISE:SHARE",
+        help="wrong labels, such as uniform:0.2 (default: all)",
+    )
+    return parser
+
+
+def _case(text: str) -> tuple[str, float]:
+    noise, _, share = text.partition(":")
+    if noise not in NOISES or float(share) not in NOISES[noise]:
+        known = ", ".join(f"{name}:{share:g}" for name, shares in NOISES.items() for share in shares)
+        raise argparse.ArgumentTypeError(f"{text}: not one of {known}")
+    return noise, float(share)
 
 
 def main() -> None:
@@ -369,9 +478,10 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     start = options.features, options.data
     with multiprocessing.get_context("spawn").Pool(options.workers, _start_worker, start) as pool:
-        ask = partial(results, path=options.output / "label_runs.jsonl", fingerprint=corpus.fingerprint, pool=pool)
+        path, until = options.output / "label_runs.jsonl", time.monotonic() + 60 * options.minutes
+        ask = partial(results, path=path, fingerprint=corpus.fingerprint, pool=pool, until=until)
         methods, tuned = chosen(ask)
-        cases = [(noise, share) for noise, shares in NOISES.items() for share in shares]
+        cases = list(options.cases)
         jobs = [
             Job(noise=noise, share=share, seed=seed, fold=seed % FOLDS, methods=tuple(methods.items()), tests=True)
             for seed, (noise, share) in product(range(options.seeds), cases)

@@ -140,6 +140,7 @@ class Corpus:
 
     splits: dict[str, dict[str, np.ndarray]]
     prompts: dict[str, np.ndarray]  # (N,) number of the prompt, in order of first appearance
+    answers: np.ndarray  # (N, 2) numbers of the answers of training pairs, equal for equal answers to one prompt
     fingerprint: str
 
     def pairs(self, split: str, layer: int, rows: np.ndarray, center: np.ndarray, spread: np.ndarray) -> Pairs:
@@ -182,7 +183,11 @@ def read_corpus(features: pathlib.Path, data: pathlib.Path) -> Corpus:
         numbers: dict[str, int] = {}
         texts = [json.dumps(row["prompt"]) for row in rows]
         prompts[split] = np.array([numbers.setdefault(text, len(numbers)) for text in texts])
-    return Corpus(splits, prompts, digest.hexdigest()[:12])
+        if split == "train":
+            places: dict[str, int] = {}
+            sides = [[json.dumps([row["prompt"], row[side]]) for side in ("chosen", "rejected")] for row in rows]
+            answers = np.array([[places.setdefault(text, len(places)) for text in pair] for pair in sides])
+    return Corpus(splits, prompts, answers, digest.hexdigest()[:12])
 
 
 def flip_labels(pairs: Pairs, share: float, seed: int) -> Pairs:

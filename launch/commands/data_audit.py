@@ -15,7 +15,8 @@ how many labels are wrong, and how likely each is.
 
 Written to the folder: pairs.jsonl, the data with the columns audit_margin, audit_margin_sd, audit_wrong,
 audit_weight, audit_label and audit_pair; suspects.jsonl, the most suspect pair first, with its texts;
-summary.json, the share of wrong labels with its interval, also by source and annotator.
+summary.json, the share of wrong labels with its interval, also by source and annotator; report.html, all of it to
+look at.
 """
 
 
@@ -53,6 +54,8 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         UserError: if the output is no folder, or the audit cannot be made.
     """
+    from launch.commands.report import end_with_report
+    from launch.screen import console
     from reward.audit.run import AuditOptions, audit_file
     from rlhf.data.options import ColumnConfig
 
@@ -63,6 +66,7 @@ def run(options: argparse.Namespace) -> int:
     columns = ColumnConfig(**given_columns(options, COLUMNS))
     print(audit_file(AuditOptions(columns=columns, group_columns=tuple(options.by), **chosen(options, own + more))))
     print(f"{options.output}: pairs.jsonl, suspects.jsonl, summary.json")
+    end_with_report(console(), options.output)
     return 0
 
 

@@ -104,13 +104,17 @@ def _built(config: BackboneConfig, kind: Kind, sources: Sources, setting: str) -
 
 
 def _with_head(model: EmptyModel, config: BackboneConfig) -> EmptyModel:
-    """The model with the two layers of a reward head that no Transformers class has."""
+    """The model with what a reward head has beyond the one linear layer of a Transformers class."""
     from reward.config import RewardModelConfig
 
-    if not isinstance(config, RewardModelConfig) or config.head != "mlp":
+    if not isinstance(config, RewardModelConfig) or (config.head == "linear" and config.heads == 1):
         return model
-    width = config.head_hidden
-    own = (model.shape.hidden * width, width, width)
+    hidden, width = model.shape.hidden, config.head_hidden
+    own: tuple[int, ...] = ((config.heads - 1) * hidden,)
+    if config.head == "mlp":
+        own = (hidden * width, width, width)
+    if config.head == "bnrm":  # factors with their spread, and a dictionary with its shapes
+        own = (hidden * width, width, 1, width, width) if width else (2 * hidden, hidden)
     return replace(model, sizes=model.sizes + own, trained_sizes=model.trained_sizes + own)
 
 

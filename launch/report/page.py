@@ -13,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from launch.report.about import About, about, costs, differing, warned
+from launch.report.audits import SUMMARY, audits, is_audit
 from launch.report.contents import Advice, Section, Table, curves
 from launch.report.figures import Figure
 from launch.report.kinds import other
@@ -62,15 +63,15 @@ def report_of(folders: Sequence[Path], *, planned: Mapping[str, float] | None = 
     """Read ``folders`` and say what is in them.
 
     Args:
-        folders: of stages or pipelines.
+        folders: of stages or pipelines, or of audits.
         planned: bytes that ``rlhf plan`` foretold, by the name of a run.
     Raises:
         UserError: if there is no run in them, or they cannot be compared.
     """
-    runs = read_runs(folders)
+    runs = read_runs(others) if (others := [folder for folder in folders if not is_audit(folder)]) else ()
     kinds = dict.fromkeys(run.stage for run in runs if _has_page(run))
     ordered = sorted(runs, key=lambda run: [*kinds].index(run.stage) if run.stage in kinds else -1)
-    sections = [_with_prefix(section.filled) for section in studies(folders, runs)]
+    sections = [_with_prefix(section.filled) for section in (*audits(folders), *studies(folders, runs))]
     for kind in kinds:
         same = [run for run in ordered if run.stage == kind]
         stage = by_program(kind)
@@ -172,11 +173,12 @@ def plotly_script() -> str | None:
 
 
 def is_current(path: Path, report: Report) -> bool:
-    """Whether the page at ``path`` is newer than all files of the runs that it would show, and than their study."""
+    """Whether the page at ``path`` is newer than all files of the runs that it would show, their study or audit."""
     if not path.is_file():
         return False
     made = path.stat().st_mtime_ns
-    files = [path.with_name(STUDY), *(each for run in report.runs for each in run.folder.iterdir())]
+    beside = path.with_name(STUDY), path.with_name(SUMMARY)
+    files = [*beside, *(each for run in report.runs for each in run.folder.iterdir())]
     return all(each.stat().st_mtime_ns <= made for each in files if each.is_file())
 
 

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from launch.report.audits import is_audit
 from launch.report.reading import Run, read_runs
 from launch.stages import by_program
 
@@ -13,7 +14,8 @@ def planned_bytes(folders: Sequence[Path]) -> dict[str, float]:
     for name in ("DeepSpeed", "deepspeed", "accelerate", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
     found = {}
-    for run in read_runs(folders):
+    trained = [folder for folder in folders if not is_audit(folder)]
+    for run in read_runs(trained) if trained else ():
         planned = _planned(run)
         if planned is not None:
             found[run.name] = planned

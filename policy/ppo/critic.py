@@ -118,6 +118,7 @@ def build_critic(
         return ValueModel(scorer)
     torch.manual_seed(seed)
     scorer = load_reward_model(Path(path), dtype=dtype, shared=shared)
+    scorer.keep_means()
     known = embedding_rows(scorer.hf)
     if known < vocabulary:
         raise ModelError(f"critic.path = {path} knows {known} tokens, and the policy writes {vocabulary}")

@@ -64,9 +64,10 @@ class RewardSourceConfig:
     terms: tuple[RewardTermConfig, ...] = ()
     """Several models and functions, whose scores are added up by weight; in place of path and function."""
     combine: Literal["mean", "min", "mean_minus_sd"] = "mean"
-    """What an ensemble says: its mean, its most doubtful member, or the mean minus `deviations` standard deviations."""
+    """What an ensemble says: its mean, its most doubtful member, or the mean minus `deviations` standard deviations.
+    Several models are one, a model of several heads (model.heads) is; one with a Bayesian head knows a deviation."""
     deviations: Annotated[float, Ge(0)] = 1.0
-    """How many standard deviations of the ensemble mean_minus_sd takes off."""
+    """How many standard deviations mean_minus_sd takes off."""
     standardize: bool = True
     """Bring the scores of a model to mean 0 and deviation 1 by the statistics of its manifest."""
     retokenize: bool = False
@@ -92,8 +93,8 @@ class RewardSourceConfig:
     def __post_init__(self) -> None:
         if [bool(self.path), bool(self.function), bool(self.terms)].count(True) != 1:
             raise ValueError("give one of path (the final/ folder of a reward run, or several), function and terms")
-        if (len(self.paths) < 2 or self.terms) and self.combine != "mean":
-            raise ValueError(f"combine = {self.combine} needs an ensemble: several folders in path")
+        if not self.path and self.combine != "mean":
+            raise ValueError(f"combine = {self.combine} needs an ensemble: several folders in path, or many heads")
         if self.truncated == "penalty" and not self.missing_end_penalty:
             raise ValueError("truncated = penalty scores what was cut off minus missing_end_penalty: set that above 0")
         if self.truncated == "mask" and self.missing_end_penalty:

@@ -168,8 +168,10 @@ def _some_of(prompts: PromptDataset, needed: Sequence[str]) -> list[Prompt]:
 class ModelScorer:
     """One reward model, asked in micro-batches; standardized by its manifest."""
 
-    def __init__(self, role: ModelRole, config: RewardSourceConfig, parts: ScorerParts) -> None:
-        """Every rank must call it.
+    def __init__(
+        self, role: ModelRole, config: RewardSourceConfig, parts: ScorerParts, *, alone: bool = False
+    ) -> None:
+        """Every rank must call it; ``alone`` if it is all there is: then its heads are the ensemble.
 
         Raises:
             ModelError: if it is no published reward model, or reads text in another way than the policy.
@@ -190,16 +192,31 @@ class ModelScorer:
         dtype, shared = DTYPES[precision_of(parts.engine)], is_shared_out(role, parts.engine)
         module = ranks.together(lambda: load_reward_model(folder, dtype=dtype, shared=shared).requires_grad_(False))
         width = module.hf.config.hidden_size
+        self._combine, self._deviations = config.combine if alone else "mean", config.deviations
+        self._heads = module.heads
+        if self._combine != "mean" and self._heads == 1 and not (module.knows_variance and self._combine != "min"):
+            raise ModelError(
+                f"reward.combine = {config.combine} needs an ensemble, and reward.path = {folder} has one head that "
+                "knows no deviation: give several folders, or a model of several heads (model.heads of its recipe)"
+            )
         self._model: Frozen = frozen_of(role, module, parts.engine, ranks, hidden_size=width)
         self.identity = ranks.on_main(lambda: weights_digest(role.backbone))
+        if self._combine != "mean":
+            self.identity = digest(self._combine, str(self._deviations), self.identity)
 
     def score(self, rollouts: Rollouts) -> Scored:
         shown = Reencoded if self._retokenize else closed
         rows = shown(rollouts, self._chat, cut=self._cut)
-        raw = ask(self._model, self._maker, rows, _rewards, 1).squeeze(1)
-        if self._statistics is None:
-            return Scored(raw, raw)
-        return Scored(raw, (raw - self._statistics.mean) / self._statistics.standard_deviation)
+        found = ask(self._model, self._maker, rows, _rewards, 2 + self._heads)
+        raw, deviations, each = found[:, 0], found[:, 1], found[:, 2:].T
+        mean, unit = 0.0, 1.0
+        if self._statistics is not None:
+            mean, unit = self._statistics.mean, self._statistics.standard_deviation
+        if self._combine == "mean":
+            return Scored(raw, (raw - mean) / unit)
+        if self._heads > 1:
+            return Scored(raw, combine((each - mean) / unit, self._combine, self._deviations))
+        return Scored(raw, (raw - mean - self._deviations * deviations) / unit)
 
     def _check(self, folder: Path, manifest: Manifest) -> None:
         if manifest.stage != "reward":
@@ -258,7 +275,7 @@ def combine(scores: Tensor, how: str, deviations: float) -> Tensor:
 def build_scorer(config: RewardSourceConfig, roles: Sequence[ModelRole], parts: ScorerParts) -> Scorer:
     """What the recipe's section asks for, with its ``roles`` if it names models. Every rank must call it."""
     if not config.all_terms:
-        members = [ModelScorer(role, config, parts) for role in roles]
+        members = [ModelScorer(role, config, parts, alone=len(roles) == 1) for role in roles]
         return members[0] if len(members) == 1 else Ensemble(members, config)
     models = iter(roles)
     terms: dict[str, tuple[float, Scorer]] = {}
@@ -319,5 +336,10 @@ def check_shown(folder: Path, chat: ChatFormat, sources: Iterable[PromptDataset]
 
 
 def _rewards(output: Scores, batch: Batch) -> Tensor:
+    """``(B, 2 + H)``: reward, standard deviation (0 where none is known), and the rewards of the single heads."""
     (rewards,) = batch.sides(output.rewards)
-    return rewards[:, None]
+    (deviations,) = batch.sides(output.rewards.new_zeros(()).expand_as(output.rewards))
+    if output.variances is not None:
+        (deviations,) = batch.sides(output.variances.sqrt())
+    heads = [rewards] if output.each is None else [batch.sides(each)[0] for each in output.each.unbind(dim=1)]
+    return torch.stack([rewards, deviations, *heads], dim=1)

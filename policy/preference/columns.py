@@ -63,7 +63,10 @@ class View:
     @property
     def opposite(self) -> "View":
         """The same pairs with the opposite labels; ``sums`` and ``drift`` stay in the order of the rows."""
-        return replace(self, columns=_swapped(self.columns), plain=_swapped(self.plain))
+        columns = _swapped(self.columns)
+        if "data_margins" in columns:
+            columns["data_margins"] = -columns["data_margins"]
+        return replace(self, columns=columns, plain=_swapped(self.plain))
 
 
 def view(policy: RowSums, reference: RowSums | None, batch: Batch, loss: LossConfig) -> View:
@@ -76,6 +79,8 @@ def view(policy: RowSums, reference: RowSums | None, batch: Batch, loss: LossCon
         ratios = logprobs - length_desensitized(reference.head, reference.tail, loss.tail_weight)
         columns |= _by_side("logratios", divergence_scores(ratios, loss.divergence, loss.divergence_alpha))
         drift = (policy.head + policy.tail - reference.head - reference.tail).detach()
+    if batch.margins is not None and loss.reads_data_margins:
+        columns["data_margins"] = batch.margins
     if batch.labels is not None:
         columns["labels"] = batch.labels
         columns["logratios"] = columns.pop("chosen_logratios")

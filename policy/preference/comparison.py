@@ -13,8 +13,13 @@ DRIFTS = ("eval/chosen_drift_per_token", "eval/rejected_drift_per_token")
 
 
 def paired_objectives() -> tuple[str, ...]:
-    """What ``loss.kind=all`` stands for: no likelihood alone, and nothing that reads single responses."""
-    return tuple(name for name, objective in LOSSES.items() if name != "sft" and not objective.unpaired)
+    """What ``loss.kind=all`` stands for: no likelihood alone, and nothing that reads single responses, or margins that
+    few data have."""
+    return tuple(
+        name
+        for name, objective in LOSSES.items()
+        if name != "sft" and not objective.unpaired and "data_margins" not in objective.inputs
+    )
 
 
 def with_drifts(runs: Sequence[tuple[PreferenceConfig, Metrics]]) -> list[Metrics]:

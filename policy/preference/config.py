@@ -11,7 +11,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from policy.options import PolicyConfig
 from policy.preference.losses import DIVERGENCE_LOSSES, LOSSES, Objective
 from policy.roles import policy_role, reference_role
-from reward.config import MarginConfig, labels_fault
+from reward.config import MarginConfig, WeightConfig, check_queues, labels_fault
 from rlhf.core.annotations import NoResult
 from rlhf.core.table import listed, parameter_values
 from rlhf.data.options import DataConfig, ExampleDataConfig, LabelsConfig
@@ -39,6 +39,11 @@ class TermConfig:
     def values(self) -> dict[str, Any]:
         """All hyper-parameters of the objective."""
         return parameter_values(LOSSES, self.kind, self.parameters, noun="objective")
+
+
+def _is_sorted(term: TermConfig) -> bool:
+    """Whether an objective compares sorted values, of which none is that of a pair."""
+    return term.kind in ("aot", "aot_unpaired")
 
 
 def _check_rest(term: TermConfig) -> None:
@@ -122,7 +127,7 @@ class LossConfig:
         modified = len(terms) > 1 or self.nll_weight or self.wpo or self.tail_weight != 1
         if modified and any(LOSSES[term.kind].unpaired for term in terms):
             raise ValueError("kto stands alone: no add, nll_weight, wpo or tail_weight")
-        if self.wpo and {term.kind for term in terms} & {"aot", "aot_unpaired"}:
+        if self.wpo and any(map(_is_sorted, terms)):
             raise ValueError("wpo weights single pairs, and aot compares sorted ones")
         beside = [term.kind for term in terms if LOSSES[term.kind].likelihood == "beside"]
         if self.tail_weight != 1 and beside:
@@ -155,6 +160,11 @@ class LossConfig:
     @property
     def needs_reference(self) -> bool:
         return any(LOSSES[term.kind].needs_reference for term in self.terms)
+
+    @property
+    def reads_data_margins(self) -> bool:
+        """Whether an objective reads the margins of the data themselves."""
+        return any("data_margins" in LOSSES[term.kind].inputs for term in self.terms)
 
     @property
     def takes_margins(self) -> bool:
@@ -203,6 +213,9 @@ class WatchConfig:
     """warn once for each symptom; or stop the run."""
 
 
+NO_MARGIN = MarginConfig(kind="none")
+
+
 @dataclass(frozen=True, kw_only=True)
 class PreferenceConfig:
     """A run of the preference stage."""
@@ -216,7 +229,10 @@ class PreferenceConfig:
     """Single responses with a label, for kto; in place of data."""
     loss: LossConfig = field(default_factory=LossConfig)
     margin: MarginConfig | None = None
-    """The margin of ot_margin (null: optimal transport with its defaults)."""
+    """The margin of objectives that have a place for one (null: none; of ot_margin, optimal transport with its
+    defaults)."""
+    weights: WeightConfig = field(default_factory=WeightConfig)
+    """How much pairs count."""
     labels: LabelsConfig = field(default_factory=LabelsConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
@@ -236,14 +252,18 @@ class PreferenceConfig:
             raise ValueError(f"loss.kind = {loss.kind} has no reference: leave the section reference out")
         if self.margin is not None and not loss.takes_margins:
             raise ValueError(f"loss.kind = {loss.kind} has no place for a margin; remove the section or use ot_margin")
-        if self.over_all_pairs and self.margins.queue_pairs:
-            raise ValueError(
-                f"margin.parameters.queue_pairs = {self.margins.queue_pairs} needs loss.scope = micro_step, "
-                "not global_batch"
-            )
+        if self.weights.kind != "none" and (self.data is None or any(map(_is_sorted, loss.terms))):
+            raise ValueError(f"weights.kind = {self.weights.kind} weighs pairs, and loss.kind = {loss.kind} reads none")
+        check_queues(self.over_all_pairs, margin=self.margins, weights=self.weights)
         one_sided = next((term.kind for term in loss.terms if not LOSSES[term.kind].has_opposite), None)
         if self.data is None and self.labels.kind == "audited":
             raise ValueError("labels.kind = audited is for pairs, and the section unpaired has none")
+        swaps = self.data is not None and (self.data.flip_labels or self.labels_swapped)
+        if loss.reads_data_margins and swaps:
+            raise ValueError(
+                "madpo reads margins of the data as rewards of the chosen answer less those of the other, which labels "
+                "swapped by data.flip_labels or labels.use=swap no longer are: swap them in the file, or take soft ones"
+            )
         if self.data is not None and (fault := labels_fault(self.labels, self.data, one_sided)):
             raise ValueError(fault)
         if reference.sync_every and self.model.lora is not None:
@@ -283,13 +303,35 @@ class PreferenceConfig:
         )
 
     @property
+    def labels_swapped(self) -> bool:
+        return self.labels.kind != "as_given" and self.labels.use == "swap"
+
+    @property
     def margins(self) -> MarginConfig:
-        return self.margin or MarginConfig()
+        if self.margin is not None:
+            return self.margin
+        return MarginConfig() if any(term.kind == "ot_margin" for term in self.loss.terms) else NO_MARGIN
+
+    @property
+    def reads_margins(self) -> str:
+        """The setting that needs a margin of every training pair; empty if none does."""
+        if self.loss.reads_data_margins:
+            return "loss.kind = madpo"
+        return "margin.kind = column" if self.makes_margins and "data_margins" in self.margins.row.inputs else ""
+
+    @property
+    def makes_margins(self) -> bool:
+        return self.loss.takes_margins and self.margins.kind != "none"
+
+    @property
+    def looks_at_pairs(self) -> bool:
+        """Whether margins or weights are made of rewards and states of all pairs at hand."""
+        return self.makes_margins or self.weights.kind != "none"
 
     @property
     def over_all_pairs(self) -> bool:
         """Whether statistics are taken over the whole global batch, in a first pass."""
-        if self.loss.takes_margins and self.margins.over_all_pairs:
+        if (self.makes_margins and self.margins.over_all_pairs) or self.weights.over_all_pairs:
             return True
         statistics = any(LOSSES[term.kind].statistics for term in self.loss.terms)
-        return self.loss.scope == "global_batch" and (statistics or self.loss.takes_margins)
+        return self.loss.scope == "global_batch" and (statistics or self.looks_at_pairs)

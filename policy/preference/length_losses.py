@@ -17,16 +17,18 @@ def ipo_loss(
     rejected_logratios: Tensor,
     chosen_lengths: Tensor,
     rejected_lengths: Tensor,
+    margins: Tensor | None = None,
     *,
     beta: float = 0.1,
 ) -> Tensor:
     r"""IPO on log-ratios per token: regression of the gap on a fixed target, which it does not run past.
 
-        loss_i = (d_w / n_w - d_l / n_l - 1 / (2 beta))^2
+        loss_i = (d_w / n_w - d_l / n_l - m_i / beta - 1 / (2 beta))^2
 
     Args:
         chosen_logratios, rejected_logratios: see :func:`sigmoid_loss`.
         chosen_lengths, rejected_lengths: ``(B,)`` response tokens, at least 1.
+        margins: see :func:`sigmoid_loss`.
         beta: strength of the regularization, tau in the paper.
     Returns:
         ``(B,)`` losses in nats per token, squared.
@@ -39,7 +41,7 @@ def ipo_loss(
     gap = average_gap(
         chosen_lengths, rejected_lengths, chosen_logratios=chosen_logratios, rejected_logratios=rejected_logratios
     )
-    return (gap - 0.5 / beta) ** 2
+    return ((_less(beta * gap, margins) - 0.5) / beta) ** 2
 
 
 def sigmoid_norm_loss(
@@ -47,15 +49,16 @@ def sigmoid_norm_loss(
     rejected_logratios: Tensor,
     chosen_lengths: Tensor,
     rejected_lengths: Tensor,
+    margins: Tensor | None = None,
     *,
     beta: float = 5.0,
 ) -> Tensor:
     r"""Length-normalized DPO.
 
-        loss_i = -log s(beta (d_w / n_w - d_l / n_l))
+        loss_i = -log s(beta (d_w / n_w - d_l / n_l) - m_i)
 
     Args:
-        chosen_logratios, rejected_logratios, chosen_lengths, rejected_lengths: see :func:`ipo_loss`.
+        chosen_logratios, rejected_logratios, chosen_lengths, rejected_lengths, margins: see :func:`ipo_loss`.
         beta: implicit reward per nat per token.
     Returns:
         ``(B,)`` losses in nats.
@@ -68,7 +71,7 @@ def sigmoid_norm_loss(
     gap = average_gap(
         chosen_lengths, rejected_lengths, chosen_logratios=chosen_logratios, rejected_logratios=rejected_logratios
     )
-    return -F.logsigmoid(beta * gap)
+    return -F.logsigmoid(_less(beta * gap, margins))
 
 
 def simpo_loss(
@@ -76,17 +79,18 @@ def simpo_loss(
     rejected_logprobs: Tensor,
     chosen_lengths: Tensor,
     rejected_lengths: Tensor,
+    margins: Tensor | None = None,
     *,
     beta: float = 2.0,
     gamma: float = 1.0,
 ) -> Tensor:
     r"""SimPO: log-probability per token as the reward, no reference model, and a target margin.
 
-        loss_i = -log s(beta (logp_w / n_w - logp_l / n_l) - gamma)
+        loss_i = -log s(beta (logp_w / n_w - logp_l / n_l) - gamma - m_i)
 
     Args:
         chosen_logprobs, rejected_logprobs: ``(B,)`` in nats, summed over response tokens.
-        chosen_lengths, rejected_lengths: see :func:`ipo_loss`.
+        chosen_lengths, rejected_lengths, margins: see :func:`ipo_loss`.
         beta: reward per nat per token.
         gamma: target margin in units of reward; the ratio gamma / beta that papers quote is .5 here.
     Returns:
@@ -100,7 +104,7 @@ def simpo_loss(
     gap = average_gap(
         chosen_lengths, rejected_lengths, chosen_logprobs=chosen_logprobs, rejected_logprobs=rejected_logprobs
     )
-    return -F.logsigmoid(beta * gap - gamma)
+    return -F.logsigmoid(_less(beta * gap - gamma, margins))
 
 
 def sft_loss(chosen_logprobs: Tensor, chosen_lengths: Tensor) -> Tensor:
@@ -127,6 +131,7 @@ def cpo_loss(
     chosen_logprobs: Tensor,
     rejected_logprobs: Tensor,
     chosen_lengths: Tensor,
+    margins: Tensor | None = None,
     *,
     beta: float = 0.1,
     nll_weight: float = 1.0,
@@ -134,12 +139,12 @@ def cpo_loss(
 ) -> Tensor:
     r"""CPO: DPO with a uniform reference, plus the likelihood of the chosen response.
 
-        loss_i = link(beta (logp_w - logp_l)) - nll_weight logp_w / n_w,   link as in :func:`aot_loss`
+        loss_i = link(beta (logp_w - logp_l) - m_i) - nll_weight logp_w / n_w,   link as in :func:`aot_loss`
 
     Args:
         chosen_logprobs, rejected_logprobs: ``(B,)`` in nats, summed over response tokens.
         chosen_lengths: ``(B,)`` response tokens, at least 1.
-        beta, smoothing: see :func:`sigmoid_loss`.
+        margins, beta, smoothing: see :func:`sigmoid_loss`.
         nll_weight: of the second term, at least 0.
     Returns:
         ``(B,)`` losses in nats.
@@ -151,7 +156,7 @@ def cpo_loss(
     check_positive(beta=beta)
     check_range(0, math.inf, nll_weight=nll_weight)
     check_same_shape(chosen_logprobs=chosen_logprobs, rejected_logprobs=rejected_logprobs)
-    preference = logistic_link(beta * (chosen_logprobs - rejected_logprobs), smoothing)
+    preference = logistic_link(_less(beta * (chosen_logprobs - rejected_logprobs), margins), smoothing)
     return preference + nll_weight * sft_loss(chosen_logprobs, chosen_lengths)
 
 
@@ -193,19 +198,20 @@ def r_dpo_loss(
     rejected_logratios: Tensor,
     chosen_lengths: Tensor,
     rejected_lengths: Tensor,
+    margins: Tensor | None = None,
     *,
     beta: float = 0.1,
     alpha: float = 0.005,
 ) -> Tensor:
     r"""R-DPO: DPO for a reward that charges ``alpha`` per token of response.
 
-        loss_i = -log s(beta d_i + alpha (n_w - n_l))
+        loss_i = -log s(beta d_i + alpha (n_w - n_l) - m_i)
 
     The optimum for reward r - alpha n has r = beta log(pi / pi_ref) + alpha n + const, which gives the sign: a chosen
     response that is longer needs less of a lead, so that length is not learned from it.
 
     Args:
-        chosen_logratios, rejected_logratios, chosen_lengths, rejected_lengths: see :func:`ipo_loss`.
+        chosen_logratios, rejected_logratios, chosen_lengths, rejected_lengths, margins: see :func:`ipo_loss`.
         beta: see :func:`sigmoid_loss`.
         alpha: reward charged per token, at least 0.
     Returns:
@@ -216,7 +222,7 @@ def r_dpo_loss(
         Park et al., arXiv:2403.19159, where alpha is .005 or .01 for dialogue and .2 or .5 for summaries.
     """
     check_range(0, math.inf, alpha=alpha)
-    gap = reward_gap(beta, chosen_logratios, rejected_logratios)
+    gap = reward_gap(beta, chosen_logratios, rejected_logratios, margins)
     check_same_shape(
         chosen_logratios=chosen_logratios, chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths
     )
@@ -234,3 +240,8 @@ def _log_odds(average: Tensor) -> Tensor:
     # A response of probability 1 has infinite odds, and their gradient is NaN: stop at the last number below 1.
     average = average.clamp(max=-torch.finfo(average.dtype).eps)
     return average - torch.log(-torch.expm1(average))
+
+
+def _less(gap: Tensor, margins: Tensor | None) -> Tensor:
+    check_same_shape(gap=gap, margins=margins)
+    return gap if margins is None else gap - margins

@@ -70,6 +70,7 @@ LOSSES: Mapping[str, Objective] = {
     "sigmoid": Objective(
         "policy.preference.pair_losses:sigmoid_loss",
         inputs=RATIOS,
+        takes_margins=True,
         parameters={"beta": Parameter(Positive, 0.1), "smoothing": Parameter(BelowHalf, 0.0)},
     ),
     "margin_sigmoid": Objective(
@@ -85,11 +86,13 @@ LOSSES: Mapping[str, Objective] = {
     "apo_hinge_zero": Objective(
         "policy.preference.pair_losses:apo_hinge_zero_loss",
         inputs=RATIOS,
+        takes_margins=True,
         parameters={"beta": Parameter(Positive, 0.1), "margin": Parameter(NotNegative, 1.0)},
     ),
     "apo_softplus_zero": Objective(
         "policy.preference.pair_losses:apo_softplus_zero_loss",
         inputs=RATIOS,
+        takes_margins=True,
         parameters={"beta": Parameter(Positive, 0.3), "margin": Parameter(NotNegative, 1.0)},
     ),
     "apo_zero": Objective(
@@ -105,17 +108,20 @@ LOSSES: Mapping[str, Objective] = {
     "hinge": Objective(
         "policy.preference.pair_losses:hinge_loss",
         inputs=RATIOS,
+        takes_margins=True,
         parameters={"beta": Parameter(Positive, 0.1), "width": Parameter(NotNegative, 1.0)},
     ),
     "ipo": Objective(
         "policy.preference.length_losses:ipo_loss",
         inputs=(*RATIOS, *LENGTHS),
         reward="mean",
+        takes_margins=True,
         parameters={"beta": Parameter(Positive, 0.1)},
     ),
     "ipo_sum": Objective(
         "policy.preference.pair_losses:ipo_sum_loss",
         inputs=RATIOS,
+        takes_margins=True,
         parameters={"beta": Parameter(Positive, 0.1)},
     ),
     "exo_pair": Objective(
@@ -131,6 +137,7 @@ LOSSES: Mapping[str, Objective] = {
     "robust": Objective(
         "policy.preference.pair_losses:robust_loss",
         inputs=RATIOS,
+        takes_margins=True,
         parameters={"beta": Parameter(Positive, 0.1), "smoothing": Parameter(BelowHalf, 0.1)},
     ),
     "bco_pair": Objective(
@@ -165,12 +172,14 @@ LOSSES: Mapping[str, Objective] = {
         "policy.preference.length_losses:sigmoid_norm_loss",
         inputs=(*RATIOS, *LENGTHS),
         reward="mean",
+        takes_margins=True,
         parameters={"beta": Parameter(Positive, 5.0)},
     ),
     "simpo": Objective(
         "policy.preference.length_losses:simpo_loss",
         inputs=(*LOGPROBS, *LENGTHS),
         reward="mean",
+        takes_margins=True,
         parameters={"beta": Parameter(Positive, 2.0), "gamma": Parameter(float, 1.0)},
     ),
     "sft": Objective(
@@ -183,6 +192,7 @@ LOSSES: Mapping[str, Objective] = {
         "policy.preference.length_losses:cpo_loss",
         inputs=(*LOGPROBS, "chosen_lengths"),
         likelihood="beside",
+        takes_margins=True,
         parameters={
             "beta": Parameter(Positive, 0.1),
             "nll_weight": Parameter(NotNegative, 1.0),
@@ -199,6 +209,7 @@ LOSSES: Mapping[str, Objective] = {
     "r_dpo": Objective(
         "policy.preference.length_losses:r_dpo_loss",
         inputs=(*RATIOS, *LENGTHS),
+        takes_margins=True,
         parameters={"beta": Parameter(Positive, 0.1), "alpha": Parameter(NotNegative, 0.005)},
     ),
     "amapo": Objective(
@@ -239,6 +250,17 @@ LOSSES: Mapping[str, Objective] = {
             "undesirable_weight": Parameter(NotNegative, 1.0),
         },
     ),
+    "madpo": Objective(
+        "policy.preference.pair_losses:madpo_loss",
+        inputs=(*RATIOS, "data_margins"),
+        parameters={
+            "beta": Parameter(Positive, 0.1),
+            "largest": Parameter(Annotated[float, Gt(1)], 2.0),
+            "smallest": Parameter(Annotated[float, Gt(0), Lt(1)], 0.5),
+            "steepness": Parameter(Positive, 1.0),
+            "threshold": Parameter(Positive, 2.0),
+        },
+    ),
     "ot_margin": Objective(
         "policy.preference.pair_losses:ot_margin_loss",
         inputs=RATIOS,
@@ -250,7 +272,7 @@ LOSSES: Mapping[str, Objective] = {
 DIVERGENCE_LOSSES = frozenset(
     {
         *("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop"),
-        *("margin_sigmoid", "ipo_sum", "r_dpo", "gamma_po", "ot_margin"),
+        *("margin_sigmoid", "ipo_sum", "r_dpo", "gamma_po", "ot_margin", "madpo"),
         "sft",
     }
 )

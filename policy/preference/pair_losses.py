@@ -16,15 +16,21 @@ from rlhf.core.checks import check_positive, check_range, check_same_shape
 
 
 def sigmoid_loss(
-    chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float = 0.1, smoothing: float = 0.0
+    chosen_logratios: Tensor,
+    rejected_logratios: Tensor,
+    margins: Tensor | None = None,
+    *,
+    beta: float = 0.1,
+    smoothing: float = 0.0,
 ) -> Tensor:
     r"""DPO: logistic regression on the gap between two implicit rewards; with ``smoothing``, cDPO.
 
-        loss_i = -(1 - smoothing) log s(beta d_i) - smoothing log s(-beta d_i),   d = d_w - d_l
+        loss_i = -(1 - smoothing) log s(beta d_i - m_i) - smoothing log s(m_i - beta d_i),   d = d_w - d_l
 
     Args:
         chosen_logratios: ``(B,)`` in nats, log pi(y_w) / pi_ref(y_w), summed over response tokens.
         rejected_logratios: the same of y_l.
+        margins: ``(B,)`` m in units of reward, by which the chosen response is to lead; ``None`` for 0.
         beta: implicit reward per nat.
         smoothing: share of labels expected to be swapped, in [0, 0.5).
     Returns:
@@ -32,9 +38,10 @@ def sigmoid_loss(
     Raises:
         ValueError: if the shapes differ, ``(B,)`` and ``(B, 1)`` among them, or a number is out of range.
     References:
-        Rafailov et al., arXiv:2305.18290, eq. 7; smoothing: Mitchell, "A note on DPO with noisy preferences" (2023).
+        Rafailov et al., arXiv:2305.18290, eq. 7; smoothing: Mitchell, "A note on DPO with noisy preferences" (2023);
+        margins: DPO with an offset, Amini et al., arXiv:2402.10571.
     """
-    return logistic_link(reward_gap(beta, chosen_logratios, rejected_logratios), smoothing)
+    return logistic_link(reward_gap(beta, chosen_logratios, rejected_logratios, margins), smoothing)
 
 
 def margin_sigmoid_loss(
@@ -79,38 +86,49 @@ def margin_sigmoid_loss(
 
 
 def apo_hinge_zero_loss(
-    chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float = 0.1, margin: float = 1.0
+    chosen_logratios: Tensor,
+    rejected_logratios: Tensor,
+    margins: Tensor | None = None,
+    *,
+    beta: float = 0.1,
+    margin: float = 1.0,
 ) -> Tensor:
     r"""Hinges that push the chosen response above the reference and the rejected one below it.
 
-        loss_i = max(0, margin - beta d_w) + max(0, margin + beta d_l)
+        loss_i = max(0, margin + m_i / 2 - beta d_w) + max(0, margin + m_i / 2 + beta d_l)
 
     A response whose log-ratio has reached margin / beta on its side has no gradient.
 
     Args:
-        chosen_logratios, rejected_logratios, beta: see :func:`sigmoid_loss`.
+        chosen_logratios, rejected_logratios, margins, beta: see :func:`sigmoid_loss`; half of m is asked of each side.
         margin: implicit reward asked for on each side, at least 0.
     Returns:
         ``(B,)`` losses in units of reward.
     Raises:
         ValueError: if the shapes differ or a number is out of range.
     References:
-        "APO-hinge-zero" of Yao, Yuan and Chen, arXiv:2508.08466.
+        "APO-hinge-zero" of Yao, Yuan and Chen, arXiv:2508.08466; m is ours.
     """
     check_range(0, math.inf, margin=margin)
     chosen, rejected = implicit_pair(beta, chosen_logratios, rejected_logratios)
-    return F.relu(margin - chosen) + F.relu(margin + rejected)
+    each = margin + _half(margins, chosen)
+    return F.relu(each - chosen) + F.relu(each + rejected)
 
 
 def apo_softplus_zero_loss(
-    chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float = 0.3, margin: float = 1.0
+    chosen_logratios: Tensor,
+    rejected_logratios: Tensor,
+    margins: Tensor | None = None,
+    *,
+    beta: float = 0.3,
+    margin: float = 1.0,
 ) -> Tensor:
     r""":func:`apo_hinge_zero_loss` with softplus for the hinges, so that a gradient is left everywhere.
 
-        loss_i = softplus(margin - beta d_w) + softplus(margin + beta d_l)
+        loss_i = softplus(margin + m_i / 2 - beta d_w) + softplus(margin + m_i / 2 + beta d_l)
 
     Args:
-        chosen_logratios, rejected_logratios, beta, margin: see :func:`apo_hinge_zero_loss`.
+        chosen_logratios, rejected_logratios, margins, beta, margin: see :func:`apo_hinge_zero_loss`.
     Returns:
         ``(B,)`` losses in nats.
     Raises:
@@ -120,7 +138,8 @@ def apo_softplus_zero_loss(
     """
     check_range(0, math.inf, margin=margin)
     chosen, rejected = implicit_pair(beta, chosen_logratios, rejected_logratios)
-    return F.softplus(margin - chosen) + F.softplus(margin + rejected)
+    each = margin + _half(margins, chosen)
+    return F.softplus(each - chosen) + F.softplus(each + rejected)
 
 
 def apo_zero_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float = 0.1) -> Tensor:
@@ -160,14 +179,19 @@ def apo_down_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta:
 
 
 def hinge_loss(
-    chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float = 0.1, width: float = 1.0
+    chosen_logratios: Tensor,
+    rejected_logratios: Tensor,
+    margins: Tensor | None = None,
+    *,
+    beta: float = 0.1,
+    width: float = 1.0,
 ) -> Tensor:
     r"""Linear penalty until the chosen response leads by ``width``, nothing beyond.
 
-        loss_i = max(0, width - beta d_i)
+        loss_i = max(0, width + m_i - beta d_i)
 
     Args:
-        chosen_logratios, rejected_logratios, beta: see :func:`sigmoid_loss`.
+        chosen_logratios, rejected_logratios, margins, beta: see :func:`sigmoid_loss`.
         width: lead in implicit reward, at least 0.
     Returns:
         ``(B,)`` losses in units of reward.
@@ -177,16 +201,18 @@ def hinge_loss(
         Zhao et al., SLiC-HF, arXiv:2305.10425, in the form of RSO, arXiv:2309.06657, where ``width`` is 1.
     """
     check_range(0, math.inf, width=width)
-    return F.relu(width - reward_gap(beta, chosen_logratios, rejected_logratios))
+    return F.relu(width - reward_gap(beta, chosen_logratios, rejected_logratios, margins))
 
 
-def ipo_sum_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float = 0.1) -> Tensor:
+def ipo_sum_loss(
+    chosen_logratios: Tensor, rejected_logratios: Tensor, margins: Tensor | None = None, *, beta: float = 0.1
+) -> Tensor:
     r"""IPO as printed, on summed log-ratios.
 
-        loss_i = (d_i - 1 / (2 beta))^2
+        loss_i = (d_i - m_i / beta - 1 / (2 beta))^2
 
     Args:
-        chosen_logratios, rejected_logratios: see :func:`sigmoid_loss`.
+        chosen_logratios, rejected_logratios, margins: see :func:`sigmoid_loss`.
         beta: see :func:`ipo_loss`.
     Returns:
         ``(B,)`` losses in nats squared.
@@ -195,7 +221,7 @@ def ipo_sum_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: 
     References:
         Azar et al., arXiv:2310.12036, eq. 17.
     """
-    return ((reward_gap(beta, chosen_logratios, rejected_logratios) - 0.5) / beta) ** 2
+    return ((reward_gap(beta, chosen_logratios, rejected_logratios, margins) - 0.5) / beta) ** 2
 
 
 def exo_pair_loss(
@@ -241,16 +267,22 @@ def nca_pair_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta:
 
 
 def robust_loss(
-    chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float = 0.1, smoothing: float = 0.1
+    chosen_logratios: Tensor,
+    rejected_logratios: Tensor,
+    margins: Tensor | None = None,
+    *,
+    beta: float = 0.1,
+    smoothing: float = 0.1,
 ) -> Tensor:
     r"""Robust DPO: an unbiased estimate of DPO's loss on clean labels, from labels swapped with a known chance.
 
-        loss_i = (-(1 - smoothing) log s(beta d_i) + smoothing log s(-beta d_i)) / (1 - 2 smoothing)
+        loss_i = (-(1 - smoothing) log s(beta d_i - m_i) + smoothing log s(-beta d_i - m_i)) / (1 - 2 smoothing)
 
     It has no lower bound: it falls without end as d grows.
 
     Args:
-        chosen_logratios, rejected_logratios, beta: see :func:`sigmoid_loss`.
+        chosen_logratios, rejected_logratios, margins, beta: see :func:`sigmoid_loss`; the margin is a handicap on the
+            response that a term prefers, so that the mean over labels is that of DPO with its margin.
         smoothing: chance that a label is swapped, in [0, 0.5).
     Returns:
         ``(B,)`` losses in nats.
@@ -260,8 +292,9 @@ def robust_loss(
         Ray Chowdhury et al., arXiv:2403.00409.
     """
     check_smoothing(smoothing)
-    gap = reward_gap(beta, chosen_logratios, rejected_logratios)
-    return (smoothing * F.logsigmoid(-gap) - (1 - smoothing) * F.logsigmoid(gap)) / (1 - 2 * smoothing)
+    right = F.logsigmoid(reward_gap(beta, chosen_logratios, rejected_logratios, margins))
+    wrong = F.logsigmoid(reward_gap(beta, rejected_logratios, chosen_logratios, margins))
+    return (smoothing * wrong - (1 - smoothing) * right) / (1 - 2 * smoothing)
 
 
 def sppo_hard_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float = 0.001) -> Tensor:
@@ -324,15 +357,73 @@ def ot_margin_loss(
     References:
         None: it carries the margins of APLOT, arXiv:2510.10963, from reward models over to DPO, and is ours.
     """
-    gap = reward_gap(beta, chosen_logratios, rejected_logratios)
-    check_same_shape(chosen_logratios=chosen_logratios, margins=margins)
-    return -F.logsigmoid(gap if margins is None else gap - margins)
+    return -F.logsigmoid(reward_gap(beta, chosen_logratios, rejected_logratios, margins))
 
 
-def reward_gap(beta: float, chosen_logratios: Tensor, rejected_logratios: Tensor) -> Tensor:
+def madpo_loss(
+    chosen_logratios: Tensor,
+    rejected_logratios: Tensor,
+    data_margins: Tensor,
+    *,
+    beta: float = 0.1,
+    largest: float = 2.0,
+    smallest: float = 0.5,
+    steepness: float = 1.0,
+    threshold: float = 2.0,
+) -> Tensor:
+    r"""MADPO: DPO whose pairs count by what a reward model thinks of them: more where it sees little difference.
+
+        loss_i = -w(h_i) log s(beta d_i),   w(h) = s(c h) / s(h) for h > -threshold, else 1
+        c      = smallest + (largest - smallest) / (1 + (largest - 1) / (1 - smallest) exp(steepness (|h| - threshold)))
+
+    c is near ``largest`` at small margins, 1 at the threshold and near ``smallest`` at large ones: the lead that is
+    asked for is c h in the place of h. Pairs whose label the reward model contradicts count once.
+
+    Args:
+        chosen_logratios, rejected_logratios, beta: see :func:`sigmoid_loss`.
+        data_margins: ``(B,)`` h in logits, the reward of the chosen response less that of the other. Held constant.
+        largest: of c, above 1.
+        smallest: of c, in (0, 1).
+        steepness: of the way from one to the other, above 0.
+        threshold: the margin that is taken as it is, above 0.
+    Returns:
+        ``(B,)`` losses in nats.
+    Raises:
+        ValueError: if the shapes differ or a number is out of range.
+    References:
+        Rho, arXiv:2510.05342; formula and defaults are those of its code.
+    """
+    check_same_shape(chosen_logratios=chosen_logratios, data_margins=data_margins)
+    weights = margin_weights(data_margins.detach(), largest, smallest, steepness, threshold)
+    return -weights * F.logsigmoid(reward_gap(beta, chosen_logratios, rejected_logratios))
+
+
+def margin_weights(
+    margins: Tensor, largest: float, smallest: float, steepness: float, threshold: float
+) -> Tensor:
+    """``(B,)`` the weights of :func:`madpo_loss`, whose arguments these are."""
+    check_positive(smallest=smallest, steepness=steepness, threshold=threshold)
+    if not smallest < 1 < largest:
+        raise ValueError(f"expected smallest < 1 < largest, not smallest = {smallest} and largest = {largest}")
+    ratio = (largest - 1) / (1 - smallest)
+    lead = steepness * (margins.abs() - threshold) + math.log(ratio)
+    factor = smallest + (largest - smallest) * torch.sigmoid(-lead)
+    weights = torch.exp(F.logsigmoid(factor * margins) - F.logsigmoid(margins))
+    return torch.where(margins > -threshold, weights, 1.0)
+
+
+def reward_gap(
+    beta: float, chosen_logratios: Tensor, rejected_logratios: Tensor, margins: Tensor | None = None
+) -> Tensor:
     check_positive(beta=beta)
-    check_same_shape(chosen_logratios=chosen_logratios, rejected_logratios=rejected_logratios)
-    return beta * (chosen_logratios - rejected_logratios)
+    check_same_shape(chosen_logratios=chosen_logratios, rejected_logratios=rejected_logratios, margins=margins)
+    gap = beta * (chosen_logratios - rejected_logratios)
+    return gap if margins is None else gap - margins
+
+
+def _half(margins: Tensor | None, values: Tensor) -> Tensor | float:
+    check_same_shape(chosen_logratios=values, margins=margins)
+    return 0.0 if margins is None else margins / 2
 
 
 def implicit_pair(beta: float, chosen_logratios: Tensor, rejected_logratios: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from policy.publish import PublishablePolicy
 from rlhf.data.batching import ItemSource
 from rlhf.data.examples import load_examples
 from rlhf.data.loading import default_cache_dir
-from rlhf.data.preferences import load_preferences
+from rlhf.data.preferences import PreferenceDataset, load_preferences
 from rlhf.data.templates import ChatFormat
 from rlhf.engine.api import Engine
 from rlhf.engine.build import DTYPES, precision_of
@@ -50,6 +50,9 @@ def run(config: PreferenceConfig, ranks: Ranks) -> HeldOut | None:
     """
     chat = open_chat(config, config.rows.template_choice, ranks)
     data = load_data(lambda folder: _load(config, chat, folder), config, ranks, readers=config.models)
+    if config.reads_margins:
+        assert isinstance(data.train, PreferenceDataset)
+        data.train.refuse_missing_margins(config.reads_margins)
     published = PublishablePolicy.of(
         config,
         chat,
@@ -175,7 +178,8 @@ def _identity(config: PreferenceConfig, data: LoadedData, references: _Reference
     return run_identity(config, data.train, steps) | {
         "loss": asdict(config.loss),
         "labels": asdict(config.labels),
-        "margin": config.margins.to_dict() if config.loss.takes_margins else None,
+        "margin": config.margins.to_dict() if config.makes_margins else None,
+        "weights": config.weights.to_dict(),
         "reference": references.weights,
         "reference.kind": "live" if config.reference.kind == "live" else "cache",
     }

@@ -50,8 +50,9 @@ class PreferenceTask:
         self._reference, self._held_out_reference = references
         self._batches = BatchMaker(engine.ranks, config.train, apart=config.loss.objective.unpaired)
         self._terms = [(term, LOSSES[term.kind], BatchStatistics(term)) for term in config.loss.terms]
-        self._gathers = config.loss.takes_margins or any(statistics.names for _, _, statistics in self._terms)
+        self._gathers = config.looks_at_pairs or any(statistics.names for _, _, statistics in self._terms)
         self._margins = MarginMaker(config.margins, total_steps)
+        self._weights = MarginMaker(config.weights, total_steps)
         self._labels = Labels(config.labels, train.wrong if isinstance(train, PreferenceDataset) else np.empty(0))
         self._delta = _delta_schedule(config, total_steps)
         self._watch = Watch(config.watch, engine.ranks)
@@ -75,6 +76,7 @@ class PreferenceTask:
         batches = self._batches.step(self._train, step)
         self._rows.clear()
         self._margins.start_step(step)
+        self._weights.start_step(step)
         if self._delta is not None:
             self._delta.start_step(step)
         if self._config.over_all_pairs:
@@ -92,6 +94,8 @@ class PreferenceTask:
         losses = self._labels.losses(
             lambda opposite: self._losses(view.opposite if opposite else view, batch, weights), batch.indices
         )
+        if self._config.weights.kind != "none":
+            losses = losses * self._weights.of(batch.positions)
         self._rows.add(batch, view, losses)
         # Filler rows keep the graph of this forward alive on ranks that have no pair.
         return losses.sum() / self._batches.items + 0.0 * sum(part.sum() for part in output.logprobs)
@@ -104,7 +108,7 @@ class PreferenceTask:
             read = columns | view.plain if objective.likelihood == "alone" else columns
             inputs: dict[str, Any] = {name: read[name] for name in objective.inputs}
             inputs |= term.values | statistics.arguments(batch.positions)
-            if objective.takes_margins:
+            if objective.takes_margins and self._config.makes_margins:
                 inputs["margins"] = self._margins.of(batch.positions)
             if self._delta is not None and "delta" in objective.parameters:
                 inputs["delta"] = self._delta.value
@@ -123,8 +127,9 @@ class PreferenceTask:
         if self._delta is not None:
             metrics["delta"] = self._delta.value
             self._delta.end_step(seen["chosen_logratios"] - seen["rejected_logratios"])
-        if self._config.loss.takes_margins:
+        if self._config.makes_margins:
             metrics |= self._margin_metrics(seen)
+        metrics |= self._weights.transport_metrics()
         metrics |= self._batches.metrics()
         self._watch.look(self._step + 1, metrics)
         return metrics
@@ -144,6 +149,7 @@ class PreferenceTask:
     def state_dict(self) -> dict[str, Any]:
         return {
             "margins": self._margins.state_dict(),
+            "weights": self._weights.state_dict(),
             "statistics": [statistics.state_dict() for _, _, statistics in self._terms],
             "delta": None if self._delta is None else self._delta.state_dict(),
             "watch": self._watch.state_dict(),
@@ -153,6 +159,7 @@ class PreferenceTask:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._margins.load_state_dict(state["margins"], self._engine.ranks.device)
+        self._weights.load_state_dict(state["weights"], self._engine.ranks.device)
         for (_, _, statistics), saved in zip(self._terms, state["statistics"], strict=True):
             statistics.load_state_dict(saved)
         if self._delta is not None:
@@ -164,7 +171,7 @@ class PreferenceTask:
 
     def _wanted(self) -> dict[str, bool]:
         loss = self._config.loss
-        return {"with_square_sums": loss.wpo, "with_embeddings": loss.takes_margins}
+        return {"with_square_sums": loss.wpo, "with_embeddings": self._config.looks_at_pairs}
 
     def _ask(self, batch: Batch) -> tuple[RowSums, PolicyOutput]:
         """What the policy says of the rows of ``batch``; of the output, what has a gradient.
@@ -186,15 +193,16 @@ class PreferenceTask:
         return view(sums, reference, batch, self._config.loss)
 
     def _look(self, seen: list[tuple[Batch, View, PolicyOutput]]) -> None:
-        """Statistics and margins from the pairs of all ranks."""
+        """Statistics, margins and weights from the pairs of all ranks."""
         ranks = self._engine.ranks
         mine = torch.cat([batch.positions for batch, _, _ in seen])
         columns, positions = gathered_columns([view for _, view, _ in seen], mine, ranks)
         for _, _, statistics in self._terms:
             statistics.update(columns, positions, self._batches.items)
-        if self._config.loss.takes_margins:
-            pairs = concatenate([self._reward_pairs(*each) for each in seen])
-            self._margins.make(gather_pairs(pairs, ranks), self._batches.items)
+        if self._config.looks_at_pairs:
+            pairs = gather_pairs(concatenate([self._reward_pairs(*each) for each in seen]), ranks)
+            self._margins.make(pairs, self._batches.items)
+            self._weights.make(pairs, self._batches.items)
 
     def _reward_pairs(self, batch: Batch, view: View, output: PolicyOutput) -> Pairs:
         """Implicit rewards and mean response states in the place of rewards and pooled embeddings."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from reward.audit.margins import STRENGTHS, Differences, folds_of
+from reward.audit.margins import EFFECTS, STRENGTHS, Differences, folds_of
 from reward.audit.mixture import Array, Interval, fit_mixture, posterior_wrong, share_interval
 
 CHOOSING = 999
@@ -30,11 +30,23 @@ class OutOfFold:
     folds: int = 5
     seed: int = 0
 
-    def margins(self, strength: float, repeat: int, advance: Callable[[int], None] = lambda count: None) -> Array:
+    @property
+    def settings(self) -> list[tuple[float, float]]:
+        """Penalties of the heads and variances of answers' own worth that are tried."""
+        effects = EFFECTS if self.differences.shares_answers else EFFECTS[:1]
+        return [(strength, effect) for strength in STRENGTHS for effect in effects]
+
+    def heads(self, repeats: int) -> int:
+        """How many heads :func:`audited` fits."""
+        return self.folds * (len(self.settings) + repeats)
+
+    def margins(
+        self, strength: float, effect: float, repeat: int, advance: Callable[[int], None] = lambda count: None
+    ) -> Array:
         """``(N,)`` margins by the folds of this repeat."""
         fold_of = folds_of(self.groups, self.folds, self.seed * 1000 + repeat)
         labels = np.ones(len(self.groups)) if self.labels is None else self.labels
-        return self.differences.out_of_fold_margins(fold_of, strength, labels, advance=advance)
+        return self.differences.out_of_fold_margins(fold_of, strength, effect, labels, advance=advance)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,16 +64,13 @@ class Audited:
     temperature: float
     strength: float
     """The penalty of the heads."""
-
-
-def heads_of_an_audit(folds: int, repeats: int) -> int:
-    """How many heads :func:`audited` fits."""
-    return folds * (len(STRENGTHS) + repeats)
+    effect: float
+    """The variance of the answers' own worth."""
 
 
 def audited(pairs: OutOfFold, *, repeats: int = 4, advance: Callable[[int], None] = lambda count: None) -> Audited:
     """Margins of every pair from ``repeats`` ways to cut the pairs, and what the mixture of their means says."""
-    margins, spread, strength = judged(pairs, repeats=repeats, advance=advance)
+    margins, spread, (strength, effect) = judged(pairs, repeats=repeats, advance=advance)
     fitted = fit_mixture(margins)
     interval = share_interval(margins, pairs.prompts, seed=pairs.seed)
     return Audited(
@@ -73,19 +82,20 @@ def audited(pairs: OutOfFold, *, repeats: int = 4, advance: Callable[[int], None
         ),
         temperature=fitted.temperature,
         strength=strength,
+        effect=effect,
     )
 
 
 def judged(
     pairs: OutOfFold, *, repeats: int = 4, advance: Callable[[int], None] = lambda count: None
-) -> tuple[Array, Array, float]:
-    """``(N,)`` mean margins over repeats, their ``(N,)`` standard deviations, and the penalty of the heads.
+) -> tuple[Array, Array, tuple[float, float]]:
+    """``(N,)`` mean margins over repeats, their ``(N,)`` standard deviations, and the settings of the heads.
 
-    The penalty is the one whose heads make the labels that they did not see most likely.
+    The settings are those whose heads make the labels that they did not see most likely.
     """
     likelihoods = {
-        strength: fit_mixture(pairs.margins(strength, CHOOSING, advance)).log_likelihood for strength in STRENGTHS
+        each: fit_mixture(pairs.margins(*each, CHOOSING, advance)).log_likelihood for each in pairs.settings
     }
-    strength = max(likelihoods, key=likelihoods.__getitem__)
-    each = np.stack([pairs.margins(strength, repeat, advance) for repeat in range(repeats)])
-    return each.mean(0), each.std(0), strength
+    settings = max(likelihoods, key=likelihoods.__getitem__)
+    found = np.stack([pairs.margins(*settings, repeat, advance) for repeat in range(repeats)])
+    return found.mean(0), found.std(0), settings

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from reward.audit.estimate import Audited, OutOfFold, audited, heads_of_an_audit
+from reward.audit.estimate import Audited, OutOfFold, audited
 from reward.audit.features import Extraction, default_layer, features_of
 from reward.audit.margins import Differences
 from reward.audit.mixture import Interval, share_interval
@@ -86,7 +86,7 @@ def audit_file(options: AuditOptions) -> str:
     pairs, left_out = _read(options)
     with _progress() as progress:
         out_of_fold = pairs_as_features(pairs, options, progress)
-        advance = _task(progress, "heads", heads_of_an_audit(options.folds, options.repeats))
+        advance = _task(progress, "heads", out_of_fold.heads(options.repeats))
         found = audited(out_of_fold, repeats=options.repeats, advance=advance)
     rows = [_audited_row(pair, found, place) for place, pair in enumerate(pairs)]
     write_text(options.output / PAIRS, _lines(rows))
@@ -125,7 +125,7 @@ def pairs_as_features(pairs: Sequence[Pair], options: AuditOptions, progress: Pr
     chat = load_chat(options.model, options.template)
     chosen, rejected = _features(pairs, chat, options, _task(progress, "features", 2 * len(pairs)))
     return OutOfFold(
-        differences=Differences.of(chosen, rejected),
+        differences=Differences.of(chosen, rejected, _answers(pairs, prompts)),
         prompts=prompts,
         groups=groups,
         folds=options.folds,
@@ -173,6 +173,20 @@ def _both_answers(pair: Pair) -> int:
     """A name for the prompt with both answers, whichever is the chosen one."""
     sides = sorted(json.dumps(side, sort_keys=True) for side in (pair.record.chosen, pair.record.rejected))
     return int(digest(str(prompt_key(pair.record.prompt)), *sides), 16)
+
+
+def _answers(pairs: Sequence[Pair], prompts: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """``(N, 2)`` numbers of chosen and rejected answers, equal for equal answers to one prompt."""
+    numbers: dict[tuple[int, str], int] = {}
+    return np.array(
+        [
+            [
+                numbers.setdefault((int(prompt), json.dumps(side, sort_keys=True)), len(numbers))
+                for side in (pair.record.chosen, pair.record.rejected)
+            ]
+            for prompt, pair in zip(prompts, pairs, strict=True)
+        ]
+    )
 
 
 def _features(
@@ -240,6 +254,7 @@ def _summary(
     options: AuditOptions, pairs: Sequence[Pair], prompts: NDArray[np.uint64], found: Audited
 ) -> dict[str, Any]:
     interval = found.interval
+    votes = _votes(pairs)
     return {
         "verdict": verdict(interval, found.wrong),
         "pairs": len(pairs),
@@ -248,22 +263,32 @@ def _summary(
         "temperature": found.temperature,
         "unseen": options.unseen,
         "penalty": found.strength,
+        "answer_effect": found.effect,
         "layer": options.layer or default_layer(BackboneConfig(path=options.model)),
         "folds": options.folds,
         "repeats": options.repeats,
         "model": options.model,
         "data": open_source(SourceConfig(path=options.data, split=options.split)).digest(),
         "contradictory_pairs": _contradictory(pairs, prompts),
+        "judged_again": judged_again(votes),
         "longer_answer_chosen": _longer_chosen(pairs, np.ones(len(pairs), bool)),
         "longer_answer_chosen_among_suspects": _longer_chosen(pairs, found.wrong > SWAP_ABOVE),
-        "by": {name: _by_group(name, pairs, prompts, found) for name in options.group_columns},
+        "by": {name: _by_group(name, pairs, prompts, found, votes) for name in options.group_columns},
     }
 
 
 def _by_group(
-    name: str, pairs: Sequence[Pair], prompts: NDArray[np.uint64], found: Audited
+    name: str,
+    pairs: Sequence[Pair],
+    prompts: NDArray[np.uint64],
+    found: Audited,
+    votes: Mapping[int, Sequence[tuple[int, bool]]],
 ) -> dict[str, dict[str, Any]] | str:
-    """The share of every value of a column, at the temperature of all; or in words why there is none."""
+    """The share of every value of a column, at the temperature of all; or in words why there is none.
+
+    ``against_others``: of the labels on answers that other values judged, too, the share that more of them contradict
+    than share it.
+    """
     values = np.array([str(pair.row.get(name, "")) for pair in pairs])
     if not any(name in pair.row for pair in pairs):
         return "no row has this column"
@@ -273,10 +298,40 @@ def _by_group(
     for value, count in Counter(values.tolist()).most_common():
         here = values == value
         groups[value] = {"pairs": count, "mean_wrong": float(found.wrong[here].mean())}
+        if (against := _against_others(values, value, votes)) is not None:
+            groups[value]["against_others"] = against
         if count >= LEAST_OF_A_GROUP:
             share = share_interval(found.margins[here], prompts[here], temperature=found.temperature)
             groups[value] |= {"estimate": share.share, "low": share.low, "high": share.high}
     return groups
+
+
+def _votes(pairs: Sequence[Pair]) -> dict[int, list[tuple[int, bool]]]:
+    """Places of the pairs of the same two answers, each with which of the two it calls the better one."""
+    votes: dict[int, list[tuple[int, bool]]] = {}
+    for place, pair in enumerate(pairs):
+        sides = [json.dumps(side, sort_keys=True) for side in (pair.record.chosen, pair.record.rejected)]
+        votes.setdefault(_both_answers(pair), []).append((place, sides[0] < sides[1]))
+    return {key: each for key, each in votes.items() if len(each) > 1}
+
+
+def judged_again(votes: Mapping[int, Sequence[tuple[int, bool]]]) -> dict[str, int]:
+    """How many two answers were judged more than once, and how many of these not alike."""
+    unlike = sum(len({first for _, first in each}) > 1 for each in votes.values())
+    return {"pairs": len(votes), "disagree": unlike}
+
+
+def _against_others(
+    values: NDArray[np.str_], value: str, votes: Mapping[int, Sequence[tuple[int, bool]]]
+) -> float | None:
+    against = total = 0
+    for each in votes.values():
+        others = [first for place, first in each if values[place] != value]
+        for place, first in each:
+            if values[place] == value and others:
+                total += 1
+                against += others.count(first) < others.count(not first)
+    return against / total if total else None
 
 
 def _contradictory(pairs: Sequence[Pair], prompts: NDArray[np.uint64]) -> int:

@@ -78,8 +78,8 @@ class PreferenceDataset:
         margin = float(self.given_margins[index])
         return Item(pair.row_id, rows, margin=None if math.isnan(margin) else margin)
 
-    def refuse_missing_margins(self) -> None:
-        """Refuse data without margins, where margins are the data's.
+    def refuse_missing_margins(self, setting: str = "margin.kind = column") -> None:
+        """Refuse data without margins, where ``setting`` of a recipe says that margins are the data's.
 
         Raises:
             DataError: if the margins of the data are asked for, but some pairs have none.
@@ -88,7 +88,7 @@ class PreferenceDataset:
         if len(missing):
             rows = ", ".join(self.row_id(int(index)) for index in missing[:3])
             raise DataError(
-                f"margin.kind = column, but {len(missing)} of {len(self)} training pairs have neither a margin nor, "
+                f"{setting}, but {len(missing)} of {len(self)} training pairs have neither a margin nor, "
                 f"where no pair has one, both scores, such as {rows}; name the columns in data.columns.margin or "
                 "data.columns.chosen_score and rejected_score, or leave these rows out"
             )

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from reward.config import LossConfig, MarginConfig, RewardConfig, RewardModelConfig
+from reward.config import LossConfig, MarginConfig, RewardConfig, RewardModelConfig, WeightConfig
 from reward.model import build_reward_model
 from reward.task import RewardTask
 from rlhf.data.options import AS_GIVEN, DataConfig, LabelsConfig
@@ -50,6 +50,7 @@ def make_task(tiny_config, tiny_data):
         loss: LossConfig | None = None,
         margin: MarginConfig | None = None,
         labels: LabelsConfig = AS_GIVEN,
+        weights: WeightConfig | None = None,
         data: LoadedPreferences = tiny_data,
         packing: str = "auto",
         **model,
@@ -59,6 +60,7 @@ def make_task(tiny_config, tiny_data):
             loss=loss or tiny_config.loss,
             margin=margin or tiny_config.margin,
             labels=labels,
+            weights=weights or tiny_config.weights,
             model=replace(tiny_config.model, **model),
             train=replace(tiny_config.train, micro_batch_tokens=token_budget, packing=packing),
         )

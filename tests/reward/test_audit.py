@@ -89,7 +89,7 @@ def test_margins_are_those_of_ridge_regressions_on_the_other_folds():
     chosen, rejected = random_pairs(70)
     labels = np.where(np.random.default_rng(1).random(70) < 0.3, -1.0, 1.0)
     fold_of = folds_of(np.arange(70, dtype=np.uint64), 4, seed=0)
-    found = Differences.of(chosen, rejected).out_of_fold_margins(fold_of, 3.0, labels)
+    found = Differences.of(chosen, rejected).out_of_fold_margins(fold_of, 3.0, 0.0, labels)
     spread = np.concatenate([chosen, rejected]).std(0)
     for pair in range(70):
         others = [other for other in range(70) if fold_of[other] != fold_of[pair]]
@@ -106,13 +106,70 @@ def test_the_label_of_a_pair_has_no_say_in_its_own_margin():
     chosen, rejected = random_pairs(60)
     fold_of = folds_of(np.arange(60, dtype=np.uint64), 4, seed=0)
     pairs, labels, pair = Differences.of(chosen, rejected), np.ones(60), 17
-    before = pairs.out_of_fold_margins(fold_of, 1.0, labels)
+    before = pairs.out_of_fold_margins(fold_of, 1.0, 0.0, labels)
     labels[pair] = -1
-    after = pairs.out_of_fold_margins(fold_of, 1.0, labels)
+    after = pairs.out_of_fold_margins(fold_of, 1.0, 0.0, labels)
     assert after[pair] == pytest.approx(-before[pair], rel=1e-9) and before[pair] != 0
     others = (fold_of == fold_of[pair]) & (np.arange(60) != pair)
     np.testing.assert_allclose(after[others], before[others], rtol=1e-9)
     assert not np.allclose(after[fold_of != fold_of[pair]], before[fold_of != fold_of[pair]])
+
+
+def shared_answers(pairs=60, answers=45):
+    """Pairs of answers that stand in several of them; the last ten share none."""
+    draw = np.random.default_rng(5)
+    numbers = np.array([draw.choice(answers, size=2, replace=False) for _ in range(pairs)])
+    numbers[-10:] = answers + np.arange(20).reshape(10, 2)
+    states = draw.normal(size=(answers + 20, 6))
+    worth = states @ draw.normal(size=6) + 2 * draw.normal(size=len(states))
+    swap = worth[numbers[:, 0]] < worth[numbers[:, 1]]
+    numbers[swap] = numbers[swap, ::-1]
+    return states, numbers
+
+
+@pytest.mark.parametrize("effect", [0.3, 2.0])
+def test_margins_with_answers_of_their_own_worth_are_those_of_ridge_regressions_on_their_columns(effect):
+    states, numbers = shared_answers()
+    labels = np.where(np.random.default_rng(1).random(60) < 0.3, -1.0, 1.0)
+    fold_of = folds_of(np.arange(60, dtype=np.uint64), 4, seed=0)
+    pairs = Differences.of(states[numbers[:, 0]], states[numbers[:, 1]], numbers)
+    found = pairs.out_of_fold_margins(fold_of, 3.0, effect, labels)
+    own = np.zeros((60, len(states)))
+    own[np.arange(60), numbers[:, 0]] = 1
+    own[np.arange(60), numbers[:, 1]] = -1
+    penalty = math.sqrt(3.0 * np.square(pairs.values).sum() / 6)
+    rows = np.concatenate([pairs.values, own * math.sqrt(effect)], axis=1)
+    ridge = np.diag([penalty] * 6 + [1.0] * len(states))
+    for fold in range(4):
+        seen = fold_of != fold
+        stacked = np.concatenate([rows[seen], ridge])
+        head = np.linalg.lstsq(stacked, np.concatenate([labels[seen], np.zeros(len(ridge))]), rcond=None)[0]
+        np.testing.assert_allclose(found[~seen], (labels * (rows @ head))[~seen], atol=1e-10)
+
+
+def test_pairs_that_share_answers_find_each_others_wrong_labels():
+    states, numbers = shared_answers(pairs=900, answers=120)
+    labels = np.where(np.random.default_rng(2).random(900) < 0.2, -1.0, 1.0)
+    groups = np.arange(900, dtype=np.uint64)
+    areas = []
+    for answers in (None, numbers):
+        sides = states[numbers[:, 0]], states[numbers[:, 1]]
+        found = audited(
+            OutOfFold(differences=Differences.of(*sides, answers), prompts=groups, groups=groups, labels=labels),
+            repeats=2,
+        )
+        wrong = labels < 0
+        areas.append(float((found.margins[wrong][:, None] < found.margins[~wrong][None]).mean()))
+    assert found.effect > 0 and areas[1] > areas[0] + 0.05
+
+
+def test_where_no_answer_stands_twice_none_has_a_worth_of_its_own():
+    states, numbers = shared_answers()
+    alone = Differences.of(states[numbers[:, 0]], states[numbers[:, 1]], np.arange(120).reshape(60, 2))
+    assert not alone.shares_answers
+    groups = np.arange(60, dtype=np.uint64)
+    pairs = OutOfFold(differences=alone, prompts=groups, groups=groups)
+    assert {effect for _, effect in pairs.settings} == {0.0} and pairs.heads(3) == 5 * (4 + 3)
 
 
 def test_answers_whose_features_are_all_alike_are_not_told_apart():
@@ -195,6 +252,36 @@ def test_the_summary_has_the_share_with_its_interval_also_by_source(audit):
     assert 0.05 < share["estimate"] < 0.25
     assert {name: group["pairs"] for name, group in summary["by"]["source"].items()} == {"web": 60, "book": 30}
     assert summary["by"]["annotator"] == "no row has this column"
+
+
+def test_the_page_says_what_was_found_beside_what_else_explains_it(audit, planted, tiny_model, capsys):
+    page = (audit / "report.html").read_text()
+    summary = json.loads((audit / "summary.json").read_text())
+    assert summary["verdict"][1:] in page
+    for said in ("Out-of-fold margins", "By source", "The most suspect labels", "The longer answer is the chosen one"):
+        assert said in page
+    first = lines_of(audit / "suspects.jsonl")[0]
+    assert first["row"] in page and first["chosen"] in page
+    assert main(["report", str(audit), "--output", str(audit.parent / "again.html")]) == 0
+    assert "the labels look wrong" in capsys.readouterr().out
+
+
+def test_annotators_who_stand_alone_against_others_are_named(tmp_path, tiny_model, tiny_pairs, capsys):
+    rows = [json.loads(line) for line in tiny_pairs.read_text().splitlines()][:30]
+    judged = [row | {"annotator": name} for row in rows for name in ("ada", "bo", "eve")]
+    for row in judged:
+        if row["annotator"] == "eve":
+            row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in judged))
+    assert run_audit(path, tiny_model, tmp_path / "audit") == 0
+    summary = json.loads((tmp_path / "audit" / "summary.json").read_text())
+    assert summary["judged_again"] == {"pairs": 30, "disagree": 30}
+    against = {name: group["against_others"] for name, group in summary["by"]["annotator"].items()}
+    assert against == {"ada": 0.0, "bo": 0.0, "eve": 1.0}
+    page = (tmp_path / "audit" / "report.html").read_text()
+    assert "30 pairs of answers were judged more than once" in page and "By annotator" in page
+    assert "stand there the other way round" in page
 
 
 def test_a_second_audit_of_the_same_pairs_needs_no_model_and_says_the_same(audit, planted, tiny_model, monkeypatch):

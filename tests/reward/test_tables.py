@@ -111,7 +111,7 @@ def test_a_queue_needs_margins_by_micro_step():
     queue = ("margin.parameters.queue_pairs=4",)
     assert parse(*queue).margin.queue_pairs == 4
     assert "queue_pairs = 4 needs parameters.scope" in refusal(*queue, "margin.parameters.scope=global_batch")
-    assert "queue_pairs = 4 needs loss.scope" in refusal(*queue, "loss.kind=bsr", "loss.scope=global_batch")
+    assert "queue_pairs = 4 needs the scope of" in refusal(*queue, "loss.kind=bsr", "loss.scope=global_batch")
 
 
 def test_margins_or_means_over_the_global_batch_make_the_step_look_at_all_pairs():

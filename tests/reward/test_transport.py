@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from reward.transport import CONVERGED_RESIDUAL, sinkhorn_plan
+from reward.transport import CONVERGED_RESIDUAL, partial_plan, sinkhorn_plan
+from reward.weights import transport_weights
 
 
 def random_cost(rows, columns, seed=0, dtype=torch.float64):
@@ -187,3 +188,59 @@ def test_what_has_no_plan_is_refused(change, message):
     arguments = {"cost": torch.zeros(2, 3), "epsilon": 0.1, "max_iterations": 10}
     with pytest.raises(ValueError, match=message):
         sinkhorn_plan(**(arguments | change))
+
+
+@pytest.mark.parametrize(("rows", "columns", "mass"), [(1, 1, 0.5), (6, 6, 0.8), (4, 9, 0.3), (8, 3, 0.95)])
+def test_a_partial_plan_is_that_of_pot(rows, columns, mass):
+    cost, a, b = random_cost(rows, columns), random_weights(rows, 1), random_weights(columns, 2)
+    found = partial_plan(cost, mass=mass, epsilon=0.1, max_iterations=5000, row_weights=a, column_weights=b)
+    marginals = (a / a.sum()).numpy(), (b / b.sum()).numpy()
+    expected = ot.partial.entropic_partial_wasserstein(
+        *marginals, cost.numpy(), 0.1, m=mass, numItermax=50_000, stopThr=1e-15
+    )
+    torch.testing.assert_close(found.plan, torch.from_numpy(np.asarray(expected)), rtol=0, atol=1e-9)
+    assert found.converged and float(found.plan.sum()) == pytest.approx(mass)
+
+
+def test_a_partial_plan_of_all_mass_is_the_whole_plan():
+    cost, a = random_cost(7, 5), random_weights(7, 3)
+    partial = partial_plan(cost, mass=1.0, epsilon=0.1, max_iterations=5000, row_weights=a)
+    whole = sinkhorn_plan(cost, epsilon=0.1, max_iterations=5000, row_weights=a)
+    torch.testing.assert_close(partial.plan, whole.plan, rtol=0, atol=1e-9)
+
+
+def test_what_is_costly_stays_behind_and_padding_may_hold_anything():
+    cost = torch.zeros(5, 5, dtype=torch.float64)
+    cost[3] = cost[:, 1] = 4.0
+    found = partial_plan(cost, mass=0.6, epsilon=0.05, max_iterations=500)
+    assert float(found.plan[3].sum() + found.plan[:, 1].sum()) < 1e-9
+    padded = torch.full((6, 7), math.nan, dtype=torch.float64)
+    padded[:5, :5] = cost
+    rows, columns = torch.ones(6), torch.ones(7)
+    rows[5:], columns[5:] = 0, 0
+    again = partial_plan(
+        padded, mass=0.6, epsilon=0.05, max_iterations=500, row_weights=rows, column_weights=columns
+    )
+    torch.testing.assert_close(again.plan[:5, :5], found.plan, rtol=0, atol=1e-12)
+    assert float(again.plan[5:].abs().sum() + again.plan[:, 5:].abs().sum()) == 0
+
+
+@pytest.mark.parametrize("mass", [0.0, -0.5, 1.01, math.nan])
+def test_a_mass_that_no_plan_has_is_refused(mass):
+    with pytest.raises(ValueError, match="mass"):
+        partial_plan(random_cost(2, 2), mass=mass, epsilon=0.1, max_iterations=5)
+
+
+def test_weights_are_the_masses_of_rows_and_columns_of_pots_partial_plan():
+    gaps = torch.tensor([2.0, -1.0, 0.3, -3.0, 1.1, 0.0], dtype=torch.float64)
+    up, down = gaps / 2, -gaps / 2
+    chosen, rejected = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = transport_weights(chosen, rejected, up, down, mass=0.7, max_iterations=5000)
+    cosines = torch.nn.functional.normalize(chosen, dim=1) @ torch.nn.functional.normalize(rejected, dim=1).T
+    cost = 0.9 * torch.sigmoid(-(up[:, None] - down[None])) + 0.1 * cosines
+    uniform = [1 / 6] * 6
+    plan = ot.partial.entropic_partial_wasserstein(
+        uniform, uniform, cost.numpy(), 0.1, m=0.7, numItermax=50_000, stopThr=1e-15
+    )
+    expected = 6 * (plan.sum(1) + plan.sum(0)) / 1.4
+    torch.testing.assert_close(found.weights, torch.as_tensor(expected), rtol=0, atol=1e-7)

@@ -69,6 +69,19 @@ def test_what_is_trained_is_what_the_stages_train(tiny_model, settings):
     assert planned.trainable == sum(each.numel() for each in real.parameters() if each.requires_grad)
 
 
+HEADS = [{"head": "bnrm", "head_hidden": 16}, {"head": "bnrm", "head_hidden": 0}, {"heads": 3}]
+
+
+@pytest.mark.parametrize("settings", HEADS, ids=str)
+def test_heads_are_counted_as_they_are_built(tiny_model, settings):
+    import torch
+
+    config = RewardModelConfig(path=str(tiny_model), **settings)
+    real = build_reward_model(config, dtype=torch.float32, pad_token_id=2, vocabulary=0, seed=0)
+    planned = empty_model(config, "reward model", setting="model.path")
+    assert planned.total == sum(each.numel() for each in real.parameters())
+
+
 @pytest.mark.parametrize(("settings", "active"), [({}, 3), ({"freeze_layers": 2}, 1), ({"lora": LoraOptions()}, 3)])
 def test_the_layers_that_a_backward_pass_goes_through(tiny_model, settings, active):
     model = empty_model(BackboneConfig(path=str(tiny_model), **settings), "language model", setting="model.path")

@@ -24,7 +24,6 @@ def parse(*overrides, reward=REWARD):
     ("overrides", "reason"),
     [
         (["reward.function=m:f"], r"give one of path .* function and terms"),
-        (["reward.combine=min"], r"combine = min needs an ensemble"),
         (["advantage.estimator=ppo"], r"estimator = ppo: there are gae, rloo"),
         (["kl.place=loss", "kl.estimator=k1"], r"expected gradient of zero; take k2 or k3"),
         (["kl.controller=adaptive", "kl.coefficient=0"], r"from 0 it can never rise"),

@@ -18,7 +18,8 @@ from policy.ppo.reward_options import RewardSourceConfig, scorer_roles
 from policy.ppo.rollouts import Reencoded, Rollouts
 from policy.ppo.scoring import ScorerParts, build_scorer, combine
 from policy.ppo.stage import check_template
-from reward.model import load_reward_model
+from reward.config import RewardModelConfig
+from reward.model import build_reward_model, load_reward_model, save_reward_model
 from reward.score import load_scorer, score_tokens
 from rlhf.core.errors import ConfigError, DataError, ModelError
 from rlhf.data.batching import length_bucket
@@ -26,6 +27,7 @@ from rlhf.data.messages import thoughts_and_answer
 from rlhf.data.portable import portable_tokenizer
 from rlhf.data.prompts import load_prompts
 from rlhf.models.manifest import MANIFEST_NAME, read_manifest, write_manifest
+from rlhf.models.options import BackboneConfig
 from rlhf.models.roles import role_named
 from rlhf.models.tokenizer import load_tokenizer, required_embedding_rows
 from rlhf.train.batches import BatchMaker
@@ -115,6 +117,61 @@ def test_an_ensemble_combines_standardized_scores(scorer_for, reward_folder, oth
     np.testing.assert_allclose(scored.scores.numpy(), expected, rtol=1e-4, atol=1e-5)
     raw = np.mean([member.raw.numpy() for member in members], axis=0)
     np.testing.assert_allclose(scored.raw.numpy(), raw, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def sure_folders(tmp_path_factory, tiny_model, reward_folder):
+    """Reward models that know how sure they are: of three heads, and with a Bayesian one; and what made them."""
+    made = {}
+    for name, options in {"heads": {"heads": 3}, "bnrm": {"head": "bnrm", "head_hidden": 8}}.items():
+        folder = tmp_path_factory.mktemp(name) / "final"
+        shutil.copytree(reward_folder, folder)
+        config = RewardModelConfig(path=str(tiny_model), head_init_scale=20, **options)
+        model = build_reward_model(config, dtype=torch.float32, pad_token_id=2, vocabulary=259, seed=0).eval()
+        save_reward_model(model, folder)
+        made[name] = folder
+    return made
+
+
+def test_heads_of_one_model_are_an_ensemble(scorer_for, sure_folders, rollouts):
+    path = str(sure_folders["heads"])
+    statistics = read_manifest(sure_folders["heads"]).rewards
+    lowest, mean, careful = (
+        scorer_for(path=path, combine=how, deviations=0.7).score(rollouts) for how in ("min", "mean", "mean_minus_sd")
+    )
+    np.testing.assert_allclose(lowest.raw.numpy(), mean.raw.numpy(), rtol=1e-5)
+    expected = (mean.raw.numpy() - statistics.mean) / statistics.standard_deviation
+    np.testing.assert_allclose(mean.scores.numpy(), expected, rtol=1e-4, atol=1e-5)
+    assert (lowest.scores < mean.scores).all() and (careful.scores < mean.scores).all()
+    assert scorer_for(path=path).identity != scorer_for(path=path, combine="min").identity
+
+
+def test_the_deviation_that_a_bayesian_head_knows_is_taken_off(scorer_for, sure_folders, rollouts):
+    path = str(sure_folders["bnrm"])
+    mean, one, two = (
+        scorer_for(path=path, combine=how, deviations=by).score(rollouts).scores
+        for how, by in (("mean", 1.0), ("mean_minus_sd", 1.0), ("mean_minus_sd", 2.0))
+    )
+    assert (one < mean).all()
+    torch.testing.assert_close(mean - two, 2 * (mean - one), rtol=1e-3, atol=1e-5)
+    with pytest.raises(ModelError, match=r"combine = min needs an ensemble"):
+        scorer_for(path=path, combine="min")
+
+
+def test_a_model_of_one_head_is_no_ensemble(scorer_for, reward_folder):
+    with pytest.raises(ModelError, match=r"has one head that knows no deviation.*model\.heads"):
+        scorer_for(path=str(reward_folder), combine="mean_minus_sd")
+
+
+def test_a_critic_starts_from_the_mean_of_such_heads(sure_folders):
+    tokens = torch.randint(3, 250, (2, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    for folder in sure_folders.values():
+        start = critic_start(BackboneConfig(path=str(folder)), standardized=False)
+        critic = build_critic(start, dtype=torch.float32, pad_token_id=2, vocabulary=259, seed=0)
+        critic.train()
+        expected = load_reward_model(folder).eval().score(tokens, mask)
+        torch.testing.assert_close(critic.scorer.score(tokens, mask), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_of_three_models_the_deviation_is_over_three():

@@ -8,6 +8,7 @@ import torch
 
 from policy.preference.config import LossConfig, PreferenceConfig, TermConfig
 from policy.preference.losses import LOSSES
+from reward.config import MarginConfig, WeightConfig
 from rlhf.config import parse_command_line
 from rlhf.core.errors import ConfigError
 from rlhf.data.options import DataConfig, LabelsConfig
@@ -41,7 +42,10 @@ def gradient_of_step(engine, task):
     return task.step_metrics()["loss"], flat
 
 
-@pytest.mark.parametrize("loss", [*(LossConfig(kind=kind) for kind in WITH_OPPOSITE if kind != "ot_margin"), RPO])
+SWAPPABLE = [LossConfig(kind=kind) for kind in WITH_OPPOSITE if kind not in ("ot_margin", "madpo")]
+
+
+@pytest.mark.parametrize("loss", [*SWAPPABLE, RPO])
 def test_labels_that_are_surely_wrong_are_swapped_ones(load, make_task, loss):
     surely = np.arange(90) % 3 == 0
     soft, swap = (
@@ -49,6 +53,39 @@ def test_labels_that_are_surely_wrong_are_swapped_ones(load, make_task, loss):
     )
     assert soft[0] == pytest.approx(swap[0], rel=1e-4)
     assert (soft[1] - swap[1]).abs().max() < 1e-4 * swap[1].abs().max()
+
+
+def test_the_opposite_label_turns_the_margin_of_the_data_round(make_task):
+    _engine, task = make_task(99999, loss=LossConfig(kind="madpo"))
+    [batch] = task.micro_batches(0)
+    view = task._view(task._ask(batch)[0], batch)
+    torch.testing.assert_close(view.opposite.columns["data_margins"], -view.columns["data_margins"])
+    assert float(view.columns["data_margins"].abs().max()) > 0
+
+
+GLOBAL_WEIGHTS = WeightConfig(kind="transport", parameters={"scope": "global_batch", "mass": 0.6})
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "madpo", "simpo"])
+def test_weights_by_partial_transport_do_not_depend_on_micro_batches(make_task, kind):
+    loss = LossConfig(kind=kind)
+    small, whole = (gradient_of_step(*make_task(size, loss=loss, weights=GLOBAL_WEIGHTS)) for size in (150, 99999))
+    plain = gradient_of_step(*make_task(99999, loss=loss))
+    assert small[0] == pytest.approx(whole[0], rel=1e-5)
+    assert (small[1] - whole[1]).abs().max() < 1e-4 * whole[1].abs().max() < (plain[1] - whole[1]).abs().max()
+
+
+def test_a_column_of_margins_enters_dpo_and_simpo_as_the_lead_that_is_asked_for(make_task):
+    for kind in ("sigmoid", "simpo"):
+        loss, margin = LossConfig(kind=kind), MarginConfig(kind="column", scale=2.0)
+        _engine, task = make_task(99999, loss=loss, margin=margin)
+        [batch] = task.micro_batches(0)
+        found = float(task.loss(batch).detach())
+        columns = {name: column.detach() for name, column in task._view(task._ask(batch)[0], batch).columns.items()}
+        inputs = {name: columns[name] for name in LOSSES[kind].inputs}
+        expected = LOSSES[kind](**inputs, margins=2.0 * batch.margins, **loss.values)
+        assert found == pytest.approx(float(expected.mean()), rel=1e-5)
+        assert abs(found - float(LOSSES[kind](**inputs, **loss.values).mean())) > 1e-3
 
 
 @pytest.mark.parametrize("labels", [SOFT, WEIGHT], ids=["soft", "weight"])

@@ -23,7 +23,7 @@ def randn(*shape, seed=0):
 
 def columns_of(pairs, seed=1):
     """A column for every input there is: negative log-probabilities, lengths that differ, labels of both kinds."""
-    names = (*RATIOS, *LOGPROBS, *LENGTHS, "logratios", "labels", "mismatched_logratios")
+    names = (*RATIOS, *LOGPROBS, *LENGTHS, "logratios", "labels", "mismatched_logratios", "data_margins")
     columns = dict(zip(names, randn(len(names), pairs, seed=seed), strict=True))
     for name, column in columns.items():
         if name.endswith("logprobs"):
@@ -331,7 +331,7 @@ def test_extremes_give_finite_losses_and_gradients_in_float32(name, size):
     columns = {"chosen_logratios": chosen, "rejected_logratios": -chosen, "logratios": chosen}
     columns |= {"chosen_logprobs": chosen.clamp(max=0), "rejected_logprobs": (-chosen).clamp(max=0)}
     columns |= {"chosen_lengths": torch.full((3,), 7.0), "rejected_lengths": torch.full((3,), 3.0)}
-    columns |= {"labels": torch.tensor([True, False, True]), "mismatched_logratios": chosen}
+    columns |= {"labels": torch.tensor([True, False, True]), "mismatched_logratios": chosen, "data_margins": chosen}
     inputs = inputs_of(name, columns)
     variables = learnable(inputs)
     losses = LOSSES[name](**inputs | variables, **required_of(name, columns))
@@ -504,10 +504,58 @@ def test_log_odds_are_exact_for_likely_responses():
     torch.testing.assert_close(losses, -1.1 * probability.log())
 
 
+@pytest.mark.parametrize("name", sorted(name for name, objective in LOSSES.items() if objective.takes_margins))
+def test_a_margin_is_a_lead_that_the_chosen_response_is_to_have(name):
+    columns = columns_of(6)
+    inputs, margins = inputs_of(name, columns), randn(6, seed=4).abs()
+    objective = LOSSES[name]
+    beta = objective.parameters["beta"].default
+    plain = objective(**inputs)
+    torch.testing.assert_close(objective(**inputs, margins=torch.zeros(6).double()), plain)
+    shifted = dict(inputs)
+    kind = "logratios" if objective.needs_reference else "logprobs"
+    per_unit = columns["chosen_lengths"] if objective.reward == "mean" else torch.ones(6).double()
+    if name.startswith("apo"):  # half on each side
+        other = columns["rejected_lengths"] if objective.reward == "mean" else torch.ones(6).double()
+        shifted[f"rejected_{kind}"] = inputs[f"rejected_{kind}"] + margins / (2 * beta) * other
+        shifted[f"chosen_{kind}"] = inputs[f"chosen_{kind}"] - margins / (2 * beta) * per_unit
+    elif name == "robust":  # a handicap on whichever response a term prefers
+        gap = beta * (inputs["chosen_logratios"] - inputs["rejected_logratios"])
+        right, wrong = F.softplus(-(gap - margins)), F.softplus(gap + margins)
+        torch.testing.assert_close(objective(**inputs, margins=margins), (0.9 * right - 0.1 * wrong) / 0.8)
+        return
+    elif name == "cpo":  # whose likelihood has no margin
+        shifted["rejected_logprobs"] = inputs["rejected_logprobs"] + margins / beta
+    else:
+        shifted[f"chosen_{kind}"] = inputs[f"chosen_{kind}"] - margins / beta * per_unit
+    torch.testing.assert_close(objective(**inputs, margins=margins), objective(**shifted))
+    assert not torch.allclose(plain, objective(**inputs, margins=margins))
+    with pytest.raises(ValueError, match="margins"):
+        objective(**inputs, margins=margins[:, None])
+
+
+def test_madpo_weighs_dpo_as_its_authors_code_does():
+    margins = torch.linspace(-7, 9, 33).double()
+    ratio = randn(33, seed=2)
+    losses = LOSSES["madpo"](chosen_logratios=ratio, rejected_logratios=-ratio, data_margins=margins, beta=0.3)
+    for margin, d, loss in zip(margins.tolist(), (2 * ratio).tolist(), losses.tolist(), strict=True):
+        factor = 0.5 + 1.5 / (1 + 1 / 0.5 * math.exp(abs(margin) - 2))
+        weight = (1 + math.exp(-margin)) / (1 + math.exp(-factor * margin)) if margin > -2 else 1.0
+        assert loss == pytest.approx(weight * math.log1p(math.exp(-0.3 * d)), rel=1e-9)
+    at = {"chosen_logratios": torch.zeros(4).double(), "rejected_logratios": torch.zeros(4).double()}
+    weights = LOSSES["madpo"](**at, data_margins=torch.tensor([2.0, 1.0, 30.0, -5.0]).double()) / LOG2
+    torch.testing.assert_close(weights[[0, 3]], torch.ones(2).double())  # as it is at the threshold, and contradicted
+    assert weights[1] > 1 and weights[2] == pytest.approx(1.0, abs=1e-6)
+    with pytest.raises(ValueError, match="largest"):
+        LOSSES["madpo"](**at, data_margins=torch.ones(4).double(), largest=0.9)
+
+
 def test_the_table_tells_what_each_objective_takes():
     without_reference = {"simpo", "sft", "cpo", "orpo", "amapo"}
     assert {name for name, objective in LOSSES.items() if not objective.needs_reference} == without_reference
-    assert {name for name, objective in LOSSES.items() if objective.takes_margins} == {"ot_margin"}
+    with_margins = {"ot_margin", "sigmoid", "apo_hinge_zero", "apo_softplus_zero", "hinge", "ipo", "ipo_sum", "robust"}
+    with_margins |= {"sigmoid_norm", "simpo", "cpo", "r_dpo"}
+    assert {name for name, objective in LOSSES.items() if objective.takes_margins} == with_margins
     assert {name for name, objective in LOSSES.items() if objective.unpaired} == {"kto"}
     assert {name for name, objective in LOSSES.items() if "beta" not in objective.parameters} == {"sft", "orpo"}
     averaged = {"ipo", "sigmoid_norm", "simpo", "sft", "orpo", "amapo", "alpha_dpo"}
@@ -525,6 +573,6 @@ def test_the_table_tells_what_each_objective_takes():
 
 def test_what_an_objective_has_no_place_for_is_refused():
     with pytest.raises(TypeError, match="margins"):
-        value("sigmoid", GAPS[0], margins=torch.zeros(1))
+        value("apo_zero", GAPS[0], margins=torch.zeros(1))
     with pytest.raises(TypeError, match="kl"):
         value("kto", {"logratios": 0.0, "labels": 1.0})
