@@ -190,7 +190,7 @@ def labels_fault(labels: LabelsConfig, data: DataConfig, one_sided: str | None) 
         return ""
     if data.flip_labels:
         return (
-            f"labels.kind = audited, but data.flip_labels = {data.flip_labels} swaps labels after their audit: "
+            f"labels.kind = {labels.kind}, but data.flip_labels = {data.flip_labels} swaps labels after their audit: "
             "swap them in the file, and audit that"
         )
     if labels.use == "soft" and one_sided:

@@ -19,8 +19,8 @@ class Labels:
     """
 
     def __init__(self, config: LabelsConfig, wrong: np.ndarray) -> None:
-        """``wrong``: ``(N,)`` probabilities that the labels of all training pairs are wrong; read only if audited."""
-        audited = config.kind == "audited"
+        """``wrong``: ``(N,)`` probabilities that the labels of all training pairs are wrong; read unless as given."""
+        audited = config.kind != "as_given"
         self._wrong = torch.from_numpy(np.array(wrong)) if audited and config.use == "soft" else None
         right = 1 - wrong
         self._weights = torch.from_numpy(right / right.mean()) if audited and config.use == "weight" else None

@@ -4,6 +4,7 @@ from dataclasses import asdict, replace
 
 from rich.console import Console
 
+from reward.audit.training import with_own_audit
 from reward.config import RewardConfig
 from reward.evaluate import Evaluation, evaluation_table
 from reward.held_out import pair_rows
@@ -40,6 +41,7 @@ def run(config: RewardConfig, ranks: Ranks) -> Evaluation | None:
         ranks,
         readers=config.models,
     )
+    data = with_own_audit(data, config.labels, config.model, chat, ranks, cache=config.data.cache_dir)
     if "data_margins" in MARGINS[config.margin.kind].inputs:
         data.train.refuse_missing_margins()
     published = PublishableRewardModel(

@@ -252,12 +252,18 @@ class PreferenceConfig:
             raise ValueError(f"loss.kind = {loss.kind} has no reference: leave the section reference out")
         if self.margin is not None and not loss.takes_margins:
             raise ValueError(f"loss.kind = {loss.kind} has no place for a margin; remove the section or use ot_margin")
+        own = next((term.kind for term in loss.terms if "margin" in LOSSES[term.kind].parameters), None)
+        if own and self.margin is not None and self.margin.kind != "column":
+            raise ValueError(
+                f"loss.kind = {own} has a margin of its own (loss.parameters.margin), and beside it no place for a "
+                f"margin but that of the data: margin.kind = column, not {self.margin.kind}"
+            )
         if self.weights.kind != "none" and (self.data is None or any(map(_is_sorted, loss.terms))):
             raise ValueError(f"weights.kind = {self.weights.kind} weighs pairs, and loss.kind = {loss.kind} reads none")
         check_queues(self.over_all_pairs, margin=self.margins, weights=self.weights)
         one_sided = next((term.kind for term in loss.terms if not LOSSES[term.kind].has_opposite), None)
-        if self.data is None and self.labels.kind == "audited":
-            raise ValueError("labels.kind = audited is for pairs, and the section unpaired has none")
+        if self.data is None and self.labels.kind != "as_given":
+            raise ValueError(f"labels.kind = {self.labels.kind} is for pairs, and the section unpaired has none")
         swaps = self.data is not None and (self.data.flip_labels or self.labels_swapped)
         if loss.reads_data_margins and swaps:
             raise ValueError(

@@ -12,10 +12,11 @@ from policy.preference.reference import CacheJob, LiveReference, Reference, cach
 from policy.preference.task import PreferenceTask
 from policy.preference.telemetry import HeldOut, print_evaluation
 from policy.publish import PublishablePolicy
+from reward.audit.training import with_own_audit
 from rlhf.data.batching import ItemSource
 from rlhf.data.examples import load_examples
 from rlhf.data.loading import default_cache_dir
-from rlhf.data.preferences import PreferenceDataset, load_preferences
+from rlhf.data.preferences import LoadedPreferences, PreferenceDataset, load_preferences
 from rlhf.data.templates import ChatFormat
 from rlhf.engine.api import Engine
 from rlhf.engine.build import DTYPES, precision_of
@@ -50,6 +51,8 @@ def run(config: PreferenceConfig, ranks: Ranks) -> HeldOut | None:
     """
     chat = open_chat(config, config.rows.template_choice, ranks)
     data = load_data(lambda folder: _load(config, chat, folder), config, ranks, readers=config.models)
+    if isinstance(data, LoadedPreferences):
+        data = with_own_audit(data, config.labels, config.model, chat, ranks, cache=config.rows.cache_dir)
     if config.reads_margins:
         assert isinstance(data.train, PreferenceDataset)
         data.train.refuse_missing_margins(config.reads_margins)

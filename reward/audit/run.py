@@ -16,7 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from reward.audit.estimate import Audited, OutOfFold, audited
 from reward.audit.features import Extraction, default_layer, features_of
 from reward.audit.margins import Differences
-from reward.audit.mixture import Interval, share_interval
+from reward.audit.mixture import share_interval
+from reward.audit.verdict import verdict
 from rlhf.core.errors import DataError
 from rlhf.core.files import digest, write_json, write_text
 from rlhf.data.labels import SWAP_ABOVE, pair_digest
@@ -33,7 +34,6 @@ from rlhf.models.options import BackboneConfig
 from rlhf.train.chat import load_chat
 
 PAIRS, SUSPECTS, SUMMARY = "pairs.jsonl", "suspects.jsonl", "summary.json"
-MOST_SUSPECTS = 300
 LEAST_OF_A_GROUP = 50
 """Pairs of a source or annotator below which its share is not estimated."""
 
@@ -130,17 +130,6 @@ def pairs_as_features(pairs: Sequence[Pair], options: AuditOptions, progress: Pr
         groups=groups,
         folds=options.folds,
         seed=options.seed,
-    )
-
-
-def verdict(interval: Interval, wrong: NDArray[np.float64]) -> str:
-    """The audit in one line."""
-    first = min(MOST_SUSPECTS, max(1, len(wrong) // 10))
-    expected = float(np.sort(wrong)[::-1][:first].sum())
-    doubt = "; the interval holds 0: there may be none" if interval.low == 0 < interval.share else ""
-    return (
-        f"about {interval.share:.0%} ({interval.low:.0%} to {interval.high:.0%}) of the labels look wrong; of the "
-        f"{first} most suspect about {expected:.0f} are{doubt}"
     )
 
 

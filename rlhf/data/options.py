@@ -249,15 +249,22 @@ class DataConfig(RowsConfig):
 class LabelsConfig:
     """Whether the labels of training pairs are believed."""
 
-    kind: Literal["as_given", "audited"] = "as_given"
+    kind: Literal["as_given", "audited", "made"] = "as_given"
     """as_given: each label counts as right. audited: as far as its probability to be wrong lets it (data.columns.wrong,
-    as ``rlhf data audit`` writes it). Pairs to evaluate on always count as given."""
+    as ``rlhf data audit`` writes it). made: the same, by an audit of the training pairs that the run makes itself
+    before it starts, over the frozen states of model.path. Pairs to evaluate on always count as given."""
+    layer: Annotated[int, Gt(0)] | None = None
+    """The layer whose states an audit of the run's own reads; null for two fifths of the way up."""
     use: Literal["soft", "swap", "drop", "weight"] = "soft"
     """What becomes of doubtful labels. soft: the loss is that of the label and that of the opposite one, by their
     probabilities. swap: pairs above `above` have their answers swapped. drop: they are left out. weight: pairs count
     by the probability that their label is right, over its mean."""
     above: Annotated[float, Gt(0), Lt(1)] = 0.5
     """The probability above which swap and drop take a label to be wrong."""
+
+    def __post_init__(self) -> None:
+        if self.layer is not None and self.kind != "made":
+            raise ValueError(f"layer = {self.layer} is for kind = made: an audit of its own, not {self.kind}")
 
 
 AS_GIVEN = LabelsConfig()

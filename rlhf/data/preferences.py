@@ -47,7 +47,7 @@ class PreferenceDataset:
         fingerprint: a name for the tokens, their order and the flips.
     """
 
-    def __init__(self, rows: StoredRows, flipped: np.ndarray) -> None:
+    def __init__(self, rows: StoredRows, flipped: np.ndarray, wrong: np.ndarray | None = None) -> None:
         self._rows = rows
         self.flipped = flipped
         self.source_index, self.source_names = rows.source_index, rows.source_names
@@ -56,13 +56,21 @@ class PreferenceDataset:
         self.prompt_keys = rows.records["prompt_key"]
         self.margins = rows.records["number"][:, 0]
         self.scores = rows.records["number"][:, 1:3]
-        self.wrong = rows.records["number"][:, 3]
+        self.wrong = rows.records["number"][:, 3] if wrong is None else wrong
         gaps = self.scores[:, 0] - self.scores[:, 1]
         self.given_margins = gaps if np.isnan(self.margins).all() else self.margins
         self.fingerprint = rows.fingerprint(flipped)
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def audited(self, wrong: np.ndarray, labels: LabelsConfig, report: DataReport) -> "PreferenceDataset":
+        """These pairs, treated as ``labels`` says by ``(N,)`` probabilities that their labels are wrong.
+
+        Raises:
+            DataError: if nothing is left of them.
+        """
+        return _audited(self._rows, wrong, labels, report)
 
     def source(self, index: int) -> str:
         return self.source_names[self.source_index[index]]
@@ -158,7 +166,7 @@ def load_preferences(
         trainable=None if least is None else lambda rows: _far_apart(rows, least),
     )
     if labels.kind == "audited":
-        train = _audited(train_rows, labels, sources.report)
+        train = _audited(train_rows, train_rows.records["number"][:, 3], labels, sources.report)
     else:
         train = PreferenceDataset(train_rows, _flips(train_rows.entries, config))
     evals = PreferenceDataset(eval_rows, np.zeros(len(eval_rows), bool))
@@ -167,9 +175,11 @@ def load_preferences(
     return LoadedPreferences(train, evals, sources.report)
 
 
-def _audited(rows: StoredRows, labels: LabelsConfig, report: DataReport) -> PreferenceDataset:
-    """The pairs with their labels swapped, or without them, as ``labels`` says; what was done goes into the report."""
-    wrong = rows.records["number"][:, 3]
+def _audited(rows: StoredRows, wrong: np.ndarray, labels: LabelsConfig, report: DataReport) -> PreferenceDataset:
+    """The pairs with their labels swapped, or without them, as ``labels`` says; what was done goes into the report.
+
+    ``wrong``: ``(N,)`` probabilities that labels are wrong.
+    """
     _refuse(rows, np.isnan(wrong), "no probability of a wrong label: `rlhf data audit` writes it (data.columns.wrong)")
     changed = "changed since their audit (audit_pair is another pair's): audit the data again"
     _refuse(rows, wrong == OF_ANOTHER_PAIR, changed)
@@ -181,10 +191,10 @@ def _audited(rows: StoredRows, labels: LabelsConfig, report: DataReport) -> Pref
     if labels.use == "drop":
         if suspected.all():
             raise DataError(f"labels.use = drop with labels.above = {labels.above:g} leaves no training pairs")
-        return PreferenceDataset(rows.only(~suspected), np.zeros(int((~suspected).sum()), bool))
+        return PreferenceDataset(rows.only(~suspected), np.zeros(int((~suspected).sum()), bool), wrong[~suspected])
     if labels.use == "weight" and (wrong == 1).all():
         raise DataError("labels.use = weight leaves no training pairs: every label is wrong for sure")
-    return PreferenceDataset(rows, suspected & (labels.use == "swap"))
+    return PreferenceDataset(rows, suspected & (labels.use == "swap"), wrong)
 
 
 def _refuse(rows: StoredRows, unfit: np.ndarray, fault: str) -> None:

@@ -11,7 +11,7 @@ from reward.audit import features
 from reward.audit.estimate import OutOfFold, audited
 from reward.audit.margins import Differences, folds_of
 from reward.audit.mixture import Interval, fit_mixture, log_likelihoods, posterior_wrong, share_interval
-from reward.audit.run import verdict
+from reward.audit.verdict import verdict
 
 
 def planted_margins(share, pairs=8_000, temperature=2.0, seed=0):

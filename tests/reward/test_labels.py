@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from launch.cli import main
+from reward.audit.training import with_own_audit
 from reward.config import LossConfig, MarginConfig, RewardConfig
 from reward.tables import LOSSES
 from rlhf.config import parse_command_line
@@ -16,8 +18,11 @@ from rlhf.data.labels import pair_digest
 from rlhf.data.options import ColumnConfig, DataConfig, LabelsConfig
 from rlhf.data.preferences import load_preferences
 from rlhf.data.records import to_records
+from rlhf.engine.ranks import Ranks
+from rlhf.models.options import BackboneConfig
 from rlhf.train.chat import load_chat
 
+ALONE = Ranks(rank=0, world_size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
 SOFT = LabelsConfig(kind="audited", use="soft")
 SWAP, DROP, WEIGHT = (replace(SOFT, use=use) for use in ("swap", "drop", "weight"))
 NO_MARGIN = MarginConfig(kind="none")
@@ -193,6 +198,36 @@ def test_dropping_all_pairs_is_refused(load, audited_rows):
     assert load(surely_wrong, SWAP).train.flipped.all()
 
 
+def test_an_audit_of_the_runs_own_is_that_of_the_command(load, audited_rows, make_task, tiny_model, tmp_path):
+    rows = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in audited_rows]
+    for row in rows[::8]:
+        row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
+    labels, model = LabelsConfig(kind="made"), BackboneConfig(path=str(tiny_model))
+    given, chat = load(rows, labels), load_chat(str(tiny_model), None)
+    assert np.isnan(given.train.wrong).all()
+    made = with_own_audit(given, labels, model, chat, ALONE, cache=tmp_path)
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["data", "audit", str(tmp_path / "pairs.jsonl"), "--model", str(tiny_model), "-o", str(tmp_path / "a")]
+    assert main([*command, "--cache-dir", str(tmp_path)]) == 0
+    said = [json.loads(line)["audit_wrong"] for line in (tmp_path / "a" / "pairs.jsonl").read_text().splitlines()]
+    assert np.corrcoef(made.train.wrong, said)[0, 1] > 0.9 and max(said) > 0.5
+    planted = np.arange(90) % 8 == 0
+    assert made.train.wrong[planted].mean() > 3 * made.train.wrong[~planted].mean()
+    swapped = with_own_audit(given, replace(labels, use="swap"), model, chat, ALONE, cache=tmp_path).train
+    np.testing.assert_array_equal(swapped.flipped, made.train.wrong > 0.5)
+    believed, doubted = (
+        gradient_of_step(*make_task(99999, labels=each, data=made))[0] for each in (LabelsConfig(), labels)
+    )
+    assert believed != pytest.approx(doubted, rel=1e-3)
+
+
+def test_too_few_pairs_for_an_audit_of_the_runs_own_are_refused(load, audited_rows, tiny_model, tmp_path):
+    labels, model = LabelsConfig(kind="made"), BackboneConfig(path=str(tiny_model))
+    data, chat = load(audited_rows[:3], labels), load_chat(str(tiny_model), None)
+    with pytest.raises(DataError, match="3 different pairs make no 5 folds"):
+        with_own_audit(data, labels, model, chat, ALONE, cache=tmp_path)
+
+
 BASE = ("output=o", "model.path=m", "data.train=d", "labels.kind=audited")
 
 
@@ -204,6 +239,8 @@ BASE = ("output=o", "model.path=m", "data.train=d", "labels.kind=audited")
         (("loss.kind=pos_reg",), "loss.kind = pos_reg has no opposite"),
         (("labels.use=guess",), "labels.use = .guess"),
         (("labels.above=1",), "labels.above = 1"),
+        (("labels.layer=3",), "layer = 3 is for kind = made"),
+        (("labels.kind=made", "data.flip_labels=0.1"), "labels.kind = made, but data.flip_labels"),
     ],
 )
 def test_recipes_that_cannot_be_meant_are_refused(settings, message):

@@ -39,6 +39,7 @@ def parse(*overrides, base=BASE):
         (["loss.kind=simpo", "reference.cache=somewhere"], "simpo has no reference"),
         (["loss.kind=sigmoid", "reference.kind=none"], "compares with a reference"),
         (["loss.kind=apo_zero", "margin.kind=ot"], "no place for a margin"),
+        (["loss.kind=apo_hinge_zero", "margin.kind=ot"], "has a margin of its own"),
         (["loss.kind=aot", "weights.kind=transport"], "weights.kind = transport weighs pairs"),
         (["loss.kind=madpo", "data.flip_labels=0.1"], "swap them in the file, or take soft ones"),
         (["loss.kind=madpo", "labels.kind=audited", "labels.use=swap"], "swap them in the file, or take soft ones"),
