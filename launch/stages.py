@@ -94,6 +94,16 @@ STAGES = {
             page="launch.report.kinds:reward",
         ),
         Stage(
+            name="score",
+            module="reward.scoring",
+            config="reward.scoring.config:ScoringConfig",
+            trains=False,
+            alone=True,
+            published="",
+            reads={"model": FOLDER, "data": FILE},
+            code=("rlhf", "reward"),
+        ),
+        Stage(
             name="preference",
             module="policy.preference",
             config="policy.preference.config:PreferenceConfig",

@@ -24,7 +24,11 @@ def add_parser(actions: Subparsers) -> None:
     about = "find labels of preference pairs that look wrong"
     parser = command(actions, "audit", run, help=about, description=_DESCRIPTION)
     parser.add_argument("data", metavar="PAIRS", help="preference pairs: a file, folder, glob or hub name")
-    parser.add_argument("--model", required=True, help="folder or hub name of the backbone whose states are read")
+    parser.add_argument("--model", help="folder or hub name of the backbone whose states are read")
+    judge = "a recipe of the reward stage (with model.lora, say) whose runs judge, one for each fold and repeat"
+    parser.add_argument("--judge", type=home_path, metavar="RECIPE", help=judge)
+    on_top = "settings on top of it, such as model.path=FOLDER train.epochs=2"
+    parser.add_argument("--set", nargs="+", metavar="KEY=VALUE", default=[], help=on_top, dest="settings")
     parser.add_argument("-o", "--output", type=home_path, required=True, metavar="FOLDER", help="where to write")
     parser.add_argument("--split", help="split of a hub dataset or of a folder (train)")
     parser.add_argument("--template", help="as data.template in a recipe")
@@ -33,8 +37,8 @@ def add_parser(actions: Subparsers) -> None:
     unseen = "heads judge pairs that they did not see, or prompts of which they saw no pair (default %(default)s)"
     parser.add_argument("--unseen", choices=["pairs", "prompts"], default="pairs", help=unseen)
     parser.add_argument("--folds", type=_several, default=5, help="parts of the pairs (default %(default)s)")
-    repeats = "times that they are dealt out anew (default %(default)s)"
-    parser.add_argument("--repeats", type=positive_int, default=4, help=repeats)
+    repeats = "times that they are dealt out anew (default 4, with --judge 1)"
+    parser.add_argument("--repeats", type=positive_int, help=repeats)
     longest = "tokens of prompt and answer that are read; longer ones lose their beginning (default %(default)s)"
     parser.add_argument("--max-tokens", type=positive_int, default=1024, help=longest)
     at_once = "padded tokens at once (default %(default)s)"
@@ -59,12 +63,21 @@ def run(options: argparse.Namespace) -> int:
     from reward.audit.run import AuditOptions, audit_file
     from rlhf.data.options import ColumnConfig
 
+    if (options.model is None) == (options.judge is None):
+        raise UserError("give either --model (whose frozen states are read) or --judge (a recipe of the reward stage)")
+    if options.settings and options.judge is None:
+        raise UserError("--set is for the recipe of --judge")
+    if options.judge is not None and not options.judge.is_file():
+        raise UserError(f"--judge {options.judge}: no such file; expected a recipe of the reward stage")
+    if options.repeats is None:
+        options.repeats = 1 if options.judge else 4
     if options.output.exists() and not options.output.is_dir():
         raise UserError(f"--output {options.output}: a file; an audit writes a folder")
     own = ("data", "model", "output", "split", "template", "layer", "unseen", "folds", "repeats", "max_tokens")
-    more = ("batch_tokens", "dtype", "cache_dir", "seed")
+    more = ("batch_tokens", "dtype", "cache_dir", "seed", "judge")
     columns = ColumnConfig(**given_columns(options, COLUMNS))
-    print(audit_file(AuditOptions(columns=columns, group_columns=tuple(options.by), **chosen(options, own + more))))
+    given = {"settings": tuple(options.settings), **chosen(options, own + more)}
+    print(audit_file(AuditOptions(columns=columns, group_columns=tuple(options.by), **given)))
     print(f"{options.output}: pairs.jsonl, suspects.jsonl, summary.json")
     end_with_report(console(), options.output)
     return 0

@@ -62,17 +62,29 @@ class Audited:
     interval: Interval
     """The share of wrong labels."""
     temperature: float
-    strength: float
-    """The penalty of the heads."""
-    effect: float
-    """The variance of the answers' own worth."""
+    strength: float | None
+    """The penalty of the heads; ``None`` for judges that have none."""
+    effect: float | None
+    """The variance of the answers' own worth; likewise."""
 
 
 def audited(pairs: OutOfFold, *, repeats: int = 4, advance: Callable[[int], None] = lambda count: None) -> Audited:
     """Margins of every pair from ``repeats`` ways to cut the pairs, and what the mixture of their means says."""
-    margins, spread, (strength, effect) = judged(pairs, repeats=repeats, advance=advance)
+    margins, spread, settings = judged(pairs, repeats=repeats, advance=advance)
+    return from_margins(margins, spread, pairs.prompts, pairs.seed, settings)
+
+
+def from_margins(
+    margins: Array,
+    spread: Array,
+    prompts: NDArray[np.uint64],
+    seed: int,
+    settings: tuple[float | None, float | None] = (None, None),
+) -> Audited:
+    """What ``(N,)`` margins with their spread over repeats say, whoever judged; ``settings`` are those of the heads."""
     fitted = fit_mixture(margins)
-    interval = share_interval(margins, pairs.prompts, seed=pairs.seed)
+    interval = share_interval(margins, prompts, seed=seed)
+    strength, effect = settings
     return Audited(
         margins=margins,
         spread=spread,

@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from reward.audit.estimate import Audited, OutOfFold, audited
+from reward.audit.estimate import Audited, OutOfFold, audited, from_margins
 from reward.audit.features import Extraction, default_layer, features_of
 from reward.audit.margins import Differences
 from reward.audit.mixture import share_interval
+from reward.audit.runs import margins_by_runs, start_stage
 from reward.audit.verdict import verdict
 from rlhf.core.errors import DataError
 from rlhf.core.files import digest, write_json, write_text
@@ -43,7 +44,8 @@ class AuditOptions:
     """What to audit, with what."""
 
     data: str
-    model: str
+    model: str | None
+    """The backbone whose states are read; ``None`` with :attr:`judge`."""
     output: Path
     columns: ColumnConfig
     split: str | None = None
@@ -61,6 +63,10 @@ class AuditOptions:
     group_columns: tuple[str, ...] = ("source", "annotator")
     """Columns by whose values shares are estimated as well, where rows have them."""
     cache_dir: Path | None = None
+    judge: Path | None = None
+    """A recipe of the reward stage whose runs judge, in the place of heads on frozen states."""
+    settings: tuple[str, ...] = ()
+    """Settings on top of that recipe, ``key=value``."""
     seed: int = 0
 
 
@@ -74,9 +80,12 @@ class Pair:
     record: PreferenceRecord
 
 
-def audit_file(options: AuditOptions) -> str:
+def audit_file(options: AuditOptions, start: Callable[[Sequence[str], Path], int] = start_stage) -> str:
     """Audit the pairs of ``options.data`` and write what was found to ``options.output``.
 
+    Args:
+        options: what to audit.
+        start: see :func:`reward.audit.runs.margins_by_runs`.
     Returns:
         What was found, in one line.
     Raises:
@@ -84,15 +93,31 @@ def audit_file(options: AuditOptions) -> str:
         ModelError: if the model cannot be loaded.
     """
     pairs, left_out = _read(options)
+    prompts, groups = _prompts_and_groups(pairs, options)
     with _progress() as progress:
-        out_of_fold = pairs_as_features(pairs, options, progress)
-        advance = _task(progress, "heads", out_of_fold.heads(options.repeats))
-        found = audited(out_of_fold, repeats=options.repeats, advance=advance)
+        if options.judge is None:
+            out_of_fold = pairs_as_features(pairs, options, progress)
+            advance = _task(progress, "heads", out_of_fold.heads(options.repeats))
+            found = audited(out_of_fold, repeats=options.repeats, advance=advance)
+        else:
+            each = margins_by_runs(
+                [pair.record for pair in pairs],
+                groups,
+                options.judge,
+                options.settings,
+                options.output,
+                folds=options.folds,
+                repeats=options.repeats,
+                seed=options.seed,
+                advance=_task(progress, "runs", options.folds * options.repeats),
+                start=start,
+            )
+            found = from_margins(each.mean(0), each.std(0), prompts, options.seed)
     rows = [_audited_row(pair, found, place) for place, pair in enumerate(pairs)]
     write_text(options.output / PAIRS, _lines(rows))
     order = np.argsort(found.margins, kind="stable")  # as the posterior orders them, where that is not 0 for all
     write_text(options.output / SUSPECTS, _lines(_suspect(pairs[place], found, place) for place in order))
-    summary = _summary(options, pairs, out_of_fold.prompts, found) | {"rows_left_out": left_out}
+    summary = _summary(options, pairs, prompts, found) | {"rows_left_out": left_out}
     write_json(options.output / SUMMARY, summary)
     return verdict(found.interval, found.wrong)
 
@@ -115,13 +140,8 @@ def pairs_as_features(pairs: Sequence[Pair], options: AuditOptions, progress: Pr
         DataError: if there are fewer prompts than folds, or features that are not finite.
     """
     hide_loading_bars()
-    prompts = np.array([prompt_key(pair.record.prompt) for pair in pairs], np.uint64)
-    groups = prompts if options.unseen == "prompts" else np.array([_both_answers(pair) for pair in pairs], np.uint64)
-    if len(np.unique(groups)) < options.folds:
-        raise DataError(
-            f"{options.data}: {len(np.unique(groups))} different {options.unseen} make no {options.folds} folds; "
-            f"an audit needs more {options.unseen}, or fewer --folds"
-        )
+    prompts, groups = _prompts_and_groups(pairs, options)
+    assert options.model is not None
     chat = load_chat(options.model, options.template)
     chosen, rejected = _features(pairs, chat, options, _task(progress, "features", 2 * len(pairs)))
     return OutOfFold(
@@ -131,6 +151,24 @@ def pairs_as_features(pairs: Sequence[Pair], options: AuditOptions, progress: Pr
         folds=options.folds,
         seed=options.seed,
     )
+
+
+def _prompts_and_groups(
+    pairs: Sequence[Pair], options: AuditOptions
+) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """``(N,)`` each: equal for equal prompts, and for pairs that are in the same fold.
+
+    Raises:
+        DataError: if there are fewer of these than folds.
+    """
+    prompts = np.array([prompt_key(pair.record.prompt) for pair in pairs], np.uint64)
+    groups = prompts if options.unseen == "prompts" else np.array([_both_answers(pair) for pair in pairs], np.uint64)
+    if len(np.unique(groups)) < options.folds:
+        raise DataError(
+            f"{options.data}: {len(np.unique(groups))} different {options.unseen} make no {options.folds} folds; "
+            f"an audit needs more {options.unseen}, or fewer --folds"
+        )
+    return prompts, groups
 
 
 def _read(options: AuditOptions) -> tuple[list[Pair], int]:
@@ -182,6 +220,7 @@ def _features(
     pairs: Sequence[Pair], chat: ChatFormat, options: AuditOptions, advance: Callable[[int], None]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """``(N, D)`` of chosen and of rejected answers."""
+    assert options.model is not None
     backbone = BackboneConfig(path=options.model)
     layer = options.layer or default_layer(backbone)
     bfloat16 = options.dtype == "bfloat16" or (options.dtype == "auto" and has_bfloat16())
@@ -253,10 +292,11 @@ def _summary(
         "unseen": options.unseen,
         "penalty": found.strength,
         "answer_effect": found.effect,
-        "layer": options.layer or default_layer(BackboneConfig(path=options.model)),
+        "layer": None if options.model is None else options.layer or default_layer(BackboneConfig(path=options.model)),
         "folds": options.folds,
         "repeats": options.repeats,
         "model": options.model,
+        "judge": None if options.judge is None else str(options.judge),
         "data": open_source(SourceConfig(path=options.data, split=options.split)).digest(),
         "contradictory_pairs": _contradictory(pairs, prompts),
         "judged_again": judged_again(votes),

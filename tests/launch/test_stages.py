@@ -23,6 +23,7 @@ SECTIONS = {
     "evaluate": ["reference=m", "prompts=p", "reward=r"],
     "generate": ["model=m", "prompts=p"],
     "benchmark": ["model=m"],
+    "score": ["model=m", "data=d"],
 }
 WITHOUT_RESULT = {
     "output",

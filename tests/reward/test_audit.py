@@ -2,16 +2,21 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from launch.cli import main
+from reward.__main__ import main as reward_main
 from reward.audit import features
 from reward.audit.estimate import OutOfFold, audited
 from reward.audit.margins import Differences, folds_of
 from reward.audit.mixture import Interval, fit_mixture, log_likelihoods, posterior_wrong, share_interval
+from reward.audit.run import AuditOptions, audit_file
 from reward.audit.verdict import verdict
+from rlhf.core.errors import DataError, UserError
+from rlhf.data.options import ColumnConfig
 
 
 def planted_margins(share, pairs=8_000, temperature=2.0, seed=0):
@@ -282,6 +287,70 @@ def test_annotators_who_stand_alone_against_others_are_named(tmp_path, tiny_mode
     page = (tmp_path / "audit" / "report.html").read_text()
     assert "30 pairs of answers were judged more than once" in page and "By annotator" in page
     assert "stand there the other way round" in page
+
+
+RECIPE = """\
+output: somewhere
+model: {path: %s, head_init_scale: 10, lora: {rank: 4}}
+data: {train: elsewhere}
+optim: {learning_rate: 2e-2}
+train: {global_batch_size: 24, max_steps: 10, epochs: 20, evaluate_every: 0, checkpoint_every: 0}
+engine: {kind: local}
+"""
+
+
+def in_this_process(arguments, log):
+    log.write_text("here")
+    return reward_main([*arguments])
+
+
+def test_lora_runs_of_the_reward_stage_are_judges_that_did_not_see_the_pair(tmp_path, tiny_model, planted):
+    (tmp_path / "judge.yaml").write_text(RECIPE % tiny_model)
+    options = AuditOptions(
+        data=str(planted),
+        model=None,
+        output=tmp_path / "audit",
+        columns=ColumnConfig(),
+        judge=tmp_path / "judge.yaml",
+        settings=("train.seed=3",),
+        folds=2,
+        repeats=1,
+    )
+    said = audit_file(options, start=in_this_process)
+    assert "of the labels look wrong" in said
+    suspects = lines_of(tmp_path / "audit" / "suspects.jsonl")
+    planted_rows = {f"pairs.jsonl:{number + 1}" for number in range(0, 90, 8)}
+    assert len(planted_rows & {line["row"] for line in suspects[:15]}) >= 7
+    judges = tmp_path / "audit" / "judges" / "repeat-0"
+    for fold in (0, 1):
+        seen, judged = (
+            {json.dumps(row) for row in lines_of(judges / f"fold-{fold}" / f"{part}.jsonl")}
+            for part in ("training", "judged")
+        )
+        assert judged and not seen & judged
+    summary = json.loads((tmp_path / "audit" / "summary.json").read_text())
+    assert summary["judge"].endswith("judge.yaml") and summary["model"] is None and summary["layer"] is None
+    again = audit_file(options, start=lambda *_: pytest.fail("the runs are there already"))
+    assert again == said
+    with pytest.raises(DataError, match="of another audit"):
+        audit_file(replace(options, seed=5), start=in_this_process)
+    with pytest.raises(UserError, match=r"ended with exit code 2; see .*log\.txt"):
+        audit_file(replace(options, output=tmp_path / "failing"), start=lambda *_: 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "give either --model"),
+        (["--model", "m", "--judge", "r"], "give either --model"),
+        (["--judge", "nowhere.yaml"], "--judge nowhere.yaml: no such file"),
+        (["--model", "m", "--set", "a=1"], "--set is for the recipe of --judge"),
+    ],
+)
+def test_judges_that_cannot_be_meant_are_refused(tmp_path, planted, capsys, options, said):
+    assert main(["data", "audit", str(planted), "-o", str(tmp_path / "a"), *options]) == 2
+    error = capsys.readouterr().err
+    assert said in error and len(error.strip().splitlines()) == 1
 
 
 def test_a_second_audit_of_the_same_pairs_needs_no_model_and_says_the_same(audit, planted, tiny_model, monkeypatch):

@@ -9,6 +9,7 @@ from transformers import AutoModelForSequenceClassification
 from launch.cli import main
 from reward.config import RewardModelConfig
 from reward.model import build_reward_model, save_reward_model
+from reward.scoring.__main__ import main as scoring
 from rlhf.core import tokenizers
 from rlhf.core.files import digest
 from rlhf.data.options import ColumnConfig, DataConfig
@@ -70,6 +71,28 @@ def test_scores_are_those_of_plain_transformers(final, rows, tmp_path):
     with torch.no_grad():
         expected = float(model(torch.tensor([ids])).logits)
     assert lines[3]["reward"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_stage_writes_what_the_command_writes_and_refuses_rows_that_it_cannot_score(
+    final, rows, tmp_path, tiny_pairs, capsys
+):
+    assert scoring([f"output={tmp_path}/stage", f"model={final}", f"data={tiny_pairs}"]) == 0
+    assert score(final, tiny_pairs, tmp_path / "scores.jsonl", "--keep-rows") == 0
+    assert (tmp_path / "stage" / "scored.jsonl").read_bytes() == (tmp_path / "scores.jsonl").read_bytes()
+    assert scoring([f"output={tmp_path}/other", f"model={final}", f"data={rows}"]) == 2
+    assert "1 rows could not be scored" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [{"heads": 3}, {"head": "bnrm", "head_hidden": 8}], ids=["heads", "bnrm"])
+def test_heads_that_know_how_sure_they_are_say_so(tmp_path, tiny_model, rows, options):
+    tokenizer = load_tokenizer(tiny_model)
+    config = RewardModelConfig(path=str(tiny_model), head_init_scale=30.0, **options)
+    model = build_reward_model(config, dtype=torch.float32, pad_token_id=2, vocabulary=len(tokenizer), seed=0)
+    save_reward_model(model, tmp_path / "final")
+    portable_tokenizer(chat_format(tokenizer, None)).save_pretrained(tmp_path / "final")
+    assert score(tmp_path / "final", rows, tmp_path / "scores.jsonl") == 1
+    lines = read(tmp_path / "scores.jsonl")
+    assert lines[0]["reward_sd"] > 0 and lines[1]["chosen_reward_sd"] > 0 and lines[1]["rejected_reward_sd"] > 0
 
 
 def test_rows_that_are_kept_are_data_with_the_margin_of_the_model(final, tmp_path, tiny_pairs):
