@@ -1,13 +1,16 @@
 """What the optimal-transport margin costs, as a share of a training step.
 
 Trains a slice of a real model for a few steps of 64 pairs and times, inside those steps, all that the margin
-adds: gathering rewards and embeddings, the transport problem, telemetry.
+adds: gathering rewards and embeddings, the transport problem, telemetry. Then margins alone, plan and telemetry, over
+more pairs, beside the step that as many pairs take: a step's work grows with its pairs, a plan's with their square.
+CPU seconds: what else the machine does changes little.
 
     python benchmarks/margin_cost.py --model models/SmolLM2-135M-Instruct --data PAIRS.jsonl
 """
 
 import argparse
 import statistics
+import tempfile
 import time
 from pathlib import Path
 
@@ -16,8 +19,9 @@ from rich.console import Console
 from rich.table import Table
 
 from reward.config import MarginConfig, RewardConfig, RewardModelConfig
-from reward.margins import optimal_transport_margins
+from reward.margin_maker import MarginMaker
 from reward.model import build_reward_model
+from reward.pairs import Pairs
 from reward.task import RewardTask
 from rlhf.data.options import DataConfig
 from rlhf.data.preferences import load_preferences
@@ -28,6 +32,10 @@ from rlhf.models.tokenizer import required_embedding_rows
 from rlhf.train.chat import load_chat
 from rlhf.train.options import TrainConfig
 
+PAIRS = 64
+"""Of the step that is trained."""
+ROUNDS = 10
+
 
 class TimedTask(RewardTask):
     """Counts the seconds spent on margins in every step."""
@@ -35,25 +43,25 @@ class TimedTask(RewardTask):
     margin_seconds = 0.0
 
     def _observe(self, pairs) -> None:
-        began = time.perf_counter()
+        began = time.process_time()
         super()._observe(pairs)
-        self.margin_seconds += time.perf_counter() - began
+        self.margin_seconds += time.process_time() - began
 
     def step_metrics(self) -> dict[str, float]:
-        began = time.perf_counter()
+        began = time.process_time()
         metrics = super().step_metrics()
-        self.margin_seconds += time.perf_counter() - began
+        self.margin_seconds += time.process_time() - began
         return metrics
 
 
-def measure_step(options: argparse.Namespace, scope: str) -> tuple[float, float]:
+def measure_step(options: argparse.Namespace, scope: str, folder: Path) -> tuple[float, float]:
     """Median seconds of a step, and of what the margin adds to it."""
     config = RewardConfig(
-        output=Path("unused"),
+        output=folder,
         model=RewardModelConfig(path=options.model, layers=options.layers),
         data=DataConfig(train=options.data, eval_share=0.0, max_tokens=options.max_tokens, quarantine_max_share=0.5),
         margin=MarginConfig(kind="ot", parameters={"scope": scope}),
-        train=TrainConfig(global_batch_size=64, micro_batch_tokens=options.micro_batch_tokens),
+        train=TrainConfig(global_batch_size=PAIRS, micro_batch_tokens=options.micro_batch_tokens),
         engine=EngineConfig(kind="local"),
     )
     chat = load_chat(options.model)
@@ -70,27 +78,30 @@ def measure_step(options: argparse.Namespace, scope: str) -> tuple[float, float]
     task = TimedTask(engine, config, data.train, data.evals, options.steps)
     steps, margins = [], []
     for step in range(options.steps):
-        began, task.margin_seconds = time.perf_counter(), 0.0
+        began, task.margin_seconds = time.process_time(), 0.0
         batches = task.micro_batches(step)
         for place, batch in enumerate(batches):
             engine.backward(task.loss(batch), last=place == len(batches) - 1)
         engine.step()
         task.step_metrics()
-        steps.append(time.perf_counter() - began)
+        steps.append(time.process_time() - began)
         margins.append(task.margin_seconds)
     return statistics.median(steps[1:]), statistics.median(margins[1:])
 
 
-def margin_alone(width: int) -> float:
-    """Median seconds of one plan over 64 pairs."""
+def margin_alone(pairs: int, width: int) -> float:
+    """Median seconds of margins over so many pairs: cost, plan, telemetry."""
     generator = torch.Generator().manual_seed(0)
-    chosen, rejected = torch.randn(2, 64, width, generator=generator)
-    rewards = torch.randn(2, 64, generator=generator)
-    seconds = []
-    for _ in range(20):
-        began = time.perf_counter()
-        optimal_transport_margins(chosen, rejected, rewards[0], rewards[1])
-        seconds.append(time.perf_counter() - began)
+    embeddings, rewards = torch.randn(2, pairs, width, generator=generator), torch.randn(2, pairs, generator=generator)
+    nothing = torch.full((pairs,), torch.nan)
+    made = Pairs(torch.arange(pairs), rewards[0], rewards[1], embeddings[0], embeddings[1], nothing)
+    maker, seconds = MarginMaker(MarginConfig(kind="ot"), ROUNDS), []
+    for step in range(ROUNDS):
+        maker.start_step(step)
+        began = time.process_time()
+        maker.make(made, pairs)
+        maker.transport_metrics()
+        seconds.append(time.process_time() - began)
     return statistics.median(seconds)
 
 
@@ -102,6 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-tokens", type=int, default=512)
     parser.add_argument("--micro-batch-tokens", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=3, help="the first is warm-up (default %(default)s)")
+    parser.add_argument("--pairs", type=int, nargs="+", default=[64, 128, 256, 512, 1024], help="of margins alone")
     parser.add_argument("--threads", type=int, default=1)
     return parser
 
@@ -109,13 +121,16 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> None:
     options = build_parser().parse_args()
     torch.set_num_threads(options.threads)
-    table = Table("what", "seconds", "share of a step", title="OT margin at a global batch of 64 pairs")
-    step, margin = measure_step(options, "micro_step")
-    table.add_row("step, margin.parameters.scope=micro_step", f"{step:.2f}", "")
+    table = Table("what", "CPU seconds", "share of the step of as many pairs")
+    with tempfile.TemporaryDirectory() as folder:
+        step, margin = measure_step(options, "micro_step", Path(folder))
+    table.add_row(f"step of {PAIRS} pairs, margin.parameters.scope=micro_step", f"{step:.2f}", "")
     table.add_row("  of it margins, gathering, telemetry", f"{margin:.4f}", f"{margin / step:.3%}")
-    for width in (576, 4096):
-        seconds = margin_alone(width)
-        table.add_row(f"one plan over 64 pairs, D = {width}", f"{seconds:.4f}", f"{seconds / step:.3%}")
+    for pairs in options.pairs:
+        for width in (576, 4096):
+            seconds = margin_alone(pairs, width)
+            share = f"{seconds / (step * pairs / PAIRS):.3%}"
+            table.add_row(f"margins over {pairs} pairs, D = {width}", f"{seconds:.4f}", share)
     Console().print(table)
 
 

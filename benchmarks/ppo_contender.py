@@ -39,16 +39,19 @@ def main() -> int:
     settings = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(settings["threads"])
     measured = Measured(settings)
-    watch_steps(measured, settings)
-    config = recipe(settings)
-    try:
-        run(config, start_ranks())
-    finally:
-        stop_ranks()
+    run_ours(settings, measured)
     names = ("torch", "transformers", "deepspeed")
     versions = {name: importlib.metadata.version(name) for name in names}
     Path(sys.argv[2]).write_text(json.dumps(measured.report() | {"versions": versions}))
     return 0
+
+
+def run_ours(settings: dict[str, Any], measured: Measured) -> None:
+    watch_steps(measured, settings)
+    try:
+        run(recipe(settings), start_ranks())
+    finally:
+        stop_ranks()
 
 
 def watch_steps(measured: Measured, settings: dict[str, Any]) -> None:
@@ -83,7 +86,9 @@ def recipe(settings: dict[str, Any]) -> PpoConfig:
     )
     return PpoConfig(
         output=folder / "run",
-        policy=PolicyConfig(path=settings["policy"]),
+        policy=PolicyConfig(
+            path=settings["policy"], gradient_checkpointing=settings.get("gradient_checkpointing", False)
+        ),
         reward=RewardSourceConfig(path=str(with_manifest(settings, folder / "reward")), standardize=False, clip=None),
         data=PromptDataConfig(train=settings["prompts"], eval_share=0, cache_dir=folder / "cache"),
         critic=CriticConfig(optim=optimizer, value_clip=settings["value_clip"]),
@@ -92,6 +97,7 @@ def recipe(settings: dict[str, Any]) -> PpoConfig:
             samples=settings["samples"],
             max_new_tokens=settings["response_tokens"],
             temperature=settings["temperature"],
+            batch_rows=settings.get("batch_rows", 64),
         ),
         advantage=AdvantageConfig(
             estimator="gae" if is_ppo else "rloo", gamma=settings["gamma"], lam=settings["lam"]
@@ -104,12 +110,13 @@ def recipe(settings: dict[str, Any]) -> PpoConfig:
             global_batch_size=rows // settings["minibatches"],
             epochs=1000,
             max_steps=settings["warmup_steps"] + settings["steps"],
+            micro_batch_tokens=settings.get("micro_batch_tokens", 8192),
             seed=settings["seed"],
             evaluate_every=0,
             checkpoint_every=0,
             publish="none",
         ),
-        engine=EngineConfig(deepspeed="zero0"),
+        engine=EngineConfig(deepspeed=settings.get("deepspeed", "zero0")),
     )
 
 

@@ -54,14 +54,15 @@ def run_ppo(settings: dict[str, Any], measured: Measured) -> None:
             **common(settings),
         ),
         processing_class=tokenizer,
-        model=AutoModelForCausalLM.from_pretrained(settings["policy"], dtype=torch.float32),
+        model=AutoModelForCausalLM.from_pretrained(settings["policy"], dtype=precision()),
         ref_model=None,  # it copies the policy
         reward_model=load_classifier(settings),
         value_model=load_classifier(settings),
         train_dataset=Dataset.from_dict({"input_ids": tokenizer(texts)["input_ids"]}),
         callbacks=[Watch(measured, updates_per_step=1)],
     )
-    assert not trainer.policy_model.is_gradient_checkpointing, "it checkpoints after all"
+    wanted = settings.get("gradient_checkpointing", False)
+    assert trainer.policy_model.is_gradient_checkpointing == wanted, "its checkpointing is not as it was set"
     watch_ppo(ppo_trainer, tokenizer.eos_token_id, measured)
     trainer.train()
 
@@ -117,7 +118,7 @@ def run_rloo(settings: dict[str, Any], measured: Measured) -> None:
     tokenizer = AutoTokenizer.from_pretrained(settings["policy"], padding_side="left")
     updates = settings["minibatches"] * settings["epochs"]
     trainer = WatchedTrainer(
-        model=AutoModelForCausalLM.from_pretrained(settings["policy"], dtype=torch.float32),
+        model=AutoModelForCausalLM.from_pretrained(settings["policy"], dtype=precision()),
         reward_funcs=load_classifier(settings),
         args=RLOOConfig(
             per_device_train_batch_size=settings["rows_per_step"] // settings["minibatches"],
@@ -131,7 +132,6 @@ def run_rloo(settings: dict[str, Any], measured: Measured) -> None:
             beta=settings["kl_coefficient"],
             epsilon=settings["clip"],
             max_grad_norm=1.0,
-            dataloader_pin_memory=False,
             **common(settings),
         ),
         processing_class=tokenizer,
@@ -150,9 +150,11 @@ def common(settings: dict[str, Any]) -> dict[str, Any]:
         "lr_scheduler_type": "constant",
         "optim": "adamw_torch_fused",
         "weight_decay": settings["weight_decay"],
-        "gradient_checkpointing": False,
-        "bf16": False,
-        "use_cpu": True,
+        "gradient_checkpointing": settings.get("gradient_checkpointing", False),
+        "use_liger_kernel": settings.get("liger", False),
+        "bf16": torch.cuda.is_available(),
+        "use_cpu": not torch.cuda.is_available(),
+        "dataloader_pin_memory": torch.cuda.is_available(),
         "seed": settings["seed"],
         "logging_steps": 1,
         "report_to": "none",
@@ -161,12 +163,17 @@ def common(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def precision() -> torch.dtype:
+    """Of weights: as ours has them."""
+    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+
+
 def total_steps(settings: dict[str, Any]) -> int:
     return settings["warmup_steps"] + settings["steps"]
 
 
 def load_classifier(settings: dict[str, Any]) -> Any:
-    return AutoModelForSequenceClassification.from_pretrained(settings["reward"], num_labels=1, dtype=torch.float32)
+    return AutoModelForSequenceClassification.from_pretrained(settings["reward"], num_labels=1, dtype=precision())
 
 
 class Watch(TrainerCallback):

@@ -39,6 +39,7 @@ CONTENDERS = {
 """Contenders in the order of the first round; every other round goes backwards."""
 FIGURES = (
     "samples_per_second",
+    "samples_per_cpu_second",
     "response_tokens_per_second",
     "mean_response_tokens",
     "ended_share",
@@ -202,12 +203,13 @@ def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    heads = ("contender", "samples/s", "seconds of a step", "of them", "response tokens", "ended")
+    heads = ("contender", "samples/s", "samples/CPU s", "seconds of a step", "of them", "response tokens", "ended")
     heads += ("RSS start", "RSS peak")
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for row in rows:
         phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in row["phase_seconds"].items())
-        cells = [row["contender"], f"{row['samples_per_second']:.3f}", f"{row['step_seconds']:.1f}", phases]
+        cells = [row["contender"], f"{row['samples_per_second']:.3f}", f"{row['samples_per_cpu_second']:.3f}"]
+        cells += [f"{row['step_seconds']:.1f}", phases]
         cells += [f"{row['mean_response_tokens']:.1f}", f"{row['ended_share']:.0%}"]
         lines.append("| " + " | ".join([*cells, *(f"{row[f'{n}_rss_gib']:.2f} GiB" for n in ("start", "peak"))]) + " |")
     return lines
@@ -215,7 +217,15 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
 def comparison(rows: list[dict[str, Any]]) -> tuple[list[str], bool]:
     """Ours over TRL for each kind that has both, and whether the sides did the same work."""
-    heads = ("ours / TRL", "samples/s", "response tokens/s", "RSS peak", "peak above start", "response tokens")
+    heads = (
+        "ours / TRL",
+        "samples/s",
+        "samples/CPU s",
+        "response tokens/s",
+        "RSS peak",
+        "peak above start",
+        "response tokens",
+    )
     lines, alike = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"], True
     for kind in ("ppo", "rloo"):
         sides = {row["side"]: row for row in rows if row["kind"] == kind}
@@ -224,7 +234,8 @@ def comparison(rows: list[dict[str, Any]]) -> tuple[list[str], bool]:
         ours, theirs = sides["ours"], sides["trl"]
         for row in (ours, theirs):
             row["above_start"] = row["peak_rss_gib"] - row["start_rss_gib"]
-        names = ("samples_per_second", "response_tokens_per_second", "peak_rss_gib", "above_start")
+        names = ("samples_per_second", "samples_per_cpu_second", "response_tokens_per_second")
+        names += ("peak_rss_gib", "above_start")
         ratios = [ours[name] / theirs[name] for name in (*names, "mean_response_tokens")]
         lines.append(f"| {kind} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |")
         alike = alike and ratios[-1] >= 1 - SAME_LENGTH  # where ours are longer, the ratio is a lower bound

@@ -7,6 +7,7 @@ nothing beyond the standard library, so that TRL's side pays for none of our pac
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -203,6 +204,9 @@ class Measured:
         self._step |= {"seconds": now - self._began, "cpu_seconds": time.process_time() - self._cpu_began}
         self._step |= {"phases": dict(self._phases), "cpu_phases": dict(self._cpu_phases)}
         self._step["peak_rss_bytes"] = memory("VmHWM")
+        torch = sys.modules["torch"]  # whoever trains has imported it
+        if torch.cuda.is_available():
+            self._step["peak_device_bytes"] = torch.cuda.max_memory_allocated()
         self.steps.append(self._step)
         self._new_step(now)
 
@@ -216,6 +220,7 @@ class Measured:
         phases["rest"] = seconds / len(timed) - sum(phases.values())
         return {
             "samples_per_second": len(tokens) / seconds,
+            "samples_per_cpu_second": len(tokens) / sum(step["cpu_seconds"] for step in timed),
             "response_tokens_per_second": sum(tokens) / seconds,
             "step_seconds": [step["seconds"] for step in timed],
             "phase_seconds": phases,
