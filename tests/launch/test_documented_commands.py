@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from benchmarks import disturbances, make_corpus, rehearsal
+from benchmarks.gpu import __main__ as gpu
 from launch.cli import build_parser
 from launch.commands import ds, slurm
 from launch.jobs import hostfile, over_ssh
@@ -273,6 +274,7 @@ MODULES = {
     "benchmarks.measure": parse_measure,
     "benchmarks.make_corpus": lambda words: make_corpus._parser().parse_args(words),
     "benchmarks.disturbances": lambda words: disturbances._parser().parse_args(words),
+    "benchmarks.gpu": lambda words: gpu._parser().parse_args(words),
     "benchmarks.rehearsal": lambda words: rehearsal._parser().parse_args(words),
 }
 

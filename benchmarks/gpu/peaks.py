@@ -1,0 +1,85 @@
+"""Peaks of memory that ``rlhf plan`` predicts, beside what the same runs reach: of a GPU what torch allocated there."""
+
+from typing import Any
+
+from benchmarks.gpu import stages
+from benchmarks.gpu.cells import Cell
+from benchmarks.gpu.world import GIB, World, has_gpu
+
+CASES = (
+    ("reward", "zero2", False),
+    ("preference", "zero2", False),
+    ("ppo", "zero2", False),
+    ("reward", "zero3", True),
+    ("reward", "zero0", False),
+    ("reward", "zero2_offload", False),
+    ("preference", "zero3", True),
+    ("ppo", "zero3", True),
+    ("reward", "zero1", False),
+    ("reward", "zero2", True),
+    ("preference", "zero2_offload", True),
+    ("ppo", "zero2_offload", False),
+    ("reward", "zero3_offload", True),
+)
+"""Stage, DeepSpeed configuration, checkpointing: the most important first."""
+OUTSIDE = ("CUDA context and NCCL", "fragmentation")
+"""What a plan counts beside what torch allocates."""
+STEPS = 2
+"""From the second step on, Adam's moments lie beside the activations."""
+
+
+def cells(world: World) -> list[Cell]:
+    chosen = CASES[:3] if world.toy else CASES
+    return [
+        Cell(
+            part="peaks",
+            name=f"{stage}, {placement}{', checkpointing' if checkpointing else ''}",
+            function=f"{__name__}:measure",
+            arguments={"stage": stage, "placement": placement, "checkpointing": checkpointing},
+            seconds=12 if stage == "ppo" or "offload" in placement else 8,
+        )
+        for stage, placement, checkpointing in chosen
+    ]
+
+
+def measure(world: World, *, stage: str, placement: str, checkpointing: bool) -> dict[str, Any]:
+    """GiB at the peak of two steps, planned and measured, and the phase that the plan has it in."""
+    import torch
+
+    from launch.plan.cluster import cluster_of
+    from launch.plan.planner import Request, plan_stage
+    from rlhf.engine.ranks import start_ranks, stop_ranks
+    from rlhf.train.throughput import peak_memory
+
+    name = f"peaks-{stage}-{placement}-{checkpointing}"
+    settings = [f"output={world.work / 'runs' / name}", f"engine.deepspeed={placement}", f"train.max_steps={STEPS}"]
+    settings += [f"train.micro_batch_tokens={world.sizes.micro_batch_tokens}", "optim.learning_rate=1e-6"]
+    section = "policy" if stage == "ppo" else "model"
+    settings += [f"{section}.gradient_checkpointing={str(checkpointing).lower()}", *_rows(world, stage)]
+    cluster = cluster_of(devices_per_node=1)
+    plan = plan_stage(stage, stages.config_of(stage, [*settings, *stages.QUIET]), cluster, Request())
+    phase = plan.host_peak if cluster.on_cpu else plan.device_peak
+    predicted = phase.host_bytes
+    if not cluster.on_cpu:
+        predicted = sum(size for item, size in phase.device.items() if item not in OUTSIDE)
+    ranks = start_ranks()
+    try:
+        if has_gpu():
+            torch.cuda.reset_peak_memory_stats()
+        stages.run(stage, settings, ranks)
+        found = peak_memory(ranks.device)
+    finally:
+        stop_ranks()
+    return {"predicted_gib": predicted / GIB, "measured_gib": found, "phase": phase.name}
+
+
+def _rows(world: World, stage: str) -> list[str]:
+    sizes = world.sizes
+    if stage == "ppo":
+        rows = [f"policy.path={world.policy}", "reward.function=benchmarks.gpu.parity:score", "watch.action=none"]
+        rows += [f"rollout.prompts={sizes.responses}", f"rollout.max_new_tokens={min(64, sizes.response_tokens)}"]
+        return [*rows, f"train.global_batch_size={sizes.responses}", *stages.prompts_settings(world)]
+    name = next(iter(world.rows))
+    rows = [f"model.path={world.reward if stage == 'reward' else world.policy}"]
+    rows += [f"train.global_batch_size={sizes.pairs}", *(["loss.kind=sigmoid"] if stage == "preference" else [])]
+    return [*rows, *stages.rows_settings(world, name, sizes.tokens[0])]
