@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 from launch.stages import training
+from rlhf.core.errors import UserError
 from rlhf.core.paths import home_path, recipe_path
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -115,6 +116,18 @@ def given_columns(options: argparse.Namespace, names: Iterable[str]) -> dict[str
 def chosen(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
     """What the options called ``names`` were given."""
     return {name: getattr(options, name) for name in names}
+
+
+def named(option: str, text: str, what: str) -> tuple[str, str]:
+    """The parts of ``NAME=what``.
+
+    Raises:
+        UserError: if there is only one.
+    """
+    name, _, value = text.partition("=")
+    if not name or not value:
+        raise UserError(f"{option} {text}: expected NAME={what}, such as {option} dpo=runs/dpo")
+    return name, value
 
 
 def positive_int(text: str) -> int:

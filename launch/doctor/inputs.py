@@ -53,7 +53,7 @@ def _listed(stage: PipelineStage) -> Iterator[tuple[str, str, str]]:
         value = getattr(stage.config, key)
         named = {f"{key}.{name}": path for name, path in value.items()} if isinstance(value, dict) else {key: value}
         for setting, path in named.items():
-            if str(path) != EMBEDDED and ":" not in str(path):
+            if path is not None and str(path) != EMBEDDED and ":" not in str(path):
                 yield setting, str(path), kind
 
 

@@ -49,6 +49,8 @@ class Figure:
     """Heights of dotted lines."""
     percent: bool = False
     """Values are shares, shown as percentages."""
+    radar: float | None = None
+    """Categories stand around a center, with values from 0 there to this at the rim; ``None`` for axes."""
 
     @property
     def is_empty(self) -> bool:
@@ -62,6 +64,7 @@ class Figure:
             "y": self.y,
             "percent": self.percent,
             "categories": [*self.categories],
+            "radar": self.radar,
             "marks": [[place, text] for place, text in self.marks],
             "levels": [*self.levels],
             "lines": [

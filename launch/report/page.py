@@ -17,8 +17,7 @@ from launch.report.audits import SUMMARY, audits, is_audit
 from launch.report.contents import Advice, Section, Table, curves
 from launch.report.figures import Figure
 from launch.report.kinds import other
-from launch.report.policies import best_of_n
-from launch.report.reading import BEST_OF_N, Run, read_runs
+from launch.report.reading import Run, read_runs
 from launch.report.studies import STUDY, studies
 from launch.report.svg import draw
 from launch.stages import by_program, load
@@ -75,7 +74,7 @@ def report_of(folders: Sequence[Path], *, planned: Mapping[str, float] | None = 
     for kind in kinds:
         same = [run for run in ordered if run.stage == kind]
         stage = by_program(kind)
-        show = best_of_n if kind == BEST_OF_N else load(stage.page) if stage is not None and stage.page else other
+        show = load(stage.page) if stage is not None and stage.page else other
         sections.append(_with_prefix(show(same, ordered.index(same[0])).filled))
     trained = [run for run in ordered if "time/step_seconds" in run.columns]
     names = [folder.resolve().name for folder in folders]

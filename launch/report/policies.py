@@ -1,12 +1,11 @@
 """Evaluations of policies and benchmarks of reward models."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
 from launch.report.contents import Cell, Reading, Section, Table, cell, named, points, run_cell, share
 from launch.report.figures import Figure, Line
-from launch.report.reading import BEST_OF_N, Run
+from launch.report.reading import Run
 from launch.report.samples import compared
 
 
@@ -16,7 +15,7 @@ def evaluate(runs: Sequence[Run], first: int) -> Section:
     lead, rows, figures = [], [], []
     readings: list[Reading] = []
     for place, run in enumerate(runs):
-        if not (run.folder / "evaluations.json").is_file():
+        if not run.evaluation:
             continue
         found = read_evaluations(run.folder)
         for each in found:
@@ -75,48 +74,6 @@ def evaluate(runs: Sequence[Run], first: int) -> Section:
         figures=tuple(figures),
         tables=(Table(title="Policies", headings=headings, rows=tuple(rows), note=note),) if rows else (),
         readings=tuple(readings),
-    )
-
-
-def best_of_n(runs: Sequence[Run], first: int) -> Section:
-    lead, figures, rows = [], [], []
-    for place, run in enumerate(runs):
-        found = json.loads((run.folder / f"{BEST_OF_N}.json").read_text(encoding="utf-8"))
-        best = max(found, key=lambda each: each["gold"]["value"])
-        text = f"the gold reward is highest for the best of {best['n']}, at a KL of {best['kl']:.2f} nats:"
-        lead.append(named(run, runs, f"{text} {best['gold']['value']:.3f}."))
-        key = "" if len(runs) == 1 else f"-{place}"
-        for side, label in (("gold", "Gold reward"), ("proxy", "Reward that chooses")):
-            estimates = [each[side] for each in found]
-            line = Line(
-                name=run.name,
-                x=[each["kl"] for each in found],
-                y=[each["value"] for each in estimates],
-                low=[each["low"] for each in estimates],
-                high=[each["high"] for each in estimates],
-            )
-            title = named(run, runs, f"{label}, best of n")
-            x = "KL from the policy, nats"
-            figures.append(Figure(key=f"best-{side}{key}", title=title, x=x, y="mean reward", lines=(line,)))
-        for each in found:
-            gold = each["gold"]
-            rows.append(
-                (
-                    run_cell(run, first + place),
-                    cell(each["n"], str(each["n"])),
-                    cell(each["kl"]),
-                    cell(each["proxy"]["value"]),
-                    cell(gold["value"]),
-                    cell(gold["low"], f"{gold['low']:.3f} to {gold['high']:.3f}"),
-                )
-            )
-    headings = ("run", "n", "KL, nats", "reward that chooses", "gold reward", "95 % interval")
-    return Section(
-        key="best-of-n",
-        title="Best of n",
-        lead=tuple(lead),
-        figures=tuple(figures),
-        tables=(Table(title="Best of n samples", headings=headings, rows=tuple(rows)),),
     )
 
 

@@ -13,14 +13,12 @@ from launch.runs import NOTES, put_aside_from
 from rlhf.config import flat
 from rlhf.core.errors import UserError
 from rlhf.core.files import CONFIG, DATA, DONE, ENVIRONMENT, RECIPE, STATUS, WARNINGS
+from rlhf.core.findings import EVALUATION, KIND
 from rlhf.models.manifest import MANIFEST_NAME
 from rlhf.train.held_out import HELD_OUT
 from rlhf.train.status import Status, read_status
 
 METRICS = "metrics.jsonl"
-BEST_OF_N = "best_of_n"
-BY_HAND = {"evaluations.json": "evaluation", "benchmark.md": "benchmark", f"{BEST_OF_N}.json": BEST_OF_N}
-"""What ``rlhf evaluate`` writes without being a stage: a file, and as what its folder is shown."""
 Rows = tuple[Mapping[str, Any], ...]
 
 
@@ -32,7 +30,7 @@ class Run:
     """Its name on the page: the folder's own where that tells it from the others."""
     folder: Path
     stage: str
-    """What its status calls it: the last word of the stage's module; or one of BY_HAND."""
+    """What its status calls it: the last word of the stage's module; or the kind that evaluation.json names."""
     status: Status | None
     metrics: Rows
     """Lines of ``metrics.jsonl``."""
@@ -66,7 +64,7 @@ class Run:
 
     @cached_property
     def evaluation(self) -> Mapping[str, Any]:
-        return read_json(self.folder / "evaluation.json")
+        return read_json(self.folder / EVALUATION)
 
     @cached_property
     def environment(self) -> Mapping[str, Any]:
@@ -182,7 +180,7 @@ def _run(folder: Path, name: str, marker: Mapping[str, Any]) -> Run | None:
     """The run of ``folder`` itself; ``None`` if it has none. ``marker`` is what a pipeline noted of it."""
     status = read_status(folder)
     metrics, faults = read_lines(folder / METRICS)
-    by_hand = next((kind for name, kind in BY_HAND.items() if (folder / name).is_file()), "")
+    by_hand = str(read_json(folder / EVALUATION).get(KIND, ""))  # what rlhf evaluate wrote without being a stage
     if status is None and not metrics and not faults and not by_hand:
         return None
     whole = tuple(row for row in metrics if isinstance(row.get("step"), int))

@@ -10,11 +10,12 @@ from launch.report.reading import METRICS
 from launch.report.studies import STUDY
 from rlhf.core.errors import UserError
 from rlhf.core.files import STATUS, digest
+from rlhf.core.findings import EVALUATION
 
 LOOPBACK = "127.0.0.1"
 SECONDS = 3.0
 """How often a page asks whether there is something new."""
-WATCHED = (STATUS, METRICS, "evaluation.json", "evaluations.json", "held_out.jsonl", "warnings.jsonl", STUDY)
+WATCHED = (STATUS, METRICS, EVALUATION, "held_out.jsonl", "warnings.jsonl", STUDY)
 
 
 def state_of(folders: Sequence[Path]) -> str:

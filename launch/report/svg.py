@@ -11,6 +11,8 @@ from launch.report.figures import COLORS, Figure, Line
 WIDTH, HEIGHT = 440, 270
 LEFT, RIGHT, TOP, BOTTOM = 58, 12, 14, 44
 TICKS = 5
+RINGS = 5
+"""Circles of a radar plot."""
 ROUNDING = 1e-12
 """Values whose differences are a smaller part of them are drawn as equal."""
 
@@ -62,6 +64,8 @@ def number(value: float, *, percent: bool = False) -> str:
 
 def draw(figure: Figure) -> Markup:
     """The figure as an ``svg`` element; names are escaped."""
+    if figure.radar is not None:
+        return _radar(figure, figure.radar)
     drawn = [line for line in figure.lines if len(line.x)]
     heights = [value for line in drawn for part in (line.y, line.low or (), line.high or ()) for value in part]
     heights += figure.levels if heights else ()
@@ -77,6 +81,41 @@ def draw(figure: Figure) -> Markup:
     y = _Axis(heights, (HEIGHT - BOTTOM, TOP), rounded=True)
     parts = [*_grid(figure, x, y), *(piece for line in drawn for piece in _line(line, x, y)), *_marks(figure, x)]
     ends = f'data-low="{x.low:.6g}" data-high="{x.high:.6g}" data-left="{LEFT}" data-right="{WIDTH - RIGHT}"'
+    head = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" class="plot" aria-hidden="true" focusable="false" {ends}>'
+    return Markup(head + "".join(parts) + "</svg>")
+
+
+def _radar(figure: Figure, best: float) -> Markup:
+    """Categories around a center, from the top on as a clock goes."""
+    middle, height, reach = WIDTH / 2, HEIGHT / 2, HEIGHT / 2 - 34
+    count = len(figure.categories)
+
+    def place(number: float, value: float) -> tuple[float, float]:
+        angle = 2 * math.pi * number / count
+        return middle + reach * value / best * math.sin(angle), height - reach * value / best * math.cos(angle)
+
+    def ring(values: Sequence[float]) -> str:
+        around = (place(number, value) for number, value in enumerate(values))
+        return " ".join(f"{across:.1f},{up:.1f}" for across, up in around)
+
+    parts = []
+    for tick in (best * part / RINGS for part in range(1, RINGS + 1)):
+        parts.append(f'<polygon class="grid ring" points="{ring([tick] * count)}"/>')
+        across, up = place(0, tick)
+        parts.append(f'<text class="ring" x="{across + 3:.1f}" y="{up + 11:.1f}">{escape(number(tick))}</text>')
+    for spoke, name in enumerate(figure.categories):
+        across, up = place(spoke, best)
+        parts.append(f'<line class="grid" x1="{middle}" y1="{height}" x2="{across:.1f}" y2="{up:.1f}"/>')
+        side = (across > middle + 1) - (across < middle - 1)
+        anchor = ("end", "middle", "start")[side + 1]
+        below = 4 if side else (14 if up > height else -6)
+        label = f'<text x="{across + 6 * side:.1f}" y="{up + below:.1f}" text-anchor="{anchor}">'
+        parts.append(f"{label}{escape(name)}</text>")
+    for line in figure.lines:
+        tone = f"c{line.color % COLORS}"
+        parts.append(f'<polygon class="band {tone}" points="{ring(line.y)}"/>')
+        parts.append(f'<polyline class="line {tone}" points="{ring(line.y)} {ring(line.y).partition(" ")[0]}"/>')
+    ends = f'data-radar="{count}" data-middle="{middle}" data-height="{height}" data-reach="{reach}"'
     head = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" class="plot" aria-hidden="true" focusable="false" {ends}>'
     return Markup(head + "".join(parts) + "</svg>")
 

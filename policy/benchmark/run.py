@@ -1,6 +1,5 @@
 """A benchmark from recipe to table: texts are shared out over ranks by length, and scored once each."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +12,12 @@ from policy.benchmark.implicit import response_logprobs
 from policy.evaluation.compare import check_model_folders, open_policy
 from reward.benchmarks.formulas import Scored
 from reward.benchmarks.items import BenchmarkItem, Messages, read_items
-from reward.benchmarks.results import EVALUATION, BenchmarkResult, markdown, summarize, to_dict
+from reward.benchmarks.results import BenchmarkResult, markdown, summarize, to_dict
 from reward.model import load_reward_model
 from reward.score import check_scorer, score_tokens
 from rlhf.core.errors import DataError, ModelError
-from rlhf.core.files import write_json, write_text
+from rlhf.core.files import write_text
+from rlhf.core.findings import write_findings
 from rlhf.data.batching import Row
 from rlhf.data.options import TemplateChoice
 from rlhf.data.templates import ChatFormat, TemplateFault
@@ -30,7 +30,6 @@ from rlhf.models.positions import places_of, settings_of
 from rlhf.train.chat import check_same_tokens, load_chat
 from rlhf.train.progress import Progress
 
-ITEMS = "items.jsonl"
 CHUNK_ROWS = 512
 """Texts between two updates of the progress display, on each rank."""
 
@@ -187,13 +186,11 @@ def _write(
     own: Sequence[NDArray[np.float64]],
     elsewhere: Sequence[NDArray[np.float64]] | None,
 ) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for place, item in enumerate(items):
         line = {"id": item.id, "subset": item.subset, "right": item.right, "scores": own[place].tolist()}
         if elsewhere is not None:
             line["wrong_prompt_scores"] = elsewhere[place].tolist()
-        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    write_text(folder / ITEMS, "".join(lines))
+        lines.append(line)
+    write_findings(folder, "benchmark", to_dict(result), lines)
     write_text(folder / "benchmark.md", markdown(result))
-    write_json(folder / EVALUATION, to_dict(result))

@@ -23,6 +23,7 @@ from policy.self_check import check_logprobs
 from reward.function import Answers, RewardFunction
 from rlhf.core.errors import DataError, ModelError
 from rlhf.core.files import write_json, write_text
+from rlhf.core.findings import EVALUATION, KIND
 from rlhf.core.intervals import Estimate, mean_with_interval
 from rlhf.data.batching import length_bucket
 from rlhf.data.messages import Asked, BadRow, as_messages
@@ -69,7 +70,7 @@ def evaluate_policies(
     ranks: Ranks | None = None,
     columns: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[PolicyEvaluation]:
-    """Sample from every policy and from the reference and compare; writes samples, evaluations.json and .md.
+    """Sample from every policy and from the reference and compare; writes samples_NAME.jsonl, evaluation.json and .md.
 
     One model is held at a time: the reference, which is asked about the samples of all, comes last; then the rewards.
 
@@ -120,8 +121,8 @@ def evaluate_policies(
         if ranks.is_main:
             _write_samples(output / f"samples_{name}.jsonl", prompts, samples, rewards)
     if ranks.is_main:
-        write_json(output / "evaluations.json", [asdict(each) for each in found])
-        write_text(output / "evaluations.md", markdown(found))
+        write_json(output / EVALUATION, {KIND: "evaluation", "policies": [asdict(each) for each in found]})
+        write_text(output / "evaluation.md", markdown(found))
     return found
 
 
@@ -326,13 +327,15 @@ def _gain(by_prompt: NDArray[np.float64]) -> Estimate | None:
 def _write_samples(
     path: Path, prompts: Sequence[Asked], samples: Sequence[Sample], rewards: NDArray[np.float64]
 ) -> None:
+    of_each = len(samples) // len(prompts)
     rows = [
         {
+            "id": f"{sample.prompt}/{place % of_each}",
             "prompt": prompts[sample.prompt],
             "response": sample.text,
             "reward": reward if np.isfinite(reward) else None,
             "ended": sample.ended,
         }
-        for sample, reward in zip(samples, rewards.tolist(), strict=True)
+        for place, (sample, reward) in enumerate(zip(samples, rewards.tolist(), strict=True))
     ]
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

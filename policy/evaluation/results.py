@@ -1,6 +1,5 @@
 """What an evaluation of policies found: numbers with intervals, as a table, and back from its file."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 from pydantic import TypeAdapter
 from rich.table import Table
 
+from rlhf.core.findings import read_findings
 from rlhf.core.intervals import Estimate
 
 _HEADINGS = ("policy", "reward", "gain", "KL", "KL (k3)", "log-ratio", "tokens", "ended")
@@ -51,8 +51,7 @@ def evaluation_table(evaluations: Sequence[PolicyEvaluation]) -> Table:
 
 def read_evaluations(folder: Path) -> list[PolicyEvaluation]:
     """What :func:`policy.evaluation.compare.evaluate_policies` wrote into ``folder``."""
-    rows = json.loads((folder / "evaluations.json").read_text())
-    return TypeAdapter(list[PolicyEvaluation]).validate_python(rows)
+    return TypeAdapter(list[PolicyEvaluation]).validate_python(read_findings(folder)["policies"])
 
 
 def report_of(folder: Path) -> Table:

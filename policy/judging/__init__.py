@@ -1,1 +1,1 @@
-"""``rlhf evaluate win-rate``: two policies' answers to the same questions, compared pair by pair by a judge."""
+"""Judges behind OpenAI-compatible endpoints, as win rates and grades ask them."""

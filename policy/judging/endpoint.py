@@ -1,45 +1,48 @@
 """A judge behind an OpenAI-compatible endpoint: asked patiently, once for each thing, and remembered on disk."""
 
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import httpx
 
+from policy.judging.config import JudgeConfig
 from rlhf.core.errors import DataError
 from rlhf.core.files import digest, whole_lines
 from rlhf.data.messages import Message
 
 LONGEST_WAIT = 60.0
 """Seconds between two tries at the most."""
-FAULTS_TOLD = 3
+READINGS = 3
+"""Times that a question is asked whose replies hold no verdict."""
+OF_THE_QUESTION = (400, 413, 422)
+"""Refusals that may be about one question: too long, or not liked by a filter."""
+REFUSED_AT_FIRST = 3
+"""So many of them before the first reply, and it is no matter of single questions."""
+
+Question = Sequence[Message]
+Read = Callable[[str], float]
+"""What a reply says; raises ValueError where it says nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Endpoint:
-    """Where the judge is, and how it is asked."""
+class Verdict:
+    """A reply that could be read."""
 
-    url: str
-    """Base address, such as https://api.openai.com/v1."""
-    model: str
-    key: str | None = None
-    """Sent as bearer token; never written anywhere."""
-    timeout_seconds: float = 120.0
-    tries: int = 6
-    """Times that a question is asked: again after 429, 5xx, silence, or an answer that cannot be read."""
-    first_wait: float = 1.0
-    """Seconds before the second try; doubled each time, unless the answer says how long (Retry-After)."""
-    concurrency: int = 8
-    max_tokens: int = 16
+    value: float
+    text: str
 
 
-class Unanswered(Exception):
+@dataclass(frozen=True, kw_only=True)
+class Unanswered:
     """What became of the last try of a question."""
+
+    fault: str
 
 
 class Refused(DataError):
@@ -49,108 +52,143 @@ class Refused(DataError):
 class Judge:
     """Asks an endpoint; what it has said before comes from ``cache``, a file of JSON lines keyed by content."""
 
-    def __init__(self, endpoint: Endpoint, cache: Path) -> None:
-        self._endpoint, self._cache = endpoint, cache
+    def __init__(self, config: JudgeConfig, cache: Path) -> None:
+        self._config, self._cache = config, cache
+        self._key = os.environ.get(config.key_variable)
         self._known: dict[str, str] = {}
         self._lock = threading.Lock()
+        self._refusals = self._replies = 0
         if cache.exists():
             self._known = {row["key"]: row["reply"] for row in map(json.loads, whole_lines(cache))}
 
-    def unknown(self, questions: Sequence[Sequence[Message]]) -> list[Sequence[Message]]:
+    def unknown(self, questions: Sequence[Question], read: Read) -> list[Question]:
         """Those that it has to be asked, each once."""
-        return [*{self._key(each): each for each in questions if self._key(each) not in self._known}.values()]
+        found = {self._name(each): each for each in questions}
+        return [each for name, each in found.items() if not self._has_read(name, read)]
 
     def ask(
-        self,
-        questions: Sequence[Sequence[Message]],
-        read: Callable[[str], Any],
-        advance: Callable[[int], None] = lambda count: None,
-    ) -> list[Any]:
-        """What ``read`` makes of the reply to each question.
+        self, questions: Sequence[Question], read: Read, advance: Callable[[int], None] = lambda count: None
+    ) -> list[Verdict | Unanswered]:
+        """What was made of the reply to each question.
 
         Args:
             questions: conversations.
-            read: of a reply; raises ValueError for one that cannot be read, which is asked again.
+            read: of a reply; one that it cannot read is asked for again.
             advance: told after each reply how many there are.
         Raises:
-            DataError: if questions stay without a reply, after all others were asked and remembered; or at once, if
-                the endpoint refuses them as such.
+            Refused: at once, if the endpoint refuses all questions as such.
         """
-        missing = self.unknown(questions)
-        faults: list[str] = []
+        missing = self.unknown(questions, read)
+        faults: dict[str, str] = {}
         with (
-            httpx.Client(timeout=self._endpoint.timeout_seconds) as client,
-            ThreadPoolExecutor(self._endpoint.concurrency) as pool,
+            httpx.Client(timeout=self._config.timeout_seconds) as client,
+            ThreadPoolExecutor(self._config.concurrency) as pool,
         ):
-            waiting = [pool.submit(self._ask, client, question, read) for question in missing]
+            waiting = [(self._name(each), pool.submit(self._ask, client, each, read)) for each in missing]
             try:
-                for count, each in enumerate(waiting, start=1):
-                    try:
-                        each.result()
-                    except Unanswered as fault:
-                        faults.append(str(fault))
+                for count, (name, each) in enumerate(waiting, start=1):
+                    fault = each.result()
+                    if fault is not None:
+                        faults[name] = fault
                     advance(count)
             except BaseException:
-                for each in waiting:
+                for _, each in waiting:
                     each.cancel()
                 raise
-        if faults:
-            told = "; ".join(dict.fromkeys(faults[:FAULTS_TOLD]))
-            raise DataError(
-                f"{self._endpoint.url}: {len(faults)} of {len(missing)} questions have no answer that can be read "
-                f"after {self._endpoint.tries} tries each ({told}). What was answered is kept in {self._cache}: the "
-                "same command asks for the rest"
-            )
-        return [read(self._known[self._key(question)]) for question in questions]
+        return [self._found(self._name(each), read, faults) for each in questions]
 
-    def _key(self, question: Sequence[Message]) -> str:
-        endpoint = self._endpoint
-        return digest(
-            endpoint.url, endpoint.model, str(endpoint.max_tokens), json.dumps(list(question), sort_keys=True)
-        )
+    def _found(self, name: str, read: Read, faults: dict[str, str]) -> Verdict | Unanswered:
+        if name in faults:
+            return Unanswered(fault=faults[name])
+        return Verdict(value=read(self._known[name]), text=self._known[name])
 
-    def _ask(self, client: httpx.Client, question: Sequence[Message], read: Callable[[str], Any]) -> None:
-        wait, fault = self._endpoint.first_wait, ""
-        for number in range(self._endpoint.tries):
+    def _has_read(self, name: str, read: Read) -> bool:
+        """Whether there is a reply that can be read: another version may have read others."""
+        try:
+            read(self._known[name])
+        except (KeyError, ValueError):
+            return False
+        return True
+
+    def _name(self, question: Question) -> str:
+        config = self._config
+        asked = json.dumps([config.request, list(question)], sort_keys=True)
+        return digest(str(config.url), str(config.model), asked)
+
+    def _ask(self, client: httpx.Client, question: Question, read: Read) -> str | None:
+        """Ask until there is a reply that can be read; why there is none."""
+        wait, fault, unread = self._config.wait_seconds, "", 0
+        for number in range(self._config.tries):
             if number:
                 time.sleep(min(wait, LONGEST_WAIT))
                 wait *= 2
             try:
                 reply = self._try(client, question)
-                read(reply)
             except _Later as later:
                 fault, wait = str(later), wait if later.seconds is None else later.seconds
-            except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError) as error:
+                continue
+            except _NotThis as refusal:
+                return str(refusal)
+            except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
                 fault = f"{type(error).__name__}: {str(error)[:120]}" if str(error) else type(error).__name__
+                continue
+            try:
+                read(reply.text)
+            except ValueError as error:
+                cut = f"; it was cut at judge.max_tokens = {self._config.max_tokens}" if reply.was_cut else ""
+                fault, unread = f"{error}{cut}", unread + 1
+                if unread == READINGS:
+                    break
             else:
-                self._remember(self._key(question), reply)
-                return
-        raise Unanswered(fault)
+                self._remember(self._name(question), reply.text)
+                return None
+        return fault
 
-    def _try(self, client: httpx.Client, question: Sequence[Message]) -> str:
-        endpoint = self._endpoint
+    def _try(self, client: httpx.Client, question: Question) -> "_Reply":
+        config = self._config
+        limit = {} if config.max_tokens is None else {"max_tokens": config.max_tokens}
         response = client.post(
-            f"{endpoint.url.rstrip('/')}/chat/completions",
-            headers={"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {},
-            json={
-                "model": endpoint.model,
-                "messages": list(question),
-                "temperature": 0,
-                "max_tokens": endpoint.max_tokens,
-            },
+            f"{str(config.url).rstrip('/')}/chat/completions",
+            headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
+            json={"model": config.model, "messages": list(question), **limit, **config.request},
         )
         if response.status_code == 429 or response.status_code >= 500:
             raise _Later(f"status {response.status_code}", response.headers.get("retry-after"))
         if response.status_code >= 400:
-            raise Refused(f"{endpoint.url}: status {response.status_code}: {response.text[:200]}")
-        return str(response.json()["choices"][0]["message"]["content"])
-
-    def _remember(self, key: str, reply: str) -> None:
+            self._refuse(response)
+        choice = response.json()["choices"][0]
+        text = choice["message"]["content"]
+        if not isinstance(text, str):
+            raise ValueError("a reply without text")
         with self._lock:
-            self._known[key] = reply
+            self._replies += 1
+        return _Reply(text=text, was_cut=choice.get("finish_reason") == "length")
+
+    def _refuse(self, response: httpx.Response) -> None:
+        said = f"status {response.status_code}: {' '.join(response.text[:200].split())}"
+        with self._lock:
+            self._refusals += 1
+            of_all = self._refusals >= REFUSED_AT_FIRST and not self._replies
+        if response.status_code not in OF_THE_QUESTION or of_all:
+            raise Refused(f"{self._config.url}: {said}")
+        raise _NotThis(said)
+
+    def _remember(self, name: str, reply: str) -> None:
+        with self._lock:
+            self._known[name] = reply
             self._cache.parent.mkdir(parents=True, exist_ok=True)
             with self._cache.open("a", encoding="utf-8") as handle:
-                handle.write(json.dumps({"key": key, "reply": reply}) + "\n")
+                handle.write(json.dumps({"key": name, "reply": reply}) + "\n")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Reply:
+    text: str
+    was_cut: bool
+
+
+class _NotThis(Exception):
+    """The endpoint refuses this question."""
 
 
 class _Later(Exception):

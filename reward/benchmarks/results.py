@@ -1,6 +1,5 @@
 """What a benchmark found: numbers with intervals beside what length alone, or another prompt, would give."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,8 +11,8 @@ from rich.table import Table
 
 from reward.benchmarks.formulas import FORMULAS, Array, Measure, Scored, measure
 from reward.evaluate import Evaluation, evaluate_pairs
+from rlhf.core.findings import read_findings
 
-EVALUATION = "evaluation.json"
 SHARES = (0.05, 0.25, 0.5, 0.75, 0.95)
 """Quantiles of the rewards that are reported."""
 
@@ -110,7 +109,7 @@ def to_dict(result: BenchmarkResult) -> dict[str, Any]:
 
 def read_result(folder: Path) -> BenchmarkResult:
     """What a run of the benchmark stage wrote into ``folder``."""
-    return TypeAdapter(BenchmarkResult).validate_python(json.loads((folder / EVALUATION).read_text()))
+    return TypeAdapter(BenchmarkResult).validate_python(read_findings(folder))
 
 
 def report_of(folder: Path) -> Table:

@@ -177,9 +177,7 @@ CHECKS = {
     "doctor": check_doctor,
     "pipeline": lambda options: load_pipeline(options.recipe, options.overrides),
     "study": lambda options: load_study(options.config, options.overrides),
-    "sweep": lambda options: plan_sweep(
-        STAGES[options.stage], options.config, options.overrides, Path("runs/sweep")
-    ),
+    "sweep": lambda options: plan_sweep(STAGES[options.stage], options.config, options.overrides, Path("runs/sweep")),
 }
 """What reads the settings, for commands that take some."""
 

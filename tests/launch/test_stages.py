@@ -24,6 +24,9 @@ SECTIONS = {
     "generate": ["model=m", "prompts=p"],
     "benchmark": ["model=m"],
     "score": ["model=m", "data=d"],
+    "win-rate": ["outputs=a", "reference=b", "reward=m:f"],
+    "grade": ["answers.m=a", "judge.url=http://x", "judge.model=m"],
+    "best-of-n": ["responses=r", "proxy=m:f", "gold=m:g"],
 }
 WITHOUT_RESULT = {
     "output",
@@ -48,6 +51,13 @@ WITHOUT_RESULT = {
     "reference.shard_pairs",
     "reference.verify_pairs",
     "rollout.written",
+    "judge.key_variable",
+    "judge.tolerated",
+    "judge.tries",
+    "judge.wait_seconds",
+    "judge.timeout_seconds",
+    "judge.concurrency",
+    "judge.prices",
 }
 
 

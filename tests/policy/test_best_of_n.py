@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from launch.cli import main
-from policy.evaluation.best_of_n import best_of_n, curve, kl_of_best_of_n
-from policy.evaluation.choosing import evaluate_choices
+from policy.best_of_n.config import BestOfNConfig
+from policy.best_of_n.curve import best_of_n, curve, kl_of_best_of_n
+from policy.best_of_n.run import evaluate_choices, read_choices
 from rlhf.core.errors import DataError
 
 
@@ -79,9 +80,11 @@ def test_the_command_writes_numbers_and_a_curve(tmp_path, monkeypatch, capsys):
     rewards = ["--proxy", "choosers:length", "--gold", "choosers:wanted"]
     given = ["--responses", str(responses(tmp_path / "r.jsonl")), *rewards]
     assert main(["evaluate", "best-of-n", *given, "-o", str(tmp_path / "out")]) == 0
-    found = json.loads((tmp_path / "out" / "best_of_n.json").read_text())
-    assert [row["n"] for row in found] == [1, 2, 4]
-    assert found[0]["gold"]["value"] == -1.5 and found[-1]["gold"]["value"] == -3
+    found = read_choices(tmp_path / "out")
+    assert [each.n for each in found] == [1, 2, 4]
+    assert found[0].gold.value == -1.5 and found[-1].gold.value == -3
+    items = [json.loads(line) for line in (tmp_path / "out" / "items.jsonl").read_text().splitlines()]
+    assert items[2] == {"id": "p:2", "proxy": [5, 10, 15, 20], "gold": [0, -1, -2, -3]}
     assert (tmp_path / "out" / "best_of_n.svg").read_text().lstrip().startswith("<?xml")
     assert "Best of n samples" in capsys.readouterr().out
 
@@ -93,10 +96,10 @@ def test_the_command_writes_numbers_and_a_curve(tmp_path, monkeypatch, capsys):
 def test_samples_that_cannot_be_chosen_from_are_refused(tmp_path, counts, message):
     path = responses(tmp_path / "r.jsonl", counts)
     with pytest.raises(DataError, match=message):
-        evaluate_choices(path, "math:isnan", "math:isnan", tmp_path / "out")
+        evaluate_choices(BestOfNConfig(responses=path, proxy="math:isnan", gold="math:isnan", output=tmp_path / "out"))
     path.write_text('{"prompt": "a"}\n')
     with pytest.raises(DataError, match=r"r\.jsonl:1: expected row, prompt and response"):
-        evaluate_choices(path, "math:isnan", "math:isnan", tmp_path / "out")
+        evaluate_choices(BestOfNConfig(responses=path, proxy="math:isnan", gold="math:isnan", output=tmp_path / "out"))
     path.write_text('{"row": "p:1", "prompt": "a", "response": "b"}\n{"row": "p:1", "pro')
     with pytest.raises(DataError, match=r"r\.jsonl:2: unreadable row: not JSON"):
-        evaluate_choices(path, "math:isnan", "math:isnan", tmp_path / "out")
+        evaluate_choices(BestOfNConfig(responses=path, proxy="math:isnan", gold="math:isnan", output=tmp_path / "out"))

@@ -81,6 +81,13 @@
       line.setAttribute("class", "cursor");
       svg.append(line);
     }
+    if (svg.dataset.radar) {
+      const [count, middle, height, reach] = ["radar", "middle", "height", "reach"].map((name) => Number(svg.dataset[name]));
+      const angle = 2 * Math.PI * x / count;
+      const ends = [["x1", middle], ["y1", height], ["x2", middle + reach * Math.sin(angle)], ["y2", height - reach * Math.cos(angle)]];
+      for (const [name, value] of ends) line.setAttribute(name, value);
+      return;
+    }
     const [low, high, left, right] = ["low", "high", "left", "right"].map((name) => Number(svg.dataset[name]));
     const at = left + (x - low) / (high - low) * (right - left);
     const box = svg.viewBox.baseVal;
@@ -97,6 +104,14 @@
       const box = svg.getBoundingClientRect();
       const [low, high, left, right] = ["low", "high", "left", "right"].map((name) => Number(svg.dataset[name]));
       const across = (event.clientX - box.left) / box.width * svg.viewBox.baseVal.width;
+      if (svg.dataset.radar) {
+        const up = (event.clientY - box.top) / box.height * svg.viewBox.baseVal.height;
+        const [count, middle, height] = ["radar", "middle", "height"].map((name) => Number(svg.dataset[name]));
+        const turn = Math.atan2(across - middle, height - up) / (2 * Math.PI);
+        at = Math.round((turn + 1) * count) % count;
+        show(at);
+        return;
+      }
       const wanted = low + (across - left) / (right - left) * (high - low);
       at = nearest(places, wanted);
       if (at >= 0) show(places[at]);
@@ -113,6 +128,13 @@
   // Plotly, where the page has it: figures that can be zoomed. The SVG stays for paper.
   const safe = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
   function traces(figure) {
+    if (figure.radar) {
+      return figure.lines.map((line) => ({
+        type: "scatterpolar", mode: "lines+markers", fill: "toself", name: safe(line.name),
+        r: [...line.y, line.y[0]], theta: [...figure.categories, figure.categories[0]].map(safe),
+        line: { color: color(line.color), width: 2.2 }, fillcolor: color(line.color) + "22", marker: { color: color(line.color), size: 5 },
+      }));
+    }
     return figure.lines.flatMap((line) => {
       const own = color(line.color);
       const base = { x: line.x, y: line.y, name: safe(line.name), showlegend: false };
@@ -141,6 +163,14 @@
     const across = { ...axis, title: { text: safe(figure.x), font: { color: ink, size: 13 } }, showgrid: false, zeroline: false };
     if (figure.categories.length) {
       Object.assign(across, { range: [-0.5, figure.categories.length - 0.5], tickvals: figure.categories.map((_, place) => place), ticktext: figure.categories.map(safe) });
+    }
+    if (figure.radar) {
+      const round = { gridcolor: rule, linecolor: rule, tickfont: { color: soft } };
+      return {
+        height: 300, margin: { l: 60, r: 60, t: 30, b: 30 }, paper_bgcolor: "rgba(0,0,0,0)", font: { color: ink, size: 12 }, showlegend: false,
+        hoverlabel: { bgcolor: tone("card"), font: { color: ink } },
+        polar: { bgcolor: "rgba(0,0,0,0)", radialaxis: { ...round, range: [0, figure.radar], angle: 90 }, angularaxis: { ...round, tickfont: { color: ink }, rotation: 90, direction: "clockwise" } },
+      };
     }
     const upright = { type: "line", yref: "paper", y0: 0, y1: 1, line: { color: soft, dash: "dash", width: 1 } };
     const level = { type: "line", xref: "paper", x0: 0, x1: 1, line: { color: soft, dash: "dot", width: 1 } };

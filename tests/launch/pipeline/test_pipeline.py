@@ -95,7 +95,7 @@ def finished(recipe):
 def test_a_pipeline_leads_from_pairs_to_a_compared_policy(finished):
     folder, output = finished
     assert published(folder).keys() >= {f"{name}/model.safetensors" for name in PUBLISHED}
-    rows = json.loads((folder / "evaluate" / "evaluations.json").read_text())
+    rows = json.loads((folder / "evaluate" / "evaluation.json").read_text())["policies"]
     assert [row["name"] for row in rows] == ["reference", "ppo"]
     assert "Fresh samples for held-out prompts" in output and "done, after" in output
 

@@ -128,7 +128,7 @@ def evaluate_run(folder: Path, *, text: str = "plain") -> Path:
         said = [{"prompt": f"{text} prompt {n}", "response": f"{text} says {name} {n}"} for n in range(6)]
         rows = [{**each, "reward": number + n / 10, "ended": True} for n, each in enumerate(said)]
         lines(folder / f"samples_{name}.jsonl", rows)
-    write_text(folder / "evaluations.json", json.dumps(found))
+    write_json(folder / "evaluation.json", {"kind": "evaluation", "policies": found})
     write_status(folder, new_status("evaluation", state="finished"))
     return folder
 
@@ -138,7 +138,7 @@ def benchmark_run(folder: Path, *, text: str = "plain") -> Path:
     items = [Scored(id=str(n), subset=f"{text} {n % 2}", scores=draw.normal([1, 0]), right=1) for n in range(40)]
     lengths, elsewhere = draw.integers(1, 9, (40, 2)), draw.normal(size=(40, 2))
     found = summarize("hh", text, items, lengths=lengths, elsewhere=elsewhere, notes=[f"{text} note"])
-    write_json(folder / "evaluation.json", to_dict(found))
+    write_json(folder / "evaluation.json", {"kind": "benchmark", **to_dict(found)})
     write_status(folder, new_status("benchmark", state="finished"))
     return folder
 

@@ -109,12 +109,11 @@ def test_what_rlhf_evaluate_wrote_by_hand_is_shown_too(tmp_path):
     for make, name in ((benchmark_run, "bench"), (evaluate_run, "policies")):
         make(tmp_path / "p" / name)
         (tmp_path / "p" / name / "status.json").unlink()
-    (tmp_path / "p" / "bench" / "benchmark.md").touch()
     choices = [
         {"n": n, "kl": n - 1.0, "proxy": {"value": n, "low": n - 1, "high": n + 1}, "gold": gold}
         for n, gold in ((1, {"value": 0.2, "low": 0.1, "high": 0.3}), (4, {"value": 0.5, "low": 0.4, "high": 0.6}))
     ]
-    write_json(tmp_path / "p" / "choices" / "best_of_n.json", choices)
+    write_json(tmp_path / "p" / "choices" / "evaluation.json", {"kind": "best_of_n", "choices": choices})
     report = report_of([tmp_path / "p"])
     assert {section.title for section in report.sections} == {"Benchmarks", "Policies compared", "Best of n"}
     line = "Best of n: The gold reward is highest for the best of 4, at a KL of 3.00 nats: 0.500."

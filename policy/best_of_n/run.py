@@ -7,17 +7,20 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 from rich.table import Table
 
-from policy.evaluation.best_of_n import curve
+from policy.best_of_n.config import BestOfNConfig
+from policy.best_of_n.curve import curve
 from reward.function import Answers, RewardFunction, load_reward
 from rlhf.core.errors import DataError
-from rlhf.core.files import write_json
+from rlhf.core.findings import read_findings, write_findings
 from rlhf.core.intervals import Estimate
 from rlhf.core.pictures import write_figure
 from rlhf.data.messages import Asked
 from rlhf.data.plain_rows import plain_rows
 
+KIND = "best_of_n"
 OWN = ("row", "sample", "prompt", "response", "tokens", "ended")
 """What ``rlhf generate`` writes of a response; all else are columns of the prompt's row."""
 
@@ -35,20 +38,15 @@ class Choice:
     """The same by the reward that judges."""
 
 
-def evaluate_choices(responses: Path, proxy: str, gold: str, output: Path) -> list[Choice]:
-    """Choose, judge, and write best_of_n.json and best_of_n.svg.
+def evaluate_choices(config: BestOfNConfig) -> list[Choice]:
+    """Choose, judge, and write evaluation.json, items.jsonl and best_of_n.svg.
 
-    Args:
-        responses: what ``rlhf generate`` wrote with several samples to a prompt.
-        proxy: of the reward that chooses: the folder of a reward model, or module:function.
-        gold: of the reward that judges.
-        output: a folder.
     Raises:
         DataError: if the prompts have fewer than two samples, or not equally many, or a reward is missing.
         ConfigError, ModelError: if there is no such reward.
     """
-    judges = {"proxy": load_reward(proxy), "gold": load_reward(gold)}
-    answers, samples = read_responses(responses)
+    judges = {"proxy": load_reward(config.proxy), "gold": load_reward(config.gold)}
+    answers, ids, samples = read_responses(config.responses)
     judges = {name: judge.reading(answers.prompts, answers.columns) for name, judge in judges.items()}
     rewards = {name: _rewards(judge, answers, name).reshape(-1, samples) for name, judge in judges.items()}
     ns = [n for n in (2**power for power in range(samples.bit_length())) if n < samples] + [samples]
@@ -56,14 +54,27 @@ def evaluate_choices(responses: Path, proxy: str, gold: str, output: Path) -> li
         Choice(n=n, kl=kl, proxy=by_proxy, gold=by_gold)
         for n, kl, by_proxy, by_gold in curve(rewards["proxy"], rewards["gold"], ns)
     ]
-    output.mkdir(parents=True, exist_ok=True)
-    _draw(found, output / "best_of_n.svg")
-    write_json(output / "best_of_n.json", [asdict(each) for each in found])
+    items = [
+        {"id": name, "proxy": by_proxy, "gold": by_gold}
+        for name, by_proxy, by_gold in zip(ids, rewards["proxy"].tolist(), rewards["gold"].tolist(), strict=True)
+    ]
+    write_findings(config.output, KIND, {"choices": [asdict(each) for each in found]}, items)
+    _draw(found, config.output / "best_of_n.svg")
     return found
 
 
-def read_responses(path: Path) -> tuple[Answers, int]:
-    """The responses of a file, prompt by prompt, and how many there are to each.
+def read_choices(folder: Path) -> list[Choice]:
+    """What :func:`evaluate_choices` wrote into ``folder``."""
+    return TypeAdapter(list[Choice]).validate_python(read_findings(folder)["choices"])
+
+
+def report_of(folder: Path) -> Table:
+    """The table of a best-of-n that is finished, from its run folder."""
+    return choice_table(read_choices(folder))
+
+
+def read_responses(path: Path) -> tuple[Answers, list[str], int]:
+    """The responses of a file, prompt by prompt, the prompts' places, and how many responses there are to each.
 
     Raises:
         DataError: if a row is no response, or the prompts have not equally many, two at least.
@@ -91,7 +102,7 @@ def read_responses(path: Path) -> tuple[Answers, int]:
         ended=[bool(row.get("ended", True)) for row in ordered],
         columns=[{name: cell for name, cell in row.items() if name not in OWN} for row in ordered],
     )
-    return answers, counts.pop()
+    return answers, [*by_prompt], counts.pop()
 
 
 def choice_table(found: Sequence[Choice]) -> Table:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from policy.judging.win_rate import logistic_fit, win_rate
+from policy.win_rate.rate import logistic_fit, win_rate
 
 
 def judged(generator, count, quality, bias):

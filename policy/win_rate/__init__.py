@@ -1,0 +1,1 @@
+"""``rlhf evaluate win-rate``: which of two files of answers a judge prefers."""
