@@ -186,6 +186,18 @@ STAGES = {
             report="policy.best_of_n.run:report_of",
             page="launch.report.judged:best_of_n",
         ),
+        Stage(
+            name="tax",
+            module="policy.tax",
+            config="policy.tax.config:TaxConfig",
+            trains=False,
+            alone=True,
+            published="",
+            metric="change",
+            reads={"before": FOLDER, "after": FOLDER, "include": FOLDER},
+            report="policy.tax.results:report_of",
+            page="launch.report.policies:tax",
+        ),
     )
 }
 

@@ -10,7 +10,8 @@ Reads the frozen features of step 1 (features.py). Three phases, of which only t
     python benchmarks/margin_study/study.py --features features/ --data DIR --output study/
 
 Every finished run is a line of runs.jsonl in the output folder; started again, only missing runs are made.
-At the end study.json, tables.md and margin_study.png are written there (report.py makes the last two).
+At the end study.json, tables.md and margin_study.png are written there (report.py makes the last two), and results.csv,
+which rlhf study reads: study.yaml does all of it, with a verdict for each method.
 """
 
 import argparse
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 import training
 from report import write_report
+from results import write_results
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from training import METHODS, Corpus, Run, read_corpus, study_parser
 
@@ -172,6 +174,12 @@ def main() -> None:
         result = study(corpus, Ledger(options.output / "runs.jsonl", settings(corpus), pool), options.seeds)
     write_text(options.output / "study.json", json.dumps(result, allow_nan=False) + "\n")
     write_report(result, options.output)
+    runs = ((record["run"], record["right"]) for record in result["runs"])
+    write_results(
+        options.output / "results.csv",
+        ((f"{run['flipped']:.0%} flipped", run["method"], run["seed"], right) for run, right in runs),
+        result["prompts"],
+    )
     print((options.output / "tables.md").read_text(encoding="utf-8"))
 
 

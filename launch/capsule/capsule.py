@@ -35,7 +35,7 @@ class Capsule:
     inputs: dict[str, str]
     """Digests of files and models, where a pipeline knows them."""
     code: dict[str, str]
-    """Digests of the packages as they are now."""
+    """Digests of the packages as they were when the run started; of runs that did not say, as they are now."""
     metrics: list[dict[str, Any]]
     """All of the first steps, and evenly spread ones of the others."""
     evaluation: dict[str, Any]
@@ -57,6 +57,7 @@ def capsule_of(folder: Path) -> Capsule:
     stage = by_program(run.stage)
     if stage is None or not run.recipe or not run.metrics:
         raise UserError(f"{folder}: a {run.stage} run without steps or settings: there is nothing to make again")
+    then = run.environment.get("code", {})
     rows = [*run.held_out, *run.rows("rollouts.jsonl")]
     return Capsule(
         stage=run.stage,
@@ -65,7 +66,7 @@ def capsule_of(folder: Path) -> Capsule:
         environment=dict(run.environment),
         data=dict(run.data),
         inputs=dict(run.inputs),
-        code={package: code_digest(package) for package in stage.code},
+        code={package: then.get(package) or code_digest(package) for package in stage.code},
         metrics=_kept(run),
         evaluation=dict(run.evaluation),
         samples=[dict(row) for row in rows if "prompt" in row][:SAMPLES],
@@ -91,12 +92,15 @@ def read_capsule(path: Path) -> Capsule:
         ConfigError: if it is none.
     """
     try:
-        return TypeAdapter(Capsule).validate_python(json.loads(path.read_text(encoding="utf-8")))
+        capsule = TypeAdapter(Capsule).validate_python(json.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; expected a file that rlhf capsule wrote") from None
     except (ValueError, ValidationError) as error:
         reason = str(error).partition("\n")[0]
         raise ConfigError(f"{path}: no capsule ({reason}); expected a file that rlhf capsule wrote") from None
+    if capsule.format != FORMAT:
+        raise ConfigError(f"{path}: format = {capsule.format}: this version reads capsules of format {FORMAT}")
+    return capsule
 
 
 def stage_of(capsule: Capsule) -> Stage:

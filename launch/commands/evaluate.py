@@ -39,6 +39,7 @@ def add_parser(subparsers: Subparsers) -> None:
     judged.add_best_of_n(kinds)
     judged.add_win_rate(kinds)
     judged.add_grades(kinds)
+    judged.add_tax(kinds)
 
 
 def _add_policy(subparsers: Subparsers) -> None:

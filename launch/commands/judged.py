@@ -1,4 +1,4 @@
-"""``rlhf evaluate win-rate``, ``grades`` and ``best-of-n``: answers that are there already, judged."""
+"""``rlhf evaluate win-rate``, ``grades``, ``best-of-n`` and ``tax``: what others say of a policy's answers."""
 
 import argparse
 import json
@@ -24,6 +24,10 @@ Have a judge grade every answer by itself from 1 to 10, as MT-Bench does: the fi
 conversation, math, reasoning and coding beside a reference answer. Prints means by model, turn and category with 95 %
 intervals, and draws a radar plot. Replies are kept as they come, and as FastChat's show_result reads them
 (model_judgment/). In a pipeline: the stage "grade".
+"""
+_TAX = """\
+Let a model do tasks of lm-eval (extra "tax") before training and after it, and print what changed, with 95 % intervals
+over the same items: what alignment has cost. In a pipeline: the stage "tax".
 """
 
 
@@ -89,6 +93,35 @@ def run_best_of_n(options: argparse.Namespace) -> int:
 
     settings = {name: str(getattr(options, name)) for name in ("responses", "proxy", "gold", "output")}
     return _evaluated(BestOfNConfig, settings, "best-of-n", evaluate)
+
+
+def add_tax(subparsers: Subparsers) -> None:
+    about = "what training has cost, by tasks of lm-eval before and after"
+    parser = command(subparsers, "tax", run_tax, help=about, description=_TAX)
+    parser.add_argument("--before", type=home_path, required=True, help="folder of the model that training began with")
+    parser.add_argument("--after", type=home_path, required=True, help="folder of the trained one")
+    tasks = "a task or group of lm-eval, such as hellaswag; may be given again"
+    parser.add_argument("--task", dest="tasks", action="append", required=True, metavar="NAME", help=tasks)
+    parser.add_argument("--include", type=home_path, metavar="FOLDER", help="further tasks, in lm-eval's YAML")
+    parser.add_argument("--limit", type=positive_int, help="items of each task at most (default: all)")
+    parser.add_argument("--shots", type=int, help="examples before each item (default: as the task says)")
+    parser.add_argument("--chat", action="store_true", help="put items into the model's chat template")
+    parser.add_argument("--batch-size", type=positive_int, help="items at once (default 8)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 and so on (default: a GPU if there is one)")
+    types = ("auto", "float32", "bfloat16", "float16")
+    parser.add_argument("--precision", choices=types, help="(default auto: that of the files)")
+    parser.add_argument("-o", "--output", type=home_path, required=True, help="folder for numbers and items")
+
+
+def run_tax(options: argparse.Namespace) -> int:
+    from policy.tax.__main__ import evaluate
+    from policy.tax.config import TaxConfig
+
+    paths = [name for name in ("before", "after", "include", "output") if getattr(options, name) is not None]
+    settings = {name: str(getattr(options, name)) for name in paths}
+    names = ("tasks", "limit", "shots", "chat", "batch_size", "device", "precision")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    return _evaluated(TaxConfig, settings | given, "tax", evaluate)
 
 
 def _evaluated(config_class: type[Any], settings: dict[str, Any], name: str, evaluate: Any) -> int:

@@ -1,6 +1,9 @@
 """``rlhf study``: variants of a stage with several seeds each, and a verdict for every comparison."""
 
 import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from launch.commands.arguments import Subparsers, add_settings, command
 from launch.commands.pipeline import add_run_options, run_settings, show
@@ -8,13 +11,20 @@ from launch.commands.report import end_with_report
 from launch.screen import console
 from rlhf.core.paths import recipe_path
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from launch.study.results import Results
+    from launch.study.tidy import TidyStudy
+
 _DESCRIPTION = """\
 Train every variant once with every seed, as a pipeline with an entry for each run, and compare each variant with the
 baseline on the same held-out items: paired differences, with an interval that counts chance among seeds and among
 prompts, and one line that says better, worse, or undecided with what would decide it.
 
 Runs that are finished with the same settings, data and code are skipped; one that was begun goes on. Written to the
-study's folder: results.csv (one row an item and run), study.json, study.md, and report.html with curves and bands.
+study's folder: results.csv (one row an item and run), study.json, study.md, and report.html with curves and bands. A
+study whose YAML has results: compares what such a file of another program holds.
 
 Exit status: 0 done; 1 a run failed; 2 something is refused; 75 stopped, to be continued; 130 ended at once.
 """
@@ -29,10 +39,14 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    from launch.study.recipe import load_study, study_tree
+    from launch.study.tidy import is_tidy, tidy_study
+
+    tree = study_tree(options.config, options.overrides)
+    if is_tidy(tree):
+        return _compare(tidy_study(tree, options.config), options)
     from launch.pipeline.run import PipelineRun
-    from launch.screen import titled_table
-    from launch.study.recipe import load_study
-    from launch.study.results import headings_and_rows, results_of, write_results
+    from launch.study.results import results_of
 
     study = load_study(options.config, options.overrides)
     if options.dry_run:
@@ -40,16 +54,35 @@ def run(options: argparse.Namespace) -> int:
     screen = console()
     runs = PipelineRun(study.pipeline, run_settings(options), screen)
     code = runs.run()
-    results = results_of(study, any_code=options.any_code)
-    write_results(study.config.output, results, runs.failures)
+    _conclude(screen, study.config.output, results_of(study, any_code=options.any_code), runs.failures)
+    return code
+
+
+def _compare(study: "TidyStudy", options: argparse.Namespace) -> int:
+    from launch.study.tidy import make_results, read_tidy
+
+    screen = console()
+    if options.dry_run:
+        making = " ".join(study.command) or "nothing: it is there"
+        screen.print(f"results: {study.results}, made by {making}", soft_wrap=True, markup=False, highlight=False)
+        return 0
+    make_results(study)
+    _conclude(screen, study.output, read_tidy(study, options.config.stem), {})
+    return 0
+
+
+def _conclude(screen: "Console", folder: Path, results: "Results", failures: Mapping[str, str]) -> None:
+    """Write the files, and show table and verdicts."""
+    from launch.screen import titled_table
+    from launch.study.results import headings_and_rows, write_results
+
+    write_results(folder, results, failures)
     headings, rows = headings_and_rows(results)
-    table = titled_table(f"Held-out {study.judged_by}", *headings)
+    table = titled_table(f"Held-out {results.measure.item}", *headings)
     for row in rows:
         table.add_row(*row)
     screen.print(table)
     for each in results.compared:
         screen.print(each.verdict, soft_wrap=True, markup=False, highlight=False)
-    folder = study.config.output
     screen.print(f"written: {folder}/results.csv, study.json, study.md", soft_wrap=True, markup=False)
     end_with_report(screen, folder)
-    return code

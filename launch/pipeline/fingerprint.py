@@ -12,11 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import launch
 from launch.pipeline.recipe import texts
 from launch.runs import Pipeline, PipelineStage
 from launch.stages import FOLDER, Stage
 from rlhf.config import flat, result_values, to_dict
+from rlhf.core.code import package_digest
 from rlhf.core.files import DONE, RUN_FILES, digest, is_in, weights_checksum, write_json
 
 CHANGES_SHOWN = 4
@@ -120,11 +120,8 @@ def _change(section: str, key: str, old: Mapping[str, Any], new: Mapping[str, An
 @functools.cache
 def code_digest(package: str) -> str:
     """A name for the sources of a package, or of a module: Python files and JSON."""
-    root = Path(launch.__file__).resolve().parents[1].joinpath(*package.split("."))
-    if not root.is_dir():
-        return digest(*(file.read_bytes() for file in _module_file(package)))
-    files = sorted(path for path in root.rglob("*") if path.suffix in (".py", ".json", ".jinja"))
-    return digest(*(part for file in files for part in (str(file.relative_to(root)), file.read_bytes())))
+    found = package_digest(package)
+    return digest(*(file.read_bytes() for file in _module_file(package))) if found is None else found
 
 
 def _code(stage: Stage) -> tuple[str, ...]:

@@ -17,8 +17,8 @@ from launch.report.audits import SUMMARY, audits, is_audit
 from launch.report.contents import Advice, Section, Table, curves
 from launch.report.figures import Figure
 from launch.report.kinds import other
-from launch.report.reading import Run, read_runs
-from launch.report.studies import STUDY, studies
+from launch.report.reading import STUDY, Run, read_runs
+from launch.report.studies import studies
 from launch.report.svg import draw
 from launch.stages import by_program, load
 from rlhf.core.files import write_text

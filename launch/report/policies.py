@@ -128,3 +128,53 @@ def benchmark(runs: Sequence[Run], first: int) -> Section:
         note = f"{found.source}. {' '.join(found.notes)}"
         tables.append(Table(title=named(run, runs, found.benchmark), headings=headings, rows=tuple(rows), note=note))
     return Section(key="benchmark", title="Benchmarks", lead=tuple(lead), figures=tuple(figures), tables=tuple(tables))
+
+
+def tax(runs: Sequence[Run], first: int) -> Section:
+    from policy.tax.results import read_tax
+
+    lead, rows, figures = [], [], []
+    for place, run in enumerate(runs):
+        if not run.evaluation:
+            continue
+        found = read_tax(run.folder)
+        for each in found.tasks:
+            change = each.change
+            interval = None if change is None else f"{change.low:+.4f} to {change.high:+.4f}"
+            told = "" if interval is None else f" (95 % interval {interval}, {each.items} items)"
+            text = f"{each.task}, {each.measure}: {each.before:.4f} before, {each.after - each.before:+.4f} after"
+            of_run = "" if len(runs) == 1 else f"{run.name}: "
+            lead.append(f"{of_run}{text}{told}: {each.verdict}.")
+            rows.append(
+                (
+                    run_cell(run, first + place),
+                    Cell(text=each.task),
+                    Cell(text=each.measure),
+                    cell(each.before, f"{each.before:.4f}"),
+                    cell(each.after, f"{each.after:.4f}"),
+                    cell(None if change is None else change.low, interval),
+                    cell(each.items, str(each.items)),
+                    Cell(text=each.verdict),
+                )
+            )
+        known = [each for each in found.tasks if each.change is not None]
+        changes = [(at, asdict(each.change)) for at, each in enumerate(known) if each.change is not None]
+        figures.append(
+            Figure(
+                key="changes" if len(runs) == 1 else f"changes-{place}",
+                title=named(run, runs, "Change by task"),
+                x="task",
+                y="after less before",
+                categories=tuple(f"{each.task} {each.measure}" for each in known),
+                lines=(points("change, 95 % interval over items", changes),),
+                levels=(0.0,),
+            )
+        )
+    headings = ("run", "task", "measure", "before", "after", "change, 95 % interval", "n", "verdict")
+    return Section(
+        key="tax",
+        title="What training has cost",
+        lead=tuple(lead),
+        figures=tuple(figures),
+        tables=(Table(title="Tasks before and after", headings=headings, rows=tuple(rows)),) if rows else (),
+    )

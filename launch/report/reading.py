@@ -18,7 +18,7 @@ from rlhf.models.manifest import MANIFEST_NAME
 from rlhf.train.held_out import HELD_OUT
 from rlhf.train.status import Status, read_status
 
-METRICS = "metrics.jsonl"
+METRICS, STUDY = "metrics.jsonl", "study.json"
 Rows = tuple[Mapping[str, Any], ...]
 
 
@@ -126,7 +126,7 @@ def read_runs(folders: Sequence[Path]) -> tuple[Run, ...]:
             raise UserError(f"{folder}: no such folder; expected the output of a stage, or of a pipeline")
         own = _run(folder, folder.resolve().name, read_json(folder.parent / NOTES / f"{folder.name}.json"))
         runs = [own] if own is not None else list(_inside(folder))
-        if not runs:
+        if not runs and not (folder / STUDY).is_file():
             raise UserError(
                 f"{folder}: no run: neither {STATUS} nor {METRICS} is there, nor a folder with one; "
                 "expected the output of a stage, or of a pipeline"
@@ -144,7 +144,7 @@ def read_runs(folders: Sequence[Path]) -> tuple[Run, ...]:
 
 
 def _check_comparable(found: Sequence[tuple[Path, Sequence[Run]]]) -> None:
-    single = {str(folder): runs[0].stage for folder, runs in found if runs[0].folder == folder}
+    single = {str(folder): runs[0].stage for folder, runs in found if runs and runs[0].folder == folder}
     if len(found) > 1 and single and (len(set(single.values())) > 1 or len(single) < len(found)):
         others = {str(folder): "several stages" for folder, _ in found if str(folder) not in single}
         named = ", ".join(f"{folder} ({kind})" for folder, kind in (single | others).items())

@@ -6,8 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from launch.report.page import plotly_script, render, report_of
-from launch.report.reading import METRICS
-from launch.report.studies import STUDY
+from launch.report.reading import METRICS, STUDY
 from rlhf.core.errors import UserError
 from rlhf.core.files import STATUS, digest
 from rlhf.core.findings import EVALUATION

@@ -8,9 +8,8 @@ import numpy as np
 
 from launch.report.contents import Cell, Section, Table
 from launch.report.figures import Figure, Line
-from launch.report.reading import Run, read_json
+from launch.report.reading import STUDY, Run, read_json
 
-STUDY = "study.json"
 NEEDED = {"item", "is_share", "metric", "baseline", "variants", "headings", "rows", "comparisons"}
 
 
@@ -25,7 +24,7 @@ def studies(folders: Sequence[Path], runs: Sequence[Run]) -> Iterator[Section]:
 def _section(found: Mapping[str, Any], folder: Path, runs: Sequence[Run], key: str) -> Section:
     rows = tuple(tuple(_cell(text) for text in row) for row in found["rows"])
     note = f"Held-out {found['item']}; deviation: of the runs' means, from seed to seed."
-    along = [_along(found, folder, runs, metric) for metric in _metrics(found["metric"])]
+    along = [_along(found, folder, runs, metric) for metric in _metrics(found["metric"])] if found["metric"] else []
     return Section(
         key=key,
         title="Study",
@@ -62,7 +61,7 @@ def _differences(found: Mapping[str, Any]) -> Figure:
         title=f"Difference from {found['baseline']}",
         x="variant",
         y=f"{found['item']}, points" if found["is_share"] else found["item"],
-        categories=tuple(each["variant"] for each in known),
+        categories=tuple(": ".join(filter(None, [each.get("part", ""), each["variant"]])) for each in known),
         lines=(line,),
         levels=(0.0,),
     )

@@ -66,11 +66,6 @@ class Study:
     def baseline(self) -> str:
         return self.config.baseline or next(iter(self.config.variants))
 
-    @property
-    def judged_by(self) -> str:
-        """What counts of a held-out item, in words."""
-        return self.stage.item if self.config.value == VALUE else self.config.value
-
 
 def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     """Read a study; every run is checked by its stage's own parser.
@@ -81,7 +76,7 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     Raises:
         ConfigError: naming the problems of all runs at once.
     """
-    config = _config(path, overrides)
+    config = validate(StudyConfig, study_tree(path, overrides), program=PROGRAM, origin=str(path))
     if config.stage not in training():
         raise ConfigError(f"{PROGRAM}: {path}: stage = {config.stage}: expected one of {', '.join(training())}")
     if config.baseline is not None and config.baseline not in config.variants:
@@ -122,7 +117,12 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     return Study(config=config, stage=stage, pipeline=pipeline, runs=runs)
 
 
-def _config(path: Path, overrides: Sequence[str]) -> StudyConfig:
+def study_tree(path: Path, overrides: Sequence[str] = ()) -> Any:
+    """The YAML of a study with overrides, its paths beside it resolved; not yet checked.
+
+    Raises:
+        ConfigError: if it cannot be read.
+    """
     try:
         tree: Any = OmegaConf.to_container(read_tree(path), resolve=True)
     except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
@@ -140,7 +140,7 @@ def _config(path: Path, overrides: Sequence[str]) -> StudyConfig:
             merged.merge_with_dotlist([override])
         except (ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
             raise ConfigError(f"{PROGRAM}: {override}: {one_line(error)}") from None
-    return validate(StudyConfig, OmegaConf.to_container(merged), program=PROGRAM, origin=str(path))
+    return OmegaConf.to_container(merged)
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:

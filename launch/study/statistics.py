@@ -27,6 +27,8 @@ SEED_LADDER = (3, 5, 10, 20, 50, 100)
 MOST_PROMPTS = 1_000_000
 CELLS = 1_000_000
 """Counts of prompts that are drawn at once."""
+ROUNDING = 1e-12
+"""Differences that vary by less than this part of them are equal."""
 RESTS = 3
 """Times that a two-way bootstrap counts the rest, by seed, prompt and cell: it errs on the wide side."""
 
@@ -51,8 +53,13 @@ class Comparison:
     """The smallest true difference that so many seeds and prompts show in 80 of 100 studies."""
 
     @property
+    def is_certain(self) -> bool:
+        """Whether nothing varies: all differences are one, and chance has left no trace to measure it by."""
+        return self.low == self.high
+
+    @property
     def is_decided(self) -> bool:
-        return self.low > 0 or self.high < 0
+        return not self.is_certain and (self.low > 0 or self.high < 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +109,8 @@ def compare(values: Array, weights: Array, *, seed: int = 0, draws: int = DRAWS)
     parts = (values - difference) * share
     seed_part, prompt_part, rest = _components(parts)
     spread = math.sqrt(_bootstrap_variance(parts, np.random.default_rng(seed), draws))
+    if np.abs(parts).max() <= ROUNDING * np.abs(values * share).max():
+        spread = 0.0  # what varies is how sums are rounded
     freedom = _freedom(parts)
     reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * spread
     power = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom) + stats.t.ppf(POWER, freedom))

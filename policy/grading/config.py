@@ -17,8 +17,8 @@ class GradingConfig:
     output: Annotated[Path, NoResult()]
     """Folder for evaluation.json, items.jsonl, model_judgment/ and radar.svg."""
     answers: Annotated[dict[str, Path], MinLen(1)]
-    """By the name of each model what it answered: model_answer/NAME.jsonl of MT-Bench, outputs.json, or responses.jsonl
-    of rlhf generate. The others are compared with the first one."""
+    """What each model answered, by its name: model_answer/NAME.jsonl of MT-Bench, outputs.json, or responses.jsonl of
+    rlhf generate. The others are compared with the first one."""
     questions: Path | None = None
     """MT-Bench's question.jsonl; not needed for answers that hold their questions."""
     references: Path | None = None

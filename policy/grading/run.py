@@ -86,7 +86,7 @@ def _items(turns: Sequence[Turn], replies: Replies) -> Iterator[dict[str, Any]]:
 
 
 def _judgments(turns: Sequence[Turn], asked: Sequence[Question], replies: Replies, judge: str) -> str:
-    """As FastChat's gen_judgment writes them and its show_result reads them; -1 where there is no grade."""
+    """The judgments as FastChat's gen_judgment writes and its show_result reads them; -1 where there is no grade."""
     lines = []
     for (name, each, turn), question_, given in zip(turns, asked, replies.verdicts, strict=True):
         verdict: Verdict | None = None if given is None else given[0]

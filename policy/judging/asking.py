@@ -21,7 +21,7 @@ class Replies:
     """What a judge said."""
 
     verdicts: Sequence[tuple[Verdict, ...] | None]
-    """Of each item, those on its questions; ``None`` for an item that is left out."""
+    """Those on the questions of each item; ``None`` for an item that is left out."""
     left_out: int
     notes: tuple[str, ...]
 

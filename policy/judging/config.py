@@ -30,13 +30,13 @@ class JudgeConfig:
     """Times that a question is asked: again after 429, 5xx and silence; after replies without a verdict, thrice at
     most."""
     wait_seconds: Annotated[float, Gt(0), NoResult()] = 1.0
-    """Before the second try; doubled each time, unless the endpoint says how long (Retry-After)."""
+    """Seconds before the second try; doubled each time, unless the endpoint says how long (Retry-After)."""
     timeout_seconds: Annotated[float, Gt(0), NoResult()] = 120.0
-    """To wait for a reply."""
+    """Seconds to wait for a reply."""
     concurrency: Annotated[int, Gt(0), NoResult()] = 8
     """Questions at once."""
     prices: Annotated[tuple[float, float] | None, NoResult()] = None
-    """Of a million tokens that it reads, and that it writes: what all will cost is shown before anything is asked."""
+    """Prices of a million tokens that it reads, and that it writes: the cost is shown before anything is asked."""
 
     def __post_init__(self) -> None:
         if self.url is not None and self.model is None:

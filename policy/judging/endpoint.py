@@ -23,7 +23,7 @@ READINGS = 3
 OF_THE_QUESTION = (400, 413, 422)
 """Refusals that may be about one question: too long, or not liked by a filter."""
 REFUSED_AT_FIRST = 3
-"""So many of them before the first reply, and it is no matter of single questions."""
+"""Where so many come before the first reply, it is no matter of single questions."""
 
 Question = Sequence[Message]
 Read = Callable[[str], float]

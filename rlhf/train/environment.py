@@ -9,6 +9,7 @@ from typing import Any
 import psutil
 import torch
 
+from rlhf.core.code import PACKAGES, package_digest
 from rlhf.core.files import ENVIRONMENT, write_json
 from rlhf.engine.ranks import Ranks
 from rlhf.models.manifest import package_versions
@@ -27,6 +28,7 @@ def _environment(ranks: list[dict[str, Any]]) -> dict[str, Any]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()}",
         "packages": package_versions(),
+        "code": {name: package_digest(name) for name in PACKAGES},
         "command": sys.argv,
         "cpus": os.cpu_count(),
         "host_bytes": psutil.virtual_memory().total,

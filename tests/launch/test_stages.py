@@ -26,6 +26,7 @@ SECTIONS = {
     "score": ["model=m", "data=d"],
     "win-rate": ["outputs=a", "reference=b", "reward=m:f"],
     "grade": ["answers.m=a", "judge.url=http://x", "judge.model=m"],
+    "tax": ["before=a", "after=b", "tasks=[hellaswag]"],
     "best-of-n": ["responses=r", "proxy=m:f", "gold=m:g"],
 }
 WITHOUT_RESULT = {
@@ -58,6 +59,8 @@ WITHOUT_RESULT = {
     "judge.timeout_seconds",
     "judge.concurrency",
     "judge.prices",
+    "batch_size",
+    "device",
 }
 
 

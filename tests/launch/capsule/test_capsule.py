@@ -15,6 +15,10 @@ from launch.jobs import launcher
 from launch.jobs.launcher import Machine
 from launch.pipeline import run as pipeline_run
 from launch.stages import Stage
+from rlhf.core.code import package_digest
+from rlhf.core.files import write_json
+from rlhf.engine.ranks import single_rank
+from rlhf.train.environment import write_environment
 from tests.launch.report.made_up import evaluate_run, pipeline, reward_run
 
 WORKERS = Path(__file__).parents[1] / "study" / "workers"
@@ -128,6 +132,28 @@ def test_what_is_not_as_it_was_is_named(coin, capsys):
         "data.train is another one: abc",
     ):
         assert f"not as it was: {line}" in said
+
+
+def test_the_code_of_a_capsule_is_that_of_the_start_of_the_run(tmp_path):
+    folder = reward_run(tmp_path / "reward")
+    assert capsule_of(folder).code["rlhf"] == package_digest("rlhf"), "of a run that does not say it, the present one"
+    write_json(folder / "environment.json", {"code": {"rlhf": "then", "policy": "no part of it"}})
+    assert capsule_of(folder).code == {
+        "rlhf": "then", "reward": package_digest("reward"), "ds_configs": package_digest("ds_configs"),
+    }  # fmt: skip
+
+
+def test_a_run_says_by_what_code_it_is_made(tmp_path):
+    write_environment(tmp_path, single_rank())
+    written = json.loads((tmp_path / "environment.json").read_text())["code"]
+    assert written == {name: package_digest(name) for name in ("rlhf", "reward", "policy", "ds_configs")}
+    assert None not in written.values() and len(set(written.values())) == 4
+
+
+def test_a_capsule_of_another_format_is_refused(coin, capsys):
+    coin.write_text(json.dumps(json.loads(coin.read_text()) | {"format": 2}))
+    assert main(["reproduce", str(coin)]) == 2
+    assert "format = 2: this version reads capsules of format 1" in capsys.readouterr().err
 
 
 def test_a_capsule_stays_small_and_keeps_the_ends(tmp_path):

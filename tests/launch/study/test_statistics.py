@@ -133,3 +133,11 @@ def test_what_cannot_be_compared_is_refused(values, message):
 
 def test_one_seed_proposes_no_design():
     assert deciding_design(compare(np.random.default_rng(7).normal(size=(1, 50)), np.ones(50)), 0.01) is None
+
+
+@pytest.mark.parametrize("value", [0.1, -0.3, 1 / 3])
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_one_difference_everywhere_decides_nothing(value, seeds):
+    found = compare(np.full((seeds, 7), value), np.arange(1.0, 8.0), draws=100)
+    assert found.is_certain and not found.is_decided and found.difference == pytest.approx(value)
+    assert not compare(np.full((2, 7), value) + np.eye(2, 7), np.ones(7), draws=100).is_certain

@@ -1,6 +1,7 @@
 """``rlhf study``: what it refuses, what it runs, and the line that it ends with."""
 
 import csv
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -169,8 +170,134 @@ def test_what_is_no_study_is_refused_in_one_line(tmp_path, text, overrides, mess
     assert "\n" not in str(refused.value)
 
 
+def test_items_that_not_all_runs_have_are_counted(study, tmp_path, capsys):
+    assert run(study(variants={"plain": {"skill": 0.5}, "better": {"skill": 0.8, "items": 240}})) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("better against plain"))
+    assert "240 items of 120 prompts; 60 items that not all of these runs have left out" in line
+    found = json.loads((tmp_path / "out" / "study.json").read_text())["comparisons"][0]
+    assert (found["items"], found["dropped"]) == (240, 60)
+
+
+def test_runs_that_do_not_differ_are_no_evidence(study, capsys):
+    assert run(study(variants={"plain": {"skill": 0.6}, "same": {"skill": 0.6}})) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("same against plain"))
+    assert line.endswith("prompts): no difference, on any item.")
+
+
+@pytest.fixture
+def tidy(tmp_path):
+    """``tidy(rows, **fields)``: the path of a study of a tidy file with these rows."""
+
+    def write(rows, head="variant,seed,row,prompt,value", **fields) -> Path:
+        (tmp_path / "results.csv").write_text("\n".join([head, *rows]) + "\n")
+        path = tmp_path / "tidy.yaml"
+        given = {"output": str(tmp_path / "out"), "results": "./results.csv", "share": True, "item": "accuracy"}
+        path.write_text(yaml.safe_dump(given | fields))
+        return path
+
+    return write
+
+
+def rows_of(variant: str, gain: float, part: str = "") -> list[str]:
+    shift = round(gain * 101)
+    return [
+        ",".join(filter(None, [part, variant, str(seed), f"r{n}", f"p{n}", str(float(n * 7919 % 101 < 50 + shift))]))
+        for seed in (0, 1)
+        for n in range(seed, 200)
+    ]
+
+
+def test_a_tidy_file_of_another_program_ends_in_verdicts_too(tidy, tmp_path, capsys):
+    rows = [*rows_of("new", 0.2), *rows_of("old", 0.0)]
+    assert main(["study", "--config", str(tidy(rows, baseline="old"))]) == 0
+    said = capsys.readouterr().out
+    (line,) = (line for line in said.splitlines() if line.startswith("new against old"))
+    assert line.startswith("new against old: accuracy +19.6 points") and line.endswith(": better.")
+    assert "2 seeds, 199 prompts; 1 item that not all of these runs have left out" in line
+    written = (tmp_path / "out" / "results.csv").read_text().splitlines()
+    assert written[0] == "variant,seed,row,prompt,value,weight" and len(written) == 1 + 2 * (200 + 199)
+    report = report_of([tmp_path / "out"])
+    assert report.lines() == [f"Study: {line}"] and "study-differences" in {figure.key for figure in report.figures}
+
+
+def test_parts_are_compared_by_themselves(tidy, capsys):
+    rows = [row for part, gain in (("right", 0.2), ("wrong", -0.2)) for row in rows_of("new", gain, part)]
+    rows += [row for part in ("right", "wrong") for row in rows_of("old", 0.0, part)]
+    head = "part,variant,seed,row,prompt,value"
+    assert main(["study", "--config", str(tidy(rows, head, baseline="old", better="lower"))]) == 0
+    ends = [line.rpartition(" ")[2] for line in capsys.readouterr().out.splitlines() if " against " in line]
+    assert ends == ["worse.", "better."]
+
+
+def test_a_command_makes_the_file(tidy, tmp_path, capsys):
+    rows = [*rows_of("new", 0.2), *rows_of("old", 0.0)]
+    path = tidy(rows)
+    (tmp_path / "results.csv").rename(tmp_path / "made.csv")
+    code = f"import shutil; shutil.copy('{tmp_path}/made.csv', '{tmp_path}/results.csv')"
+    words = f'command=[{sys.executable}, -c, "{code}"]'
+    assert main(["study", "--config", str(path)]) == 2
+    assert "No such file" in capsys.readouterr().err
+    assert main(["study", "--config", str(path), words]) == 0
+    assert main(["study", "--config", str(path), f"command=[{sys.executable}, -c, 'raise SystemExit(3)']"]) == 2
+    assert "ended with status 3" in capsys.readouterr().err
+    assert main(["study", "--config", str(path), "command=[/nowhere]"]) == 2
+    assert "command = /nowhere: No such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("rows", "head", "fields", "message"),
+    [
+        (["a,0,r,p,1"], "variant,seed,row,prompt,number", {}, "no column value; there are variant, seed"),
+        ([], "variant,seed,row,prompt,value", {}, "0 variants; a comparison needs two"),
+        (["a,0,r,p,1"], "variant,seed,row,prompt,value", {}, "1 variants; a comparison needs two"),
+        (
+            ["a,0,r,p,x"],
+            "variant,seed,row,prompt,value",
+            {},
+            "results.csv:2: value = x, weight = None: expected",
+        ),
+        (["a,0,r,p,nan"], "variant,seed,row,prompt,value", {}, "results.csv:2: value = nan"),
+        (["a,0,r,p,1,0"], "variant,seed,row,prompt,value,weight", {}, "results.csv:2: value = 1, weight = 0"),
+        (["a,0,r,p,1", "a,0,r,p,1"], "variant,seed,row,prompt,value", {}, "results.csv:3: a second row r of a, seed 0"),
+        (["a,0"], "variant,seed,row,prompt,value", {}, "results.csv:2: value = None"),
+        (
+            ["a,0,r,p,1", "b,0,r,p,1"],
+            "variant,seed,row,prompt,value",
+            {"baseline": "c"},
+            "no such variant; there are a, b",
+        ),
+        ([], "variant", {"bettr": "lower"}, 'bettr = "lower": unknown key (did you mean better?)'),
+    ],
+)
+def test_a_file_that_is_not_tidy_is_refused_in_one_message(tidy, capsys, rows, head, fields, message):
+    assert main(["study", "--config", str(tidy(rows, head, **fields))]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_the_shipped_study_is_a_study():
     found = load_study(ROOT / "benchmarks" / "margins_at_work.yaml")
     kinds = {variant: run.config.margin.kind for (variant, _), run in found.runs.items()}
     assert kinds == {"plain": "none", "transport": "ot"} and len(found.runs) == 6
     assert {run.config.train.seed for run in found.runs.values()} == {0, 1, 2}
+
+
+def test_the_margin_study_is_a_study_of_its_tidy_file(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = ROOT / "benchmarks" / "margin_study"
+    monkeypatch.syspath_prepend(str(folder))
+    results = importlib.import_module("results")
+    marks = {"OT": "2" * 60, "Bradley-Terry": "2" * 30 + "0" * 30}
+    runs = [
+        ("0% flipped", method, seed, {"id_test": own, "ood_test": "0120" * 5})
+        for method, own in marks.items()
+        for seed in (0, 1)
+    ]
+    prompts = {"id_test": [n // 2 for n in range(60)], "ood_test": [n % 7 for n in range(20)]}
+    results.write_results(tmp_path / "results.csv", runs, prompts)
+    given = ["command=[]", "results=results.csv", f"output={tmp_path}/out"]
+    assert main(["study", "--config", str(folder / "study.yaml"), *given]) == 0
+    said = capsys.readouterr().out
+    assert "0% flipped, ID: OT against Bradley-Terry: accuracy +50 points" in said and "60 items of 30 prompts" in said
+    out = "0% flipped, OOD: OT against Bradley-Terry: accuracy +0 points (2 seeds, 20 items of 7 prompts)"
+    assert f"{out}: no difference, on any item." in said
+    sys.modules.pop("results")

@@ -117,9 +117,8 @@ def test_the_judge_sees_references_up_to_the_turn_that_it_grades():
     turns, right = [("one?", "1"), ("two?", "2")], ("eins", "zwei")
     assert "zwei" not in question("", turns[:1], right)[-1]["content"]
     second = question("", turns, right)[-1]["content"]
-    assert (
-        second.index("Reference answer:\neins") < second.index("Reference answer:\nzwei") < second.index("one?\n\n###")
-    )
+    places = [second.index(text) for text in ("Reference answer:\neins", "Reference answer:\nzwei", "one?\n\n### A")]
+    assert places == sorted(places)
     assert "zwei" in question("", turns, ("eins", "zwei", "drei"))[-1]["content"]
     assert "eins" in question("", turns, ("eins",))[-1]["content"]
 
@@ -162,7 +161,7 @@ def test_the_last_grade_counts(reply, value):
 def test_bad_moods_are_outlived_and_nothing_is_asked_twice(stub, files, tmp_path):
     answers = {"m": files[1]("m", lambda n: (5, 6))}
     server = stub(grades_it, "429", "500", "garbage", "slow", "html", *["well"] * 4, *["500"] * 200)
-    with pytest.raises(DataError, match=r"of 16 answers have no verdict \(status 500\)"):
+    with pytest.raises(DataError, match=r"of 16 answers have no verdict \(.*status 500"):
         graded(server, files, tmp_path / "out", answers, judge={"tries": 2})
     kept = len(lines(tmp_path / "out" / "judge.jsonl"))
     assert kept and not (tmp_path / "out" / "evaluation.json").exists()

@@ -21,6 +21,8 @@ class CoinConfig:
     skill: float = 0.5
     seed: int = 0
     fails: bool = False
+    items: int = ITEMS
+    """Those that are judged."""
     per_line: int = 1
     """Items that a line of the data holds."""
 
@@ -33,7 +35,7 @@ def run(config: CoinConfig) -> None:
     right = [luck.random() < config.skill + each for each in hard]
     rows = [
         {"row": f"rows:{n // config.per_line}", "group": str(n // 2), "value": float(each), "second": -float(each)}
-        for n, each in enumerate(right)
+        for n, each in enumerate(right[: config.items])
     ]
     write_held_out(config.output, rows)
     accuracy = sum(right) / ITEMS
