@@ -22,6 +22,7 @@ from launch.report.figures import Figure, Line
 from launch.report.reading import Run
 from launch.report.samples import prompt_text
 from rlhf.core.findings import ITEMS
+from rlhf.core.intervals import Estimate
 from rlhf.train.held_out import shortened
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ def _verdicts(run: Run, runs: Sequence[Run], name: str, reference: str) -> list[
 def grading(runs: Sequence[Run], first: int) -> Section:
     from policy.grading.results import read_grading
 
-    lead, rows, advice, figures = [], [], [], []
+    lead, tables, advice, figures = [], [], [], []
     for place, run in enumerate(runs):
         if not run.evaluation:
             continue
@@ -150,31 +151,45 @@ def grading(runs: Sequence[Run], first: int) -> Section:
                 gain = f"{each.gain.value:+.2f} ({each.gain.low:+.2f} to {each.gain.high:+.2f})"
                 text += f", {gain} against {base.name} on the same questions: {decided}"
             lead.append(f"{text}." if len(runs) == 1 else f"{run.name}: {text}.")
-            measures = {"score": score} | {
-                f"turn {n}": turn for n, turn in enumerate(each.by_turn, 1) if len(each.by_turn) > 1
-            }
-            for name, value in (measures | each.by_category).items():
-                rows.append(
-                    (
-                        run_cell(run, first + place),
-                        Cell(text=each.name),
-                        Cell(text=name),
-                        cell(value.value, f"{value.value:.2f}"),
-                        cell(value.low, f"{value.low:.2f} to {value.high:.2f}"),
-                    )
-                )
         advice += [Advice(run=run.name, text=note) for note in found.notes]
         key = "" if len(runs) == 1 else f"-{place}"
         figures += _grade_figures(found, named(run, runs, "Grades by category"), key)
-    headings = ("run", "model", "measure", "grade", "95 % interval")
-    note = "Grades from 1 to 10, each answer by itself; intervals over questions."
+        tables.append(_grade_table(found, named(run, runs, f"Grades by {found.judge}")))
     return Section(
         key="grade",
         title="Graded answers",
         lead=tuple(lead),
         figures=tuple(figures),
-        tables=(Table(title="Grades", headings=headings, rows=tuple(rows), note=note),) if rows else (),
+        tables=tuple(tables),
         advice=tuple(advice),
+    )
+
+
+def _grade_table(found: "Grading", title: str) -> Table:
+    """A line a measure, a column a model."""
+    turns = len(found.models[0].by_turn)
+    of_models = [
+        {"score": each.score}
+        | {f"turn {number}": turn for number, turn in enumerate(each.by_turn, 1) if turns > 1}
+        | each.by_category
+        for each in found.models
+    ]
+    names = ("score", *(f"turn {number}" for number in range(1, turns + 1) if turns > 1), *found.categories)
+    rows = []
+    for name in names:
+        known = [measures.get(name) for measures in of_models]
+        cells = [
+            cell(None) if e is None else cell(e.value, f"{e.value:.2f} ({e.low:.2f} to {e.high:.2f})") for e in known
+        ]
+        rows.append((Cell(text=name), *cells))
+    note = "Grades from 1 to 10, each answer by itself, with 95 % intervals over questions."
+    headings = ("measure", *(each.name for each in found.models))
+    return Table(title=title, headings=headings, rows=tuple(rows), note=note)
+
+
+def _grade_cell(grade: Estimate | None) -> Cell:
+    return (
+        cell(None) if grade is None else cell(grade.value, f"{grade.value:.2f} ({grade.low:.2f} to {grade.high:.2f})")
     )
 
 

@@ -141,8 +141,8 @@ def tax(runs: Sequence[Run], first: int) -> Section:
         for each in found.tasks:
             change = each.change
             interval = None if change is None else f"{change.low:+.4f} to {change.high:+.4f}"
-            told = "" if interval is None else f" (95 % interval {interval}, {each.items} items)"
-            text = f"{each.task}, {each.measure}: {each.before:.4f} before, {each.after - each.before:+.4f} after"
+            told = "" if interval is None else f" (change {interval}, {each.items} items)"
+            text = f"{each.task}, {each.measure}: {each.before:.4f} before, {each.after:.4f} after"
             of_run = "" if len(runs) == 1 else f"{run.name}: "
             lead.append(f"{of_run}{text}{told}: {each.verdict}.")
             rows.append(

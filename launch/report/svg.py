@@ -11,6 +11,9 @@ from launch.report.figures import COLORS, Figure, Line
 WIDTH, HEIGHT = 440, 270
 LEFT, RIGHT, TOP, BOTTOM = 58, 12, 14, 44
 TICKS = 5
+RADAR_HEIGHT = 320
+CROWDED = 6
+"""More categories than that have their names in two rows."""
 RINGS = 5
 """Circles of a radar plot."""
 ROUNDING = 1e-12
@@ -87,7 +90,7 @@ def draw(figure: Figure) -> Markup:
 
 def _radar(figure: Figure, best: float) -> Markup:
     """Categories around a center, from the top on as a clock goes."""
-    middle, height, reach = WIDTH / 2, HEIGHT / 2, HEIGHT / 2 - 34
+    middle, height, reach = WIDTH / 2, RADAR_HEIGHT / 2, RADAR_HEIGHT / 2 - 24
     count = len(figure.categories)
 
     def place(number: float, value: float) -> tuple[float, float]:
@@ -116,7 +119,7 @@ def _radar(figure: Figure, best: float) -> Markup:
         parts.append(f'<polygon class="band {tone}" points="{ring(line.y)}"/>')
         parts.append(f'<polyline class="line {tone}" points="{ring(line.y)} {ring(line.y).partition(" ")[0]}"/>')
     ends = f'data-radar="{count}" data-middle="{middle}" data-height="{height}" data-reach="{reach}"'
-    head = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" class="plot" aria-hidden="true" focusable="false" {ends}>'
+    head = f'<svg viewBox="0 0 {WIDTH} {RADAR_HEIGHT}" class="plot" aria-hidden="true" focusable="false" {ends}>'
     return Markup(head + "".join(parts) + "</svg>")
 
 
@@ -131,10 +134,12 @@ def _grid(figure: Figure, x: _Axis, y: _Axis) -> Iterator[str]:
     yield f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{floor}" y2="{floor}"/>'
     numbers = [(tick, number(tick + 0.0)) for tick in x.ticks]
     named = [(float(place), name) for place, name in enumerate(figure.categories)] or numbers
-    room = max(4, round(62 / max(1, len(named))))
-    for place, text in named:
+    rows = 2 if len(figure.categories) > CROWDED else 1
+    room = max(4, round(62 * rows / max(1, len(named))))
+    for turn, (place, text) in enumerate(named):
         cut = text if len(text) <= room + 2 else text[: room + 1] + "…"
-        yield f'<text x="{x(place):.1f}" y="{floor + 16}" text-anchor="middle">{escape(cut)}</text>'
+        below = floor + 11 + 11 * (turn % 2) if rows == 2 else floor + 16
+        yield f'<text x="{x(place):.1f}" y="{below}" text-anchor="middle">{escape(cut)}</text>'
     middle = (LEFT + WIDTH - RIGHT) / 2
     yield f'<text class="label" x="{middle}" y="{HEIGHT - 8}" text-anchor="middle">{escape(figure.x)}</text>'
 

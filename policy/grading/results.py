@@ -42,7 +42,9 @@ class Grading:
 
     @property
     def categories(self) -> tuple[str, ...]:
-        return tuple(self.models[0].by_category)
+        """Those of the questions, MT-Bench's in its order."""
+        named = self.models[0].by_category.keys()
+        return (*(each for each in CATEGORIES if each in named), *sorted(named - {*CATEGORIES}))
 
 
 GradesOf = Mapping[str, Sequence[float]]
@@ -66,8 +68,7 @@ def summarize(
     for name, own in grades.items():
         means = {key: float(np.mean(turns)) for key, turns in own.items()}
         both = [] if first is None else [means[key] - float(np.mean(first[key])) for key in own if key in first]
-        named = {categories[key] for key in own} - {""}
-        order = [each for each in CATEGORIES if each in named] + sorted(named - {*CATEGORIES})
+        named = sorted({categories[key] for key in own} - {""})
         models.append(
             ModelGrades(
                 name=name,
@@ -75,7 +76,7 @@ def summarize(
                 by_turn=_by_turn([*own.values()]),
                 by_category={
                     each: mean_with_interval(np.array([means[key] for key in own if categories[key] == each]))
-                    for each in order
+                    for each in named
                 },
                 gain=mean_with_interval(np.array(both)) if both else None,
                 questions=asked,

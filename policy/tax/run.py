@@ -1,7 +1,6 @@
 """Tasks of lm-eval on two models, one after the other."""
 
 import importlib
-import importlib.metadata
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -35,7 +34,10 @@ def evaluate_tax(config: TaxConfig, device: str) -> Tax:
     found = [_evaluated(config, folder, tasks, device) for folder in (config.before, config.after)]
     measures, rows = compared(*found)
     result = Tax(before=str(config.before), after=str(config.after), tasks=tuple(measures))
-    about = {"lm_eval": importlib.metadata.version("lm-eval"), "versions": dict(found[0].get("versions", {}))}
+    about = {
+        "lm_eval": str(importlib.import_module("lm_eval").__version__),
+        "versions": dict(found[0].get("versions", {})),
+    }
     write_findings(config.output, KIND, {**asdict(result), **about}, rows)
     return result
 

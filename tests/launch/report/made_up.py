@@ -3,14 +3,22 @@
 import json
 import math
 import random
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from policy.grading.results import CATEGORIES
+from policy.grading.results import summarize as summarize_grades
+from policy.tax.results import TaskTax, Tax
+from policy.win_rate.rate import win_rate
+from policy.win_rate.run import Comparison
 from reward.benchmarks.formulas import Scored
 from reward.benchmarks.results import summarize, to_dict
 from rlhf.core.files import write_json, write_text
+from rlhf.core.findings import write_findings
+from rlhf.core.intervals import Estimate
 from rlhf.train.status import new_status, write_status
 
 HOSTILE = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'>"
@@ -143,6 +151,55 @@ def benchmark_run(folder: Path, *, text: str = "plain") -> Path:
     return folder
 
 
+def win_rate_run(folder: Path, *, text: str = "plain") -> Path:
+    draw = np.random.default_rng(0)
+    preferences = draw.choice([0.0, 0.5, 1.0], 60, p=[0.3, 0.1, 0.6])
+    rate = win_rate(preferences, draw.integers(50, 900, 60), draw.integers(50, 700, 60))
+    found = Comparison(
+        name=f"{text} new",
+        reference="old",
+        judge="a judge",
+        questions=61,
+        left_out=1,
+        rate=rate,
+        notes=(f"{text} note",),
+    )
+    answers = {"prompt": f"{text} prompt", "own": f"{text} own answer", "other": "the other answer"}
+    rows = [{"id": f"outputs.json:{n}", **answers, "preference": each} for n, each in enumerate(preferences.tolist())]
+    write_findings(folder, "win_rate", asdict(found), [*rows, {"id": "outputs.json:61", **answers, "preference": None}])
+    write_status(folder, new_status("win_rate", state="finished"))
+    return folder
+
+
+def grading_run(folder: Path, *, text: str = "plain") -> Path:
+    draw = np.random.default_rng(0)
+    grades = {
+        name: {str(n): draw.integers(low, low + 5, 2).astype(float).tolist() for n in range(80)}
+        for name, low in ((f"{text} sft", 2), ("dpo", 4))
+    }
+    categories = {str(n): (*CATEGORIES[:7], f"{text}")[n // 10] for n in range(80)}
+    found = summarize_grades("a judge", grades, categories, 80, (f"{text} note",))
+    write_findings(folder, "grading", asdict(found), [{"id": "1", "grade": 3.0}])
+    write_status(folder, new_status("grading", state="finished"))
+    return folder
+
+
+def tax_run(folder: Path, *, text: str = "plain") -> Path:
+    change = Estimate(value=-0.04, low=-0.06, high=-0.02)
+    task = {"before": 0.5, "after": 0.46, "higher_is_better": True, "items": 400}
+    found = Tax(
+        before="sft",
+        after=text,
+        tasks=(
+            TaskTax(task=f"{text} task", measure="acc", change=change, **task),
+            TaskTax(task="other", measure="perplexity", change=None, **task),
+        ),
+    )
+    write_findings(folder, "tax", asdict(found), [{"id": "other/1", "before": 0.0, "after": 1.0}])
+    write_status(folder, new_status("tax", state="finished"))
+    return folder
+
+
 def sft_run(folder: Path) -> Path:
     rows = [{"step": step, "loss": 3 - step / 10, "grad_norm": 1.0, "learning_rate": 1e-4} for step in range(1, 9)]
     lines(folder / "metrics.jsonl", [*rows, {"step": 8, "eval/loss": 2.0, "eval/perplexity": 7.4}])
@@ -157,6 +214,9 @@ def pipeline(folder: Path, *, text: str = "plain") -> Path:
         (preference_run, "preference"),
         (ppo_run, "ppo"),
         (evaluate_run, "evaluate"),
+        (win_rate_run, "win_rate"),
+        (grading_run, "grading"),
+        (tax_run, "tax"),
     ):
         make(folder / name, text=text)
     return folder

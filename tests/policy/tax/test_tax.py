@@ -1,6 +1,7 @@
 """What changed between two models by lm-eval's tasks, on results as it gives them, and what is refused."""
 
 import sys
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 import numpy as np
@@ -53,10 +54,7 @@ def lm_eval(monkeypatch):
     module.simple_evaluate, tasks.TaskManager = simple_evaluate, TaskManager
     monkeypatch.setitem(sys.modules, "lm_eval", module)
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", tasks)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name, find=__import__("importlib").util.find_spec: (
-        object() if name == "lm_eval" else find(name)
-    ))  # fmt: skip
-    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.4.13")
+    module.__spec__, module.__version__ = ModuleSpec("lm_eval", None), "0.4.13"
     return asked
 
 
@@ -110,7 +108,7 @@ def test_what_cannot_be_done_is_refused(lm_eval, tiny_model, tmp_path):
 
 
 def test_without_lm_eval_one_line_says_what_to_install(tiny_model, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
     models = ["--before", str(tiny_model), "--after", str(tiny_model)]
     assert main(["evaluate", "tax", *models, "--task", "x", "-o", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err.strip().splitlines()[-1].startswith("lm-eval is not installed: pip install")
