@@ -82,7 +82,9 @@ def held_out_topics(topics: Iterable[str], seed: int) -> set[str]:
 
 def usable(texts: Sequence[str]) -> list[str]:
     """Texts in their order without empty ones, repetitions, cut characters and what is ``UNWANTED``."""
-    return [text for text in dict.fromkeys(texts) if text and "\ufffd" not in text and not UNWANTED.search(text)]
+    return [
+        text for text in dict.fromkeys(texts) if text and "\ufffd" not in text and not UNWANTED.search(text)
+    ]
 
 
 def make_pairs(prompt: Prompt, texts: Sequence[str], scores: Sequence[float]) -> list[dict[str, Any]]:
@@ -162,7 +164,9 @@ def _resume(cache: Path, header: str, total: int) -> list[list[str]]:
     return [json.loads(line) for line in whole]
 
 
-def write_corpus(output: Path, prompts: Sequence[Prompt], rows: Sequence[dict[str, Any]], held_out: set[str]) -> None:
+def write_corpus(
+    output: Path, prompts: Sequence[Prompt], rows: Sequence[dict[str, Any]], held_out: set[str]
+) -> None:
     """Four jsonl files in ``output``: pairs and prompts, for training and held out."""
     for name, wanted in (("train", False), ("heldout", True)):
         pairs = [row for row in rows if (row["topic"] in held_out) == wanted]
@@ -204,7 +208,9 @@ def _table(columns: dict[str, Sequence[dict[str, Any]]]) -> Table:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.make_corpus", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.make_corpus", description=__doc__, allow_abbrev=False
+    )
     parser.add_argument("--model", type=Path, required=True, help="Transformers folder of the sampled model")
     parser.add_argument(
         "--output", type=Path, required=True, help="folder of the four files; samples.jsonl is kept there too"

@@ -79,7 +79,9 @@ def main(argv: Sequence[str]) -> int:
     settings = [*rest, f"train.max_steps={STEPS}", "train.evaluate_every=0", "train.checkpoint_every=0"]
     settings += ["train.publish=none", "train.tensorboard=false"]
     try:
-        return stage_main(chosen.config_class(), module, settings, program="measure", description="Measure two steps.")
+        return stage_main(
+            chosen.config_class(), module, settings, program="measure", description="Measure two steps."
+        )
     except _Measured:
         return 0
 

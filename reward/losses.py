@@ -85,7 +85,9 @@ def generalized_cross_entropy_loss(
     return -torch.expm1(q * F.logsigmoid(_gap(chosen, rejected, margins))) / q
 
 
-def robust_loss(chosen: Tensor, rejected: Tensor, margins: Tensor | None = None, *, wrong_share: float = 0.1) -> Tensor:
+def robust_loss(
+    chosen: Tensor, rejected: Tensor, margins: Tensor | None = None, *, wrong_share: float = 0.1
+) -> Tensor:
     r"""Bradley-Terry corrected backward: over labels that are wrong by chance, its mean is that over right ones.
 
         loss_i = ((1 - e) l(chosen_i, rejected_i) - e l(rejected_i, chosen_i)) / (1 - 2 e),   e = wrong_share
@@ -135,7 +137,9 @@ def forward_robust_loss(
     return -torch.logaddexp(math.log1p(-wrong_share) - right, math.log(wrong_share) - wrong)
 
 
-def hinge_loss(chosen: Tensor, rejected: Tensor, margins: Tensor | None = None, *, width: float = 1.0) -> Tensor:
+def hinge_loss(
+    chosen: Tensor, rejected: Tensor, margins: Tensor | None = None, *, width: float = 1.0
+) -> Tensor:
     r"""Linear penalty until ``chosen`` leads by ``width + margins``, nothing beyond.
 
         loss_i = max(0, width + margins_i - (chosen_i - rejected_i))

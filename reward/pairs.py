@@ -60,7 +60,9 @@ def gather_pairs(pairs: Pairs, ranks: Ranks) -> Pairs:
     width = pairs.chosen_embeddings.shape[1]
     # Positions travel as float32, which is exact below 2**24 pairs in a global batch.
     columns = [pairs.positions.float(), pairs.chosen_rewards, pairs.rejected_rewards, pairs.data_margins]
-    packed = torch.cat([torch.stack(columns, dim=1), pairs.chosen_embeddings, pairs.rejected_embeddings], dim=1)
+    packed = torch.cat(
+        [torch.stack(columns, dim=1), pairs.chosen_embeddings, pairs.rejected_embeddings], dim=1
+    )
     rows = ranks.gather_rows(packed)
     positions, chosen, rejected, data_margins = rows[:, :4].unbind(dim=1)
     return Pairs(

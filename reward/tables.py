@@ -55,15 +55,21 @@ class Loss(Row):
 
 LOSSES: Mapping[str, Loss] = {
     "bradley_terry": Loss("reward.losses:bradley_terry_loss"),
-    "label_smoothing": Loss("reward.losses:label_smoothing_loss", parameters={"smoothing": Parameter(BelowHalf, 0.1)}),
+    "label_smoothing": Loss(
+        "reward.losses:label_smoothing_loss", parameters={"smoothing": Parameter(BelowHalf, 0.1)}
+    ),
     "generalized_cross_entropy": Loss(
         "reward.losses:generalized_cross_entropy_loss",
         parameters={"q": Parameter(Annotated[float, Gt(0), Le(1)], 0.7)},
     ),
     "robust": Loss("reward.losses:robust_loss", parameters={"wrong_share": Parameter(BelowHalf, 0.1)}),
-    "forward_robust": Loss("reward.losses:forward_robust_loss", parameters={"wrong_share": Parameter(BelowHalf, 0.1)}),
+    "forward_robust": Loss(
+        "reward.losses:forward_robust_loss", parameters={"wrong_share": Parameter(BelowHalf, 0.1)}
+    ),
     "hinge": Loss("reward.losses:hinge_loss", parameters={"width": Parameter(NotNegative, 1.0)}),
-    "focal": Loss("reward.losses:focal_loss", takes_margins=False, parameters={"gamma": Parameter(NotNegative, 2.0)}),
+    "focal": Loss(
+        "reward.losses:focal_loss", takes_margins=False, parameters={"gamma": Parameter(NotNegative, 2.0)}
+    ),
     "pos_reg": Loss(
         "reward.losses:pos_reg_loss",
         statistics=("mean_chosen",),
@@ -155,7 +161,9 @@ MARGINS: Mapping[str, Margin] = {
         parameters={
             "reward_weight": REWARD_WEIGHT,
             "semantic_weight": SEMANTIC_WEIGHT,
-            "epsilon": Parameter(Positive, 0.1, "Entropic regularization of the transport plan, in units of the cost."),
+            "epsilon": Parameter(
+                Positive, 0.1, "Entropic regularization of the transport plan, in units of the cost."
+            ),
             "max_iterations": Parameter(Annotated[int, Gt(0)], 50, "Sinkhorn iterations at most."),
             "reward_cost": REWARD_COST,
             "center_rewards": Parameter(

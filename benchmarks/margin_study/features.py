@@ -80,7 +80,8 @@ def main() -> None:
         rows = np.arange(0, len(pairs), options.train_stride if split == "train" else 1)
         pairs = [pairs[row] for row in rows]
         arrays = {
-            key: np.array([pair[key] for pair in pairs], dtype=np.float32) for key in ("chosen_score", "rejected_score")
+            key: np.array([pair[key] for pair in pairs], dtype=np.float32)
+            for key in ("chosen_score", "rejected_score")
         }
         for side in ("chosen", "rejected"):
             tokens = [token_ids(tokenizer, pair["prompt"] + pair[side], options.max_tokens) for pair in pairs]

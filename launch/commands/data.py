@@ -144,7 +144,9 @@ def _of_recipe(options: argparse.Namespace) -> tuple[str, Any, Any]:
     _, config = read_stage(recipes, given, options.stage, program="rlhf data check")
     rows, model = config.workload.rows, config.model
     path = options.model or model.path
-    chat = load_chat(path, rows.template_choice, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    chat = load_chat(
+        path, rows.template_choice, revision=model.revision, trust_remote_code=model.trust_remote_code
+    )
     return _KINDS.get(config.workload.kind, config.workload.kind), rows, chat
 
 

@@ -12,8 +12,6 @@ Answer every question of a file, over all turns, and write the answers in the fo
 answered is kept at once: the same command goes on where it was stopped. On several ranks: a stage "generate" of a
 pipeline, or a launcher with --module policy.answers.
 """
-
-
 def add_parser(subparsers: Subparsers) -> None:
     about = "write a policy's answers as AlpacaEval, MT-Bench and Arena-Hard read them"
     parser = command(subparsers, "generate", run, help=about, description=_DESCRIPTION)

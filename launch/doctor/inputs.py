@@ -1,8 +1,10 @@
 """Whether what the recipes read is there, as far as its path alone says that it is on this machine."""
 
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from launch.doctor.finding import Finding
 from launch.doctor.subject import Subject
@@ -11,6 +13,7 @@ from launch.stages import FILE, FOLDER
 from rlhf.core.paths import can_be_hub_name
 from rlhf.data.options import row_sections
 
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 Read = tuple[str, str, Callable[[], str | None]]
 """Setting, path, and what asks for its fault."""
 
@@ -30,8 +33,18 @@ def inputs(subject: Subject) -> Iterator[Finding]:
     for words, settings in faults.items():
         remedy = f"put it there, or name another one (paths count from {Path.cwd()})"
         yield Finding("failure", f"{', '.join(dict.fromkeys(settings))}: {words}", remedy)
+    yield from judge_keys(subject)
     if count and not faults:
         yield Finding("ok", f"{count} path(s) that the recipe reads: each is there, or may be a name on the hub")
+
+
+def judge_keys(subject: Subject) -> Iterator[Finding]:
+    """Keys of judges elsewhere, which would be asked for when all training is done."""
+    judges = [judge for stage in subject.stages if (judge := getattr(stage.config, "judge", None)) is not None]
+    for judge in {(each.key_variable, each.url): each for each in judges if each.url is not None}.values():
+        if urlsplit(judge.url).hostname not in LOOPBACK and not os.environ.get(judge.key_variable):
+            text = f"judge.url = {judge.url}: the environment variable {judge.key_variable} holds no key"
+            yield Finding("warning", text, f"set {judge.key_variable}, unless the endpoint wants none")
 
 
 def _reads(stage: PipelineStage) -> Iterator[Read]:

@@ -7,7 +7,6 @@ TAIL_BYTES = 8192
 _CHATTER = re.compile(r"\[\d{4}-\d\d-\d\d |\[rank\d+\]:\[W|\[W\d+ ")
 """How lines of the launcher and of torch's process groups begin."""
 
-
 def size(log: Path) -> int:
     """Bytes in a log, 0 if it is not there yet."""
     return log.stat().st_size if log.exists() else 0

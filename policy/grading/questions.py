@@ -11,12 +11,14 @@ from collections.abc import Sequence
 from policy.judging.asking import said
 from rlhf.data.messages import Message
 
-BEST = 10
+WORST, BEST = 1, 10
 _GRADER = (
     "You grade an AI assistant. Be impartial and strict; think about helpfulness, relevance, correctness, depth, "
     "creativity and detail. Length alone is no merit."
 )
-_FORM = f'Explain briefly, then end with a grade from 1 to {BEST}, in exactly this form: "[[grade]]", such as [[5]].'
+_FORM = (
+    f'Explain briefly, then end with a grade from {WORST} to {BEST}, in exactly this form: "[[grade]]", such as [[5]].'
+)
 _SINGLE = "Grade the assistant's answer to the question below."
 _SEVERAL = "Grade the assistant's answer to the user's last question in the conversation below; it alone counts."
 _REFERENCE = (
@@ -61,6 +63,6 @@ def grade(reply: str) -> float:
     if not found:
         raise ValueError(f"a reply without a grade: {reply[:60]!r}")
     value = float(found[-1])
-    if not 1 <= value <= BEST:
-        raise ValueError(f"a grade that is not from 1 to {BEST}: {value:g}")
+    if not WORST <= value <= BEST:
+        raise ValueError(f"a grade that is not from {WORST} to {BEST}: {value:g}")
     return value

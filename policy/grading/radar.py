@@ -34,6 +34,7 @@ def write_radar(path: Path, categories: Sequence[str], scores: Mapping[str, Sequ
     axes.set_theta_offset(math.pi / 2)  # type: ignore[attr-defined]
     axes.set_theta_direction(-1)  # type: ignore[attr-defined]
     axes.set_xticks(angles, categories)
+    axes.tick_params(axis="x", pad=16)
     axes.set_ylim(0, best)
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
     write_figure(path, figure)

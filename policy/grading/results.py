@@ -8,6 +8,7 @@ import numpy as np
 from pydantic import TypeAdapter
 from rich.table import Table
 
+from policy.grading.questions import BEST, WORST
 from rlhf.core.findings import read_findings
 from rlhf.core.intervals import Estimate, mean_with_interval
 
@@ -72,12 +73,9 @@ def summarize(
         models.append(
             ModelGrades(
                 name=name,
-                score=mean_with_interval(np.array([*means.values()])),
+                score=_graded([*means.values()]),
                 by_turn=_by_turn([*own.values()]),
-                by_category={
-                    each: mean_with_interval(np.array([means[key] for key in own if categories[key] == each]))
-                    for each in named
-                },
+                by_category={each: _graded([means[key] for key in own if categories[key] == each]) for each in named},
                 gain=mean_with_interval(np.array(both)) if both else None,
                 questions=asked,
                 left_out=asked - len(own),
@@ -89,9 +87,13 @@ def summarize(
 
 def _by_turn(grades: Sequence[Sequence[float]]) -> tuple[Estimate, ...]:
     count = max(map(len, grades))
-    return tuple(
-        mean_with_interval(np.array([turns[turn] for turns in grades if len(turns) > turn])) for turn in range(count)
-    )
+    return tuple(_graded([turns[turn] for turns in grades if len(turns) > turn]) for turn in range(count))
+
+
+def _graded(grades: Sequence[float]) -> Estimate:
+    """Mean and interval, within the scale: of few questions it would reach beyond."""
+    found = mean_with_interval(np.array(grades))
+    return Estimate(value=found.value, low=max(WORST, found.low), high=min(BEST, found.high))
 
 
 def read_grading(folder: Path) -> Grading:

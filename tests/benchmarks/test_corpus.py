@@ -62,7 +62,9 @@ def test_no_topic_prompt_or_text_crosses_the_split(pairs, prompts):
     for files in (pairs, prompts):
         for key in ("topic", "prompt"):
             assert not {row[key] for row in files["train"]} & {row[key] for row in files["heldout"]}
-    texts = {split: {row[side] for row in pairs[split] for side in ("chosen", "rejected")} for split in SPLITS}
+    texts = {
+        split: {row[side] for row in pairs[split] for side in ("chosen", "rejected")} for split in SPLITS
+    }
     assert not texts["train"] & texts["heldout"]
 
 
@@ -105,7 +107,9 @@ def test_the_data_card_tells_what_the_files_hold(pairs):
 
 def test_sentiment_is_scored_by_the_response_alone():
     imported("vaderSentiment")
-    scores = gold_reward(["What a terrible day."] * 3, ["A wonderful, happy day!", "An awful, sad day.", "A chair."])
+    scores = gold_reward(
+        ["What a terrible day."] * 3, ["A wonderful, happy day!", "An awful, sad day.", "A chair."]
+    )
     assert scores[0] > 0.5 > 0 > -0.5 > scores[1] and scores[2] == 0
 
 
@@ -137,7 +141,9 @@ def test_the_middle_one_of_an_odd_number_is_left_out():
 
 
 def test_unusable_texts_are_empty_repeated_cut_or_unwanted():
-    assert usable(["a", "", "b", "a", "cut \ufffd", "see https://x.y", "Islamic art", "a jewel, asexual"]) == [
+    assert usable(
+        ["a", "", "b", "a", "cut \ufffd", "see https://x.y", "Islamic art", "a jewel, asexual"]
+    ) == [
         "a",
         "b",
         "a jewel, asexual",
@@ -147,7 +153,9 @@ def test_unusable_texts_are_empty_repeated_cut_or_unwanted():
 def test_a_fifth_of_the_topics_is_held_out_and_the_seed_decides_which():
     topics = read_topics()
     chosen = held_out_topics(topics, seed=0)
-    assert len(topics) == 24 and len(chosen) == 5 and chosen == held_out_topics(reversed(list(topics)), seed=0)
+    assert (
+        len(topics) == 24 and len(chosen) == 5 and chosen == held_out_topics(reversed(list(topics)), seed=0)
+    )
     assert any(held_out_topics(topics, seed=seed) != chosen for seed in range(1, 4))
 
 
@@ -211,7 +219,9 @@ def test_the_script_makes_the_four_files(tiny_model, tmp_path, monkeypatch, caps
     monkeypatch.setattr(
         make_corpus,
         "sample_all",
-        lambda folder, prompts, settings, cache: [[f"{word} {prompt}" for word in words] for prompt in prompts],
+        lambda folder, prompts, settings, cache: [
+            [f"{word} {prompt}" for word in words] for prompt in prompts
+        ],
     )
     monkeypatch.setattr(
         sys, "argv", ["make_corpus", "--model", str(tiny_model), "--output", str(tmp_path), "--seed", "3"]
@@ -226,13 +236,17 @@ def test_the_script_makes_the_four_files(tiny_model, tmp_path, monkeypatch, caps
 
 
 def test_the_script_reports_a_fault_in_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["make_corpus", "--model", str(tmp_path), "--output", str(tmp_path / "out")])
+    monkeypatch.setattr(
+        sys, "argv", ["make_corpus", "--model", str(tmp_path), "--output", str(tmp_path / "out")]
+    )
     assert make_corpus.main() == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_the_command_in_the_data_card_parses():
     card = (HERE / "README.md").read_text(encoding="utf-8")
-    line = next(line for line in card.splitlines() if line.startswith("python -m benchmarks.make_corpus"))
+    line = next(
+        line for line in card.splitlines() if line.startswith("python -m benchmarks.make_corpus")
+    )
     options = make_corpus._parser().parse_args(line.split()[3:])
     assert options.seed == 0

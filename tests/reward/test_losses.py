@@ -35,7 +35,8 @@ def inputs_of(kind, pairs, seed=9):
     """Per-pair inputs that the loss takes beside rewards: positive distances, negative log-probabilities."""
     values = randn(len(LOSSES[kind].inputs), pairs, seed=seed).abs() + 0.1
     return {
-        name: value if name == "distances" else -value for name, value in zip(LOSSES[kind].inputs, values, strict=True)
+        name: value if name == "distances" else -value
+        for name, value in zip(LOSSES[kind].inputs, values, strict=True)
     }
 
 
@@ -258,7 +259,8 @@ def test_value_and_gradient_are_those_of_the_batch_formula_however_the_batch_is_
     inputs = inputs_of(kind, 8)
     per_pair = (*rewards.detach(), inputs.get("distances"))
     statistics = {
-        name: 8 if name == "pairs" else float(STATISTICS[name](*per_pair).mean()) for name in LOSSES[kind].statistics
+        name: 8 if name == "pairs" else float(STATISTICS[name](*per_pair).mean())
+        for name in LOSSES[kind].statistics
     }
     total = 0.0
     for part in torch.arange(8).split(sizes):
@@ -284,7 +286,9 @@ def test_statistics_pass_no_gradient_of_their_own():
     chosen, rejected = randn(2, 4).requires_grad_()
     mean = chosen.mean() * 3
     (gradient,) = torch.autograd.grad(pos_reg_loss(chosen, rejected, mean_chosen=mean).mean(), chosen)
-    (expected,) = torch.autograd.grad(pos_reg_loss(chosen, rejected, mean_chosen=mean.item()).mean(), chosen)
+    (expected,) = torch.autograd.grad(
+        pos_reg_loss(chosen, rejected, mean_chosen=mean.item()).mean(), chosen
+    )
     torch.testing.assert_close(gradient, expected)
 
 
@@ -350,7 +354,9 @@ def test_grm_sends_its_second_gradient_through_the_logprobs():
 def test_grm_refuses_half_a_reference():
     zeros = torch.zeros(2)
     with pytest.raises(ValueError, match="give both reference_chosen_logprobs and reference_rejected"):
-        grm_dpo_loss(zeros, zeros, chosen_logprobs=zeros, rejected_logprobs=zeros, reference_chosen_logprobs=zeros)
+        grm_dpo_loss(
+            zeros, zeros, chosen_logprobs=zeros, rejected_logprobs=zeros, reference_chosen_logprobs=zeros
+        )
 
 
 @pytest.mark.parametrize(

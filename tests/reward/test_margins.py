@@ -138,7 +138,9 @@ def test_a_large_gap_keeps_its_digits():
 @pytest.mark.parametrize("center_rewards", [True, False])
 def test_reward_and_similarity_margins_add_up_to_the_pair_reading(reward_cost, center_rewards):
     inputs = make_pairs(4, 7)
-    found = optimal_transport_margins(*inputs, reading="pair", reward_cost=reward_cost, center_rewards=center_rewards)
+    found = optimal_transport_margins(
+        *inputs, reading="pair", reward_cost=reward_cost, center_rewards=center_rewards
+    )
     similarity = similarity_margins(inputs[0], inputs[1][:4])
     reward = reward_margins(inputs[2], inputs[3][:4], reward_cost=reward_cost)
     torch.testing.assert_close(found.semantic_terms, similarity, rtol=0, atol=1e-15)
@@ -156,7 +158,9 @@ def test_the_max_reading_is_the_cost_of_the_hardest_opponent_that_counts():
 def test_an_opponent_that_does_not_count_is_not_the_hardest_even_where_all_others_are_easy():
     opposite = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
     rewards, weights = torch.tensor([30.0, 30.0]), torch.tensor([1.0, 0.0])
-    found = optimal_transport_margins(opposite, -opposite, rewards, -rewards, reading="max", rejected_weights=weights)
+    found = optimal_transport_margins(
+        opposite, -opposite, rewards, -rewards, reading="max", rejected_weights=weights
+    )
     torch.testing.assert_close(found.margins, torch.tensor([-0.1, -0.1]))
 
 
@@ -245,7 +249,9 @@ def test_a_pair_whose_partner_has_weight_zero_gets_no_pair_margin():
 def test_queued_columns_enter_as_the_call_before_returned_them():
     earlier, now = make_pairs(3, seed=1), make_pairs(4, seed=2)
     queued = optimal_transport_margins(*earlier).rejected_rewards
-    found = optimal_transport_margins(now[0], torch.cat([now[1], earlier[1]]), now[2], torch.cat([now[3], queued]))
+    found = optimal_transport_margins(
+        now[0], torch.cat([now[1], earlier[1]]), now[2], torch.cat([now[3], queued])
+    )
     centered = [rewards - (pair[2] + pair[3]) / 2 for pair in (earlier, now) for rewards in pair[2:]]
     expected = optimal_transport_margins(
         now[0],

@@ -78,7 +78,9 @@ def test_marginals_are_met_and_zero_weights_take_no_mass(cost, data):
         torch.tensor(data.draw(st.lists(weight, min_size=n, max_size=n).filter(any)), dtype=torch.float64)
         for n in cost.shape
     )
-    found = sinkhorn_plan(torch.from_numpy(cost), epsilon=0.5, max_iterations=2000, row_weights=a, column_weights=b)
+    found = sinkhorn_plan(
+        torch.from_numpy(cost), epsilon=0.5, max_iterations=2000, row_weights=a, column_weights=b
+    )
     torch.testing.assert_close(found.plan.sum(1), a / a.sum(), rtol=0, atol=1e-9)
     torch.testing.assert_close(found.plan.sum(0), b / b.sum(), rtol=0, atol=1e-9)
     assert found.plan.min() >= 0
@@ -156,7 +158,9 @@ def test_offsets_of_whole_rows_and_columns_leave_the_plan_alone():
     cost = random_cost(5, 7)
     shifted = cost + random_weights(5, 3)[:, None] - 2 * random_weights(7, 4)
     plan = sinkhorn_plan(cost, epsilon=0.1, max_iterations=500).plan
-    torch.testing.assert_close(sinkhorn_plan(shifted, epsilon=0.1, max_iterations=500).plan, plan, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        sinkhorn_plan(shifted, epsilon=0.1, max_iterations=500).plan, plan, rtol=0, atol=1e-12
+    )
 
 
 def test_costs_far_beyond_the_range_of_exp_are_solved():

@@ -10,7 +10,9 @@ from launch.stages import STAGES, read_stage, training
 from rlhf.core.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[3]
-RECIPES = [path for path in sorted((ROOT / "launch" / "recipes").glob("*.yaml")) if "\nstages:" not in path.read_text()]
+RECIPES = [
+    path for path in sorted((ROOT / "launch" / "recipes").glob("*.yaml")) if "\nstages:" not in path.read_text()
+]
 
 
 def printed(capsys, *arguments: str, expect: int = 0) -> tuple[str, str]:

@@ -214,9 +214,13 @@ def pipeline(folder: Path, *, text: str = "plain") -> Path:
         (preference_run, "preference"),
         (ppo_run, "ppo"),
         (evaluate_run, "evaluate"),
-        (win_rate_run, "win_rate"),
-        (grading_run, "grading"),
-        (tax_run, "tax"),
     ):
         make(folder / name, text=text)
     return folder
+
+
+def judged_pipeline(folder: Path, *, text: str = "plain") -> Path:
+    """The same with judges at its end."""
+    for make, name in ((win_rate_run, "win_rate"), (grading_run, "grading"), (tax_run, "tax")):
+        make(folder / name, text=text)
+    return pipeline(folder, text=text)

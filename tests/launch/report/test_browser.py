@@ -5,7 +5,7 @@ import pytest
 from launch.report.page import render, report_of
 from tests.browser import CHROMIUM, Browser
 from tests.lacking import lacking
-from tests.launch.report.made_up import HOSTILE, pipeline
+from tests.launch.report.made_up import HOSTILE, judged_pipeline, pipeline
 
 pytestmark = pytest.mark.slow
 
@@ -22,7 +22,7 @@ def browser(tmp_path_factory):
 def address(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("runs")
     page = folder / "report.html"
-    page.write_text(render(report_of([pipeline(folder / "study", text=HOSTILE)])))
+    page.write_text(render(report_of([judged_pipeline(folder / "study", text=HOSTILE)])))
     return f"file://{page}"
 
 
@@ -66,6 +66,27 @@ def test_a_keyboard_reaches_everything(browser, address):
     browser.run("document.querySelector('#reward details summary').focus()")
     browser.press("Enter")
     assert browser.run("document.querySelector('#reward details').open")
+
+
+def test_a_radar_plot_reads_its_categories_to_keys_and_pointer(browser, address):
+    browser.look(width=1400)
+    browser.open(address)
+    browser.run("document.getElementById('grade-radar').focus()")
+    for key in ("ArrowRight", "ArrowRight"):
+        browser.press(key)
+    said = "document.querySelector('#grade-radar .readout').textContent"
+    assert browser.run(said).startswith("roleplay: ") and "dpo" in browser.run(said)
+    ends = browser.run(
+        "['x2', 'y2'].map(name => Number(document.querySelector('#grade-radar .cursor').getAttribute(name)))"
+    )
+    assert ends == pytest.approx([220 + 136 * 0.5**0.5, 160 - 136 * 0.5**0.5])
+    browser.run(
+        "(() => { const svg = document.querySelector('#grade-radar svg'), box = svg.getBoundingClientRect();"
+        " const at = {clientX: box.right - 20, clientY: box.top + box.height / 2};"
+        " svg.dispatchEvent(new PointerEvent('pointermove', at));"
+        "})()"
+    )
+    assert browser.run(said).startswith("reasoning: ")
 
 
 def test_a_heading_sorts_by_its_numbers_both_ways(browser, address):

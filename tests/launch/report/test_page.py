@@ -27,6 +27,7 @@ from tests.launch.report.made_up import (
     HOSTILE,
     benchmark_run,
     evaluate_run,
+    judged_pipeline,
     lines,
     pipeline,
     ppo_run,
@@ -118,6 +119,21 @@ def test_what_rlhf_evaluate_wrote_by_hand_is_shown_too(tmp_path):
     assert {section.title for section in report.sections} == {"Benchmarks", "Policies compared", "Best of n"}
     line = "Best of n: The gold reward is highest for the best of 4, at a KL of 3.00 nats: 0.500."
     assert line in report.lines() and "best-of-n-best-gold" in render(report)
+
+
+def test_judged_answers_are_shown_with_their_texts_inert(tmp_path):
+    report = report_of([judged_pipeline(tmp_path / "p", text=HOSTILE)])
+    said, page = report.lines(), render(report)
+    won = f"Win rates: {HOSTILE} new wins 65.0 % against old (standard error 5.7 %, 60 questions): better"
+    assert any(line.startswith(won) for line in said)
+    assert any(
+        line.startswith("Graded answers: dpo is graded 6.11 of 10") and line.endswith("better.") for line in said
+    )
+    cost = f"{HOSTILE} task, acc: 0.5000 before, 0.4600 after (change -0.0600 to -0.0200, 400 items): cost."
+    assert f"What training has cost: {cost}" in said and f"warning: win_rate: {HOSTILE} note" in said
+    assert "<script>window" not in page and "own answer" in page and 'data-radar="8"' in page
+    figure = next(each for each in report.figures if each.key == "grade-radar")
+    assert figure.categories[:3] == ("writing", "roleplay", "reasoning") and figure.to_dict()["radar"] == 10
 
 
 def test_warnings_are_said_once_with_what_to_change(tmp_path):

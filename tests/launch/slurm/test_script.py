@@ -125,7 +125,7 @@ def test_a_run_folder_of_any_name_stays_one_word(tmp_path, name):
     (output,) = [line for line in text.splitlines() if line.startswith("#SBATCH --output=")]
     assert shlex.split(output.removeprefix("#SBATCH ")) == [f"--output={tmp_path}/{name}/slurm/logs/%j.log"]
     lines = [line for line in text.splitlines() if line.startswith(("run=", "statuses=", "hostfiles="))]
-    shown = 'printf \'%s\\0\' "$run" "${statuses[@]}" "${hostfiles[@]}"'
+    shown = "printf '%s\\0' \"$run\" \"${statuses[@]}\" \"${hostfiles[@]}\""
     done = subprocess.run(["bash", "-c", "\n".join([*lines, shown])], capture_output=True, text=True, cwd=tmp_path)
     folder = f"{tmp_path}/{name}"
     assert done.stdout.split("\0")[:-1] == [folder, f"{folder}/sft/status.json", f"{folder}/logs/sft/hostfile"]

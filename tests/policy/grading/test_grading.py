@@ -81,6 +81,7 @@ def test_grades_by_model_turn_and_category_equal_hand_calculations(stub, files, 
     assert new.score.value == values.mean() == 4.75 and new.gain.value == 1.75
     half = 2.3646242510 * values.std(ddof=1) / np.sqrt(8)  # Student's t, 7 degrees of freedom
     assert new.gain.low == pytest.approx(1.75 - half) and new.score.high == pytest.approx(4.75 + half)
+    assert min(each.low for each in new.by_category.values()) >= 1, "intervals of two questions stay on the scale"
     assert read_grading(tmp_path / "out") == found
     assert (tmp_path / "out" / "radar.svg").read_text().lstrip().startswith("<?xml")
     items = lines(tmp_path / "out" / "items.jsonl")

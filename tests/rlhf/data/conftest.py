@@ -52,7 +52,9 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def base_tokenizer():
     """The tokenizer of a base model: no template, and BOS before every text."""
-    return PreTrainedTokenizerFast(tokenizer_object=_train(bos=True), bos_token="<s>", eos_token="<|endoftext|>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=_train(bos=True), bos_token="<s>", eos_token="<|endoftext|>"
+    )
 
 
 @pytest.fixture

@@ -98,7 +98,9 @@ def test_data_is_unfit_for_each_of_the_documented_reasons(write_rows, make_rows)
     assert serious_faults(other, both, 0.01) == ["eval: 2.0% of the pairs contradict each other"]
     leak = look(write_rows("leak.jsonl", [*make_rows(10, word="rain"), *make_rows(2), *make_rows(2)]))
     assert shared_prompts(good, leak) == (2, 4)
-    assert serious_faults(good, leak, 0.01) == ["2 eval prompts (4 of 14 eval pairs) are also in the training data"]
+    assert serious_faults(good, leak, 0.01) == [
+        "2 eval prompts (4 of 14 eval pairs) are also in the training data"
+    ]
 
 
 def test_the_alpaca_pairs_are_balanced_in_length(real_data):

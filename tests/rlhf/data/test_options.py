@@ -7,7 +7,9 @@ from rlhf.data.options import ColumnConfig, DataConfig, SourceConfig
 
 def test_a_single_path_a_list_and_a_section_name_sources():
     assert DataConfig(train="a.jsonl").train_sources == (SourceConfig(path="a.jsonl"),)
-    mixed = load_config(DataConfig, (), ["train=[a, {path: b, weight: 0.5, columns: {chosen: good}}]"], program="t")
+    mixed = load_config(
+        DataConfig, (), ["train=[a, {path: b, weight: 0.5, columns: {chosen: good}}]"], program="t"
+    )
     second = SourceConfig(path="b", weight=0.5, columns=ColumnConfig(chosen="good"))
     assert mixed.train_sources == (SourceConfig(path="a"), second)
 

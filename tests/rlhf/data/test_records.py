@@ -45,7 +45,9 @@ def test_message_lists_keep_role_and_content_only():
 
 def test_whole_conversations_are_split_where_they_part():
     shared = [user("hi"), assistant("hello"), user("why?")]
-    record, shape = convert({"chosen": [*shared, assistant("because")], "rejected": [*shared, assistant("no")]})
+    record, shape = convert(
+        {"chosen": [*shared, assistant("because")], "rejected": [*shared, assistant("no")]}
+    )
     assert shape == CONVERSATIONS
     assert record.prompt == tuple(shared)
     assert record.rejected == (assistant("no"),)
@@ -72,7 +74,9 @@ def test_a_shared_first_answer_belongs_to_the_prompt_only_if_answers_follow_on_b
 
 def test_conversations_that_part_at_a_user_message_share_the_prompt_before_the_last_common_answer():
     head = [user("hi"), assistant("hello")]
-    record, _ = convert({"chosen": [*head, user("a"), assistant("x")], "rejected": [*head, user("b"), assistant("y")]})
+    record, _ = convert(
+        {"chosen": [*head, user("a"), assistant("x")], "rejected": [*head, user("b"), assistant("y")]}
+    )
     assert record.prompt == (user("hi"),)
     assert record.chosen[0] == record.rejected[0] == assistant("hello")
 

@@ -76,7 +76,9 @@ def test_a_response_of_several_messages_is_all_response(tokenizer):
 
 def test_many_rows_in_one_call_equal_one_by_one(tokenizer):
     chat = chat_format(tokenizer, None)
-    responses = [[{"role": "assistant", "content": text}] for text in ("a", "näïve – 茶 ☕", "  spaces  ", "\nline")]
+    responses = [
+        [{"role": "assistant", "content": text}] for text in ("a", "näïve – 茶 ☕", "  spaces  ", "\nline")
+    ]
     many = chat.tokenize([chat.render(PROMPT, response) for response in responses])
     for response, (ids, start) in zip(responses, many, strict=True):
         one, one_start = chat.encode(PROMPT, response)
@@ -107,7 +109,9 @@ def test_a_template_can_be_a_file(tokenizer, tmp_path):
     path = tmp_path / "chat.jinja"
     path.write_text(CHATML_TEMPLATE)
     assert chat_format(tokenizer, str(path)).digest == chat_format(tokenizer, "chatml").digest
-    with pytest.raises(DataError, match=r"other\.jinja: there is no such file, and it is none of plain, chatml,"):
+    with pytest.raises(
+        DataError, match=r"other\.jinja: there is no such file, and it is none of plain, chatml,"
+    ):
         chat_format(tokenizer, str(tmp_path / "other.jinja"))
 
 
@@ -170,7 +174,9 @@ def test_digests_tell_templates_and_tokenizers_apart(tokenizer, base_tokenizer):
 def test_a_token_across_the_boundary_belongs_to_the_response(base_tokenizer):
     template = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'user' %} {% endif %}{% endfor %}"
     chat = chat_format(base_tokenizer, template)
-    before, whole = chat.render([{"role": "user", "content": "this"}], [{"role": "assistant", "content": "question"}])
+    before, whole = chat.render(
+        [{"role": "user", "content": "this"}], [{"role": "assistant", "content": "question"}]
+    )
     ids, start = chat.tokenize([(before, whole)])[0]
     assert before == "<s>this "
     assert base_tokenizer.decode(ids[start:]) == " question<|endoftext|>"

@@ -185,7 +185,8 @@ def test_true_does_not_pass_for_one():
         ),
         (
             {"zero_optimization": {"stage": 3, "stage3_prefetch_bucket": 1}},
-            "zero_optimization.stage3_prefetch_bucket = 1: unknown key (did you mean stage3_prefetch_bucket_size?)",
+            "zero_optimization.stage3_prefetch_bucket = 1: unknown key "
+            "(did you mean stage3_prefetch_bucket_size?)",
         ),
         (
             {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "pin_memry": True}}},
@@ -268,7 +269,9 @@ def test_zero_settings_that_deepspeed_ignores_or_stumbles_over_are_refused(zero,
 
 
 def test_what_only_deepspeed_knows_to_be_wrong_is_refused_in_its_words():
-    assert problems({"communication_data_type": "fp8"})[0].startswith("refused by DeepSpeed: Invalid communication")
+    assert problems({"communication_data_type": "fp8"})[0].startswith(
+        "refused by DeepSpeed: Invalid communication"
+    )
     assert problems({"sparse_gradients": True})[0].startswith("refused by DeepSpeed: ")
 
 
@@ -293,7 +296,9 @@ def test_a_section_that_is_no_mapping_is_refused():
         ("[1]", "bad.json: expected a JSON object, found [1]"),
     ],
 )
-def test_a_file_that_is_no_configuration_is_refused_with_its_name_and_line(text, problem, tmp_path, monkeypatch):
+def test_a_file_that_is_no_configuration_is_refused_with_its_name_and_line(
+    text, problem, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     Path("bad.json").write_text(text)
     with pytest.raises(ConfigError) as caught:
@@ -336,7 +341,9 @@ def test_deepspeed_itself_reads_the_commented_files(name):
 def test_a_missing_file_and_an_unknown_name_are_refused():
     with pytest.raises(ConfigError, match=r"no/such.json: cannot be read: No such file"):
         resolve("no/such.json", RUN)
-    with pytest.raises(ConfigError, match=r"zero4: no such DeepSpeed configuration \(shipped: zero0, zero1, "):
+    with pytest.raises(
+        ConfigError, match=r"zero4: no such DeepSpeed configuration \(shipped: zero0, zero1, "
+    ):
         resolve("zero4", RUN)
 
 

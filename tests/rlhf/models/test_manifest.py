@@ -74,7 +74,9 @@ def test_a_missing_manifest_says_what_was_expected(tmp_path):
 )
 def test_a_damaged_manifest_is_refused_with_a_way_out(tmp_path, text, words):
     (tmp_path / MANIFEST_NAME).write_text(text)
-    with pytest.raises(ModelError, match=rf"(?s)is damaged.*{words}.*publish the model again|{words}.*publish"):
+    with pytest.raises(
+        ModelError, match=rf"(?s)is damaged.*{words}.*publish the model again|{words}.*publish"
+    ):
         read_manifest(tmp_path)
 
 

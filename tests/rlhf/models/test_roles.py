@@ -91,7 +91,9 @@ def test_the_critic_says_which_setting_it_starts_from(settings, setting, path):
 @pytest.mark.parametrize("stage", NEEDED)
 def test_each_run_publishes_one_trained_model_and_names_settings_that_there_are(stage):
     optional = ("watch.second.path=t",) if stage == "ppo" else ()
-    config = load_config(training()[stage].config_class(), [], ["output=o", *NEEDED[stage], *optional], program="test")
+    config = load_config(
+        training()[stage].config_class(), [], ["output=o", *NEEDED[stage], *optional], program="test"
+    )
     assert sum(role.published for role in config.models) == 1
     main = published_role(config.models)
     assert main.trained and main.backbone is config.model and main.optimizer is config.optim

@@ -69,7 +69,9 @@ def test_a_token_made_for_padding_comes_before_a_reserved_one():
 
 
 def test_a_reserved_token_that_the_template_writes_is_not_idle():
-    tokenizer = words("<reserved_7>", "<reserved_8>", template=TEMPLATE + "<reserved_7>", eos_token="<reserved_8>")
+    tokenizer = words(
+        "<reserved_7>", "<reserved_8>", template=TEMPLATE + "<reserved_7>", eos_token="<reserved_8>"
+    )
     assert choose_pad_token(tokenizer).added
 
 
