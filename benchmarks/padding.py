@@ -1,6 +1,6 @@
 """Share of computed tokens that is padding: length buckets under a token budget against a fixed batch of 8 pairs.
 
-python benchmarks/padding.py --model models/SmolLM2-135M-Instruct --data PAIRS.jsonl
+    python benchmarks/padding.py --model models/SmolLM2-135M-Instruct --data PAIRS.jsonl
 """
 
 import argparse

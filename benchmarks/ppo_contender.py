@@ -1,6 +1,6 @@
 """Our side of ppo_vs_trl.py: the PPO stage itself, as ``python -m policy.ppo`` runs it, with a clock around its steps.
 
-python benchmarks/ppo_contender.py SETTINGS.json MEASURED.json
+    python benchmarks/ppo_contender.py SETTINGS.json MEASURED.json
 """
 
 import importlib.metadata
@@ -99,7 +99,9 @@ def recipe(settings: dict[str, Any]) -> PpoConfig:
             temperature=settings["temperature"],
             batch_rows=settings.get("batch_rows", 64),
         ),
-        advantage=AdvantageConfig(estimator="gae" if is_ppo else "rloo", gamma=settings["gamma"], lam=settings["lam"]),
+        advantage=AdvantageConfig(
+            estimator="gae" if is_ppo else "rloo", gamma=settings["gamma"], lam=settings["lam"]
+        ),
         kl=KlConfig(coefficient=settings["kl_coefficient"]),
         loss=SurrogateConfig(epochs=settings["epochs"], clip_low=settings["clip"]),
         watch=WatchConfig(action="none"),

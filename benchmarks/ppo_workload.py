@@ -89,15 +89,11 @@ def write_workload(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         tokenizer.save_pretrained(folder / name)
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     names = ("response_tokens", "rows_per_step", "minibatches", "epochs", "warmup_steps", "steps", "threads", "seed")
-    return (
-        SETTINGS
-        | {name: getattr(options, name) for name in names}
-        | {
-            "policy": str(folder / "policy"),
-            "reward": str(folder / "reward"),
-            "prompts": str(folder / "prompts.jsonl"),
-        }
-    )
+    return SETTINGS | {name: getattr(options, name) for name in names} | {
+        "policy": str(folder / "policy"),
+        "reward": str(folder / "reward"),
+        "prompts": str(folder / "prompts.jsonl"),
+    }
 
 
 def _policy_slice(options: argparse.Namespace, tokenizer: Any) -> Any:

@@ -1,6 +1,6 @@
 """How often the intervals of rlhf study hold the true difference, and how often they show one: by simulation.
 
-python benchmarks/study_coverage.py
+    python benchmarks/study_coverage.py
 """
 
 import argparse

@@ -39,16 +39,14 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from launch.study.recipe import load_study, study_tree
-    from launch.study.tidy import is_tidy, tidy_study
+    from launch.study.tidy import TidyStudy, read_study
 
-    tree = study_tree(options.config, options.overrides)
-    if is_tidy(tree):
-        return _compare(tidy_study(tree, options.config), options)
+    study = read_study(options.config, options.overrides)
+    if isinstance(study, TidyStudy):
+        return _compare(study, options)
     from launch.pipeline.run import PipelineRun
     from launch.study.results import results_of
 
-    study = load_study(options.config, options.overrides)
     if options.dry_run:
         return show(study.pipeline, options.any_code, options.redo)
     screen = console()

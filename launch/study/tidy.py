@@ -11,12 +11,12 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Gt
 
+from launch.study.recipe import PROGRAM, Study, load_study, study_tree
 from launch.study.results import HEADINGS, PART, Results
 from launch.study.verdicts import Item, Measure, Seed
 from rlhf.config import validate
 from rlhf.core.errors import ConfigError, DataError, UserError
 
-PROGRAM = "rlhf study"
 PYTHON = "python"
 NEEDED = HEADINGS[:-1]
 """Columns that such a file has at least; without a weight all items weigh the same."""
@@ -46,17 +46,15 @@ class TidyStudy:
     """The smallest difference that would matter."""
 
 
-def is_tidy(tree: Mapping[str, Any]) -> bool:
-    """Whether a study's YAML names results, rather than a stage to train."""
-    return "results" in tree
-
-
-def tidy_study(tree: Any, path: Path) -> TidyStudy:
-    """The study in a YAML.
+def read_study(path: Path, overrides: Sequence[str] = ()) -> Study | TidyStudy:
+    """The study in a YAML: of a stage's runs, or, where it names results, of those.
 
     Raises:
         ConfigError: naming what is wrong with it.
     """
+    tree = study_tree(path, overrides)
+    if "results" not in tree:
+        return load_study(path, overrides)
     return validate(TidyStudy, tree, program=PROGRAM, origin=str(path))
 
 

@@ -24,7 +24,7 @@ from launch.jobs import hostfile, over_ssh
 from launch.pipeline.recipe import load_pipeline
 from launch.pipeline.sweep import plan_sweep
 from launch.stages import STAGES, read_stage, training
-from launch.study.recipe import load_study
+from launch.study.tidy import read_study
 from rlhf.config import load_config, parse_command_line
 from rlhf.core.errors import UserError
 from rlhf.engine import deepspeed_config
@@ -176,7 +176,7 @@ CHECKS = {
     "slurm": lambda options: slurm._read(options) if "profile" in options else None,  # the others name a run
     "doctor": check_doctor,
     "pipeline": lambda options: load_pipeline(options.recipe, options.overrides),
-    "study": lambda options: load_study(options.config, options.overrides),
+    "study": lambda options: read_study(options.config, options.overrides),
     "sweep": lambda options: plan_sweep(STAGES[options.stage], options.config, options.overrides, Path("runs/sweep")),
 }
 """What reads the settings, for commands that take some."""
