@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from launch.commands import (
     capsule,
+    check,
     data,
     doctor,
     ds,
@@ -21,6 +22,7 @@ from launch.commands import (
     report,
     reproduce,
     score,
+    serve,
     slurm,
     study,
     sweep,
@@ -45,6 +47,8 @@ COMMANDS = (
     reproduce,
     capsule,
     score,
+    serve,
+    check,
     slurm,
     study,
     sweep,

@@ -136,6 +136,9 @@ class PublishablePolicy:
         model.load_state_dict(kept, strict=False)
         return model.eval()
 
+    def complete(self, folder: Path) -> None:
+        return None
+
 
 def _is_saved(name: str, model: PolicyModel) -> bool:
     """Whether the adapter of a model that was grown is saved with this weight: the embedding, at either end."""

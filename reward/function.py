@@ -1,4 +1,4 @@
-"""Rewards as functions of answers: a Python function that a recipe names, or a published reward model.
+"""Rewards as functions of answers: a Python function that a recipe names, or a reward model, here or served.
 
 A Python function gets two lists, one entry for each response, and by name whatever else its parameters ask for::
 
@@ -16,10 +16,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlhf.core.errors import ConfigError, DataError, UserError
 from rlhf.data.messages import Asked, as_messages, last_text
+
+if TYPE_CHECKING:
+    from reward.serving.client import RewardServers
 
 TOKENS_AT_ONCE = 8192
 TIMEOUT_SECONDS = 60.0
@@ -265,13 +268,39 @@ class ModelReward:
         return score_tokens(model, rows, batch_tokens=TOKENS_AT_ONCE)
 
 
-def load_reward(spec: str) -> PythonReward | ModelReward:
-    """The function behind ``module:function``, or the reward model in a folder.
+@dataclass(frozen=True)
+class ServedReward:
+    """A reward model behind one or several addresses. A RewardFunction."""
+
+    servers: "RewardServers"
+
+    def reading(self, prompts: Sequence[Asked], columns: Sequence[Mapping[str, Any]]) -> "ServedReward":
+        """Itself, if its servers can be asked; what its template cannot show, it says when it is asked."""
+        _ = self.servers.card
+        return self
+
+    def __call__(self, answers: Answers) -> list[float]:
+        asked = zip(answers.prompts, answers.responses, strict=True)
+        return self.servers.score_conversations(
+            [[*as_messages(prompt), {"role": "assistant", "content": text}] for prompt, text in asked]
+        )
+
+
+def load_reward(spec: str) -> PythonReward | ModelReward | ServedReward:
+    """The function behind ``module:function``, the reward model in a folder, or that of servers.
+
+    Addresses of several servers of one model stand with commas between them.
 
     Raises:
         ConfigError: if there is no such function.
-        ModelError: if the folder holds no reward model.
+        ModelError: if the folder holds no reward model, or a server cannot be asked.
     """
+    if spec.startswith(("http://", "https://")):
+        from reward.serving.client import RewardServers
+
+        servers = RewardServers(spec.split(","))
+        _ = servers.card
+        return ServedReward(servers)
     if not Path(spec).is_dir():
         return load_function(spec)
     from reward.score import check_scorer
@@ -291,8 +320,8 @@ def load_function(spec: str, **settings: Any) -> PythonReward:
         function = getattr(importlib.import_module(module), name)
     except Exception as error:  # importing runs the user's code
         raise ConfigError(
-            f"reward {spec}: expected module:function, such as launch.quickstart.gold:gold_reward, or the folder of a "
-            f"reward model ({type(error).__name__}: {error})"
+            f"reward {spec}: expected module:function, such as launch.quickstart.gold:gold_reward, the folder of a "
+            f"reward model, or the address of a server of one ({type(error).__name__}: {error})"
         ) from error
     if not callable(function):
         raise ConfigError(f"reward {spec}: expected a function, found a {type(function).__name__}")

@@ -253,9 +253,11 @@ def save_reward_model(model: RewardModel, folder: Path, *, weights: bool = True)
     """Write the merged model as a Transformers folder, or all of it but its ``weights``.
 
     A linear head, also one that the mean of a Bayesian head folds into, opens in plain Transformers, as do several
-    heads, as labels. Other heads get a model type of their own: plain Transformers then refuses the folder instead of
-    loading it with a new, random head.
+    heads, as labels; the settings say that these are values, no classes, so that vLLM puts no sigmoid over them. Other
+    heads get a model type of their own: plain Transformers then refuses the folder instead of loading it with a new,
+    random head.
     """
+    model.hf.config.problem_type = "regression"
     hf = model.merged() if weights else model.hf
     head = getattr(hf, "score", None)
     kind, heads = _own_kind(head), model.heads

@@ -11,6 +11,7 @@ from torch import Tensor
 from reward.config import RewardConfig, RewardModelConfig
 from reward.evaluate import Evaluation
 from reward.model import RewardModel, Scores, build_reward_model, is_plain, save_reward_model
+from reward.serving.vllm_settings import write_vllm_settings
 from rlhf.core.errors import ModelError
 from rlhf.data.batching import Row
 from rlhf.data.templates import ChatFormat
@@ -94,6 +95,10 @@ class PublishableRewardModel:
 
     def in_float32(self, saved: RewardModel, weights: Weights) -> RewardModel:
         return saved.float()
+
+    def complete(self, folder: Path) -> None:
+        """Write how vLLM is to serve it, where it can."""
+        write_vllm_settings(folder, self.chat)
 
 
 def new_model(

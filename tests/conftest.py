@@ -107,7 +107,7 @@ def tiny_pairs(tmp_path_factory) -> Path:
     return path
 
 
-pytest_plugins = ["tests.cost"]
+pytest_plugins = ["tests.cost", "tests.served"]
 
 Rank = ForkedProcess | subprocess.Popen
 

@@ -50,7 +50,8 @@ def _add_policy(subparsers: Subparsers) -> None:
     policy = "a policy to compare; may be given again"
     parser.add_argument("--policy", action="append", default=[], metavar="NAME=FOLDER", help=policy)
     parser.add_argument("--prompts", type=home_path, required=True, help="file of prompts: texts, or messages")
-    parser.add_argument("--reward", required=True, help="module:function(prompts, responses) -> rewards")
+    rewards = "module:function(prompts, responses) -> rewards, the folder of a reward model, or the URL of a server"
+    parser.add_argument("--reward", required=True, help=rewards)
     parser.add_argument("--template", help="as data.template of the recipe")
     add_sampling(parser, samples=4, max_new_tokens=128)
     parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="of all models (default %(default)s)")
@@ -81,6 +82,8 @@ def _add_reward(subparsers: Subparsers) -> None:
     parser = command(subparsers, "reward", run_reward, help=about, description=_REWARD)
     parser.add_argument("--model", type=home_path, required=True, help="final/ folder of a reward run, or of a policy")
     kinds = "; ".join(f"{name}: {meaning}" for name, meaning in NAMES.items())
+    served = "a server of the model in --model, which scores in its place; may be given again"
+    parser.add_argument("--url", action="append", default=[], help=served)
     implicit = "the model that a policy was trained from: judges the reward that the policy implies (DPO)"
     parser.add_argument("--reference", type=home_path, help=implicit)
     parser.add_argument("--benchmark", choices=[*NAMES], default="pairs", help=f"{kinds} (default %(default)s)")
@@ -107,6 +110,7 @@ def run_reward(options: argparse.Namespace) -> int:
     names = ("benchmark", "data", "split", "template", "max_tokens", "wrong_prompt", "batch_tokens", "precision")
     settings = chosen(options, names) | {"columns": given_columns(options, COLUMNS)}
     settings |= {name: str(getattr(options, name)) for name in ("model", "output")}
+    settings["url"] = options.url
     if options.reference is not None:
         settings["reference"] = str(options.reference)
     config = validate(BenchmarkConfig, settings, program="rlhf evaluate reward", origin="command line")

@@ -37,7 +37,8 @@ def add_win_rate(subparsers: Subparsers) -> None:
     answers = "outputs.json or responses.jsonl of rlhf generate"
     parser.add_argument("--outputs", type=home_path, required=True, help=f"answers of a model: {answers}")
     parser.add_argument("--reference", type=home_path, required=True, help="those of another, to the same questions")
-    parser.add_argument("--judge", metavar="REWARD", help="the folder of a reward model, or module:function")
+    rewards = "the folder of a reward model, the URL of a server of one, or module:function"
+    parser.add_argument("--judge", metavar="REWARD", help=rewards)
     _add_endpoint(parser)
     parser.add_argument("-o", "--output", type=home_path, required=True, help="folder for verdicts and win rate")
 
@@ -81,7 +82,7 @@ def add_best_of_n(subparsers: Subparsers) -> None:
     parser = command(subparsers, "best-of-n", run_best_of_n, help=about, description=_BEST_OF_N)
     source = "responses.jsonl of rlhf generate with several --samples"
     parser.add_argument("--responses", type=home_path, required=True, help=source)
-    kinds = "the folder of a reward model, or module:function"
+    kinds = "the folder of a reward model, the URL of a server (several: with commas), or module:function"
     parser.add_argument("--proxy", required=True, help=f"the reward that chooses: {kinds}")
     parser.add_argument("--gold", required=True, help=f"the reward that judges: {kinds}")
     parser.add_argument("-o", "--output", type=home_path, required=True, help="folder for numbers and plot")

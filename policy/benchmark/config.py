@@ -23,6 +23,9 @@ class BenchmarkConfig:
     reference: Path | None = None
     """Folder of the model that the policy in `model` was trained from. An answer's reward is then the implicit one of
     DPO: its log-probability under the policy, less that under this one (Rafailov et al. 2023, eq. 5, with beta 1)."""
+    url: Annotated[str | tuple[str, ...], NoResult()] = ()
+    """The address of a server of the reward model in `model`, or of several, which score in place of this process; the
+    folder is still read for tokenizer and template."""
     benchmark: str = "pairs"
     """pairs (any file of preference pairs), hh, rewardbench, rewardbench2, rm-bench, judgebench or ppe."""
     data: str | None = None
@@ -45,3 +48,10 @@ class BenchmarkConfig:
     def __post_init__(self) -> None:
         if self.benchmark not in NAMES:
             raise ValueError(f"benchmark = {self.benchmark}: there are {', '.join(NAMES)}")
+        if self.urls and self.reference is not None:
+            raise ValueError(f"url = {', '.join(self.urls)}: serves a reward model, and reference is for a policy")
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """The addresses of all servers."""
+        return (self.url,) if isinstance(self.url, str) and self.url else tuple(self.url)

@@ -15,6 +15,8 @@ from reward.benchmarks.items import BenchmarkItem, Messages, read_items
 from reward.benchmarks.results import BenchmarkResult, markdown, summarize, to_dict
 from reward.model import load_reward_model
 from reward.score import check_scorer, score_tokens
+from reward.serving.card import card_of
+from reward.serving.client import RewardServers
 from rlhf.core.errors import DataError, ModelError
 from rlhf.core.files import write_text
 from rlhf.core.findings import write_findings
@@ -97,6 +99,8 @@ def _judge(config: BenchmarkConfig, ranks: Ranks) -> Judge:
             model = ranks.together(lambda: load_reward_model(config.model, dtype=dtype)).eval().to(ranks.device)
             return lambda rows: score_tokens(model, [row.tokens for row in rows], batch_tokens=config.batch_tokens)
 
+        if config.urls:
+            return Judge(chat, limit, lambda: ranks.together(lambda: _served(config)))
         return Judge(chat, limit, open_reward_model)
     chat = load_chat(config.model, choice)
     check_same_tokens("reference", str(config.reference), chat, f"model = {config.model}", trust_remote_code=False)
@@ -112,6 +116,22 @@ def _judge(config: BenchmarkConfig, ranks: Ranks) -> Judge:
         return score
 
     return Judge(chat, limit, open_pair)
+
+
+def _served(config: BenchmarkConfig) -> Score:
+    """The servers of the recipe, if they serve the model in its folder.
+
+    Raises:
+        ModelError: if they serve another one.
+    """
+    servers = RewardServers(config.urls, setting="url")
+    differ = card_of(config.model).differences(servers.card)
+    if differ:
+        raise ModelError(
+            f"url = {', '.join(config.urls)}: does not serve model = {config.model}: other {', '.join(differ)} (here "
+            "and there)"
+        )
+    return lambda rows: servers.score_tokens([row.tokens for row in rows])
 
 
 def _other_prompts(items: Sequence[BenchmarkItem]) -> list[Messages]:

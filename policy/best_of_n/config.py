@@ -16,6 +16,6 @@ class BestOfNConfig:
     responses: Path
     """responses.jsonl of rlhf generate, with several samples to a prompt."""
     proxy: str
-    """The reward that chooses: the folder of a reward model, or module:function."""
+    """The reward that chooses: the folder of a reward model, the address of a server of one, or module:function."""
     gold: str
     """The reward that judges, given alike."""

@@ -22,8 +22,8 @@ class EvaluationConfig:
     prompts: Path
     """A file of prompts, as ``data.train`` of PPO: texts, or messages with system message and tools."""
     reward: str
-    """module:function(prompts, responses) -> rewards, or the folder of a reward model: one that no policy was trained
-    against, if it is to judge them."""
+    """module:function(prompts, responses) -> rewards, the folder of a reward model, or the address of a server of one
+    (several with commas between): one that no policy was trained against, if it is to judge them."""
     template: str | None = None
     """Chat template of all models; see data.template of the stages."""
     template_options: dict[str, bool | int | float | str] = field(default_factory=dict)

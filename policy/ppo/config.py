@@ -324,7 +324,7 @@ class PpoConfig:
         elif section.path is not None:
             setting, path = "critic.path", section.path
         elif readable:
-            setting, path = f"reward.{rewards.models_setting}", rewards.paths[0]
+            setting, path = f"reward.{rewards.model_settings[0]}", rewards.paths[0]
         else:
             setting, path = policy.setting, policy.backbone.path
         own = BackboneConfig(

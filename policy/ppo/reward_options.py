@@ -1,6 +1,7 @@
 """Where the rewards of a PPO run come from, as its recipe says."""
 
 import math
+import urllib.parse
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,12 +19,14 @@ STANDARDIZED_LIMIT = 10.0
 
 @dataclass(frozen=True, kw_only=True)
 class RewardTermConfig:
-    """One of several rewards that are added up: a reward model or a Python function."""
+    """One of several rewards that are added up: a reward model, here or served, or a Python function."""
 
     path: str = ""
     """final/ of a reward run."""
     function: str = ""
     """module:function(prompts, responses, ...) in its place."""
+    url: str | tuple[str, ...] = ()
+    """The address of a server of a reward model in its place, or of several servers of one model."""
     weight: float = 1.0
     """What its scores are multiplied by before they are added up."""
     options: Mapping[str, bool | int | float | str] = field(default_factory=dict)
@@ -34,35 +37,51 @@ class RewardTermConfig:
     """Share of the responses of a step that the function may fail on or be late for: they are left out of this term.
     Beyond it, the run stops."""
     timeout_seconds: Annotated[float, Gt(0)] = TIMEOUT_SECONDS
-    """What an asynchronous function may take for one response."""
+    """What an asynchronous function may take for one response, or a server for one request."""
     concurrency: Annotated[int, Gt(0)] = CONCURRENCY
-    """Responses that a rank asks an asynchronous function about at one time."""
+    """Responses that a rank asks an asynchronous function about at one time; of servers, requests on the way."""
 
     def __post_init__(self) -> None:
-        if bool(self.path) == bool(self.function):
-            raise ValueError("give either path (the final/ folder of a reward run) or function (module:function)")
-        if self.path and (self.options or self.columns or self.failures):
-            raise ValueError(f"path = {self.path}: options, columns and failures are those of a function")
+        if [bool(self.path), bool(self.function), bool(self.url)].count(True) != 1:
+            raise ValueError(
+                "give one of path (the final/ folder of a reward run), function (module:function) and url (of a server)"
+            )
+        if not self.function and (self.options or self.columns or self.failures):
+            named = f"path = {self.path}" if self.path else f"url = {', '.join(self.urls)}"
+            raise ValueError(f"{named}: options, columns and failures are those of a function")
+        for url in self.urls:
+            _check_url(url)
         if not math.isfinite(self.weight):
             raise ValueError(f"weight = {self.weight}: expected a finite number")
 
     @property
     def name(self) -> str:
         """What its scores are called in the log."""
+        if self.urls:
+            return self.urls[0].partition("//")[2].partition("/")[0].replace(":", " ")
         return self.function.rpartition(":")[2] if self.function else Path(self.path).parent.name or self.path
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """The addresses of all servers."""
+        return (self.url,) if isinstance(self.url, str) and self.url else tuple(self.url)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardSourceConfig:
-    """Where rewards come from: reward models, a Python function, or several of these, added up."""
+    """Where rewards come from: reward models, here or served, a Python function, or several of these, added up."""
 
     path: str | tuple[str, ...] = ()
     """final/ of a reward run, or a list of these: an ensemble."""
     function: str | None = None
     """module:function(prompts, responses, ...) -> scores, in place of models: rules, gold scorers. By the names of its
     parameters it gets columns of the rows, messages, token_ids, ended (docs/ppo.md); None leaves a response out."""
+    url: str | tuple[str, ...] = ()
+    """The address of a server of a reward model (rlhf serve reward, or vLLM), or of several servers of one model, which
+    are asked in turn; in place of models in this process."""
     terms: tuple[RewardTermConfig, ...] = ()
-    """Several models and functions, whose scores are added up by weight; in place of path and function."""
+    """Several models, servers and functions, whose scores are added up by weight; in place of path, function and
+    url."""
     combine: Literal["mean", "min", "mean_minus_sd"] = "mean"
     """What an ensemble says: its mean, its most doubtful member, or the mean minus `deviations` standard deviations.
     Several models are one, a model of several heads (model.heads) is; one with a Bayesian head knows a deviation."""
@@ -91,8 +110,16 @@ class RewardSourceConfig:
     """Tokens that length_penalty does not count."""
 
     def __post_init__(self) -> None:
-        if [bool(self.path), bool(self.function), bool(self.terms)].count(True) != 1:
-            raise ValueError("give one of path (the final/ folder of a reward run, or several), function and terms")
+        if [bool(self.path), bool(self.function), bool(self.url), bool(self.terms)].count(True) != 1:
+            raise ValueError(
+                "give one of path (the final/ folder of a reward run, or several), function, url and terms"
+            )
+        served = any(term.urls for term in self.all_terms)
+        if served and self.retokenize and self.truncated == "score":
+            raise ValueError(
+                "truncated = score shows a response cut off, and with retokenize = true a server ends each one that it "
+                "is shown: take truncated = end, or a policy whose tokens the served model reads (retokenize = false)"
+            )
         if not self.path and self.combine != "mean":
             raise ValueError(f"combine = {self.combine} needs an ensemble: several folders in path, or many heads")
         if self.truncated == "penalty" and not self.missing_end_penalty:
@@ -111,14 +138,18 @@ class RewardSourceConfig:
         return (self.path,) if isinstance(self.path, str) else self.path
 
     @property
-    def models_setting(self) -> str:
-        """The key that names the models."""
-        return "terms" if self.terms else "path"
+    def model_settings(self) -> tuple[str, ...]:
+        """The keys that name the models, one for each of :attr:`paths`."""
+        if self.terms:
+            return tuple(f"terms[{place}].path" for place, term in enumerate(self.terms) if term.path)
+        return ("path",) * len(self.paths)
 
     @property
     def all_terms(self) -> tuple[RewardTermConfig, ...]:
-        """The terms, of which a function by itself is one; none for models without terms."""
-        return (RewardTermConfig(function=self.function),) if self.function else self.terms
+        """The terms, of which a function or a server by itself is one; none for models without terms."""
+        if self.function or self.url:
+            return (RewardTermConfig(function=self.function or "", url=self.url),)
+        return self.terms
 
     @property
     def score_limit(self) -> float | None:
@@ -129,6 +160,12 @@ class RewardSourceConfig:
         return STANDARDIZED_LIMIT if self.standardize and not functions else None
 
 
+def _check_url(url: str) -> None:
+    parsed = urllib.parse.urlsplit(url)
+    if parsed.scheme not in ("http", "https") or not parsed.hostname or parsed.query or parsed.fragment:
+        raise ValueError(f"url = {url}: expected the address of a server, such as http://127.0.0.1:8000")
+
+
 def scorer_roles(name: str, section: str, config: RewardSourceConfig) -> tuple[ModelRole, ...]:
     """One for each model of an ensemble or of the terms; none for a function."""
     names = [name] if len(config.paths) == 1 else [f"{name} {number}" for number, _ in enumerate(config.paths, start=1)]
@@ -136,12 +173,12 @@ def scorer_roles(name: str, section: str, config: RewardSourceConfig) -> tuple[M
         ModelRole(
             name=each,
             section=section,
-            setting=f"{section}.{config.models_setting}",
+            setting=f"{section}.{setting}",
             backbone=BackboneConfig(path=path),
             kind="reward model",
             placement=config.placement,
             placed_by=f"{section}.placement",
             hub=False,
         )
-        for each, path in zip(names, config.paths, strict=True)
+        for each, path, setting in zip(names, config.paths, config.model_settings, strict=True)
     )

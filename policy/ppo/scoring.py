@@ -1,4 +1,4 @@
-"""Rewards of rollouts: from reward models with a manifest, an ensemble of them, Python functions, or sums of these."""
+"""Rewards of rollouts: from reward models, here or behind an address, Python functions, or sums of these."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,6 +14,7 @@ from policy.ppo.reward_options import RewardSourceConfig, RewardTermConfig
 from policy.ppo.rollouts import Reencoded, Rollouts, ask, closed
 from reward.function import Answers, Failure, load_function
 from reward.model import Scores, load_reward_model
+from reward.serving.client import RewardServers
 from rlhf.core.errors import DataError, ModelError
 from rlhf.core.files import digest
 from rlhf.data.batching import Batch
@@ -168,9 +169,7 @@ def _some_of(prompts: PromptDataset, needed: Sequence[str]) -> list[Prompt]:
 class ModelScorer:
     """One reward model, asked in micro-batches; standardized by its manifest."""
 
-    def __init__(
-        self, role: ModelRole, config: RewardSourceConfig, parts: ScorerParts, *, alone: bool = False
-    ) -> None:
+    def __init__(self, role: ModelRole, config: RewardSourceConfig, parts: ScorerParts, *, alone: bool = False) -> None:
         """Every rank must call it; ``alone`` if it is all there is: then its heads are the ensemble.
 
         Raises:
@@ -183,12 +182,14 @@ class ModelScorer:
         self._statistics = manifest.rewards if config.standardize else None
         self._retokenize, self._chat = config.retokenize, parts.chat
         self._cut = config.truncated == "score"
-        ranks.together(lambda: self._check(folder, manifest))
+        self._origin = f"{role.setting} = {folder}"
+        ranks.together(lambda: self._check(manifest))
         if config.retokenize:
             self._chat = ranks.together(lambda: load_chat(role.backbone.path))
-            ranks.on_main(lambda: check_shown(folder, self._chat, parts.prompts))
+            ranks.on_main(lambda: check_shown(self._origin, self._chat, parts.prompts))
         else:
-            ranks.together(lambda: check_same_text(folder, manifest, parts))
+            form = manifest.tokenizer_digest, manifest.template_digest
+            ranks.together(lambda: check_same_text(self._origin, *form, parts.chat))
         dtype, shared = DTYPES[precision_of(parts.engine)], is_shared_out(role, parts.engine)
         module = ranks.together(lambda: load_reward_model(folder, dtype=dtype, shared=shared).requires_grad_(False))
         width = module.hf.config.hidden_size
@@ -196,7 +197,7 @@ class ModelScorer:
         self._heads = module.heads
         if self._combine != "mean" and self._heads == 1 and not (module.knows_variance and self._combine != "min"):
             raise ModelError(
-                f"reward.combine = {config.combine} needs an ensemble, and reward.path = {folder} has one head that "
+                f"reward.combine = {config.combine} needs an ensemble, and {self._origin} has one head that "
                 "knows no deviation: give several folders, or a model of several heads (model.heads of its recipe)"
             )
         self._model: Frozen = frozen_of(role, module, parts.engine, ranks, hidden_size=width)
@@ -218,16 +219,55 @@ class ModelScorer:
             return Scored(raw, combine((each - mean) / unit, self._combine, self._deviations))
         return Scored(raw, (raw - mean - self._deviations * deviations) / unit)
 
-    def _check(self, folder: Path, manifest: Manifest) -> None:
+    def _check(self, manifest: Manifest) -> None:
         if manifest.stage != "reward":
-            raise ModelError(f"reward.path = {folder}: the {manifest.stage} stage published it, it is no reward model")
-        if not self._standardize:
-            return
-        if manifest.rewards is None or not manifest.rewards.standard_deviation > 0:
-            raise ModelError(
-                f"reward.path = {folder}: its manifest has no deviation of held-out rewards to standardize by; "
-                "train it with data.eval_share, or set reward.standardize=false"
+            raise ModelError(f"{self._origin}: the {manifest.stage} stage published it, it is no reward model")
+        if self._standardize:
+            check_deviation(self._origin, None if manifest.rewards is None else manifest.rewards.standard_deviation)
+
+
+class ServedScorer:
+    """A reward model behind one or several addresses. The main rank asks for all; it is standardized by its card."""
+
+    def __init__(self, setting: str, term: RewardTermConfig, config: RewardSourceConfig, parts: ScorerParts) -> None:
+        """Every rank must call it. ``setting``: the key that names the servers.
+
+        Raises:
+            ModelError: if a server cannot be asked, they serve different models, or one that reads text in another way
+                than the policy.
+        """
+        self._ranks, self._chat, self._config = parts.ranks, parts.chat, config
+        self._servers = RewardServers(
+            term.urls, timeout_seconds=term.timeout_seconds, concurrency=term.concurrency, setting=setting
+        )
+        origin = f"{setting} = {', '.join(term.urls)}"
+        self._card = card = parts.ranks.on_main(lambda: self._servers.card)
+        if config.standardize:
+            parts.ranks.together(lambda: check_deviation(origin, card.deviation))
+        if not config.retokenize:
+            parts.ranks.together(lambda: check_same_text(origin, card.tokenizer, card.template, parts.chat))
+        self.identity = card.weights
+
+    def score(self, rollouts: Rollouts) -> Scored:
+        """Every rank must call it.
+
+        Raises:
+            ModelError: naming the server, if a response stays without a score.
+        """
+        raw = torch.tensor(self._ranks.on_main(lambda: self._ask(rollouts)))
+        if not self._config.standardize:
+            return Scored(raw, raw)
+        assert self._card.mean is not None and self._card.deviation is not None
+        return Scored(raw, (raw - self._card.mean) / self._card.deviation)
+
+    def _ask(self, rollouts: Rollouts) -> list[float]:
+        if self._config.retokenize:
+            asked = zip(rollouts.prompts, rollouts.texts, strict=True)
+            return self._servers.score_conversations(
+                [[*prompt.messages, {"role": "assistant", "content": text}] for prompt, text in asked]
             )
+        rows = closed(rollouts, self._chat, cut=self._config.truncated == "score")
+        return self._servers.score_tokens([rows.item(place).rows[0].tokens for place in range(len(rows))])
 
 
 class Ensemble:
@@ -272,8 +312,10 @@ def combine(scores: Tensor, how: str, deviations: float) -> Tensor:
     return mean if how == "mean" else mean - deviations * scores.std(dim=0, correction=0)
 
 
-def build_scorer(config: RewardSourceConfig, roles: Sequence[ModelRole], parts: ScorerParts) -> Scorer:
-    """What the recipe's section asks for, with its ``roles`` if it names models. Every rank must call it."""
+def build_scorer(
+    config: RewardSourceConfig, roles: Sequence[ModelRole], parts: ScorerParts, section: str = "reward"
+) -> Scorer:
+    """What a ``section`` of the recipe asks for, with its ``roles`` if it names models. Every rank must call it."""
     if not config.all_terms:
         members = [ModelScorer(role, config, parts, alone=len(roles) == 1) for role in roles]
         return members[0] if len(members) == 1 else Ensemble(members, config)
@@ -281,41 +323,66 @@ def build_scorer(config: RewardSourceConfig, roles: Sequence[ModelRole], parts: 
     terms: dict[str, tuple[float, Scorer]] = {}
     for number, term in enumerate(config.all_terms, start=1):
         name = term.name if term.name not in terms else f"{term.name} {number}"
-        terms[name] = term.weight, _term_scorer(term, config, models, parts)
-    return next(iter(terms.values()))[1] if config.function else Sum(terms)
+        setting = f"{section}.terms[{number - 1}]" if config.terms else section
+        terms[name] = term.weight, _term_scorer(setting, term, config, models, parts)
+    return Sum(terms) if config.terms else next(iter(terms.values()))[1]
 
 
 def _term_scorer(
-    term: RewardTermConfig, config: RewardSourceConfig, models: Iterator[ModelRole], parts: ScorerParts
+    setting: str, term: RewardTermConfig, config: RewardSourceConfig, models: Iterator[ModelRole], parts: ScorerParts
 ) -> Scorer:
+    """The scorer of a term, whose keys stand below ``setting``."""
     if term.path:
         return ModelScorer(next(models), config, parts)
+    if term.urls:
+        return ServedScorer(f"{setting}.url", term, config, parts)
     return parts.ranks.together(lambda: FunctionScorer(term, parts))
 
 
-def check_same_text(folder: Path, manifest: Manifest, parts: ScorerParts) -> None:
+def check_deviation(origin: str, deviation: float | None) -> None:
+    """Refuse to standardize by no deviation; ``origin`` is the key of the recipe with its value.
+
+    Raises:
+        ModelError: naming the ways out.
+    """
+    if deviation is None or not deviation > 0:
+        raise ModelError(
+            f"{origin}: its manifest has no deviation of held-out rewards to standardize by; train it with "
+            "data.eval_share, or set reward.standardize=false"
+        )
+
+
+def check_same_text(origin: str, tokenizer: str, template: str, chat: ChatFormat) -> None:
     """Refuse a reward model that would read the policy's tokens as another text.
 
+    Args:
+        origin: the key of the recipe with its value.
+        tokenizer, template: the digests of the reward model.
+        chat: of the policy.
     Raises:
         ModelError: naming what differs and the way out.
     """
     differ = []
-    if manifest.tokenizer_digest not in {parts.chat.tokenizer_digest, *parts.chat.former_tokenizer_digests}:
-        differ.append(f"its tokenizer ({manifest.tokenizer_digest}, the policy's is {parts.chat.tokenizer_digest})")
-    if manifest.template_digest != parts.chat.digest:
-        differ.append(f"its chat template ({manifest.template_digest}, the policy's is {parts.chat.digest})")
+    if tokenizer not in {chat.tokenizer_digest, *chat.former_tokenizer_digests}:
+        differ.append(f"its tokenizer ({tokenizer}, the policy's is {chat.tokenizer_digest})")
+    if template != chat.digest:
+        differ.append(f"its chat template ({template}, the policy's is {chat.digest})")
     if differ:
         raise ModelError(
-            f"reward.path = {folder} was trained on another form of text than the policy writes: "
+            f"{origin} was trained on another form of text than the policy writes: "
             f"{' and '.join(differ)} differ(s). Give the data.template that it was trained with (data.system_prompt "
             "and data.thoughts=drop are part of it), or set reward.retokenize=true to decode each response and encode "
             "it anew"
         )
 
 
-def check_shown(folder: Path, chat: ChatFormat, sources: Iterable[PromptDataset]) -> None:
+def check_shown(origin: str, chat: ChatFormat, sources: Iterable[PromptDataset]) -> None:
     """Refuse a reward model whose own template cannot show it each prompt of the run.
 
+    Args:
+        origin: the key of the recipe with its value.
+        chat: of the reward model.
+        sources: all prompts.
     Raises:
         ModelError: naming how many it cannot show, the first of them, and the way out.
     """
@@ -330,7 +397,7 @@ def check_shown(folder: Path, chat: ChatFormat, sources: Iterable[PromptDataset]
     if faults:
         row, first = next(iter(faults.items()))
         raise ModelError(
-            f"reward.path = {folder}: its chat template ({chat.origin}) cannot show {len(faults)} of {total} prompts, "
+            f"{origin}: its chat template ({chat.origin}) cannot show {len(faults)} of {total} prompts, "
             f"such as {row}: {first}. Take a reward model whose template shows them, or leave these prompts out"
         )
 

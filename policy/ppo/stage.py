@@ -136,9 +136,10 @@ def _publish(config: PpoConfig, engines: Engines, task: PpoTask, published: Publ
 
 def _reward_identity(section: dict[str, Any]) -> dict[str, Any]:
     """What decides on the scores: neither where models are, nor how long a judge that is asked may take or fail."""
-    patience = ("failures", "timeout_seconds", "concurrency")
-    terms = [{name: term[name] for name in term if name not in patience} for term in section["terms"]]
-    return section | {"placement": None, "terms": terms}
+    without = ("failures", "timeout_seconds", "concurrency", "url")
+    terms = [{name: term[name] for name in term if name not in without} for term in section["terms"]]
+    kept = {name: section[name] for name in section if name not in without}
+    return kept | {"placement": None, "terms": terms}
 
 
 class _Builder:
@@ -162,7 +163,7 @@ class _Builder:
         scorer = build_scorer(config.reward, roles_of_section(self._models, "reward"), parts)
         second = None
         if watched is not None:
-            second = build_scorer(watched, roles_of_section(self._models, "watch.second"), parts)
+            second = build_scorer(watched, roles_of_section(self._models, "watch.second"), parts, "watch.second")
         self._scorer_identity = {"reward": scorer.identity, "second": None if second is None else second.identity}
         policy = self._policy_engine()
         return Roles(

@@ -19,7 +19,8 @@ class WinRateConfig:
     reference: Path
     """Those of another model to the same questions."""
     reward: str | None = None
-    """The judge: the folder of a reward model, or module:function. Null: the one behind judge.url."""
+    """The judge: the folder of a reward model, the address of a server of one, or module:function. Null: the one behind
+    judge.url."""
     judge: JudgeConfig = field(default_factory=JudgeConfig)
 
     def __post_init__(self) -> None:

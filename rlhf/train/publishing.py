@@ -127,6 +127,9 @@ class Publishable(Protocol[ModelT]):
     def in_float32(self, saved: ModelT, weights: Weights) -> ModelT:
         """What a reader in float32 gets of the folder that ``saved`` was written to."""
 
+    def complete(self, folder: Path) -> None:
+        """Write what other programs need, into a folder that has weights, tokenizer and manifest."""
+
 
 def rehearse(config: StageConfig, ranks: Ranks, publishable: Publishable[Any]) -> None:
     """Publish an untrained copy of ``publishable`` into a folder that is dropped, if it is published after training.
@@ -293,6 +296,7 @@ def _fits_one_process(size: int) -> bool:
 def _write_around(publishable: Publishable[Any], staged: Path) -> None:
     portable_tokenizer(publishable.chat).save_pretrained(staged)
     write_manifest(staged, publishable.manifest)
+    publishable.complete(staged)
 
 
 def _question(publishable: Publishable[Any], rows: Sequence[Row], expected: Tensor) -> dict[str, Any]:

@@ -35,6 +35,7 @@ WITHOUT_RESULT = {
     "pretraining.data.cache_dir",
     "train.max_minutes",
     "batch_tokens",
+    "url",
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.resume",

@@ -1,6 +1,7 @@
 """The benchmark stage on real models: scores are those of plain Transformers, whoever computes them."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -81,6 +82,21 @@ def test_scores_are_those_of_plain_transformers_and_numbers_those_of_the_scores(
     assert 0 < result.pairs.calibration_error < 1 and result.quantiles.keys() == {"5%", "25%", "50%", "75%", "95%"}
 
 
+def test_a_server_judges_as_its_model_does(reward_model, data, tmp_path, serving, scripted, capsys):
+    given = ["evaluate", "reward", "--model", str(reward_model), "--data", data(rows(8)), "--max-tokens", "30"]
+    server = serving(reward_model)
+    assert main([*given, "--output", str(tmp_path / "here")]) == 0
+    assert main([*given, "--output", str(tmp_path / "there"), "--url", server.url, "--url", server.url]) == 0
+    pairs = zip(items_of(tmp_path / "here"), items_of(tmp_path / "there"), strict=True)
+    for here, there in pairs:
+        assert there["scores"] == pytest.approx(here["scores"], abs=1e-5)
+        assert there["wrong_prompt_scores"] == pytest.approx(here["wrong_prompt_scores"], abs=1e-5)
+    assert server.batcher.counts.rows > 16
+    other = scripted(replace(server.card, weights="others"), None)
+    assert main([*given, "--output", str(tmp_path / "other"), "--url", other.url]) == 2
+    assert f"{other.url}: does not serve model = {reward_model}: other weights (" in capsys.readouterr().err
+
+
 def test_a_wrong_prompt_is_another_one(reward_model, data, tmp_path):
     found = rows(6)
     found[3]["prompt"] = found[0]["prompt"]  # half of the benchmark away
@@ -136,6 +152,8 @@ def test_long_texts_are_cut_and_counted(reward_model, data, tmp_path, capsys):
         (["model=nowhere"], "nowhere: not a model folder (no config.json); give the final/ folder of a run"),
         (["reference=nowhere"], "nowhere: not a model folder (no config.json); give the final/ folder of a run"),
         (["precision=float16"], "precision = float16 needs a GPU"),
+        (["url=http://h", "reference=nowhere"], "url = http://h: serves a reward model, and reference is for a policy"),
+        (["url=localhost"], "url = localhost: expected the address of a server, such as http://127.0.0.1:8000"),
     ],
 )
 def test_what_cannot_work_is_one_message(reward_model, data, tmp_path, capfd, arguments, told):

@@ -23,7 +23,7 @@ def parse(*overrides, reward=REWARD):
 @pytest.mark.parametrize(
     ("overrides", "reason"),
     [
-        (["reward.function=m:f"], r"give one of path .* function and terms"),
+        (["reward.function=m:f"], r"give one of path .* function, url and terms"),
         (["advantage.estimator=ppo"], r"estimator = ppo: there are gae, rloo"),
         (["kl.place=loss", "kl.estimator=k1"], r"expected gradient of zero; take k2 or k3"),
         (["kl.controller=adaptive", "kl.coefficient=0"], r"from 0 it can never rise"),
@@ -50,6 +50,13 @@ def parse(*overrides, reward=REWARD):
         (["watch.second.retokenize=true"], r"give one of path"),
         (["reward.truncated=penalty"], r"minus missing_end_penalty: set that above 0"),
         (["reward.truncated=mask", "reward.missing_end_penalty=1"], r"penalty = 1\.0 would count for nothing"),
+        (["reward.path=[]", "reward.url=host:8000"], r"url = host:8000: expected the address of a server"),
+        (["reward.path=[]", "reward.terms=[{url: ''}]"], r"give one of path .* function .* and url"),
+        (["reward.path=[]", "reward.terms=[{url: 'http://h', failures: 0.1}]"], r"url = http://h: options, col"),
+        (
+            ["reward.path=[]", "reward.url=http://h", "reward.retokenize=true", "reward.truncated=score"],
+            r"truncated = score shows a response cut off",
+        ),
         (["loss.clip_low=0"], r"greater than 0"),
         (["loss.dual_clip=1"], r"greater than 1"),
         (["advantage.gamma=1.1"], r"less than or equal to 1"),
@@ -67,7 +74,7 @@ def test_refused(overrides, reason):
 
 
 def test_a_reward_must_be_named():
-    with pytest.raises(ConfigError, match=r"give one of path .* function and terms"):
+    with pytest.raises(ConfigError, match=r"give one of path .* function, url and terms"):
         parse(reward=None)
 
 

@@ -200,8 +200,8 @@ def test_a_source_is_one_thing(section, message):
 @pytest.mark.parametrize(
     ("term", "message"),
     [
-        ({}, "give either path"),
-        ({"path": "a", "function": "m:f"}, "give either path"),
+        ({}, "give one of path"),
+        ({"path": "a", "function": "m:f"}, "give one of path"),
         ({"path": "a", "failures": 0.5}, "path = a: options, columns and failures are those of a function"),
         ({"function": "m:f", "weight": math.inf}, "expected a finite number"),
     ],

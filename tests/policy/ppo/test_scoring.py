@@ -14,13 +14,14 @@ from transformers import LlamaForCausalLM
 from policy.generation.api import Response
 from policy.ppo.config import CriticConfig
 from policy.ppo.critic import ValueModel, build_critic, critic_start
-from policy.ppo.reward_options import RewardSourceConfig, scorer_roles
+from policy.ppo.reward_options import RewardSourceConfig, RewardTermConfig, scorer_roles
 from policy.ppo.rollouts import Reencoded, Rollouts
 from policy.ppo.scoring import ScorerParts, build_scorer, combine
 from policy.ppo.stage import check_template
 from reward.config import RewardModelConfig
 from reward.model import build_reward_model, load_reward_model, save_reward_model
 from reward.score import load_scorer, score_tokens
+from reward.serving.card import card_of
 from rlhf.core.errors import ConfigError, DataError, ModelError
 from rlhf.data.batching import length_bucket
 from rlhf.data.messages import thoughts_and_answer
@@ -496,3 +497,59 @@ def test_frozen_layers_of_the_critic_rest_and_its_head_learns(new_critic, reward
 def test_a_critic_that_does_not_know_the_policys_tokens_is_refused(new_critic, foreign_reward_folder):
     with pytest.raises(ModelError, match=r"critic\.path = .* knows 280 tokens, and the policy writes 321"):
         new_critic(path=str(foreign_reward_folder))
+
+
+# Servers of reward models.
+
+
+@pytest.mark.parametrize("truncated", ["end", "score"])
+def test_a_server_says_what_its_model_says_here(scorer_for, serving, reward_folder, rollouts, truncated):
+    server = serving(reward_folder)
+    here = scorer_for(path=str(reward_folder), truncated=truncated)
+    there = scorer_for(url=server.url, truncated=truncated)
+    expected, found = here.score(rollouts), there.score(rollouts)
+    torch.testing.assert_close(found.raw, expected.raw, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.scores, expected.scores, rtol=1e-4, atol=1e-4)
+    assert float(expected.raw.std()) > 0.01 and there.identity == here.identity
+
+
+def test_a_server_of_another_family_is_asked_by_messages(scorer_for, serving, foreign_reward_folder, rollouts):
+    server = serving(foreign_reward_folder)
+    with pytest.raises(ModelError, match=rf"reward\.url = {server.url} was trained on another form .* its tokenizer"):
+        scorer_for(url=server.url)
+    expected = scorer_for(path=str(foreign_reward_folder), retokenize=True).score(rollouts)
+    found = scorer_for(url=(server.url,), retokenize=True).score(rollouts)
+    torch.testing.assert_close(found.scores, expected.scores, rtol=1e-4, atol=1e-4)
+
+
+def test_a_server_is_one_of_several_terms(scorer_for, serving, reward_folder, rollouts):
+    server = serving(reward_folder)
+    terms = ({"url": server.url, "weight": 2.0}, {"function": "rules:share_of_abc", "weight": -1.0})
+    found = scorer_for(terms=tuple(RewardTermConfig(**term) for term in terms)).score(rollouts)
+    alone = (
+        scorer_for(path=str(reward_folder)).score(rollouts),
+        scorer_for(function="rules:share_of_abc").score(rollouts),
+    )
+    torch.testing.assert_close(found.scores, 2 * alone[0].scores - alone[1].scores, rtol=1e-4, atol=1e-3)
+
+
+def test_a_fault_of_a_term_is_told_by_the_key_of_the_term(scorer_for, serving, foreign_reward_folder, tiny_model):
+    function = RewardTermConfig(function="rules:share_of_abc")
+    model = RewardTermConfig(path=str(foreign_reward_folder))
+    with pytest.raises(ModelError, match=rf"^reward\.terms\[1\]\.path = {foreign_reward_folder} was trained on"):
+        scorer_for(terms=(function, model))
+    server = serving(foreign_reward_folder)
+    with pytest.raises(ModelError, match=rf"^reward\.terms\[1\]\.url = {server.url} was trained on"):
+        scorer_for(terms=(function, RewardTermConfig(url=server.url)))
+
+
+def test_a_server_that_says_what_is_no_number_ends_the_step(scorer_for, scripted, reward_folder, rollouts):
+    server = scripted(
+        card_of(reward_folder),
+        lambda body: (
+            200,
+            json.dumps({"data": [{"index": n, "probs": [math.nan]} for n in range(len(body["input"]))]}),
+        ),
+    )
+    with pytest.raises(ModelError, match=rf"{server.url}: the score of a text is nan: the weights that it serves"):
+        scorer_for(url=server.url).score(rollouts)
