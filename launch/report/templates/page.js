@@ -169,7 +169,7 @@
       return {
         height: 300, margin: { l: 60, r: 60, t: 30, b: 30 }, paper_bgcolor: "rgba(0,0,0,0)", font: { color: ink, size: 12 }, showlegend: false,
         hoverlabel: { bgcolor: tone("card"), font: { color: ink } },
-        polar: { bgcolor: "rgba(0,0,0,0)", radialaxis: { ...round, range: [0, figure.radar], angle: 90 }, angularaxis: { ...round, tickfont: { color: ink }, rotation: 90, direction: "clockwise" } },
+        polar: { bgcolor: "rgba(0,0,0,0)", radialaxis: { ...round, range: [0, figure.radar], angle: 90, tickangle: 90 }, angularaxis: { ...round, tickfont: { color: ink }, rotation: 90, direction: "clockwise" } },
       };
     }
     const upright = { type: "line", yref: "paper", y0: 0, y1: 1, line: { color: soft, dash: "dash", width: 1 } };
