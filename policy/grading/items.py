@@ -93,8 +93,9 @@ def _answer(
     if "question_id" in cells and "choices" in cells:
         key = str(cells["question_id"])
         if key not in known:
-            where = "questions: not given; expected MT-Bench's question.jsonl" if questions is None else str(questions)
-            raise DataError(f"{place}: question_id = {key}: no such question in {where}")
+            if questions is None:
+                raise DataError(f"{place}: MT-Bench's answers do not hold their questions: give its question.jsonl too")
+            raise DataError(f"{place}: question_id = {key}: no such question in {questions}")
         turns = _turns(cells["choices"], place)
         if len(turns) != 1 + len(known[key].further):
             raise DataError(f"{place}: {len(turns)} turns, where the question has {1 + len(known[key].further)}")
