@@ -62,8 +62,11 @@ def score_file(options: ScoreOptions) -> int:
         The number of rows that could not be scored.
     Raises:
         DataError: if the output is of another model, other data or other settings.
+        ModelError: if the model is none.
     """
     hide_loading_bars()
+    if not (options.model / "config.json").is_file():
+        raise ModelError(f"{options.model}: no model folder (no config.json); give the final/ folder of a reward run")
     source = open_source(SourceConfig(path=options.data, split=options.split))
     origin = _origin(source, options)
     done = _rows_done(options.output)

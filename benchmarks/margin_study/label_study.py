@@ -273,8 +273,7 @@ def results(jobs: Iterable[Job], path: pathlib.Path, fingerprint: str, pool, unt
         if lacking:
             missing.append(replace(job, methods=lacking))
     with path.open("a", encoding="utf-8") as output:
-        # One at a time for each worker, so that the end of the time is looked at before each.
-        size = pool._processes
+        size = pool._processes  # one for each worker, then the time is looked at
         for start in range(0, len(missing), size):
             if time.monotonic() > until:
                 raise SystemExit(f"{len(missing) - start} jobs are left: start again")
@@ -295,9 +294,8 @@ def results(jobs: Iterable[Job], path: pathlib.Path, fingerprint: str, pool, unt
 
 def _add(known: dict[str, dict], line: dict) -> None:
     """What a line of the file says, to what is known of its job."""
-    before = known.setdefault(line["key"], {"methods": {}})
-    methods = before["methods"] | line["result"]["methods"]
-    known[line["key"]] = line["result"] | {"methods": methods}
+    before = known.get(line["key"], {"methods": {}})["methods"]
+    known[line["key"]] = line["result"] | {"methods": before | line["result"]["methods"]}
 
 
 LOSS_CANDIDATES = {

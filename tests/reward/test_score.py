@@ -81,6 +81,8 @@ def test_the_stage_writes_what_the_command_writes_and_refuses_rows_that_it_canno
     assert (tmp_path / "stage" / "scored.jsonl").read_bytes() == (tmp_path / "scores.jsonl").read_bytes()
     assert scoring([f"output={tmp_path}/other", f"model={final}", f"data={rows}"]) == 2
     assert "1 rows could not be scored" in capsys.readouterr().err
+    assert scoring([f"output={tmp_path}/third", f"model={tmp_path}/nowhere", f"data={rows}"]) == 2
+    assert "nowhere: no model folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("options", [{"heads": 3}, {"head": "bnrm", "head_hidden": 8}], ids=["heads", "bnrm"])
