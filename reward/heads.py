@@ -111,8 +111,10 @@ class NonNegativeHead(nn.Module):
             draw(self.factors, (3 * self.factors.in_features) ** -0.5, generator)
             draw(self.spread, (3 * self.spread.in_features) ** -0.5, generator)
 
-    def forward(self, states: Tensor, in_full: bool = False) -> Tensor | Judged:
-        """``(..., 1)`` rewards of ``(..., D)`` states; with ``in_full``, of ``(R, D)``, all that is known of them."""
+    def forward(self, states: Tensor, in_full: bool = False) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """``(..., 1)`` rewards of ``(..., D)`` states; with ``in_full``, of ``(R, D)``, all that is known of them: the
+        first three fields of :class:`Judged`, as a tuple, which is what DeepSpeed finds tensors in.
+        """
         states = states.float()
         weight = F.relu(self.dictionary.float())
         shape = 1 + F.softplus(self.dictionary_shape.float()).clamp(max=LARGEST_SHAPE)
@@ -134,16 +136,22 @@ class NonNegativeHead(nn.Module):
         if not in_full:
             return rewards.unsqueeze(-1)
         divergences = torch.stack([local, divergence.expand(len(local))], dim=-1)
-        return Judged(rewards, variances.detach(), divergences)
+        return rewards, variances.detach(), divergences
 
 
 class Heads(Float32Linear):
     """Several linear heads on one backbone; the reward is their mean."""
 
-    def forward(self, states: Tensor, in_full: bool = False) -> Tensor | Judged:  # type: ignore[override]
-        """``(..., H)`` rewards of ``(..., D)`` states; with ``in_full``, of ``(R, D)``, with their mean."""
-        each = super().forward(states)
-        return Judged(each.mean(-1), each=each) if in_full else each
+
+
+def judge(head: nn.Module, states: Tensor) -> Judged:
+    """All that a head says of ``(R, D)`` states."""
+    if isinstance(head, NonNegativeHead):
+        return Judged(*head(states, in_full=True))
+    if isinstance(head, Heads):
+        each = head(states)
+        return Judged(each.mean(-1), each=each)
+    return Judged(head(states).squeeze(-1))
 
 
 def mlp_head(width: int, hidden: int) -> nn.Sequential:

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from reward.config import RewardModelConfig
-from reward.heads import Float32Linear, Heads, Judged, NonNegativeHead, draw, mean_head, mlp_head
+from reward.heads import Float32Linear, Heads, NonNegativeHead, draw, judge, mean_head, mlp_head
 from reward.self_check import check_scores
 from rlhf.core.errors import ModelError
 from rlhf.core.files import write_json
@@ -111,11 +111,7 @@ class RewardModel(nn.Module):
     def _pool(self, states: Tensor, token_mask: Tensor) -> Scores:
         rows = torch.arange(len(states), device=states.device)
         pooled = states[rows, last_token_index(token_mask)]
-        head = self.hf.get_submodule("score")
-        if not isinstance(head, NonNegativeHead | Heads):
-            return Scores(head(pooled).squeeze(-1), pooled)
-        judged = head(pooled, in_full=True)
-        assert isinstance(judged, Judged)
+        judged = judge(self.hf.get_submodule("score"), pooled)
         return Scores(
             judged.rewards, pooled, variances=judged.variances, divergences=judged.divergences, each=judged.each
         )

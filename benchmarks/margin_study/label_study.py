@@ -176,9 +176,8 @@ def _head(
         if method.bayesian is None:
             rewards = head(both).squeeze(1)
         else:
-            judged = head(both, in_full=True)
-            rewards = judged.rewards
-            local, dictionary = judged.divergences.unbind(1)
+            rewards, _, divergences = head(both, in_full=True)
+            local, dictionary = divergences.unbind(1)
             penalty = method.bayesian * (local.sum() / len(batch) + dictionary[0] / len(pairs))
         sides = rewards.split(len(batch))
         of = partial(loss, sides, _margins(method.transport, batch, *sides))

@@ -13,6 +13,7 @@ from reward.heads import (
     Heads,
     NonNegativeHead,
     draws_of_heads,
+    judge,
     mean_head,
     weibull_gamma_divergence,
     weibull_moments,
@@ -47,7 +48,7 @@ def test_mean_and_variance_of_a_reward_are_those_of_its_draws(factors):
     states = torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
     torch.manual_seed(2)
     with torch.no_grad():
-        known = head.eval()(states, in_full=True)
+        known = judge(head.eval(), states)
         head.train()
         draws = torch.stack([head(states).squeeze(-1) for _ in range(4_000)])
     torch.testing.assert_close(draws.mean(0), known.rewards, rtol=0, atol=5 * float(draws.std()) / 4_000**0.5 * 3)
@@ -67,7 +68,7 @@ def test_without_local_factors_the_mean_is_a_linear_head_and_with_sure_ones_a_he
         sure.dictionary_shape.fill_(1e4)
         sure.spread.weight.zero_()
         sure.spread.bias.fill_(1e4)
-        found = sure(states, in_full=True)
+        found = judge(sure, states)
     torch.testing.assert_close(found.rewards, mean_head(sure.float())(states).squeeze(-1), rtol=2e-3, atol=1e-3)
     assert float(found.variances.max()) < 1e-5
 
@@ -85,7 +86,7 @@ def fitted(pairs, *, weight, factors=0, noise=0.0, steps=250, seed=0):
     head.start(1.0, torch.Generator().manual_seed(seed))
     optimizer = torch.optim.Adam(head.parameters(), lr=0.03)
     for _ in range(steps):
-        judged = head(torch.cat([up, down]), in_full=True)
+        judged = judge(head, torch.cat([up, down]))
         above, below = judged.rewards.split(pairs)
         local, dictionary = judged.divergences.unbind(1)
         loss = -torch.nn.functional.logsigmoid(above - below).mean() + weight * (
@@ -100,7 +101,7 @@ def fitted(pairs, *, weight, factors=0, noise=0.0, steps=250, seed=0):
 def test_the_variance_shrinks_with_data():
     states = torch.randn(50, 6, generator=torch.Generator().manual_seed(9)).abs()
     variances = [
-        float(fitted(pairs, weight=1.0)[0](states, in_full=True).variances.mean().detach())
+        float(judge(fitted(pairs, weight=1.0)[0], states).variances.mean().detach())
         for pairs in (20, 200, 2000)
     ]
     assert variances[0] > 2 * variances[1] > 4 * variances[2] > 0
