@@ -131,7 +131,7 @@ def main() -> None:
             seconds = margin_alone(pairs, width)
             share = f"{seconds / (step * pairs / PAIRS):.3%}"
             table.add_row(f"margins over {pairs} pairs, D = {width}", f"{seconds:.4f}", share)
-    Console().print(table)
+    Console(width=120).print(table)
 
 
 if __name__ == "__main__":
