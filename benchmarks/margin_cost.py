@@ -33,7 +33,7 @@ from rlhf.train.chat import load_chat
 from rlhf.train.options import TrainConfig
 
 PAIRS = 64
-"""Of the step that is trained."""
+"""Pairs of the step that is trained."""
 ROUNDS = 10
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 ORDER_SEED = 0
-"""Of the order in which our stages take the pairs."""
+"""Seed of the order in which our stages take the pairs."""
 MEMORY_STEPS = 2  # from the second step on, Adam's moments are there while activations are
 GIB = 2**30
 SPEEDS = ("pairs_per_second", "pairs_per_cpu_second")
@@ -38,11 +38,11 @@ class Comparison:
     stage: str
     """reward or dpo."""
     contenders: dict[str, dict[str, Any]]
-    """In the order of the first round; every other round goes backwards."""
+    """Who takes part, in the order of the first round; every other round goes backwards."""
     extra: dict[str, dict[str, Any]]
     """Only when named."""
     settings: dict[str, Any]
-    """Of all contenders alike."""
+    """What all contenders are told."""
     tolerance: dict[str, float]
     """Largest difference of each figure of a step between two sides that compute the same."""
     start_loss: float | None = None

@@ -164,7 +164,7 @@ def common(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def precision() -> torch.dtype:
-    """Of weights: as ours has them."""
+    """Type of the weights, as ours has them."""
     return torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
 

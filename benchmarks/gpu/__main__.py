@@ -31,7 +31,7 @@ PARTS = {
     "start": 45,
     "peaks": 45,
 }
-"""In the order in which they run, with the seconds of each; what is left of them, others may have."""
+"""The parts in the order in which they run, with the seconds of each; what is left of these, others may have."""
 OUT_OF_TIME = "no time was left for it: take more --minutes, or this part alone"
 GRACE = 2.0
 """How many times what it is expected to take a measurement may take, if there is time."""

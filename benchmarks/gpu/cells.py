@@ -49,7 +49,7 @@ class Cell:
     seconds: float
     """What it is expected to take on a GPU, at most: none begins that would not end in time."""
     environment: Mapping[str, str] = field(default_factory=dict)
-    """Of a process that starts cold for it; empty: a fork will do."""
+    """What a process that starts cold for it has set; empty: a fork will do."""
 
 
 @dataclass(kw_only=True)

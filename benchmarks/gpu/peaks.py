@@ -25,7 +25,7 @@ CASES = (
 OUTSIDE = ("CUDA context and NCCL", "fragmentation")
 """What a plan counts beside what torch allocates."""
 STEPS = 2
-"""From the second step on, Adam's moments lie beside the activations."""
+"""Two, as Adam's moments lie beside the activations from the second one on."""
 
 
 def cells(world: World) -> list[Cell]:

@@ -21,7 +21,7 @@ def cells(world: World) -> list[Cell]:
 
 
 def measure(world: World) -> dict[str, Any]:
-    """From the start of ``python -m reward`` to the beginning of its first step; the run is ended then."""
+    """Time the start of ``python -m reward`` up to the beginning of its first step; the run is ended then."""
     output = world.work / "runs" / "start"
     settings = [f"output={output}", f"model.path={world.reward}", f"train.global_batch_size={world.sizes.pairs}"]
     settings += [

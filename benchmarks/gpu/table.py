@@ -120,7 +120,7 @@ def _rollouts(result: Result, results: Sequence[Result]) -> Iterator[tuple[str, 
 
 
 def _margin(result: Result, results: Sequence[Result]) -> Iterator[tuple[str, ...]]:
-    """Beside the reward step of as many pairs, if that was measured."""
+    """A line for each number of pairs, beside the reward step of as many if that was measured."""
     assert result.figures is not None
     step = _found(results, "training", stage="reward", side="ours", checkpointing=False)
     for name, seconds in result.figures.items():
