@@ -18,10 +18,18 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rlhf.engine.api import Engine
+    from rlhf.engine.frozen import Frozen
+    from rlhf.engine.ranks import Ranks
 
 MIB = 2**20
 LIMIT = 1.5 * 2**30
 """What a rank may take besides its share and the largest tensor: Python, libraries, the heap."""
+ROLES = {"policy": True, "reward": True, "critic": True, "reference": False, "scorer": False}
+"""Whether a role is trained. reward: a reward model in its own stage; scorer: one that PPO asks."""
 
 
 def private_memory() -> int:
@@ -80,38 +88,49 @@ def write_model(folder: Path, shape: str, dtype: str, layers: int | None = None)
             writer.add({name: values + 1 if name.endswith("norm.weight") else values})
 
 
-def start(options: argparse.Namespace) -> dict[str, int]:
-    """One rank."""
+def role_of(options: argparse.Namespace, ranks: "Ranks") -> "Engine | Frozen":
+    """The model of one role of a run, built and shared out as the stages do it."""
     from policy.model import build_policy
+    from policy.ppo.critic import build_critic, critic_start
+    from reward.config import RewardModelConfig
+    from reward.model import build_reward_model
     from rlhf.engine.build import DTYPES, build_engine, precision_of
+    from rlhf.engine.frozen import freeze
     from rlhf.engine.options import EngineConfig, OptimizerConfig
-    from rlhf.engine.ranks import start_ranks
     from rlhf.models.options import BackboneConfig, LoraOptions
 
-    ranks = start_ranks()
+    path, engine = str(options.model), EngineConfig(deepspeed="zero3", precision=options.precision)
     lora = LoraOptions(rank=options.lora) if options.lora else None
-    config, engine = (
-        BackboneConfig(path=str(options.model), lora=lora),
-        EngineConfig(deepspeed="zero3", precision=options.precision),
-    )
+    sizes = {"dtype": DTYPES[precision_of(engine)], "vocabulary": 0, "seed": 0, "checked": ranks.is_main}
+    if options.role in ("policy", "reference"):
+        model = build_policy(BackboneConfig(path=path, lora=lora), shared=True, **sizes)
+        width = model.hf.config.hidden_size
+    elif options.role == "critic":
+        start = critic_start(BackboneConfig(path=path, lora=lora), standardized=False)
+        model = build_critic(start, pad_token_id=0, shared=True, **sizes)
+        width = model.scorer.hf.config.hidden_size
+    else:
+        model = build_reward_model(RewardModelConfig(path=path, lora=lora), pad_token_id=0, shared=True, **sizes)
+        width = model.hf.config.hidden_size
+    if ROLES[options.role]:
+        optimizer = OptimizerConfig()
+        return build_engine(model, ranks=ranks, config=engine, optimizer=optimizer, total_steps=1, hidden_size=width)
+    return freeze(model, ranks=ranks, config=engine, placement="zero3", hidden_size=width)
+
+
+def start(options: argparse.Namespace) -> dict[str, int]:
+    """One rank."""
+    from rlhf.engine.build import DTYPES
+    from rlhf.engine.ranks import start_ranks
+
+    ranks = start_ranks()
     found = {"before": private_memory()}
     with peak_of_private_memory(found, "peak"):
-        with peak_of_private_memory(found, "loaded"):
-            model = build_policy(
-                config,
-                dtype=DTYPES[precision_of(engine)],
-                vocabulary=0,
-                seed=0,
-                checked=ranks.is_main,
-                shared=True,
-            )
-        width = model.hf.config.hidden_size
-        optimizer = OptimizerConfig()
-        built = build_engine(model, ranks=ranks, config=engine, optimizer=optimizer, total_steps=1, hidden_size=width)
+        built = role_of(options, ranks)
     found["after"] = private_memory()
     sizes = [parameter.ds_numel for parameter in built.module.parameters()]
     trained = [parameter.ds_numel for parameter in built.module.parameters() if parameter.requires_grad]
-    size = DTYPES[precision_of(engine)].itemsize
+    size = DTYPES[options.precision].itemsize
     # DeepSpeed makes float32 masters and gradients of what is trained before the first step, the moments in it.
     found["share"] = (size * sum(sizes) + 8 * sum(trained)) // ranks.world_size
     found["largest"] = size * max(sizes)
@@ -126,7 +145,7 @@ def measure(options: argparse.Namespace, ranks: int) -> list[dict[str, int]]:
     shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
     shared |= {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, __file__, "--as-rank", "--model", str(options.model), "--precision", options.precision]
-    command += ["--lora", str(options.lora)]
+    command += ["--lora", str(options.lora), "--role", options.role]
     processes = []
     for rank in range(ranks):
         environment = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -144,6 +163,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", type=Path, help="folder of a model; written anew if it is not there")
     parser.add_argument("--stored", default="bfloat16", help="type of the weights in the files that are written")
     parser.add_argument("--precision", default="bfloat16")
+    parser.add_argument("--role", choices=ROLES, default="policy", help="%(choices)s (default %(default)s)")
     parser.add_argument("--lora", type=int, default=0, help="rank of adapters; 0: all weights are trained")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--as-rank", action="store_true", help=argparse.SUPPRESS)
@@ -164,9 +184,9 @@ def main() -> None:
             for rank, found in enumerate(measure(options, count)):
                 rest = found["peak"] - found["share"] - found["largest"]
                 print(
-                    f"{count} ranks, rank {rank}: share {found['share'] / MIB:.0f} + largest tensor "
+                    f"{options.role}, {count} ranks, rank {rank}: share {found['share'] / MIB:.0f} + largest tensor "
                     f"{found['largest'] / MIB:.0f} MiB, private memory {found['before'] / MIB:.0f} MiB before, "
-                    f"{found['loaded'] / MIB:.0f} loaded, {found['peak'] / MIB:.0f} at the peak, "
+                    f"{found['peak'] / MIB:.0f} at the peak, "
                     f"{found['after'] / MIB:.0f} after: {rest / MIB:.0f} besides (limit {LIMIT / MIB:.0f})",
                     flush=True,
                 )

@@ -1,4 +1,4 @@
-"""Attention of one new token for models whose query heads share keys, without a copy of the keys for each head."""
+"""Attention while rows are written: one new token for each, whose query heads may share keys."""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,8 +6,11 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from rlhf.models.backbones import exact_attention
 
 
 def grouped_sdpa(
@@ -37,14 +40,26 @@ def grouped_sdpa(
 
 
 @contextlib.contextmanager
-def grouped_attention() -> Iterator[None]:
-    """Let models that attend by Transformers' "sdpa" do it by :func:`grouped_sdpa` inside the block.
+def sampling_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Let a model attend inside the block as it is best for rows that are written token by token.
 
-    The function changes and not its name: there are models whose code asks whether the name is "sdpa".
+    Where it has "sdpa", that is :func:`grouped_sdpa`: the function changes and not its name, as there are models whose
+    code asks whether the name is "sdpa". Flash attention unpads a padded batch anew in each layer and for each token,
+    and waits for the host to know how many tokens there are; SDPA takes its place.
     """
+    configs = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
+    with_flash = {
+        key: name
+        for key, config in configs.items()
+        if "flash" in (name := str(getattr(config, "_attn_implementation", None) or ""))
+    }
     functions = ALL_ATTENTION_FUNCTIONS
     functions["sdpa"] = grouped_sdpa
     try:
+        for key in with_flash:
+            configs[key]._attn_implementation_internal = exact_attention(configs[key]) or "sdpa"
         yield
     finally:
+        for key, name in with_flash.items():
+            configs[key]._attn_implementation_internal = name
         del functions["sdpa"]  # the one of Transformers is there again

@@ -1,33 +1,42 @@
-"""Sampling with the policy's own Transformers model: left-padded batches, cached keys, finished rows leave."""
+"""Sampling with the policy's own Transformers model: left-padded rows, cached keys, ended rows make room for others."""
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import Cache
 
 from policy.generation.api import Response, row_uniforms
-from policy.generation.attention import grouped_attention
-from policy.generation.cache import expand, new_cache, shrink
-from policy.generation.draw import Drawn, draw_tokens
+from policy.generation.attention import sampling_attention
+from policy.generation.cache import expand, new_cache, takes_more_rows
+from policy.generation.draw import draw_tokens
 from policy.generation.options import SamplingConfig
 from policy.generation.repetition import RepetitionPenalty
+from policy.generation.rows import LiveRows, Written
 from policy.generation.stopping import StopRule
 from policy.model import DecodeStep, policy_of
 from rlhf.core.errors import ModelError
 from rlhf.engine.frozen import Frozen
 from rlhf.train.batches import asking
+from rlhf.train.shortage import is_shortage
+
+REFILL_SHARE = 8
+"""New rows come in as soon as one place in so many is free: each time, what is cached is copied once."""
+
+log = logging.getLogger(__name__)
 
 
 class HfSampler:
     """A sampler on top of Transformers; see :class:`policy.generation.api.Sampler`.
 
-    Prompts are batched by length. A batch computes each different prompt once, then one token a row at a time;
-    rows that have ended cost nothing any more.
+    Up to ``batch_rows`` rows are written together, those with the longest prompts first. A prompt is computed once for
+    all of its responses that begin together, then one token a row at a time. Rows that have ended cost nothing any
+    more, and their places go to prompts that wait, where the model's cache can take rows in; else these wait for the
+    last one. Where the rows do not fit into memory, half as many are written together from then on.
 
     Args:
         model: its module is a :class:`policy.model.PolicyModel`; weights may change between calls.
@@ -57,6 +66,7 @@ class HfSampler:
         self._stop = StopRule(eos_token_ids, config.stop, tokenizer)
         self._pad, self._synced = pad_token_id, synced
         self._device = model.ranks.device
+        self._rows = config.batch_rows
 
     def generate(
         self,
@@ -73,56 +83,92 @@ class HfSampler:
         rows = [np.asarray(prompt, np.int64) for prompt in prompts]
         if len(seeds) != len(rows) or not all(map(len, rows)):
             raise ValueError(f"{len(rows)} prompts, {len(seeds)} seeds: expected one each, and no empty prompt")
-        order = sorted(range(len(rows)), key=lambda place: (len(rows[place]), rows[place].tobytes()))
-        found: dict[int, Response] = {}
-        with asking(self._model), grouped_attention():
-            for start in range(0, len(order), self._config.batch_rows):
-                places = order[start : start + self._config.batch_rows]
-                responses = self._decode([rows[place] for place in places], [seeds[place] for place in places])
-                found.update(zip(places, responses, strict=True))
-                if advance is not None:
-                    advance(len(found))
+        written = Written(len(rows), self._config.max_new_tokens, self._device)
+        jobs = _Jobs(rows, seeds, written, advance)
+        with asking(self._model), sampling_attention(policy_of(self._model).hf):
+            while jobs.waiting:
+                try:
+                    self._write(jobs)
+                    continue
+                except Exception as error:
+                    if self._synced or self._rows == 1 or not is_shortage(error):
+                        raise
+                    said = str(error).strip().partition("\n")[0] or type(error).__name__
+                self._halve(said)  # the frames that held the cache are gone
+                jobs.begin_anew()
             if self._synced:
                 self._keep_company()
-        _check_finite(found.values())
-        return [found[place] for place in range(len(rows))]
+        responses = written.responses()
+        _check_finite(responses)
+        return responses
 
-    def _decode(self, prompts: list[NDArray[np.int64]], seeds: list[int]) -> list[Response]:
-        """Responses to the prompts of one batch."""
-        config = self._config
-        cache = new_cache(policy_of(self._model).hf.config, room=config.max_new_tokens)
-        rows, logits = self._read_prompts(prompts, seeds, cache)
+    def _write(self, jobs: "_Jobs") -> None:
+        """Write all rows that wait."""
+        live: LiveRows | None = None
+        while jobs.waiting or live is not None:
+            if jobs.waiting and self._has_room(live):
+                count = self._rows if live is None else self._rows - len(live)
+                live = _together(live, self._begin(jobs, jobs.take(count)))
+                jobs.tell()
+            if live is not None:
+                logits = self._ask(live.tokens[:, None], live.mask(), live.positions[:, None], live.cache)
+                live.advance()
+                live = self._draw(live, logits, jobs.written)
+        jobs.tell()
+
+    def _has_room(self, live: LiveRows | None) -> bool:
+        if live is None:
+            return True
+        return len(live) <= self._rows - max(1, self._rows // REFILL_SHARE) and takes_more_rows(live.cache)
+
+    def _halve(self, said: str) -> None:
+        self._rows //= 2
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        log.warning(
+            "rank %d: %d responses at once do not fit into memory (%s): %d from now on, with the same results. A smaller "
+            "batch_rows does so from the start",
+            self._model.ranks.rank,
+            2 * self._rows,
+            said[:200],
+            self._rows,
+        )
+
+    def _begin(self, jobs: "_Jobs", places: list[int]) -> LiveRows | None:
+        """Read the prompts of some rows and draw their first tokens; those that go on."""
+        prompts = [jobs.prompts[place] for place in places]
+        cache = new_cache(policy_of(self._model).hf.config)
+        logits, columns = self._read_prompts(prompts, cache)
         penalty = None
         if self._penalty != 1:
             penalty = RepetitionPenalty(self._penalty, prompts, logits.shape[1], self._device)
-        for step in range(config.max_new_tokens):
-            if penalty is not None:
-                logits = penalty.apply(logits)
-            drawn = draw_tokens(
-                logits,
-                rows.uniforms[:, step],
-                temperature=config.temperature,
-                top_k=config.top_k,
-                top_p=config.top_p,
-            )
-            going_on = rows.add(drawn, self._stop)
-            if not len(going_on) or step + 1 == config.max_new_tokens:
-                break
-            tokens = drawn.tokens
-            if penalty is not None:
-                penalty.add(tokens)
-            if len(going_on) < len(tokens):
-                source = _closed_up(going_on)
-                rows.keep(source)
-                if penalty is not None:
-                    penalty.keep(source)
-                shrink(cache, source, self._device)
-                tokens = tokens[torch.tensor(source, device=self._device)]
-            logits = self._ask(tokens[:, None], rows.mask, rows.lengths[:, None] + step, cache, written=step + 1)
-        return rows.responses()
+        uniforms = np.stack([row_uniforms(jobs.seeds[place], self._config.max_new_tokens) for place in places])
+        rows = LiveRows(
+            np.array(places),
+            np.array([len(prompt) for prompt in prompts]),
+            torch.from_numpy(uniforms).to(self._device),
+            cache,
+            penalty,
+            columns,
+        )
+        return self._draw(rows, logits, jobs.written)
 
-    def _read_prompts(self, prompts: list[NDArray[np.int64]], seeds: list[int], cache: Cache) -> tuple["_Rows", Tensor]:
-        """Rows that have written nothing yet, and the ``(B, V)`` logits of their first tokens."""
+    def _draw(self, rows: LiveRows, logits: Tensor, written: Written) -> LiveRows | None:
+        """Append a token to each row; those that go on."""
+        config = self._config
+        if rows.penalty is not None:
+            logits = rows.penalty.apply(logits)
+        drawn = draw_tokens(
+            logits, rows.uniforms(), temperature=config.temperature, top_k=config.top_k, top_p=config.top_p
+        )
+        going_on = written.add(rows, drawn, self._stop)
+        if not len(going_on):
+            return None
+        rows.keep(going_on)
+        return rows
+
+    def _read_prompts(self, prompts: list[NDArray[np.int64]], cache: Cache) -> tuple[Tensor, int]:
+        """The ``(B, V)`` logits of the first tokens behind the prompts, and the columns that these take."""
         first: dict[bytes, int] = {}
         source = [first.setdefault(prompt.tobytes(), len(first)) for prompt in prompts]
         distinct = [prompts[source.index(place)] for place in range(len(first))]
@@ -137,14 +183,12 @@ class HfSampler:
         mask = None if real.all() else torch.from_numpy(real).to(self._device)
         logits = self._ask(torch.from_numpy(tokens), mask, torch.from_numpy(positions), cache)
         expand(cache, places)
-        return _Rows(prompts, seeds, self._config, None if mask is None else mask[places], self._device), logits[places]
+        return logits[places], width
 
-    def _ask(self, tokens: Tensor, mask: Tensor | None, positions: Tensor, cache: Cache, *, written: int = 0) -> Tensor:
-        """``(B, V)`` logits of what follows ``(B, t)`` tokens, the last of ``written`` ones after the prompts."""
+    def _ask(self, tokens: Tensor, mask: Tensor | None, positions: Tensor, cache: Cache) -> Tensor:
+        """``(B, V)`` logits of what follows ``(B, t)`` tokens."""
         if self._synced:
             self._model.ranks.any(True)
-        if mask is not None:  # what was written after the prompts is never masked
-            mask = F.pad(mask, (0, written), value=True)
         step = DecodeStep(
             tokens=tokens.to(self._device),
             attention_mask=mask,
@@ -157,77 +201,53 @@ class HfSampler:
         """Forwards that give the others their weights, until nobody needs one."""
         while self._model.ranks.any(False):
             one = torch.zeros((1, 1), dtype=torch.long, device=self._device)
-            cache = new_cache(policy_of(self._model).hf.config, room=0)
+            cache = new_cache(policy_of(self._model).hf.config)
             self._model.forward(decode=DecodeStep(tokens=one, attention_mask=None, position_ids=one, cache=cache))
 
 
-class _Rows:
-    """The rows of a batch that go on, and all that was written.
+class _Jobs:
+    """The rows that are asked for, and those that nobody has begun yet: the longest prompts first, equal ones together.
 
-    Attributes:
-        uniforms: ``(B, max_new_tokens)`` float64 of the B rows that go on.
-        mask: ``(B, P)`` bool, True on the prompt; ``None`` if no prompt is padded.
-        lengths: ``(B,)`` int64 tokens of the prompts.
+    Args:
+        prompts: tokens of each row.
+        seeds: of each row.
+        written: what there is of them.
+        advance: told how many are done.
     """
 
     def __init__(
         self,
-        prompts: list[NDArray[np.int64]],
-        seeds: list[int],
-        config: SamplingConfig,
-        mask: Tensor | None,
-        device: torch.device,
+        prompts: Sequence[NDArray[np.int64]],
+        seeds: Sequence[int],
+        written: Written,
+        advance: Callable[[int], None] | None,
     ) -> None:
-        uniforms = np.stack([row_uniforms(seed, config.max_new_tokens) for seed in seeds])
-        self.uniforms = torch.from_numpy(uniforms).to(device)
-        self.mask = mask
-        self.lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        self._places = np.arange(len(prompts))  # in the batch, of the rows that go on
-        self._index = torch.arange(len(prompts), device=device)  # the same
-        self._counts = np.zeros(len(prompts), np.int64)
-        self._ended = np.zeros(len(prompts), bool)
-        self._tokens = np.zeros(uniforms.shape, np.int64)
-        self._logprobs, self._entropies = torch.zeros((2, *uniforms.shape), device=device)
+        self.prompts, self.seeds, self.written, self._advance = prompts, seeds, written, advance
+        self._order = sorted(range(len(prompts)), key=lambda place: (-len(prompts[place]), prompts[place].tobytes()))
+        self.waiting = list(self._order)
+        self._told = 0
 
-    def add(self, drawn: Drawn, stop: StopRule) -> NDArray[np.int64]:
-        """Append a token to each row that goes on; which of them go on after it."""
-        places, step = self._places, int(self._counts[self._places[0]])
-        self._tokens[places, step] = drawn.tokens.cpu().numpy()
-        self._logprobs[self._index, step] = drawn.logprobs
-        self._entropies[self._index, step] = drawn.entropies
-        self._counts[places] += 1
-        ended = stop.ends(self._tokens[places, : step + 1])
-        self._ended[places] = ended
-        return np.flatnonzero(~ended)
+    def take(self, count: int) -> list[int]:
+        """The places of the next rows."""
+        taken, self.waiting = self.waiting[:count], self.waiting[count:]
+        return taken
 
-    def keep(self, source: list[int]) -> None:
-        """Row k that goes on is what row ``source[k]`` was."""
-        index = torch.tensor(source, device=self.lengths.device)
-        self._places, self._index = self._places[source], self._index[index]
-        self.uniforms, self.lengths = self.uniforms[index], self.lengths[index]
-        self.mask = None if self.mask is None else self.mask[index]
+    def begin_anew(self) -> None:
+        """All rows wait that are not done: what they had written is drawn again, from the same seeds."""
+        self.waiting = [place for place in self._order if not self.written.is_done(place)]
+        self.written.forget(self.waiting)
 
-    def responses(self) -> list[Response]:
-        """Responses in the order of the batch."""
-        logprobs, entropies = self._logprobs.cpu().numpy(), self._entropies.cpu().numpy()
-        return [
-            Response(
-                tokens=self._tokens[row, :count].copy(),
-                logprobs=logprobs[row, :count].copy(),
-                entropies=entropies[row, :count].copy(),
-                ended=bool(self._ended[row]),
-            )
-            for row, count in enumerate(self._counts)
-        ]
+    def tell(self) -> None:
+        if self._advance is not None and self.written.count > self._told:
+            self._told = self.written.count
+            self._advance(self._told)
 
 
-def _closed_up(going_on: NDArray[np.int64]) -> list[int]:
-    """The rows in ``going_on`` in an order in which most keep their place: the last ones fill the gaps."""
-    count = len(going_on)
-    source = np.arange(count)
-    gaps = np.setdiff1d(source, going_on)
-    source[gaps] = going_on[going_on >= count]
-    return source.tolist()
+def _together(live: LiveRows | None, more: LiveRows | None) -> LiveRows | None:
+    if live is None or more is None:
+        return more if live is None else live
+    live.join(more)
+    return live
 
 
 def _check_finite(responses: Any) -> None:

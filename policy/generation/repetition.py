@@ -39,6 +39,10 @@ class RepetitionPenalty:
         """Each row has written one of ``(B,)`` tokens."""
         self._seen.scatter_(1, tokens[:, None], True)
 
-    def keep(self, source: list[int]) -> None:
-        """Row k is what row ``source[k]`` was."""
-        self._seen = self._seen[torch.tensor(source, device=self._seen.device)]
+    def keep(self, index: Tensor) -> None:
+        """Row k is what row ``index[k]`` was."""
+        self._seen = self._seen[index]
+
+    def join(self, other: "RepetitionPenalty") -> None:
+        """The rows of ``other`` come behind those of this one."""
+        self._seen = torch.cat([self._seen, other._seen])

@@ -31,12 +31,12 @@ class StopRule:
         longest = max((len(text.encode()) for text in stop), default=0)
         self._tail = longest + MARGIN_TOKENS  # a token is a byte of text at least
 
-    def ends(self, tokens: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which of ``(B, t)`` responses have just ended; none of them had before their last token."""
-        ended = np.isin(tokens[:, -1], self._eos)
+    def ends(self, rows: Sequence[NDArray[np.int64]]) -> NDArray[np.bool_]:
+        """Which of the responses have just ended; none of them had before its last token."""
+        ended = np.isin([row[-1] for row in rows], self._eos)
         if self._stop:
-            for row in np.flatnonzero(~ended):
-                ended[row] = self._has_stop(tokens[row, -self._tail :])
+            for place in np.flatnonzero(~ended):
+                ended[place] = self._has_stop(rows[place][-self._tail :])
         return ended
 
     def _has_stop(self, tokens: NDArray[np.int64]) -> bool:

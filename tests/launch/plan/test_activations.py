@@ -15,7 +15,7 @@ from launch.plan.activations import (
     working_bytes,
 )
 from launch.plan.shapes import shape_of
-from policy.generation.cache import expand, new_cache
+from policy.generation.cache import BLOCK, expand, new_cache
 from rlhf.core.logprobs import token_logprobs
 
 ROWS, WIDTH = 3, 40
@@ -109,11 +109,12 @@ def test_checkpointing_saves_the_input_of_a_layer():
 def test_the_cache_has_the_size_of_its_buffers():
     model = tiny(2)
     shape = shape_of(model.config)
-    rows, prompt, room = 5, 7, 9
-    cache = new_cache(model.config, room=room)
+    rows, prompt, room = 5, 7, BLOCK
+    cache = new_cache(model.config)
     with torch.no_grad():
         model.base_model(input_ids=torch.ones((1, prompt), dtype=torch.long), past_key_values=cache, use_cache=True)
-    expand(cache, torch.zeros(rows, dtype=torch.long))
+        expand(cache, torch.zeros(rows, dtype=torch.long))
+        model.base_model(input_ids=torch.ones((rows, 1), dtype=torch.long), past_key_values=cache, use_cache=True)
     buffers = [each for layer in cache.layers for each in (layer.keys, layer.values)]
     held = sum(each.untyped_storage().nbytes() for each in buffers)
     planned = cache_bytes(shape, rows, prompt + room, size=4)
