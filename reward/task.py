@@ -1,6 +1,7 @@
 """What the optimizer loop asks of the reward stage: micro-batches, their loss, and held-out metrics."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from rlhf.data.batching import Batch
 from rlhf.data.preferences import PreferenceDataset
 from rlhf.engine.api import Engine
 from rlhf.train.batches import BatchMaker, without_gradient
+from rlhf.train.loop import Portioned
 
 
 class RewardTask:
@@ -169,6 +171,10 @@ class RewardTask:
         self._weights.load_state_dict(state["weights"], self._engine.ranks.device)
         self._statistics.load_state_dict(state["statistics"])
         self.margin_statistics = state["margin_statistics"]
+
+    @property
+    def portions(self) -> Mapping[str, Portioned]:
+        return {}
 
     def _observe(self, pairs: Pairs) -> None:
         """Margins, weights and statistics from the pairs of all ranks."""

@@ -126,8 +126,8 @@ class HfSampler:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
         log.warning(
-            "rank %d: %d responses at once do not fit into memory (%s): %d from now on, with the same results. A smaller "
-            "batch_rows does so from the start",
+            "rank %d: %d responses at once do not fit into memory (%s): %d from now on, with the same results. A "
+            "smaller batch_rows does so from the start",
             self._model.ranks.rank,
             2 * self._rows,
             said[:200],

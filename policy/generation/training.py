@@ -52,5 +52,5 @@ class TrainingSampler:
         self, prompts: Sequence[np.ndarray], seeds: Sequence[int], advance: Callable[[int], None] | None = None
     ) -> list[Response]:
         """One response to each prompt; see :meth:`policy.generation.api.Sampler.generate`. Every rank must call it."""
-        self._weights.refresh()
-        return self._sampler.generate(prompts, seeds, advance)
+        with self._weights.fresh():
+            return self._sampler.generate(prompts, seeds, advance)

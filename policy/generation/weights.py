@@ -1,13 +1,17 @@
-"""Where rollouts get their weights from: the model under training, or under ZeRO-3 a whole copy of it."""
+"""Where rollouts get their weights from: the model under training, adapters merged; under ZeRO-3 a whole copy of it."""
 
-from collections.abc import Callable
-from typing import Literal
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from policy.model import PolicyModel
 from rlhf.core.memory import free_memory
 from rlhf.engine.frozen import Frozen, ReplicatedModel
+from rlhf.engine.portions import Portions
+from rlhf.models.adapters import adapted_layers, mark_merged, merge_adapter, merged, merged_weight
 from rlhf.train.stage import say
 
 GIB = 2**30
@@ -20,6 +24,8 @@ class RolloutWeights:
 
     Under ZeRO-3 every forward fetches all weights from the other ranks: for each token of a response. A whole
     copy on every rank is fetched once for a rollout instead, and sampled from without a word between the ranks.
+    Adapters are merged into the weights for a rollout, where the merged ones fit beside the others: a layer with an
+    adapter takes three products for each token, and several passes over what they give.
     Every rank must make the same calls.
 
     Args:
@@ -43,19 +49,80 @@ class RolloutWeights:
             self._copy = ReplicatedModel(engine.ranks.together(build), engine.ranks)
         self.model: Frozen = engine if self._copy is None else self._copy
         self.synced = sharded and self._copy is None
+        self._layers = _mergeable(self.model.module)
+        if self._layers and not sharded and not _fits_beside(engine, self._layers):
+            say(
+                engine.ranks,
+                "rollouts: adapters stay apart, as there is no memory for merged weights beside the others",
+            )
+            self._layers = []
+
+    @contextlib.contextmanager
+    def fresh(self) -> Iterator[None]:
+        """Inside, the model has the weights as training has left them, adapters merged. Every rank must call it."""
+        if self._copy is not None:
+            self._refresh()
+            yield
+        elif self.synced:
+            with self._merged_in_shares():
+                yield
+        else:
+            with merged(self._layers):
+                yield
 
     @torch.no_grad()
-    def refresh(self) -> None:
-        """Take over what training has changed. Every rank must call it before it samples."""
-        if self._copy is None:
-            return
+    def _refresh(self) -> None:
+        """Take over what training has changed; what was merged needs the weights below anew."""
+        assert self._copy is not None
+        below = {layer.get_base_layer().weight for layer in self._layers}
+        for layer in self._layers:
+            mark_merged(layer, False)
         pairs = zip(self._copy.module.parameters(), self._engine.module.parameters(), strict=True)
         for mine, trained in pairs:
-            if trained.requires_grad or not self._whole_once:
+            if trained.requires_grad or mine in below or not self._whole_once:
                 with self._engine.whole([trained]):
                     assert mine.shape == trained.shape, "build() made another model"
                     mine.copy_(trained)
         self._whole_once = True
+        for layer in self._layers:
+            merge_adapter(layer)
+            mark_merged(layer, True)
+
+    @contextlib.contextmanager
+    def _merged_in_shares(self) -> Iterator[None]:
+        """The same where every rank has a share of each weight: shares as they were are kept on the CPU."""
+        weights = [layer.get_base_layer().weight for layer in self._layers]
+        before = Portions(self._engine, weights)
+        try:
+            for layer, weight in zip(self._layers, weights, strict=True):
+                adapter = [parameter for parameter in layer.parameters() if parameter is not weight]
+                with self._engine.whole(adapter), self._engine.whole([weight], modify=True), torch.no_grad():
+                    weight.copy_(merged_weight(layer))
+                mark_merged(layer, True)
+            yield
+        finally:
+            for layer in self._layers:
+                mark_merged(layer, False)
+            before.put()
+
+
+def _mergeable(module: nn.Module) -> list[Any]:
+    """The layers with an adapter, but for those whose weight another module uses as it is."""
+    adapters = module.adapters if isinstance(module, PolicyModel) else ()
+    used: dict[nn.Parameter, int] = {}
+    for part in module.modules():
+        for parameter in part.parameters(recurse=False):
+            used[parameter] = used.get(parameter, 0) + 1
+    layers = [layer for adapter in adapters for layer in adapted_layers(adapter)]
+    return [layer for layer in layers if used[layer.get_base_layer().weight] == 1]
+
+
+def _fits_beside(engine: Frozen, layers: list[Any]) -> bool:
+    """Whether merged weights take at most half of the free memory, on every rank."""
+    weights = [layer.get_base_layer().weight for layer in layers]
+    needed = sum(weight.numel() * weight.element_size() for weight in weights)
+    free = _free_bytes(engine.ranks.device, engine.ranks.local_size)
+    return not engine.ranks.any(free is not None and needed > FREE_SHARE * free)
 
 
 def _wants_copy(engine: Frozen, choice: str) -> bool:

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ from rlhf.engine.api import Engine
 from rlhf.engine.build import precision_of
 from rlhf.engine.ranks import Ranks
 from rlhf.train.batches import BatchMaker
-from rlhf.train.loop import Outcome
+from rlhf.train.loop import Outcome, Portioned
 from rlhf.train.metrics import SkipLog
 from rlhf.train.progress import Progress
 
@@ -353,14 +353,15 @@ class PpoTask:
         return {
             "kl": self._kl.state_dict(),
             "watch": self._watch.state_dict(),
-            "ema": None if self._ema is None else self._ema.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._kl.load_state_dict(state["kl"])
         self._watch.load_state_dict(state["watch"])
-        if self._ema is not None:
-            self._ema.load_state_dict(state["ema"])
+
+    @property
+    def portions(self) -> Mapping[str, Portioned]:
+        return {} if self._ema is None else {"average": self._ema}
 
 
 class _Clock:

@@ -15,14 +15,14 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from policy.model import policy_of
 from policy.preference.columns import RowSums, row_sums
 from rlhf.core.errors import CheckpointError, ConfigError
 from rlhf.core.files import digest, write_array, write_json
 from rlhf.data.batching import Batch, ItemSource
-from rlhf.engine.frozen import Frozen, frozen_weights, move_towards, set_frozen_weights
+from rlhf.engine.frozen import Frozen, move_towards
+from rlhf.engine.portions import Portions
 from rlhf.engine.stop import StopRequests
 from rlhf.train.batches import BatchMaker, without_gradient
 from rlhf.train.progress import Progress
@@ -64,12 +64,15 @@ class LiveReference:
         """Every rank must call it."""
         move_towards(self.model, policy, share)
 
-    def state_dict(self) -> list[Tensor] | None:
-        return frozen_weights(self.model) if self.moves else None
+    def save(self, folder: Path) -> None:
+        """Write the weights, of which each rank has a part. Every rank must call it."""
+        Portions(self.model, list(self.model.module.parameters())).save(folder)
 
-    def load_state_dict(self, state: list[Tensor] | None) -> None:
-        if state is not None:
-            set_frozen_weights(self.model, state)
+    def load(self, folder: Path) -> None:
+        """Put back what :meth:`save` wrote. Every rank must call it."""
+        portions = Portions(self.model, list(self.model.module.parameters()))
+        portions.load(folder)
+        portions.put()
 
     def of(self, batch: Batch) -> RowSums:
         off = policy_of(self.model).without_adapters() if self.adapters_off else contextlib.nullcontext()

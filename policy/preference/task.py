@@ -1,5 +1,6 @@
 """What the optimizer loop asks of the preference stage: micro-batches, their loss, and held-out metrics."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from rlhf.data.batching import Batch, ItemSource
 from rlhf.data.preferences import PreferenceDataset
 from rlhf.engine.api import Engine
 from rlhf.train.batches import BatchMaker, without_gradient
+from rlhf.train.loop import Portioned
 
 
 class PreferenceTask:
@@ -154,7 +156,6 @@ class PreferenceTask:
             "delta": None if self._delta is None else self._delta.state_dict(),
             "watch": self._watch.state_dict(),
             "start_logprobs": self._start_logprobs,
-            "reference": self._reference.state_dict() if isinstance(self._reference, LiveReference) else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -166,8 +167,11 @@ class PreferenceTask:
             self._delta.load_state_dict(state["delta"])
         self._watch.load_state_dict(state["watch"])
         self._start_logprobs = state["start_logprobs"]
-        if isinstance(self._reference, LiveReference):
-            self._reference.load_state_dict(state["reference"])
+
+    @property
+    def portions(self) -> Mapping[str, Portioned]:
+        moves = isinstance(self._reference, LiveReference) and self._reference.moves
+        return {"reference": self._reference} if moves else {}
 
     def _wanted(self) -> dict[str, bool]:
         loss = self._config.loss

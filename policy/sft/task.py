@@ -1,5 +1,6 @@
 """What the optimizer loop asks of supervised fine-tuning: micro-batches, their loss, and held-out metrics."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from rlhf.core.errors import TrainingStopped
 from rlhf.data.batching import Batch, ItemSource
 from rlhf.engine.api import Engine
 from rlhf.train.batches import BatchMaker, without_gradient
+from rlhf.train.loop import Portioned
 
 
 class SftTask:
@@ -71,6 +73,10 @@ class SftTask:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing is carried from step to step."""
+
+    @property
+    def portions(self) -> Mapping[str, Portioned]:
+        return {}
 
     # Held-out evaluation
 

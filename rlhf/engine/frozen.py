@@ -48,24 +48,6 @@ def move_towards(target: Frozen, source: Frozen, share: float) -> None:
             mine.lerp_(other.to(mine.dtype), share)
 
 
-def frozen_weights(model: Frozen) -> list[Tensor]:
-    """All weights on the CPU of the main rank, empty elsewhere. Every rank must call it."""
-    weights = []
-    for parameter in model.module.parameters():
-        with model.whole([parameter]):
-            if model.ranks.is_main:
-                weights.append(parameter.detach().cpu().clone())
-    return weights
-
-
-@torch.no_grad()
-def set_frozen_weights(model: Frozen, weights: Sequence[Tensor]) -> None:
-    """Put back what :func:`frozen_weights` gave. Every rank must call it, with the same weights."""
-    for parameter, value in zip(model.module.parameters(), weights, strict=True):
-        with model.whole([parameter], modify=True):
-            parameter.copy_(value)
-
-
 def freeze(module: nn.Module, *, ranks: Ranks, config: EngineConfig, placement: str, hidden_size: int) -> Frozen:
     """Place ``module`` for forwards without gradient.
 

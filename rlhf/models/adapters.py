@@ -1,13 +1,15 @@
 """Folders that hold a LoRA adapter and name the model that it belongs to."""
 
+import contextlib
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.core.errors import ModelError
@@ -108,10 +110,50 @@ def adapted_layers(wrapped: "PeftModel") -> list[Any]:
 
 def merge_adapter(layer: Any) -> None:
     """Put the adapter of one layer into its weight."""
-    dtype: torch.dtype = layer.get_base_layer().weight.dtype
-    layer.to(torch.promote_types(dtype, torch.float32))
-    layer.merge()
-    layer.to(dtype)
+    layer.get_base_layer().weight.data = merged_weight(layer)
+
+
+@torch.no_grad()
+def merged_weight(layer: Any) -> Tensor:
+    """The weight of a layer with its adapter in it, computed in float32 and rounded once. The layer stays as it is."""
+    weight = layer.get_base_layer().weight
+    before = {parameter: parameter.data for parameter in layer.parameters()}
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    try:
+        for parameter, data in before.items():
+            parameter.data = data.to(wide, copy=parameter is weight)
+        layer.merge()
+        return weight.data.to(before[weight].dtype)
+    finally:
+        for parameter, data in before.items():
+            parameter.data = data
+        layer.merged_adapters.clear()
+
+
+def mark_merged(layer: Any, merged: bool) -> None:
+    """Let a layer go by its weight alone, which has the adapter in it, or by both again."""
+    layer.merged_adapters[:] = layer.active_adapters if merged else []
+
+
+@contextlib.contextmanager
+def merged(layers: Sequence[Any]) -> Iterator[None]:
+    """The adapters of ``layers`` are in their weights inside the block, and apart again behind it.
+
+    The weights are then the very tensors that they were: what is merged lies beside them.
+    """
+    before: dict[Any, Tensor] = {}
+    try:
+        for layer in layers:
+            weight = layer.get_base_layer().weight
+            before[weight] = weight.data
+            weight.data = merged_weight(layer)
+            mark_merged(layer, True)
+        yield
+    finally:
+        for weight, data in before.items():
+            weight.data = data
+        for layer in layers:
+            mark_merged(layer, False)
 
 
 def take_off(wrapped: "PeftModel") -> None:

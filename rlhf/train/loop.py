@@ -5,7 +5,7 @@ No algorithm in it.
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -45,6 +45,18 @@ class Watched(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
+    @property
+    def portions(self) -> Mapping[str, "Portioned"]:
+        """What is too large for one rank, by name: each has a part, and saves it."""
+
+
+class Portioned(Protocol):
+    """What is saved and loaded by all ranks; on another number of them, too."""
+
+    def save(self, folder: Path) -> None: ...
+
+    def load(self, folder: Path) -> None: ...
+
 
 class Task(Watched, Protocol):
     """What a stage hands to :func:`fit`."""
@@ -62,15 +74,11 @@ class Task(Watched, Protocol):
         """Which rows of the data are in ``batch``, for messages."""
 
 
-class Stateful(Protocol):
+class Stateful(Portioned, Protocol):
     """One engine, or several that are saved and loaded together."""
 
     @property
     def ranks(self) -> Ranks: ...
-
-    def save(self, folder: Path) -> None: ...
-
-    def load(self, folder: Path) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,6 +256,8 @@ def load_checkpoint(engine: Stateful, task: Watched, run: Run, path: Path) -> No
     engine.load(path)
     read = engine.ranks.together(lambda: torch.load(path / "task.pt", weights_only=True, map_location="cpu"))
     task.load_state_dict(read)
+    for name, portions in task.portions.items():
+        portions.load(path / name)
     engine.ranks.together(lambda: run.store.restore_random_state(path))
 
 
@@ -257,6 +267,8 @@ def save(engine: Stateful, task: Watched, run: Run, state: LoopState) -> None:
 
     def write(folder: Path) -> None:
         engine.save(folder)
+        for name, portions in task.portions.items():
+            portions.save(folder / name)
         state_dict = task.state_dict()
         if engine.ranks.is_main:
             torch.save(state_dict, folder / "task.pt")

@@ -15,6 +15,7 @@ from transformers import (
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from policy.generation.api import row_seed, row_uniforms
+from policy.generation.cache import BLOCK
 from policy.model import PolicyModel
 from rlhf.core.errors import ConfigError, ModelError
 from rlhf.data.batching import Row, length_bucket
@@ -97,11 +98,11 @@ def test_a_response_depends_on_its_prompt_and_seed_only(make_sampler, tiny_polic
     assert written(together[::2]) != written(together[1::2]), "seeds must matter"
 
 
-def assert_same(found, expected):
+def assert_same(found, expected, within=2e-5):
     assert written(found) == written(expected)
     for left, right in zip(found, expected, strict=True):
         assert left.ended == right.ended
-        np.testing.assert_allclose(left.logprobs, right.logprobs, rtol=0, atol=2e-5)
+        np.testing.assert_allclose(left.logprobs, right.logprobs, rtol=0, atol=within)
 
 
 @pytest.mark.parametrize(
@@ -194,6 +195,140 @@ def test_prompts_are_read_once_and_ended_rows_leave(make_sampler, tiny_policy, p
     lengths = np.array([len(response.tokens) for response in found])
     assert asked[0] == (len(prompts), max(map(len, prompts)))
     assert asked[1:] == [((lengths > step).sum(), 1) for step in range(1, lengths.max())]
+
+
+def asked_shapes(policy) -> list[tuple[int, ...]]:
+    """Rows and tokens of each forward, from now on."""
+    asked: list[tuple[int, ...]] = []
+    policy.register_forward_pre_hook(
+        lambda module, args, kwargs: asked.append(tuple(kwargs["decode"].tokens.shape)), with_kwargs=True
+    )
+    return asked
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_rows_that_end_make_room_for_prompts_that_wait_and_nobody_notices(make_sampler, prompts, name):
+    """Each response is that of its prompt and seed alone, in forwards that are full until nobody waits any more."""
+    torch.manual_seed(3)
+    policy = PolicyModel(MODELS[name]().eval())
+    eos, limit, sampling = range(0, SIZES["vocab_size"], 15), 25, {"temperature": 0.9, "top_p": 0.95}
+    many = [prompt for prompt in prompts if len(prompt) > 1 for _ in range(6)]
+    seeds = [row_seed(5, place) for place in range(len(many))]
+    alone = [
+        make_sampler(policy, eos, max_new_tokens=limit, **sampling).generate([prompt], [seed])[0]
+        for prompt, seed in zip(many, seeds, strict=True)
+    ]
+    lengths = [len(response.tokens) for response in alone]
+    assert len(set(lengths)) > 10 and max(lengths) == limit
+    asked = asked_shapes(policy)
+    told: list[int] = []
+    together = make_sampler(policy, eos, max_new_tokens=limit, batch_rows=8, **sampling)
+    assert_same(together.generate(many, seeds, told.append), alone, within=1e-4)
+    written = [rows for rows, tokens in asked if tokens == 1]
+    waiting = written[: len(written) - limit]
+    assert max(written) == 8 and len(waiting) > 10 and np.mean(waiting) > 7
+    assert sum(written) == sum(lengths) - len(many), "the first tokens come with the prompts"
+    assert told == sorted(set(told)) and told[-1] == len(many)
+
+
+def test_a_cache_that_takes_no_more_rows_is_filled_anew_when_it_is_empty(make_sampler, tiny_policy, prompts, seeds):
+    """As that of Mamba: here a layer of another kind is put into the cache."""
+    policy = tiny_policy()
+    eos = range(0, VOCABULARY, 8)
+    expected = make_sampler(policy, eos, max_new_tokens=12, batch_rows=3).generate(prompts, seeds)
+    asked = asked_shapes(policy)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("policy.generation.hf.takes_more_rows", lambda cache: False)
+        found = make_sampler(policy, eos, max_new_tokens=12, batch_rows=3).generate(prompts, seeds)
+    assert_same(found, expected)
+    assert sum(tokens > 1 for _, tokens in asked) == 3, "eight prompts, three at a time"
+
+
+def test_responses_longer_than_a_block_of_the_cache_are_those_of_generate(make_sampler, prompts, seeds):
+    torch.manual_seed(3)
+    hf = MODELS["llama"]().eval()
+    count = 2 * BLOCK + 9
+    expected = generated(hf, prompts[:3], count, ())
+    sampler = make_sampler(PolicyModel(hf), max_new_tokens=count, batch_rows=2, **GREEDY)
+    held = []
+    hf.model.register_forward_hook(
+        lambda module, args, output: held.append(output.past_key_values.layers[0]), with_kwargs=False
+    )
+    assert written(sampler.generate(prompts[:3], seeds[:3])) == expected
+    longest = max(map(len, prompts[:3]))
+    (layer,) = {id(each): each for each in held[-5:]}.values()
+    assert layer._buffers[0].shape[2] <= longest + count + BLOCK
+
+
+class Card:
+    """Memory for so many rows: a forward of more runs out of it, as torch says it."""
+
+    def __init__(self, policy, rows: int) -> None:
+        self.rows, self.refused = rows, 0
+        policy.register_forward_pre_hook(self._look, with_kwargs=True)
+
+    def _look(self, module, args, kwargs) -> None:
+        if len(kwargs["decode"].tokens) > self.rows:
+            self.refused += 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nGPU 0 has ...")
+
+
+@pytest.mark.parametrize("room", [1, 3, 5])
+def test_rows_that_do_not_fit_are_halved_and_said_once(make_sampler, tiny_policy, prompts, room, caplog):
+    policy = tiny_policy()
+    eos, limit = range(0, VOCABULARY, 10), 12
+    many = [prompt for prompt in prompts for _ in range(2)]
+    seeds = [row_seed(9, place) for place in range(len(many))]
+    expected = make_sampler(policy, eos, max_new_tokens=limit).generate(many, seeds)
+    card = Card(policy, room)
+    sampler = make_sampler(policy, eos, max_new_tokens=limit, batch_rows=8)
+    assert_same(sampler.generate(many, seeds), expected)
+    halved = {1: [4, 2, 1], 3: [4, 2], 5: [4]}[room]
+    said = [record.getMessage() for record in caplog.records if "do not fit into memory" in record.getMessage()]
+    assert [line.partition("): ")[2].split()[0] for line in said] == list(map(str, halved))
+    assert all("CUDA out of memory. Tried to allocate 20.00 MiB.): " in line for line in said)
+    refused = card.refused
+    assert refused == len(halved)
+    assert_same(sampler.generate(many, seeds), expected)
+    assert card.refused == refused, "what did not fit once is not tried again"
+
+
+def test_memory_that_runs_out_halfway_loses_no_response_that_is_done(make_sampler, tiny_policy, prompts, seeds):
+    policy = tiny_policy()
+    eos = range(0, VOCABULARY, 8)
+    expected = make_sampler(policy, eos, max_new_tokens=20).generate(prompts, seeds)
+    asked, told = asked_shapes(policy), []
+
+    def run_out(module, args, kwargs) -> None:
+        if len(asked) == 7:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    policy.register_forward_pre_hook(run_out, with_kwargs=True)
+    sampler = make_sampler(policy, eos, max_new_tokens=20, batch_rows=8)
+    assert_same(sampler.generate(prompts, seeds, told.append), expected)
+    begun_anew = sum(rows for rows, tokens in asked[7:] if tokens > 1)
+    assert 0 < begun_anew < len(set(map(bytes, prompts)))
+
+
+def test_one_row_that_does_not_fit_is_a_shortage(make_sampler, tiny_policy, prompts, seeds):
+    policy = tiny_policy()
+    Card(policy, 0)
+    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
+        make_sampler(policy, max_new_tokens=2).generate(prompts, seeds)
+    with pytest.raises(ZeroDivisionError):  # what is no shortage is not tried again
+        policy.register_forward_pre_hook(lambda *given: 1 // 0, prepend=True)
+        make_sampler(policy, max_new_tokens=2).generate(prompts, seeds)
+
+
+@pytest.mark.parametrize("name", ["flash_attention_2", "kernels-community/flash-attn3"])
+def test_a_model_with_flash_attention_is_sampled_from_with_sdpa(make_sampler, tiny_policy, prompts, seeds, name):
+    """Here, where it is not installed, any call of it would fail."""
+    policy = tiny_policy()
+    expected = make_sampler(policy, max_new_tokens=4).generate(prompts, seeds)
+    policy.hf.config._attn_implementation_internal = name
+    found = make_sampler(policy, max_new_tokens=4).generate(prompts, seeds)
+    assert_same(found, expected)
+    assert policy.hf.config._attn_implementation == name
 
 
 def stopped_by_hand(tokenizer, tokens, stop) -> list[int]:

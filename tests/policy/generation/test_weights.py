@@ -29,6 +29,21 @@ def test_two_unequal_ranks_under_zero3_draw_what_one_rank_draws(run_ranks, tiny_
     assert said.count("rollouts: ZeRO-3 weights gathered for every token\n") == 1
 
 
+@pytest.mark.slow
+@pytest.mark.dist
+def test_adapters_merged_for_a_rollout_draw_what_adapters_apart_draw_and_leave_every_bit(
+    run_ranks, tiny_model, tmp_path
+):
+    """The worker compares all weights before and after each rollout."""
+    drawn = {}
+    for kind, ranks in (("local", 1), ("zero2", 2), ("zero3", 2)):
+        run_ranks([WORKER, str(tiny_model), kind, str(tmp_path / kind), "4"], ranks=ranks)
+        drawn[kind] = json.loads((tmp_path / kind).read_text())
+    first, second = expected = drawn["local"]["never, 0"]
+    assert drawn["zero2"] == drawn["zero3"] == dict.fromkeys(drawn["zero2"], expected)
+    assert len(drawn["zero3"]) == 4 and first != second
+
+
 @pytest.fixture
 def cut_up(tiny_policy, alone):
     """``cut_up(**model options)``: an engine that looks as if ZeRO-3 had cut up its parameters, and a builder."""
@@ -63,25 +78,61 @@ def test_choices_are_obeyed_whatever_the_memory(cut_up, monkeypatch):
 def test_whole_models_are_sampled_from_as_they_are(tiny_policy, alone, capsys):
     engine = LocalEngine(tiny_policy(), ranks=alone, optimizer=OptimizerConfig(), total_steps=1)
     found = RolloutWeights(engine, tiny_policy, "once")
-    found.refresh()
-    assert found.model is engine and not found.synced
+    with found.fresh():
+        assert found.model is engine and not found.synced
     assert capsys.readouterr().out == ""
 
 
-def test_the_copy_takes_over_all_weights_at_first_and_then_the_trained_ones(cut_up):
-    engine, build = cut_up(lora=LoraOptions(rank=2, alpha=4.0))
+def test_the_copy_takes_over_all_weights_at_first_and_then_those_that_matter(cut_up):
+    """With adapters, the weights below them once more: the copy holds what came of merging."""
+    engine, build = cut_up(lora=LoraOptions(rank=2, alpha=4.0, targets=["q_proj", "down_proj"]))
     with torch.no_grad():
         for parameter in engine.module.parameters():
             parameter += 1.0
     found = RolloutWeights(engine, build, "once")
     asked = []
     engine.whole = lambda tensors: asked.extend(tensors) or torch.no_grad()
-    for wanted in (list(engine.module.parameters()), [p for p in engine.module.parameters() if p.requires_grad]):
+    parameters = dict(engine.module.named_parameters())
+    needed = [value for name, value in parameters.items() if "lora_" in name or "base_layer" in name]
+    for wanted in (list(parameters.values()), needed):
         with torch.no_grad():
-            for parameter in engine.module.parameters():
+            for parameter in parameters.values():
                 parameter += 0.5 if parameter.requires_grad else 0.0
         asked.clear()
-        found.refresh()
-        assert [id(parameter) for parameter in asked] == [id(parameter) for parameter in wanted]
-        for mine, theirs in zip(found.model.module.parameters(), engine.module.parameters(), strict=True):
-            assert torch.equal(mine, theirs)
+        with found.fresh():
+            assert [id(parameter) for parameter in asked] == [id(parameter) for parameter in wanted]
+        for name, mine in found.model.module.named_parameters():
+            expected = parameters[name]
+            if "base_layer" in name:
+                down, up = (parameters[name.replace("base_layer.weight", f"lora_{end}.default.weight")] for end in "AB")
+                expected = expected + 2.0 * up @ down
+            torch.testing.assert_close(mine, expected.detach(), rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(("free_share", "merged"), [(2.1, True), (1.9, False)])
+def test_adapters_are_merged_if_what_comes_of_it_takes_at_most_half_of_the_free_memory(
+    tiny_policy, alone, monkeypatch, capsys, free_share, merged
+):
+    policy = tiny_policy(lora=LoraOptions(rank=2, alpha=4.0))
+    engine = LocalEngine(policy, ranks=alone, optimizer=OptimizerConfig(), total_steps=1)
+    below = [value for name, value in policy.named_parameters() if "base_layer" in name]
+    size = sum(4 * weight.numel() for weight in below)
+    monkeypatch.setattr(weights, "free_memory", lambda: int(free_share * size))
+    found = RolloutWeights(engine, tiny_policy)
+    assert ("adapters stay apart" in capsys.readouterr().out) != merged
+    places = [weight.data_ptr() for weight in below]
+    with found.fresh():
+        assert all((weight.data_ptr() != place) == merged for weight, place in zip(below, places, strict=True))
+    assert [weight.data_ptr() for weight in below] == places
+
+
+def test_an_adapter_on_a_weight_that_others_use_stays_apart(tiny_policy, alone):
+    """The embedding is the output projection as well: merged, it would change both."""
+    policy = tiny_policy(lora=LoraOptions(rank=2, alpha=4.0, targets=["embed_tokens", "q_proj"]))
+    assert policy.hf.get_output_embeddings().weight is policy.hf.get_input_embeddings().base_layer.weight
+    table = policy.hf.get_output_embeddings().weight.data_ptr()
+    found = RolloutWeights(LocalEngine(policy, ranks=alone, optimizer=OptimizerConfig(), total_steps=1), tiny_policy)
+    query = policy.hf.model.layers[0].self_attn.q_proj.base_layer.weight
+    place = query.data_ptr()
+    with found.fresh():
+        assert policy.hf.get_output_embeddings().weight.data_ptr() == table and query.data_ptr() != place

@@ -513,20 +513,20 @@ def test_a_step_of_few_prompts_gives_every_rollout_as_many_passes(make_task, tin
     assert last["minibatches"] == 2 * last["rollouts"] / 8
 
 
-def test_the_average_is_that_of_the_weights_after_each_step(make_task):
+def test_the_average_is_that_of_the_weights_after_each_step(make_task, tmp_path):
     shop = make_task(ema=0.6)
     expected = shop.weights()
     for number in range(3):
         shop.step(number)
         now = shop.weights()
         expected = {name: 0.6 * value + 0.4 * now[name] for name, value in expected.items()}
-    state = copy.deepcopy(shop.task.state_dict())
+    shop.task.portions["average"].save(tmp_path)
     shop.task.take_average()
     for name, value in shop.weights().items():
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6, msg=name)
     assert any(not torch.allclose(value, now[name], atol=1e-3) for name, value in shop.weights().items())
     again = make_task(ema=0.6)
-    again.task.load_state_dict(state)
+    again.task.portions["average"].load(tmp_path)
     again.task.take_average()
     assert all(torch.equal(value, shop.weights()[name]) for name, value in again.weights().items())
 

@@ -7,7 +7,7 @@ import torch
 
 from policy.preference.reference import CacheJob, LiveReference, cache_folder, open_cache
 from rlhf.core.errors import CheckpointError, ConfigError, RunStopped
-from rlhf.engine.frozen import ReplicatedModel, frozen_weights, move_towards, set_frozen_weights
+from rlhf.engine.frozen import ReplicatedModel, move_towards
 from rlhf.engine.stop import STOP_FILE, StopRequests
 from rlhf.models.options import LoraOptions
 from rlhf.train.batches import BatchMaker
@@ -146,11 +146,12 @@ def test_with_adapters_off_the_trained_model_is_its_base(tiny_policy, tiny_data,
     assert not torch.allclose(LiveReference(lora).of(batch).head, base.head, rtol=1e-2)
 
 
-def test_a_reference_moves_towards_the_policy_and_back(tiny_policy, alone):
+def test_a_reference_moves_towards_the_policy_and_back(tiny_policy, alone, tmp_path):
     target, source = ReplicatedModel(tiny_policy(), alone), ReplicatedModel(tiny_policy(noise=0.1), alone)
-    before = frozen_weights(target)
+    before = [value.clone() for value in target.module.parameters()]
+    LiveReference(target, moves=True).save(tmp_path)
     move_towards(target, source, 0.25)
-    for found, start, end in zip(frozen_weights(target), before, frozen_weights(source), strict=True):
-        torch.testing.assert_close(found, 0.75 * start + 0.25 * end)
-    set_frozen_weights(target, before)
-    assert all(torch.equal(a, b) for a, b in zip(frozen_weights(target), before, strict=True))
+    for found, start, end in zip(target.module.parameters(), before, source.module.parameters(), strict=True):
+        torch.testing.assert_close(found.detach(), 0.75 * start + 0.25 * end)
+    LiveReference(target, moves=True).load(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(target.module.parameters(), before, strict=True))

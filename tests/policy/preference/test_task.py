@@ -244,13 +244,15 @@ def test_drift_is_zero_where_policy_and_reference_are_one(make_task):
     assert math.isclose(metrics["loss"], math.log(2), rel_tol=1e-6)
 
 
-def test_a_moving_reference_catches_up_and_is_part_of_the_state(make_task):
+def test_a_moving_reference_catches_up_and_is_part_of_the_state(make_task, tmp_path):
     moving = ReferenceConfig(kind="live", sync_every=2, sync_share=1.0)
     engine, task = make_task(reference=moving)
     drifts = [one_step(engine, task, step)[1]["logprobs/chosen_drift"] for step in (0, 1, 2)]
     assert drifts[0] != 0 and drifts[1] != 0 and drifts[2] == 0
     again_engine, again = make_task(reference=moving)
     again.load_state_dict(task.state_dict())
+    task.portions["reference"].save(tmp_path)
+    again.portions["reference"].load(tmp_path)
     assert one_step(again_engine, again, 1)[1]["logprobs/chosen_drift"] == 0
 
 

@@ -1,9 +1,12 @@
-"""One rank that samples from a tiny policy: python sample.py MODEL ENGINE OUTPUT.
+"""One rank that samples from a tiny policy: python sample.py MODEL ENGINE OUTPUT [LORA].
 
-ENGINE is local or zero3. Samples in every way, changes the weights, samples again. Rank 0 of two has one prompt or
-none, the other rank all others. The main rank writes what was drawn: for each way, two rounds of all prompts.
+ENGINE is local, zero2 or zero3. Samples in every way, changes the weights, samples again. Rank 0 of two has one prompt
+or none, the other rank all others. The main rank writes what was drawn: for each way, two rounds of all prompts. With
+LORA, adapters of that rank are trained: the local engine is then asked with adapters apart, the others as runs do it.
 """
 
+import contextlib
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -18,8 +21,10 @@ from policy.generation.weights import RolloutWeights
 from policy.model import build_policy
 from policy.options import PolicyConfig
 from rlhf.engine.build import build_engine
+from rlhf.engine.local import LocalEngine
 from rlhf.engine.options import EngineConfig, OptimizerConfig
 from rlhf.engine.ranks import start_ranks, stop_ranks
+from rlhf.models.options import LoraOptions
 
 COUNT = 9
 
@@ -34,31 +39,52 @@ def my_places(first: int, rank: int, ranks: int) -> list[int]:
 def draw(engine, weights, places: list[int], seed: int) -> list[list[int]]:
     """Tokens of the responses to all prompts, on every rank."""
     config = SamplingConfig(max_new_tokens=20, batch_rows=3, temperature=1.3)
-    sampler = HfSampler(
-        weights.model, config, eos_token_ids=range(0, 321, 15), pad_token_id=2, synced=weights.synced
-    )
-    weights.refresh()
+    ends = range(0, 321, 15)
+    sampler = HfSampler(weights.model, config, eos_token_ids=ends, pad_token_id=2, synced=weights.synced)
     generator = np.random.default_rng(0)
     prompts = [generator.integers(3, 300, 1 + place % 5) for place in range(COUNT)]
-    responses = sampler.generate([prompts[p] for p in places], [row_seed(seed, p) for p in places])
+    before = digest_of(engine)
+    with contextlib.nullcontext() if isinstance(engine, LocalEngine) else weights.fresh():
+        responses = sampler.generate([prompts[p] for p in places], [row_seed(seed, p) for p in places])
+        inside = digest_of(engine)
+    assert digest_of(engine) == before, "sampling changed the weights"
+    has_copy = weights.model is not engine
+    assert (inside != before) == (merges(engine, has_copy) and seed > 0), "merged only where it should be"
     drawn = {p: response.tokens.tolist() for p, response in zip(places, responses, strict=True)}
     merged = {p: tokens for part in engine.ranks.gather_objects(drawn) for p, tokens in part.items()}
     return [merged[p] for p in range(COUNT)]
 
 
+def digest_of(engine) -> list[str]:
+    """Of the bits of each weight."""
+    found = []
+    for parameter in engine.module.parameters():
+        with engine.whole([parameter]):
+            found.append(hashlib.sha256(parameter.detach().numpy().tobytes()).hexdigest())
+    return found
+
+
+def merges(engine, has_copy: bool) -> bool:
+    """Whether the engine's own weights have adapters in them during a rollout."""
+    return engine.module.has_adapters and not has_copy and not isinstance(engine, LocalEngine)
+
+
 def move_weights(engine) -> None:
     generator = torch.Generator().manual_seed(1)
     for parameter in engine.module.parameters():
+        if not parameter.requires_grad:
+            continue
         with engine.whole([parameter], modify=True), torch.no_grad():
             parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
 
 
 def main() -> None:
-    model, kind, output = sys.argv[1:]
+    model, kind, output, *rank = sys.argv[1:]
+    lora = LoraOptions(rank=int(rank[0]), alpha=8.0) if rank else None
     ranks = start_ranks()
 
     def build():
-        return build_policy(PolicyConfig(path=model), dtype=torch.float32, vocabulary=1, seed=0)
+        return build_policy(PolicyConfig(path=model, lora=lora), dtype=torch.float32, vocabulary=1, seed=0)
 
     engine = build_engine(
         build(),
