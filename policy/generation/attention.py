@@ -47,7 +47,7 @@ def sampling_attention(model: PreTrainedModel) -> Iterator[None]:
     code asks whether the name is "sdpa". Flash attention unpads a padded batch anew in each layer and for each token,
     and waits for the host to know how many tokens there are; SDPA takes its place.
     """
-    configs = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
+    configs: dict[int, Any] = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
     with_flash = {
         key: name
         for key, config in configs.items()

@@ -132,7 +132,9 @@ def join(cache: Cache, other: Cache, columns: int) -> None:
         cache, other: of one model; both have their prompts. ``other`` is emptied, layer by layer.
         columns: as many as the longest row of either has tokens.
     """
-    for layer, more in zip(cache.layers, other.layers, strict=True):
+    layers: list[Any] = cache.layers
+    others: list[Any] = other.layers
+    for layer, more in zip(layers, others, strict=True):
         if isinstance(layer, RoomyLayer):
             layer.join(more, columns)
         else:

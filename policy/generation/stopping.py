@@ -35,8 +35,8 @@ class StopRule:
         """Which of the responses have just ended; none of them had before its last token."""
         ended = np.isin([row[-1] for row in rows], self._eos)
         if self._stop:
-            for place in np.flatnonzero(~ended):
-                ended[place] = self._has_stop(rows[place][-self._tail :])
+            for place, row in enumerate(rows):
+                ended[place] = ended[place] or self._has_stop(row[-self._tail :])
         return ended
 
     def _has_stop(self, tokens: NDArray[np.int64]) -> bool:

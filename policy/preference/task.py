@@ -170,8 +170,9 @@ class PreferenceTask:
 
     @property
     def portions(self) -> Mapping[str, Portioned]:
-        moves = isinstance(self._reference, LiveReference) and self._reference.moves
-        return {"reference": self._reference} if moves else {}
+        if isinstance(self._reference, LiveReference) and self._reference.moves:
+            return {"reference": self._reference}
+        return {}
 
     def _wanted(self) -> dict[str, bool]:
         loss = self._config.loss

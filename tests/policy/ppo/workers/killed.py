@@ -16,7 +16,7 @@ from policy.ppo.task import Engines, PpoTask
 from policy.ppo.update import Updater
 
 METHODS = {
-    "generation": (HfSampler, "_decode"),
+    "generation": (HfSampler, "_write"),
     "scoring": (ModelScorer, "score"),
     "policy": (Updater, "_update_policy"),
     "critic": (Updater, "_update_critic"),
