@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from rlhf.models.adapters import adapter_base, saved_embedding_rows, with_adapter
+from rlhf.models.adapters import adapter_base, beside_adapter, saved_embedding_rows, with_adapter
 from rlhf.models.backbones import exact_attention
 from rlhf.train.reloading import check_texts, opening_type, padded, placed
 
@@ -74,6 +74,9 @@ def open_policy(folder: Path, trusted: bool = False, request: Mapping[str, Any] 
         return model
     model = AutoModelForCausalLM.from_pretrained(base.path, revision=base.revision, **options)
     model.generation_config = GenerationConfig.from_pretrained(folder)
+    if (request or {}).get("on_all_ranks"):  # merged, each rank would have all weights for itself
+        beside_adapter(model, folder)
+        return model
     return with_adapter(model, folder)
 
 

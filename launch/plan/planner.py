@@ -237,7 +237,15 @@ class StagePlan:
             "rollout: logits": next_token_bytes(policy.model.shape, rows),
             "policy: gathered weights": 0 if self._gathers_once(rollout) else self.states[policy.name].gathered,
         }
-        return beside([Phase(name="rollout", device=items)], [*self._resting(), self._rollout_copy()])
+        merged = self._merged_weights()
+        return beside([Phase(name="rollout", device=items | merged)], [*self._resting(), self._rollout_copy()])
+
+    def _merged_weights(self) -> dict[str, int]:
+        """The weights that adapters are merged into for a rollout: they lie beside the others, without ZeRO-3."""
+        policy = self.roles.main
+        size = self.size * policy.model.matrix_parameters
+        apart = policy.model.trained != "lora" or policy.shared_out or size > COPY_SHARE * self.cluster.device_memory
+        return {} if apart else {"rollout: weights with adapters merged": size}
 
     def _training(self) -> list[Phase]:
         phases = []

@@ -160,7 +160,7 @@ class Written:
         self._counts[list(places)] = 0
 
     def responses(self) -> list[Response]:
-        """Of all rows, in their order."""
+        """What all rows have written, in their order."""
         logprobs, entropies = self._logprobs.cpu().numpy(), self._entropies.cpu().numpy()
         return [
             Response(

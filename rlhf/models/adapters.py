@@ -79,6 +79,16 @@ def with_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     Raises:
         ModelError: if the adapter does not fit.
     """
+    merge_adapters(beside_adapter(model, folder))
+    return model.requires_grad_(True)  # peft had frozen it
+
+
+def beside_adapter(model: PreTrainedModel, folder: Path) -> "PeftModel":
+    """The adapter of ``folder`` put into ``model``, in place, whose own weights stay as and where they are.
+
+    Raises:
+        ModelError: if the adapter does not fit.
+    """
     from peft import PeftModel
 
     rows = saved_embedding_rows(folder)
@@ -87,11 +97,9 @@ def with_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*missing adapter keys.*")
-            wrapped = PeftModel.from_pretrained(model, str(folder))
+            return PeftModel.from_pretrained(model, str(folder))
     except (ValueError, RuntimeError, UserWarning) as error:
         raise ModelError(f"{folder}: the adapter does not fit {type(model).__name__}: {error}") from error
-    merge_adapters(wrapped)
-    return model.requires_grad_(True)  # peft had frozen it
 
 
 def merge_adapters(wrapped: "PeftModel") -> None:

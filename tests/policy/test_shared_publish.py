@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from rlhf.core.errors import ModelError
 from rlhf.models.shards import ModelWriter
@@ -21,13 +29,16 @@ CASE |= {"on_all_ranks": False, "spoilt": False}
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory, tiny_model, tiny_tokenizer):
-    """Folders by family: a Llama with one table for both ends, a GPT-2, and experts that lie fused in memory."""
+    """Folders by family: a Llama with one table for both ends, one that does not know all tokens of its tokenizer, a
+    GPT-2, and experts that lie fused in memory."""
     folder, vocabulary = tmp_path_factory.mktemp("families"), len(tiny_tokenizer)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "num_key_value_heads": 2}
     ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
     torch.manual_seed(0)
+    grown = LlamaConfig(vocab_size=vocabulary - 5, **sizes, num_key_value_heads=2, **ends, tie_word_embeddings=True)
     made = {
+        "few tokens": LlamaForCausalLM(grown),
         "gpt2": GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, n_embd=32, n_layer=2, n_head=4, **ends)),
         "qwen3moe": Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=vocabulary, **sizes, **experts, **ends)),
     }
@@ -100,10 +111,12 @@ def test_all_ranks_open_what_no_process_could_and_find_out_what_is_wrong(publish
         {
             "policy": {"model": "llama", "precision": "bfloat16", "lora": True} | shared,
             "two layers": {"model": "llama", "kind": "reward", "head": "mlp"} | shared,
+            "adapter": CASES["adapter"] | shared,
+            "adapter with a larger table": CASES["adapter"] | {"model": "few tokens"} | shared,
             "spoilt": {"model": "llama", "spoilt": True} | shared,
         }
     )
-    for name in ("policy", "two layers"):
+    for name in ("policy", "two layers", "adapter", "adapter with a larger table"):
         reports, folder = found[name]
         assert_equal_folders(folder / "pieces", folder / "whole")
         assert all(max(rank["pieces"].values()) < 1e-4 for rank in reports), name

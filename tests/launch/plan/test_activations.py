@@ -78,9 +78,7 @@ def test_adapters_on_a_frozen_layer_save_what_the_formula_says():
         return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear")).base_model.model
 
     found = of_a_layer(build=build)
-    expected = layer_bytes(
-        shape_of(tiny(1).config), ROWS * WIDTH, size=4, trained="lora", lora_rank=4
-    )
+    expected = layer_bytes(shape_of(tiny(1).config), ROWS * WIDTH, size=4, trained="lora", lora_rank=4)
     assert expected == pytest.approx(found, rel=0.05)
 
 

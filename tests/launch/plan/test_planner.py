@@ -119,6 +119,17 @@ def test_ppo_has_all_its_models_at_once():
         planned("ppo", "policy.lora={rank: 8}", "critic.share_trunk=true", "engine.deepspeed=zero3", own)
 
 
+def test_weights_with_adapters_merged_lie_beside_the_others_in_a_rollout_alone():
+    def merged(*settings: str) -> dict[str, int]:
+        plan = planned("ppo", "policy.lora={rank: 8}", "critic.share_trunk=false", *settings)
+        return {phase.name: phase.device.get("rollout: weights with adapters merged", 0) for phase in plan.phases}
+
+    found = merged("engine.deepspeed=zero2", "reference.path=null")
+    layer = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336
+    assert found.pop("rollout") == pytest.approx(2 * 32 * layer, rel=0.02) and not any(found.values())
+    assert not any(merged("engine.deepspeed=zero3").values()), "the copy of the policy is merged itself"
+
+
 @pytest.mark.parametrize(("stage", "role"), [("reward", "reward model"), ("ppo", "critic")])
 def test_under_zero3_a_start_needs_the_share_and_one_tensor(stage, role):
     """Whole it would be 15 GB of bfloat16."""
