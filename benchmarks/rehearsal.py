@@ -113,7 +113,7 @@ def main() -> None:
     print(f"{torch.get_num_threads()} threads")
     with tempfile.TemporaryDirectory() as scratch:
         base = Path(scratch) / "base"
-        write_model(base, options.shape, "bfloat16", LAYERS)
+        write_model(base, options.shape, "bfloat16", num_hidden_layers=LAYERS)
         large_tokenizer(options.vocabulary).save_pretrained(base)
         for name, publishable in publishables(base).items():
             began, spent = time.perf_counter(), _cpu_seconds()

@@ -3,7 +3,7 @@
     python benchmarks/sharded_start.py --shape llama-3.2-1b --ranks 4
 
 writes a random model of a known shape, starts so many ranks on this machine, lets each build and share it out as a
-stage does, and compares the peaks with the "start" of ``rlhf plan``. Pages of mapped files do not count: the ranks of a
+stage does, and compares the peaks with the phase "start" of ``rlhf plan``. Pages of mapped files do not count: the ranks of a
 host have them together, and the system takes them back when it needs them.
 """
 
@@ -30,6 +30,11 @@ LIMIT = 1.5 * 2**30
 """What a rank may take besides its share and the largest tensor: Python, libraries, the heap."""
 ROLES = {"policy": True, "reward": True, "critic": True, "reference": False, "scorer": False}
 """Whether a role is trained. reward: a reward model in its own stage; scorer: one that PPO asks."""
+
+
+LIVE = ("reference.kind=live", "reference.placement=zero3")
+SCORED = ("reward.placement=zero3", "reference.placement=zero3")
+"""Settings of the stages that have these roles."""
 
 
 def private_memory() -> int:
@@ -60,8 +65,8 @@ def peak_of_private_memory(found: dict[str, int], name: str) -> Iterator[None]:
         found[name] = max(*largest, private_memory())
 
 
-def write_model(folder: Path, shape: str, dtype: str, layers: int | None = None) -> None:
-    """A random model of a known shape, written tensor by tensor: it is never in memory whole."""
+def write_model(folder: Path, shape: str, dtype: str, **narrowed: int) -> None:
+    """A random model of a known shape, but for settings that are ``narrowed``; it is never in memory whole."""
     import torch
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -69,9 +74,7 @@ def write_model(folder: Path, shape: str, dtype: str, layers: int | None = None)
     from launch.plan.shapes import KNOWN
     from rlhf.models.shards import ShardWriter
 
-    known = dict(KNOWN[shape])
-    if layers is not None:
-        known["num_hidden_layers"] = layers
+    known = dict(KNOWN[shape]) | narrowed
     settings = AutoConfig.for_model(known.pop("model_type"), **known, torch_dtype=dtype)
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(settings, dtype=getattr(torch, dtype))
@@ -138,6 +141,32 @@ def start(options: argparse.Namespace) -> dict[str, int]:
     return found
 
 
+def planned(options: argparse.Namespace, ranks: int) -> dict[str, int]:
+    """What ``rlhf plan`` has for the start of the role on so many CPU ranks, without libraries."""
+    from launch.plan.cluster import cluster_of
+    from launch.plan.planner import Request, plan_stage
+    from launch.stages import STAGES
+    from rlhf.config import load_config
+
+    path, lora = str(options.model), f"{{rank: {options.lora}}}" if options.lora else "null"
+    stage, role, settings = {
+        "policy": ("sft", "policy", [f"model.path={path}", f"model.lora={lora}"]),
+        "reward": ("reward", "reward model", [f"model.path={path}", f"model.lora={lora}"]),
+        "reference": ("preference", "reference", [f"model.path={path}", *LIVE]),
+        "critic": ("ppo", "critic", [f"policy.path={path}", f"critic.path={path}", f"critic.lora={lora}", *SCORED]),
+        "scorer": ("ppo", "reward model", [f"policy.path={path}", f"reward.path={path}", *SCORED]),
+    }[options.role]
+    if options.role == "scorer":
+        settings.append("critic.path=" + path)
+    else:
+        settings += [f"reward.path={path}"] if stage == "ppo" else []
+    settings += ["engine.deepspeed=zero3", f"engine.precision={options.precision}", "data.train=absent.jsonl"]
+    config = load_config(STAGES[stage].config_class(), [], [*settings, "output=runs/unused"], program="sharded_start")
+    plan = plan_stage(stage, config, cluster_of(device="cpu", devices_per_node=ranks), Request(rows=64, mean_tokens=64))
+    phase = next(each for each in plan.phases if each.name == f"{role}: start")
+    return {name: size for name, size in phase.host.items() if name.startswith(f"{role}:") or "heap" in name}
+
+
 def measure(options: argparse.Namespace, ranks: int) -> list[dict[str, int]]:
     """What each of so many ranks has found."""
     from rlhf.core.ports import free_port
@@ -178,16 +207,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         options.model = options.model or Path(scratch) / "model"
         if not options.model.is_dir():
-            write_model(options.model, options.shape, options.stored, options.layers)
+            narrowed = {} if options.layers is None else {"num_hidden_layers": options.layers}
+            write_model(options.model, options.shape, options.stored, **narrowed)
         for count in options.ranks:
             began = time.perf_counter()
+            plan = sum(planned(options, count).values())
             for rank, found in enumerate(measure(options, count)):
                 rest = found["peak"] - found["share"] - found["largest"]
                 print(
                     f"{options.role}, {count} ranks, rank {rank}: share {found['share'] / MIB:.0f} + largest tensor "
                     f"{found['largest'] / MIB:.0f} MiB, private memory {found['before'] / MIB:.0f} MiB before, "
                     f"{found['peak'] / MIB:.0f} at the peak, "
-                    f"{found['after'] / MIB:.0f} after: {rest / MIB:.0f} besides (limit {LIMIT / MIB:.0f})",
+                    f"{found['after'] / MIB:.0f} after: {rest / MIB:.0f} besides (limit {LIMIT / MIB:.0f}); "
+                    f"planned {(plan + found['before']) / MIB:.0f} MiB",
                     flush=True,
                 )
             print(f"{count} ranks: {time.perf_counter() - began:.0f} s", flush=True)

@@ -210,9 +210,12 @@ class StagePlan:
         return phases
 
     def _sharing_out(self, role: Role) -> Phase:
-        """The largest tensor is there whole; on a CPU twice, where gloo gathers it."""
-        own = self._rest(role, trained=False)
-        largest = self.size * max(role.model.sizes) * (2 if self.cluster.on_cpu else 1)
+        """The largest tensor is there whole. Those that are trained are gathered once more, on a CPU by gloo, which
+        has them twice."""
+        own, largest = self._rest(role, trained=False), max(role.model.sizes)
+        if self.cluster.on_cpu:
+            largest = max(largest, 2 * max(role.model.trained_sizes, default=0))
+        largest *= self.size
         device = {**own.device, f"{role.name}: largest tensor": largest}
         return Phase(name=f"{role.name}: start", device=device, host=own.host)
 

@@ -183,6 +183,20 @@ def test_a_70b_model_starts_on_one_node_where_no_device_could_hold_it_whole():
     assert not whole.fits
 
 
+def test_the_start_on_cpus_has_the_largest_tensor_once_and_a_trained_one_twice():
+    """As docs/zero.md has it measured."""
+
+    def largest(*settings: str) -> int:
+        cluster = cluster_of(device="cpu", devices_per_node=2)
+        plan = planned("preference", "model.path=llama-3-8b", "engine.deepspeed=zero3", *settings, cluster=cluster)
+        start = next(each for each in plan.phases if each.name == "policy: start")
+        return start.host["policy: largest tensor"]
+
+    table = 4 * 128256 * 4096
+    assert largest("model.lora=null") == 2 * table
+    assert largest("model.lora={rank: 8}") == table
+
+
 def test_more_rows_at_once_need_a_larger_cache():
     def cache(rows):
         plan = planned("ppo", f"rollout.batch_rows={rows}", "rollout.prompts=1024")
