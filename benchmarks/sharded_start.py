@@ -3,8 +3,8 @@
     python benchmarks/sharded_start.py --shape llama-3.2-1b --ranks 4
 
 writes a random model of a known shape, starts so many ranks on this machine, lets each build and share it out as a
-stage does, and compares the peaks with the phase "start" of ``rlhf plan``. Pages of mapped files do not count: the ranks of a
-host have them together, and the system takes them back when it needs them.
+stage does with a model of this ``--role``, and compares the peaks with the phase "start" of ``rlhf plan``. Pages of
+mapped files do not count: the ranks of a host have them together, and the system takes them back when it needs them.
 """
 
 import argparse
