@@ -1,8 +1,8 @@
 """``python -m benchmarks.measure STAGE REPORT [--config RECIPE] [key=value ...]``: what two steps really take.
 
 Starts as a stage does, under any launcher, and stops where the first checkpoint would be written. Every rank writes
-``REPORT.rankN.json`` with the peak of its resident memory and, on a GPU, of what torch allocated there.
-benchmarks/plan_check.py compares such peaks with plans.
+``REPORT.rankN.json`` with the peak of its resident memory (:class:`Resident`), that of the system (VmHWM) and, on a
+GPU, of what torch allocated there. benchmarks/plan_check.py compares such peaks with plans.
 """
 
 import importlib
@@ -10,7 +10,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,48 @@ def memory(field: str) -> int:
         if name == field:
             return int(value.split()[0]) * 1024
     raise OSError(f"/proc/self/status: no {field}; resident memory is measured on Linux only")
+
+
+class Resident:
+    """The peak of resident memory as it is on a machine with memory to spare.
+
+    A busy machine takes back pages of programs and libraries, which it can read again, from a process that has not
+    used them for a moment; a peak would depend on who else is there. Those that were resident when this began count
+    as if they still were.
+
+    Args:
+        read: private bytes of the process, and those of files.
+    """
+
+    def __init__(self, read: Callable[[], tuple[int, int]]) -> None:
+        self._read = read
+        private, self._libraries = read()
+        self.peak = private + self._libraries
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def look(self) -> None:
+        private, files = self._read()
+        self.peak = max(self.peak, private + max(files, self._libraries))
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def end(self) -> int:
+        """The peak; what lasted for a few milliseconds alone may be missing."""
+        self._over.set()
+        self._thread.join()
+        self.look()
+        return self.peak
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.005):
+            self.look()
+
+
+def private_and_files() -> tuple[int, int]:
+    """Resident bytes of this process: its own, and those of mapped files."""
+    return memory("RssAnon") + memory("RssShmem"), memory("RssFile")
 
 
 def measure(stage: str, settings: Sequence[str], *, ranks: int, folder: Path, timeout_seconds: float) -> list[dict]:
@@ -74,14 +117,13 @@ def main(argv: Sequence[str]) -> int:
     module = f"{chosen.module}.stage"
     importlib.import_module(module)  # before anything in it is replaced
     found: dict[str, Any] = {}
-    _watch_loading(found)
-    _stop_at_checkpoint(found, Path(report))
+    watches: list[Resident] = []
+    _watch_loading(found, watches)
+    _stop_at_checkpoint(found, Path(report), watches)
     settings = [*rest, f"train.max_steps={STEPS}", "train.evaluate_every=0", "train.checkpoint_every=0"]
     settings += ["train.publish=none", "train.tensorboard=false"]
     try:
-        return stage_main(
-            chosen.config_class(), module, settings, program="measure", description="Measure two steps."
-        )
+        return stage_main(chosen.config_class(), module, settings, program="measure", description="Measure two steps.")
     except _Measured:
         return 0
 
@@ -90,27 +132,31 @@ class _Measured(BaseException):
     """The peak is known; what follows is of no interest."""
 
 
-def _watch_loading(found: dict[str, Any]) -> None:
-    """Note what the process takes before the first model is loaded."""
+def _watch_loading(found: dict[str, Any], watches: list[Resident]) -> None:
+    """Note what the process takes before the first model is loaded, and watch it from then on."""
     from rlhf.models import backbones
 
     check = backbones.check_host_memory
 
     def watched(*args: Any, **more: Any) -> None:
-        found.setdefault("before_models", memory("VmRSS"))
+        if not watches:
+            found["before_models"] = memory("VmRSS")
+            watches.append(Resident(private_and_files))
+            watches[0].start()
         check(*args, **more)
 
     backbones.check_host_memory = watched
 
 
-def _stop_at_checkpoint(found: dict[str, Any], report: Path) -> None:
+def _stop_at_checkpoint(found: dict[str, Any], report: Path, watches: list[Resident]) -> None:
     """The loop saves after its last step: measure there instead."""
     import torch
 
     from rlhf.train import loop
 
     def measured(engine: Any, *args: Any) -> None:
-        found.update(peak_resident=memory("VmHWM"), resident=memory("VmRSS"))
+        seen = max(watch.end() for watch in watches)
+        found.update(peak_resident=max(memory("VmHWM"), seen), system_peak=memory("VmHWM"), resident=memory("VmRSS"))
         if torch.cuda.is_available():
             found["peak_device"] = torch.cuda.max_memory_allocated()
         path = report.with_name(f"{report.name}.rank{engine.ranks.rank}.json")

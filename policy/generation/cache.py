@@ -47,13 +47,12 @@ class RoomyLayer(DynamicLayer):
             buffer[to, :, :length] = buffer[origin, :, :length]
         self._show(rows, length)
 
-    def join(self, other: "RoomyLayer", columns: int) -> None:
-        """Take the rows of ``other`` in, so that all end in the last of ``columns`` columns."""
-        pairs = zip(self._held(), other._held(), strict=True)
-        buffers = [_side_by_side(pair, columns, room=BLOCK) for pair in pairs]
-        rows = sum(len(held) for held in (self.keys, other.keys) if held is not None)
+    def align(self, others: Sequence["RoomyLayer"], columns: int) -> None:
+        """Take the rows of ``others`` in, so that all end in the last of ``columns`` columns."""
+        parts = zip(self._held(), *(other._held() for other in others), strict=True)
+        buffers = [_side_by_side(each, columns, room=BLOCK) for each in parts]
         self._buffers = buffers[0], buffers[1]
-        self._show(rows, columns)
+        self._show(len(buffers[0]), columns)
 
     def _show(self, rows: int, length: int) -> tuple[Tensor, Tensor]:
         keys, values = (buffer[:rows, :, :length] for buffer in self._with_room_for(length))
@@ -121,32 +120,29 @@ def shrink(cache: Cache, source: Sequence[int], device: torch.device) -> None:
 
 
 def takes_more_rows(cache: Cache) -> bool:
-    """Whether :func:`join` knows all layers of a cache: those that have one column for each token, or the last ones."""
+    """Whether :func:`align` knows all layers of a cache: those with a column for each token, or for the last ones."""
     return bool(cache.layers) and all(type(layer) in (RoomyLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
 
 
-def join(cache: Cache, other: Cache, columns: int) -> None:
-    """Take the rows of ``other`` into ``cache``, where all end in the last of ``columns`` columns.
+def align(cache: Cache, others: Sequence[Cache], columns: int) -> None:
+    """Let all rows of ``cache``, and of ``others`` behind them, end in the last of ``columns`` columns.
 
     Args:
-        cache, other: of one model; both have their prompts. ``other`` is emptied, layer by layer.
-        columns: as many as the longest row of either has tokens.
+        cache, others: of one model, with prompts in them. ``others`` are emptied, layer by layer.
+        columns: as many as the longest row has tokens.
     """
-    layers: list[Any] = cache.layers
-    others: list[Any] = other.layers
-    for layer, more in zip(layers, others, strict=True):
-        if isinstance(layer, RoomyLayer):
-            layer.join(more, columns)
-        else:
-            _join_window(layer, more, columns)
-        more.keys = more.values = None
+    layers: list[list[Any]] = [each.layers for each in (cache, *others)]
+    for layer, *more in zip(*layers, strict=True):
+        layer.align(more, columns) if isinstance(layer, RoomyLayer) else _align_window(layer, more, columns)
+        for each in more:
+            each.keys = each.values = None
 
 
-def _join_window(layer: Any, other: Any, columns: int) -> None:
+def _align_window(layer: Any, others: Sequence[Any], columns: int) -> None:
     """The same for a layer that keeps the columns of its window alone, all but one."""
     width = min(columns, layer.sliding_window - 1)
-    layer.keys = _side_by_side((layer.keys, other.keys), width)
-    layer.values = _side_by_side((layer.values, other.values), width)
+    layer.keys = _side_by_side([layer.keys, *(other.keys for other in others)], width)
+    layer.values = _side_by_side([layer.values, *(other.values for other in others)], width)
     layer.cumulative_length = columns
 
 

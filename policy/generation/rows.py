@@ -19,7 +19,7 @@ OF_EACH_ROW = ("index", "tokens", "_uniforms", "_positions", "_counts")
 
 
 class LiveRows:
-    """B rows whose tokens are in a cache, all but the last one of each. All end in the last of the cache's columns.
+    """B >= 1 rows whose tokens are in a cache, all but the last one of each. All end in the last of its columns.
 
     Args:
         places: ``(B,)`` of the rows among all that are asked for.
@@ -88,26 +88,32 @@ class LiveRows:
         if len(rows) == len(self):
             return
         source = _closed_up(rows)
-        if source:
-            caches.shrink(self.cache, source, self.index.device)
+        caches.shrink(self.cache, source, self.index.device)
         index = torch.tensor(source, dtype=torch.long, device=self.index.device)
         self.places, self.lengths = self.places[source], self.lengths[source]
         for name in OF_EACH_ROW:
             setattr(self, name, getattr(self, name)[index])
         if self.penalty is not None:
             self.penalty.keep(index)
+        self._leave_out_columns()
 
     def join(self, other: "LiveRows") -> None:
         """Take other rows in, whose cache is emptied."""
-        columns = int(max(self.lengths.max(), other.lengths.max()))
-        caches.join(self.cache, other.cache, columns)
-        self.columns = columns
+        self.columns = int(max(self.lengths.max(), other.lengths.max()))
+        caches.align(self.cache, [other.cache], self.columns)
         self.places = np.concatenate([self.places, other.places])
         self.lengths = np.concatenate([self.lengths, other.lengths])
         for name in OF_EACH_ROW:
             setattr(self, name, torch.cat([getattr(self, name), getattr(other, name)]))
         if self.penalty is not None and other.penalty is not None:
             self.penalty.join(other.penalty)
+
+    def _leave_out_columns(self) -> None:
+        """Those of rows that have ended: the cache is never a block longer than its longest row."""
+        longest = int(self.lengths.max())
+        if self.columns - longest >= caches.BLOCK and caches.takes_more_rows(self.cache):
+            self.columns = longest
+            caches.align(self.cache, [], longest)
 
 
 def _closed_up(going_on: NDArray[np.int64]) -> list[int]:

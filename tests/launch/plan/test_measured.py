@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.measure import Resident
 from rlhf.core.errors import ModelError
 from rlhf.models.gguf import embedded_model, import_gguf
 from tests.lacking import lacking
@@ -62,3 +63,14 @@ def test_the_predicted_peak_is_within_15_percent_of_the_measured_one(benchmark, 
     found = benchmark.check(benchmark.Case(stage, settings, ranks), model)
     assert found["ratio"] == pytest.approx(1.0, abs=TOLERANCE), found
     assert found["measured"] > 2 * found["items"]["libraries"], "nothing but libraries was measured"
+
+
+def test_libraries_whose_pages_a_busy_machine_takes_back_count_as_resident():
+    """Private bytes and those of files, moment by moment: libraries alone, without them, with a model, without both."""
+    moments = iter([(100, 50), (300, 10), (250, 90), (310, 20), (120, 55)])
+    found = Resident(lambda: next(moments))
+    peaks = []
+    for _ in range(4):
+        found.look()
+        peaks.append(found.peak)
+    assert peaks == [350, 350, 360, 360]

@@ -207,8 +207,10 @@ def asked_shapes(policy) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_rows_that_end_make_room_for_prompts_that_wait_and_nobody_notices(make_sampler, prompts, name):
-    """Each response is that of its prompt and seed alone, in forwards that are full until nobody waits any more."""
+def test_rows_that_end_make_room_for_prompts_that_wait_and_nobody_notices(make_sampler, prompts, name, monkeypatch):
+    """Each response is that of its prompt and seed alone, in forwards that are full until nobody waits any more, with a
+    cache that grows and is cut every few tokens."""
+    monkeypatch.setattr("policy.generation.cache.BLOCK", 3)
     torch.manual_seed(3)
     policy = PolicyModel(MODELS[name]().eval())
     eos, limit, sampling = range(0, SIZES["vocab_size"], 15), 25, {"temperature": 0.9, "top_p": 0.95}
@@ -220,8 +222,10 @@ def test_rows_that_end_make_room_for_prompts_that_wait_and_nobody_notices(make_s
     ]
     lengths = [len(response.tokens) for response in alone]
     assert len(set(lengths)) > 10 and max(lengths) == limit
-    asked = asked_shapes(policy)
-    told: list[int] = []
+    asked, told, columns = asked_shapes(policy), [], []
+    policy.register_forward_pre_hook(
+        lambda module, args, kwargs: columns.append(kwargs["decode"].cache.get_seq_length()), with_kwargs=True
+    )
     together = make_sampler(policy, eos, max_new_tokens=limit, batch_rows=8, **sampling)
     assert_same(together.generate(many, seeds, told.append), alone, within=1e-4)
     written = [rows for rows, tokens in asked if tokens == 1]
@@ -229,6 +233,7 @@ def test_rows_that_end_make_room_for_prompts_that_wait_and_nobody_notices(make_s
     assert max(written) == 8 and len(waiting) > 10 and np.mean(waiting) > 7
     assert sum(written) == sum(lengths) - len(many), "the first tokens come with the prompts"
     assert told == sorted(set(told)) and told[-1] == len(many)
+    assert max(columns) < max(map(len, many)) + limit + 3
 
 
 def test_a_cache_that_takes_no_more_rows_is_filled_anew_when_it_is_empty(make_sampler, tiny_policy, prompts, seeds):
