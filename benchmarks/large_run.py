@@ -21,7 +21,7 @@ from benchmarks.sharded_start import MIB, write_model
 ROOT = Path(__file__).resolve().parent.parent
 PAIRS = ROOT / "launch" / "quickstart" / "sentiment_pairs_train.jsonl"
 LETTERS = 24
-"""Of each text: the vocabulary has no word, so that a text has as many tokens as bytes."""
+"""What is kept of each text: the vocabulary has no words, so that a text has as many tokens as bytes."""
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>{% endfor %}"
 TEMPLATE += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 

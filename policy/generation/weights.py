@@ -59,7 +59,7 @@ class RolloutWeights:
 
     @contextlib.contextmanager
     def fresh(self) -> Iterator[None]:
-        """Inside, the model has the weights as training has left them, adapters merged. Every rank must call it."""
+        """Give the model the weights as training has left them, adapters merged, inside. Every rank must call it."""
         if self._copy is not None:
             self._refresh()
             yield
