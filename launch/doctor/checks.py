@@ -21,6 +21,7 @@ CHECKS = (
     Check("versions", software.versions, quick=True),
     Check("build tools", software.tools),
     Check("DeepSpeed ops", software.ops, quick=True),
+    Check("vLLM", software.vllm, quick=True),
     Check("input files", inputs.inputs, quick=True),
     Check("devices", hardware.devices, quick=True),
     Check("device memory", hardware.device_memory, quick=True),

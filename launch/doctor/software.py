@@ -91,6 +91,31 @@ def ops(subject: Subject) -> Iterator[Finding]:
         yield Finding(status, text, f"install what is missing, or {without}")
 
 
+def vllm(subject: Subject) -> Iterator[Finding]:
+    """The vLLM of those stages whose responses it writes; without such a stage, that of this Python if it has one."""
+    from policy.generation.options import SamplingConfig
+    from policy.generation.vllm.process import check_vllm, vllm_version
+
+    asked: dict[str | None, str] = {}
+    for stage in subject.stages:
+        for section in ("rollout", "sampling"):
+            sampling = getattr(stage.config, section, None)
+            if isinstance(sampling, SamplingConfig) and sampling.backend == "vllm":
+                try:
+                    check_vllm(sampling.vllm, stage.setting(section))
+                except ConfigError as error:
+                    text, _, remedy = str(error).partition("; ")
+                    yield Finding("failure", text, remedy or "see docs/vllm.md")
+                    continue
+                if not sampling.vllm.urls:
+                    asked[sampling.vllm.python] = stage.setting(section)
+    for python, setting in asked.items():
+        yield Finding("ok", f"vLLM {vllm_version(python)} for {setting}.backend = vllm")
+    here = None if subject.stages else vllm_version(None)
+    if here is not None:
+        yield Finding("ok", f"vLLM {here} for rollout.backend = vllm")
+
+
 def _configurations(subject: Subject) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     """The settings that need an op, by op; and the settings that are refused, by fault."""
     from rlhf.engine.deepspeed_ops import needed_ops

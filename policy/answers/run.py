@@ -1,9 +1,10 @@
 """Answers from recipe to file: questions are shared out over ranks, and what is answered is kept at once."""
 
+import contextlib
 import functools
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from policy.evaluation.compare import check_model_folders, open_policy
 from policy.evaluation.options import SamplingSettings
 from policy.evaluation.sampling import Sample, draw
 from policy.generation.api import row_seed
+from policy.generation.vllm.training import Engines, engines_of
 from rlhf.config import to_dict
 from rlhf.core.errors import ConfigError, DataError
 from rlhf.core.files import digest, file_checksum, whole_lines, write_text
@@ -32,6 +34,9 @@ from rlhf.train.progress import Progress
 
 KEPT = "answers.jsonl"
 """What is answered so far, in the output folder: a first line that says by what, then a line for each turn."""
+
+BATCHES_OF_ENGINES = 8
+"""Engines begin with a row whenever another one ends: the more rows they have, the less they wait for the last ones."""
 
 Place = tuple[int, int, int]
 """Question, sample, turn."""
@@ -59,13 +64,16 @@ def generate(config: GenerateConfig, ranks: Ranks) -> Path:
     ranks.together(lambda: _check(kind, questions, chat, config.sampling))
     kept = _Kept(config, ranks)
     turns = sum(1 + len(question.further) for question in questions) * config.sampling.samples
-    with Progress(ranks, turns, len(kept.answers), "answer") as progress:
+    with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(Progress(ranks, turns, len(kept.answers), "answer"))
         model: Frozen | None = None
+        engines: Engines | None = None
         for turn in range(max(1 + len(question.further) for question in questions)):
             for settings, places in _jobs(config, questions, turn, kept):
                 if model is None:
                     model = open_policy(config.model, DTYPES[precision_of(engine)], ranks)
-                _answer(model, chat, questions, places, settings, kept, progress)
+                    engines = stack.enter_context(engines_of(model, chat, config.sampling, config.output / "vllm"))
+                _answer(model, chat, questions, places, settings, kept, progress, engines)
     name = config.name or name_of(config.model)
     target = config.output / file_of(kind, name)
     samples = [
@@ -108,7 +116,7 @@ class _Kept:
     def __init__(self, config: GenerateConfig, ranks: Ranks) -> None:
         self._path, self._ranks = config.output / KEPT, ranks
         settings = {**to_dict(config), "output": None, "name": None}
-        settings["sampling"] = {**settings["sampling"], "batch_rows": None}
+        settings["sampling"] = {**settings["sampling"], "batch_rows": None, "vllm": None}
         parts = json.dumps(settings, sort_keys=True, default=str), str(file_checksum(config.prompts))
         identity = ranks.on_main(lambda: digest(*parts, weights_digest(BackboneConfig(path=str(config.model)))))
         self.answers: dict[Place, Answer] = ranks.on_main(lambda: self._read(identity))
@@ -171,16 +179,21 @@ def _answer(
     settings: SamplingSettings,
     kept: _Kept,
     progress: Progress,
+    engines: Engines | None,
 ) -> None:
     """Answer these turns, a few batches at a time."""
     ranks = model.ranks
-    at_once = settings.batch_rows * ranks.world_size
+    at_once = settings.batch_rows * ranks.world_size * (1 if engines is None else BATCHES_OF_ENGINES)
     for start in range(0, len(places), at_once):
         part = places[start : start + at_once]
         mine = part[ranks.rank :: ranks.world_size]
         asked = [questions[place[0]].asked(kept.turns_before(place)) for place in mine]
         seeds = [_seed(settings.seed, place) for place in mine]
-        drawing = functools.partial(draw, model, chat, asked, seeds, settings) if mine else list[Sample]
+        drawing: Callable[[], list[Sample]] = functools.partial(
+            draw, model, chat, asked, seeds, settings, engines=engines
+        )
+        if not mine and engines is None:
+            drawing = list[Sample]
         drawn = ranks.together(drawing)
         found = {
             place: Answer(text=each.text, tokens=int(each.row.response.sum()), ended=each.ended)

@@ -17,6 +17,7 @@ from policy.evaluation.options import SamplingSettings
 from policy.evaluation.results import PolicyEvaluation, markdown
 from policy.evaluation.sampling import Sample, sample_responses
 from policy.generation.check import check_sampling
+from policy.generation.vllm.training import Engines, engines_of
 from policy.model import PolicyModel
 from policy.ppo.telemetry import response_kl
 from policy.self_check import check_logprobs
@@ -106,7 +107,7 @@ def evaluate_policies(
         chat.render_prompt(as_messages(prompt))
     rows = [{}] * len(prompts) if columns is None else columns
     names = {REFERENCE: reference, **policies}
-    drawn, against = _drawn_from_each(names, chat, prompts, settings, dtype, ranks)
+    drawn, against = _drawn_from_each(names, chat, prompts, settings, dtype, ranks, output)
     found: list[PolicyEvaluation] = []
     base_rewards: NDArray[np.float64] | None = None
     for name in names:
@@ -133,6 +134,7 @@ def _drawn_from_each(
     settings: SamplingSettings,
     dtype: torch.dtype,
     ranks: Ranks,
+    output: Path,
 ) -> tuple[dict[str, Drawn], dict[str, Sequence[Tensor]]]:
     """Samples of each policy, and what the reference says of them. One model is held at a time, the reference last."""
     reference = names[REFERENCE]
@@ -143,7 +145,8 @@ def _drawn_from_each(
         model = open_policy(folder, dtype, ranks)
         own = replace(chat, stop_token_ids=model_stop_tokens(folder, chat.tokenizer))
         same = [name for name, other in names.items() if other == folder]
-        of_this = _draw(model, own, prompts, settings, same[0])
+        with engines_of(model, own, settings, output / "vllm" / same[0]) as engines:
+            of_this = _draw(model, own, prompts, settings, same[0], engines)
         drawn |= dict.fromkeys(same, of_this)
         if folder == reference:
             against = {name: _logprobs(model, each.samples) for name, each in drawn.items() if each is not of_this}
@@ -153,15 +156,24 @@ def _drawn_from_each(
     return drawn, against
 
 
-def _draw(model: Frozen, chat: ChatFormat, prompts: Sequence[Asked], settings: SamplingSettings, name: str) -> Drawn:
+def _draw(
+    model: Frozen,
+    chat: ChatFormat,
+    prompts: Sequence[Asked],
+    settings: SamplingSettings,
+    name: str,
+    engines: Engines | None,
+) -> Drawn:
     """Responses to this rank's share of the prompts."""
     ranks = model.ranks
     first, end = (len(prompts) * place // ranks.world_size for place in (ranks.rank, ranks.rank + 1))
     mine, total = prompts[first:end], (end - first) * settings.samples
     with Progress(ranks, max(total, 1), 0, f"{name}: sample") as progress:
         samples: Sequence[Sample] = ()
-        if mine:
-            samples = sample_responses(model, chat, mine, settings, lambda n: progress.advance(n, {}), first=first)
+        if mine or engines is not None:
+            samples = sample_responses(
+                model, chat, mine, settings, lambda n: progress.advance(n, {}), first=first, engines=engines
+            )
     samples = [replace(sample, prompt=first + sample.prompt) for sample in samples]
     return Drawn(samples, _own_logprobs(model, samples, settings))
 

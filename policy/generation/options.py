@@ -1,9 +1,50 @@
 """What a recipe says about sampling."""
 
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le
+
+from rlhf.core.annotations import NoResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class VllmConfig:
+    """The vLLM engines of backend = vllm, and what is done when one of them dies or hangs."""
+
+    python: str | None = None
+    """Python of an environment that has vLLM 0.28 or later; null: the one that runs the trainer."""
+    urls: tuple[str, ...] = ()
+    """Engines that run elsewhere, in place of those that the run starts itself (docs/vllm.md)."""
+    engines: Annotated[int, Gt(0)] = 1
+    """Engines to start on this machine; responses are spread over them by length."""
+    tensor_parallel: Annotated[int, Gt(0)] = 1
+    """Devices that share the weights of an engine."""
+    devices: tuple[Annotated[int, Ge(0)], ...] = ()
+    """GPUs of the engines, tensor_parallel for each in turn; empty: those that the trainer sees, which they share."""
+    sleep: bool = False
+    """Have engines give their device memory back between rollouts: for devices that they share with the trainer."""
+    cache_gib: Annotated[float, Gt(0)] | None = None
+    """Memory of an engine for keys and values; null: what vLLM takes on a GPU, and 1 on a CPU."""
+    max_model_tokens: Annotated[int, Gt(0)] | None = None
+    """Longest prompt and response together; null: what the model's config says."""
+    folder: str | None = None
+    """Folder through which weights go to the engines, on a disk that they see; null: in the output folder."""
+    start_seconds: Annotated[float, Gt(0)] = 900.0
+    """What an engine may take until it is there."""
+    timeout_seconds: Annotated[float, Gt(0)] = 300.0
+    """An engine that gives no sign of life for so long hangs: it is ended and started again."""
+    restarts: Annotated[int, Ge(0)] = 3
+    """How often engines are started again before the run gives up."""
+
+    def __post_init__(self) -> None:
+        if self.devices and len(self.devices) != self.engines * self.tensor_parallel:
+            raise ValueError(
+                f"devices = {list(self.devices)}: expected engines x tensor_parallel = "
+                f"{self.engines * self.tensor_parallel} numbers"
+            )
+        if self.urls and (self.engines > 1 or self.devices):
+            raise ValueError("urls names engines that run already: leave engines and devices out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,3 +63,6 @@ class SamplingConfig:
     """A response ends with the first token after which its text contains one of these."""
     batch_rows: Annotated[int, Gt(0)] = 64
     """Responses decoded together. Lower it when memory runs out: results do not change."""
+    backend: Literal["hf", "vllm"] = "hf"
+    """hf: the model in training writes the responses itself. vllm: engines of vLLM do (docs/vllm.md)."""
+    vllm: Annotated[VllmConfig, NoResult()] = field(default_factory=VllmConfig)

@@ -68,6 +68,9 @@ class RolloutConfig(SamplingConfig):
     extra_rounds: Annotated[int, Ge(0)] = 0
     """Dynamic sampling: a prompt whose responses all have one score teaches nothing to estimators that compare them.
     Sample up to this many times as many prompts again, and take those with scores that differ in their place."""
+    ahead: Literal[0, 1] = 0
+    """1: engines write the responses of the next step while this one is learned from (backend = vllm). They are then
+    those of weights one step old, which loss.importance corrects; a run that is resumed is not exactly the same."""
     stop_token_ids: tuple[Annotated[int, Ge(0)], ...] = ()
     """Tokens that end a response besides the tokenizer's EOS, the token behind an answer in the chat template and those
     of the model's generation config. The published model stops at all of them."""
@@ -78,6 +81,22 @@ class RolloutConfig(SamplingConfig):
     """Gathering of weights under ZeRO-3: once per rollout (auto: if they fit), or layer by layer in every token."""
     written: Annotated[int, Ge(0), NoResult()] = 8
     """Rollouts of each step that go to rollouts.jsonl, for reading."""
+
+    def __post_init__(self) -> None:
+        if self.backend != "vllm":
+            if self.ahead:
+                raise ValueError(
+                    f"ahead = {self.ahead}: the model in training writes no responses while it learns; "
+                    "take backend = vllm"
+                )
+            return
+        if self.logprobs == "sampler":
+            raise ValueError("logprobs = sampler needs entropies, which backend = vllm does not tell: take training")
+        if self.temperature != 1.0 and (self.top_k or self.top_p != 1.0):
+            raise ValueError(
+                f"temperature = {self.temperature} with top_k = {self.top_k} and top_p = {self.top_p}: backend = vllm "
+                "tells log-probabilities before top_k and top_p at temperature 1 only"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +176,11 @@ class SurrogateConfig:
     by rollout.max_new_tokens (Dr. GRPO)."""
     entropy: Annotated[float, Ge(0)] = 0.0
     """Weight of an entropy bonus."""
+    importance: Literal["none", "token", "sequence"] = "none"
+    """Truncated importance sampling: weigh tokens, or whole responses, by how much likelier the policy in training
+    makes them than the sampler that wrote them, which may round otherwise or have older weights (backend = vllm)."""
+    importance_cap: Annotated[float, Gt(0)] = 2.0
+    """Upper bound of these weights."""
     stop_epoch_kl: Annotated[float, Gt(0)] | None = None
     """End the epochs of a step once the policy is this far from the one that wrote the rollouts (nats per token)."""
 
@@ -260,6 +284,11 @@ class PpoConfig:
             raise ValueError(
                 f"rollout.extra_rounds = {rollout.extra_rounds} looks for prompts whose responses differ in score, but "
                 f"advantage.estimator = {kind} does not compare them"
+            )
+        if rollout.ahead and self.loss.importance == "none":
+            raise ValueError(
+                f"rollout.ahead = {rollout.ahead} learns from responses of weights one step old: set "
+                "loss.importance to token or sequence"
             )
         if self.train.global_batch_size > self.rollouts:
             raise ValueError(

@@ -15,7 +15,7 @@ from policy.ppo.advantages import (
 )
 from policy.ppo.config import AdvantageConfig, PpoConfig
 from policy.ppo.estimators import ESTIMATORS
-from policy.ppo.losses import kl_estimates
+from policy.ppo.losses import kl_estimates, truncated_importance
 from policy.ppo.reward_options import RewardSourceConfig
 from policy.ppo.rollouts import Rollouts
 from policy.ppo.scoring import Scored
@@ -55,6 +55,10 @@ class Experience:
     """``(N, W)`` advantages; 0 where nothing is learned."""
     returns: Tensor | None
     """``(N, W)`` targets of the critic; ``None`` without one."""
+    importance: Tensor | None = None
+    """``(N, W)`` weights of the tokens in the policy's loss; ``None``: all count alike."""
+    importance_cap: float = 0.0
+    """Upper bound of these."""
 
     def rows(self, indices: Tensor, width: int, device: torch.device) -> dict[str, Tensor]:
         """Columns ``(B, width)`` of the rollouts ``indices``, by name, with their mask."""
@@ -65,6 +69,7 @@ class Experience:
             "advantages": self.advantages,
             "old_values": self.measured.values,
             "returns": self.returns,
+            "importance": self.importance,
         }
         chosen = indices.cpu()
         return {name: values[chosen, :width].to(device) for name, values in columns.items() if values is not None}
@@ -84,7 +89,13 @@ def make_experience(
     learned = learned_responses(rollouts, scored.known, config)
     advantages, returns = estimate(by_token, measured.values, rollouts, learned, config.advantage)
     mask = rollouts.mask & learned[:, None]
-    return Experience(rollouts, scored, measured, clipped, rewards, mask, advantages, returns)
+    importance, loss = None, config.loss
+    if loss.importance != "none":
+        sampler, level, cap = rollouts.sampler_logprobs, loss.importance, loss.importance_cap
+        importance = truncated_importance(measured.logprobs, sampler, rollouts.mask, level=level, cap=cap)
+    return Experience(
+        rollouts, scored, measured, clipped, rewards, mask, advantages, returns, importance, loss.importance_cap
+    )
 
 
 def learned_responses(rollouts: Rollouts, known: Tensor, config: PpoConfig) -> Tensor:
@@ -219,6 +230,10 @@ def experience_metrics(experience: Experience) -> dict[str, float]:
     }
     if not bool(learned.any()):
         return metrics | sampler_mismatch(measured.sampler_gaps)
+    if experience.importance is not None:
+        weights = experience.importance[learned]
+        metrics["importance/mean"] = float(weights.mean())
+        metrics["importance/capped_share"] = float((weights >= experience.importance_cap).float().mean())
     metrics["advantage_deviation"] = float(experience.advantages[learned].std(correction=0))
     if measured.values is not None and experience.returns is not None:
         metrics["explained_variance"] = explained_variance(measured.values, experience.returns, learned)

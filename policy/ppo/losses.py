@@ -18,6 +18,7 @@ MAX_LOG_RATIO = 20.0
 """Log-ratios are cut off here before they are exponentiated: exp(20) is 5e8, and exp(89) infinite in float32, which
 turns into NaN where it meets an advantage of 0. Beyond it nothing has a gradient."""
 
+IMPORTANCE_LEVELS = ("token", "sequence")
 NORMALIZATIONS = ("token", "sequence", "constant")
 
 
@@ -104,6 +105,41 @@ def sequence_ratios(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Ten
     logratios = (logprobs - old_logprobs).masked_fill(~mask, 0)
     means = logratios.sum(dim=1, keepdim=True) / _row_counts(mask)
     return _ratios(means).expand_as(logratios).masked_fill(~mask, 0)
+
+
+def truncated_importance(logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor, *, level: str, cap: float) -> Tensor:
+    r"""How much likelier the trained policy makes what another one has written, cut off at ``cap``.
+
+        token:     w_bt = min(cap, exp(l_bt)),   l = logprobs - sampler_logprobs
+        sequence:  w_bt = min(cap, exp(sum_u l_bu))
+
+    An engine that rounds otherwise, or has older weights, draws from another distribution than the trained one.
+    Weighted by the ratio of the two, its samples stand for those of the trained one; the bound keeps the variance
+    finite, at the price of a bias towards 0.
+
+    Args:
+        logprobs: ``(B, T)`` of the policy before its update, in nats.
+        sampler_logprobs: ``(B, T)`` of what wrote the responses.
+        mask: ``(B, T)`` bool, True on response tokens.
+        level: one of :data:`IMPORTANCE_LEVELS`.
+        cap: > 0.
+    Returns:
+        ``(B, T)``; 0 outside of the responses.
+    Raises:
+        ValueError: if the shapes differ, or level or cap are none.
+    References:
+        Ionides, "Truncated importance sampling", J. Comput. Graph. Stat. 17 (2008); for rollouts of another engine:
+        Yao et al., "Your efficient RL framework secretly brings you off-policy RL training" (2025).
+    """
+    check_mask("mask", mask)
+    check_same_shape(logprobs=logprobs, sampler_logprobs=sampler_logprobs, mask=mask)
+    check_positive(cap=cap)
+    if level not in IMPORTANCE_LEVELS:
+        raise ValueError(f"level must be one of {', '.join(IMPORTANCE_LEVELS)}, not {level!r}")
+    logratios = (logprobs - sampler_logprobs).masked_fill(~mask, 0)
+    if level == "sequence":
+        logratios = logratios.sum(dim=1, keepdim=True).expand_as(logratios)
+    return _ratios(logratios).clamp_max(cap).masked_fill(~mask, 0)
 
 
 def clipped_surrogate(

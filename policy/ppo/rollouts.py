@@ -186,13 +186,9 @@ def roll_out(
 
     A response is drawn from the seed of its row: who draws it, and beside whom, does not matter.
     """
-    rows = [(place, sample) for place in range(len(prompts)) for sample in range(samples)]
-    by_length = sorted(range(len(prompts)), key=lambda place: -len(prompts[place].tokens))
-    mine = {place for place in by_length[ranks.rank :: ranks.world_size]}
-    own = [row for row, (place, _) in enumerate(rows) if place in mine]
-    drawn = sampler.generate(
-        [prompts[rows[row][0]].tokens for row in own], [row_seed(*seed, *rows[row]) for row in own], advance
-    )
+    rows = _rows(prompts, samples)
+    own = _own_rows(ranks, prompts, rows)
+    drawn = sampler.generate(*rollout_share(ranks, prompts, samples, seed), advance)
     found: dict[int, Response] = {}
     for part in ranks.gather_objects(list(zip(own, drawn, strict=True))):
         found.update(part)
@@ -204,6 +200,27 @@ def roll_out(
         [text.strip() for text in texts],
         torch.tensor([place for place, _ in rows]),
     )
+
+
+def rollout_share(
+    ranks: Ranks, prompts: Sequence[Prompt], samples: int, seed: Sequence[int | str]
+) -> tuple[list[NDArray[np.int64]], list[int]]:
+    """What :func:`roll_out` asks the sampler for on this rank: token ids of prompts, and seeds."""
+    rows = _rows(prompts, samples)
+    own = _own_rows(ranks, prompts, rows)
+    return [prompts[rows[row][0]].tokens for row in own], [row_seed(*seed, *rows[row]) for row in own]
+
+
+def _rows(prompts: Sequence[Prompt], samples: int) -> list[tuple[int, int]]:
+    """Prompt and sample of each response."""
+    return [(place, sample) for place in range(len(prompts)) for sample in range(samples)]
+
+
+def _own_rows(ranks: Ranks, prompts: Sequence[Prompt], rows: Sequence[tuple[int, int]]) -> list[int]:
+    """The responses that this rank is to draw."""
+    by_length = sorted(range(len(prompts)), key=lambda place: -len(prompts[place].tokens))
+    mine = set(by_length[ranks.rank :: ranks.world_size])
+    return [row for row, (place, _) in enumerate(rows) if place in mine]
 
 
 def by_response(outputs: Sequence[Tensor], batch: Batch) -> Tensor:

@@ -1,12 +1,16 @@
 """The PPO stage from recipe to ``final/``."""
 
+import contextlib
 import json
 import logging
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from policy.generation.api import Sampler
 from policy.generation.training import TrainingSampler
+from policy.generation.vllm.process import check_vllm
+from policy.generation.vllm.training import VllmTrainingSampler
 from policy.model import PolicyModel, build_policy, policy_of
 from policy.ppo.config import PpoConfig
 from policy.ppo.critic import ValueModel, build_critic, critic_start
@@ -52,6 +56,8 @@ def run(config: PpoConfig, ranks: Ranks) -> HeldOut | None:
     """
     for line in preset_lines(config):
         say(ranks, line)
+    if config.rollout.backend == "vllm":
+        ranks.on_main(lambda: check_vllm(config.rollout.vllm, "rollout"))
     chat = open_chat(config, config.data.template_choice, ranks, config.rollout.stop_token_ids)
     data = load_data(
         lambda folder: load_prompts(config.data, chat, run_folder=folder),
@@ -72,24 +78,25 @@ def run(config: PpoConfig, ranks: Ranks) -> HeldOut | None:
     rehearse(config, ranks, published)
     steps = total_steps(replace(config.train, global_batch_size=config.rollout.prompts), len(data.train))
     builder = _Builder(config, ranks, chat, data, steps)
-    roles, identity = builder.roles(), builder.identity()
-    replay = Replay(config.output / "replay", ranks, digest(json.dumps(identity, sort_keys=True)))
-    task = PpoTask(config, roles, data, chat, replay, steps, builder.pretraining())
-    engines = roles.engines
+    with contextlib.closing(builder):
+        roles, identity = builder.roles(), builder.identity()
+        replay = Replay(config.output / "replay", ranks, digest(json.dumps(identity, sort_keys=True)))
+        task = PpoTask(config, roles, data, chat, replay, steps, builder.pretraining())
+        engines = roles.engines
 
-    def loop(run: Run) -> LoopState:
-        return iterate(engines, task, config.train, run, steps, task.step)
+        def loop(run: Run) -> LoopState:
+            return iterate(engines, task, config.train, run, steps, task.step)
 
-    documents = {
-        f"deepspeed_{name}.json": json.dumps(engine.settings, indent=2) for name, engine in engines.by_name.items()
-    }
-    step = run_and_take(config, engines, task, identity, documents, loop)
-    task.take_average()
-    report(config, ranks, task.evaluation, step, print_held_out, lambda: task.held_out_rows)
-    _warn_of_drift(config, ranks, task.evaluation)
-    if config.train.publish != "none":
-        _publish(config, engines, task, published)
-    return task.evaluation
+        documents = {
+            f"deepspeed_{name}.json": json.dumps(engine.settings, indent=2) for name, engine in engines.by_name.items()
+        }
+        step = run_and_take(config, engines, task, identity, documents, loop)
+        task.take_average()
+        report(config, ranks, task.evaluation, step, print_held_out, lambda: task.held_out_rows)
+        _warn_of_drift(config, ranks, task.evaluation)
+        if config.train.publish != "none":
+            _publish(config, engines, task, published)
+        return task.evaluation
 
 
 def preset_lines(config: PpoConfig) -> list[str]:
@@ -153,6 +160,11 @@ class _Builder:
         self._maker = BatchMaker(ranks, config.train)
         self._updates = steps * config.updates
         self._scorer_identity: dict[str, str | None] = {}
+        self._to_close = contextlib.ExitStack()
+
+    def close(self) -> None:
+        """End the processes that were started for the roles."""
+        self._to_close.close()
 
     def roles(self) -> Roles:
         """Those of the recipe's list, in its order."""
@@ -168,18 +180,20 @@ class _Builder:
         policy = self._policy_engine()
         return Roles(
             engines=Engines(policy, self._critic_engine(policy)),
-            sampler=TrainingSampler(
-                policy,
-                self._chat,
-                config.rollout,
-                self._policy_copy,
-                config.rollout.gather,
-                origin=f"policy.path = {config.policy.path}",
-            ),
+            sampler=self._sampler(policy),
             reference=self._reference(policy),
             scorer=scorer,
             second=second,
         )
+
+    def _sampler(self, policy: Engine) -> Sampler:
+        config, rollout = self._config, self._config.rollout
+        if rollout.backend == "vllm":
+            found = VllmTrainingSampler(policy, self._chat, rollout, config.output / "vllm")
+            self._to_close.callback(found.close)
+            return found
+        origin = f"policy.path = {config.policy.path}"
+        return TrainingSampler(policy, self._chat, rollout, self._policy_copy, rollout.gather, origin=origin)
 
     def pretraining(self) -> ExampleDataset | None:
         """Conversations of the language-modeling term."""
@@ -202,7 +216,7 @@ class _Builder:
         config, plain = self._config, to_dict(self._config)
         names = ("rollout", "advantage", "kl", "loss", "critic", "pretraining", "ema")
         sections = {name: plain[name] for name in names}
-        for name in ("written", "gather", "batch_rows"):  # of no effect on the numbers
+        for name in ("written", "gather", "batch_rows", "vllm"):  # of no effect on the numbers
             sections["rollout"].pop(name)
         return {
             **run_identity(config, self._data.train, self._steps),

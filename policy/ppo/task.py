@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from policy.generation.api import Sampler
+from policy.generation.vllm.training import VllmTrainingSampler
 from policy.model import PolicyOutput
 from policy.ppo.config import PpoConfig
 from policy.ppo.ema import MovingAverage
@@ -30,7 +31,7 @@ from policy.ppo.kl import AdaptiveKl, FixedKl, horizon_of
 from policy.ppo.reference import ReferenceModel
 from policy.ppo.replay import Replay
 from policy.ppo.reports import HeldOut, RolloutLog, held_out, held_out_rows
-from policy.ppo.rollouts import Rollouts, ask, by_response, joined, roll_out
+from policy.ppo.rollouts import Rollouts, ask, by_response, joined, roll_out, rollout_share
 from policy.ppo.scoring import Scored, Scorer, joined_scores
 from policy.ppo.update import Updater, UpdateReport
 from policy.ppo.watch import Watch
@@ -111,9 +112,13 @@ class PpoTask:
         self._kl = _kl_controller(config, steps)
         self._ema = MovingAverage(self._policy, config.ema) if config.ema else None
         self._watch = Watch(config.watch, self._ranks)
-        self._sampler_is_believed = config.rollout.logprobs == "sampler" or (
-            config.rollout.logprobs == "auto" and precision_of(config.engine) == "float32"
+        rollout = config.rollout
+        told = rollout.backend == "hf" and config.loss.importance == "none"
+        self._sampler_is_believed = rollout.logprobs == "sampler" or (
+            rollout.logprobs == "auto" and told and precision_of(config.engine) == "float32"
         )
+        self._engines = roles.sampler if isinstance(roles.sampler, VllmTrainingSampler) else None
+        self._steps = steps
         self._skips = SkipLog(config.output, self._ranks)
         self._log = RolloutLog(config.output, self._ranks, config.rollout.written)
         self._steps_taken = 0
@@ -131,6 +136,7 @@ class PpoTask:
         self._steps_taken = step + 1
         # 1. Sample prompts; 2. generate responses; 3. score them.
         rollouts, scored, sampling = self._sample_and_score(step, clock, progress)
+        self._write_ahead(step + 1, clock)
         with clock("score"):
             second = None if self._roles.second is None else self._roles.second.score(rollouts)
         # 4. Log-probabilities of policy and reference; 5. values.
@@ -155,7 +161,7 @@ class PpoTask:
         metrics = experience_metrics(experience)
         self._kl.update(metrics["kl"], len(rollouts))
         metrics |= report.metrics() | {"kl_coefficient": coefficient, "rollouts": float(len(rollouts))}
-        metrics |= {"tokens": float(rollouts.lengths.sum())} | sampling | clock.metrics()
+        metrics |= {"tokens": float(rollouts.lengths.sum())} | sampling | self._of_engines() | clock.metrics()
         if second is not None and bool(second.known.any()):
             seen = second.raw[second.known]
             metrics |= {"second": float(seen.mean()), "second_deviation": float(seen.std(correction=0))}
@@ -215,6 +221,31 @@ class PpoTask:
         left = np.setdiff1d(np.arange(len(self._data.train)), seen)
         mixed = np.random.default_rng([self._config.train.seed, step, number]).permutation(left)
         return mixed[: self._config.rollout.prompts]
+
+    def _write_ahead(self, step: int, clock: "_Clock") -> None:
+        """Let engines begin with the responses of ``step``, by the weights as they are now."""
+        if self._engines is None or not self._config.rollout.ahead or step >= self._steps:
+            return
+        prompts = [self._data.train.prompt(int(place)) for place in self._places(step)]
+        seeds = (self._config.train.seed, "train", step)
+        with clock("generate"):
+            self._engines.begin(*rollout_share(self._ranks, prompts, self._config.rollout.samples, seeds))
+
+    def _of_engines(self) -> dict[str, float]:
+        """What the log says of the engines of vLLM.
+
+        Raises:
+            TrainingStopped: if weights changed that nobody trains.
+        """
+        if self._engines is None:
+            return {}
+        metrics = self._engines.metrics()
+        if self._config.optim.learning_rate == 0 and metrics["rollout/pushes"] > 1:
+            raise TrainingStopped(
+                f"optim.learning_rate = 0, and yet weights went to vLLM {metrics['rollout/pushes']:.0f} times, as they "
+                "had changed: what changes them is a fault"
+            )
+        return metrics
 
     def _places(self, step: int) -> NDArray[np.int64]:
         train = self._data.train

@@ -153,6 +153,8 @@ class Updater:
         else:
             losses = weighted_likelihood(logprobs, ratios, advantages, **bounds)
             clipped = bounded_tokens(ratios.detach(), mask, **bounds)
+        if "importance" in rows:
+            losses = losses * rows["importance"]
         if self._config.kl.place == "loss":
             losses = losses + kl_coefficient * kl_estimates(logprobs, rows["reference"], self._config.kl.kind)
         if output.entropies is not None:

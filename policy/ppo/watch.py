@@ -42,7 +42,7 @@ class Watch:
                 f"step {step}: the sampler's log-probabilities are {gap:.3g} nats a token off those of training "
                 f"(watch.sampler_gap = {limit}): responses come from another policy than the one that is trained. Set "
                 "policy.attention=eager, engine.precision=float32 or, under ZeRO-3, rollout.gather=never, and report "
-                "the model",
+                "the model; where responses come from vLLM, loss.importance=token corrects for it",
             )
 
     def _look_at_kl(self, step: int, smooth: dict[str, float]) -> None:

@@ -14,7 +14,7 @@ Precision = Literal["float32", "bfloat16", "float16"]
 class OptimizerConfig:
     """AdamW and its learning-rate schedule."""
 
-    learning_rate: Annotated[float, Gt(0)] = 1e-5
+    learning_rate: Annotated[float, Ge(0)] = 1e-5
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape after warm-up; cosine and linear end at 0."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch.stages import STAGES, Stage, training
+from policy.generation.options import VllmConfig
 from rlhf.config import load_config, result_values
 from rlhf.config_options import without_result
 from rlhf.core.annotations import NoResult
@@ -53,6 +54,7 @@ WITHOUT_RESULT = {
     "reference.shard_pairs",
     "reference.verify_pairs",
     "rollout.written",
+    *(f"{place}.vllm.{field.name}" for place in ("rollout", "sampling") for field in dataclasses.fields(VllmConfig)),
     "judge.key_variable",
     "judge.tolerated",
     "judge.tries",

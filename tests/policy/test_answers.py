@@ -82,9 +82,9 @@ def test_a_second_turn_is_asked_behind_the_answer_to_the_first(answer, monkeypat
     seen = []
     draw = answering.draw
 
-    def watched(model, chat, asked, seeds, settings):
+    def watched(model, chat, asked, seeds, settings, **further):
         seen.append((asked, settings.temperature, settings.top_k))
-        return draw(model, chat, asked, seeds, settings)
+        return draw(model, chat, asked, seeds, settings, **further)
 
     monkeypatch.setattr(answering, "draw", watched)
     path = answer(MT_BENCH, sampling=replace(SHORT, samples=2))
@@ -118,11 +118,11 @@ def test_a_stopped_run_goes_on_behind_what_it_has_kept(answer, monkeypatch, tmp_
     whole = answer(MT_BENCH, "whole").read_text().split('"tstamp"')[0]
     draw, calls = answering.draw, []
 
-    def stops(*given):
+    def stops(*given, **further):
         calls.append(given)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return draw(*given)
+        return draw(*given, **further)
 
     monkeypatch.setattr(answering, "draw", stops)
     with pytest.raises(KeyboardInterrupt):
@@ -132,7 +132,7 @@ def test_a_stopped_run_goes_on_behind_what_it_has_kept(answer, monkeypatch, tmp_
     with kept.open("ab") as handle:
         handle.write('{"place": [0, 0, 1], "text": "\u00e9'.encode()[:-1])  # killed within a character
     calls.clear()
-    monkeypatch.setattr(answering, "draw", lambda *given: calls.append(given) or draw(*given))
+    monkeypatch.setattr(answering, "draw", lambda *given, **further: calls.append(given) or draw(*given, **further))
     assert answer(MT_BENCH).read_text().split('"tstamp"')[0] == whole
     assert len(calls) == 1
     before = kept.read_text()
@@ -143,7 +143,7 @@ def test_a_stopped_run_goes_on_behind_what_it_has_kept(answer, monkeypatch, tmp_
 @pytest.mark.parametrize("end", ["\u2028", "\x85"])
 def test_an_answer_with_an_end_of_line_of_another_kind_is_kept_whole(answer, tmp_path, monkeypatch, end):
     draw = answering.draw
-    says = lambda *given: [replace(each, text=f"one{end}two") for each in draw(*given)]  # noqa: E731
+    says = lambda *given, **further: [replace(each, text=f"one{end}two") for each in draw(*given, **further)]  # noqa: E731
     monkeypatch.setattr(answering, "draw", says)
     answer(ALPACA[:1])
     kept = (tmp_path / "out" / "answers.jsonl").read_bytes()

@@ -1,12 +1,16 @@
 import importlib.metadata
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from packaging.requirements import Requirement
 
 from launch.doctor import software
 from launch.doctor.subject import Subject
+from launch.runs import PipelineStage
+from launch.stages import STAGES
+from policy.generation.options import SamplingConfig
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -96,3 +100,15 @@ def test_the_lock_of_a_killed_build_is_named_with_the_command_to_remove_it(tmp_p
     lock.touch()
     finding = next(iter(software.ops(Subject())))
     assert finding.status == "warning" and finding.remedy == f"if no build runs: rm {lock}"
+
+
+# ---- vLLM
+
+
+def test_a_recipe_that_wants_vllm_fails_where_there_is_none_and_others_do_not_ask(stage):
+    wanted = SimpleNamespace(rollout=SamplingConfig(backend="vllm"))
+    (finding,) = software.vllm(Subject(stages=(PipelineStage(stage=STAGES["ppo"], config=wanted),)))
+    assert finding.status == "failure"
+    assert "rollout.backend = vllm" in finding.text and finding.text.endswith("has no vLLM")
+    assert finding.remedy.startswith("install vLLM 0.28 or later with pip install 'margin-rlhf[vllm]'")
+    assert not list(software.vllm(Subject(stages=(stage(),))))

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from policy.ppo.losses import (
+    IMPORTANCE_LEVELS,
     KL_KINDS,
     MAX_LOG_RATIO,
     NORMALIZATIONS,
@@ -15,6 +16,7 @@ from policy.ppo.losses import (
     reduce_tokens,
     sequence_ratios,
     token_ratios,
+    truncated_importance,
     weighted_likelihood,
 )
 from rlhf.core.masking import length_mask
@@ -312,3 +314,40 @@ def test_shapes_that_differ_are_refused_not_broadcast(call):
 def test_numbers_out_of_range_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# ---- truncated importance sampling
+
+
+def test_weighted_samples_of_another_distribution_have_the_mean_of_the_trained_one():
+    trained, sampler, values = categorical(1), categorical(2), randn(6, seed=3)
+    every = torch.ones(6, 1, dtype=torch.bool)
+    weights = truncated_importance(trained[:, None], sampler[:, None], every, level="token", cap=1e9)[:, 0]
+    torch.testing.assert_close((sampler.exp() * weights * values).sum(), (trained.exp() * values).sum())
+
+
+def test_weights_by_hand():
+    trained = torch.log(torch.tensor([[0.5, 0.9, 0.3], [0.2, 0.4, 1.0]]))
+    sampler = torch.log(torch.tensor([[0.25, 0.6, 0.9], [0.4, 0.1, 1.0]]))
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    by_token = truncated_importance(trained, sampler, mask, level="token", cap=1.8)
+    torch.testing.assert_close(by_token, torch.tensor([[1.8, 1.5, 1 / 3], [0.5, 1.8, 0.0]]))
+    whole = truncated_importance(trained, sampler, mask, level="sequence", cap=1.8)
+    torch.testing.assert_close(whole, torch.tensor([[1.0, 1.0, 1.0], [1.8, 1.8, 0.0]]))
+
+
+@pytest.mark.parametrize("level", IMPORTANCE_LEVELS)
+def test_a_sampler_that_agrees_leaves_all_weights_at_one(level):
+    logprobs = randn(4, 5).float()
+    weights = truncated_importance(logprobs, logprobs.clone(), MASK, level=level, cap=2.0)
+    torch.testing.assert_close(weights, MASK.float())
+
+
+def test_weights_need_a_level_a_bound_and_one_shape():
+    logprobs = torch.zeros(4, 5)
+    with pytest.raises(ValueError, match="level must be one of token, sequence"):
+        truncated_importance(logprobs, logprobs, MASK, level="none", cap=2.0)
+    with pytest.raises(ValueError, match="cap"):
+        truncated_importance(logprobs, logprobs, MASK, level="token", cap=0.0)
+    with pytest.raises(ValueError, match="sampler_logprobs"):
+        truncated_importance(logprobs, logprobs[:, :1], MASK, level="token", cap=2.0)

@@ -19,6 +19,7 @@ from policy.ppo.config import (
     SurrogateConfig,
 )
 from policy.ppo.experience import make_experience
+from policy.ppo.losses import truncated_importance
 from policy.ppo.reward_options import RewardSourceConfig
 from policy.ppo.rollouts import ask, by_response
 from policy.ppo.scoring import Scored
@@ -273,6 +274,8 @@ LOSSES = {
     "CISPO": {"objective": "cispo", "clip_low": 1.0, "clip_high": 0.3},
     "dual clip": {"dual_clip": 1.2},
     "entropy bonus": {"entropy": 0.3},
+    "importance of tokens": {"importance": "token", "importance_cap": 1.2},
+    "importance of responses": {"importance": "sequence", "importance_cap": 2.5},
     "KL in the loss, k3": {"kl": KlConfig(place="loss", coefficient=0.5)},
     "KL in the loss, k2": {"kl": KlConfig(place="loss", coefficient=0.5, estimator="k2")},
 }
@@ -298,6 +301,10 @@ def surrogate_by_hand(config, hf, experience, rows):
                 loss = -min(ratio.item(), 1 + config.loss.upper) * advantage * now[place]
             if advantage < 0 and config.loss.dual_clip is not None:
                 loss = loss.clamp_max(config.loss.dual_clip * -advantage)
+            if config.loss.importance != "none":
+                behind = (experience.measured.logprobs - rollouts.sampler_logprobs)[row, :count]
+                behind = behind[place] if config.loss.importance == "token" else behind.sum()
+                loss = loss * behind.exp().clamp_max(config.loss.importance_cap)
             if config.kl.place == "loss":
                 gap = now[place] - experience.measured.reference[row, place]
                 kl = gap**2 / 2 if config.kl.estimator == "k2" else torch.exp(-gap) - 1 + gap
@@ -317,7 +324,14 @@ def with_other_old_logprobs(experience):
     """The experience as if the policy had moved since the rollout: ratios on both sides of the bounds."""
     noise = 0.4 * torch.randn(experience.measured.logprobs.shape, generator=torch.Generator().manual_seed(3))
     logprobs = (experience.measured.logprobs + noise) * experience.rollouts.mask
-    return replace(experience, measured=replace(experience.measured, logprobs=logprobs))
+    moved = replace(experience, measured=replace(experience.measured, logprobs=logprobs))
+    if experience.importance is None:
+        return moved
+    rollouts, level = experience.rollouts, "token" if experience.importance_cap == 1.2 else "sequence"
+    weights = truncated_importance(
+        logprobs, rollouts.sampler_logprobs, rollouts.mask, level=level, cap=experience.importance_cap
+    )
+    return replace(moved, importance=weights)
 
 
 @pytest.mark.parametrize("name", LOSSES)
