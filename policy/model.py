@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,6 +106,7 @@ class PolicyModel(nn.Module):
         states = torch.cat([states[:, :-1].flatten(0, 1) for states in blocks])
         tokens = torch.cat([bucket.tokens[:, 1:].flatten() for bucket in buckets])
         mask = torch.cat([bucket.response_mask[:, 1:].flatten() for bucket in buckets])
+        options = {**options, "places": _response_places(buckets)}
         return self.hf.get_output_embeddings()(states[None], tokens[None], mask[None], options)
 
     def _next_logits(self, step: DecodeStep) -> Tensor:
@@ -255,6 +257,14 @@ def build_policy(
     if adapter is not None:
         object.__setattr__(model, "_adapters", (adapter,))  # a plain tuple: its weights are hf's own
     return model
+
+
+def _response_places(buckets: Sequence[LengthBucket]) -> Tensor | None:
+    """Where in the row of all buckets the responses are, if each knows it of its own."""
+    starts = itertools.accumulate((len(bucket.tokens) * (bucket.tokens.shape[1] - 1) for bucket in buckets), initial=0)
+    known = [bucket.response_places for bucket in buckets]
+    found = [places + start for places, start in zip(known, starts, strict=False) if places is not None]
+    return torch.cat(found) if len(found) == len(buckets) else None
 
 
 def _by_bucket(values: Tensor, masks: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -13,6 +13,8 @@ from reward.telemetry import margin_telemetry
 from reward.weights import TransportWeights
 
 FROM_MODEL = {"chosen_rewards", "rejected_rewards", "chosen_embeddings", "rejected_embeddings"}
+COUNT_ONLY = ("none", "constant")
+"""Kinds of margins that ask how many pairs there are and nothing else."""
 
 
 class MarginMaker:
@@ -68,7 +70,9 @@ class MarginMaker:
 
     def _raw_margins(self, pairs: Pairs) -> Tensor:
         values = {name: getattr(pairs, name) for name in self._row.inputs}
-        if not all(bool(torch.isfinite(values[name]).all()) for name in values.keys() & FROM_MODEL):
+        read = values.keys() & FROM_MODEL if self._config.kind not in COUNT_ONLY else ()
+        finite = [torch.isfinite(values[name]).all() for name in read]
+        if finite and not bool(torch.stack(finite).all()):
             # The loss of such a pair is not finite either, so the step is about to be dropped on all ranks.
             return torch.full_like(pairs.chosen_rewards, self._config.neutral)
         if self._queue is not None:

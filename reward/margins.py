@@ -233,9 +233,14 @@ def similarity_margins(
     """
     check_same_shape(chosen_embeddings=chosen_embeddings, rejected_embeddings=rejected_embeddings)
     check_finite(chosen_embeddings=chosen_embeddings, rejected_embeddings=rejected_embeddings)
+    return semantic_weight * cosines(chosen_embeddings, rejected_embeddings)
+
+
+def cosines(chosen_embeddings: Tensor, rejected_embeddings: Tensor) -> Tensor:
+    """``(B,)`` cosines of pairs of ``(B, D)`` embeddings; 0 for a zero vector, not a number where one is not finite."""
     dtype = _working_dtype(chosen_embeddings, rejected_embeddings)
     unit_chosen = F.normalize(chosen_embeddings.to(dtype), dim=-1)
-    return semantic_weight * (unit_chosen * F.normalize(rejected_embeddings.to(dtype), dim=-1)).sum(-1)
+    return (unit_chosen * F.normalize(rejected_embeddings.to(dtype), dim=-1)).sum(-1)
 
 
 @torch.no_grad()

@@ -88,7 +88,7 @@ class RewardModel(nn.Module):
         return Scores(*columns)  # type: ignore[arg-type]
 
     def _score_states(self, states: Tensor, bucket: LengthBucket) -> Scores:
-        scores = self._pool(states, bucket.token_mask)
+        scores = self._pool(states, bucket.token_mask.sum(dim=1) - 1)  # padded on the right, and none is empty
         if self.lm_head is None:
             return scores
         logprobs = self.lm_head(states, bucket.tokens, bucket.response_mask)
@@ -106,11 +106,11 @@ class RewardModel(nn.Module):
         output = backbone_of(self.hf)(
             input_ids=tokens, attention_mask=token_mask.long(), position_ids=positions, use_cache=False
         )
-        return self._pool(output.last_hidden_state, token_mask)
+        return self._pool(output.last_hidden_state, last_token_index(token_mask))
 
-    def _pool(self, states: Tensor, token_mask: Tensor) -> Scores:
+    def _pool(self, states: Tensor, last: Tensor) -> Scores:
         rows = torch.arange(len(states), device=states.device)
-        pooled = states[rows, last_token_index(token_mask)]
+        pooled = states[rows, last]
         judged = judge(self.hf.get_submodule("score"), pooled)
         return Scores(
             judged.rewards, pooled, variances=judged.variances, divergences=judged.divergences, each=judged.each

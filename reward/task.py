@@ -14,7 +14,7 @@ from reward.heads import draws_of_heads
 from reward.labels import Labels
 from reward.margin_log import MarginLog
 from reward.margin_maker import MarginMaker
-from reward.margins import similarity_margins
+from reward.margins import cosines
 from reward.model import Scores
 from reward.pairs import Pairs, concatenate, detached_pairs, gather_pairs
 from reward.statistics import StepStatistics
@@ -57,7 +57,7 @@ class RewardTask:
         self._global = config.over_all_pairs
         self._margin_log = MarginLog(config.output, engine.ranks, total_steps)
         self._seen: list[tuple[Pairs, Tensor]] = []
-        self._loss_sum = 0.0
+        self._loss_sum = torch.zeros((), dtype=torch.float64)
         self._step = 0
         self.evaluation: Evaluation | None = None
         """The latest held-out evaluation; ``None`` before the first, and without held-out data."""
@@ -71,7 +71,7 @@ class RewardTask:
     def micro_batches(self, step: int) -> list[Batch]:
         batches = self._batches.step(self._train, step)
         self._step = step + 1
-        self._loss_sum = 0.0
+        self._loss_sum = torch.zeros((), dtype=torch.float64, device=self._engine.ranks.device)
         self._seen = []
         self._margins.start_step(step)
         self._weights.start_step(step)
@@ -97,7 +97,7 @@ class RewardTask:
             losses = losses * self._weights.of(batch.positions)
         if scores.divergences is not None:
             losses = losses + self._config.model.kl_weight * self._divergences(batch, scores.divergences)
-        self._loss_sum += float(losses.detach().sum())
+        self._loss_sum = self._loss_sum + losses.detach().sum()
         # Filler rows keep the graph of this forward alive on ranks that have no pair.
         return losses.sum() / self._batches.items + 0.0 * scores.rewards.sum()
 
@@ -124,33 +124,30 @@ class RewardTask:
         return chosen + rejected + batch.sides(dictionary)[0] / len(self._train)
 
     def step_metrics(self) -> dict[str, float]:
-        ranks = self._engine.ranks
-        loss = float(ranks.sum(torch.tensor(self._loss_sum, dtype=torch.float64, device=ranks.device)))
         pairs = concatenate([seen for seen, _ in self._seen])
         order = torch.cat([seen.positions for seen, _ in self._seen]).argsort()
         margins = torch.cat([values for _, values in self._seen])[order]
-        gap = pairs.chosen_rewards - pairs.rejected_rewards
+        likeness = cosines(pairs.chosen_embeddings, pairs.rejected_embeddings)
+        loss = self._engine.ranks.sum(self._loss_sum).expand(len(pairs))
+        columns = (pairs.chosen_rewards, pairs.rejected_rewards, margins, likeness, loss)
+        # The one time in a step that the host waits for what was computed; from here on, all is on the host.
+        chosen, rejected, margins, likeness, loss = torch.stack([each.double() for each in columns]).cpu()
+        chosen, rejected = chosen.float(), rejected.float()
+        gap = chosen - rejected
         metrics = {
-            "loss": loss / len(pairs),
+            "loss": float(loss[0]) / len(pairs),
             "pairs": float(len(pairs)),
             **self._batches.metrics(),
             "accuracy": float(((gap > 0).double() + 0.5 * (gap == 0).double()).mean()),
             "gap": float(gap.mean()),
-            "reward/chosen": float(pairs.chosen_rewards.mean()),
-            "reward/rejected": float(pairs.rejected_rewards.mean()),
+            "reward/chosen": float(chosen.mean()),
+            "reward/rejected": float(rejected.mean()),
         }
         if not torch.isfinite(gap).all():
             return metrics
-        telemetry = margin_telemetry(
-            margins,
-            pairs.chosen_rewards,
-            pairs.rejected_rewards,
-            chosen_embeddings=pairs.chosen_embeddings,
-            rejected_embeddings=pairs.rejected_embeddings,
-        )
+        telemetry = margin_telemetry(margins, chosen, rejected, cosines=likeness)
         telemetry = self._margins.transport_metrics() | self._weights.transport_metrics() | telemetry
         if self._config.margin.kind != "none" and self._margin_log.wants(self._step):
-            likeness = similarity_margins(pairs.chosen_embeddings, pairs.rejected_embeddings, semantic_weight=1.0)
             self._margin_log.write(self._step, {"margin": margins, "gap": gap, "similarity": likeness})
         self.margin_statistics = {name: value for name, value in telemetry.items() if math.isfinite(value)}
         return metrics | telemetry

@@ -19,6 +19,7 @@ def margin_telemetry(
     *,
     chosen_embeddings: Tensor | None = None,
     rejected_embeddings: Tensor | None = None,
+    cosines: Tensor | None = None,
     transport: OptimalTransportMargins | None = None,
 ) -> dict[str, float]:
     """Summarize the margins of B pairs; every value is finite, and what is undefined is left out.
@@ -39,6 +40,7 @@ def margin_telemetry(
         rejected_rewards: ``(B,)`` in logits; without the extra columns of a queue.
         chosen_embeddings: ``(B, D)``, or ``None``; given for both sides or neither.
         rejected_embeddings: ``(B, D)``, likewise.
+        cosines: ``(B,)`` of the pairs' embeddings, where these are not given.
         transport: what :func:`reward.margins.optimal_transport_margins` returned for these B pairs.
     Raises:
         ValueError: shapes that differ, embeddings for one side only, non-finite values, or no pair.
@@ -50,7 +52,10 @@ def margin_telemetry(
         raise ValueError("there are no pairs to summarize")
     columns = {name: values.double() for name, values in columns.items()}
     if chosen_embeddings is not None and rejected_embeddings is not None:
-        columns["cosine"] = _cosines(chosen_embeddings, rejected_embeddings, margins)
+        cosines = _cosines(chosen_embeddings, rejected_embeddings, margins)
+    if cosines is not None:
+        check_same_shape(margins=margins, cosines=cosines)
+        columns["cosine"] = cosines.double()
     check_finite(**columns)
     return _on_host(_measures(columns) | _plan_measures(transport, like=columns["margin"]))
 

@@ -88,7 +88,7 @@ class Updater:
             len(experience.rollouts), train.global_batch_size, train.last_batch
         )
         for number in range(step * count, (step + 1) * count):
-            batches = self._maker.step(experience.rollouts, number)
+            batches = self._maker.step(experience.rollouts, number, ahead=number + 1 < (step + 1) * count)
             if not self._counts(experience)["tokens"]:  # all of it is masked
                 continue
             report.add({"minibatches": 1.0})

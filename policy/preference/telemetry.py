@@ -89,7 +89,8 @@ def step_metrics(seen: Columns, loss: LossConfig, start: dict[str, float] | None
     if "chosen_drift" in seen and "labels" not in seen:
         # The second-order estimate, from texts of the data: half the mean squared log-ratio of a response.
         metrics["kl"] = torch.cat([seen[name] for name in _DRIFT]).square().mean() / 2
-    return {"pairs": float(len(seen["loss"]))} | {name: float(value) for name, value in metrics.items()}
+    values = torch.stack([torch.as_tensor(value, device=seen["loss"].device).double() for value in metrics.values()])
+    return {"pairs": float(len(seen["loss"]))} | dict(zip(metrics, values.tolist(), strict=True))
 
 
 def start_of(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from rlhf.core.checks import check_positive, check_same_shape
 from rlhf.core.masking import check_mask
+from rlhf.core.packing import collect
 
 CHUNK_TOKENS = 256
 """Places that are projected at once, unless their logits alone would take more than CHUNK_BYTES."""
@@ -34,6 +35,7 @@ def token_logprobs(
     targets: Tensor,
     response_mask: Tensor,
     *,
+    places: Tensor | None = None,
     head_bias: Tensor | None = None,
     chunk_tokens: int | None = None,
     logit_scale: float = 1.0,
@@ -58,6 +60,8 @@ def token_logprobs(
         head_weight: ``(V, D)``, of the type of ``hidden``. Under ZeRO-3 it must stay gathered until backward.
         targets: ``(B, T)`` token ids; read only where ``response_mask`` is True.
         response_mask: ``(B, T)`` bool.
+        places: ``(n,)`` int64, where ``response_mask`` is True, row by row; ``None``: found out, for which a GPU has to
+            be waited for.
         head_bias: ``(V,)`` or ``None``.
         chunk_tokens: places projected at once; memory against launches. ``None``: see :func:`tokens_at_once`.
         logit_scale: factor on the logits (Cohere; for Granite, one over its ``logits_scaling``).
@@ -81,14 +85,13 @@ def token_logprobs(
         chunk_tokens=chunk_tokens, softcap=1.0 if softcap is None else softcap, temperature=temperature
     )
     shape = _LogitShape(logit_scale, softcap, temperature, chunk_tokens, with_square_sums, with_entropies)
-    logprobs, squares, entropies = _ChunkedLogprobs.apply(
-        hidden[response_mask], head_weight, head_bias, targets[response_mask], shape
-    )
+    if places is None:
+        places = response_mask.flatten().nonzero().squeeze(1)
+    states, chosen = collect(hidden.flatten(0, 1), places), targets.flatten().index_select(0, places)
+    logprobs, squares, entropies = _ChunkedLogprobs.apply(states, head_weight, head_bias, chosen, shape)
 
     def placed(values: Tensor) -> Tensor:
-        return torch.zeros(targets.shape, dtype=values.dtype, device=values.device).masked_scatter(
-            response_mask, values
-        )
+        return values.new_zeros(targets.numel()).index_copy(0, places, values).view(targets.shape)
 
     return TokenLogprobs(
         logprobs=placed(logprobs),

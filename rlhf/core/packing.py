@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from rlhf.core.moving import moved
+
 SMALLEST_STEP = 16
 LEAST_SHARE = 1 / 64
 """Share of the tokens of all rows. Where less would be saved, as by a first token that all have, rows stand one by one,
@@ -43,7 +45,7 @@ class Packing:
 
     def collect(self, values: Tensor) -> Tensor:
         """``(N, ...)`` from ``(P, ...)``: the value at the first place of each token."""
-        return _Collect.apply(values, self.first)
+        return collect(values, self.first)
 
     def blocks(self, values: Tensor) -> list[Tensor]:
         """``(R, T, ...)`` of each block, from ``(P, ...)``."""
@@ -51,11 +53,11 @@ class Packing:
         return [part.unflatten(0, shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
     def to(self, device: torch.device) -> "Packing":
-        moved: dict[str, Any] = {
-            field.name: value.to(device) if isinstance(value := getattr(self, field.name), Tensor) else value
+        there: dict[str, Any] = {
+            field.name: moved(value, device) if isinstance(value := getattr(self, field.name), Tensor) else value
             for field in fields(self)
         }
-        return Packing(**moved)
+        return Packing(**there)
 
     def padded(self) -> "Packing":
         """The same in one of a few lengths: tokens behind the others, each with no past but itself."""
@@ -128,6 +130,11 @@ def _common(left: np.ndarray, right: np.ndarray) -> int:
     shorter = min(len(left), len(right))
     differing = np.flatnonzero(left[:shorter] != right[:shorter])
     return int(differing[0]) if len(differing) else shorter
+
+
+def collect(values: Tensor, places: Tensor) -> Tensor:
+    """``(n, ...)``: the rows ``places``, all different, of ``values``."""
+    return _Collect.apply(values, places)
 
 
 class _Spread(torch.autograd.Function):

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rlhf.core.epochs import LastBatch, steps_per_epoch
 from rlhf.core.masking import length_mask
+from rlhf.core.moving import moved
 from rlhf.core.packing import Packing, pack
 
 PADDING_SLACK = 1.04
@@ -81,12 +82,17 @@ class LengthBucket:
     tokens: Tensor  # (R, T) int64, right-padded
     token_mask: Tensor  # (R, T) bool, True on real tokens
     response_mask: Tensor  # (R, T) bool, True on response tokens, the end token included
+    response_places: Tensor | None = None
+    """``(n,)`` int64, where ``response_mask[:, 1:]`` is True, row by row; a GPU would have to be waited for to know how
+    many there are."""
 
     def to(self, device: torch.device) -> "LengthBucket":
+        places = self.response_places
         return LengthBucket(
-            tokens=self.tokens.to(device),
-            token_mask=self.token_mask.to(device),
-            response_mask=self.response_mask.to(device),
+            tokens=moved(self.tokens, device),
+            token_mask=moved(self.token_mask, device),
+            response_mask=moved(self.response_mask, device),
+            response_places=None if places is None else moved(places, device),
         )
 
 
@@ -143,12 +149,12 @@ class Batch:
         return values[self.order].view(self.rows_per_item, len(self), *values.shape[1:]).unbind()
 
     def to(self, device: torch.device) -> "Batch":
-        moved: dict[str, Any] = {
-            field.name: value.to(device)
+        there: dict[str, Any] = {
+            field.name: moved(value, device) if isinstance(value, Tensor) else value.to(device)
             for field in fields(self)
             if isinstance(value := getattr(self, field.name), Tensor | Buckets)
         }
-        return replace(self, **moved, parts=tuple(part.to(device) for part in self.parts))
+        return replace(self, **there, parts=tuple(part.to(device) for part in self.parts))
 
 
 def global_batch(step: int, *, items: int, batch_size: int, seed: int, last: LastBatch = "keep") -> np.ndarray:
@@ -392,6 +398,7 @@ def length_bucket(rows: Sequence[Row]) -> LengthBucket:
         tokens=torch.from_numpy(padded),
         token_mask=length_mask(lengths, width),
         response_mask=torch.from_numpy(response),
+        response_places=torch.from_numpy(np.flatnonzero(response[:, 1:])),
     )
 
 

@@ -24,7 +24,7 @@ class LocalEngine:
         self._optimizer = build_optimizer(self.module, optimizer, fused=True)
         self._schedule = build_schedule(self._optimizer, optimizer, total_steps)
         self._trainable = [p for p in self.module.parameters() if p.requires_grad]
-        self._bad = False
+        self._bad = torch.zeros((), dtype=torch.bool, device=ranks.device)
         self.settings: dict[str, Any] = {}
         self.shared_out = False
         self.description = f"plain torch, float32, fused torch AdamW, {ranks.world_size} rank(s)"
@@ -33,20 +33,22 @@ class LocalEngine:
         return self.module(*args, **kwargs)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        self._bad |= not bool(torch.isfinite(loss.detach()))
+        self._bad = self._bad | ~torch.isfinite(loss.detach())
         loss.backward()
 
     def step(self) -> StepInfo:
         rate = float(self._schedule.get_last_lr()[0])
-        bad, self._bad = self._bad, False
         if self.ranks.world_size > 1:
             for parameter in self._trainable:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
                 parameter.grad = self.ranks.sum(parameter.grad)
         limit = self._max_grad_norm or float("inf")
-        norm = float(nn.utils.clip_grad_norm_(self._trainable, limit))
-        applied = not self.ranks.any(bad or not torch.isfinite(torch.tensor(norm)))
+        length = nn.utils.clip_grad_norm_(self._trainable, limit)
+        bad = self.ranks.sum((self._bad | ~torch.isfinite(length)).to(length.dtype))
+        self._bad = torch.zeros_like(self._bad)
+        norm, bad_ranks = torch.stack([length, bad]).tolist()  # the one thing that the device is waited for
+        applied = bad_ranks == 0
         if applied:
             self._optimizer.step()
             self._schedule.step()

@@ -72,7 +72,7 @@ class ZeroEngine:
         self.module = self._engine.module.train()
         self._has_frozen = any(not p.requires_grad for p in self.module.parameters())
         self._float16 = bool(deepspeed_config.get("fp16", {}).get("enabled", False))
-        self._bad = False
+        self._bad = torch.zeros((), dtype=torch.bool, device=ranks.device)
         precision = next(self.module.parameters()).dtype
         self.description = (
             f"DeepSpeed ZeRO-{self.stage}, {str(precision).removeprefix('torch.')}, {name}, {ranks.world_size} rank(s)"
@@ -82,29 +82,29 @@ class ZeroEngine:
         return self._engine(*args, **kwargs)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        finite = bool(torch.isfinite(loss.detach()))
-        self._bad |= not finite
+        finite = torch.isfinite(loss.detach())
+        self._bad = self._bad | ~finite
         self._engine.set_gradient_accumulation_boundary(last)
         # A loss of minus infinity can still have finite gradients; make sure that the step is dropped.
-        scale = self.ranks.world_size if finite else math.nan
+        scale = torch.where(finite, self.ranks.world_size, math.nan)
         self._engine.backward(loss * scale)
 
     def step(self) -> StepInfo:
         rate = self._schedule.get_last_lr()[0]
-        bad, self._bad = self._bad, False
-        lost = self.ranks.any(bad)
+        bad, self._bad = self._bad, torch.zeros_like(self._bad)
         if isinstance(self._optimizer, torch.optim.Optimizer) and not hasattr(self._optimizer, "overflow"):
-            return self._step_without_zero(rate, lost)
+            return self._step_without_zero(rate, bad)
         self._engine.step()
         overflow = bool(getattr(self._optimizer, "overflow", False))
         norm = float(self._engine.get_global_grad_norm() or 0.0)
         applied = not overflow and math.isfinite(norm)
-        return StepInfo(applied, norm, rate, self._float16 and overflow and not lost)
+        return StepInfo(applied, norm, rate, self._float16 and overflow and not self.ranks.any(bool(bad)))
 
-    def _step_without_zero(self, rate: float, lost: bool) -> StepInfo:
+    def _step_without_zero(self, rate: float, bad: Tensor) -> StepInfo:
         """ZeRO-0 in float32 hands back the bare optimizer, which would apply any gradient."""
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        norm = float(nn.utils.get_total_norm(gradients)) if gradients else 0.0
+        length = nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=self.ranks.device)
+        norm, lost = torch.stack([length, self.ranks.sum(bad.to(length.dtype))]).tolist()
         if lost or not math.isfinite(norm):
             self._engine.zero_grad()
             return StepInfo(False, norm, rate)

@@ -289,16 +289,17 @@ def _begin(run: Run, finished: bool) -> None:
 
 def _train_step(engine: Engine, task: Task, step: int, skips: SkipLog) -> Outcome:
     batches = task.micro_batches(step)
-    bad_rows: list[str] = []
+    finite: list[Tensor] = []
     for place, batch in enumerate(batches):
         loss = task.loss(batch)
         engine.backward(loss, last=place == len(batches) - 1)
-        if not torch.isfinite(loss.detach()):
-            bad_rows += task.row_ids(batch)
+        finite.append(torch.isfinite(loss.detach()))
     info = engine.step()
     metrics = task.step_metrics()
     if not info.applied and not info.scaler_overflow:
         rows = [row for batch in batches for row in task.row_ids(batch)]
+        whole = torch.stack(finite).tolist()
+        bad_rows = [row for batch, fine in zip(batches, whole, strict=True) if not fine for row in task.row_ids(batch)]
         skips.record(step + 1, bad_rows, rows)
     metrics |= {"learning_rate": info.learning_rate, "grad_norm": info.grad_norm}
     return Outcome(metrics=metrics, applied=info.applied, scaler_overflow=info.scaler_overflow)

@@ -53,6 +53,7 @@ def make_task(tiny_config, tiny_data):
         weights: WeightConfig | None = None,
         data: LoadedPreferences = tiny_data,
         packing: str = "auto",
+        ranks: Ranks = ALONE,
         **model,
     ):
         config = replace(
@@ -73,7 +74,7 @@ def make_task(tiny_config, tiny_data):
             seed=0,
             with_lm_head=config.loss.kind.startswith("grm"),
         )
-        engine = LocalEngine(module, ranks=ALONE, optimizer=config.optim, total_steps=20)
+        engine = LocalEngine(module, ranks=ranks, optimizer=config.optim, total_steps=20)
         assert allow_packing(engine)
         return engine, RewardTask(engine, config, data.train, data.evals, 20)
 

@@ -7,6 +7,7 @@ from reward.margins import optimal_transport_margins
 from reward.tables import LOSSES
 from rlhf.core.errors import TrainingStopped
 from rlhf.engine.ranks import single_rank
+from tests.waits import Waits
 
 GLOBAL_OT = MarginConfig(kind="ot", parameters={"scope": "global_batch"})
 NO_MARGIN = MarginConfig(kind="none")
@@ -145,3 +146,37 @@ def test_margins_of_a_hundred_steps_and_the_two_ends_are_written(steps, tmp_path
     log = MarginLog(tmp_path, single_rank(), steps)
     written = [step for step in range(1, steps + 1) if log.wants(step)]
     assert len(written) <= STEPS + 2 and {1, steps} <= {*written}
+
+
+def waits_of_a_step(engine, task) -> list[str]:
+    """Where the host waits for the device in a step, once the first is done."""
+    for number in range(2):
+        batches = task.micro_batches(number)
+        with Waits([*engine.module.parameters(), *batches]) as waits:
+            for place, batch in enumerate(batches):
+                engine.backward(task.loss(batch), last=place == len(batches) - 1)
+            engine.step()
+            task.step_metrics()
+    return waits.places
+
+
+@pytest.mark.parametrize("kind", ["none", "constant"])
+def test_the_host_waits_twice_in_a_step_however_many_micro_batches_it_has(make_task, kind):
+    """Once for the length of the gradient, and once for all metrics."""
+    few, many = (waits_of_a_step(*make_task(budget, margin=MarginConfig(kind=kind))) for budget in (100_000, 150))
+    assert len(few) == len(many) == 2, "\n".join(many)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_no_forward_or_backward_pass_of_a_step_waits_for_the_gpu(make_task):
+    engine, task = make_task(150, margin=NO_MARGIN, ranks=single_rank())
+    for number in range(3):  # the first builds kernels
+        batches = task.micro_batches(number)
+        torch.cuda.set_sync_debug_mode("error" if number == 2 else "default")
+        try:
+            for place, batch in enumerate(batches):
+                engine.backward(task.loss(batch), last=place == len(batches) - 1)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert engine.step().applied and task.step_metrics()["pairs"] == 10
