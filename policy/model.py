@@ -259,12 +259,10 @@ def build_policy(
     return model
 
 
-def _response_places(buckets: Sequence[LengthBucket]) -> Tensor | None:
-    """Where in the row of all buckets the responses are, if each knows it of its own."""
+def _response_places(buckets: Sequence[LengthBucket]) -> Tensor:
+    """Where in the row of all buckets the responses are."""
     starts = itertools.accumulate((len(bucket.tokens) * (bucket.tokens.shape[1] - 1) for bucket in buckets), initial=0)
-    known = [bucket.response_places for bucket in buckets]
-    found = [places + start for places, start in zip(known, starts, strict=False) if places is not None]
-    return torch.cat(found) if len(found) == len(buckets) else None
+    return torch.cat([bucket.places() + start for bucket, start in zip(buckets, starts, strict=False)])
 
 
 def _by_bucket(values: Tensor, masks: Sequence[Tensor]) -> tuple[Tensor, ...]:

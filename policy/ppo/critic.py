@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from reward.config import RewardModelConfig
 from reward.model import RewardModel, build_reward_model, load_reward_model, make_trainable
 from rlhf.core.errors import ModelError
+from rlhf.core.packing import collect
 from rlhf.data.batching import LengthBucket, token_blocks
 from rlhf.models.backbones import embedding_rows, switch_dropout_off
 from rlhf.models.hidden_states import last_states
@@ -49,18 +50,18 @@ class ValueModel(nn.Module):
         return tuple(self._values(states, bucket) for states, bucket in zip(blocks, buckets, strict=True))
 
     def _values(self, states: Tensor, bucket: LengthBucket) -> Tensor:
-        values = response_values(states, bucket.response_mask, self.scorer.hf.get_submodule("score"))
+        values = response_values(states, bucket, self.scorer.hf.get_submodule("score"))
         return torch.where(bucket.response_mask[:, 1:], (values - self._mean) / self._deviation, 0.0)
 
 
-def response_values(states: Tensor, response_mask: Tensor, head: nn.Module) -> Tensor:
+def response_values(states: Tensor, bucket: LengthBucket, head: nn.Module) -> Tensor:
     """``(R, T - 1)`` float32 from ``(R, T, D)`` states: place t is the value before token t + 1; 0 off the response.
 
     A row without a response keeps the graph alive: under ZeRO-3 every rank must run the same backward pass.
     """
-    mask = response_mask[:, 1:]
-    values = head(states[:, :-1][mask]).squeeze(-1).float()
-    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, values)
+    places, before = bucket.places(), states[:, :-1]
+    values = head(collect(before.flatten(0, 1), places)).squeeze(-1).float()
+    return values.new_zeros(before.shape[:2].numel()).index_copy(0, places, values).view(before.shape[:2])
 
 
 def critic_start(backbone: BackboneConfig, *, standardized: bool) -> CriticStart:

@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from policy.ppo.advantages import (
@@ -20,6 +22,7 @@ from policy.ppo.reward_options import RewardSourceConfig
 from policy.ppo.rollouts import Rollouts
 from policy.ppo.scoring import Scored
 from policy.ppo.telemetry import correlation, explained_variance, response_kl, rollout_metrics, sampler_mismatch
+from rlhf.core.moving import moved
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Experience:
     importance_cap: float = 0.0
     """Upper bound of these."""
 
-    def rows(self, indices: Tensor, width: int, device: torch.device) -> dict[str, Tensor]:
+    def rows(self, indices: NDArray[np.int64], width: int, device: torch.device) -> dict[str, Tensor]:
         """Columns ``(B, width)`` of the rollouts ``indices``, by name, with their mask."""
         columns = {
             "mask": self.mask,
@@ -71,8 +74,8 @@ class Experience:
             "returns": self.returns,
             "importance": self.importance,
         }
-        chosen = indices.cpu()
-        return {name: values[chosen, :width].to(device) for name, values in columns.items() if values is not None}
+        chosen = torch.from_numpy(indices)
+        return {name: moved(values[chosen, :width], device) for name, values in columns.items() if values is not None}
 
 
 def make_experience(

@@ -17,6 +17,7 @@ from policy.generation.api import Response, Sampler, row_seed
 from rlhf.core.errors import ModelError
 from rlhf.core.files import digest
 from rlhf.core.masking import length_mask
+from rlhf.core.packing import collect
 from rlhf.data.batching import Batch, Item, ItemSource, Row
 from rlhf.data.prompts import Prompt
 from rlhf.data.templates import ChatFormat, TemplateFault
@@ -228,12 +229,13 @@ def by_response(outputs: Sequence[Tensor], batch: Batch) -> Tensor:
 
     W is the longest response of the batch; places behind a response are 0. Gradients flow.
     """
-    masks = [bucket.response_mask[:, 1:] for bucket in batch.buckets]
-    width = max(1, *(int(mask.sum(dim=1).max()) if mask.numel() else 0 for mask in masks))
+    width = max(1, *(bucket.longest() for bucket in batch.buckets))
     rows = []
-    for values, mask in zip(outputs, masks, strict=True):
-        places = length_mask(mask.sum(dim=1), width)
-        rows.append(values.new_zeros(places.shape).masked_scatter(places, values[mask]))
+    for values, bucket in zip(outputs, batch.buckets, strict=True):
+        counts = bucket.response_mask[:, 1:].sum(dim=1)
+        places = torch.arange(width, device=counts.device) < counts[:, None]
+        written = collect(values.flatten(), bucket.places())
+        rows.append(values.new_zeros(places.shape).masked_scatter(places, written))
     (found,) = batch.sides(torch.cat(rows))
     return found
 

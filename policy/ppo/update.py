@@ -142,7 +142,7 @@ class Updater:
             batch.buckets, temperature=self._config.rollout.temperature, with_entropies=config.entropy > 0
         )
         logprobs = by_response(output.logprobs, batch)
-        rows = experience.rows(batch.indices, logprobs.shape[1], logprobs.device)
+        rows = experience.rows(batch.host_indices, logprobs.shape[1], logprobs.device)
         old, mask, advantages = rows["old_logprobs"], rows["mask"], rows["advantages"]
         by_token = config.ratio == "token"
         ratios = token_ratios(logprobs, old) if by_token else sequence_ratios(logprobs, old, mask)
@@ -188,7 +188,7 @@ class Updater:
         for place, batch in enumerate(batches):
             outputs = engine.forward(batch.buckets)
             values = by_response(outputs, batch)
-            rows = experience.rows(batch.indices, values.shape[1], values.device)
+            rows = experience.rows(batch.host_indices, values.shape[1], values.device)
             losses = clipped_value_loss(
                 values, rows["old_values"], rows["returns"], clip=self._config.critic.value_clip
             )

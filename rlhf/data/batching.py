@@ -83,8 +83,19 @@ class LengthBucket:
     token_mask: Tensor  # (R, T) bool, True on real tokens
     response_mask: Tensor  # (R, T) bool, True on response tokens, the end token included
     response_places: Tensor | None = None
-    """``(n,)`` int64, where ``response_mask[:, 1:]`` is True, row by row; a GPU would have to be waited for to know how
-    many there are."""
+    """``(n,)`` int64, where ``response_mask[:, 1:]`` is True, row by row; ``None``: see :meth:`places`."""
+    longest_response: int | None = None
+    """Most of them in a row; ``None``: see :meth:`longest`."""
+
+    def places(self) -> Tensor:
+        """Where tokens are that a response's token follows. A GPU is waited for if it is not known."""
+        known = self.response_places
+        return self.response_mask[:, 1:].flatten().nonzero().squeeze(1) if known is None else known
+
+    def longest(self) -> int:
+        """The most response tokens of a row, the first place apart. A GPU is waited for if it is not known."""
+        known = self.longest_response
+        return int(self.response_mask[:, 1:].sum(dim=1).max()) if known is None else known
 
     def to(self, device: torch.device) -> "LengthBucket":
         places = self.response_places
@@ -93,6 +104,7 @@ class LengthBucket:
             token_mask=moved(self.token_mask, device),
             response_mask=moved(self.response_mask, device),
             response_places=None if places is None else moved(places, device),
+            longest_response=self.longest_response,
         )
 
 
@@ -134,6 +146,7 @@ class Batch:
     order: Tensor  # (S * B,) int64
     positions: Tensor  # (B,) int64, places of the items in the global batch
     indices: Tensor  # (B,) int64, places of the items in the dataset
+    host_indices: np.ndarray  # the same, where the host can read them
     row_ids: tuple[str, ...]
     margins: Tensor | None  # (B,) float32, the data's own margins, NaN where an item has none
     labels: Tensor | None  # (B,) bool, whether the response is a desirable one
@@ -330,6 +343,7 @@ def collate(
         order=torch.zeros(0, dtype=torch.long),
         positions=torch.tensor(plan.items, dtype=torch.long),
         indices=torch.from_numpy(chosen),
+        host_indices=chosen,
         row_ids=tuple(item.row_id for item in items),
         margins=_column([item.margin for item in items], torch.float32),
         labels=_column([item.label for item in items], torch.bool),
@@ -399,6 +413,7 @@ def length_bucket(rows: Sequence[Row]) -> LengthBucket:
         token_mask=length_mask(lengths, width),
         response_mask=torch.from_numpy(response),
         response_places=torch.from_numpy(np.flatnonzero(response[:, 1:])),
+        longest_response=int(response[:, 1:].sum(axis=1).max()),
     )
 
 

@@ -31,7 +31,9 @@ from rlhf.data.options import ExampleDataConfig
 from rlhf.data.prompts import PromptData
 from rlhf.engine.options import EngineConfig, OptimizerConfig
 from rlhf.models.options import LoraOptions
+from rlhf.train.batches import BatchMaker
 from rlhf.train.chat import load_chat
+from tests.waits import Waits
 
 ALMOST_SGD = OptimizerConfig(
     learning_rate=1.0, schedule="constant", warmup_share=0.0, adam_epsilon=1.0, max_grad_norm=0.0
@@ -907,3 +909,26 @@ def test_held_out_metrics_do_not_depend_on_the_token_budget(make_task, tiny_conf
     assert found[0].keys() == found[1].keys()
     for name, value in found[0].items():
         assert math.isclose(value, found[1][name], rel_tol=1e-4, abs_tol=1e-5), name
+
+
+def test_the_host_waits_for_an_update_as_often_as_there_are_engines(make_task, tiny_config, monkeypatch):
+    """For the length of the gradient and the sums over tokens of each, however many micro-batches there are."""
+    found = []
+    for budget in (60, 5000):
+        shop = make_task(train=train_of(tiny_config, micro_batch_tokens=budget, **ONE_MINIBATCH))
+        experience, make = experience_of(shop), BatchMaker.step
+        parameters = [*shop.policy.module.parameters(), *shop.critic.module.parameters()]
+        with Waits(parameters) as waits, monkeypatch.context() as patch:
+
+            def marked(maker, data, number, waits=waits, make=make, **options):
+                batches = make(maker, data, number, **options)
+                waits.mark(batches)
+                waits.batches = len(batches)
+                return batches
+
+            patch.setattr(BatchMaker, "step", marked)
+            Updater(shop.policy, shop.critic, shop.config).run(0, experience, 0.1)
+        found.append((waits.batches, waits.places))
+    (many, places), (one, _) = found
+    assert many > 3 and one == 1
+    assert [len(each) for _, each in found] == [4, 4], "\n".join(places)
