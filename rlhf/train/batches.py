@@ -74,9 +74,17 @@ class BatchMaker:
 
     def chunks(self, data: ItemSource, indices: np.ndarray) -> Iterator[tuple[int, list[Batch]]]:
         """The rows ``indices`` of ``data`` a few hundred at a time, with where in ``indices`` each chunk begins."""
-        for start in range(0, len(indices), EVALUATION_CHUNK):
+
+        def make(start: int) -> list[Batch]:
             chosen = indices[start : start + EVALUATION_CHUNK]
-            yield start, [self._batch(data, chosen, micro_step) for micro_step in self._plan(data, chosen)]
+            return [self._batch(data, chosen, micro_step) for micro_step in self._plan(data, chosen)]
+
+        following: Future[list[Batch]] | None = None
+        for start in range(0, len(indices), EVALUATION_CHUNK):
+            made = make(start) if following is None else following.result()
+            if start + EVALUATION_CHUNK < len(indices):
+                following = _thread().submit(make, start + EVALUATION_CHUNK)
+            yield start, made
 
     def metrics(self) -> dict[str, float]:
         """Tokens and share of padding over all ranks in the step; every rank must call it."""

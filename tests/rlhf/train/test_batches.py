@@ -8,6 +8,7 @@ import torch
 
 from rlhf.data.batching import Item, Row
 from rlhf.engine.ranks import Ranks
+from rlhf.train import batches as batches_module
 from rlhf.train.batches import BatchMaker
 from rlhf.train.options import TrainConfig
 
@@ -82,3 +83,14 @@ def test_a_row_that_cannot_be_read_is_an_error_of_its_own_step():
     going.step(data, 0)
     with pytest.raises(OSError, match="Input/output error"):
         going.step(data, 1)
+
+
+def test_chunks_of_an_evaluation_are_those_of_their_rows(monkeypatch):
+    monkeypatch.setattr(batches_module, "EVALUATION_CHUNK", 3)
+    data, rows = Source(), np.array([7, 1, 4, 9, 0, 2, 8])
+    found = list(maker().chunks(data, rows))
+    assert [start for start, _ in found] == [0, 3, 6]
+    for start, made in found:
+        ((_, alone),) = maker().chunks(data, rows[start : start + 3])
+        assert [batch.row_ids for batch in made] == [batch.row_ids for batch in alone]
+        assert {int(index) for batch in made for index in batch.indices} <= {*rows[start : start + 3].tolist()}
