@@ -91,8 +91,7 @@ class RewardModel(nn.Module):
         scores = self._pool(states, bucket.token_mask.sum(dim=1) - 1)  # padded on the right, and none is empty
         if self.lm_head is None:
             return scores
-        logprobs = self.lm_head(states, bucket.tokens, bucket.response_mask)
-        return replace(scores, logprobs=logprobs)
+        return replace(scores, logprobs=self.lm_head(states, bucket))
 
     def score(self, tokens: Tensor, token_mask: Tensor) -> Tensor:
         """``(R,)`` rewards of ``(R, T)`` rows padded on either side, found by the mask alone."""
@@ -162,9 +161,10 @@ class LanguageModelHead(nn.Module):
         self.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
         self._logits = backbones.logit_options(settings)
 
-    def forward(self, states: Tensor, tokens: Tensor, response_mask: Tensor) -> Tensor:
+    def forward(self, states: Tensor, bucket: LengthBucket) -> Tensor:
         """``(R,)`` log-probabilities summed over response tokens; position t predicts token t + 1."""
-        sums, _ = response_logprobs(states[:, :-1], self.weight, tokens[:, 1:], response_mask[:, 1:], **self._logits)
+        tokens, mask, places = bucket.tokens[:, 1:], bucket.response_mask[:, 1:], bucket.places()
+        sums, _ = response_logprobs(states[:, :-1], self.weight, tokens, mask, places=places, **self._logits)
         return sums
 
 

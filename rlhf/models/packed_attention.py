@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from rlhf.core.moving import moved
 from rlhf.core.packing import Packing
 
 PREFIX = "packed_"
@@ -181,8 +182,8 @@ def _mask_of_tree(packing: Packing, rows: PackedMask | None, asked: dict[str, An
 
 
 def _mask_of_lengths(name: str, packing: Packing, rows: PackedMask | None, device: torch.device) -> PackedMask:
-    starts = torch.tensor([0, *itertools.accumulate(packing.lengths)], dtype=torch.int32).to(device, non_blocking=True)
-    longest = max(packing.lengths)
+    starts = torch.tensor([0, *itertools.accumulate(packing.lengths)], dtype=torch.int32)
+    starts, longest = moved(starts, device), max(packing.lengths)
 
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: PackedMask, **options: Any
