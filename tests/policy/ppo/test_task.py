@@ -509,8 +509,8 @@ def test_a_minibatch_of_one_rollout_is_no_update_of_its_own(make_task, tiny_conf
     shop = make_task(train=train_of(tiny_config, global_batch_size=15, last_batch=last))
     seen, step = [], shop.task._updater._maker.step
 
-    def watched(data, number):
-        batches = step(data, number)
+    def watched(data, number, **options):
+        batches = step(data, number, **options)
         seen.append(shop.task._updater._maker.items)
         return batches
 
