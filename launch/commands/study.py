@@ -9,6 +9,7 @@ from launch.commands.arguments import Subparsers, add_settings, command
 from launch.commands.pipeline import add_run_options, run_settings, show
 from launch.commands.report import end_with_report
 from launch.screen import console
+from rlhf.core.errors import UserError
 from rlhf.core.paths import recipe_path
 
 if TYPE_CHECKING:
@@ -59,6 +60,12 @@ def run(options: argparse.Namespace) -> int:
 def _compare(study: "TidyStudy", options: argparse.Namespace) -> int:
     from launch.study.tidy import make_results, read_tidy
 
+    given = ["--redo"] * bool(options.redo) + ["--only"] * bool(options.only) + ["--any-code"] * options.any_code
+    if given:
+        raise UserError(
+            f"{', '.join(given)}: {options.config} has results = {study.results}, whose runs its own program makes: "
+            "nothing here tells them apart; remove the file, or rows of it, to have them made again"
+        )
     screen = console()
     if options.dry_run:
         making = " ".join(study.command) or "nothing: it is there"

@@ -113,14 +113,24 @@ def read_tidy(study: TidyStudy, name: str) -> Results:
     )
 
 
-def _add(parts: dict[str, dict[tuple[str, Seed], dict[str, Item]]], row: Mapping[str, Any], place: str) -> None:
+def _add(parts: dict[str, dict[tuple[str, Seed], dict[str, Item]]], row: Mapping[Any, Any], place: str) -> None:
+    if None in row or any(row[column] is None for column in NEEDED):
+        lacking = (
+            "more cells than columns" if None in row else f"no {next(each for each in NEEDED if row[each] is None)}"
+        )
+        raise DataError(f"{place}: {lacking}; expected a cell for each column")
     try:
         item = Item(prompt=row["prompt"], value=float(row["value"]), weight=float(row.get("weight") or 1.0))
-    except (TypeError, ValueError):
+    except ValueError:
         item = Item(prompt="", value=math.nan, weight=math.nan)
     if not (math.isfinite(item.value) and 0 < item.weight < math.inf):
         raise DataError(f"{place}: value = {row.get('value')}, weight = {row.get('weight')}: expected finite numbers")
-    seed: Seed = int(row["seed"]) if row["seed"].lstrip("-").isdecimal() else row["seed"]
+    seed: Seed = row["seed"]
+    if row["seed"].lstrip("+-").isdecimal():
+        try:
+            seed = int(row["seed"])
+        except ValueError:
+            raise DataError(f"{place}: seed = {seed}: expected a whole number, or a name") from None
     items = parts.setdefault(row.get(PART) or "", {}).setdefault((row["variant"], seed), {})
     if row["row"] in items:
         raise DataError(f"{place}: a second row {row['row']} of {row['variant']}, seed {seed}")

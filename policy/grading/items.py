@@ -32,7 +32,8 @@ def read_graded(config: GradingConfig) -> list[Graded]:
     """The questions that were answered, in the order of the first file of answers.
 
     Raises:
-        DataError: if a row is none, models have answered other questions, or a question is not known.
+        DataError: if a row is none, models have answered other questions, or a question is not known, or has no
+            reference answer in a file of them.
     """
     known = _questions(config.questions) if config.questions is not None else {}
     questions: dict[str, Question] = {}
@@ -53,7 +54,19 @@ def read_graded(config: GradingConfig) -> list[Graded]:
             lone = next(iter(own.keys() ^ answers[first].keys()))
             raise DataError(f"answers of {first} and {name}: to other questions, such as {lone[:80]}")
     references = _references(config.references) if config.references is not None else None
-    return [_graded(key, questions[key], answers, references) for key in answers[first]]
+    graded = [_graded(key, questions[key], answers, references) for key in answers[first]]
+    lacking = without_reference(graded)
+    if config.references is not None and lacking:
+        raise DataError(
+            f"{config.references}: no reference answer to {len(lacking)} questions of {', '.join(WITH_REFERENCE)}, "
+            f"such as {lacking[0].id[:80]} ({lacking[0].category}); expected their question_id in it"
+        )
+    return graded
+
+
+def without_reference(graded: Sequence[Graded]) -> list[Graded]:
+    """Those that the judge should see a reference answer to, and has none."""
+    return [each for each in graded if each.category in WITH_REFERENCE and not each.references]
 
 
 def _graded(

@@ -25,8 +25,11 @@ _REFERENCE = (
     "There is a reference answer, which is right: compare the assistant's answer with it, and name mistakes before you "
     "grade."
 )
-_GRADE = re.compile(r"\[\[\s*(\d+(?:\.\d+)?)\s*(?:/\s*10\s*)?\]\]")
-_PLAIN = re.compile(r"\[\s*(\d+(?:\.\d+)?)\s*(?:/\s*10\s*)?\]")
+_NUMBER = r"\[\s*(\d+(?:\.\d+)?)\s*(?:/\s*10\s*)?\]"
+_GRADE = re.compile(rf"\[{_NUMBER}\]")
+_NAMED = re.compile(rf"\b(?:rating|grade|score)(?: is| of)?[\s:=*_]*{_NUMBER}", re.IGNORECASE)
+_ALONE = re.compile(rf"[\s*_]*{_NUMBER}[\s.*_]*")
+"""Single brackets hold indices and notes, too: what counts is called a grade, or all of the last line."""
 
 
 def question(opening: str, turns: Sequence[tuple[str, str]], references: Sequence[str] = ()) -> list[Message]:
@@ -52,14 +55,20 @@ def question(opening: str, turns: Sequence[tuple[str, str]], references: Sequenc
     return [{"role": "system", "content": _GRADER}, {"role": "user", "content": "\n\n".join(parts)}]
 
 
-def grade(reply: str) -> float:
-    """The last grade in a reply, 1 to 10: in double brackets, or in single ones where there are no double ones.
+def grade(reply: str, *, was_cut: bool = False) -> float:
+    """The last grade in a reply, 1 to 10, in double brackets.
+
+    Where there is none, one in single brackets counts that is called so ("Rating: [7]") or is all of the last line,
+    unless the reply was cut.
 
     Raises:
         ValueError: if there is none.
     """
     text = said(reply)
-    found = _GRADE.findall(text) or _PLAIN.findall(text)
+    found = _GRADE.findall(text)
+    if not found and not was_cut:
+        alone = _ALONE.fullmatch(text.strip().rpartition("\n")[2])
+        found = [alone[1]] if alone else _NAMED.findall(text)
     if not found:
         raise ValueError(f"a reply without a grade: {reply[:60]!r}")
     value = float(found[-1])

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from policy.grading.config import GradingConfig
-from policy.grading.items import Graded, read_graded
+from policy.grading.items import WITH_REFERENCE, Graded, read_graded, without_reference
 from policy.grading.questions import BEST, grade, question
 from policy.grading.radar import FEWEST, write_radar
 from policy.grading.results import Grading, summarize
@@ -43,7 +43,8 @@ def grade_answers(config: GradingConfig, console: Console) -> Grading:
     for name, own in grades.items():
         if not own:
             raise DataError(f"{config.judge.url}: no question has grades for all answers of {name}")
-    found = summarize(judge, grades, {each.id: each.category for each in graded}, len(graded), replies.notes)
+    notes = (*replies.notes, *_without_reference(graded))
+    found = summarize(judge, grades, {each.id: each.category for each in graded}, len(graded), notes)
     write_findings(config.output, KIND, asdict(found), _items(turns, replies))
     name = judge.replace("/", "_")
     write_text(config.output / "model_judgment" / f"{name}_single.jsonl", _judgments(turns, asked, replies, judge))
@@ -51,6 +52,15 @@ def grade_answers(config: GradingConfig, console: Console) -> Grading:
         scores = {each.name: [each.by_category[name].value for name in found.categories] for each in found.models}
         write_radar(config.output / "radar.svg", found.categories, scores, best=BEST)
     return found
+
+
+def _without_reference(graded: Sequence[Graded]) -> Iterator[str]:
+    lacking = len(without_reference(graded))
+    if lacking:
+        yield (
+            f"{lacking} questions of {', '.join(WITH_REFERENCE)} were graded without a reference answer (references = "
+            "FastChat's reference_answer/MODEL.jsonl)"
+        )
 
 
 def _asked(name: str, each: Graded, turn: int) -> Question:

@@ -67,16 +67,14 @@ def cost(missing: Sequence[Question], config: JudgeConfig, *, known: int) -> str
     """What will be asked, in words."""
     read = sum(len(message["content"]) for each in missing for message in each) // CHARACTERS_PER_TOKEN
     told = f"{len(missing)} questions to the judge ({known} are answered already): about {read:,} tokens to read"
+    of_reading, of_writing = (price / 1e6 for price in config.prices or (0.0, 0.0))
+    priced = config.prices is not None
     if config.max_tokens is None:
-        return told
+        return f"{told}: {read * of_reading:.2f} for these at these prices" if priced else told
     written = len(missing) * config.max_tokens
     told = f"{told}, at most {written:,} to write"
-    if config.prices is None:
-        return told
-    of_reading, of_writing = (
-        price * tokens / 1e6 for price, tokens in zip(config.prices, (read, written), strict=True)
-    )
-    return f"{told}: {of_reading:.2f} to {of_reading + of_writing:.2f} at these prices"
+    least = read * of_reading
+    return f"{told}: {least:.2f} to {least + written * of_writing:.2f} at these prices" if priced else told
 
 
 def said(reply: str) -> str:

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 from annotated_types import Ge, Gt, Lt
 
 from rlhf.core.annotations import NoResult
+from rlhf.core.servers import check_address
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +28,10 @@ class JudgeConfig:
     """Share of the items that may stay without a verdict, one at least unless this is 0: they are left out, and
     counted."""
     tries: Annotated[int, Gt(0), NoResult()] = 6
-    """Times that a question is asked: again after 429, 5xx and silence; after replies without a verdict, thrice at
-    most."""
+    """Times that a question is asked: again after 408, 409, 425, 429, 5xx and silence; after replies without a
+    verdict, thrice at most."""
     wait_seconds: Annotated[float, Gt(0), NoResult()] = 1.0
-    """Seconds before the second try; doubled each time, unless the endpoint says how long (Retry-After)."""
+    """Seconds before the second try; doubled each time, and longer where the endpoint says so (Retry-After)."""
     timeout_seconds: Annotated[float, Gt(0), NoResult()] = 120.0
     """Seconds to wait for a reply."""
     concurrency: Annotated[int, Gt(0), NoResult()] = 8
@@ -41,5 +42,5 @@ class JudgeConfig:
     def __post_init__(self) -> None:
         if self.url is not None and self.model is None:
             raise ValueError("url needs model: the name that the endpoint has for the model")
-        if self.url is not None and not self.url.startswith(("http://", "https://")):
-            raise ValueError(f"url = {self.url}: expected http:// or https://, such as https://api.openai.com/v1")
+        if self.url is not None:
+            check_address("url", self.url, example="https://api.openai.com/v1")

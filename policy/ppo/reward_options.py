@@ -1,7 +1,6 @@
 """Where the rewards of a PPO run come from, as its recipe says."""
 
 import math
-import urllib.parse
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le
 
 from reward.function import CONCURRENCY, TIMEOUT_SECONDS
+from rlhf.core.servers import check_address
 from rlhf.models.options import BackboneConfig
 from rlhf.models.roles import ModelRole
 
@@ -50,7 +50,7 @@ class RewardTermConfig:
             named = f"path = {self.path}" if self.path else f"url = {', '.join(self.urls)}"
             raise ValueError(f"{named}: options, columns and failures are those of a function")
         for url in self.urls:
-            _check_url(url)
+            check_address("url", url)
         if not math.isfinite(self.weight):
             raise ValueError(f"weight = {self.weight}: expected a finite number")
 
@@ -158,12 +158,6 @@ class RewardSourceConfig:
             return self.clip
         functions = self.function or any(term.function for term in self.terms)
         return STANDARDIZED_LIMIT if self.standardize and not functions else None
-
-
-def _check_url(url: str) -> None:
-    parsed = urllib.parse.urlsplit(url)
-    if parsed.scheme not in ("http", "https") or not parsed.hostname or parsed.query or parsed.fragment:
-        raise ValueError(f"url = {url}: expected the address of a server, such as http://127.0.0.1:8000")
 
 
 def scorer_roles(name: str, section: str, config: RewardSourceConfig) -> tuple[ModelRole, ...]:

@@ -27,13 +27,19 @@ class TaskTax:
     """Both by lm-eval."""
     change: Estimate | None
     """The value after, less that before, for the same items; ``None`` where the measure is no mean over items."""
-    higher_is_better: bool
+    higher_is_better: bool | None
+    """``None`` where lm-eval does not say."""
     items: int
 
     @property
     def verdict(self) -> str:
         """What the change says: a cost, a gain, or nothing."""
-        if self.change is None or self.change.low <= 0 <= self.change.high or self.change.low == self.change.high:
+        if (
+            self.change is None
+            or self.higher_is_better is None
+            or self.change.low <= 0 <= self.change.high
+            or self.change.low == self.change.high
+        ):
             return "undecided"
         return "gain" if (self.change.low > 0) == self.higher_is_better else "cost"
 
@@ -72,7 +78,7 @@ def compared(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[list[
                     before=means[0],
                     after=means[1],
                     change=mean_with_interval(pairs[:, 1] - pairs[:, 0]) if is_mean else None,
-                    higher_is_better=before["higher_is_better"].get(task, {}).get(measure) is not False,
+                    higher_is_better=before["higher_is_better"].get(task, {}).get(measure),
                     items=len({sample["doc_id"] for sample in samples}),
                 )
             )

@@ -12,7 +12,10 @@ _INSTRUCTIONS = (
     "first; end with your verdict alone: [[A]] if the first answer is better, [[B]] if the second is, or [[TIE]]."
 )
 _MARKED = re.compile(r"\[\[\s*(A|B|C|TIE)\s*\]\]", re.IGNORECASE)
-_WORD = re.compile(r"\b(?:A|B|(?i:TIE))\b")  # an "a" within a sentence is an article
+_ALONE = re.compile(
+    r"(?:(?:my |the |final )*verdict(?: is)?)?(?:[^\w?]|_)*(?:it is )?(A|B|(?:a )?tie)(?:[^\w?]|_)*", re.IGNORECASE
+)
+"""A line that is a verdict; in a line that says more, an A may be an article, and B what is talked about."""
 _WORTH = {"A": 1.0, "B": 0.0, "TIE": 0.5, "C": 0.5}
 
 
@@ -38,25 +41,19 @@ def question(pair: Pair, *, swapped: bool) -> list[Message]:
     return [{"role": "system", "content": _INSTRUCTIONS}, {"role": "user", "content": asked}]
 
 
-def verdict(reply: str) -> float:
+def verdict(reply: str, *, was_cut: bool = False) -> float:
     """What the first answer is worth by a reply: 1, 0 or .5. The last verdict in double brackets counts.
 
-    Without one, the whole reply, or its last line, may be a verdict, or hold one of the words and no other.
+    Where there is none, the last line may be a verdict and nothing else, unless the reply was cut there.
 
     Raises:
-        ValueError: if it says nothing, or several things.
+        ValueError: if it says nothing.
     """
     text = said(reply)
     marked = _MARKED.findall(text)
     if marked:
         return _WORTH[marked[-1].upper()]
-    last = text.strip().rpartition("\n")[2]
-    whole = last.strip(" .*").upper()
-    for words in ({whole} & _WORTH.keys() - {"C"}, _words(last), _words(text)):
-        if len(words) == 1:
-            return _WORTH[words.pop()]
-    raise ValueError(f"a reply without one verdict: {reply[:60]!r}")
-
-
-def _words(text: str) -> set[str]:
-    return {each.upper() for each in _WORD.findall(text)}
+    alone = None if was_cut else _ALONE.fullmatch(text.strip().rpartition("\n")[2].strip(" *_"))
+    if alone is None:
+        raise ValueError(f"a reply without one verdict: {reply[:60]!r}")
+    return _WORTH[alone[1].upper().removeprefix("A ")]

@@ -3,7 +3,6 @@
 import functools
 import logging
 import math
-import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ import numpy as np
 
 from reward.serving.card import Card, read_card
 from rlhf.core.errors import ConfigError, ModelError
+from rlhf.core.servers import check_address, key_in, retry_after
 from rlhf.data.messages import Message
 
 KEY_VARIABLE = "MARGIN_RLHF_REWARD_KEY"
@@ -26,7 +26,7 @@ TRIES = 8
 FEW_TRIES = 3
 """Tries of a request that stays without an answer, each time for the whole timeout, or that a server fails on."""
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
-"""Seconds that a server is left alone after a fault, doubled with each further one, unless it says how long."""
+"""Seconds that a server is left alone after a fault, doubled with each further one, or longer where it says so."""
 ROWS_AT_ONCE = 8
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class _Server:
 class _Fault(Exception):
     """A try that gave nothing; another may."""
 
-    def __init__(self, what: str, *, lasting: bool = False, seconds: float | None = None) -> None:
+    def __init__(self, what: str, *, lasting: bool = False, seconds: float = 0.0) -> None:
         """``lasting``: a few more tries will tell; ``seconds``: until the server wants to be asked again."""
         super().__init__(what)
         self.lasting, self.seconds = lasting, seconds
@@ -81,7 +81,10 @@ class RewardServers:
             ConfigError: naming it.
         """
         for url in self.urls:
-            check_url(self.setting, url)
+            try:
+                check_address(self.setting, url)
+            except ValueError as error:
+                raise ConfigError(str(error)) from None
         self._servers = [_Server(url.rstrip("/")) for url in self.urls]
         self._lock = threading.Lock()
 
@@ -166,7 +169,7 @@ class RewardServers:
 
     @functools.cached_property
     def _client(self) -> httpx.Client:
-        key = os.environ.get(KEY_VARIABLE, "").strip()
+        key = key_in(KEY_VARIABLE)
         return httpx.Client(
             timeout=self.timeout_seconds,
             headers={"Authorization": f"Bearer {key}"} if key else {},
@@ -218,8 +221,7 @@ class RewardServers:
             if server.rests_until > now:
                 return  # another request has met the same fault just now
             server.faults += 1
-            wait = min(LONGEST_WAIT, self.first_wait * 2 ** (server.faults - 1))
-            wait = wait if fault.seconds is None else min(LONGEST_WAIT, fault.seconds)
+            wait = min(LONGEST_WAIT, max(fault.seconds, self.first_wait * 2 ** (server.faults - 1)))
             server.rests_until = now + wait
         log.warning("%s: %s: %s; it is asked again after %.1f s", self.setting, server.url, fault, wait)
 
@@ -244,26 +246,13 @@ class RewardServers:
         """
         status = answer.status_code
         if status in (408, 429) or status >= 500:
-            raise _Fault(f"status {status}: {_told(answer)}", lasting=status == 500, seconds=_seconds(answer))
+            seconds = retry_after(answer.headers.get("retry-after"))
+            raise _Fault(f"status {status}: {_told(answer)}", lasting=status == 500, seconds=seconds)
         if status in (401, 403):
             raise ModelError(f"{self.setting}: {url}: status {status}: set {KEY_VARIABLE} to the key of the server")
         if status != 200:
             raise ModelError(f"{self.setting}: {url}: status {status}: {_told(answer)}")
         return answer
-
-
-def check_url(setting: str, url: str) -> None:
-    """Refuse what is no address of a server.
-
-    Raises:
-        ConfigError: naming it.
-    """
-    try:
-        parsed = httpx.URL(url)
-    except (httpx.InvalidURL, TypeError) as error:
-        raise ConfigError(f"{setting} = {url}: {error}") from error
-    if parsed.scheme not in ("http", "https") or not parsed.host or parsed.query or parsed.userinfo:
-        raise ConfigError(f"{setting} = {url}: expected the address of a server, such as http://127.0.0.1:8000")
 
 
 def _scores(answer: httpx.Response, url: str, count: int) -> list[float]:
@@ -293,11 +282,3 @@ def _told(answer: httpx.Response) -> str:
         return str(told["message"] if isinstance(told, dict) else told)[:300]
     except (ValueError, LookupError, TypeError):
         return answer.text[:300].strip()
-
-
-def _seconds(answer: httpx.Response) -> float | None:
-    """What Retry-After says; ``None`` for a date, or nothing."""
-    try:
-        return float(answer.headers["retry-after"])
-    except (KeyError, ValueError):
-        return None

@@ -24,6 +24,7 @@ from reward.serving import wire
 from reward.serving.batcher import Batcher, Full
 from reward.serving.card import card_of
 from rlhf.core.errors import ConfigError
+from rlhf.core.servers import checked_key
 from rlhf.engine.build import DTYPES, has_bfloat16
 from rlhf.models.backbones import embedding_rows, hide_loading_bars
 from rlhf.models.options import BackboneConfig
@@ -332,18 +333,10 @@ def key_of(variable: str, file: Path | None) -> str | None:
     """
     if file is not None:
         try:
-            key, origin = file.read_text(encoding="utf-8").strip(), str(file)
+            return checked_key(file.read_text(encoding="utf-8"), str(file))
         except (OSError, ValueError) as error:
             raise ConfigError(f"--key-file {file}: {error}") from error
-    elif variable in os.environ:
-        key, origin = os.environ[variable].strip(), variable
-    else:
-        return None
-    if not key or not key.isascii() or not key.isprintable() or " " in key:
-        raise ConfigError(
-            f"{origin}: expected a key of letters, digits and signs, without spaces; found {len(key)} characters"
-        )
-    return key
+    return checked_key(os.environ[variable], variable) if variable in os.environ else None
 
 
 def _metric(name: str, kind: str, meaning: str, values: Mapping[str, float]) -> str:

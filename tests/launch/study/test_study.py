@@ -259,7 +259,11 @@ def test_a_command_makes_the_file(tidy, tmp_path, capsys):
         (["a,0,r,p,nan"], "variant,seed,row,prompt,value", {}, "results.csv:2: value = nan"),
         (["a,0,r,p,1,0"], "variant,seed,row,prompt,value,weight", {}, "results.csv:2: value = 1, weight = 0"),
         (["a,0,r,p,1", "a,0,r,p,1"], "variant,seed,row,prompt,value", {}, "results.csv:3: a second row r of a, seed 0"),
-        (["a,0"], "variant,seed,row,prompt,value", {}, "results.csv:2: value = None"),
+        (["a,0"], "variant,seed,row,prompt,value", {}, "results.csv:2: no row; expected a cell for each column"),
+        (["1,a"], "value,variant,seed,row,prompt", {}, "results.csv:2: no seed; expected a cell"),
+        (["1,a,0,r"], "value,variant,seed,row,prompt", {}, "results.csv:2: no prompt; expected a cell"),
+        (["a,0,r,p,1,2"], "variant,seed,row,prompt,value", {}, "results.csv:2: more cells than columns"),
+        (["a,--5,r,p,1"], "variant,seed,row,prompt,value", {}, "results.csv:2: seed = --5: expected a whole number"),
         (
             ["a,0,r,p,1", "b,0,r,p,1"],
             "variant,seed,row,prompt,value",
@@ -272,6 +276,13 @@ def test_a_command_makes_the_file(tidy, tmp_path, capsys):
 def test_a_file_that_is_not_tidy_is_refused_in_one_message(tidy, capsys, rows, head, fields, message):
     assert main(["study", "--config", str(tidy(rows, head, **fields))]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--redo", "new"], ["--any-code"], ["--only", "new"]])
+def test_options_that_can_do_nothing_for_results_of_others_are_refused(tidy, capsys, words):
+    path = tidy([*rows_of("new", 0.2), *rows_of("old", 0.0)])
+    assert main(["study", "--config", str(path), *words]) == 2
+    assert f"{words[0]}: {path} has results = " in capsys.readouterr().err
 
 
 def test_the_shipped_study_is_a_study():

@@ -124,14 +124,33 @@ def test_the_judge_sees_references_up_to_the_turn_that_it_grades():
     assert "eins" in question("", turns, ("eins",))[-1]["content"]
 
 
-def test_references_come_from_their_own_file_where_there_is_one(stub, files, tmp_path):
-    path = tmp_path / "gpt-4.jsonl"
-    rows = [{"question_id": row["question_id"], "choices": [{"turns": ["of the file", "x"]}]} for row in QUESTIONS[:3]]
+def write_references(path, rows):
+    rows = [{"question_id": row["question_id"], "choices": [{"turns": ["of the file", "x"]}]} for row in rows]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_references_come_from_their_own_file_where_there_is_one(stub, files, tmp_path):
+    path = write_references(tmp_path / "gpt-4.jsonl", QUESTIONS)
     server = stub(grades_it)
-    graded(server, files, tmp_path / "out", {"m": files[1]("m", lambda n: (5, 5))}, references=path)
+    found = graded(server, files, tmp_path / "out", {"m": files[1]("m", lambda n: (5, 5))}, references=path)
     seen = [text for text in server.asked if "of the file" in text]
-    assert len(seen) == 4 and not any("right 5" in text for text in server.asked), "math and coding, both turns"
+    assert len(seen) == 8 and not any("right 5" in text for text in server.asked), "math and coding, both turns"
+    assert not found.notes
+
+
+def test_a_question_that_a_file_of_references_lacks_is_refused(stub, files, tmp_path):
+    path = write_references(tmp_path / "gpt-4.jsonl", [*QUESTIONS[:5], QUESTIONS[7]])
+    server = stub(grades_it)
+    with pytest.raises(DataError, match=r"gpt-4\.jsonl: no reference answer to 2 questions of math, .* as 86 \(math\)"):
+        graded(server, files, tmp_path / "out", {"m": files[1]("m", lambda n: (5, 5))}, references=path)
+    assert not server.asked
+
+
+def test_questions_that_are_graded_without_a_reference_are_counted(stub, files, tmp_path):
+    found = graded(stub(grades_it), files, tmp_path / "out", {"m": files[1]("m", lambda n: (5, 5))})
+    (note,) = found.notes
+    assert note.startswith("2 questions of math, reasoning, coding were graded without a reference answer")
 
 
 @pytest.mark.parametrize(
@@ -143,6 +162,11 @@ def test_references_come_from_their_own_file_where_there_is_one(stub, files, tmp
         ("[[ 8 / 10 ]]", 8.0),
         ("Rating: [6]", 6.0),
         ("[1] says so. [[4]]", 4.0),
+        ("It is right.\n\n**[8/10]**.", 8.0),
+        ("My score is [3], for x[9] fails.", 3.0),
+        ("The code uses x[3] and then y[1]...", None),
+        ("see [2]", None),
+        ("upgrade[4] is missing", None),
         ("<think>[[2]]</think> fine [[10]]", 10.0),
         ("<think>[[2]] or", None),
         ("[[0]]", None),
@@ -157,6 +181,15 @@ def test_the_last_grade_counts(reply, value):
             grade(reply)
     else:
         assert grade(reply) == value
+
+
+@pytest.mark.parametrize(("reply", "value"), [("[[7]] as it", 7.0), ("Rating: [7]", None), ("x\n[7]", None)])
+def test_of_a_reply_that_was_cut_double_brackets_alone_count(reply, value):
+    if value is None:
+        with pytest.raises(ValueError, match="without a grade"):
+            grade(reply, was_cut=True)
+    else:
+        assert grade(reply, was_cut=True) == value
 
 
 def test_bad_moods_are_outlived_and_nothing_is_asked_twice(stub, files, tmp_path):

@@ -9,7 +9,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class Stub:
-    """An endpoint that says what ``reply`` makes of a question, after the ``moods`` of its first replies."""
+    """An endpoint that says what ``reply`` makes of a question, after the ``moods`` of its first replies.
+
+    What ends with three dots is cut there.
+    """
 
     def __init__(self, reply: Callable[[str], str], moods=()):
         self.moods, self.asked, self.keys, self.bodies = list(moods), Counter(), set(), []
@@ -31,8 +34,10 @@ class Stub:
                 answer, status = refusals.get(mood, (None, 200))
                 if answer is None:
                     said = {"garbage": "as an AI, I", "both": "A or B", "nothing": None}.get(mood, "")
-                    message = {"content": reply(text) if said == "" else said}
-                    answer = json.dumps({"choices": [{"message": message, "finish_reason": "length"}]})
+                    content = reply(text) if said == "" else said
+                    reason = "length" if str(content).endswith("...") else "stop"
+                    choice = {"message": {"content": content}, "finish_reason": reason}
+                    answer = json.dumps({"choices": [choice]})
                     answer = "<html>" if mood == "html" else answer
                 try:
                     self.send_response(status)

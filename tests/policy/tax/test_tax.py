@@ -79,6 +79,13 @@ def test_the_other_way_round_it_is_a_gain_and_the_same_is_nothing():
     assert (gain.verdict, same.verdict) == ("gain", "undecided")
 
 
+@pytest.mark.parametrize("said", [{}, {"task": {}}, {"task": {"acc": None}}])
+def test_where_nobody_says_which_values_are_better_nothing_is_decided(said):
+    before, after = ({**result(RIGHT[when]), "higher_is_better": said} for when in ("before", "after"))
+    accuracy = compared(before, after)[0][0]
+    assert accuracy.change.high < 0 and (accuracy.higher_is_better, accuracy.verdict) == (None, "undecided")
+
+
 def test_each_filter_is_a_measure_of_its_own():
     both = compared(*(result(RIGHT[when], ("strict", "flexible")) for when in ("before", "after")))[0]
     assert [each.measure for each in both] == ["acc (strict)", "acc (flexible)"] and {each.items for each in both} == {

@@ -106,13 +106,13 @@ def test_what_was_answered_is_kept_and_never_asked_twice(stub, files, tmp_path):
 
 def test_a_verdict_that_cannot_be_read_is_counted_and_left_out(stub, files, tmp_path):
     def hides_one(text):
-        return "I would rather not say" if "question 2" in text else says_which_is_good(text)
+        return "I would rather not..." if "question 2" in text else says_which_is_good(text)
 
     server = stub(hides_one)
     found = judged_by(server, files, tmp_path / "out")
     assert (found.questions, found.left_out, found.rate.wins, found.rate.losses) == (6, 1, 2, 3)
     (note,) = found.notes
-    assert note.startswith("1 of 6 pairs have no verdict (a reply without one verdict: 'I would rather not say'")
+    assert note.startswith("1 of 6 pairs have no verdict (a reply without one verdict: 'I would rather not...'")
     assert "cut at judge.max_tokens = 2048" in note
     assert sum(server.asked.values()) == 10 + 2 * 3, "thrice, and not six times"
     rows = [json.loads(line) for line in (tmp_path / "out" / "items.jsonl").read_text().splitlines()]
@@ -171,7 +171,13 @@ def test_the_request_has_what_the_recipe_says(stub, files, tmp_path):
         ("**Tie**", 0.5),
         ("Verdict: A.", 1.0),
         ("It is a tie.", 0.5),
-        ("B is a better answer", 0.0),
+        ("B is a better answer", None),
+        ("It is neither.\n\nA tie.", 0.5),
+        ("I thought about it.\n**B**", 0.0),
+        ("**Final verdict:** [A]", 1.0),
+        ("A closer look shows that both answers are equally good.", None),
+        ("I cannot say whether A is better.", None),
+        ("Which is better?\nA?", None),
         ("[[B]]", 0.0),
         ("At first [[A]] seemed right, but A is wrong: [[B]]", 0.0),
         ("[[ tie ]]", 0.5),
@@ -192,6 +198,24 @@ def test_the_last_verdict_counts(reply, worth):
             verdict(reply)
     else:
         assert verdict(reply) == worth
+
+
+@pytest.mark.parametrize(
+    ("reply", "worth"),
+    [
+        ("[[B]]", 0.0),
+        ("[[A]], since it", 1.0),
+        ("Answer A starts with a definition and then goes on to", None),
+        ("They differ.\n\nA", None),
+        ("A tie", None),
+    ],
+)
+def test_of_a_reply_that_was_cut_brackets_alone_count(reply, worth):
+    if worth is None:
+        with pytest.raises(ValueError, match="without one verdict"):
+            verdict(reply, was_cut=True)
+    else:
+        assert verdict(reply, was_cut=True) == worth
 
 
 def test_a_single_question_has_no_standard_error(stub, files, tmp_path):
@@ -218,7 +242,9 @@ def test_the_cost_is_told_before(stub, files, tmp_path):
         f"6 questions to the judge (2 are answered already): about {read:,} tokens to read, at most 96 to write: "
         f"{read * 10 / 1e6:.2f} to {(read * 10 + 96 * 30) / 1e6:.2f} at these prices"
     )
-    assert "to write" not in cost(asked, replace(config, max_tokens=None), known=0)
+    without_limit = cost(asked, replace(config, max_tokens=None), known=0)
+    assert "to write" not in without_limit
+    assert without_limit.endswith(f"tokens to read: {read * 10 / 1e6:.2f} for these at these prices")
     server, said = stub(lambda text: "A"), []
 
     class Listening:
@@ -271,7 +297,11 @@ def test_the_command(stub, files, tmp_path, capsys, monkeypatch):
         ([], "expected one judge: reward, or judge.url with judge.model"),
         (["--judge", "m:f", "--judge-url", "http://x", "--judge-model", "m"], "expected one judge"),
         (["--judge-url", "http://x"], "url needs model: the name that the endpoint has"),
-        (["--judge-url", "x", "--judge-model", "m"], "url = x: expected http:// or https://"),
+        (
+            ["--judge-url", "x", "--judge-model", "m"],
+            "url = x: expected the address of a server, such as https://api.openai.com/v1",
+        ),
+        (["--judge-url", "http://me:pw@x", "--judge-model", "m"], " url: expected the address of a server"),
         (["--judge", "m:f", "--request", "effort"], "--request effort: expected NAME=VALUE"),
         (["--judge", "m:f", "--tolerated", "1"], "tolerated = 1.0: Input should be less than 1"),
     ],
