@@ -1,22 +1,24 @@
 """What a judge has said is paid for once: its stage's folder stays where it is when a setting changes."""
 
+import json
+
 import pytest
 
 from launch.pipeline.state import Action, Decision, Progress, load_remembering
 
-RECIPES = {
-    "win-rate": "outputs: {folder}/a.json\n    reference: {folder}/a.json",
-    "grade": "answers: {{a: {folder}/a.json}}",
+SETTINGS = {
+    "win-rate": {"outputs": "a.json", "reference": "a.json"},
+    "grade": {"answers": {"a": "a.json"}},
 }
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_a_changed_setting_keeps_the_replies_of_a_judge(tmp_path, name):
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_changed_setting_keeps_the_replies_of_a_judge(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "a.json").write_text('[{"instruction": "why?", "output": "so"}]')
     recipe = tmp_path / "pipeline.yaml"
-    judge = "judge: {url: http://127.0.0.1:9, model: m}"
-    given = RECIPES[name].format(folder=tmp_path)
-    recipe.write_text(f"output: {tmp_path}/out\nstages:\n  {name}:\n    {given}\n    {judge}\n")
+    settings = SETTINGS[name] | {"judge": {"url": "http://127.0.0.1:9", "model": "m"}}
+    recipe.write_text(json.dumps({"output": "out", "stages": {name: {"set": settings}}}))
     pipeline = load_remembering(recipe)
     (stage,) = pipeline.stages
     progress = Progress(pipeline)
