@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks import disturbances, make_corpus, rehearsal
+from benchmarks import disturbances, large_run, make_corpus, rehearsal
 from benchmarks.gpu import __main__ as gpu
 from launch.cli import build_parser
 from launch.commands import ds, slurm
@@ -273,6 +273,7 @@ MODULES = {
     "benchmarks.make_corpus": lambda words: make_corpus._parser().parse_args(words),
     "benchmarks.disturbances": lambda words: disturbances._parser().parse_args(words),
     "benchmarks.gpu": lambda words: gpu._parser().parse_args(words),
+    "benchmarks.large_run": lambda words: large_run.build_parser().parse_args(words),
     "benchmarks.rehearsal": lambda words: rehearsal._parser().parse_args(words),
 }
 
