@@ -92,18 +92,17 @@ class RolloutWeights:
     def _merged_in_shares(self) -> Iterator[None]:
         """The same where every rank has a share of each weight: shares as they were are kept on the CPU."""
         weights = [layer.get_base_layer().weight for layer in self._layers]
-        before = Portions(self._engine, weights)
-        try:
-            for layer, weight in zip(self._layers, weights, strict=True):
-                adapter = [parameter for parameter in layer.parameters() if parameter is not weight]
-                with self._engine.whole(adapter), self._engine.whole([weight], modify=True), torch.no_grad():
-                    weight.copy_(merged_weight(layer))
-                mark_merged(layer, True)
-            yield
-        finally:
-            for layer in self._layers:
-                mark_merged(layer, False)
-            before.put()
+        with Portions(self._engine, weights).put_back():
+            try:
+                for layer, weight in zip(self._layers, weights, strict=True):
+                    adapter = [parameter for parameter in layer.parameters() if parameter is not weight]
+                    with self._engine.whole(adapter), self._engine.whole([weight], modify=True), torch.no_grad():
+                        weight.copy_(merged_weight(layer))
+                    mark_merged(layer, True)
+                yield
+            finally:
+                for layer in self._layers:
+                    mark_merged(layer, False)
 
 
 def _mergeable(module: nn.Module) -> list[Any]:

@@ -32,12 +32,9 @@ class MovingAverage:
     @contextlib.contextmanager
     def in_engine(self) -> Iterator[None]:
         """The engine has the average inside the block, and then the very weights that it had before."""
-        before = Portions(self._engine, self._parameters)
-        self.put_into_engine()
-        try:
+        with Portions(self._engine, self._parameters).put_back():
+            self.put_into_engine()
             yield
-        finally:
-            before.put()
 
     def save(self, folder: Path) -> None:
         self._weights.save(folder)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from rlhf.core.errors import CheckpointError
 from rlhf.engine.frozen import ReplicatedModel
 from rlhf.engine.portions import Portions
 from rlhf.engine.ranks import Ranks
@@ -19,6 +20,18 @@ class Asked(ReplicatedModel):
         return contextlib.nullcontext()
 
 
+class Unheard(Ranks):
+    """One of several that are asked one after the other: what it would tell the others is lost."""
+
+    def any(self, flag: bool) -> bool:
+        return flag
+
+    def gather_rows(self, rows):
+        if self.world_size > 1:
+            raise AssertionError("the others are not here")
+        return rows
+
+
 def module() -> nn.Module:
     """Tensors of sizes that no number of ranks divides, one of a single number."""
     made = nn.ParameterList([nn.Parameter(torch.randn(shape)) for shape in [(3, 5), (7,), (1,), (2, 2, 3)]])
@@ -26,7 +39,7 @@ def module() -> nn.Module:
 
 
 def portions(values: nn.Module, rank: int, ranks: int, dtype=None) -> tuple[Portions, Asked]:
-    at = Ranks(rank=rank, world_size=ranks, local_rank=rank, local_size=ranks, device=torch.device("cpu"))
+    at = Unheard(rank=rank, world_size=ranks, local_rank=rank, local_size=ranks, device=torch.device("cpu"))
     model = Asked(values, at)
     return Portions(model, list(values.parameters()), dtype), model
 
@@ -69,3 +82,26 @@ def test_values_come_back_bit_for_bit():
             parameter.mul_(1.7)
     mine.put()
     assert all(torch.equal(*pair) for pair in zip(values.parameters(), before, strict=True))
+
+
+def test_values_that_are_not_there_or_of_another_model_are_refused(tmp_path):
+    mine, _ = portions(module(), 0, 1)
+    with pytest.raises(CheckpointError, match="expected 4 tensors, found none"):
+        mine.load(tmp_path / "of an earlier version")
+    few, _ = portions(nn.ParameterList([nn.Parameter(torch.zeros(3))]), 0, 1)
+    few.save(tmp_path)
+    with pytest.raises(CheckpointError, match=r"expected 4 tensors, found \[1\]"):
+        mine.load(tmp_path)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_block_that_fails_on_one_of_several_ranks_waits_for_nobody(ranks):
+    values = module()
+    before = [parameter.detach().clone() for parameter in values.parameters()]
+    mine, _ = portions(values, 0, ranks)
+    with pytest.raises(ZeroDivisionError), mine.put_back():
+        with torch.no_grad():
+            values[0].mul_(1.7)
+        raise ZeroDivisionError
+    undone = all(torch.equal(*pair) for pair in zip(values.parameters(), before, strict=True))
+    assert undone == (ranks == 1)
