@@ -91,15 +91,16 @@ class HfSampler:
                     self._write(jobs)
                     continue
                 except Exception as error:
-                    if self._synced or self._rows == 1 or not is_shortage(error):
+                    together = min(self._rows, len(prompts) - written.count)
+                    if self._synced or together == 1 or not is_shortage(error):
                         raise
                     said = str(error).strip().partition("\n")[0] or type(error).__name__
-                self._halve(said)  # the frames that held the cache are gone
+                self._halve(together, said)  # the frames that held the cache are gone
                 jobs.begin_anew()
             if self._synced:
                 self._keep_company()
         responses = written.responses()
-        _check_finite(responses)
+        self._check_finite(responses)
         return responses
 
     def _write(self, jobs: "_Jobs") -> None:
@@ -121,15 +122,16 @@ class HfSampler:
             return True
         return len(live) <= self._rows - max(1, self._rows // REFILL_SHARE) and takes_more_rows(live.cache)
 
-    def _halve(self, said: str) -> None:
-        self._rows //= 2
+    def _halve(self, rows: int, said: str) -> None:
+        """``rows`` at once were too many."""
+        self._rows = rows // 2
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
         log.warning(
             "rank %d: %d responses at once do not fit into memory (%s): %d from now on, with the same results. A "
             "smaller batch_rows does so from the start",
             self._model.ranks.rank,
-            2 * self._rows,
+            rows,
             said[:200],
             self._rows,
         )
@@ -197,6 +199,16 @@ class HfSampler:
         )
         return self._model.forward(decode=step)
 
+    def _check_finite(self, responses: Sequence[Response]) -> None:
+        """Ranks that stay together see the same count: all of them raise, or none."""
+        bad = sum(not np.isfinite(response.logprobs).all() for response in responses)
+        if self._synced:
+            bad = int(self._model.ranks.sum(torch.tensor(bad, device=self._device)))
+        if bad:
+            raise ModelError(
+                f"{bad} responses were drawn from logits that are not finite: the model's weights are broken"
+            )
+
     def _keep_company(self) -> None:
         """Forwards that give the others their weights, until nobody needs one."""
         while self._model.ranks.any(False):
@@ -248,9 +260,3 @@ def _together(live: LiveRows | None, more: LiveRows | None) -> LiveRows | None:
         return more if live is None else live
     live.join(more)
     return live
-
-
-def _check_finite(responses: Any) -> None:
-    bad = sum(not np.isfinite(response.logprobs).all() for response in responses)
-    if bad:
-        raise ModelError(f"{bad} responses were drawn from logits that are not finite: the model's weights are broken")

@@ -37,6 +37,7 @@ class TrainingSampler:
             gather: whether to; see :class:`RolloutWeights`.
             origin: of the policy, for messages.
         """
+        self._ranks = engine.ranks
         self._weights = RolloutWeights(engine, build, gather)
         check_sampling(self._weights.model, origin)
         self._sampler = HfSampler(
@@ -53,4 +54,6 @@ class TrainingSampler:
     ) -> list[Response]:
         """One response to each prompt; see :meth:`policy.generation.api.Sampler.generate`. Every rank must call it."""
         with self._weights.fresh():
-            return self._sampler.generate(prompts, seeds, advance)
+            if self._weights.synced:  # forwards of all ranks: one that fails by itself cannot tell the others
+                return self._sampler.generate(prompts, seeds, advance)
+            return self._ranks.together(lambda: self._sampler.generate(prompts, seeds, advance))

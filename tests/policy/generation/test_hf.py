@@ -298,6 +298,22 @@ def test_rows_that_do_not_fit_are_halved_and_said_once(make_sampler, tiny_policy
     assert card.refused == refused, "what did not fit once is not tried again"
 
 
+def test_what_is_halved_is_what_there_was_and_not_what_there_might_have_been(
+    make_sampler, tiny_policy, prompts, caplog
+):
+    """Five rows of at most 64: the next try is one of two, and one row is tried once."""
+    policy = tiny_policy()
+    card = Card(policy, 2)
+    sampler = make_sampler(policy, max_new_tokens=2, batch_rows=64)
+    sampler.generate(prompts[:5], range(5))
+    assert card.refused == 1
+    assert "5 responses at once do not fit" in caplog.text and ": 2 from now on" in caplog.text
+    card.rows, card.refused = 0, 0
+    with pytest.raises(torch.OutOfMemoryError):
+        make_sampler(policy, max_new_tokens=2, batch_rows=64).generate(prompts[:1], [1])
+    assert card.refused == 1
+
+
 def test_memory_that_runs_out_halfway_loses_no_response_that_is_done(make_sampler, tiny_policy, prompts, seeds):
     policy = tiny_policy()
     eos = range(0, VOCABULARY, 8)

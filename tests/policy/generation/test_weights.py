@@ -3,14 +3,22 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from policy.generation import weights
+from policy.generation.hf import HfSampler
+from policy.generation.options import SamplingConfig
+from policy.generation.training import TrainingSampler
 from policy.generation.weights import RolloutWeights
+from rlhf.core.errors import ModelError
+from rlhf.data.templates import chat_format
 from rlhf.engine.local import LocalEngine
 from rlhf.engine.options import OptimizerConfig
+from rlhf.engine.ranks import Ranks
 from rlhf.models.options import LoraOptions
+from rlhf.models.tokenizer import load_tokenizer
 
 WORKER = str(Path(__file__).parent / "workers" / "sample.py")
 
@@ -136,3 +144,30 @@ def test_an_adapter_on_a_weight_that_others_use_stays_apart(tiny_policy, alone):
     place = query.data_ptr()
     with found.fresh():
         assert policy.hf.get_output_embeddings().weight.data_ptr() == table and query.data_ptr() != place
+
+
+def test_a_rollout_that_fails_on_one_rank_alone_says_so_to_all(tiny_policy, tiny_model, alone, monkeypatch):
+    """Models that are whole are asked rank by rank: the others wait for the responses of this one."""
+    agreed = []
+    monkeypatch.setattr(Ranks, "together", lambda self, action: agreed.append(action) or action())
+    engine = LocalEngine(tiny_policy(), ranks=alone, optimizer=OptimizerConfig(), total_steps=1)
+    chat = chat_format(load_tokenizer(tiny_model), "{% for message in messages %}{{ message['content'] }}{% endfor %}")
+    sampler = TrainingSampler(engine, chat, SamplingConfig(max_new_tokens=2), tiny_policy, "auto")
+    with torch.no_grad():
+        engine.module.hf.model.norm.weight[0] = torch.nan
+    agreed.clear()
+    with pytest.raises(ModelError, match="not finite"):
+        sampler.generate([np.arange(3, 6)], [1])
+    assert len(agreed) == 1
+
+
+def test_ranks_that_share_a_model_count_broken_responses_together(tiny_policy, alone, monkeypatch):
+    """One that has none raises with the others: it would wait for them."""
+    monkeypatch.setattr(Ranks, "sum", lambda self, values: values + 2)
+    monkeypatch.setattr(Ranks, "any", lambda self, flag: flag)
+    sampler = HfSampler(
+        LocalEngine(tiny_policy(), ranks=alone, optimizer=OptimizerConfig(), total_steps=1),
+        SamplingConfig(max_new_tokens=2), eos_token_ids=(2,), pad_token_id=2, synced=True,
+    )  # fmt: skip
+    with pytest.raises(ModelError, match="2 responses were drawn"):
+        sampler.generate([np.arange(3, 6)], [1])
