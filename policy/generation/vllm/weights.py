@@ -99,7 +99,8 @@ class WeightPush:
             ModelError: if an engine has other weights afterwards.
         """
         number = self._ranks.on_main(self._next)
-        writer = _Writer(self._folder / f"version-{number:08d}") if self._ranks.is_main else None
+        folder = self._folder / f"version-{number:08d}"
+        writer = self._ranks.together(lambda: _Writer(folder) if self._ranks.is_main else None)
         sums = self._gather(writer)
         before, self.version = self.version, self._ranks.on_main(lambda: self._hand_over(writer, number, sums))
         self.pushes += before != self.version

@@ -185,16 +185,16 @@ class Engine:
         names = {}
         try:
             for place, (tokens, seed) in enumerate(asked["rows"]):
-                params = SamplingParams(
-                    seed=seed,
-                    ignore_eos=True,  # the end tokens are told
-                    detokenize=stops,
-                    skip_special_tokens=False,
-                    include_stop_str_in_output=True,
-                    **settings,
-                )
                 name = f"{mark}-{place}"
                 try:
+                    params = SamplingParams(
+                        seed=seed,
+                        ignore_eos=True,  # the end tokens are told
+                        detokenize=stops,
+                        skip_special_tokens=False,
+                        include_stop_str_in_output=True,
+                        **settings,
+                    )
                     engine.add_request(name, {"prompt_token_ids": tokens}, params)
                 except ValueError as error:
                     raise Refused(str(error), 400) from error
@@ -256,6 +256,7 @@ class Handler(BaseHTTPRequestHandler):
 
     engine: Engine
     token: str
+    timeout = 30.0  # a request that does not come keeps others out no longer
     protocol_version = "HTTP/1.0"  # a connection for each request: none keeps others out
 
     def do_GET(self) -> None:
@@ -275,11 +276,16 @@ class Handler(BaseHTTPRequestHandler):
         """Say nothing: every step makes requests."""
 
     def _asked(self) -> dict[str, Any]:
-        length = int(self.headers.get("Content-Length") or 0)
-        asked = json.loads(self.rfile.read(length) or b"{}")
-        if not secrets.compare_digest(self.headers.get("Authorization", ""), f"Bearer {self.token}"):
-            raise Refused(f"the token ({TOKEN_VARIABLE}) is not the engine's", 401)
-        return asked
+        """What a request says, once it has come and knows the token: anybody may knock."""
+        told, expected = self.headers.get("Authorization", ""), f"Bearer {self.token}"
+        try:
+            content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            self.connection.settimeout(None)  # an answer may take its time
+            if not secrets.compare_digest(told.encode(), expected.encode()):
+                raise Refused(f"the token ({TOKEN_VARIABLE}) is not the engine's", 401)
+            return json.loads(content or b"{}")
+        except (ValueError, OSError) as error:
+            raise Refused(f"the request is no JSON: {error}", 400) from error
 
     def _answer(self, action: Any) -> None:
         try:

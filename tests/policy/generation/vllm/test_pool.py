@@ -2,15 +2,19 @@
 
 import logging
 import math
+import os
+import socket
+import urllib.parse
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import torch
 
 from policy.generation.options import SamplingConfig, VllmConfig
 from policy.generation.vllm.client import EngineClient, EngineRefused, Weights
-from policy.generation.vllm.engine.margin_engine import TOKEN_VARIABLE, tensor_sum, weight_sums
+from policy.generation.vllm.engine.margin_engine import TOKEN_VARIABLE, Handler, tensor_sum, weight_sums
 from policy.generation.vllm.pool import EnginePool, spread
 from policy.generation.vllm.process import check_vllm
 from policy.generation.vllm.sampler import VllmSampler, launch_of, tells_logprobs, vllm_settings
@@ -105,6 +109,24 @@ def test_an_answer_of_somebody_else_is_no_engine(fake, monkeypatch, tmp_path):
 def test_a_wrong_secret_is_refused(fake):
     with pytest.raises(EngineRefused, match=TOKEN_VARIABLE):
         EngineClient(fake[1], "another", timeout_seconds=5.0).state()
+
+
+@pytest.mark.parametrize("path", ["/update", "/generate"])
+def test_what_knows_no_secret_or_is_no_json_ends_no_engine(fake, path):
+    secret = os.environ[TOKEN_VARIABLE]
+    stranger = httpx.post(fake[1] + path, content=b"GET / garbage", headers={"Authorization": b"Bearer \xe9"})
+    assert stranger.status_code == 401
+    ours = httpx.post(fake[1] + path, content=b"{", headers={"Authorization": f"Bearer {secret}"})
+    assert ours.status_code == 400 and "no JSON" in ours.json()["error"]
+    assert EngineClient(fake[1], secret, timeout_seconds=5.0).state()["version"] == 0
+
+
+def test_a_connection_that_asks_nothing_keeps_others_out_for_a_while_only(fake, monkeypatch):
+    monkeypatch.setattr(Handler, "timeout", 0.3)
+    address = urllib.parse.urlsplit(fake[1])
+    with socket.create_connection((address.hostname, address.port)) as silent:
+        silent.sendall(b"POST /update HTTP/1.0\r\nContent-Length: 9\r\n\r\n")
+        assert EngineClient(fake[1], os.environ[TOKEN_VARIABLE], timeout_seconds=3.0).state()["version"] == 0
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from policy.generation.vllm.training import VllmTrainingSampler
 from rlhf.core.errors import ModelError
 from rlhf.data.templates import chat_format
 from rlhf.engine.frozen import ReplicatedModel
+from rlhf.engine.ranks import Ranks
 from rlhf.models.tokenizer import load_tokenizer
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] + '\\n' }}{% endfor %}"
@@ -85,3 +86,23 @@ def test_a_fault_of_what_was_begun_is_told_when_it_is_asked_for(fake, ahead, pro
     sampler.begin(prompts, seeds)
     with pytest.raises(ModelError, match="not finite"):
         sampler.generate(prompts, seeds)
+
+
+def test_a_folder_that_cannot_be_made_is_told_to_all_ranks(ahead, prompts, seeds, tmp_path, monkeypatch):
+    """The others would wait for the weights of this one."""
+    sampler, _ = ahead
+    (tmp_path / "weights").write_text("a file")
+    told = []
+    together = Ranks.together
+
+    def noted(self, action):
+        try:
+            return together(self, action)
+        except OSError as fault:
+            told.append(fault)
+            raise
+
+    monkeypatch.setattr(Ranks, "together", noted)
+    with pytest.raises(OSError, match="weights"):
+        sampler.generate(prompts, seeds)
+    assert told
