@@ -290,6 +290,11 @@ class PpoConfig:
                 f"rollout.ahead = {rollout.ahead} learns from responses of weights one step old: set "
                 "loss.importance to token or sequence"
             )
+        if self.loss.importance != "none" and rollout.logprobs == "sampler":
+            raise ValueError(
+                f"loss.importance = {self.loss.importance} compares the policy in training with the sampler, and with "
+                "rollout.logprobs = sampler they are taken for the same: every weight would be 1; take training"
+            )
         if self.train.global_batch_size > self.rollouts:
             raise ValueError(
                 f"train.global_batch_size = {self.train.global_batch_size} rollouts of a minibatch, but a step has "

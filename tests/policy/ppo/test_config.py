@@ -68,6 +68,7 @@ def parse(*overrides, reward=REWARD):
         (["rollout.backend=vllm", "rollout.temperature=0.7", "rollout.top_p=0.9"], r"at temperature 1 only"),
         (["rollout.backend=vllm", "rollout.vllm.urls=[a]", "rollout.vllm.engines=2"], r"leave engines and devices out"),
         (["rollout.ahead=1"], r"writes no responses while it learns; take backend = vllm"),
+        (["loss.importance=token", "rollout.logprobs=sampler"], r"taken for the same: every weight would be 1"),
         (["rollout.backend=vllm", "rollout.ahead=1"], r"set loss\.importance to token or sequence"),
         (["rollout.sampels=2"], r"did you mean rollout\.samples"),
         (["model.path=p"], r"unknown key"),
