@@ -11,6 +11,12 @@ from rlhf.core.errors import ConfigError
 MARGIN_TOKENS = 8  # a decoder may drop the space before its first token, and some tokens have no text
 
 
+def tail_of(stop: Sequence[str]) -> int:
+    """Tokens at the end of a response that are enough to see one of these texts."""
+    longest = max((len(text.encode()) for text in stop), default=0)
+    return longest + MARGIN_TOKENS  # a token is a byte of text at least
+
+
 class StopRule:
     """A response ends with an end token, or with the first token after which its text contains a stop string.
 
@@ -28,8 +34,7 @@ class StopRule:
         if stop and tokenizer is None:
             raise ValueError("stop strings need a tokenizer")
         self._eos, self._stop, self._tokenizer = np.asarray(eos_token_ids, np.int64), tuple(stop), tokenizer
-        longest = max((len(text.encode()) for text in stop), default=0)
-        self._tail = longest + MARGIN_TOKENS  # a token is a byte of text at least
+        self._tail = tail_of(stop)
 
     def ends(self, rows: Sequence[NDArray[np.int64]]) -> NDArray[np.bool_]:
         """Which of the responses have just ended; none of them had before its last token."""

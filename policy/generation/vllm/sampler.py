@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from policy.generation.api import Response
 from policy.generation.options import SamplingConfig
-from policy.generation.stopping import StopRule
+from policy.generation.stopping import StopRule, tail_of
 from policy.generation.vllm.client import WireRow
 from policy.generation.vllm.pool import Answer, EnginePool
 from policy.generation.vllm.process import Launch
@@ -142,6 +142,7 @@ def vllm_settings(config: SamplingConfig, eos_token_ids: Sequence[int], repetiti
         "repetition_penalty": repetition_penalty,
         "stop_token_ids": list(map(int, eos_token_ids)),
         "stop": list(config.stop),
+        "stop_tail": tail_of(config.stop),
     }
 
 

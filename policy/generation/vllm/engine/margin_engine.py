@@ -176,13 +176,14 @@ class Engine:
     def generate(self, asked: dict[str, Any]) -> Generator[dict[str, Any], None, None]:
         """Responses as they are done, and a sign of life every second while none is."""
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
         if asked["version"] != self._version:
             raise Refused(f"asked for weights of version {asked['version']}, the engine has version {self._version}")
         self._wake()
         settings, engine, mark = dict(asked["settings"]), self._llm.llm_engine, secrets.token_hex(4)
-        stops = bool(settings.get("stop"))
-        names = {}
+        stop = Stop(self._llm.get_tokenizer(), settings.pop("stop"), settings.pop("stop_tail"))
+        names: dict[str, int] = {}
         try:
             for place, (tokens, seed) in enumerate(asked["rows"]):
                 name = f"{mark}-{place}"
@@ -190,28 +191,33 @@ class Engine:
                     params = SamplingParams(
                         seed=seed,
                         ignore_eos=True,  # the end tokens are told
-                        detokenize=stops,
-                        skip_special_tokens=False,
-                        include_stop_str_in_output=True,
+                        detokenize=False,
+                        output_kind=RequestOutputKind.CUMULATIVE if stop.texts else RequestOutputKind.FINAL_ONLY,
                         **settings,
                     )
                     engine.add_request(name, {"prompt_token_ids": tokens}, params)
                 except ValueError as error:
                     raise Refused(str(error), 400) from error
                 names[name] = place
-            yield from self._steps(engine, names)
+            yield from self._steps(engine, names, stop)
         finally:
             if names:
                 engine.abort_request(list(names))
 
-    def _steps(self, engine: Any, names: dict[str, int]) -> Iterator[dict[str, Any]]:
+    def _steps(self, engine: Any, names: dict[str, int], stop: "Stop") -> Iterator[dict[str, Any]]:
         told = time.monotonic()
         while names:
             for output in engine.step():
-                if not output.finished or output.request_id not in names:
+                (written,) = output.outputs
+                ended = output.finished or stop.is_in(written.token_ids)
+                if not ended or output.request_id not in names:
                     continue
-                place, (done,) = names.pop(output.request_id), output.outputs
-                yield {"place": place, **_response(done)}
+                place = names.pop(output.request_id)
+                if output.finished:
+                    yield {"place": place, **_response(written)}
+                else:
+                    engine.abort_request([output.request_id])
+                    yield {"place": place, **_response(written), "ended": True, "versions": [str(self._version)]}
                 told = time.monotonic()
             if time.monotonic() - told > SECONDS_BETWEEN_TICKS:
                 told = time.monotonic()
@@ -228,6 +234,21 @@ class Engine:
         if self._asleep:
             self._llm.wake_up()
             self._asleep = False
+
+
+class Stop:
+    """Texts that end a response, looked for as the trainer does it: vLLM's own way also sees the end of the prompt."""
+
+    def __init__(self, tokenizer: Any, texts: list[str], tail: int) -> None:
+        self._tokenizer, self.texts, self._tail = tokenizer, texts, tail
+
+    def is_in(self, tokens: Any) -> bool:
+        if not self.texts:
+            return False
+        text = self._tokenizer.decode(
+            list(tokens)[-self._tail :], skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return any(stop in text for stop in self.texts)
 
 
 def _keep_weights_readable() -> None:

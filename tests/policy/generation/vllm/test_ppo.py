@@ -41,7 +41,7 @@ def recipe(tmp_path, wide_model, engine_options):
                 "watch": {"action": "none"},
                 "optim": {"learning_rate": 0.005, "schedule": "constant", "warmup_share": 0.0},
                 "train": {
-                    "global_batch_size": 8, "max_steps": 4, "checkpoint_every": 2, "evaluate_every": 0,
+                    "global_batch_size": 8, "epochs": 2, "max_steps": 4, "checkpoint_every": 2, "evaluate_every": 0,
                     "publish": "none", "tensorboard": False,
                 },
                 "engine": {"precision": "float32"},
