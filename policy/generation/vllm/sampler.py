@@ -125,7 +125,7 @@ class VllmSampler:
     def _end_of(self, tokens: NDArray[np.int64], ended: bool) -> tuple[int, bool]:
         """How many tokens count, and whether the last one ends the response: as the own sampler sees stop strings."""
         if self._config.stop:
-            for count in range(1, len(tokens)):
+            for count in range(1, len(tokens) + 1):
                 if self._stop.ends([tokens[:count]])[0]:
                     return count, True
         return len(tokens), ended
