@@ -33,8 +33,6 @@ ROOT = Path(__file__).resolve().parent.parent
 PAIRS = ("sentiment_pairs_heldout.jsonl", "sentiment_pairs_train.jsonl")
 KILLED_AT = 0.4
 """Share of the answers that are there when the server is killed."""
-TRIES = 40
-"""How often one request is asked: a start of vLLM takes a minute."""
 
 
 class Server:
@@ -99,7 +97,7 @@ def hammered(
     worst = [0.0]
     one = RewardServers([server.url])
     tolerance = share * (one.card.deviation or 1.0)
-    own = [RewardServers([server.url], concurrency=1, tries=TRIES, first_wait=0.2) for _ in range(clients)]
+    own = [RewardServers([server.url], concurrency=1, first_wait=0.2) for _ in range(clients)]
 
     def work(number: int) -> None:
         for place in range(number, requests, clients):

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 TOKENS_AT_ONCE = 8192
 TIMEOUT_SECONDS = 60.0
 CONCURRENCY = 32
+PATIENCE_SECONDS = 600.0
+"""What servers may be away or full for."""
 KNOWN = ("messages", "token_ids", "ended")
 """What functions may ask for by name, beside the columns of the rows."""
 

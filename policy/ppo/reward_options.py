@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le
 
-from reward.function import CONCURRENCY, TIMEOUT_SECONDS
+from reward.function import CONCURRENCY, PATIENCE_SECONDS, TIMEOUT_SECONDS
 from rlhf.core.servers import check_address
 from rlhf.models.options import BackboneConfig
 from rlhf.models.roles import ModelRole
@@ -40,6 +40,8 @@ class RewardTermConfig:
     """What an asynchronous function may take for one response, or a server for one request."""
     concurrency: Annotated[int, Gt(0)] = CONCURRENCY
     """Responses that a rank asks an asynchronous function about at one time; of servers, requests on the way."""
+    patience_seconds: Annotated[float, Gt(0)] = PATIENCE_SECONDS
+    """How long servers may be away or full before the run ends."""
 
     def __post_init__(self) -> None:
         if [bool(self.path), bool(self.function), bool(self.url)].count(True) != 1:

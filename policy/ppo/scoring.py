@@ -201,7 +201,8 @@ class ModelScorer:
                 "knows no deviation: give several folders, or a model of several heads (model.heads of its recipe)"
             )
         self._model: Frozen = frozen_of(role, module, parts.engine, ranks, hidden_size=width)
-        self.identity = ranks.on_main(lambda: weights_digest(role.backbone))
+        scale = () if self._statistics is None else (self._statistics.mean, self._statistics.standard_deviation)
+        self.identity = _identity(ranks.on_main(lambda: weights_digest(role.backbone)), *scale)
         if self._combine != "mean":
             self.identity = digest(self._combine, str(self._deviations), self.identity)
 
@@ -238,7 +239,11 @@ class ServedScorer:
         """
         self._ranks, self._chat, self._config = parts.ranks, parts.chat, config
         self._servers = RewardServers(
-            term.urls, timeout_seconds=term.timeout_seconds, concurrency=term.concurrency, setting=setting
+            term.urls,
+            timeout_seconds=term.timeout_seconds,
+            concurrency=term.concurrency,
+            patience_seconds=term.patience_seconds,
+            setting=setting,
         )
         origin = f"{setting} = {', '.join(term.urls)}"
         self._card = card = parts.ranks.on_main(lambda: self._servers.card)
@@ -246,7 +251,8 @@ class ServedScorer:
             parts.ranks.together(lambda: check_deviation(origin, card.deviation))
         if not config.retokenize:
             parts.ranks.together(lambda: check_same_text(origin, card.tokenizer, card.template, parts.chat))
-        self.identity = card.weights
+        scale = (card.mean, card.deviation) if config.standardize else ()
+        self.identity = _identity(card.weights, *scale)
 
     def score(self, rollouts: Rollouts) -> Scored:
         """Every rank must call it.
@@ -337,6 +343,11 @@ def _term_scorer(
     if term.urls:
         return ServedScorer(f"{setting}.url", term, config, parts)
     return parts.ranks.together(lambda: FunctionScorer(term, parts))
+
+
+def _identity(weights: str, *scale: float | None) -> str:
+    """A name for a model, and for the ``scale`` that its rewards are brought to, if to any."""
+    return digest(weights, *map(str, scale)) if scale else weights
 
 
 def check_deviation(origin: str, deviation: float | None) -> None:

@@ -1,6 +1,7 @@
 """``rlhf check served``: does a server give the scores of plain Transformers, however it is asked?"""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,11 +56,11 @@ class Verdict:
 
     @property
     def worst(self) -> float:
-        return max(each.worst for each in self.comparisons)
+        return max((each.worst for each in self.comparisons), key=lambda worst: (math.isnan(worst), worst))
 
     @property
     def passed(self) -> bool:
-        return not self.differences and self.worst <= self.tolerance
+        return not self.differences and all(each.worst <= self.tolerance for each in self.comparisons)
 
 
 def check_served(url: str, folder: Path, *, data: str | None = None, rows: int = 64, share: float = SHARE) -> Verdict:

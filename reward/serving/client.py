@@ -8,12 +8,14 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import httpx
 import numpy as np
 
+from reward.function import PATIENCE_SECONDS
 from reward.serving.card import Card, read_card
+from reward.serving.wire import NOT_FINITE
 from rlhf.core.errors import ConfigError, ModelError
 from rlhf.core.servers import check_address, key_in, retry_after
 from rlhf.data.messages import Message
@@ -22,7 +24,8 @@ KEY_VARIABLE = "MARGIN_RLHF_REWARD_KEY"
 """The environment variable that holds the bearer token of the servers."""
 TIMEOUT_SECONDS = 60.0
 CONCURRENCY = 32
-TRIES = 8
+START_PATIENCE_SECONDS = 60.0
+"""What a server may be away for at the start, when its address may be mistaken."""
 FEW_TRIES = 3
 """Tries of a request that stays without an answer, each time for the whole timeout, or that a server fails on."""
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
@@ -61,14 +64,14 @@ class RewardServers:
         urls: base addresses, such as http://127.0.0.1:8000.
         timeout_seconds: that one request may take.
         concurrency: requests that are on the way at one time.
-        tries: of one request, before it is given up.
+        patience_seconds: after which a request that nobody could take is given up.
         setting: names the addresses in messages.
     """
 
     urls: Sequence[str]
     timeout_seconds: float = TIMEOUT_SECONDS
     concurrency: int = CONCURRENCY
-    tries: int = TRIES
+    patience_seconds: float = PATIENCE_SECONDS
     first_wait: float = FIRST_WAIT
     setting: str = "reward"
     retried: int = field(default=0, init=False)
@@ -139,18 +142,29 @@ class RewardServers:
                 raise
 
     def _ask(self, path: str, body: dict[str, Any], count: int) -> list[float]:
-        def read(answer: httpx.Response, url: str) -> list[float]:
+        def read(answer: httpx.Response, server: _Server) -> list[float]:
             if answer.status_code == 404:
-                raise ModelError(
-                    f"{self.setting}: {url} does not serve {body['model']} any more: it was started anew with another "
-                    "model. Serve the one that this run began with"
-                )
-            return _scores(self._accepted(answer, url), url, count)
+                self._explain(answer, server)
+            return _scores(self._accepted(answer, server.url), server.url, count)
 
         return self._patiently(lambda server: self._send(server, "POST", path, body), read)
 
+    def _explain(self, answer: httpx.Response, server: _Server) -> NoReturn:
+        """Say why a server does not know a path or the model; a proxy before it may have lost it for a moment.
+
+        Raises:
+            ModelError: if it serves another model.
+        """
+        if self._card(server) != self.card:
+            raise ModelError(
+                f"{self.setting}: {server.url} does not serve {self.card} any more: it was started anew with another "
+                "model. Serve the one that this run began with"
+            )
+        raise _Fault(f"status 404: {_told(answer)}", lasting=True)
+
     def _card(self, server: _Server) -> Card:
-        def read(answer: httpx.Response, url: str) -> Card:
+        def read(answer: httpx.Response, server: _Server) -> Card:
+            url = server.url
             try:
                 names = [str(each["id"]) for each in self._accepted(answer, url).json()["data"]]
             except (ValueError, LookupError, TypeError) as error:
@@ -165,7 +179,9 @@ class RewardServers:
                 )
             return card
 
-        return self._patiently(lambda _: self._send(server, "GET", "/v1/models", None), read, server)
+        return self._patiently(
+            lambda _: self._send(server, "GET", "/v1/models", None), read, server, START_PATIENCE_SECONDS
+        )
 
     @functools.cached_property
     def _client(self) -> httpx.Client:
@@ -180,33 +196,36 @@ class RewardServers:
     def _patiently(
         self,
         send: Callable[[_Server], httpx.Response],
-        read: Callable[[httpx.Response, str], Any],
+        read: Callable[[httpx.Response, _Server], Any],
         only: _Server | None = None,
+        at_most: float = math.inf,
     ) -> Any:
         """What ``read`` makes of the first answer that is one.
 
         Raises:
-            ModelError: if none comes, naming the server that was asked last.
+            ModelError: if none comes within the patience, or ``at_most`` so many seconds, naming the server that was
+                asked last.
         """
-        lasting = 0
-        for number in range(1, self.tries + 1):
+        began = time.monotonic()
+        end = began + min(self.patience_seconds, at_most)
+        number = lasting = 0
+        while True:
             server = only or self._next()
-            time.sleep(max(0.0, server.rests_until - time.monotonic()))
+            time.sleep(max(0.0, min(server.rests_until, end) - time.monotonic()))
+            number += 1
             try:
-                answer = read(send(server), server.url)
+                answer = read(send(server), server)
             except _Fault as fault:
                 lasting += fault.lasting
                 self._rest(server, fault)
-                if number == self.tries or lasting == FEW_TRIES:
-                    times = (
-                        f"asked {number} times" if len(self._servers) == 1 else f"the servers were asked {number} times"
-                    )
+                if lasting == FEW_TRIES or time.monotonic() >= end:
+                    who = "asked" if len(self._servers) == 1 else "the servers were asked"
+                    times = f"{who} {number} time{'s' * (number > 1)} in {time.monotonic() - began:.0f} s"
                     raise ModelError(f"{self.setting}: {server.url}: {fault} ({times})") from fault
             else:
                 with self._lock:
                     server.faults = 0
                 return answer
-        raise AssertionError("there is at least one try")
 
     def _next(self) -> _Server:
         """The server with the fewest requests of those that do not rest, or the one that rests the shortest."""
@@ -221,7 +240,8 @@ class RewardServers:
             if server.rests_until > now:
                 return  # another request has met the same fault just now
             server.faults += 1
-            wait = min(LONGEST_WAIT, max(fault.seconds, self.first_wait * 2 ** (server.faults - 1)))
+            wait = min(LONGEST_WAIT, self.first_wait * 2 ** min(server.faults - 1, 10))
+            wait = max(wait, min(fault.seconds, self.patience_seconds))
             server.rests_until = now + wait
         log.warning("%s: %s: %s; it is asked again after %.1f s", self.setting, server.url, fault, wait)
 
@@ -230,7 +250,7 @@ class RewardServers:
             server.asked += 1
         try:
             return self._client.request(method, server.url + path, json=body)
-        except httpx.TimeoutException as error:
+        except (httpx.ReadTimeout, httpx.WriteTimeout) as error:
             raise _Fault(f"no answer within {self.timeout_seconds:g} s", lasting=True) from error
         except httpx.HTTPError as error:
             raise _Fault(f"{type(error).__name__}: {error}") from error
@@ -245,6 +265,8 @@ class RewardServers:
             ModelError: if the server refuses the request as such.
         """
         status = answer.status_code
+        if status == 500 and _error(answer).get("type") == NOT_FINITE:
+            raise ModelError(f"{self.setting}: {url}: {_told(answer)}")
         if status in (408, 429) or status >= 500:
             seconds = retry_after(answer.headers.get("retry-after"))
             raise _Fault(f"status {status}: {_told(answer)}", lasting=status == 500, seconds=seconds)
@@ -277,8 +299,13 @@ def _scores(answer: httpx.Response, url: str, count: int) -> list[float]:
 
 def _told(answer: httpx.Response) -> str:
     """What an answer says of a fault."""
+    return " ".join(str(_error(answer).get("message") or answer.text).split())[:300]
+
+
+def _error(answer: httpx.Response) -> dict[str, Any]:
+    """The error in an answer, in whatever form servers write it; nothing where there is none."""
     try:
         told = answer.json()["error"]
-        return str(told["message"] if isinstance(told, dict) else told)[:300]
     except (ValueError, LookupError, TypeError):
-        return answer.text[:300].strip()
+        return {}
+    return told if isinstance(told, dict) else {"message": told}

@@ -33,6 +33,8 @@ from rlhf.models.positions import places_of, settings_of
 LARGEST_BODY = 64 * 2**20
 IDLE_SECONDS = 75
 """A connection on which nothing comes for so long is closed."""
+REFUSED_SECONDS = 5
+"""The same while a request is passed over that has not the right token."""
 PASSES = 4
 """Batches that are taken out of the queue at once: rows of like length find each other among them."""
 
@@ -72,7 +74,7 @@ def serve(options: ServeOptions) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: threading.Thread(target=server.shutdown, daemon=True).start())
     host, port = server.server_address[:2]
-    print(f"{options.folder}: served at http://{host!s}:{port} in {options.weights} as {options.name}", flush=True)
+    print(f"{options.folder}: served at {address(str(host), port)} in {options.weights} as {options.name}", flush=True)
     server.serve_forever(poll_interval=0.1)
     server.finish()
     print(f"stopped; {server.batcher.counts.rows} texts were scored", flush=True)
@@ -100,9 +102,7 @@ class RewardServer(ThreadingHTTPServer):
             super().__init__((options.host, options.port), _Handler, bind_and_activate=False)
             self.server_bind()
         except (OSError, OverflowError) as error:
-            raise ConfigError(
-                f"http://{options.host}:{options.port} cannot be served at: {error}; choose another --host or --port"
-            ) from error
+            raise _not_free(options.host, options.port, error) from error
         try:
             self._open(options, chat)
         except BaseException:
@@ -223,6 +223,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _respond(self, pages: Mapping[str, Any], path: str, others: tuple[str, ...], method: str) -> int:
         headers: dict[str, str] = {}
         try:
+            if path != "/health" and not self._may_ask():  # before anything of the body is kept
+                self.close_connection = True
+                headers["WWW-Authenticate"] = "Bearer"
+                raise wire.Refusal("a bearer token is needed, and this request has not the right one", 401)
             body = self._body()  # always: what is left unread would be taken for the next request
             if self.server.stopping:
                 headers["Retry-After"] = "1"
@@ -231,12 +235,9 @@ class _Handler(BaseHTTPRequestHandler):
                 raise wire.Refusal(f"{path} takes {method}", 405)
             if path not in pages:
                 raise wire.Refusal(f"{path}: there is {', '.join((*pages, *others))}", 404)
-            if path != "/health" and not self._may_ask():
-                headers["WWW-Authenticate"] = "Bearer"
-                raise wire.Refusal("a bearer token is needed, and this request has not the right one", 401)
             status, content = 200, pages[path](body)
         except wire.Refusal as bad:
-            status, content = bad.status, wire.fault(str(bad), bad.status)
+            status, content = bad.status, wire.fault(str(bad), bad.status, bad.kind)
         except Full as full:
             headers["Retry-After"] = str(full.seconds)
             status, content = 503, wire.fault(str(full), 503)
@@ -245,6 +246,8 @@ class _Handler(BaseHTTPRequestHandler):
         except Exception as error:  # of the model: whoever asked is told, the server goes on
             status, content = 500, wire.fault(f"{type(error).__name__}: {str(error)[:500]}", 500)
         self._answer(status, content, headers)
+        if status == 401:
+            self._pass_over_body()
         return status
 
     def _answer(self, status: int, content: Any, headers: Mapping[str, str]) -> None:
@@ -290,6 +293,21 @@ class _Handler(BaseHTTPRequestHandler):
             raise ConnectionResetError
         return body
 
+    def _pass_over_body(self) -> None:
+        """Read what still comes and keep nothing: a connection that is closed on it may lose the answer."""
+        told = self.headers.get("Content-Length", "")
+        left = min(int(told), LARGEST_BODY) if told.isdecimal() else 0
+        self.connection.settimeout(REFUSED_SECONDS)
+        while left > 0 and (piece := self.rfile.read1(left)):
+            left -= len(piece)
+
+    def handle_expect_100(self) -> bool:
+        """Ask for the body, at once; whoever may not send one gets the answer in its place."""
+        if self.path.partition("?")[0] == "/health" or self._may_ask():
+            super().handle_expect_100()
+            self.wfile.flush()
+        return True
+
     def _health(self, body: bytes) -> str:
         return ""
 
@@ -311,6 +329,8 @@ class _Handler(BaseHTTPRequestHandler):
             request = json.loads(body)
         except ValueError as error:
             raise wire.Refusal(f"the body is no JSON: {error}") from error
+        except RecursionError as error:
+            raise wire.Refusal("the body is no JSON that can be read: it is nested too deeply") from error
         with self.server.reading:
             rows = read(request)
         if len(rows) > self.server.options.queue:
@@ -318,11 +338,35 @@ class _Handler(BaseHTTPRequestHandler):
         scores = self.server.batcher.submit(rows).result()
         for place, score in enumerate(scores):
             if not math.isfinite(score):
-                raise wire.Refusal(f"the score of text {place} is not finite: the model's weights are broken", 500)
+                what = f"the score of text {place} is {score}, which is not finite: the model's weights are broken"
+                raise wire.Refusal(what, 500, wire.NOT_FINITE)
         return shown(request.get("model") or self.server.names[0], scores, sum(map(len, rows)))
 
     def log_message(self, format: str, *args: Any) -> None:
         """Keep quiet: /metrics counts."""
+
+
+def address(host: str, port: int) -> str:
+    """The base address of a server."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def check_free(host: str, port: int) -> None:
+    """Refuse an address that somebody listens at, or that is none of this machine.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do
+            probe.bind((host, port))
+    except (OSError, OverflowError) as error:
+        raise _not_free(host, port, error) from error
+
+
+def _not_free(host: str, port: int, error: Exception) -> ConfigError:
+    return ConfigError(f"{address(host, port)} cannot be served at: {error}; choose another --host or --port")
 
 
 def key_of(variable: str, file: Path | None) -> str | None:

@@ -31,12 +31,17 @@ OFF = {
 """Keys of vLLM that may be there with a value that asks for nothing, and why for no other."""
 
 
+NOT_FINITE = "NotFiniteError"
+"""The type of the error where a score is not finite: asking again gives no other."""
+
+
 class Refusal(Exception):
     """An answer that is none: why, in words, and the status of HTTP."""
 
-    def __init__(self, message: str, status: int = 400) -> None:
+    def __init__(self, message: str, status: int = 400, kind: str = "") -> None:
+        """``kind``: the type of the error, where the status does not say it all."""
         super().__init__(message)
-        self.status = status
+        self.status, self.kind = status, kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,10 +177,10 @@ def scored(model: str, scores: Sequence[float], tokens: int) -> dict[str, Any]:
     )
 
 
-def fault(message: str, status: int) -> dict[str, Any]:
-    """The body of an answer that is none."""
+def fault(message: str, status: int, kind: str = "") -> dict[str, Any]:
+    """The body of an answer that is none; ``kind`` as that of a :class:`Refusal`."""
     kinds = {401: "AuthenticationError", 404: "NotFoundError", 503: "ServiceUnavailableError"}
-    kind = kinds.get(status, "BadRequestError" if status < 500 else "InternalServerError")
+    kind = kind or kinds.get(status, "BadRequestError" if status < 500 else "InternalServerError")
     return {"error": {"message": message, "type": kind, "param": None, "code": status}}
 
 

@@ -510,7 +510,16 @@ def test_a_server_says_what_its_model_says_here(scorer_for, serving, reward_fold
     expected, found = here.score(rollouts), there.score(rollouts)
     torch.testing.assert_close(found.raw, expected.raw, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.scores, expected.scores, rtol=1e-4, atol=1e-4)
-    assert float(expected.raw.std()) > 0.01 and there.identity == here.identity
+    assert float(expected.raw.std()) > 0.01
+
+
+def test_a_server_of_another_scale_is_another_reward(scorer_for, scripted, reward_folder):
+    card = card_of(reward_folder)
+    cards = (card, card, replace(card, mean=card.mean + 1), replace(card, deviation=card.deviation * 2))
+    names = [scorer_for(url=scripted(each, lambda body: (500, "")).url).identity for each in cards]
+    assert names[0] == names[1] and len(set(names)) == 3
+    raw = [scorer_for(url=scripted(each, lambda body: (500, "")).url, standardize=False).identity for each in cards]
+    assert set(raw) == {scorer_for(path=str(reward_folder)).identity}
 
 
 def test_a_server_of_another_family_is_asked_by_messages(scorer_for, serving, foreign_reward_folder, rollouts):

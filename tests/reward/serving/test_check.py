@@ -1,6 +1,8 @@
 """``rlhf check served``, and what publishing writes for vLLM."""
 
 import json
+import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from transformers import AutoConfig, BertConfig, BertForMaskedLM, PreTrainedToke
 
 from launch.cli import main
 from reward.model import OWN_MODEL_TYPES
+from reward.serving.check import Comparison, Verdict
 from reward.serving.vllm_settings import score_template, vllm_settings
 from rlhf.core.errors import ModelError
 from rlhf.data.options import TemplateChoice
@@ -91,6 +94,14 @@ def test_scores_that_are_off_are_found_out_whatever_the_card_says(serving, final
     assert check(server, final) == 1
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith(f"{server.url} gives OTHER scores than")
+
+
+@pytest.mark.parametrize("worst", [(0.0, math.nan), (math.nan, 0.0), (0.0, math.inf, 0.0)])
+def test_a_difference_that_is_no_number_is_one_too_many_wherever_it_stands(worst):
+    ways = tuple(Comparison(way=str(place), texts=1, worst=value) for place, value in enumerate(worst))
+    verdict = Verdict(comparisons=ways, tolerance=0.01, deviation=1.0, differences=())
+    assert not verdict.passed and not math.isfinite(verdict.worst)
+    assert replace(verdict, comparisons=tuple(each for each in ways if each.worst == 0)).passed
 
 
 def test_a_tolerance_is_a_share_of_the_deviation_of_rewards(serving, final, capsys):

@@ -13,6 +13,7 @@ from reward.score import load_scorer, score_tokens
 from reward.serving import client
 from reward.serving.card import card_of, read_card
 from reward.serving.client import RewardServers
+from reward.serving.wire import NOT_FINITE, fault
 from rlhf.core.errors import ConfigError, ModelError
 
 
@@ -84,7 +85,7 @@ def test_several_servers_share_the_work(serving, final, rows, expected):
 
 def test_a_server_that_goes_away_costs_no_score(serving, final, rows, expected, caplog):
     stays, goes = serving(final), serving(final)
-    servers = asked(stays, goes, concurrency=4, tries=20)
+    servers = asked(stays, goes, concurrency=4)
     own = goes.batcher._score
     goes.batcher._score = lambda rows: time.sleep(0.05) or own(rows)
 
@@ -112,6 +113,31 @@ def test_a_server_that_is_busy_is_asked_again_when_it_says(scripted, card):
     assert 0.3 <= time.monotonic() - began < 5 and len(server.asked) == 2
 
 
+@pytest.mark.parametrize("said", ["0", "0.01", "-5", "nan", "inf", "soon"])
+def test_a_server_that_is_full_for_long_is_waited_for_ever_longer(scripted, card, said):
+    full = (lambda body: (503, "{}", (("Retry-After", said),)),) * 9
+    server = scripted(card, *full, truth)
+    began = time.monotonic()
+    assert asked(server, first_wait=0.002).score_tokens([np.array([7, 8])]) == [7.0]
+    assert time.monotonic() - began >= 0.002 * (2**9 - 1) and len(server.asked) == 10
+
+
+def test_a_server_that_stays_full_is_given_up_once_the_patience_is_over(scripted, card):
+    server = scripted(card, lambda body: (503, '{"error": {"message": "full"}}', (("Retry-After", "0"),)))
+    began = time.monotonic()
+    with pytest.raises(ModelError, match=rf"reward\.url: {server.url}: status 503: full \(asked \d times in 1 s\)"):
+        asked(server, patience_seconds=1.0).score_tokens([np.array([7])])
+    assert 1 <= time.monotonic() - began < 3 and len(server.asked) >= 5
+
+
+def test_a_path_that_a_proxy_loses_for_a_moment_is_no_other_model(scripted, card):
+    lost = [lambda body: (404, "<html>")] * 2
+    assert asked(scripted(card, *lost, truth)).score_tokens([np.array([7])]) == [7.0]
+    server = scripted(card, *lost)
+    with pytest.raises(ModelError, match=r"status 404: <html> \(asked 3 times"):
+        asked(server).score_tokens([np.array([7])])
+
+
 LIES = {
     "not finite": (lambda body: (200, '{"data": [{"index": 0, "probs": [NaN]}]}'), "score of a text is nan.*broken"),
     "infinite": (lambda body: (200, '{"data": [{"index": 0, "probs": [-Infinity]}]}'), "score of a text is -inf"),
@@ -121,7 +147,10 @@ LIES = {
     "no JSON": (lambda body: (200, "<html>"), "none of a reward model: '<html>'"),
     "a refusal": (lambda body: (400, '{"error": {"message": "too long"}}'), "status 400: too long"),
     "no right": (lambda body: (401, "{}"), "status 401: set MARGIN_RLHF_REWARD_KEY"),
-    "another model": (lambda body: (404, "{}"), "does not serve margin-rlhf/1:.* any more"),
+    "broken weights": (
+        lambda body: (500, json.dumps(fault("the score of text 0 is nan", 500, NOT_FINITE))),
+        "[0-9]: the score of text 0 is nan$",
+    ),
 }
 
 
@@ -137,7 +166,9 @@ def test_a_server_that_hangs_is_named(scripted, card):
     gate = threading.Event()
     server = scripted(card, lambda body: gate.wait(20) and truth(body))
     servers = asked(server, timeout_seconds=0.2)
-    with pytest.raises(ModelError, match=rf"reward\.url: {server.url}: no answer within 0\.2 s \(asked 3 times\)"):
+    with pytest.raises(
+        ModelError, match=rf"reward\.url: {server.url}: no answer within 0\.2 s \(asked 3 times in 1 s\)"
+    ):
         servers.score_tokens([np.array([7, 8])])
     gate.set()
 
@@ -153,13 +184,13 @@ def test_beside_a_server_that_hangs_the_others_answer(scripted, card):
 
 def test_a_server_that_always_fails_is_given_up(scripted, card):
     server = scripted(card, lambda body: (500, '{"error": {"message": "Out of range float values"}}'))
-    with pytest.raises(ModelError, match=r"status 500: Out of range float values \(asked 3 times\)"):
+    with pytest.raises(ModelError, match=r"status 500: Out of range float values \(asked 3 times in 0 s\)"):
         asked(server).score_tokens([np.array([7])])
 
 
 def test_a_server_that_is_not_there_is_named(server):
-    gone = RewardServers(["http://127.0.0.1:9"], tries=3, first_wait=0.01, setting="reward.url")
-    with pytest.raises(ModelError, match=r"reward\.url: http://127\.0\.0\.1:9: ConnectError.*asked 3 times"):
+    gone = RewardServers(["http://127.0.0.1:9"], patience_seconds=0.5, first_wait=0.01, setting="reward.url")
+    with pytest.raises(ModelError, match=r"reward\.url: http://127\.0\.0\.1:9: ConnectError.*asked \d+ times in \d s"):
         gone.score_tokens([np.array([7])])
 
 
@@ -209,6 +240,14 @@ def test_a_key_is_taken_from_the_environment(serving, final, monkeypatch):
         _ = asked(server).card
     monkeypatch.setenv(client.KEY_VARIABLE, "open-sesame")
     assert len(asked(server).score_tokens([np.array([7])])) == 1
+
+
+@pytest.mark.parametrize("key", ["se\ncret", "sécret", "se cret"])
+def test_a_key_that_no_header_holds_is_refused_and_not_shown(server, monkeypatch, key):
+    monkeypatch.setenv(client.KEY_VARIABLE, key)
+    with pytest.raises(ConfigError, match="MARGIN_RLHF_REWARD_KEY: expected a key of letters") as refusal:
+        _ = asked(server).card
+    assert "cret" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("url", ["localhost:8000", "http:/x", "ftp://host", "http://host?x=1", "http://a:b@host"])

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ from launch.cli import main
 from reward.score import load_scorer, score_tokens
 from reward.serving.batcher import Batcher, Full
 from reward.serving.server import RewardServer, ServeOptions
+from reward.serving.wire import NOT_FINITE
 from rlhf.core.errors import ConfigError
 from tests.ports import free_port
 
@@ -103,6 +105,7 @@ def test_requests_at_one_time_share_passes_and_each_gets_its_own_scores(server, 
 
 BAD = {
     "no JSON": ("/classify", b"{", 400, "the body is no JSON"),
+    "deep": ("/classify", b'{"input": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", 400, "nested too deeply"),
     "no object": ("/classify", [1], 400, "expected an object, found a list"),
     "nothing": ("/classify", {}, 400, "either input .* or messages"),
     "both": ("/classify", {"input": "a", "messages": []}, 400, "either input .* or messages"),
@@ -222,7 +225,9 @@ def test_a_score_that_is_not_finite_is_no_answer(serving, post, final, tmp_path)
     weights["score.weight"] = torch.full_like(weights["score.weight"], float("nan"))
     save_file(weights, tmp_path / "broken" / "model.safetensors", {"format": "pt"})
     answer = post(serving(tmp_path / "broken"), "/classify", {"input": [5]})
-    assert answer.status_code == 500 and "is not finite" in answer.json()["error"]["message"]
+    error = answer.json()["error"]
+    assert answer.status_code == 500 and "is nan, which is not finite" in error["message"]
+    assert error["type"] == NOT_FINITE
 
 
 def test_with_a_key_nobody_else_is_answered(serving, post, final):
@@ -234,6 +239,17 @@ def test_with_a_key_nobody_else_is_answered(serving, post, final):
     assert post(server, "/classify", body, Authorization="bearer open-sesame").status_code == 200
     assert httpx.get(server.url + "/v1/models", trust_env=False).status_code == 401
     assert httpx.get(server.url + "/health", trust_env=False).status_code == 200
+
+
+def test_the_token_is_looked_at_before_the_body(serving, final):
+    server = serving(final, key="open-sesame")
+    head = "POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: 15\r\n"
+    for told, expected in (("", b"HTTP/1.1 401 "), ("Authorization: Bearer open-sesame\r\n", b"HTTP/1.1 100 ")):
+        for expect in ("Expect: 100-continue\r\n", "") if not told else ("Expect: 100-continue\r\n",):
+            with socket.create_connection(server.server_address[:2], timeout=5) as line:
+                line.sendall((head + told + expect + "\r\n").encode())  # and not yet a byte of the body
+                assert line.recv(2000).startswith(expected)
+                line.sendall(b'{"input": [[5]]}'[:15])
 
 
 def test_an_address_that_is_taken_is_refused(server, final):
