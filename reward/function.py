@@ -288,6 +288,12 @@ class ServedReward:
         )
 
 
+def served_cards(**rewards: Any) -> dict[str, dict[str, str]]:
+    """For findings: the cards of those rewards that are served, by the names given here; nothing where none is."""
+    cards = {name: str(each.servers.card) for name, each in rewards.items() if isinstance(each, ServedReward)}
+    return {"served": cards} if cards else {}
+
+
 def load_reward(spec: str) -> PythonReward | ModelReward | ServedReward:
     """The function behind ``module:function``, the reward model in a folder, or that of servers.
 

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from policy.best_of_n.config import BestOfNConfig
 from policy.best_of_n.curve import curve
-from reward.function import Answers, RewardFunction, load_reward
+from reward.function import Answers, RewardFunction, load_reward, served_cards
 from rlhf.core.errors import DataError
 from rlhf.core.findings import read_findings, write_findings
 from rlhf.core.intervals import Estimate
@@ -58,7 +58,7 @@ def evaluate_choices(config: BestOfNConfig) -> list[Choice]:
         {"id": name, "proxy": by_proxy, "gold": by_gold}
         for name, by_proxy, by_gold in zip(ids, rewards["proxy"].tolist(), rewards["gold"].tolist(), strict=True)
     ]
-    write_findings(config.output, KIND, {"choices": [asdict(each) for each in found]}, items)
+    write_findings(config.output, KIND, {"choices": [asdict(each) for each in found], **served_cards(**judges)}, items)
     _draw(found, config.output / "best_of_n.svg")
     return found
 

@@ -21,7 +21,7 @@ from policy.generation.vllm.training import Engines, engines_of
 from policy.model import PolicyModel
 from policy.ppo.telemetry import response_kl
 from policy.self_check import check_logprobs
-from reward.function import Answers, RewardFunction
+from reward.function import Answers, RewardFunction, served_cards
 from rlhf.core.errors import DataError, ModelError
 from rlhf.core.files import write_json, write_text
 from rlhf.core.findings import EVALUATION, KIND
@@ -122,7 +122,10 @@ def evaluate_policies(
         if ranks.is_main:
             _write_samples(output / f"samples_{name}.jsonl", prompts, samples, rewards)
     if ranks.is_main:
-        write_json(output / EVALUATION, {KIND: "evaluation", "policies": [asdict(each) for each in found]})
+        write_json(
+            output / EVALUATION,
+            {KIND: "evaluation", "policies": [asdict(each) for each in found], **served_cards(reward=reward)},
+        )
         write_text(output / "evaluation.md", markdown(found))
     return found
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from policy.judging.config import JudgeConfig
 from policy.win_rate.config import WinRateConfig
 from policy.win_rate.questions import Pair, question, verdict
 from policy.win_rate.rate import WinRate, win_rate
-from reward.function import Answers, load_reward
+from reward.function import Answers, load_reward, served_cards
 from rlhf.core.errors import DataError
 from rlhf.core.files import write_json
 from rlhf.core.findings import read_findings, write_findings
@@ -44,6 +44,8 @@ class Judgments:
     details: Sequence[Mapping[str, Any]]
     """What else is known of each."""
     notes: tuple[str, ...] = ()
+    served: Mapping[str, Any] = field(default_factory=dict)
+    """See :func:`reward.function.served_cards`."""
 
 
 Prefer = Callable[[Sequence[Pair]], Judgments]
@@ -93,7 +95,7 @@ def compare(config: WinRateConfig, console: Console) -> Comparison:
         {"id": pair.id, "prompt": pair.prompt, "own": pair.own, "other": pair.other, "preference": value, **detail}
         for pair, value, detail in zip(found.pairs, judged.preferences, judged.details, strict=True)
     ]
-    write_findings(config.output, KIND, asdict(result), items)
+    write_findings(config.output, KIND, asdict(result) | judged.served, items)
     write_json(config.output / ANNOTATIONS, [_annotation(found, pair, value, judge) for pair, value in kept])
     return result
 
@@ -153,6 +155,7 @@ def by_reward(spec: str) -> Prefer:
         return Judgments(
             preferences=[0.5 if own == other else float(own > other) for own, other in both],
             details=[{"rewards": [float(own), float(other)]} for own, other in both],
+            served=served_cards(judge=reward),
         )
 
     return prefer

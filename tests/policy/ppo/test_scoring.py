@@ -519,7 +519,7 @@ def test_a_server_of_another_scale_is_another_reward(scorer_for, scripted, rewar
     names = [scorer_for(url=scripted(each, lambda body: (500, "")).url).identity for each in cards]
     assert names[0] == names[1] and len(set(names)) == 3
     raw = [scorer_for(url=scripted(each, lambda body: (500, "")).url, standardize=False).identity for each in cards]
-    assert set(raw) == {scorer_for(path=str(reward_folder)).identity}
+    assert set(raw) == {scorer_for(path=str(reward_folder), standardize=False).identity}
 
 
 def test_a_server_of_another_family_is_asked_by_messages(scorer_for, serving, foreign_reward_folder, rollouts):

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from reward.function import Answers, load_reward
+from reward.function import Answers, load_reward, served_cards
 from reward.score import load_scorer, score_tokens
 from reward.serving import client
 from reward.serving.card import card_of, read_card
@@ -72,6 +72,8 @@ def test_a_server_is_a_reward_of_evaluations(serving, final):
     here, there = (load_reward(spec) for spec in (str(final), ",".join(server.url for server in both)))
     judges = [judge.reading(answers.prompts, answers.columns) for judge in (here, there)]
     assert judges[1](answers) == pytest.approx(judges[0](answers), abs=1e-5)
+    assert served_cards(proxy=there, gold=here) == {"served": {"proxy": str(card_of(final))}}
+    assert served_cards(gold=here) == {}
     with pytest.raises(ConfigError, match="expected the address of a server"):
         load_reward(f"{both[0].url},localhost")
 
