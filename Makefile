@@ -45,7 +45,7 @@ test-all: $(STAMP)
 
 # One engine at a time: JOBS is of no use here.
 test-vllm: $(STAMP) $(VLLM_VENV)/.installed
-	MARGIN_RLHF_VLLM_PYTHON=$(CURDIR)/$(VLLM_VENV)/bin/python $(VENV)/bin/python -m pytest -m vllm tests/policy/generation/vllm
+	MARGIN_RLHF_VLLM_PYTHON=$(CURDIR)/$(VLLM_VENV)/bin/python $(VENV)/bin/python -m pytest -m vllm tests/policy/generation/vllm tests/reward/serving
 
 # vLLM as it is built for a CPU; for GPUs: make test-vllm VLLM=vllm
 $(VLLM_VENV)/.installed: vllm-constraints.txt

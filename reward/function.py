@@ -289,7 +289,7 @@ class ServedReward:
 
 
 def served_cards(**rewards: Any) -> dict[str, dict[str, str]]:
-    """For findings: the cards of those rewards that are served, by the names given here; nothing where none is."""
+    """The cards of those rewards that are served, by the names given here, for findings; nothing where none is."""
     cards = {name: str(each.servers.card) for name, each in rewards.items() if isinstance(each, ServedReward)}
     return {"served": cards} if cards else {}
 

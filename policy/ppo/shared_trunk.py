@@ -65,8 +65,7 @@ class SharedTrunkCritic(nn.Module):
         with self._active():
             blocks = list(last_states(self._hf, *token_blocks(buckets)))
         return tuple(
-            response_values(states, bucket, self.score)
-            for states, bucket in zip(blocks, buckets, strict=True)
+            response_values(states, bucket, self.score) for states, bucket in zip(blocks, buckets, strict=True)
         )
 
     @contextlib.contextmanager

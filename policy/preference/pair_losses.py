@@ -398,9 +398,7 @@ def madpo_loss(
     return -weights * F.logsigmoid(reward_gap(beta, chosen_logratios, rejected_logratios))
 
 
-def margin_weights(
-    margins: Tensor, largest: float, smallest: float, steepness: float, threshold: float
-) -> Tensor:
+def margin_weights(margins: Tensor, largest: float, smallest: float, steepness: float, threshold: float) -> Tensor:
     """``(B,)`` the weights of :func:`madpo_loss`, whose arguments these are."""
     check_positive(smallest=smallest, steepness=steepness, threshold=threshold)
     if not smallest < 1 < largest:

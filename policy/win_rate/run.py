@@ -95,7 +95,7 @@ def compare(config: WinRateConfig, console: Console) -> Comparison:
         {"id": pair.id, "prompt": pair.prompt, "own": pair.own, "other": pair.other, "preference": value, **detail}
         for pair, value, detail in zip(found.pairs, judged.preferences, judged.details, strict=True)
     ]
-    write_findings(config.output, KIND, asdict(result) | judged.served, items)
+    write_findings(config.output, KIND, {**asdict(result), **judged.served}, items)
     write_json(config.output / ANNOTATIONS, [_annotation(found, pair, value, judge) for pair, value in kept])
     return result
 

@@ -25,6 +25,7 @@ from launch.pipeline.recipe import load_pipeline
 from launch.pipeline.sweep import plan_sweep
 from launch.stages import STAGES, read_stage, training
 from launch.study.tidy import read_study
+from policy.generation.vllm.engine import margin_engine
 from rlhf.config import load_config, parse_command_line
 from rlhf.core.errors import UserError
 from rlhf.engine import deepspeed_config
@@ -104,7 +105,7 @@ HELP = [line for line in SHOWN if program(line) == "rlhf" and "--help" in line.s
 RLHF = [line for line in SHOWN if program(line) == "rlhf" and line not in HELP]
 STAGE = [line for line in SHOWN if stage_and_arguments(line)]
 BENCHMARK = [line for line in SHOWN if re.match(r"python benchmarks/", line)]
-MODULE = [line for line in SHOWN if re.match(r"\S*python -m (pytest|launch|benchmarks)\b", line)]
+MODULE = [line for line in SHOWN if re.match(r"\S*python -m (pytest|launch|benchmarks|margin_engine)\b", line)]
 
 
 # ---- what is the reader's own
@@ -275,6 +276,7 @@ MODULES = {
     "benchmarks.gpu": lambda words: gpu._parser().parse_args(words),
     "benchmarks.large_run": lambda words: large_run.build_parser().parse_args(words),
     "benchmarks.rehearsal": lambda words: rehearsal._parser().parse_args(words),
+    "margin_engine": lambda words: margin_engine.build_parser().parse_args(words),
 }
 
 

@@ -361,7 +361,7 @@ def _watch(parent: int) -> None:
     os._exit(0)
 
 
-def main() -> None:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="A vLLM engine that a trainer speaks to over HTTP.")
     parser.add_argument("--model", required=True, help="folder of the model")
     parser.add_argument("--tokenizer", help="folder of the tokenizer (that of the model)")
@@ -377,6 +377,11 @@ def main() -> None:
     parser.add_argument("--max-model-tokens", type=int, help="longest prompt and response together")
     parser.add_argument("--sleep", action="store_true", help="give device memory back between rollouts")
     parser.add_argument("--parent", type=int, help="process whose end ends this one")
+    return parser
+
+
+def main() -> None:
+    parser = build_parser()
     options = parser.parse_args()
     if options.parent:
         threading.Thread(target=_watch, args=(options.parent,), daemon=True).start()
