@@ -42,9 +42,7 @@ def load_chat(
     return chat_format(tokenizer, template, (*given, *stop_token_ids))
 
 
-def check_same_tokens(
-    setting: str, path: str | None, chat: ChatFormat, owner: str, *, trust_remote_code: bool
-) -> None:
+def check_same_tokens(setting: str, path: str | None, chat: ChatFormat, owner: str, *, trust_remote_code: bool) -> None:
     """Refuse a model beside the trained one that would read its tokens as another text.
 
     Args:

@@ -2,12 +2,18 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt
+from pydantic import BeforeValidator
 
 from rlhf.core.annotations import Formerly, NoResult
 from rlhf.core.epochs import LastBatch
+
+
+def _as_written(value: Any) -> Any:
+    """YAML 1.1 reads ``off`` as false."""
+    return "off" if value is False else value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +30,7 @@ class TrainConfig:
     """Padded tokens that one rank computes at once. Lower it when memory runs out: results do not change."""
     length_buckets: Annotated[int, Gt(0), Formerly("row_groups")] = 4
     """Blocks of own padded length in a micro-batch: more blocks, less padding, more kernel launches."""
-    packing: Literal["auto", "off"] = "auto"
+    packing: Annotated[Literal["auto", "off"], BeforeValidator(_as_written)] = "auto"
     """auto: a micro-batch is one sequence without padding, and what its rows begin alike with (the prompt of a pair) is
     computed once, with every model that computes the same that way. off: length buckets for every model."""
     epochs: Annotated[float, Gt(0)] = 1.0

@@ -11,6 +11,7 @@ from launch.cli import main as rlhf_main
 from rlhf.config import load_config, option_help, parse_command_line, to_dict, to_yaml
 from rlhf.core.errors import ConfigError
 from rlhf.core.paths import beside, recipe_path
+from rlhf.train.options import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -531,3 +532,12 @@ def test_a_shipped_recipe_is_found_by_name_and_another_name_answered_with_those_
     assert "SmolLM2" in recipe_path("shipped:reward_smollm2").read_text()
     with pytest.raises(ConfigError, match=r"^shipped:rewrad: no recipe of this name ships; there are .*reward_smollm2"):
         recipe_path("shipped:rewrad")
+
+
+@pytest.mark.parametrize("word", ["off", "'off'", '"off"', "Off"])
+def test_packing_is_switched_off_as_a_recipe_would_write_it(tmp_path, word):
+    (tmp_path / "recipe.yaml").write_text(f"packing: {word}\n")
+    assert load_config(TrainConfig, [tmp_path / "recipe.yaml"], [], program="x").packing == "off"
+    assert load_config(TrainConfig, [], [f"packing={word}"], program="x").packing == "off"
+    with pytest.raises(ConfigError, match="packing = true: Input should be 'auto' or 'off'"):
+        load_config(TrainConfig, [], ["packing=on"], program="x")

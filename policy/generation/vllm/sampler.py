@@ -106,7 +106,12 @@ class VllmSampler:
                 f"a prompt and max_new_tokens = {self._config.max_new_tokens} come to {longest} tokens, the vLLM "
                 f"engine takes {pool.max_model_tokens}: lower max_new_tokens, or raise vllm.max_model_tokens"
             )
-        answers = pool.generate(rows, self._settings, advance)
+
+        def advance_each(count: int) -> None:
+            if advance is not None:  # told of its own rows: the ranks are alike
+                advance(-(-count // self._ranks.world_size))
+
+        answers = pool.generate(rows, self._settings, advance_each)
         bad = sum(None in answer["logprobs"] or not answer["tokens"] for answer in answers if "logprobs" in answer)
         if bad:
             raise ModelError(

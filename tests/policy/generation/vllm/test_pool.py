@@ -5,6 +5,7 @@ import math
 import os
 import socket
 import urllib.parse
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -17,7 +18,7 @@ from policy.generation.vllm.client import EngineClient, EngineRefused, Weights
 from policy.generation.vllm.engine.margin_engine import TOKEN_VARIABLE, Handler, tensor_sum, weight_sums
 from policy.generation.vllm.pool import EnginePool, spread
 from policy.generation.vllm.process import check_vllm
-from policy.generation.vllm.sampler import VllmSampler, launch_of, tells_logprobs, vllm_settings
+from policy.generation.vllm.sampler import Share, VllmSampler, launch_of, tells_logprobs, vllm_settings
 from rlhf.core.errors import ConfigError, ModelError, TrainingStopped
 
 SETTINGS = {"max_tokens": 4}
@@ -138,6 +139,16 @@ def sampler(fake_pool, alone, tiny_tokenizer):
         eos_token_ids=(2,),
         tokenizer=tiny_tokenizer,
     )
+
+
+def test_progress_is_told_by_rank_although_one_rank_asks_for_all(fake_pool, alone, tiny_tokenizer, rows):
+    counts: list[int] = []
+    two = replace(alone, world_size=2)
+    sampler = VllmSampler(
+        two, fake_pool(), SamplingConfig(max_new_tokens=4), eos_token_ids=(2,), tokenizer=tiny_tokenizer
+    )
+    sampler.ask(Share(list(rows), 0, len(rows)), counts.append)
+    assert counts == [-(-count // 2) for count in range(1, len(rows) + 1)]
 
 
 def test_log_probabilities_that_are_not_finite_stop_the_run(fake, sampler, prompts, seeds):
