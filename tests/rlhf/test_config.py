@@ -384,7 +384,7 @@ def test_help_text_of_options_sections_and_lists():
         "seed=0 int",
         "Seeds everything.",  # although the field is inherited
         "optim: The optimizer.",
-        "optim.learning_rate=0.0003 float >= 0",  # the default that the parent chose
+        "optim.learning_rate=0.0003 float > 0",  # the default that the parent chose
         "optim.betas=[0.9, 0.999] [float, float]",
         "margin.kind=ot none | constant | column | ot",
         "margin.share=0.5 float >= 0, < 1",
