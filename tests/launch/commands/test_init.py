@@ -18,9 +18,15 @@ PIPELINES = [name for name, path in shipped_recipes().items() if "stages" in yam
 MODULES = {stage.module: stage for stage in STAGES.values()}
 
 
-def files_in(settings: Any) -> set[str]:
-    """Names of the files of data and templates that settings name."""
-    return {*re.findall(r"[\w./-]+\.(?:jsonl|jinja)", str(settings))}
+OWN = {"preferences.jsonl", "conversations.jsonl", "prompts.jsonl", "question.jsonl"}
+"""Files of the user."""
+
+
+def files_wanted(stages: list[dict[str, Any]]) -> set[str]:
+    """Names of the files of data and templates that the settings of stages name, but of the user's and their own."""
+    made = tuple(f"{settings['output']}/" for settings in stages)
+    named = {*re.findall(r"[\w./-]+\.(?:jsonl|jinja)", str(stages))}
+    return {file for file in named - OWN if not file.startswith(made)}
 
 
 def resolved(command: str) -> list[dict[str, Any]]:
@@ -47,9 +53,8 @@ def test_the_command_in_the_readme_runs_the_copy_on_files_of_the_copy(name, else
     monkeypatch.chdir("mine")
     readme = Path("README.md").read_text()
     command = re.search(r"```\n(.*?)```", readme, flags=re.DOTALL)[1].replace("\\\n", " ")
-    wanted = {file for settings in resolved(command) for file in files_in(settings)}
-    own = {"preferences.jsonl", "conversations.jsonl", "prompts.jsonl"}
-    assert {file for file in wanted - own if not Path(file).is_file() or "/" in file} == set()
+    wanted = files_wanted(resolved(command))
+    assert {file for file in wanted if not Path(file).is_file() or "/" in file} == set()
     listed = {*re.findall(r"^\| `(.*?)` \|", readme, flags=re.MULTILINE)}
     assert listed == {path.name for path in Path().iterdir()} - {"README.md"}
     plan = build_parser().parse_args(shlex.split(re.search(r"`rlhf (plan [^`]*)`", readme)[1]))
@@ -74,7 +79,7 @@ def test_a_folder_that_holds_something_is_refused_and_left_alone(held, elsewhere
 
 def test_a_name_that_does_not_ship_is_answered_with_those_that_do(elsewhere, capsys):
     assert main(["init", "mine", "--recipe", "quikstart"]) == 2
-    assert "there are grpo_math, pipeline, " in capsys.readouterr().err and not Path("mine").exists()
+    assert "there are apo_comparison, grpo_math, pipeline, " in capsys.readouterr().err and not Path("mine").exists()
 
 
 def test_a_folder_below_a_file_is_refused_in_one_line(elsewhere, capsys):
@@ -86,6 +91,5 @@ def test_a_folder_below_a_file_is_refused_in_one_line(elsewhere, capsys):
 @pytest.mark.parametrize("name", PIPELINES)
 def test_a_shipped_pipeline_runs_from_anywhere_by_name(name, elsewhere):
     stages = resolved(f"rlhf pipeline run shipped:{name}")
-    files = {file for settings in stages for file in files_in(settings)} - {"preferences.jsonl", "prompts.jsonl"}
-    assert all(Path(file).is_file() for file in files)
+    assert all(Path(file).is_file() for file in files_wanted(stages))
     assert all(str(settings["output"]).startswith(("runs/", "models/")) for settings in stages)

@@ -34,13 +34,18 @@ def test_a_command_is_logged_and_its_whole_group_ends_with_it(tmp_path):
 
 @pytest.mark.parametrize("machine", [Machine(ranks=3), Machine(hosts={"a": 4, "b": 2}, allocated=True)])
 @pytest.mark.parametrize("name", STAGES)
-def test_all_ranks_share_the_work_of_every_stage_but_an_import(name, machine):
+def test_all_ranks_share_the_work_of_every_stage_but_those_of_one_process(name, machine):
     words = stage_command(STAGES[name], ("--config", "x"), machine)
-    if name == "import":
+    if STAGES[name].alone:
         assert words == [sys.executable, "-m", STAGES[name].module, "--config", "x"]
     else:
         assert words[words.index("--slots") + 1] == ("4,2" if machine.hosts else "3")
         assert words[words.index("--") + 1 :] == [sys.executable, "-m", STAGES[name].module, "--config", "x"]
+
+
+def test_a_stage_that_trains_is_never_that_of_one_process():
+    assert not any(stage.alone for stage in STAGES.values() if stage.trains)
+    assert not any(STAGES[name].alone for name in ("evaluate", "generate", "benchmark"))
 
 
 def test_without_a_gpu_one_process_evaluates_with_all_threads(monkeypatch):
