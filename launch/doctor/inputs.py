@@ -10,6 +10,7 @@ from launch.doctor.finding import Finding
 from launch.doctor.subject import Subject
 from launch.runs import PipelineStage
 from launch.stages import FILE, FOLDER
+from policy.judging.config import JudgeConfig
 from rlhf.core.paths import can_be_hub_name
 from rlhf.data.options import row_sections
 
@@ -40,7 +41,9 @@ def inputs(subject: Subject) -> Iterator[Finding]:
 
 def judge_keys(subject: Subject) -> Iterator[Finding]:
     """Keys of judges elsewhere, which would be asked for when all training is done."""
-    judges = [judge for stage in subject.stages if (judge := getattr(stage.config, "judge", None)) is not None]
+    judges = [
+        judge for stage in subject.stages if isinstance(judge := getattr(stage.config, "judge", None), JudgeConfig)
+    ]
     for judge in {(each.key_variable, each.url): each for each in judges if each.url is not None}.values():
         if urlsplit(judge.url).hostname not in LOOPBACK and not os.environ.get(judge.key_variable):
             text = f"judge.url = {judge.url}: the environment variable {judge.key_variable} holds no key"
