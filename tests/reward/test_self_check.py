@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from reward.config import RewardModelConfig
-from reward.model import build_reward_model
+from reward.model import RewardModel, build_reward_model
 from reward.self_check import check_scores
 from rlhf.core.errors import ModelError
 from rlhf.data.batching import length_bucket
@@ -29,6 +29,11 @@ def build(path, dtype=torch.float32, **options):
     return build_reward_model(config, dtype=dtype, pad_token_id=0, vocabulary=0, seed=3)
 
 
+def pool_at_the_beginning(monkeypatch):
+    pool = RewardModel._pool
+    monkeypatch.setattr(RewardModel, "_pool", lambda self, states, last: pool(self, states, torch.zeros_like(last)))
+
+
 @pytest.mark.parametrize("head", ["linear", "mlp"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_reward_model_scores_as_plain_transformers_does(tiny_model, dtype, head):
@@ -36,7 +41,7 @@ def test_a_reward_model_scores_as_plain_transformers_does(tiny_model, dtype, hea
 
 
 def test_a_model_that_pools_elsewhere_is_refused_with_numbers(tiny_model, monkeypatch):
-    monkeypatch.setattr("reward.model.last_token_index", lambda mask: torch.zeros(len(mask), dtype=torch.long))
+    pool_at_the_beginning(monkeypatch)
     with pytest.raises(ModelError, match=rf"{tiny_model} \(LlamaForSequenceClassification\).* up to [\d.e-]+ off"):
         build(tiny_model)
 
@@ -137,7 +142,7 @@ def every_other_call_off_by(share):
 
 
 def test_a_copy_is_not_checked_again(tiny_model, monkeypatch):
-    monkeypatch.setattr("reward.model.last_token_index", lambda mask: torch.zeros(len(mask), dtype=torch.long))
+    pool_at_the_beginning(monkeypatch)
     config = RewardModelConfig(path=str(tiny_model))
     build_reward_model(config, dtype=torch.float32, pad_token_id=0, vocabulary=0, seed=3, checked=False)
     with pytest.raises(ModelError, match=r"critic\.path = "):
