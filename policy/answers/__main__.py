@@ -14,15 +14,13 @@ DESCRIPTION = "Answer the questions of a benchmark or of a file, and write the a
 
 def run(config: GenerateConfig) -> None:
     """Answer on the ranks that a launcher has started."""
-    on_all_ranks("policy.answers.run", lambda ranks: answer(config, ranks))
+    on_all_ranks("policy.answers.run", config, answer)
 
 
 def answer(config: GenerateConfig, ranks: "Ranks") -> None:
     """Every rank must call it; the main one says where the answers are."""
     from policy.answers.run import generate
-    from rlhf.train.environment import write_environment
 
-    write_environment(config.output, ranks)
     found = generate(config, ranks)
     if ranks.is_main:
         print(f"answers: {found}")

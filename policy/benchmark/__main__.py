@@ -15,7 +15,7 @@ DESCRIPTION = "Judge a reward model, or the reward that a policy implies, by lab
 
 def run(config: BenchmarkConfig) -> None:
     """Evaluate on the ranks that a launcher has started."""
-    on_all_ranks("policy.benchmark.run", lambda ranks: evaluate(config, ranks))
+    on_all_ranks("policy.benchmark.run", config, evaluate)
 
 
 def evaluate(config: BenchmarkConfig, ranks: "Ranks") -> None:
@@ -24,9 +24,7 @@ def evaluate(config: BenchmarkConfig, ranks: "Ranks") -> None:
 
     from policy.benchmark.run import run_benchmark
     from reward.benchmarks.results import benchmark_table
-    from rlhf.train.environment import write_environment
 
-    write_environment(config.output, ranks)
     found = run_benchmark(config, ranks)
     if ranks.is_main:
         report_metrics({f"benchmark/{each.name}": each.value for each in found.measures})

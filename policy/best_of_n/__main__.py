@@ -15,7 +15,7 @@ DESCRIPTION = "Choose among several samples of a policy by one reward, and judge
 
 def run(config: BestOfNConfig) -> None:
     """Choose in the process that a launcher has started."""
-    on_all_ranks("policy.best_of_n.run", lambda ranks: evaluate(config, ranks))
+    on_all_ranks("policy.best_of_n.run", config, evaluate)
 
 
 def evaluate(config: BestOfNConfig, ranks: "Ranks") -> None:
@@ -23,9 +23,7 @@ def evaluate(config: BestOfNConfig, ranks: "Ranks") -> None:
     from rich.console import Console
 
     from policy.best_of_n.run import choice_table, evaluate_choices
-    from rlhf.train.environment import write_environment
 
-    write_environment(config.output, ranks)
     found = evaluate_choices(config)
     report_metrics({f"gold/best_of_{each.n}": each.gold.value for each in found})
     Console().print(choice_table(found))

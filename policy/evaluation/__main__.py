@@ -15,7 +15,7 @@ DESCRIPTION = "Compare policies by a reward function on fresh samples for held-o
 
 def run(config: EvaluationConfig) -> None:
     """Evaluate on the ranks that a launcher has started."""
-    on_all_ranks("policy.evaluation.compare", lambda ranks: evaluate(config, ranks))
+    on_all_ranks("policy.evaluation.compare", config, evaluate)
 
 
 def evaluate(config: EvaluationConfig, ranks: "Ranks") -> None:
@@ -26,9 +26,7 @@ def evaluate(config: EvaluationConfig, ranks: "Ranks") -> None:
     from policy.evaluation.results import evaluation_table
     from reward.function import load_reward
     from rlhf.data.options import TemplateChoice
-    from rlhf.train.environment import write_environment
 
-    write_environment(config.output, ranks)
     prompts, columns = read_prompts(config.prompts)
     found = evaluate_policies(
         config.policies,

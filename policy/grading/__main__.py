@@ -15,7 +15,7 @@ DESCRIPTION = "Have every answer graded by a judge, as MT-Bench does."
 
 def run(config: GradingConfig) -> None:
     """Grade in the process that a launcher has started."""
-    on_all_ranks("policy.grading.run", lambda ranks: evaluate(config, ranks))
+    on_all_ranks("policy.grading.run", config, evaluate)
 
 
 def evaluate(config: GradingConfig, ranks: "Ranks") -> None:
@@ -24,9 +24,7 @@ def evaluate(config: GradingConfig, ranks: "Ranks") -> None:
 
     from policy.grading.results import grades_table
     from policy.grading.run import grade_answers
-    from rlhf.train.environment import write_environment
 
-    write_environment(config.output, ranks)
     console = Console()
     found = grade_answers(config, console)
     report_metrics({f"grade/{each.name}": each.score.value for each in found.models})

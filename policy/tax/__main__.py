@@ -15,7 +15,7 @@ DESCRIPTION = "Do tasks of lm-eval with a model before training and after it, an
 
 def run(config: TaxConfig) -> None:
     """Evaluate in the process that a launcher has started."""
-    on_all_ranks("policy.tax.run", lambda ranks: evaluate(config, ranks))
+    on_all_ranks("policy.tax.run", config, evaluate)
 
 
 def evaluate(config: TaxConfig, ranks: "Ranks") -> None:
@@ -24,9 +24,7 @@ def evaluate(config: TaxConfig, ranks: "Ranks") -> None:
 
     from policy.tax.results import tax_table
     from policy.tax.run import evaluate_tax
-    from rlhf.train.environment import write_environment
 
-    write_environment(config.output, ranks)
     found = evaluate_tax(config, config.device or str(ranks.device))
     report_metrics({f"change/{each.task}/{each.measure}": each.after - each.before for each in found.tasks})
     Console().print(tax_table(found))

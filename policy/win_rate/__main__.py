@@ -15,7 +15,7 @@ DESCRIPTION = "Ask a judge which of two models' answers is better, question by q
 
 def run(config: WinRateConfig) -> None:
     """Compare in the process that a launcher has started."""
-    on_all_ranks("policy.win_rate.run", lambda ranks: evaluate(config, ranks))
+    on_all_ranks("policy.win_rate.run", config, evaluate)
 
 
 def evaluate(config: WinRateConfig, ranks: "Ranks") -> None:
@@ -23,9 +23,7 @@ def evaluate(config: WinRateConfig, ranks: "Ranks") -> None:
     from rich.console import Console
 
     from policy.win_rate.run import compare, win_rate_table
-    from rlhf.train.environment import write_environment
 
-    write_environment(config.output, ranks)
     console = Console()
     found = compare(config, console)
     report_metrics({f"win_rate/{found.name}": found.rate.value})

@@ -61,13 +61,19 @@ def single_main(
         return error.exit_code
 
 
-def on_all_ranks(module: str, act: Callable[["Ranks"], None]) -> None:
-    """Call ``act`` in the processes that a launcher has started, once ``module``, which it needs, is imported."""
+def on_all_ranks(module: str, config: ConfigT, act: Callable[[ConfigT, "Ranks"], None]) -> None:
+    """Call ``act`` in the processes that a launcher has started, once ``module``, which it needs, is imported.
+
+    The output folder knows the environment before that.
+    """
     import_all_of(module)
     from rlhf.engine.ranks import start_ranks, stop_ranks
+    from rlhf.train.environment import write_environment
 
     try:
-        act(start_ranks())
+        ranks = start_ranks()
+        write_environment(config.output, ranks)
+        act(config, ranks)
     finally:
         stop_ranks()
 
