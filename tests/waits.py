@@ -77,3 +77,15 @@ class Waits(TorchDispatchMode):
         lines = [frame for frame in traceback.extract_stack() if "site-packages" not in frame.filename]
         where = next(frame for frame in reversed(lines) if not frame.filename.endswith("waits.py"))
         self.places.append(f"{name} {where.filename}:{where.lineno}")
+
+
+def waits_of_a_step(engine: Any, task: Any) -> list[str]:
+    """Where the host waits for the device in a step, once the first is done."""
+    for number in range(2):
+        batches = task.micro_batches(number)
+        with Waits([*engine.module.parameters(), *batches]) as waits:
+            for place, batch in enumerate(batches):
+                engine.backward(task.loss(batch), last=place == len(batches) - 1)
+            engine.step()
+            task.step_metrics()
+    return waits.places

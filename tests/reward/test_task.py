@@ -7,7 +7,7 @@ from reward.margins import optimal_transport_margins
 from reward.tables import LOSSES
 from rlhf.core.errors import TrainingStopped
 from rlhf.engine.ranks import single_rank
-from tests.waits import Waits
+from tests.waits import waits_of_a_step
 
 GLOBAL_OT = MarginConfig(kind="ot", parameters={"scope": "global_batch"})
 NO_MARGIN = MarginConfig(kind="none")
@@ -146,18 +146,6 @@ def test_margins_of_a_hundred_steps_and_the_two_ends_are_written(steps, tmp_path
     log = MarginLog(tmp_path, single_rank(), steps)
     written = [step for step in range(1, steps + 1) if log.wants(step)]
     assert len(written) <= STEPS + 2 and {1, steps} <= {*written}
-
-
-def waits_of_a_step(engine, task) -> list[str]:
-    """Where the host waits for the device in a step, once the first is done."""
-    for number in range(2):
-        batches = task.micro_batches(number)
-        with Waits([*engine.module.parameters(), *batches]) as waits:
-            for place, batch in enumerate(batches):
-                engine.backward(task.loss(batch), last=place == len(batches) - 1)
-            engine.step()
-            task.step_metrics()
-    return waits.places
 
 
 @pytest.mark.parametrize("kind", ["none", "constant"])

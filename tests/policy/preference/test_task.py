@@ -32,7 +32,7 @@ from rlhf.engine.local import LocalEngine
 from rlhf.engine.options import OptimizerConfig
 from rlhf.train.chat import load_chat
 from rlhf.train.packing import allow_packing
-from tests.waits import Waits
+from tests.waits import waits_of_a_step
 
 SHIPPED = Path(__file__).parents[3] / "launch" / "recipes"
 PAIRED = sorted(name for name, objective in LOSSES.items() if not objective.unpaired)
@@ -406,18 +406,6 @@ def test_responses_of_kto_are_packed_by_themselves_and_so_are_mismatched_ones(un
     assert together["loss"] == pytest.approx(apart["loss"], rel=1e-5)
     assert (own - shared).abs().max() < 2e-5 * own.abs().max()
     assert together["shared_share"] > 0.05 and together["padding_share"] == 0 < apart["padding_share"]
-
-
-def waits_of_a_step(engine, task) -> list[str]:
-    """Where the host waits for the device in a step, once the first is done."""
-    for number in range(2):
-        batches = task.micro_batches(number)
-        with Waits([*engine.module.parameters(), *batches]) as waits:
-            for place, batch in enumerate(batches):
-                engine.backward(task.loss(batch), last=place == len(batches) - 1)
-            engine.step()
-            task.step_metrics()
-    return waits.places
 
 
 def test_the_host_waits_twice_in_a_step_however_many_micro_batches_it_has(make_task):
