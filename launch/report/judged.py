@@ -27,6 +27,7 @@ from rlhf.train.held_out import shortened
 
 if TYPE_CHECKING:
     from policy.grading.results import Grading
+    from policy.win_rate.run import Comparison
 
 PASSAGES = 12
 
@@ -41,39 +42,15 @@ def win_rate(runs: Sequence[Run], first: int) -> Section:
         if not run.evaluation:
             continue
         found = read_comparison(run.folder)
-        rate, counted = found.rate, found.questions - found.left_out
-        error, controlled = rate.standard_error, rate.length_controlled
-        reach = 1.96 * (error or 0.0)
+        rate = found.rate
+        reach = 1.96 * (rate.standard_error or 0.0)
         plain = {"value": rate.value, "low": max(0.0, rate.value - reach), "high": min(1.0, rate.value + reach)}
-        verdict = "better" if plain["low"] > 0.5 else "worse" if plain["high"] < 0.5 else "undecided"
-        told = "" if error is None else f" (standard error {share(error)}, {counted} questions)"
-        verdict = verdict if error else "undecided"
-        text = f"{found.name} wins {share(rate.value)} against {found.reference}{told}: {verdict}"
-        if controlled is not None:
-            text += (
-                f"; at equal lengths {share(controlled.value)} ({share(controlled.low)} to {share(controlled.high)})"
-            )
-        lead.append(
-            named(run, runs, f"{text}. Judge: {found.judge}.") if len(runs) > 1 else f"{text}. Judge: {found.judge}."
-        )
+        text = f"{_outcome(found, plain)}. Judge: {found.judge}."
+        lead.append(named(run, runs, text) if len(runs) > 1 else text)
         advice += [Advice(run=run.name, text=note) for note in found.notes]
-        bars.append((f"{found.name} / {found.reference}", plain, None if controlled is None else asdict(controlled)))
-        rows.append(
-            (
-                run_cell(run, first + place),
-                Cell(text=found.name),
-                Cell(text=found.reference),
-                cell(rate.value, share(rate.value)),
-                cell(error, share(error)),
-                cell(None if controlled is None else controlled.value, share(controlled.value if controlled else None)),
-                cell(
-                    None if controlled is None else controlled.low,
-                    None if controlled is None else f"{share(controlled.low)} to {share(controlled.high)}",
-                ),
-                Cell(text=f"{rate.wins}, {rate.losses}, {rate.ties}", order=float(rate.wins)),
-                cell(found.left_out, str(found.left_out)),
-            )
-        )
+        controlled = None if rate.length_controlled is None else asdict(rate.length_controlled)
+        bars.append((f"{found.name} / {found.reference}", plain, controlled))
+        rows.append((run_cell(run, first + place), *_rate_cells(found)))
         readings += _verdicts(run, runs, found.name, found.reference)
     headings = (
         "run",
@@ -110,6 +87,37 @@ def win_rate(runs: Sequence[Run], first: int) -> Section:
         tables=(Table(title="Win rates", headings=headings, rows=tuple(rows), note=note),) if rows else (),
         readings=tuple(readings),
         advice=tuple(advice),
+    )
+
+
+def _outcome(found: "Comparison", plain: dict[str, float]) -> str:
+    """A sentence: who wins how often, and what that decides."""
+    error, controlled = found.rate.standard_error, found.rate.length_controlled
+    verdict = "better" if plain["low"] > 0.5 else "worse" if plain["high"] < 0.5 else "undecided"
+    verdict = verdict if error else "undecided"
+    counted = found.questions - found.left_out
+    told = "" if error is None else f" (standard error {share(error)}, {counted} questions)"
+    text = f"{found.name} wins {share(found.rate.value)} against {found.reference}{told}: {verdict}"
+    if controlled is None:
+        return text
+    return f"{text}; at equal lengths {share(controlled.value)} ({share(controlled.low)} to {share(controlled.high)})"
+
+
+def _rate_cells(found: "Comparison") -> tuple[Cell, ...]:
+    """A row of the table, but for its run."""
+    rate, controlled = found.rate, found.rate.length_controlled
+    return (
+        Cell(text=found.name),
+        Cell(text=found.reference),
+        cell(rate.value, share(rate.value)),
+        cell(rate.standard_error, share(rate.standard_error)),
+        cell(None if controlled is None else controlled.value, share(controlled.value if controlled else None)),
+        cell(
+            None if controlled is None else controlled.low,
+            None if controlled is None else f"{share(controlled.low)} to {share(controlled.high)}",
+        ),
+        Cell(text=f"{rate.wins}, {rate.losses}, {rate.ties}", order=float(rate.wins)),
+        cell(found.left_out, str(found.left_out)),
     )
 
 
