@@ -14,6 +14,9 @@ from types import SimpleNamespace
 # Before torch reads them, here and in all that tests start: two tests at once would fight for the cores otherwise.
 os.environ |= {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
 
+# A shell that starts its tests in the background has them ignore it, and all that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

@@ -64,14 +64,14 @@ def tools(subject: Subject) -> Iterator[Finding]:
 
 def ops(subject: Subject) -> Iterator[Finding]:
     """The DeepSpeed configurations of all stages, and the ops that offload needs."""
-    from rlhf.engine.deepspeed_ops import ASYNC_IO, PIN_MEMORY, PURPOSES, find_op
+    from rlhf.engine.deepspeed_ops import ASYNC_IO, KILLED_AFTER, PIN_MEMORY, PURPOSES, find_op
 
     needed, refused = _configurations(subject)
     for fault, refusing in refused.items():
         way_out = "rlhf ds show --config RECIPE (--critic, --frozen) resolves them; rlhf ds lint looks at a file"
         yield Finding("failure", f"{', '.join(refusing)}: {fault}", way_out)
     for lock in [lock for name in (*PURPOSES, PIN_MEMORY) for lock in find_op(name).locks]:
-        text = f"{lock} is there: a build runs, or was killed, and runs would wait for it without an end"
+        text = f"{lock} is there: a build runs, or was killed, and runs wait up to {KILLED_AFTER:.0f} s to be sure"
         yield Finding("warning", text, f"if no build runs: rm {lock}")
     for name, purpose in PURPOSES.items():
         if refused and name not in needed:

@@ -6,16 +6,20 @@ library. Its own report tells of the library alone, so a run may find out about 
 
 import contextlib
 import io
+import logging
 import os
 import shutil
 import sys
 import sysconfig
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rlhf.core.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 CPU_ADAM, ASYNC_IO = "cpu_adam", "async_io"
 PURPOSES = {
@@ -24,6 +28,9 @@ PURPOSES = {
 }
 """The ops that configurations of this toolkit can ask for."""
 PIN_MEMORY = "pin_memory"  # compiled along with async_io
+KILLED_AFTER = 180.0
+"""Seconds without a new file after which a build that no process of this machine holds counts as killed. Another machine
+may build in the same home folder, and one file takes a compiler up to two minutes."""
 _LIBRARIES = {ASYNC_IO: "libaio with its headers (Debian, Ubuntu: apt install libaio-dev; Fedora: libaio-devel)"}
 
 
@@ -37,7 +44,7 @@ class Op:
     missing: tuple[str, ...]
     """What keeps it from being compiled, in words; empty if nothing does."""
     locks: tuple[Path, ...] = ()
-    """Left by builds that run or were killed. A run waits for them without an end."""
+    """Left by builds that run or were killed; see :func:`await_builds`."""
 
     @property
     def usable(self) -> bool:
@@ -118,6 +125,55 @@ def require_ops(config: Mapping[str, Any]) -> None:
     problem = op_problems(config).get(ASYNC_IO) if ASYNC_IO in needed_ops(config) else None
     if problem is not None:
         raise ConfigError(problem)
+
+
+def await_builds(config: Mapping[str, Any]) -> None:
+    """Wait until no other run builds an op that ``config`` needs, and clear away what killed builds have left.
+
+    torch marks a build by a file, and waits for as long as that file is there: for ever, if the builder was killed.
+    """
+    names = needed_ops(config)
+    for name in (*names, PIN_MEMORY) if ASYNC_IO in names else names:
+        for lock in _compiled(name, "lock"):
+            _await_build(name, lock)
+
+
+def _await_build(name: str, lock: Path) -> None:
+    told = False
+    while (idle := _seconds_without_a_file(lock.parent)) is not None and lock.exists():
+        if idle > KILLED_AFTER and not _is_open_somewhere(lock):
+            log.warning("%s: left by a build of DeepSpeed's op %s that was killed; removed", lock, name)
+            lock.unlink(missing_ok=True)
+            return
+        if not told:
+            log.warning(
+                "another run builds DeepSpeed's op %s (%s); waiting, up to %.0f s after a build that was killed",
+                name, lock, KILLED_AFTER,
+            )  # fmt: skip
+            told = True
+        time.sleep(0.2)
+
+
+def _seconds_without_a_file(folder: Path) -> float | None:
+    """How long ago the newest file of a folder was written; None without a file."""
+    written = [each.st_mtime for each in map(_stat, folder.glob("*")) if each is not None]
+    return time.time() - max(written) if written else None
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    with contextlib.suppress(OSError):
+        return path.stat()
+    return None
+
+
+def _is_open_somewhere(path: Path) -> bool:
+    """Whether a process of this machine has a file open, as far as it can be seen."""
+    wanted = str(path.resolve())
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            if os.readlink(link) == wanted:
+                return True
+    return False
 
 
 def _has_library(name: str) -> bool:

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from rlhf.core.errors import CheckpointError
 from rlhf.engine.api import StepInfo
-from rlhf.engine.deepspeed_ops import optimizer_is_on_nvme, require_ops
+from rlhf.engine.deepspeed_ops import await_builds, optimizer_is_on_nvme, require_ops
 from rlhf.engine.optimizers import build_optimizer, build_schedule, follow_schedule, move_schedule
 from rlhf.engine.options import OptimizerConfig
 from rlhf.engine.ranks import Ranks
@@ -52,6 +52,7 @@ class ZeroEngine:
     ) -> None:
         _quiet()
         require_ops(deepspeed_config)
+        ranks.main_first(lambda: await_builds(deepspeed_config))
         self.ranks = ranks
         self.settings = deepspeed_config
         zero = deepspeed_config.get("zero_optimization", {})

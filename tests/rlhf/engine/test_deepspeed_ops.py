@@ -1,9 +1,14 @@
+import logging
+import os
+import threading
+import time
+
 import pytest
 
 from rlhf.core.errors import ConfigError
 from rlhf.engine import deepspeed_ops
 from rlhf.engine.deepspeed_config import RunValues, resolve
-from rlhf.engine.deepspeed_ops import find_op, needed_ops, op_problems, require_ops
+from rlhf.engine.deepspeed_ops import await_builds, find_op, needed_ops, op_problems, require_ops
 
 RUN = RunValues(precision="float32", gradient_clipping=1.0, world_size=1, hidden_size=16, nvme_path="/nvme")
 
@@ -54,3 +59,41 @@ def test_a_run_that_deepspeed_would_break_off_is_refused_and_one_with_a_substitu
         require_ops(resolve("zero3_nvme", RUN))
     require_ops(resolve("zero2_offload", RUN))
     assert "torch's AdamW takes its place" in op_problems(resolve("zero2_offload", RUN))["cpu_adam"]
+
+
+@pytest.fixture
+def build(monkeypatch, tmp_path):
+    """The mark of a build of async_io that nothing was written to for ten minutes."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = tmp_path / "async_io" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    long_ago = time.time() - 600
+    os.utime(lock, (long_ago, long_ago))
+    return lock
+
+
+def test_what_a_killed_build_left_is_removed_by_runs_that_need_the_op_and_by_no_other(build, caplog):
+    await_builds(resolve("zero2_offload", RUN))
+    assert build.exists()
+    await_builds(resolve("zero3_nvme", RUN))
+    assert not build.exists() and f"{build}: left by a build of DeepSpeed's op async_io" in caplog.text
+
+
+def test_a_build_that_a_process_holds_or_that_still_writes_is_waited_for(build, monkeypatch, caplog):
+    monkeypatch.setattr(deepspeed_ops, "KILLED_AFTER", 0.5)
+    ended = []
+
+    def end() -> None:
+        ended.append(time.monotonic())
+        build.unlink()
+
+    with build.open(), caplog.at_level(logging.WARNING):  # as torch holds it
+        later = threading.Timer(1.0, end)
+        later.start()
+        await_builds(resolve("zero3_nvme", RUN))
+        assert ended and "another run builds DeepSpeed's op async_io" in caplog.text and "killed; removed" not in caplog.text
+    build.touch()  # just now, by nobody of this machine
+    started = time.monotonic()
+    await_builds(resolve("zero3_nvme", RUN))
+    assert not build.exists() and 0.4 < time.monotonic() - started < 30

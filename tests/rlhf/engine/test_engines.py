@@ -44,7 +44,7 @@ def train(trained, run_ranks, tmp_path_factory):
             skip_without_async_io()
         if (kind, ranks) not in trained:
             folder = tmp_path_factory.mktemp(f"{kind}-{ranks}")
-            run_ranks([WORKER, kind, str(folder)], ranks, timeout=1200)  # some compile first
+            run_ranks([WORKER, kind, str(folder)], ranks, timeout=300)  # some compile first
             reports = json.loads((folder / "reports.json").read_text())
             trained[kind, ranks] = torch.load(folder / "weights.pt"), reports
         return trained[kind, ranks]
