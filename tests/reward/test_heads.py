@@ -1,6 +1,7 @@
 """Heads that know how sure they are: against integrals, draws and limits; published, opened and scored with."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -209,6 +210,22 @@ def test_rewards_of_a_bayesian_head_are_drawn_in_training_and_not_outside(make_t
     engine.module.eval()
     means = [engine.forward(batch.buckets).rewards.detach() for _ in range(2)]
     torch.testing.assert_close(*means, rtol=0, atol=0)
+
+
+@pytest.mark.dist
+def test_a_bayesian_head_that_draws_means_is_trained_by_two_ranks_as_by_one(
+    tiny_model, tiny_pairs, run_ranks, runs, tmp_path
+):
+    worker = str(Path(__file__).parent / "workers" / "draw_means.py")
+    settings = [f"model.path={tiny_model}", f"data.train={tiny_pairs}", "data.eval_share=0.2"]
+    settings += [f"data.cache_dir={tmp_path}/cache", "margin.kind=none"]
+    settings += ["model.head=bnrm", "model.head_hidden=8", "model.kl_weight=0.01"]
+    settings += ["train.global_batch_size=10", "train.max_steps=4", "train.publish=none", "optim.learning_rate=3e-3"]
+    for ranks, tokens in ((1, 99999), (2, 150)):
+        run_ranks([worker, f"output={tmp_path}/{ranks}", f"train.micro_batch_tokens={tokens}", *settings], ranks)
+    one, two = (runs.rows(tmp_path / str(ranks)) for ranks in (1, 2))
+    runs.assert_close(two, one, 2e-4)
+    assert len({row["loss"] for row in one}) == 4, "nothing was trained"
 
 
 BASE = ("output=o", "model.path=m", "data.train=d")
