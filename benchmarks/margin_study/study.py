@@ -30,7 +30,7 @@ from results import write_results
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from training import METHODS, Corpus, Run, read_corpus, study_parser
 
-from rlhf.core.files import write_text
+from rlhf.core.files import whole_lines, write_text
 
 LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 FLIPPED = (0.0, 0.2)
@@ -45,14 +45,8 @@ class Ledger:
     def __init__(self, path: pathlib.Path, settings: dict, pool: Pool) -> None:
         self._path, self._settings, self._pool = path, settings, pool
         self._done: dict[str, dict] = {}
-        if not path.is_file():
-            return
-        *lines, rest = path.read_text(encoding="utf-8").split("\n")
-        if rest:
-            print(f"{path}: the last line was cut off; that run is made again")
-            write_text(path, "".join(line + "\n" for line in lines))
-        for record in map(json.loads, lines):
-            self._done[self._key(record)] = record
+        if path.is_file():
+            self._done = {self._key(record): record for record in map(json.loads, whole_lines(path))}
 
     def results(self, runs: Iterable[Run], title: str) -> list[dict]:
         """The records of ``runs``, in order; those not there yet are made."""
