@@ -26,9 +26,11 @@ LATER = (408, 409, 425, 429)
 OF_THE_QUESTION = (400, 413, 422)
 """Refusals that may be about one question: too long, or not liked by a filter."""
 REFUSED_AT_FIRST = 3
-"""Where so many come before the first reply, it is no matter of single questions."""
+"""Where so many come before the first reply, the endpoint is asked something that nobody refuses."""
 
 Question = Sequence[Message]
+HARMLESS: Question = ({"role": "user", "content": "Say yes."},)
+"""Where this is refused, too, it is no matter of single questions."""
 
 
 class Read(Protocol):
@@ -171,18 +173,12 @@ class Judge:
         return fault
 
     def _try(self, client: httpx.Client, question: Question) -> "_Reply":
-        config = self._config
-        limit = {} if config.max_tokens is None else {"max_tokens": config.max_tokens}
-        response = client.post(
-            f"{str(config.url).rstrip('/')}/chat/completions",
-            headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
-            json={"model": config.model, "messages": list(question), **limit, **config.request},
-        )
+        response = self._post(client, question)
         if response.status_code in LATER or response.status_code >= 500:
             seconds = retry_after(response.headers.get("retry-after"))
             raise _Later(f"status {response.status_code}", seconds)
         if response.status_code >= 300:
-            self._refuse(response, self._name(question))
+            self._refuse(response, self._name(question), client)
         choice = response.json()["choices"][0]
         text = choice["message"]["content"]
         if not isinstance(text, str):
@@ -192,7 +188,16 @@ class Judge:
             self._write_refusals()
         return _Reply(text=text, was_cut=choice.get("finish_reason") == "length")
 
-    def _refuse(self, response: httpx.Response, name: str) -> None:
+    def _post(self, client: httpx.Client, question: Question) -> httpx.Response:
+        config = self._config
+        limit = {} if config.max_tokens is None else {"max_tokens": config.max_tokens}
+        return client.post(
+            f"{str(config.url).rstrip('/')}/chat/completions",
+            headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
+            json={"model": config.model, "messages": list(question), **limit, **config.request},
+        )
+
+    def _refuse(self, response: httpx.Response, name: str, client: httpx.Client) -> None:
         said = f"status {response.status_code}: {' '.join(response.text[:200].split())}"
         if response.is_redirect:
             said = f"status {response.status_code}: it is at {response.headers['location'][:200]} now"
@@ -204,9 +209,20 @@ class Judge:
             self._refused[name] = self._unwritten[name] = said
             if self._has_replied:
                 self._write_refusals()
-            elif len(self._unwritten) >= REFUSED_AT_FIRST:
+            elif len(self._unwritten) >= REFUSED_AT_FIRST and self._refuses_all(client):
                 raise Refused(f"{self._config.url}: {said}")
         raise _NotThis(said)
+
+    def _refuses_all(self, client: httpx.Client) -> bool:
+        """Whether a harmless question is refused, too; what cannot be told now is asked at the next refusal."""
+        try:
+            status = self._post(client, HARMLESS).status_code
+        except httpx.HTTPError:
+            return False
+        if status == httpx.codes.OK:
+            self._has_replied = True
+            self._write_refusals()
+        return status in OF_THE_QUESTION
 
     def _write_refusals(self) -> None:
         """Keep them: they are of single questions, as there was a reply."""

@@ -137,6 +137,21 @@ def test_refusals_before_the_first_reply_are_kept_once_there_is_one(served, tmp_
     assert set(asked.values()) == {1}
 
 
+def test_many_refusals_at_first_are_of_single_questions_where_a_harmless_one_is_answered(served, tmp_path):
+    asked = served(lambda text: httpx.Response(400, text="too long") if text.startswith("question") else "[[A]]")
+    found = judge(tmp_path).ask(questions(9)[1:7], verdict)  # all are refused
+    assert found == [Unanswered(fault="status 400: too long")] * 6 and asked["Say yes."] == 1
+    assert not judge(tmp_path).unknown(questions(9)[1:7], verdict), "they are kept"
+
+
+def test_where_a_harmless_question_meets_a_full_endpoint_the_next_refusal_asks_again(served, tmp_path):
+    full = [503]
+    served(lambda text: httpx.Response(full.pop() if full and text == "Say yes." else 400, text="no"))
+    with pytest.raises(Refused, match="status 400: no"):
+        judge(tmp_path).ask(questions(9), verdict)
+    assert not full
+
+
 def test_where_all_is_refused_nothing_of_it_is_kept(served, tmp_path):
     asked = served(lambda text: httpx.Response(400, text="temperature"))
     for _ in range(2):
