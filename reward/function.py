@@ -277,8 +277,14 @@ class ServedReward:
     servers: "RewardServers"
 
     def reading(self, prompts: Sequence[Asked], columns: Sequence[Mapping[str, Any]]) -> "ServedReward":
-        """Itself, if its servers can be asked; what its template cannot show, it says when it is asked."""
-        _ = self.servers.card
+        """Itself, if the chat template of the served model can show these prompts.
+
+        Raises:
+            DataError: naming the first one that it cannot show.
+            ModelError: if a server cannot be asked.
+        """
+        for place, why in self.servers.refusals([as_messages(prompt) for prompt in prompts]).items():
+            raise DataError(f"{self.servers.urls[0]}: prompt {place + 1}: {why}")
         return self
 
     def __call__(self, answers: Answers) -> list[float]:

@@ -1,8 +1,9 @@
 """A benchmark from recipe to table: texts are shared out over ranks by length, and scored once each."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +48,8 @@ class Judge:
     """Tokens that it takes; ``None`` for any number."""
     open: Callable[[], Score]
     """Loads it. Every rank must call it."""
+    servers: RewardServers | None = None
+    """What scores in its place."""
 
 
 def run_benchmark(config: BenchmarkConfig, ranks: Ranks) -> BenchmarkResult:
@@ -80,7 +83,9 @@ def run_benchmark(config: BenchmarkConfig, ranks: Ranks) -> BenchmarkResult:
         notes=notes,
     )
     if ranks.is_main:
-        _write(config.output, result, items, own, elsewhere)
+        served = {} if judge.servers is None else {"served": {"model": str(judge.servers.card)}}
+        _write(config.output, to_dict(result) | served, items, own, elsewhere)
+        write_text(config.output / "benchmark.md", markdown(result))
     return result
 
 
@@ -100,7 +105,8 @@ def _judge(config: BenchmarkConfig, ranks: Ranks) -> Judge:
             return lambda rows: score_tokens(model, [row.tokens for row in rows], batch_tokens=config.batch_tokens)
 
         if config.urls:
-            return Judge(chat, limit, lambda: ranks.together(lambda: _served(config)))
+            servers = RewardServers(config.urls, setting="url")
+            return Judge(chat, limit, lambda: ranks.together(lambda: _served(config, servers)), servers)
         return Judge(chat, limit, open_reward_model)
     chat = load_chat(config.model, choice)
     check_same_tokens("reference", str(config.reference), chat, f"model = {config.model}", trust_remote_code=False)
@@ -118,13 +124,12 @@ def _judge(config: BenchmarkConfig, ranks: Ranks) -> Judge:
     return Judge(chat, limit, open_pair)
 
 
-def _served(config: BenchmarkConfig) -> Score:
+def _served(config: BenchmarkConfig, servers: RewardServers) -> Score:
     """The servers of the recipe, if they serve the model in its folder.
 
     Raises:
         ModelError: if they serve another one.
     """
-    servers = RewardServers(config.urls, setting="url")
     differ = card_of(config.model).differences(servers.card)
     if differ:
         raise ModelError(
@@ -201,7 +206,7 @@ def _scores(score: Score, rows: Sequence[Row], ranks: Ranks) -> NDArray[np.float
 
 def _write(
     folder: Path,
-    result: BenchmarkResult,
+    found: Mapping[str, Any],
     items: Sequence[BenchmarkItem],
     own: Sequence[NDArray[np.float64]],
     elsewhere: Sequence[NDArray[np.float64]] | None,
@@ -212,5 +217,4 @@ def _write(
         if elsewhere is not None:
             line["wrong_prompt_scores"] = elsewhere[place].tolist()
         lines.append(line)
-    write_findings(folder, "benchmark", to_dict(result), lines)
-    write_text(folder / "benchmark.md", markdown(result))
+    write_findings(folder, "benchmark", found, lines)

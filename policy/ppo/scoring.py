@@ -249,7 +249,9 @@ class ServedScorer:
         self._card = card = parts.ranks.on_main(lambda: self._servers.card)
         if config.standardize:
             parts.ranks.together(lambda: check_deviation(origin, card.deviation))
-        if not config.retokenize:
+        if config.retokenize:
+            parts.ranks.on_main(lambda: check_shown_there(origin, self._servers, parts.prompts))
+        else:
             parts.ranks.together(lambda: check_same_text(origin, card.tokenizer, card.template, parts.chat))
         scale = (card.mean, card.deviation) if config.standardize else ()
         self.identity = _identity(card.weights, *scale)
@@ -404,12 +406,26 @@ def check_shown(origin: str, chat: ChatFormat, sources: Iterable[PromptDataset])
             try:
                 chat.render_prompt(prompts.prompt(index).messages)
             except TemplateFault as fault:
-                faults[prompts.row_id(index)] = fault
+                faults[prompts.row_id(index)] = str(fault)
+    _tell_of(faults, total, f"{origin}: its chat template ({chat.origin})")
+
+
+def check_shown_there(origin: str, servers: RewardServers, sources: Iterable[PromptDataset]) -> None:
+    """As :func:`check_shown`, with the template of a served model: its server is asked about each prompt."""
+    names, messages = [], []
+    for prompts in sources:
+        names += [prompts.row_id(index) for index in range(len(prompts))]
+        messages += [prompts.prompt(index).messages for index in range(len(prompts))]
+    faults = {names[place]: why for place, why in servers.refusals(messages).items()}
+    _tell_of(faults, len(names), f"{origin}: the chat template that is served")
+
+
+def _tell_of(faults: Mapping[str, str], total: int, who: str) -> None:
     if faults:
         row, first = next(iter(faults.items()))
         raise ModelError(
-            f"{origin}: its chat template ({chat.origin}) cannot show {len(faults)} of {total} prompts, "
-            f"such as {row}: {first}. Take a reward model whose template shows them, or leave these prompts out"
+            f"{who} cannot show {len(faults)} of {total} prompts, such as {row}: {first}. Take a reward model whose "
+            "template shows them, or leave these prompts out"
         )
 
 

@@ -129,11 +129,26 @@ class RewardServers:
         asked = [({"messages": [dict(message) for message in each]}, 1) for each in conversations]
         return [score for (score,) in self.ask("/classify", asked)]
 
+    def refusals(self, prompts: Sequence[Sequence[Message]]) -> dict[int, str]:
+        """Places of the prompts whose answers could not be scored, as the template cannot show them; and why not.
+
+        Raises:
+            ModelError: naming the server, if one cannot be asked.
+        """
+        answer: Message = {"role": "assistant", "content": "."}
+        bodies = [{"messages": [*map(dict, prompt), answer], "add_generation_prompt": False} for prompt in prompts]
+        told = self._all(self._refusal, [(body,) for body in bodies])
+        return {place: why for place, why in enumerate(told) if why}
+
     def ask(self, path: str, bodies: Sequence[tuple[dict[str, Any], int]]) -> list[list[float]]:
         """Scores of requests to ``path``, each with how many scores it asks for; see :meth:`score_tokens`."""
-        name = str(self.card)
+        return self._all(lambda body, count: self._ask(path, body, count), bodies)
+
+    def _all(self, request: Callable[..., Any], asked: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """What becomes of many requests, some of them at one time."""
+        _ = self.card  # once, before all
         with ThreadPoolExecutor(self.concurrency) as pool:
-            waiting = [pool.submit(self._ask, path, body | {"model": name}, count) for body, count in bodies]
+            waiting = [pool.submit(request, *each) for each in asked]
             try:
                 return [each.result() for each in waiting]
             except BaseException:
@@ -142,12 +157,29 @@ class RewardServers:
                 raise
 
     def _ask(self, path: str, body: dict[str, Any], count: int) -> list[float]:
-        def read(answer: httpx.Response, server: _Server) -> list[float]:
+        return self._post(path, body, lambda answer, url: _scores(self._accepted(answer, url), url, count))
+
+    def _refusal(self, body: dict[str, Any]) -> str:
+        """Why a server would not take this conversation; nothing where it would."""
+
+        def read(answer: httpx.Response, url: str) -> str:
+            if answer.status_code == 400:
+                return _told(answer)
+            self._accepted(answer, url)
+            return ""
+
+        return self._post("/tokenize", body, read)
+
+    def _post(self, path: str, body: dict[str, Any], read: Callable[[httpx.Response, str], Any]) -> Any:
+        """What ``read`` makes of the first answer of a server at some address."""
+        asked = body | {"model": str(self.card)}
+
+        def checked(answer: httpx.Response, server: _Server) -> Any:
             if answer.status_code == 404:
                 self._explain(answer, server)
-            return _scores(self._accepted(answer, server.url), server.url, count)
+            return read(answer, server.url)
 
-        return self._patiently(lambda server: self._send(server, "POST", path, body), read)
+        return self._patiently(lambda server: self._send(server, "POST", path, asked), checked)
 
     def _explain(self, answer: httpx.Response, server: _Server) -> NoReturn:
         """Say why a server does not know a path or the model; a proxy before it may have lost it for a moment.

@@ -201,10 +201,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         pages = {"/health": self._health, "/v1/models": self._models, "/metrics": self._metrics}
-        self._serve(pages, ("/classify", "/score"), "POST")
+        self._serve(pages, ("/classify", "/score", "/tokenize"), "POST")
 
     def do_POST(self) -> None:
-        pages = {"/classify": self._classify, "/score": self._score, "/v1/score": self._score}
+        pages = {
+            "/classify": self._classify,
+            "/score": self._score,
+            "/v1/score": self._score,
+            "/tokenize": self._tokenize,
+        }
         self._serve(pages, ("/health", "/v1/models", "/metrics"), "GET")
 
     def _serve(self, pages: Mapping[str, Any], others: tuple[str, ...], method: str) -> None:
@@ -324,13 +329,14 @@ class _Handler(BaseHTTPRequestHandler):
     def _score(self, body: bytes) -> dict[str, Any]:
         return self._scores(self.server.reader.score, wire.scored, body)
 
+    def _tokenize(self, body: bytes) -> dict[str, Any]:
+        request = _json(body)
+        with self.server.reading:
+            row = self.server.reader.tokenize(request)
+        return wire.tokenized(row, self.server.limit)
+
     def _scores(self, read: Any, shown: Any, body: bytes) -> dict[str, Any]:
-        try:
-            request = json.loads(body)
-        except ValueError as error:
-            raise wire.Refusal(f"the body is no JSON: {error}") from error
-        except RecursionError as error:
-            raise wire.Refusal("the body is no JSON that can be read: it is nested too deeply") from error
+        request = _json(body)
         with self.server.reading:
             rows = read(request)
         if len(rows) > self.server.options.queue:
@@ -344,6 +350,20 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """Keep quiet: /metrics counts."""
+
+
+def _json(body: bytes) -> Any:
+    """What a body says.
+
+    Raises:
+        Refusal: if it is no JSON.
+    """
+    try:
+        return json.loads(body)
+    except ValueError as error:
+        raise wire.Refusal(f"the body is no JSON: {error}") from error
+    except RecursionError as error:
+        raise wire.Refusal("the body is no JSON that can be read: it is nested too deeply") from error
 
 
 def address(host: str, port: int) -> str:

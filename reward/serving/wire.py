@@ -71,6 +71,15 @@ class Reader:
             rows = self._input(body["input"], body.get("add_special_tokens", True))
         return [self._fitting(row, f"input {place}") for place, row in enumerate(rows)]
 
+    def tokenize(self, body: Any) -> np.ndarray:
+        """The row of a request to ``/tokenize``: of a conversation, as ``/classify`` would score it.
+
+        Raises:
+            Refusal: naming what is wrong.
+        """
+        self._check(body, ("messages",))
+        return self._fitting(self._conversation(body.get("messages")), "messages")
+
     def score(self, body: Any) -> list[np.ndarray]:
         """The rows of a request to ``/score``: each question with its answer.
 
@@ -175,6 +184,11 @@ def scored(model: str, scores: Sequence[float], tokens: int) -> dict[str, Any]:
         [{"index": place, "object": "score", "score": each} for place, each in enumerate(scores)],
         tokens,
     )
+
+
+def tokenized(row: np.ndarray, limit: int | None) -> dict[str, Any]:
+    """The answer of ``/tokenize``."""
+    return {"count": len(row), "max_model_len": limit, "tokens": row.tolist(), "token_strs": None}
 
 
 def fault(message: str, status: int, kind: str = "") -> dict[str, Any]:

@@ -13,6 +13,7 @@ from policy.benchmark.__main__ import main as stage
 from reward.benchmarks.results import read_result
 from reward.config import RewardModelConfig
 from reward.model import build_reward_model, save_reward_model
+from rlhf.core.findings import read_findings
 from rlhf.data.portable import portable_tokenizer
 from rlhf.data.templates import chat_format
 from rlhf.models.tokenizer import load_tokenizer
@@ -92,6 +93,8 @@ def test_a_server_judges_as_its_model_does(reward_model, data, tmp_path, serving
         assert there["scores"] == pytest.approx(here["scores"], abs=1e-5)
         assert there["wrong_prompt_scores"] == pytest.approx(here["wrong_prompt_scores"], abs=1e-5)
     assert server.batcher.counts.rows > 16
+    served = {name: read_findings(tmp_path / name).get("served") for name in ("here", "there")}
+    assert served == {"here": None, "there": {"model": str(server.card)}}
     other = scripted(replace(server.card, weights="others"), None)
     assert main([*given, "--output", str(tmp_path / "other"), "--url", other.url]) == 2
     assert f"{other.url}: does not serve model = {reward_model}: other weights (" in capsys.readouterr().err

@@ -222,7 +222,7 @@ BRIEF = [{"role": "system", "content": "Be brief."}, QUESTION]
     ids=["tools", "refused", "dropped"],
 )
 def test_prompts_that_the_template_of_a_reward_model_cannot_show_are_refused_at_the_start(
-    scorer_for, foreign_reward_folder, tiny_config, tmp_path, row, change, fault
+    scorer_for, foreign_reward_folder, tiny_config, tmp_path, serving, row, change, fault
 ):
     folder, path = tmp_path / "final", tmp_path / "prompts.jsonl"
     shutil.copytree(foreign_reward_folder, folder)
@@ -234,6 +234,12 @@ def test_prompts_that_the_template_of_a_reward_model_cannot_show_are_refused_at_
     expected = rf"reward\.path = .* cannot show 1 of 3 prompts, such as prompts\.jsonl:3: .*{fault}"
     with pytest.raises(ModelError, match=expected):
         scorer_for(template=SHOWS_TOOLS, prompts=[prompts], path=str(folder), retokenize=True)
+    manifest = json.loads((folder / MANIFEST_NAME).read_text())
+    (folder / MANIFEST_NAME).write_text(json.dumps(manifest | {"template_digest": load_chat(str(folder)).digest}))
+    server = serving(folder)
+    with pytest.raises(ModelError, match=expected.replace("path", "url", 1)):
+        scorer_for(template=SHOWS_TOOLS, prompts=[prompts], url=server.url, retokenize=True)
+    assert not server.batcher.counts.rows
     settings = replace(settings, eval_share=0.5)
     data = load_prompts(settings, load_chat(tiny_config.policy.path, SHOWS_TOOLS))
     with pytest.raises(ModelError, match="cannot show 1 of 3 prompts"):

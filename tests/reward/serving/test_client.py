@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import threading
 import time
 
@@ -14,7 +15,9 @@ from reward.serving import client
 from reward.serving.card import card_of, read_card
 from reward.serving.client import RewardServers
 from reward.serving.wire import NOT_FINITE, fault
-from rlhf.core.errors import ConfigError, ModelError
+from rlhf.core.errors import ConfigError, DataError, ModelError
+from rlhf.models.manifest import MANIFEST_NAME
+from rlhf.train.chat import load_chat
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +79,22 @@ def test_a_server_is_a_reward_of_evaluations(serving, final):
     assert served_cards(gold=here) == {}
     with pytest.raises(ConfigError, match="expected the address of a server"):
         load_reward(f"{both[0].url},localhost")
+
+
+def test_a_prompt_that_the_served_template_cannot_show_is_named_before_anything_is_sampled(serving, final, tmp_path):
+    folder = tmp_path / "final"
+    shutil.copytree(final, folder)
+    template = folder / "chat_template.jinja"
+    template.write_text("{{ raise_exception('no rain') if 'rain' in messages[0]['content'] }}" + template.read_text())
+    manifest = json.loads((folder / MANIFEST_NAME).read_text())
+    (folder / MANIFEST_NAME).write_text(json.dumps(manifest | {"template_digest": load_chat(folder).digest}))
+    server = serving(folder)
+    judge = load_reward(server.url)
+    with pytest.raises(DataError, match=rf"{server.url}: prompt 2: the chat template cannot show .*no rain"):
+        judge.reading(["the sun", "the rain", "more rain"], [{}] * 3)
+    assert not server.batcher.counts.rows
+    servers = asked(server)
+    assert [*servers.refusals([[{"role": "user", "content": text}] for text in ("rain", "sun", "rain")])] == [0, 2]
 
 
 def test_several_servers_share_the_work(serving, final, rows, expected):

@@ -103,6 +103,13 @@ def test_requests_at_one_time_share_passes_and_each_gets_its_own_scores(server, 
     assert sum(passes) == 150 and len(passes) < 10
 
 
+def test_tokens_of_a_conversation_are_those_that_would_be_scored(server, post, scorer):
+    chat, _ = scorer
+    answer = post(server, "/tokenize", {"messages": talk("the sun", "is"), "add_generation_prompt": False}).json()
+    expected = chat.encode(talk("the sun", "is")[:1], talk("the sun", "is")[1:])[0].tolist()
+    assert (answer["tokens"], answer["count"], answer["max_model_len"]) == (expected, len(expected), 512)
+
+
 BAD = {
     "no JSON": ("/classify", b"{", 400, "the body is no JSON"),
     "deep": ("/classify", b'{"input": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", 400, "nested too deeply"),
@@ -129,6 +136,8 @@ BAD = {
     "crossed pair": ("/score", {"queries": "a", "text_2": "b"}, 400, "give one of the pairs"),
     "unequal": ("/score", {"queries": ["a", "b"], "documents": ["c"]}, 400, "queries has 2 texts and documents 1"),
     "no words": ("/score", {"queries": "a", "documents": [1]}, 400, "documents: expected a text"),
+    "no tokens": ("/tokenize", {"messages": talk("a", "b")[:1]}, 400, "the last one must be the assistant's"),
+    "of nothing": ("/tokenize", {}, 400, "expected a list of messages"),
     "nowhere": ("/clasify", {}, 404, "/clasify: there is /classify"),
     "wrong way": ("/health", {}, 405, "/health takes GET"),
 }
