@@ -143,7 +143,7 @@ def _publish(config: PpoConfig, engines: Engines, task: PpoTask, published: Publ
 
 def _reward_identity(section: dict[str, Any]) -> dict[str, Any]:
     """What decides on the scores: neither where models are, nor how long a judge that is asked may take or fail."""
-    without = ("failures", "timeout_seconds", "concurrency", "url")
+    without = ("failures", "timeout_seconds", "concurrency", "patience_seconds", "url")
     terms = [{name: term[name] for name in term if name not in without} for term in section["terms"]]
     kept = {name: section[name] for name in section if name not in without}
     return kept | {"placement": None, "terms": terms}

@@ -141,6 +141,7 @@ def test_metrics_and_rollouts_tell_scores_from_none(make_task):
         ({"failures": 0.5}, True),
         ({"timeout_seconds": 9.0}, True),
         ({"concurrency": 2}, True),
+        ({"patience_seconds": 9.0}, True),
         ({"weight": 2.0}, False),
         ({"columns": {"wanted": "level"}}, False),
     ],
