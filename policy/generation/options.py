@@ -43,8 +43,12 @@ class VllmConfig:
                 f"devices = {list(self.devices)}: expected engines x tensor_parallel = "
                 f"{self.engines * self.tensor_parallel} numbers"
             )
-        if self.urls and (self.engines > 1 or self.devices):
-            raise ValueError("urls names engines that run already: leave engines and devices out")
+        fixed = ("python", "engines", "tensor_parallel", "devices", "cache_gib", "max_model_tokens")
+        asked = [name for name in fixed if getattr(self, name) != getattr(VllmConfig, name)]
+        if self.urls and asked:
+            raise ValueError(
+                f"urls names engines that run already, as they were started: leave {' and '.join(asked)} out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,7 +39,9 @@ class Replay:
             for t, p, h, e in found["responses"]
         ]
         groups = torch.tensor(found["groups"])
-        return Rollouts([prompts[place] for place in found["groups"]], responses, found["texts"], groups)
+        return Rollouts(
+            [prompts[place] for place in found["groups"]], responses, found["texts"], groups, found["staleness"]
+        )
 
     def _path(self, step: int, round_: int) -> Path:
         return self._folder / f"step-{step:08d}-{round_}.pt"
@@ -48,6 +50,7 @@ class Replay:
         self._folder.mkdir(parents=True, exist_ok=True)
         state = {
             "identity": self._identity,
+            "staleness": rollouts.staleness,
             "groups": rollouts.groups.tolist(),
             "texts": list(rollouts.texts),
             "responses": [
@@ -67,4 +70,5 @@ class Replay:
             state = torch.load(path, weights_only=True)
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
             return None
-        return state if state.get("identity") == self._identity else None
+        same = state.get("identity") == self._identity and "staleness" in state  # earlier versions did not tell it
+        return state if same else None

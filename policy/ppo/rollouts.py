@@ -36,6 +36,8 @@ class Rollouts:
     """The responses as text, without special tokens."""
     groups: Tensor
     """``(N,)`` int64; equal for the responses to one prompt."""
+    staleness: int = 0
+    """How many updates the weights that wrote the oldest of them are behind those that learn from them."""
 
     def __len__(self) -> int:
         return len(self.responses)
@@ -50,6 +52,7 @@ class Rollouts:
             [self.responses[place] for place in chosen],
             [self.texts[place] for place in chosen],
             torch.arange(len(groups)).repeat_interleave(counts),
+            self.staleness,
         )
         return kept, places
 
@@ -116,6 +119,7 @@ def joined(parts: Sequence[Rollouts]) -> Rollouts:
         [response for part in parts for response in part.responses],
         [text for part in parts for text in part.texts],
         torch.cat([part.groups + int(start) for part, start in zip(parts, starts, strict=False)]),
+        max(part.staleness for part in parts),
     )
 
 

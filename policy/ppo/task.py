@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +161,7 @@ class PpoTask:
         metrics = experience_metrics(experience)
         self._kl.update(metrics["kl"], len(rollouts))
         metrics |= report.metrics() | {"kl_coefficient": coefficient, "rollouts": float(len(rollouts))}
-        metrics |= {"tokens": float(rollouts.lengths.sum())} | sampling | self._of_engines() | clock.metrics()
+        metrics |= {"tokens": float(rollouts.lengths.sum())} | sampling | self._of_engines(rollouts) | clock.metrics()
         if second is not None and bool(second.known.any()):
             seen = second.raw[second.known]
             metrics |= {"second": float(seen.mean()), "second_deviation": float(seen.std(correction=0))}
@@ -231,7 +231,7 @@ class PpoTask:
         with clock("generate"):
             self._engines.begin(*rollout_share(self._ranks, prompts, self._config.rollout.samples, seeds))
 
-    def _of_engines(self) -> dict[str, float]:
+    def _of_engines(self, rollouts: Rollouts) -> dict[str, float]:
         """What the log says of the engines of vLLM.
 
         Raises:
@@ -239,7 +239,7 @@ class PpoTask:
         """
         if self._engines is None:
             return {}
-        metrics = self._engines.metrics()
+        metrics = {"rollout/staleness": float(rollouts.staleness)} | self._engines.metrics()
         if self._config.optim.learning_rate == 0 and metrics["rollout/pushes"] > 1:
             raise TrainingStopped(
                 f"optim.learning_rate = 0, and yet weights went to vLLM {metrics['rollout/pushes']:.0f} times, as they "
@@ -267,7 +267,8 @@ class PpoTask:
                 progress.phase(f"writing responses: about {min(count * self._ranks.world_size, total)} of {total}")
 
         seeds = (self._config.train.seed, *seed)
-        return roll_out(self._roles.sampler, self._ranks, self._chat.tokenizer, prompts, samples, seeds, advance)
+        found = roll_out(self._roles.sampler, self._ranks, self._chat.tokenizer, prompts, samples, seeds, advance)
+        return found if self._engines is None else replace(found, staleness=self._engines.staleness)
 
     def _measure(self, rollouts: Rollouts) -> Measured:
         logprobs, entropies, gaps = self._of_policy(rollouts)

@@ -1,6 +1,8 @@
 """What the trainer says to one engine, over HTTP."""
 
+import contextlib
 import json
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +39,7 @@ class EngineClient:
 
     def __init__(self, url: str, token: str, *, timeout_seconds: float) -> None:
         self.url = url.rstrip("/")
+        self._connection: socket.socket | None = None
         self._http = httpx.Client(
             headers={"Authorization": f"Bearer {token}"},
             timeout=httpx.Timeout(timeout_seconds, connect=min(CONNECT_SECONDS, timeout_seconds)),
@@ -65,7 +68,7 @@ class EngineClient:
         """
         asked = {"version": version, "settings": dict(settings), "rows": rows}
         try:
-            with self._http.stream("POST", f"{self.url}/generate", json=asked) as answer:
+            with self._http.stream("POST", f"{self.url}/generate", json=asked, extensions=self._noted) as answer:
                 if answer.status_code != httpx.codes.OK:
                     raise EngineRefused(_error_of(answer.read()))
                 for line in answer.iter_lines():
@@ -73,9 +76,25 @@ class EngineClient:
         except (httpx.HTTPError, ValueError) as error:
             raise EngineLost(_told(error)) from error
 
+    def close(self) -> None:
+        """End the request that waits for an answer, if one does, in whatever thread."""
+        if self._connection is not None:
+            with contextlib.suppress(OSError):  # it has ended
+                self._connection.shutdown(socket.SHUT_RDWR)
+
+    @property
+    def _noted(self) -> dict[str, Any]:
+        """What has httpx tell of a new connection: each request has its own."""
+
+        def trace(event: str, info: Mapping[str, Any]) -> None:
+            if event == "connection.connect_tcp.complete":
+                self._connection = info["return_value"].get_extra_info("socket")
+
+        return {"trace": trace}
+
     def _json(self, method: str, path: str, asked: Any = None) -> dict[str, Any]:
         try:
-            answer = self._http.request(method, f"{self.url}{path}", json=asked)
+            answer = self._http.request(method, f"{self.url}{path}", json=asked, extensions=self._noted)
             if answer.status_code != httpx.codes.OK:
                 raise EngineRefused(_error_of(answer.content))
             return answer.json()

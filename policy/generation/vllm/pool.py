@@ -90,11 +90,12 @@ class EnginePool:
         return [found[place] for place in range(len(rows))]
 
     def close(self) -> None:
-        """End the engines that were started here; what still waits for one fails."""
+        """End the engines that were started here; what still waits for one, here or elsewhere, fails."""
         self._closed = True
         for process in self._processes:
             process.stop()
-        self._clients = [None] * len(self._clients)
+        for client in filter(None, self._clients):
+            client.close()
 
     def _on_each(self, action: Callable[[int], T]) -> list[T]:
         with ThreadPoolExecutor(len(self._clients)) as threads:
@@ -172,13 +173,20 @@ class EnginePool:
             self._wait_for(number)
 
     def _wait_for(self, number: int) -> None:
-        """Give somebody else's engine the time of a start to come back, and bring it up to date."""
+        """Give somebody else's engine the time of a start to come back, and bring it up to date where it is not."""
+        weights = self._weights
+        assert weights is not None
         end = time.monotonic() + self._config.start_seconds
         while True:
             try:
-                self._push(number)
+                state = self._client(number).state()
+                if state.get("version") == weights.version:  # it is the same one as before
+                    self._check(number, state)
+                else:
+                    self._push(number)
                 return
             except EngineLost as fault:
+                self._check_open()
                 if time.monotonic() > end:
                     raise TrainingStopped(
                         f"vLLM engine {number} at {self._config.urls[number]} is lost ({fault}) and has not come back "
@@ -186,13 +194,10 @@ class EnginePool:
                     ) from fault
                 time.sleep(1.0)
             except EngineRefused as fault:
-                if "came after" not in str(fault):
-                    raise ModelError(f"vLLM engine {number}: {fault}") from fault
-                return  # it is the same one as before, with these weights
+                raise ModelError(f"vLLM engine {number}: {fault}") from fault
 
     def _count(self, number: int, fault: Exception) -> None:
-        if self._closed:
-            raise TrainingStopped("the engines were ended")
+        self._check_open()
         with self._lock:
             self.restarts += 1
             count = self.restarts
@@ -211,6 +216,10 @@ class EnginePool:
             count,
             self._config.restarts,
         )
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise TrainingStopped("the engines were ended")
 
     def _where(self, number: int) -> str:
         return str(self._processes[number].log) if self._processes else f"the log of {self._config.urls[number]}"

@@ -116,7 +116,7 @@ class EngineProcess:
         ready.unlink(missing_ok=True)
         with self.log.open("ab") as output:
             self._log_begin = output.tell()
-            self._process = subprocess.Popen(
+            process = self._process = subprocess.Popen(
                 [config.python or sys.executable, "-m", "margin_engine", *self._arguments(weights, ready)],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -126,7 +126,7 @@ class EngineProcess:
             )
         end = time.monotonic() + config.start_seconds
         while not ready.exists():
-            if self._process.poll() is not None:
+            if process.poll() is not None:
                 raise EngineLost(f"it ended while it started ({self.last_words()})")
             if time.monotonic() > end:
                 self.stop()

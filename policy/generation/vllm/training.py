@@ -97,7 +97,8 @@ class VllmTrainingSampler:
         self._thread = ThreadPoolExecutor(1)
         self._pending: Future[list[Answer]] | None = None
         self._begun: Share | None = None
-        self._ahead = False
+        self.staleness = 0
+        """How many updates the responses of the latest call are behind."""
 
     @property
     def pool(self) -> EnginePool | None:
@@ -110,8 +111,8 @@ class VllmTrainingSampler:
         """One response to each prompt; see :meth:`VllmSampler.generate`. Every rank must call it."""
         share = self._sampler.gather(prompts, seeds)
         begun, self._begun = self._begun, None
-        self._ahead = begun is not None and begun.rows == share.rows
-        if self._ahead:
+        self.staleness = int(begun is not None and begun.rows == share.rows)
+        if self.staleness:
             return self._sampler.responses(share, self._ranks.on_main(lambda: self._answers_of(self._pending)))
         if begun is not None:  # of a step that is not asked for now; engines do one thing at a time
             self._ranks.on_main(lambda: self._answers_of(self._pending))
@@ -136,9 +137,8 @@ class VllmTrainingSampler:
         self._ranks.on_main(start)
 
     def metrics(self) -> dict[str, float]:
-        """What the log says: how many updates the latest responses are behind, and what became of engines."""
+        """What the log says of the engines."""
         return {
-            "rollout/staleness": float(self._ahead),
             "rollout/version": float(self.weights.version),
             "rollout/pushes": float(self.weights.pushes),
             "rollout/engine_restarts": float(self._ranks.broadcast_object(self.pool.restarts if self.pool else 0)),

@@ -21,7 +21,7 @@ from policy.ppo.config import (
 from policy.ppo.experience import make_experience
 from policy.ppo.losses import truncated_importance
 from policy.ppo.reward_options import RewardSourceConfig
-from policy.ppo.rollouts import ask, by_response
+from policy.ppo.rollouts import ask, by_response, joined
 from policy.ppo.scoring import Scored
 from policy.ppo.stage import _Builder, run
 from policy.ppo.update import Updater
@@ -770,6 +770,18 @@ def test_rollouts_of_another_run_or_half_a_file_are_drawn_anew(make_task):
     state["identity"], state["texts"] = "another", ["wrong"] * 16
     torch.save(state, path)
     assert untimed(make_task().step(0).metrics) == first
+
+
+def test_how_old_rollouts_are_is_kept_with_them_and_of_two_rounds_the_older_counts(make_task):
+    shop = make_task()
+    prompts = [shop.data.train.prompt(place) for place in shop.task._places(0)]
+    fresh = shop.rollouts(0)
+    assert fresh.staleness == 0
+    shop.task._replay.put(0, 0, replace(fresh, staleness=1), oldest=0)
+    old = shop.task._replay.get(0, 0, prompts)
+    assert old.staleness == 1
+    both, _ = joined([old, fresh]).of_groups([0, len(prompts)])
+    assert both.staleness == 1 and joined([fresh, fresh]).staleness == 0
 
 
 def test_kept_rollouts_go_once_a_checkpoint_holds_their_step(make_task):

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import secrets
+import select
 import sys
 import threading
 import time
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 TOKEN_VARIABLE = "MARGIN_ENGINE_TOKEN"
+READABLE_VARIABLE = "MARGIN_ENGINE_READABLE"
 SECONDS_BETWEEN_TICKS = 1.0
 CACHE_GIB_ON_CPU = 1.0  # vLLM would take most of the memory of the machine
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -74,9 +76,25 @@ class WeightSums:
     model_runner: Any
 
     def sums_by_name(self) -> dict[str, tuple[int, int]]:
-        """Entries and sum of each weight of this worker."""
+        """Entries and sum of what each weight of this worker counts for."""
         model: nn.Module = self.model_runner.get_model()
-        return {name: (weight.numel(), tensor_sum(weight)) for name, weight in model.named_parameters()}
+        elsewhere = _counted_elsewhere(model)
+        parts = {name: weight[: elsewhere.get(id(weight))] for name, weight in model.named_parameters()}
+        return {name: (part.numel(), tensor_sum(part)) for name, part in parts.items()}
+
+
+def _counted_elsewhere(model: nn.Module) -> dict[int, int]:
+    """Where keys and values begin in weights (by id) of which another worker has the same keys and values.
+
+    With more workers than heads of keys and values, several have the same head: the first of them counts it.
+    """
+    found = {}
+    for module in model.modules():
+        replicas = getattr(module, "num_kv_head_replicas", 1)
+        if replicas > 1 and module.tp_rank % replicas:
+            queries = module.num_heads * module.head_size
+            found |= {id(weight): queries for weight in module.parameters()}
+    return found
 
 
 class Refused(Exception):
@@ -100,7 +118,7 @@ class Engine:
 
         self._on_cpu = current_platform.is_cpu()
         if self._on_cpu:
-            _keep_weights_readable()
+            os.environ[READABLE_VARIABLE] = "1"
         self.sleeps = bool(options.sleep and current_platform.is_sleep_mode_available())
         further: dict[str, Any] = {}
         cache_gib = options.cache_gib or (CACHE_GIB_ON_CPU if self._on_cpu else None)
@@ -251,17 +269,6 @@ class Stop:
         return any(stop in text for stop in self.texts)
 
 
-def _keep_weights_readable() -> None:
-    """Have vLLM compute with the weights themselves on a CPU.
-
-    By default it packs them for oneDNN and drops what was packed: checksums would then be those of nothing, and an
-    output projection that shares its weight with the embedding would keep the weights of before a reload.
-    """
-    from vllm import _custom_ops
-
-    _custom_ops._supports_onednn = False
-
-
 def _response(done: Any) -> dict[str, Any]:
     tokens = list(done.token_ids)
     found: dict[str, Any] = {"tokens": tokens, "ended": done.finish_reason == "stop"}
@@ -355,10 +362,21 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def _watch(parent: int) -> None:
-    """End with the process that started this one."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
+    """End with the process that started this one, be it through another: a script, say, that sets variables."""
+    try:
+        select.select([os.pidfd_open(parent)], [], [])
+    except (AttributeError, OSError):  # a system without
+        while _is_alive(parent):
+            time.sleep(0.5)
     os._exit(0)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -398,5 +416,18 @@ def main() -> None:
     server.serve_forever()
 
 
+def _keep_weights_readable() -> None:
+    """Have vLLM compute with the weights themselves on a CPU.
+
+    By default it packs them for oneDNN and drops what was packed: checksums would then be those of nothing, and an
+    output projection that shares its weight with the embedding would keep the weights of before a reload.
+    """
+    from vllm import _custom_ops
+
+    _custom_ops._supports_onednn = False
+
+
 if __name__ == "__main__":
     main()
+elif READABLE_VARIABLE in os.environ:  # imported by a vLLM worker, before it loads weights; each may be a process
+    _keep_weights_readable()

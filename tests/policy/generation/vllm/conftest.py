@@ -24,6 +24,8 @@ from policy.model import PolicyModel, build_policy
 from policy.options import PolicyConfig
 
 SECRET = "a secret of the tests"
+AGREE = 1e-4
+"""Nats by which float32 log-probabilities may differ; .00003 were seen with SmolLM2."""
 
 
 @pytest.fixture(scope="session")
@@ -166,3 +168,17 @@ def rows() -> list[tuple[list[int], int]]:
 
 def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def move(model, noise: float = 0.02, seed: int = 1) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += noise * torch.randn(parameter.shape, generator=generator)
+
+
+def assert_same(found, expected) -> None:
+    for left, right in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(left.tokens, right.tokens)
+        np.testing.assert_allclose(left.logprobs, right.logprobs, atol=AGREE)
+        assert left.ended == right.ended

@@ -29,19 +29,11 @@ from rlhf.models.options import LoraOptions
 from rlhf.train.chat import load_chat
 from tests.conftest import SHARED_DATA
 from tests.lacking import lacking
+from tests.policy.generation.vllm.conftest import AGREE, assert_same, move
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 WORKER = str(Path(__file__).parents[1] / "workers" / "push.py")
 GREEDY = SamplingConfig(max_new_tokens=12, top_k=1, batch_rows=32)
-AGREE = 1e-4
-"""Nats by which float32 log-probabilities may differ; .00003 were seen with SmolLM2."""
-
-
-def move(model, noise: float = 0.02, seed: int = 1) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += noise * torch.randn(parameter.shape, generator=generator)
 
 
 def newest(pool: EnginePool) -> int:
@@ -62,13 +54,6 @@ def pushing(shared_pool, alone, tmp_path):
         return push, VllmSampler(alone, shared_pool, config, **options), own
 
     return make
-
-
-def assert_same(found, expected) -> None:
-    for left, right in zip(found, expected, strict=True):
-        np.testing.assert_array_equal(left.tokens, right.tokens)
-        np.testing.assert_allclose(left.logprobs, right.logprobs, atol=AGREE)
-        assert left.ended == right.ended
 
 
 def test_pushed_weights_give_the_completions_of_the_policy_that_was_pushed(pushing, wide_policy, prompts, seeds):

@@ -4,6 +4,8 @@ import logging
 import math
 import os
 import socket
+import subprocess
+import threading
 import urllib.parse
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +17,7 @@ import torch
 
 from policy.generation.options import SamplingConfig, VllmConfig
 from policy.generation.vllm.client import EngineClient, EngineRefused, Weights
+from policy.generation.vllm.engine import margin_engine
 from policy.generation.vllm.engine.margin_engine import TOKEN_VARIABLE, Handler, tensor_sum, weight_sums
 from policy.generation.vllm.pool import EnginePool, spread
 from policy.generation.vllm.process import check_vllm
@@ -91,6 +94,34 @@ def test_an_engine_that_hangs_is_given_up_and_asked_again(fake, fake_pool, rows,
     with caplog.at_level(logging.WARNING):
         assert len(pool.generate(rows, SETTINGS)) == len(rows)
     assert "gives no sign of life" in caplog.text
+
+
+def test_an_engine_elsewhere_that_comes_back_empty_gets_the_weights_of_now(fake, fake_pool, rows):
+    pool = fake_pool()
+    fake[0].breaks_off_after = 3
+    usual = fake[0].generate
+
+    def is_started_anew(asked):
+        yield from usual(asked)
+        fake[0].version = 0
+
+    fake[0].generate = is_started_anew
+    assert len(pool.generate(rows, SETTINGS)) == len(rows)
+    assert [asked["version"] for asked in fake[0].asked] == [1, 1] and pool.restarts == 1
+
+
+def test_an_engine_elsewhere_that_serves_another_trainer_by_now_is_refused(fake, fake_pool, rows):
+    pool = fake_pool()
+    fake[0].breaks_off_after = 3
+    usual = fake[0].generate
+
+    def is_pushed_to(asked):
+        yield from usual(asked)
+        fake[0].version = 9
+
+    fake[0].generate = is_pushed_to
+    with pytest.raises(ModelError, match="weights of version 1 came after those of 9"):
+        pool.generate(rows, SETTINGS)
 
 
 def test_a_run_stops_with_one_line_when_engines_are_lost_too_often(fake, fake_pool, rows):
@@ -192,6 +223,22 @@ def test_without_vllm_one_line_says_what_to_install():
         check_vllm(VllmConfig(), "rollout")
 
 
+@pytest.mark.parametrize("without", [(), ("pidfd_open",)], ids=["told", "asked"])
+def test_an_engine_ends_with_its_trainer_be_there_a_script_between_them_or_not(monkeypatch, without):
+    for name in without:
+        monkeypatch.delattr(margin_engine.os, name)
+    ended = threading.Event()
+    monkeypatch.setattr(margin_engine.os, "_exit", lambda status: ended.set())
+    trainer = subprocess.Popen(["sleep", "60"])  # not the parent of what watches it
+    threading.Thread(target=margin_engine._watch, args=(trainer.pid,), daemon=True).start()
+    assert not ended.wait(0.8)
+    trainer.kill()
+    if without:
+        trainer.wait()
+    assert ended.wait(3)
+    trainer.wait()
+
+
 def test_a_python_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"vllm.python = .*/none: cannot be started"):
         check_vllm(VllmConfig(python=str(tmp_path / "none")), "rollout")
@@ -221,8 +268,16 @@ def test_checksums_are_of_bits(dtype):
 def test_engines_and_devices_must_agree():
     with pytest.raises(ValueError, match="expected engines x tensor_parallel = 4"):
         VllmConfig(engines=2, tensor_parallel=2, devices=(0, 1))
-    with pytest.raises(ValueError, match="leave engines and devices out"):
-        VllmConfig(urls=("http://x",), engines=2)
+
+
+@pytest.mark.parametrize(
+    "setting", [{"engines": 2}, {"tensor_parallel": 2}, {"python": "x"}, {"cache_gib": 2.0}, {"max_model_tokens": 9}]
+)
+def test_what_engines_elsewhere_were_started_with_cannot_be_set(setting):
+    (name,) = setting
+    with pytest.raises(ValueError, match=f"as they were started: leave {name} out"):
+        VllmConfig(urls=("http://x",), **setting)
+    VllmConfig(urls=("http://x",), timeout_seconds=9.0, restarts=1, sleep=True, folder="x")  # these have an effect
 
 
 def test_engine_code_needs_neither_this_toolkit_nor_vllm_to_be_read():

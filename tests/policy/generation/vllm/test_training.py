@@ -1,11 +1,14 @@
 """Responses that are written ahead, without vLLM."""
 
+import threading
+import time
+
 import pytest
 import torch
 
 from policy.generation.options import SamplingConfig, VllmConfig
 from policy.generation.vllm.training import VllmTrainingSampler
-from rlhf.core.errors import ModelError
+from rlhf.core.errors import ModelError, TrainingStopped
 from rlhf.data.templates import chat_format
 from rlhf.engine.frozen import ReplicatedModel
 from rlhf.engine.ranks import Ranks
@@ -36,12 +39,11 @@ def test_what_was_begun_comes_from_the_weights_of_then_and_says_so(fake, ahead, 
     change(policy)
     sampler.generate(prompts, seeds)
     assert [asked["version"] for asked in fake[0].asked] == [1]
-    assert sampler.metrics()["rollout/staleness"] == 1.0
+    assert sampler.staleness == 1
     sampler.generate(prompts, seeds)
     assert [asked["version"] for asked in fake[0].asked] == [1, 2]
-    assert sampler.metrics() == {
-        "rollout/staleness": 0.0, "rollout/version": 2.0, "rollout/pushes": 2.0, "rollout/engine_restarts": 0.0,
-    }  # fmt: skip
+    assert sampler.staleness == 0
+    assert sampler.metrics() == {"rollout/version": 2.0, "rollout/pushes": 2.0, "rollout/engine_restarts": 0.0}
 
 
 def test_other_responses_in_between_wait_and_what_was_begun_stays(fake, ahead, prompts, seeds):
@@ -49,9 +51,9 @@ def test_other_responses_in_between_wait_and_what_was_begun_stays(fake, ahead, p
     sampler.begin(prompts, seeds)
     change(policy)
     sampler.generate(prompts[:2], [1, 2])  # a held-out evaluation: by the weights of now
-    assert sampler.metrics()["rollout/staleness"] == 0.0
+    assert sampler.staleness == 0
     sampler.generate(prompts, seeds)
-    assert sampler.metrics()["rollout/staleness"] == 1.0
+    assert sampler.staleness == 1
     assert [(asked["version"], len(asked["rows"])) for asked in fake[0].asked] == [(1, 8), (2, 2)]
 
 
@@ -78,6 +80,31 @@ def test_the_folder_of_the_weights_is_gone_in_the_end(fake, ahead, prompts, seed
     assert folder.name == "version-00000003"
     sampler.close()
     assert not list((tmp_path / "weights").iterdir())
+
+
+@pytest.mark.parametrize("silent", [False, True], ids=["an engine at work", "an engine that hangs"])
+def test_the_end_of_a_run_does_not_wait_for_what_an_engine_elsewhere_was_begun_with(
+    fake, ahead, prompts, seeds, silent
+):
+    sampler, _ = ahead
+    goes_on = threading.Event()
+
+    def works_for_long(asked):
+        fake[0].asked.append(asked)
+        while not goes_on.wait(0.05):
+            if not silent:
+                yield {"left": len(asked["rows"])}
+
+    fake[0].generate = works_for_long
+    sampler.begin(prompts, seeds)
+    while not fake[0].asked:
+        time.sleep(0.01)
+    began = time.monotonic()
+    sampler.close()
+    with pytest.raises(TrainingStopped, match="the engines were ended"):
+        sampler._pending.result(timeout=3)
+    assert time.monotonic() - began < 2
+    goes_on.set()
 
 
 def test_a_fault_of_what_was_begun_is_told_when_it_is_asked_for(fake, ahead, prompts, seeds):
