@@ -411,7 +411,7 @@ def check_shown(origin: str, chat: ChatFormat, sources: Iterable[PromptDataset])
 
 
 def check_shown_there(origin: str, servers: RewardServers, sources: Iterable[PromptDataset]) -> None:
-    """As :func:`check_shown`, with the template of a served model: its server is asked about each prompt."""
+    """Refuse a served model whose template cannot show it each prompt, as :func:`check_shown`: its server is asked."""
     names, messages = [], []
     for prompts in sources:
         names += [prompts.row_id(index) for index in range(len(prompts))]
