@@ -88,7 +88,8 @@ def _counted_elsewhere(model: nn.Module) -> dict[int, int]:
 
     With more workers than heads of keys and values, several have the same head: the first of them counts it.
     """
-    found = {}
+    found: dict[int, int] = {}
+    module: Any
     for module in model.modules():
         replicas = getattr(module, "num_kv_head_replicas", 1)
         if replicas > 1 and module.tp_rank % replicas:
