@@ -31,6 +31,15 @@ class Bucket:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Confidence:
+    """The pairs that are ranked with about the same confidence."""
+
+    confidence: float
+    """Their mean ``sigmoid(|chosen - rejected|)``, in [0.5, 1]."""
+    accuracy: Accuracy
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """What :func:`evaluate_pairs` measured."""
 
@@ -51,11 +60,13 @@ class Evaluation:
     """Quartiles of chosen length minus rejected length, ascending; fewer where values repeat."""
     by_score_gap: tuple[Bucket, ...] | None
     """Quartiles of ``|chosen_score - rejected_score|``, ascending; ``None`` when no scores were given."""
+    reliability: tuple[Confidence, ...] = ()
+    """See :func:`reliability_curve`; empty in files of earlier versions."""
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dicts, lists and numbers, ready for JSON."""
         record = asdict(self)
-        for name in ("by_length_difference", "by_score_gap"):
+        for name in ("by_length_difference", "by_score_gap", "reliability"):
             record[name] = None if record[name] is None else list(record[name])
         return record
 
@@ -100,16 +111,18 @@ def evaluate_pairs(
     if chosen_scores is not None:
         by_score_gap = _quartile_buckets(np.abs(columns["chosen_scores"] - columns["rejected_scores"]), gap)
     rewards = np.concatenate([columns["chosen_rewards"], columns["rejected_rewards"]])
+    reliability = reliability_curve(gap)
     return Evaluation(
         accuracy=preference_accuracy(gap),
         length_baseline=preference_accuracy(length_difference),
         mean_loss=float(np.logaddexp(0.0, -gap).mean()),
-        calibration_error=expected_calibration_error(gap),
+        calibration_error=expected_calibration_error(reliability),
         reward_mean=float(rewards.mean()),
         reward_sd=float(rewards.std()),
         mean_gap=float(gap.mean()),
         by_length_difference=_quartile_buckets(length_difference, gap),
         by_score_gap=by_score_gap,
+        reliability=reliability,
     )
 
 
@@ -134,22 +147,38 @@ def evaluate_held_out(
     return replace(found, by_score_gap=_quartile_buckets(apart[known], gap[known]))
 
 
-def expected_calibration_error(gap: ArrayLike) -> float:
+def reliability_curve(gap: ArrayLike) -> tuple[Confidence, ...]:
+    """How often rewards are right, by how sure they are.
+
+    The side with the larger reward is the prediction and ``sigmoid(|gap|)``, in [0.5, 1], its confidence. That range is
+    cut into ten bins of equal width (upper edge included in the last); bins without pairs are left out. A tie is half
+    right.
+
+    Args:
+        gap: ``(N,)`` of chosen minus rejected, in logits.
+    """
+    gap = np.asarray(gap, dtype=np.float64)
+    confidence = 1 / (1 + np.exp(-np.abs(gap)))
+    places = np.minimum(((confidence - 0.5) * 2 * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    return tuple(
+        Confidence(
+            confidence=float(confidence[places == place].mean()), accuracy=preference_accuracy(gap[places == place])
+        )
+        for place in np.unique(places)
+    )
+
+
+def expected_calibration_error(curve: Sequence[Confidence]) -> float:
     """How far stated confidence is from the share of right decisions, averaged over pairs.
 
-    The side with the larger reward is the prediction and ``sigmoid(|gap|)``, in [0.5, 1], its confidence.
-    That range is cut into ten bins of equal width (upper edge included in the last); each contributes
-    ``|share right - mean confidence|``, weighted by its share of the pairs. A tie is half right.
+    Each bin of :func:`reliability_curve` contributes ``|share right - mean confidence|``, weighted by its share of the
+    pairs.
 
     References:
         Naeini, Cooper and Hauskrecht (2015), Obtaining well calibrated probabilities.
     """
-    gap = np.asarray(gap, dtype=np.float64)
-    confidence = 1 / (1 + np.exp(-np.abs(gap)))
-    right = (np.sign(gap) + 1) / 2
-    places = np.minimum(((confidence - 0.5) * 2 * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
-    excess = np.bincount(places, weights=right - confidence, minlength=CALIBRATION_BINS)
-    return float(np.abs(excess).sum() / len(gap))
+    pairs = sum(each.accuracy.pairs for each in curve)
+    return sum(each.accuracy.pairs * abs(each.accuracy.value - each.confidence) for each in curve) / pairs
 
 
 def _checked_columns(given: dict[str, ArrayLike]) -> dict[str, Array]:

@@ -15,11 +15,24 @@ from launch.commands.arguments import (
     named,
     positive_int,
 )
-from reward.benchmarks.names import NAMES
+from reward.benchmarks.names import NAMES, PAIRS
+from rlhf.core.errors import UserError
 from rlhf.core.paths import home_path
 
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
-COLUMNS = ("prompt", "chosen", "rejected", "system", "input", "better", "strength", "answers", "group")
+COLUMNS = (
+    "prompt",
+    "chosen",
+    "rejected",
+    "system",
+    "input",
+    "better",
+    "strength",
+    "answers",
+    "group",
+    "chosen_score",
+    "rejected_score",
+)
 
 _POLICY = """\
 Sample from the reference and from every policy, score with a Python function, and print mean rewards with 95 %
@@ -82,11 +95,13 @@ def _add_reward(subparsers: Subparsers) -> None:
     parser = command(subparsers, "reward", run_reward, help=about, description=_REWARD)
     parser.add_argument("--model", type=home_path, required=True, help="final/ folder of a reward run, or of a policy")
     kinds = "; ".join(f"{name}: {meaning}" for name, meaning in NAMES.items())
+    kinds += "; or a FILE of preference pairs, which needs no --data"
     served = "a server of the model in --model, which scores in its place; may be given again"
     parser.add_argument("--url", action="append", default=[], help=served)
     implicit = "the model that a policy was trained from: judges the reward that the policy implies (DPO)"
     parser.add_argument("--reference", type=home_path, help=implicit)
-    parser.add_argument("--benchmark", choices=[*NAMES], default="pairs", help=f"{kinds} (default %(default)s)")
+    told = f"{kinds} (default {PAIRS})"
+    parser.add_argument("--benchmark", type=_benchmark, metavar="NAME|FILE", default=(PAIRS, None), help=told)
     data = "file, folder or hub name in the benchmark's format (default: where it is published)"
     parser.add_argument("--data", help=data)
     parser.add_argument("--split", help="split of a hub data set or of a folder")
@@ -102,15 +117,29 @@ def _add_reward(subparsers: Subparsers) -> None:
     add_columns(parser, COLUMNS)
 
 
+def _benchmark(text: str) -> tuple[str, str | None]:
+    """A benchmark by its name, or a file of pairs."""
+    if text in NAMES:
+        return text, None
+    path = home_path(text)
+    if path.suffix or len(path.parts) > 1 or path.exists():
+        return PAIRS, str(path)
+    raise argparse.ArgumentTypeError(f"{text}: no such file, and no benchmark; there are {', '.join(NAMES)}")
+
+
 def run_reward(options: argparse.Namespace) -> int:
     from policy.benchmark.__main__ import evaluate
     from policy.benchmark.config import BenchmarkConfig
     from rlhf.config import validate
 
-    names = ("benchmark", "data", "split", "template", "max_tokens", "wrong_prompt", "batch_tokens", "precision")
+    names = ("data", "split", "template", "max_tokens", "wrong_prompt", "batch_tokens", "precision")
     settings = chosen(options, names) | {"columns": given_columns(options, COLUMNS)}
     settings |= {name: str(getattr(options, name)) for name in ("model", "output")}
     settings["url"] = options.url
+    settings["benchmark"], file = options.benchmark
+    if file is not None and options.data is not None:
+        raise UserError(f"--data {options.data}: --benchmark {file} names the rows already; give one of them")
+    settings["data"] = file or options.data
     if options.reference is not None:
         settings["reference"] = str(options.reference)
     config = validate(BenchmarkConfig, settings, program="rlhf evaluate reward", origin="command line")

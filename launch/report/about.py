@@ -27,6 +27,8 @@ KEYS = {
 }
 """Settings that are told without being looked for."""
 
+RENDEZVOUS_PORT = 29500
+
 
 @dataclass(frozen=True, kw_only=True)
 class About:
@@ -36,6 +38,8 @@ class About:
     run: Run
     facts: tuple[tuple[str, str], ...]
     command: str
+    hosts: int
+    """Those that it ran on, where it says so."""
     data: tuple[str, ...]
     inputs: tuple[tuple[str, str], ...]
     """Files by name, with a name for what is in them."""
@@ -49,15 +53,26 @@ def _about(number: int, run: Run) -> About:
     stage = by_program(run.stage)
     module = "" if stage is None else stage.module
     recipe = run.folder / ("config.yaml" if (run.folder / "config.yaml").is_file() else "recipe.yaml")
-    again = shlex.join(["python", "-m", module, "--config", str(recipe), "output=FOLDER"])
+    ranks = run.environment.get("ranks", ())
+    hosts = len({each["host"] for each in ranks})
+    again = shlex.join([*_start(len(ranks), hosts), "-m", module, "--config", str(recipe), "output=FOLDER"])
     return About(
         number=number,
         run=run,
         facts=tuple((name, text) for name, text in _facts(run) if text),
         command=again if module and run.recipe else "",
+        hosts=hosts,
         data=tuple(map(str, run.data.get("report", ()))),
         inputs=tuple((name, str(value)) for name, value in run.inputs.items()),
     )
+
+
+def _start(ranks: int, hosts: int) -> list[str]:
+    """What starts so many ranks of a module."""
+    if ranks < 2:
+        return ["python"]
+    several = [f"--nnodes={hosts}", "--rdzv-backend=c10d", f"--rdzv-endpoint=HOST:{RENDEZVOUS_PORT}"]
+    return ["torchrun", *(several if hosts > 1 else []), f"--nproc-per-node={ranks // hosts}"]
 
 
 def _facts(run: Run) -> Iterator[tuple[str, str]]:
@@ -66,7 +81,7 @@ def _facts(run: Run) -> Iterator[tuple[str, str]]:
     yield "folder", str(run.folder)
     if status is not None:
         yield "state", "gone" if status.is_gone else f"{status.state} {status.reason}".strip()
-        yield "step", f"{status.step} of {status.total}" if status.total else ""
+        yield "step", f"{status.step} of {status.total}" if status.total and run.metrics else ""
         yield "began", time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(status.started))
     yield "worked", clock(run.seconds) if run.seconds is not None else ""
     for key, name in KEYS.items():
@@ -108,6 +123,7 @@ def differing(runs: Sequence[Run]) -> Iterator[Table]:
 def costs(runs: Sequence[Run], planned: Mapping[str, float]) -> Iterator[Table]:
     """Time, throughput and memory of the runs; ``planned``: bytes by the name of a run."""
     rows = []
+    has_plan = any(run.name in planned for run in runs)
     for number, run in enumerate(runs):
         if not run.metrics and run.seconds is None:
             continue
@@ -121,13 +137,13 @@ def costs(runs: Sequence[Run], planned: Mapping[str, float]) -> Iterator[Table]:
         rows.append(
             (
                 run_cell(run, number),
-                cell((run.status and run.status.step) or run.done.get("step")),
+                cell(((run.status and run.status.step) or run.done.get("step")) if run.metrics else None),
                 cell(taken, None if taken is None else f"{taken:.1f}"),
                 cell(None if run.seconds is None else run.seconds / 60, f"{(run.seconds or 0) / 60:.1f}"),
                 cell(None if items is None else median(items[1]), _rate(items and items[1], unit)),
                 cell(None if tokens is None else median(tokens), _rate(tokens, "")),
                 cell(peak or None, f"{peak:.2f}"),
-                cell(None if plan is None else plan / 2**30, f"{(plan or 0) / 2**30:.2f}"),
+                *([cell(None if plan is None else plan / 2**30, f"{(plan or 0) / 2**30:.2f}")] if has_plan else []),
             )
         )
     headings = (
@@ -138,9 +154,10 @@ def costs(runs: Sequence[Run], planned: Mapping[str, float]) -> Iterator[Table]:
         "items/s",
         "tokens/s",
         "peak GiB",
-        "planned GiB",
+        *(["planned GiB"] if has_plan else []),
     )
-    note = "Rates: medians over steps. Peak: of rank 0, measured; planned: rlhf plan, of the busiest rank."
+    beside = "planned: rlhf plan, of the busiest rank" if has_plan else "rlhf report adds what rlhf plan foretells"
+    note = f"Rates: medians over steps. Peak: of rank 0, measured; {beside}."
     if rows:
         yield Table(title="Time and memory", headings=headings, rows=tuple(rows), note=note)
 

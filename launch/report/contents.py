@@ -87,6 +87,11 @@ class Section:
         """The same section, less the figures of which nothing is known."""
         return replace(self, figures=tuple(each for each in self.figures if not each.is_empty))
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether it has a title and no more."""
+        return not (self.lead or self.figures or self.tables or self.readings or self.advice)
+
 
 def named(run: Run, runs: Sequence[Run], text: str) -> str:
     """A sentence about one of several runs says of which."""

@@ -74,7 +74,7 @@ def figures(runs: Sequence[Run]) -> Iterator[Figure]:
         key="frontier",
         title="Gain against KL",
         x="KL from the reference, nats per response",
-        y="gain, deviations at the start",
+        y="gain, standard deviations",
         lines=tuple(lines),
         marks=tuple(marks),
         levels=(0.0,),
@@ -94,7 +94,10 @@ def sentences(run: Run) -> Iterator[str]:
     found = frontier_of(run)
     if found is None or found.gold is None:
         return
-    ends = f"over the run the score gained {found.proxy[-1]:+.2f} deviations, the second scorer {found.gold[-1]:+.2f}"
+    ends = (
+        f"over the run the score changed by {found.proxy[-1]:+.2f} standard deviations, the second scorer, which only "
+        f"watches, by {found.gold[-1]:+.2f}"
+    )
     if found.parted is None:
         yield f"{ends}: they have not parted."
         return

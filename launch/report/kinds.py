@@ -6,11 +6,15 @@ launch.stages.STAGES says which stage has which; one without is shown by :func:`
 from collections.abc import Iterator, Sequence
 
 from launch.report import frontier, pairs
-from launch.report.contents import Advice, Section, Table, cell, curves, named, run_cell
+from launch.report.contents import Advice, Section, Table, cell, curves, named, run_cell, share
 from launch.report.figures import Figure
 from launch.report.reading import Run
 from launch.report.samples import rollout_readings
 
+REWARD_NOTE = (
+    "Reward: as its scorer gives it. Score: the same on the scale that training sees. Second scorer: one that only "
+    "watches (watch.second)."
+)
 RESTING = 0.5
 FALLEN = -0.5
 """Nats per token that chosen responses may have lost."""
@@ -155,7 +159,15 @@ def ppo(runs: Sequence[Run], first: int) -> Section:
         title="PPO",
         lead=tuple(lead),
         figures=(
-            curves("reward", "Reward", runs, known, "logits, or the scorer's unit", held_out="eval/reward"),
+            curves(
+                "reward",
+                "Reward",
+                runs,
+                known,
+                "logits, or the scorer's unit",
+                held_out="eval/reward",
+                note=REWARD_NOTE,
+            ),
             curves("kl", "KL from the reference", runs, {"training": "kl"}, "nats per response", held_out="eval/kl"),
             *frontier.figures(runs),
             curves("entropy", "Entropy", runs, {"entropy": "entropy"}, "nats per token"),
@@ -189,17 +201,18 @@ def _ppo_tables(runs: Sequence[Run], first: int) -> tuple[Table, ...]:
         rows.append(
             (
                 run_cell(run, first + place),
-                cell(found["reward"]["value"]),
+                cell(found["reward"]["value"], f"{found['reward']['value']:.3f}"),
                 cell(found["reward"]["low"], f"{found['reward']['low']:.3f} to {found['reward']['high']:.3f}"),
                 cell(found["score"]["value"]),
                 cell(second.get("value")),
                 cell(found["kl"]),
                 cell(found["tokens"]),
-                cell(found["ended_share"], f"{found['ended_share']:.0%}"),
+                cell(found["ended_share"], share(found["ended_share"], 0)),
             )
         )
     headings = ("run", "reward", "95 % interval", "score", "second scorer", "KL, nats", "tokens", "ended")
-    return (Table(title="Held-out prompts", headings=headings, rows=tuple(rows)),) if rows else ()
+    note = f"{REWARD_NOTE} Ended: responses that the policy ends by itself, before the limit."
+    return (Table(title="Held-out prompts", headings=headings, rows=tuple(rows), note=note),) if rows else ()
 
 
 def _accuracy(runs: Sequence[Run]) -> Figure:
@@ -212,7 +225,7 @@ def _accuracy(runs: Sequence[Run]) -> Figure:
         held_out="eval/accuracy",
         percent=True,
         levels=(0.5,),
-        note="The dotted line is a guess.",
+        note="A guess is right in 50 % (dotted line).",
     )
 
 

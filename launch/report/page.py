@@ -75,7 +75,8 @@ def report_of(folders: Sequence[Path], *, planned: Mapping[str, float] | None = 
         same = [run for run in ordered if run.stage == kind]
         stage = by_program(kind)
         show = load(stage.page) if stage is not None and stage.page else other
-        sections.append(_with_prefix(show(same, ordered.index(same[0])).filled))
+        section = show(same, ordered.index(same[0])).filled
+        sections += [] if section.is_empty else [_with_prefix(section)]
     trained = [run for run in ordered if "time/step_seconds" in run.columns]
     names = [folder.resolve().name for folder in folders]
     return Report(
@@ -137,6 +138,7 @@ def render(report: Report, *, plotly: str | None = None, reload_seconds: float |
         lstrip_blocks=True,
     )
     environment.globals |= {"draw": draw}
+    environment.filters["glued"] = _glued
     return environment.get_template("page.html.j2").render(
         report=report,
         policy=policy,
@@ -147,6 +149,11 @@ def render(report: Report, *, plotly: str | None = None, reload_seconds: float |
         ),
         made=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
     )
+
+
+def _glued(text: str) -> str:
+    """The same with no line between a number and its sign."""
+    return text.replace(" %", "\N{NO-BREAK SPACE}%")
 
 
 def _digest(text: str) -> str:

@@ -1,6 +1,7 @@
 """Held-out pairs in figures, tables and texts: what reward models and preference policies have in common."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -8,9 +9,8 @@ import numpy as np
 from launch.report.contents import Advice, Passage, Reading, Table, Text, cell, named, points, run_cell, share
 from launch.report.figures import Figure, Line
 from launch.report.reading import Run
-from rlhf.core.intervals import wilson_interval
+from reward.evaluate import Confidence, reliability_curve
 
-BINS = 10
 SHOWN = 6
 """Pairs of each kind that are shown."""
 POOR_CALIBRATION = 0.1
@@ -58,13 +58,35 @@ def advice(runs: Sequence[Run]) -> Iterator[Advice]:
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """What a run says of pairs of answers."""
+
+    name: str
+    """What the run is called."""
+    evaluation: Mapping[str, Any]
+    """Fields of :class:`reward.evaluate.Evaluation`; empty where nothing was measured."""
+    reliability: Sequence[Confidence]
+
+
 def figures(runs: Sequence[Run]) -> Iterator[Figure]:
     """Calibration, accuracy by length, and where the gaps lie."""
-    yield _calibration(runs)
-    yield _by_bucket(runs, "by_length_difference", "Accuracy by length difference", "chosen minus rejected, tokens")
-    if any(run.evaluation.get("by_score_gap") for run in runs):
-        yield _by_bucket(runs, "by_score_gap", "Accuracy by score gap", "gap of the annotator's scores")
+    gaps = [[_gap(row) for row in _pairs(run)] for run in runs]
+    curves = [reliability_curve(each) if each else () for each in gaps]
+    yield from judged_figures(
+        [
+            Judged(name=run.name, evaluation=run.evaluation, reliability=curve)
+            for run, curve in zip(runs, curves, strict=True)
+        ]
+    )
     yield _gaps(runs)
+
+
+def judged_figures(judged: Sequence[Judged]) -> Iterator[Figure]:
+    """Calibration, and accuracy by length and by score gap: a color a run."""
+    yield _calibration(judged)
+    yield _by_bucket(judged, "by_length_difference", "Accuracy by length difference", "chosen minus rejected, tokens")
+    yield _by_bucket(judged, "by_score_gap", "Accuracy by score gap", "gap of the annotator's scores")
 
 
 def _gap(row: Mapping[str, Any]) -> float:
@@ -75,12 +97,12 @@ def _pairs(run: Run) -> list[Mapping[str, Any]]:
     return [row for row in run.held_out if "chosen_reward" in row]
 
 
-def _calibration(runs: Sequence[Run]) -> Figure:
+def _calibration(judged: Sequence[Judged]) -> Figure:
     lines = [Line(name="perfect", x=[0.5, 1], y=[0.5, 1], color=7, dashed=True)]
-    for place, run in enumerate(runs):
-        gaps = np.array([_gap(row) for row in _pairs(run)])
-        if len(gaps):
-            lines.append(points(run.name, _reliability(gaps), place))
+    for place, each in enumerate(judged):
+        if each.reliability:
+            found = ((part.confidence, asdict(part.accuracy)) for part in each.reliability)
+            lines.append(points(each.name, found, place))
     return Figure(
         key="calibration",
         title="Calibration",
@@ -93,25 +115,14 @@ def _calibration(runs: Sequence[Run]) -> Figure:
     )
 
 
-def _reliability(gaps: np.ndarray) -> Iterator[tuple[float, dict[str, float]]]:
-    confidence = 1 / (1 + np.exp(-np.abs(gaps)))
-    right = (np.sign(gaps) + 1) / 2
-    places = np.minimum(((confidence - 0.5) * 2 * BINS).astype(int), BINS - 1)
-    for place in np.unique(places):
-        inside = places == place
-        count, hits = int(inside.sum()), float(right[inside].sum())
-        low, high = wilson_interval(hits, count)
-        yield float(confidence[inside].mean()), {"value": hits / count, "low": low, "high": high}
-
-
-def _by_bucket(runs: Sequence[Run], name: str, title: str, x: str) -> Figure:
-    known = [(place, run.evaluation.get(name) or []) for place, run in enumerate(runs)]
+def _by_bucket(judged: Sequence[Judged], name: str, title: str, x: str) -> Figure:
+    known = [(place, each.evaluation.get(name) or []) for place, each in enumerate(judged)]
     most = max((buckets for _, buckets in known), key=len, default=[])
-    width = 0.5 / max(1, len(runs))
+    width = 0.5 / max(1, len(judged))
     lines = [
         points(
-            runs[place].name,
-            [(at + (place - (len(runs) - 1) / 2) * width, each["accuracy"]) for at, each in enumerate(buckets)],
+            judged[place].name,
+            [(at + (place - (len(judged) - 1) / 2) * width, each["accuracy"]) for at, each in enumerate(buckets)],
             place,
         )
         for place, buckets in known
@@ -127,7 +138,7 @@ def _by_bucket(runs: Sequence[Run], name: str, title: str, x: str) -> Figure:
         percent=True,
         levels=(0.5,),
         categories=tuple(f"{each['smallest']:.{digits}f} to {each['largest']:.{digits}f}" for each in most),
-        note="Quartiles of the held-out pairs, with 95 % intervals; the dotted line is a guess.",
+        note="Quartiles of the held-out pairs, with 95 % intervals. A guess is right in 50 % (dotted line).",
     )
 
 
@@ -176,7 +187,10 @@ def tables(runs: Sequence[Run], first: int) -> Iterator[Table]:
         )
     headings = ("run", "accuracy", "95 % interval", "pairs", "longer wins", "loss, nats", "calibration", "gap, logits")
     if rows:
-        note = "Knowing nothing costs 0.693 nats. Calibration: expected calibration error."
+        note = (
+            "Longer wins: accuracy of a rule that takes the longer answer. Knowing nothing costs 0.693 nats. "
+            "Calibration: how far confidence is from accuracy, on average (expected calibration error)."
+        )
         yield Table(title="Held-out pairs", headings=headings, rows=tuple(rows), note=note)
 
 
@@ -217,7 +231,8 @@ def margin_figures(runs: Sequence[Run]) -> Iterator[Figure]:
         x="step",
         y="margin, logits",
         lines=tuple(_margin_lines(runs)),
-        note="Line: median over the pairs of a step; band: 10th to 90th percentile.",
+        note="How far chosen has to lie above rejected. Line: median over the pairs of a step; band: 10th to 90th "
+        "percentile.",
     )
     for column, title, x in (
         ("gap", "Margin against reward gap", "chosen minus rejected, logits"),

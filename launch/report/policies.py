@@ -2,11 +2,22 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from launch.report.contents import Cell, Reading, Section, Table, cell, named, points, run_cell, share
 from launch.report.figures import Figure, Line
+from launch.report.pairs import Judged, judged_figures
 from launch.report.reading import Run
 from launch.report.samples import compared
+from rlhf.core.findings import ITEMS
+
+if TYPE_CHECKING:
+    from reward.benchmarks.results import BenchmarkResult
+
+BINS = 30
+"""Parts of the range of rewards."""
 
 
 def evaluate(runs: Sequence[Run], first: int) -> Section:
@@ -29,13 +40,13 @@ def evaluate(runs: Sequence[Run], first: int) -> Section:
                 (
                     run_cell(run, first + place),
                     Cell(text=each.name),
-                    cell(each.reward.value),
+                    cell(each.reward.value, f"{each.reward.value:.3f}"),
                     cell(each.reward.low, f"{each.reward.low:.3f} to {each.reward.high:.3f}"),
-                    cell(None if gain is None else gain.value),
+                    cell(None if gain is None else gain.value, None if gain is None else f"{gain.value:+.3f}"),
                     cell(None if gain is None else gain.low, interval or None),
                     cell(each.log_ratio if each.kl is None else each.kl),
                     cell(each.tokens),
-                    cell(each.ended_share, f"{each.ended_share:.0%}"),
+                    cell(each.ended_share, share(each.ended_share, 0)),
                 )
             )
         names = tuple(each.name for each in found)
@@ -66,7 +77,10 @@ def evaluate(runs: Sequence[Run], first: int) -> Section:
         if all(samples.values()):
             readings += compared(samples)
     headings = ("run", "policy", "reward", "95 % interval", "gain", "95 % interval", "KL, nats", "tokens", "ended")
-    note = "Fresh samples for held-out prompts; gain: over the first policy, for the same prompts."
+    note = (
+        "Fresh samples for held-out prompts. Gain: over the first policy, for the same prompts. Ended: responses that "
+        "the policy ends by itself, before the limit."
+    )
     return Section(
         key="evaluate",
         title="Policies compared",
@@ -80,54 +94,93 @@ def evaluate(runs: Sequence[Run], first: int) -> Section:
 def benchmark(runs: Sequence[Run], first: int) -> Section:
     from reward.benchmarks.results import read_result
 
+    found = {place: read_result(run.folder) for place, run in enumerate(runs) if run.evaluation}
     lead, figures, tables = [], [], []
-    for place, run in enumerate(runs):
-        if not run.evaluation:
-            continue
-        found = read_result(run.folder)
-        main = found.main
-        text = f"{main.name} on {found.benchmark}: {share(main.value)} (95 % interval {share(main.low)} to"
-        lead.append(named(run, runs, f"{text} {share(main.high)}, {found.items} items)."))
-        columns = {"model": found.measures, "longer answer wins": found.by_length}
-        if found.wrong_prompt:
-            columns["wrong prompt"] = found.wrong_prompt
-        key = "" if len(runs) == 1 else f"-{place}"
-        width = 0.6 / len(columns)
-        lines = []
-        for color, (name, measures) in enumerate(columns.items()):
-            shift = (color - (len(columns) - 1) / 2) * width
-            line: Line = points(name, [(at + shift, asdict(each)) for at, each in enumerate(measures)], color)
-            lines.append(line)
-        figures.append(
-            Figure(
-                key=f"benchmark{key}",
-                title=named(run, runs, found.benchmark),
-                x="measure",
-                y="score",
-                categories=tuple(each.name for each in found.measures),
-                lines=tuple(lines),
-                percent=True,
-                note="A model that does as well under a wrong prompt has not read the question.",
+    for place, each in found.items():
+        run, main = runs[place], each.main
+        text = f"{main.name} on {each.benchmark}: {share(main.value)} (95 % interval {share(main.low)} to"
+        lead.append(named(run, runs, f"{text} {share(main.high)}, {each.items} items)."))
+        key, title = "" if len(runs) == 1 else f"-{place}", named(run, runs, each.benchmark)
+        figures += [_measures(each, f"benchmark{key}", title), _rewards(run, runs, f"rewards{key}")]
+        tables.append(_benchmark_table(each, run_cell(run, first + place), title))
+    judged = [
+        Judged(
+            name=run.name,
+            evaluation=run.evaluation.get("pairs", {}),
+            reliability=found[place].pairs.reliability if place in found else (),
+        )
+        for place, run in enumerate(runs)
+    ]
+    figures += judged_figures(judged)
+    return Section(key="benchmark", title="Benchmarks", lead=tuple(lead), figures=tuple(figures), tables=tuple(tables))
+
+
+def _measures(found: "BenchmarkResult", key: str, title: str) -> Figure:
+    """All numbers of a benchmark beside those of length alone, and of a wrong prompt."""
+    columns = {"model": found.measures, "longer answer wins": found.by_length}
+    if found.wrong_prompt:
+        columns["wrong prompt"] = found.wrong_prompt
+    width, lines = 0.6 / len(columns), []
+    for color, (name, measures) in enumerate(columns.items()):
+        shift = (color - (len(columns) - 1) / 2) * width
+        line: Line = points(name, [(at + shift, asdict(each)) for at, each in enumerate(measures)], color)
+        lines.append(line)
+    return Figure(
+        key=key,
+        title=title,
+        x="measure",
+        y="score",
+        categories=tuple(each.name for each in found.measures),
+        lines=tuple(lines),
+        percent=True,
+        note="A model that does as well under a wrong prompt has not read the question.",
+    )
+
+
+def _rewards(run: Run, runs: Sequence[Run], key: str) -> Figure:
+    """Where the rewards of right and of wrong answers lie."""
+    sides: dict[str, list[float]] = {"right answers": [], "wrong answers": []}
+    for row in run.rows(ITEMS):
+        sides["right answers"] += row["scores"][: row["right"]]
+        sides["wrong answers"] += row["scores"][row["right"] :]
+    everything = [value for values in sides.values() for value in values]
+    lines = []
+    if everything and min(everything) < max(everything):
+        edges = np.linspace(min(everything), max(everything), BINS + 1)
+        middles = ((edges[:-1] + edges[1:]) / 2).tolist()
+        for color, (name, values) in enumerate(sides.items()):
+            counts = np.histogram(values, bins=edges)[0] / max(1, len(values))
+            lines.append(Line(name=name, x=middles, y=counts.tolist(), color=color))
+    return Figure(
+        key=key,
+        title=named(run, runs, "Rewards of right and wrong answers"),
+        x="reward, logits",
+        y="share of these answers",
+        lines=tuple(lines),
+        percent=True,
+        note="The farther apart, the easier to tell.",
+    )
+
+
+def _benchmark_table(found: "BenchmarkResult", of: Cell, title: str) -> Table:
+    rows = []
+    for at, each in enumerate(found.measures):
+        wrong = found.wrong_prompt[at].value if found.wrong_prompt else None
+        rows.append(
+            (
+                of,
+                Cell(text=each.name),
+                cell(each.value, share(each.value)),
+                cell(each.low, f"{share(each.low)} to {share(each.high)}"),
+                cell(found.by_length[at].value, share(found.by_length[at].value)),
+                cell(wrong, share(wrong)),
+                cell(each.items, str(each.items)),
             )
         )
-        rows = []
-        for at, each in enumerate(found.measures):
-            wrong = found.wrong_prompt[at].value if found.wrong_prompt else None
-            rows.append(
-                (
-                    run_cell(run, first + place),
-                    Cell(text=each.name),
-                    cell(each.value, share(each.value)),
-                    cell(each.low, f"{share(each.low)} to {share(each.high)}"),
-                    cell(found.by_length[at].value, share(found.by_length[at].value)),
-                    cell(wrong, share(wrong)),
-                    cell(each.items, str(each.items)),
-                )
-            )
-        headings = ("run", "measure", "value", "95 % interval", "longer wins", "wrong prompt", "n")
-        note = f"{found.source}. {' '.join(found.notes)}"
-        tables.append(Table(title=named(run, runs, found.benchmark), headings=headings, rows=tuple(rows), note=note))
-    return Section(key="benchmark", title="Benchmarks", lead=tuple(lead), figures=tuple(figures), tables=tuple(tables))
+    headings = ("run", "measure", "value", "95 % interval", "longer wins", "wrong prompt", "n")
+    calibration = f"Calibration error of all pairs: {share(found.pairs.calibration_error)}."
+    note = " ".join((f"Formula: {found.source}.", calibration, *found.notes))
+    return Table(title=title, headings=headings, rows=tuple(rows), note=note)
 
 
 def tax(runs: Sequence[Run], first: int) -> Section:

@@ -76,12 +76,14 @@ def rollout_readings(runs: Sequence[Run]) -> Iterator[Reading]:
             yield Reading(
                 title=named(run, runs, "Rollouts of the first and of the last step"),
                 passages=tuple(map(_rollout, chosen)),
+                note="Some responses of each; KL: of this response from the reference, in nats.",
             )
 
 
 def _rollout(row: Mapping[str, Any]) -> Passage:
     step = f"step {row['step']}, " if "step" in row else ""
-    title = f"{step}{row['row']}: reward {_reward(row)}, KL {_number(row.get('kl', 0.0)):.1f}"
+    kl = round(_number(row.get("kl", 0.0)), 1) + 0.0  # no -0.0
+    title = f"{step}{row['row']}: reward {_reward(row)}, KL {kl:.1f}"
     if row.get("second") is not None:
         title += f", second scorer {_number(row['second']):.3f}"
     ended = "ended" if row.get("ended") else "cut off"

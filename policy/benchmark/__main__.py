@@ -24,12 +24,14 @@ def evaluate(config: BenchmarkConfig, ranks: "Ranks") -> None:
 
     from policy.benchmark.run import run_benchmark
     from reward.benchmarks.results import benchmark_table
+    from reward.evaluate import evaluation_table
 
     found = run_benchmark(config, ranks)
     if ranks.is_main:
         report_metrics({f"benchmark/{each.name}": each.value for each in found.measures})
         console = Console()
         console.print(benchmark_table(found))
+        console.print(evaluation_table(found.pairs, title="All pairs of a right and a wrong answer"))
         for note in found.notes:
             console.print(f"note: {note}", highlight=False)
 

@@ -80,6 +80,7 @@ def run_benchmark(config: BenchmarkConfig, ranks: Ranks) -> BenchmarkResult:
         [Scored(id=i.id, subset=i.subset, scores=s, right=i.right) for i, s in zip(items, own, strict=True)],
         lengths=np.split(np.array(lengths, float), np.cumsum(sizes)[:-1]),
         elsewhere=elsewhere,
+        annotated=[item.annotated for item in items],
         notes=notes,
     )
     if ranks.is_main:

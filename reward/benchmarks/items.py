@@ -1,13 +1,13 @@
 """Items of reward-model benchmarks, from files in their published formats: a prompt with right and wrong answers."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rlhf.core.errors import DataError
 from rlhf.data.messages import BadRow, Message, Notices, described, read_messages
 from rlhf.data.options import ColumnConfig, SourceConfig
-from rlhf.data.records import to_conversations
+from rlhf.data.records import to_records
 from rlhf.data.rows import RowReader
 from rlhf.data.sources import Source, open_source, row_names
 
@@ -27,6 +27,8 @@ class BenchmarkItem:
     answers: tuple[Messages, ...]
     right: int
     """How many answers are right."""
+    annotated: tuple[float, ...] | None = None
+    """Scores of an annotator for the answers, where all of them have one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,21 +233,32 @@ def _ppe(row: Mapping[str, Any], _: ColumnConfig) -> BenchmarkItem | None:
 
 def _paired(row: Mapping[str, Any], columns: ColumnConfig) -> BenchmarkItem:
     """A row of pairs in any of the shapes that training reads; ``columns.group`` names its subset."""
-    found = to_conversations(row, columns)
-    if "chosen" not in found:
+    reader = RowReader(row, columns)
+    if reader.cell("response") is not None:
         raise BadRow("wrong shape", "the row has one response, expected chosen and rejected")
-    prompts = {prompt for side in found.values() for prompt, _ in map(_hashable, side)}
-    if len(prompts) != 1:
+    pairs, _ = to_records(row, columns, row_id="", source="")
+    if any(pair.prompt != pairs[0].prompt for pair in pairs):
         raise BadRow("wrong shape", "chosen and rejected answer different prompts")
-    subset = "all" if columns.group is None else RowReader(row, columns).word("group")
-    right, wrong = ([answer for _, answer in found[side]] for side in ("chosen", "rejected"))
+    right = _distinct((pair.chosen, pair.chosen_score) for pair in pairs)
+    wrong = _distinct((pair.rejected, pair.rejected_score) for pair in pairs)
+    scores = tuple(score for _, score in (*right, *wrong) if score is not None)
     return BenchmarkItem(
-        id=_word(row, "id"), subset=subset, prompt=found["chosen"][0][0], answers=(*right, *wrong), right=len(right)
+        id=_word(row, "id"),
+        subset="all" if columns.group is None else reader.word("group"),
+        prompt=pairs[0].prompt,
+        answers=tuple(answer for answer, _ in (*right, *wrong)),
+        right=len(right),
+        annotated=scores if len(scores) == len(right) + len(wrong) else None,
     )
 
 
-def _hashable(pair: tuple[Messages, Messages]) -> tuple[str, str]:
-    return str(pair[0]), str(pair[1])
+def _distinct(answers: Iterable[tuple[Messages, float | None]]) -> list[tuple[Messages, float | None]]:
+    """Each answer once, with its score."""
+    found: list[tuple[Messages, float | None]] = []
+    for answer, score in answers:
+        if all(answer != other for other, _ in found):
+            found.append((answer, score))
+    return found
 
 
 BENCHMARKS = {

@@ -1,7 +1,8 @@
 """The benchmarks of reward models by name."""
 
+PAIRS = "pairs"
 NAMES = {
-    "pairs": "any file of preference pairs",
+    PAIRS: "any file of preference pairs",
     "hh": "Anthropic's helpful and harmless pairs",
     "rewardbench": "RewardBench: four sections of pairs, and prior sets",
     "rewardbench2": "RewardBench 2: best of four answers, and Ties",

@@ -1,16 +1,17 @@
 """What a benchmark found: numbers with intervals beside what length alone, or another prompt, would give."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 from pydantic import TypeAdapter
 from rich.table import Table
 
 from reward.benchmarks.formulas import FORMULAS, Array, Measure, Scored, measure
-from reward.evaluate import Evaluation, evaluate_pairs
+from reward.evaluate import Evaluation, evaluate_held_out
 from rlhf.core.findings import read_findings
 
 SHARES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -34,7 +35,8 @@ class BenchmarkResult:
     wrong_prompt: tuple[Measure, ...]
     """The same formula on scores under another item's prompt; empty if that was not asked for."""
     pairs: Evaluation
-    """All (right, wrong) pairs of answers: calibration, accuracy by length difference."""
+    """All (right, wrong) pairs of answers: calibration, accuracy by length difference and by gap of an annotator's
+    scores."""
     quantiles: dict[str, float]
     """Rewards of all answers at :data:`SHARES`."""
     notes: tuple[str, ...]
@@ -52,6 +54,7 @@ def summarize(
     *,
     lengths: Sequence[Array],
     elsewhere: Sequence[Array] | None,
+    annotated: Sequence[Sequence[float] | None] | None = None,
     notes: Sequence[str] = (),
 ) -> BenchmarkResult:
     """All that is reported of the scores of a benchmark's items.
@@ -62,12 +65,16 @@ def summarize(
         items: all items with their scores.
         lengths: ``(n,)`` tokens of each item's answers, in their order.
         elsewhere: ``(n,)`` scores of each item's answers under another prompt; ``None`` if there are none.
+        annotated: ``(n,)`` scores of an annotator for each item's answers, ``None`` for an item without them.
         notes: what a reader should know.
     Raises:
         ValueError: without items, or if a score is not finite.
     """
     formula = FORMULAS[name]
-    columns = {"rewards": [item.scores for item in items], "lengths": lengths}
+    rewards = [item.scores for item in items]
+    known = [None] * len(items) if annotated is None else annotated
+    scores = [np.full(len(item.scores), np.nan) if own is None else own for item, own in zip(items, known, strict=True)]
+    chosen, rejected = _of_pairs(items, rewards).T
     return BenchmarkResult(
         benchmark=name,
         model=model,
@@ -76,8 +83,8 @@ def summarize(
         measures=measure(formula, items),
         by_length=measure(formula, _rescored(items, lengths)),
         wrong_prompt=() if elsewhere is None else measure(formula, _rescored(items, elsewhere)),
-        pairs=evaluate_pairs(**_pair_columns(items, columns)),
-        quantiles={f"{share:.0%}": float(np.quantile(np.concatenate(columns["rewards"]), share)) for share in SHARES},
+        pairs=evaluate_held_out(chosen, rejected, lengths=_of_pairs(items, lengths), scores=_of_pairs(items, scores)),
+        quantiles={f"{share:.0%}": float(np.quantile(np.concatenate(rewards), share)) for share in SHARES},
         notes=tuple(notes),
     )
 
@@ -86,17 +93,14 @@ def _rescored(items: Sequence[Scored], scores: Sequence[Array]) -> list[Scored]:
     return [replace(item, scores=np.asarray(own, float)) for item, own in zip(items, scores, strict=True)]
 
 
-def _pair_columns(items: Sequence[Scored], columns: Mapping[str, Sequence[Array]]) -> dict[str, Array]:
-    """Columns of all (right, wrong) pairs, as :func:`reward.evaluate.evaluate_pairs` takes them."""
-    found: dict[str, Array] = {}
-    for name, values in columns.items():
-        sides: tuple[list[Array], list[Array]] = ([], [])
-        for item, own in zip(items, values, strict=True):
-            right, wrong = np.asarray(own[: item.right], float), np.asarray(own[item.right :], float)
-            sides[0].append(np.repeat(right, len(wrong)))
-            sides[1].append(np.tile(wrong, len(right)))
-        found[f"chosen_{name}"], found[f"rejected_{name}"] = np.concatenate(sides[0]), np.concatenate(sides[1])
-    return found
+def _of_pairs(items: Sequence[Scored], values: Sequence[ArrayLike]) -> Array:
+    """``(N, 2)`` values of the right and the wrong answer of all pairs of such answers."""
+    pairs = []
+    for item, own in zip(items, values, strict=True):
+        both = np.asarray(own, float)
+        right, wrong = both[: item.right], both[item.right :]
+        pairs.append(np.column_stack([np.repeat(right, len(wrong)), np.tile(wrong, len(right))]))
+    return np.concatenate(pairs)
 
 
 # Files and tables

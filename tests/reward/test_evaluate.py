@@ -12,6 +12,7 @@ from reward.evaluate import (
     evaluate_pairs,
     evaluation_table,
     expected_calibration_error,
+    reliability_curve,
 )
 
 
@@ -90,7 +91,17 @@ def test_without_scores_there_are_no_score_buckets():
 def test_calibration_error_by_hand():
     # two bins: confidence 3/4 with one of two right, confidence 9/10 with all of two right
     gaps = [math.log(3), -math.log(3), math.log(9), math.log(9)]
-    assert expected_calibration_error(gaps) == pytest.approx((2 * 0.25 + 2 * 0.1) / 4, abs=1e-12)
+    assert expected_calibration_error(reliability_curve(gaps)) == pytest.approx((2 * 0.25 + 2 * 0.1) / 4, abs=1e-12)
+
+
+def test_the_reliability_curve_by_hand():
+    gaps = [math.log(3), -math.log(3), 0.0, math.log(9)]
+    curve = reliability_curve(gaps)
+    assert [each.confidence for each in curve] == pytest.approx([0.5, 0.75, 0.9])
+    assert [each.accuracy.value for each in curve] == [0.5, 0.5, 1.0]
+    assert [each.accuracy.pairs for each in curve] == [1, 2, 1]
+    stored = evaluate(gaps)
+    assert stored.reliability == curve and stored.to_dict()["reliability"][1]["accuracy"]["pairs"] == 2
 
 
 def test_calibration_error_agrees_with_a_loop_over_the_bins():
@@ -101,18 +112,18 @@ def test_calibration_error_agrees_with_a_loop_over_the_bins():
         if inside:
             right = sum(gap > 0 for gap in inside)
             expected += abs(right - sum(1 / (1 + math.exp(-abs(gap))) for gap in inside)) / len(gaps)
-    assert expected_calibration_error(gaps) == pytest.approx(expected, abs=1e-9)
+    assert expected_calibration_error(reliability_curve(gaps)) == pytest.approx(expected, abs=1e-9)
 
 
 def test_certainty_is_calibrated_when_right_and_worst_when_wrong():
-    assert expected_calibration_error([1e4, 1e4]) == 0.0
-    assert expected_calibration_error([-1e4, -1e4]) == 1.0
-    assert expected_calibration_error([0.0, 0.0]) == 0.0
+    assert expected_calibration_error(reliability_curve([1e4, 1e4])) == 0.0
+    assert expected_calibration_error(reliability_curve([-1e4, -1e4])) == 1.0
+    assert expected_calibration_error(reliability_curve([0.0, 0.0])) == 0.0
 
 
 def test_full_certainty_shares_the_last_bin_with_near_certainty():
     # right at confidence 0.96, wrong at 1: one bin with |1 - 1.96| over two pairs
-    assert expected_calibration_error([math.log(24), -1e4]) == pytest.approx(0.48, abs=1e-12)
+    assert expected_calibration_error(reliability_curve([math.log(24), -1e4])) == pytest.approx(0.48, abs=1e-12)
 
 
 def test_reward_statistics_are_over_both_sides():
@@ -130,6 +141,8 @@ def test_an_offset_on_all_rewards_changes_only_their_mean():
     assert after.pop("reward_mean") == pytest.approx(before.pop("reward_mean") + 512)
     for name in ("mean_loss", "calibration_error", "reward_sd", "mean_gap"):
         assert after.pop(name) == pytest.approx(before.pop(name), abs=1e-9)
+    for part, other in zip(after.pop("reliability"), before.pop("reliability"), strict=True):
+        assert part == other | {"confidence": pytest.approx(other["confidence"], abs=1e-9)}
     assert after == before
 
 

@@ -145,8 +145,12 @@ def benchmark_run(folder: Path, *, text: str = "plain") -> Path:
     draw = np.random.default_rng(0)
     items = [Scored(id=str(n), subset=f"{text} {n % 2}", scores=draw.normal([1, 0]), right=1) for n in range(40)]
     lengths, elsewhere = draw.integers(1, 9, (40, 2)), draw.normal(size=(40, 2))
-    found = summarize("hh", text, items, lengths=lengths, elsewhere=elsewhere, notes=[f"{text} note"])
-    write_json(folder / "evaluation.json", {"kind": "benchmark", **to_dict(found)})
+    annotated = draw.integers(1, 6, (40, 2)).astype(float)
+    found = summarize(
+        "hh", text, items, lengths=lengths, elsewhere=elsewhere, annotated=annotated, notes=[f"{text} note"]
+    )
+    rows = [{"id": each.id, "subset": each.subset, "right": 1, "scores": each.scores.tolist()} for each in items]
+    write_findings(folder, "benchmark", to_dict(found), rows)
     write_status(folder, new_status("benchmark", state="finished"))
     return folder
 
@@ -221,6 +225,7 @@ def pipeline(folder: Path, *, text: str = "plain") -> Path:
 
 def judged_pipeline(folder: Path, *, text: str = "plain") -> Path:
     """The same with judges at its end."""
-    for make, name in ((win_rate_run, "win_rate"), (grading_run, "grading"), (tax_run, "tax")):
+    kinds = ((win_rate_run, "win_rate"), (grading_run, "grading"), (tax_run, "tax"), (benchmark_run, "bench"))
+    for make, name in kinds:
         make(folder / name, text=text)
     return pipeline(folder, text=text)

@@ -94,9 +94,9 @@ def test_a_heading_sorts_by_its_numbers_both_ways(browser, address):
     column = "[...document.querySelectorAll('#evaluate tbody tr')].map(row => row.cells[2].textContent).join()"
     browser.run("document.querySelectorAll('#evaluate thead button')[2].focus()")
     browser.press("Enter")
-    assert browser.run(column) == "0.2,0.7"
+    assert browser.run(column) == "0.200,0.700"
     browser.press("Enter")
-    assert browser.run(column) == "0.7,0.2"
+    assert browser.run(column) == "0.700,0.200"
     assert browser.run("document.querySelectorAll('#evaluate thead th')[2].getAttribute('aria-sort')") == "descending"
 
 

@@ -8,6 +8,7 @@ import math
 import os
 import re
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -104,6 +105,63 @@ def test_benchmarks_and_fine_tuning_have_their_sections(tmp_path):
     assert "<script>window" not in page
     figure = next(each for each in report.figures if each.key == "benchmark-benchmark")
     assert [line.name for line in figure.lines] == ["model", "longer answer wins", "wrong prompt"]
+    for key in ("rewards", "calibration", "by_length_difference", "by_score_gap"):
+        assert f'id="benchmark-{key}"' in page
+    rewards = next(each for each in report.figures if each.key == "benchmark-rewards")
+    right, wrong = (np.average(line.x, weights=line.y) for line in rewards.lines)
+    assert right - wrong == pytest.approx(1.0, abs=0.4)
+    assert [sum(line.y) for line in rewards.lines] == pytest.approx([1.0, 1.0])
+
+
+def test_a_stage_of_which_nothing_is_to_be_said_has_no_section(tmp_path):
+    folder = reward_run(tmp_path / "p" / "reward").parent / "backbone"
+    write_status(folder, new_status("import", state="finished"))
+    report = report_of([folder.parent])
+    assert [section.title for section in report.sections] == ["Reward model"]
+    assert [each.run.name for each in report.abouts] == ["backbone", "reward"]
+
+
+def test_steps_are_those_of_training_alone(tmp_path):
+    folder = reward_run(tmp_path / "p" / "reward").parent / "evaluate"
+    write_status(evaluate_run(folder), new_status("evaluation", state="finished", step=85, total=85))
+    write_json(folder.parent / ".pipeline" / "evaluate.json", {"output": str(folder), "seconds": 60.0})
+    report = report_of([folder.parent])
+    rows = {row[0].text: row[1].text for row in report.costs[0].rows}
+    assert rows == {"reward": "40", "evaluate": "–"}
+    facts = {each.run.name: dict(each.facts) for each in report.abouts}
+    assert "step" not in facts["evaluate"] and facts["reward"]["step"] == "40 of 40"
+
+
+@pytest.mark.parametrize(
+    ("hosts", "start"),
+    [
+        (["a"], "python -m reward "),
+        (["a", "a"], "torchrun --nproc-per-node=2 -m reward "),
+        (
+            ["a", "a", "b", "b"],
+            "torchrun --nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 --nproc-per-node=2 -m reward ",
+        ),
+    ],
+)
+def test_the_command_that_repeats_a_run_has_its_ranks(tmp_path, hosts, start):
+    folder = reward_run(tmp_path / "reward")
+    ranks = [{"host": host, "device": "cpu", "device_bytes": None} for host in hosts]
+    write_json(folder / "environment.json", {"ranks": ranks})
+    report = report_of([folder])
+    assert report.abouts[0].command == f"{start}--config {folder}/config.yaml output=FOLDER"
+    assert (f"on each of its {len(set(hosts))} hosts" in render(report)) == (len(set(hosts)) > 1)
+
+
+def test_planned_memory_has_a_column_where_it_is_known(tmp_path):
+    folder = reward_run(tmp_path / "reward")
+    (without,), (beside,) = report_of([folder]).costs, report_of([folder], planned={"reward": 2.0**30}).costs
+    assert "planned GiB" not in without.headings and "rlhf report adds" in without.note
+    assert beside.headings[-1] == "planned GiB" and beside.rows[0][-1].text == "1.00"
+    assert all(len(each.rows[0]) == len(each.headings) for each in (without, beside))
+
+
+def test_no_line_ends_between_a_number_and_its_sign(page):
+    assert "95\N{NO-BREAK SPACE}% interval" in page and "75.0\N{NO-BREAK SPACE}% of" in page
 
 
 def test_what_rlhf_evaluate_wrote_by_hand_is_shown_too(tmp_path):

@@ -83,6 +83,38 @@ def test_scores_are_those_of_plain_transformers_and_numbers_those_of_the_scores(
     assert 0 < result.pairs.calibration_error < 1 and result.quantiles.keys() == {"5%", "25%", "50%", "75%", "95%"}
 
 
+def test_a_file_of_pairs_is_a_benchmark_with_its_accuracy_by_the_gap_of_its_scores(
+    reward_model, data, tmp_path, capsys
+):
+    scores = [{"chosen_score": 1 + n % 4, "rejected_score": 0.5} for n in range(8)]
+    file = data([row | own for row, own in zip(rows(8), scores, strict=True)])
+    command = ["evaluate", "reward", "--model", str(reward_model), "--no-wrong-prompt", "--benchmark", file]
+    assert main([*command, "--output", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert "pairs: " in printed and "score gap 0.50 to 0.50" in printed and "calibration error" in printed
+    found, items = read_result(tmp_path / "out").pairs, items_of(tmp_path / "out")
+    right = [item["scores"][0] > item["scores"][1] for item in items]
+    by_gap = [(bucket.smallest, bucket.accuracy.value) for bucket in found.by_score_gap]
+    assert by_gap == [(0.5 + n, np.mean(right[n::4])) for n in range(4)]
+    assert sum(each.accuracy.pairs for each in found.reliability) == 8
+    assert main([*command, "--output", str(tmp_path / "two"), "--data", file]) == 2
+    assert f"--data {file}: --benchmark {file} names the rows already; give one of them" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("rm_bench", "no such file, and no benchmark; there are pairs, hh"), ("no/a.jsonl", "no such file")],
+)
+def test_a_name_that_is_neither_benchmark_nor_file_is_refused(reward_model, tmp_path, capsys, name, told):
+    command = ["evaluate", "reward", "--model", str(reward_model), "--output", str(tmp_path), "--benchmark", name]
+    try:
+        code = main(command)
+    except SystemExit as refused:
+        code = refused.code
+    error = capsys.readouterr().err
+    assert code == 2 and told in error and name in error and "Traceback" not in error
+
+
 def test_a_server_judges_as_its_model_does(reward_model, data, tmp_path, serving, scripted, capsys):
     given = ["evaluate", "reward", "--model", str(reward_model), "--data", data(rows(8)), "--max-tokens", "30"]
     server = serving(reward_model)

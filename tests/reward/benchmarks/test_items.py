@@ -94,6 +94,23 @@ def test_a_column_of_pairs_names_their_subset(tmp_path):
     assert items[0].subset == "greeting"
 
 
+@pytest.mark.parametrize(
+    ("row", "annotated"),
+    [
+        ({"chosen": "a", "rejected": "b", "chosen_score": 4, "rejected_score": 1.5}, (4.0, 1.5)),
+        ({"chosen": "a", "rejected": "b"}, None),
+        (
+            {"answers": [{"text": "b", "score": 2}, {"text": "a", "score": 9}, {"text": "c", "score": 3}]},
+            (9.0, 2.0, 3.0),
+        ),
+        ({"answers": [{"text": "b", "rank": 2}, {"text": "a", "rank": 1}]}, None),
+    ],
+)
+def test_scores_of_an_annotator_stay_with_their_answers(tmp_path, row, annotated):
+    ((item,), _) = read("pairs", tmp_path, {"prompt": "p", **row})
+    assert item.annotated == annotated and texts(item)[: item.right] == ["a"]
+
+
 def test_messages_are_prompts_and_answers_too(tmp_path):
     row = {
         **ROWS["rewardbench"],
