@@ -185,9 +185,7 @@ def _checked_columns(given: dict[str, ArrayLike]) -> dict[str, Array]:
     columns = {name: np.asarray(values, dtype=np.float64) for name, values in given.items()}
     shapes = {name: column.shape for name, column in columns.items()}
     if len(set(shapes.values())) > 1:
-        raise ValueError(
-            "shapes differ: " + ", ".join(f"{name!r}: {shape}" for name, shape in shapes.items())
-        )
+        raise ValueError("shapes differ: " + ", ".join(f"{name!r}: {shape}" for name, shape in shapes.items()))
     shape = columns["chosen_rewards"].shape
     if len(shape) != 1:
         raise ValueError(f"expected one number for each pair, shape (N,); got {shape}")
@@ -196,9 +194,7 @@ def _checked_columns(given: dict[str, ArrayLike]) -> dict[str, Array]:
     for name, column in columns.items():
         bad = np.flatnonzero(~np.isfinite(column))
         if len(bad):
-            raise ValueError(
-                f"{name!r} has {len(bad)} non-finite entries of {len(column)}, the first at {bad[0]}"
-            )
+            raise ValueError(f"{name!r} has {len(bad)} non-finite entries of {len(column)}, the first at {bad[0]}")
     return columns
 
 

@@ -29,8 +29,8 @@ PURPOSES = {
 """The ops that configurations of this toolkit can ask for."""
 PIN_MEMORY = "pin_memory"  # compiled along with async_io
 KILLED_AFTER = 180.0
-"""Seconds without a new file after which a build that no process of this machine holds counts as killed. Another machine
-may build in the same home folder, and one file takes a compiler up to two minutes."""
+"""Seconds without a new file after which a build that no process of this machine holds counts as killed. Another
+machine may build in the same home folder, and one file takes a compiler up to two minutes."""
 _LIBRARIES = {ASYNC_IO: "libaio with its headers (Debian, Ubuntu: apt install libaio-dev; Fedora: libaio-devel)"}
 
 

@@ -1,6 +1,5 @@
 """Weights of pairs: what they are, and that ranks, micro-batches and queues do not change them."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
