@@ -8,21 +8,13 @@ trains a small head on these features, so that one run takes seconds on two core
 """
 
 import argparse
-import gzip
-import json
 import pathlib
 
 import numpy as np
 import torch
+from pairs import SPLITS, read_pairs
 from rich.progress import track
 from transformers import AutoModel, AutoTokenizer
-
-SPLITS = ("train", "id_test", "ood_test")
-
-
-def read_pairs(path: pathlib.Path) -> list[dict]:
-    with gzip.open(path, "rt", encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
 
 
 def token_ids(tokenizer, messages: list[dict], max_tokens: int) -> list[int]:
@@ -55,11 +47,12 @@ def pooled_features(model, rows: list[list[int]], layers: list[int], token_budge
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="Transformers folder of the backbone")
-    parser.add_argument("--data", required=True, type=pathlib.Path, help="folder of alpaca_eval_pairs_*.jsonl.gz")
+    parser.add_argument("--data", required=True, type=pathlib.Path, help="folder of the pairs (pairs.py)")
+    parser.add_argument("--data-set", choices=SPLITS, default="alpaca", help="which pairs")
     parser.add_argument("--output", required=True, type=pathlib.Path)
     parser.add_argument("--layers", type=int, nargs="+", default=[12], help="hidden states to keep")
     parser.add_argument("--keep-layers", type=int, default=13, help="run only the first n layers of the backbone")
-    parser.add_argument("--splits", nargs="+", choices=SPLITS, default=SPLITS, help="which files to do")
+    parser.add_argument("--splits", nargs="+", choices=SPLITS["alpaca"], help="which ones to do (default: all)")
     parser.add_argument("--train-stride", type=int, default=2, help="take every n-th training pair (time)")
     parser.add_argument("--max-tokens", type=int, default=1024)
     parser.add_argument("--token-budget", type=int, default=4096)
@@ -69,19 +62,21 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     options = build_parser().parse_args()
+    known = SPLITS[options.data_set]
+    if unknown := set(options.splits or ()) - set(known):
+        raise SystemExit(f"features: {options.data_set} has no {', '.join(unknown)}; it has {', '.join(known)}")
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModel.from_pretrained(
         options.model, num_hidden_layers=options.keep_layers, dtype=getattr(torch, options.dtype)
     ).eval()
     options.output.mkdir(parents=True, exist_ok=True)
-    for split in options.splits:
-        pairs = read_pairs(options.data / f"alpaca_eval_pairs_{split}.jsonl.gz")
+    for split in options.splits or known:
+        pairs = read_pairs(options.data, options.data_set, split)
         rows = np.arange(0, len(pairs), options.train_stride if split == "train" else 1)
         pairs = [pairs[row] for row in rows]
         arrays = {
-            key: np.array([pair[key] for pair in pairs], dtype=np.float32)
-            for key in ("chosen_score", "rejected_score")
+            key: np.array([pair[key] for pair in pairs], dtype=np.float32) for key in ("chosen_score", "rejected_score")
         }
         for side in ("chosen", "rejected"):
             tokens = [token_ids(tokenizer, pair["prompt"] + pair[side], options.max_tokens) for pair in pairs]

@@ -27,6 +27,7 @@ from itertools import product
 import matplotlib
 import numpy as np
 import torch
+from pairs import SPLITS
 from report import mean_and_half_width, prompt_interval
 from scipy import stats
 from torch import Tensor
@@ -63,8 +64,7 @@ from matplotlib import pyplot
 LEARNING_RATE = 1e-3
 """Chosen by study.py for Bradley-Terry with right labels."""
 BASELINE = "Bradley-Terry"
-TESTS = ("id_test", "ood_test")
-TITLES = ("in distribution", "out of distribution")
+TITLES = {"id_test": "in distribution", "ood_test": "out of distribution"}  # of the tests that a data set may have
 NOISES = {"uniform": (0.0, 0.1, 0.2, 0.3, 0.4), "by length": (0.2, 0.4)}
 TUNED_AT = 0.2
 TUNING_SEEDS = 3
@@ -225,7 +225,7 @@ def done(job: Job, corpus: Corpus) -> dict:
     audit = audit_of(pairs, corpus.prompts["train"][rows], corpus.answers[rows], wrong, job.seed)
     watched = {"validation": corpus.pairs("train", layer, held_out, *moments)}
     if job.tests:
-        sizes = {split: np.arange(len(corpus.prompts[split])) for split in TESTS}
+        sizes = {split: np.arange(len(corpus.prompts[split])) for split in TITLES if split in corpus.prompts}
         watched = {split: corpus.pairs(split, layer, every, *moments) for split, every in sizes.items()}
     found: dict[str, dict] = {}
     for name, method in job.methods:
@@ -242,10 +242,10 @@ def done(job: Job, corpus: Corpus) -> dict:
 _corpus: Corpus | None = None
 
 
-def _start_worker(features: pathlib.Path, data: pathlib.Path) -> None:
+def _start_worker(features: pathlib.Path, data: pathlib.Path, data_set: str) -> None:
     global _corpus
     torch.set_num_threads(1)
-    _corpus = read_corpus(features, data)
+    _corpus = read_corpus(features, data, data_set)
 
 
 def _work(job: Job) -> tuple[Job, dict]:
@@ -378,10 +378,10 @@ def tables(records: dict[tuple[str, float], list[dict]], methods: list[str], pro
     seeds = len(next(iter(records.values())))
     parts = ["| wrong labels | estimated, % | sd | area under the curve |", "|---|---|---|---|"]
     parts += [_audits(f"{noise}, {share:.0%}", found) for (noise, share), found in records.items()]
-    for split, title in zip(TESTS, TITLES, strict=True):
+    for split in [split for split in TITLES if split in prompts]:
         parts.append(
-            f"\nAccuracy {title}: of {BASELINE} in %, of the others minus that, points, mean over {seeds} seeds with "
-            "the 95 % interval over seeds and test prompts (a star: without 0):\n"
+            f"\nAccuracy {TITLES[split]}: of {BASELINE} in %, of the others minus that, points, mean over {seeds} "
+            "seeds with the 95 % interval over seeds and test prompts (a star: without 0):\n"
         )
         parts.append("| method | " + " | ".join(f"{noise}, {share:.0%}" for noise, share in records) + " |")
         parts.append("|---" * (len(records) + 1) + "|")
@@ -412,7 +412,7 @@ def _row(name: str, cases: Iterable[list[dict]], split: str, prompts: np.ndarray
     return "| " + " | ".join(cells) + " |"
 
 
-def plot(records: dict[tuple[str, float], list[dict]], target: pathlib.Path) -> None:
+def plot(records: dict[tuple[str, float], list[dict]], tests: tuple[str, ...], target: pathlib.Path) -> None:
     """Draw the difference to Bradley-Terry against the share of uniformly wrong labels."""
     shown = {
         "generalized cross-entropy": "#56B4E9",
@@ -423,8 +423,9 @@ def plot(records: dict[tuple[str, float], list[dict]], target: pathlib.Path) -> 
         "partial transport": "#0072B2",
         "BNRM": "#000000",
     }
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True, constrained_layout=True)
-    for axis, split, title in zip(axes, TESTS, TITLES, strict=True):
+    size = (5.5 * len(tests), 4.2)
+    figure, [axes] = pyplot.subplots(1, len(tests), figsize=size, sharey=True, squeeze=False, constrained_layout=True)
+    for axis, split in zip(axes, tests, strict=True):
         for place, (name, color) in enumerate(shown.items()):
             shares, means, halves = [], [], []
             for (noise, share), found in records.items():
@@ -437,7 +438,7 @@ def plot(records: dict[tuple[str, float], list[dict]], target: pathlib.Path) -> 
                 halves.append(half)
             axis.errorbar(shares, means, yerr=halves, color=color, marker="o", ms=4, lw=1.3, capsize=2, label=name)
         axis.axhline(0, color="black", lw=1)
-        axis.set_title(title)
+        axis.set_title(TITLES[split])
         axis.set_xlabel("wrong training labels, %")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("accuracy minus Bradley-Terry, points")
@@ -448,6 +449,7 @@ def plot(records: dict[tuple[str, float], list[dict]], target: pathlib.Path) -> 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = study_parser(__doc__, seeds=10, of="for each noise and share of wrong labels", made="jobs")
+    parser.add_argument("--data-set", choices=SPLITS, default="alpaca", help="which pairs the features are of")
     parser.add_argument("--minutes", type=float, default=1e9, help="start nothing more after this time")
     cases = [(noise, share) for noise, shares in NOISES.items() for share in shares]
     parser.add_argument(
@@ -471,9 +473,9 @@ def _case(text: str) -> tuple[str, float]:
 
 def main() -> None:
     options = build_parser().parse_args()
-    corpus = read_corpus(options.features, options.data)
+    start = options.features, options.data, options.data_set
+    corpus = read_corpus(*start)
     options.output.mkdir(parents=True, exist_ok=True)
-    start = options.features, options.data
     with multiprocessing.get_context("spawn").Pool(options.workers, _start_worker, start) as pool:
         path, until = options.output / "label_runs.jsonl", time.monotonic() + 60 * options.minutes
         ask = partial(results, path=path, fingerprint=corpus.fingerprint, pool=pool, until=until)
@@ -490,7 +492,7 @@ def main() -> None:
     }
     text = tables(records, list(methods), corpus.prompts, tuned)
     write_text(options.output / "labels.md", text)
-    plot(records, options.output / "label_study.png")
+    plot(records, SPLITS[options.data_set][1:], options.output / "label_study.png")
     print(text)
 
 

@@ -1,7 +1,6 @@
 """One run of the margin study: frozen features in, a small head trained on them, accuracies out."""
 
 import argparse
-import gzip
 import hashlib
 import json
 import math
@@ -12,6 +11,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from pairs import SPLITS, read_pairs
 from torch import Tensor, nn
 
 from reward.margins import optimal_transport_margins
@@ -25,14 +25,13 @@ WEIGHT_DECAY = 0.01
 HIDDEN = 1024
 EVALUATE_EVERY = 2
 FOLDS = 10
-SPLITS = ("train", "id_test", "ood_test")
 
 
 def study_parser(description: str | None, *, seeds: int, of: str, made: str) -> argparse.ArgumentParser:
     """Arguments of a study: ``seeds`` by default, each for ``of``, and ``made`` at the same time by workers."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--features", required=True, type=pathlib.Path, help="folder written by features.py")
-    parser.add_argument("--data", required=True, type=pathlib.Path, help="folder of alpaca_eval_pairs_*.jsonl.gz")
+    parser.add_argument("--data", required=True, type=pathlib.Path, help="folder of the pairs (pairs.py)")
     parser.add_argument("--output", required=True, type=pathlib.Path, help="folder for runs, tables and plot")
     parser.add_argument("--seeds", type=_several, default=seeds, help=of)
     parser.add_argument("--workers", type=int, default=2, help=f"{made} made at the same time, one core each")
@@ -136,7 +135,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Frozen features of the three splits, and which prompt each pair belongs to."""
+    """Frozen features of all splits, and which prompt each pair belongs to."""
 
     splits: dict[str, dict[str, np.ndarray]]
     prompts: dict[str, np.ndarray]  # (N,) number of the prompt, in order of first appearance
@@ -165,21 +164,20 @@ class Corpus:
         return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
-def read_corpus(features: pathlib.Path, data: pathlib.Path) -> Corpus:
+def read_corpus(features: pathlib.Path, data: pathlib.Path, data_set: str = "alpaca") -> Corpus:
     splits, prompts, digest = {}, {}, hashlib.sha256()
-    for split in SPLITS:
+    for split in SPLITS[data_set]:
         source = features / f"{split}.npz"
         if not source.is_file():
             raise SystemExit(f"study: {source} is missing; make it with benchmarks/margin_study/features.py")
         digest.update(source.read_bytes())
         with np.load(source) as arrays:
             splits[split] = dict(arrays)
-        with gzip.open(data / f"alpaca_eval_pairs_{split}.jsonl.gz", "rt", encoding="utf-8") as lines:
-            every = [json.loads(line) for line in lines]
-        rows = [every[row] for row in splits[split]["rows"]]
+        every = read_pairs(data, data_set, split)
+        rows = [every[row] for row in splits[split]["rows"] if row < len(every)]
         scores = np.array([row["chosen_score"] for row in rows], dtype=np.float32)
         if not np.array_equal(scores, splits[split]["chosen_score"]):
-            raise SystemExit(f"study: {source} was not made from the pairs in {data}; make it again")
+            raise SystemExit(f"study: {source} was not made from the {data_set} pairs in {data}; make it again")
         numbers: dict[str, int] = {}
         texts = [json.dumps(row["prompt"]) for row in rows]
         prompts[split] = np.array([numbers.setdefault(text, len(numbers)) for text in texts])
