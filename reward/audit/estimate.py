@@ -3,7 +3,7 @@
 Arrays in, arrays out: no ranks, no files, no model.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,22 +31,25 @@ class OutOfFold:
     seed: int = 0
 
     @property
-    def settings(self) -> list[tuple[float, float]]:
-        """Penalties of the heads and variances of answers' own worth that are tried."""
-        effects = EFFECTS if self.differences.shares_answers else EFFECTS[:1]
-        return [(strength, effect) for strength in STRENGTHS for effect in effects]
+    def effects(self) -> tuple[float, ...]:
+        """Variances of answers' own worth that are tried, each with all strengths of the heads' penalty."""
+        return EFFECTS if self.differences.shares_answers else EFFECTS[:1]
 
     def heads(self, repeats: int) -> int:
         """How many heads :func:`audited` fits."""
-        return self.folds * (len(self.settings) + repeats)
+        return self.folds * (len(STRENGTHS) * len(self.effects) + repeats)
 
     def margins(
-        self, strength: float, effect: float, repeat: int, advance: Callable[[int], None] = lambda count: None
+        self,
+        strengths: Sequence[float],
+        effect: float,
+        repeat: int,
+        advance: Callable[[int], None] = lambda count: None,
     ) -> Array:
-        """``(N,)`` margins by the folds of this repeat."""
+        """``(S, N)`` margins by the folds of this repeat, for each strength of the penalty."""
         fold_of = folds_of(self.groups, self.folds, self.seed * 1000 + repeat)
         labels = np.ones(len(self.groups)) if self.labels is None else self.labels
-        return self.differences.out_of_fold_margins(fold_of, strength, effect, labels, advance=advance)
+        return self.differences.out_of_fold_margins(fold_of, strengths, effect, labels, advance=advance)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,9 +108,10 @@ def judged(
 
     The settings are those whose heads make the labels that they did not see most likely.
     """
-    likelihoods = {
-        each: fit_mixture(pairs.margins(*each, CHOOSING, advance)).log_likelihood for each in pairs.settings
-    }
-    settings = max(likelihoods, key=likelihoods.__getitem__)
-    found = np.stack([pairs.margins(*settings, repeat, advance) for repeat in range(repeats)])
-    return found.mean(0), found.std(0), settings
+    likelihoods = {}
+    for effect in pairs.effects:
+        for strength, margins in zip(STRENGTHS, pairs.margins(STRENGTHS, effect, CHOOSING, advance), strict=True):
+            likelihoods[strength, effect] = fit_mixture(margins).log_likelihood
+    strength, effect = max(sorted(likelihoods), key=likelihoods.__getitem__)
+    found = np.concatenate([pairs.margins((strength,), effect, repeat, advance) for repeat in range(repeats)])
+    return found.mean(0), found.std(0), (strength, effect)

@@ -1,6 +1,6 @@
 """Margins of pairs by heads that did not see them: fitted to frozen features and answers, fold by fold."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -63,13 +63,13 @@ class Differences:
     def out_of_fold_margins(
         self,
         fold_of: NDArray[np.int64],
-        strength: float,
+        strengths: Sequence[float],
         effect: float,
         labels: Array,
         *,
         advance: Callable[[int], None] = lambda count: None,
     ) -> Array:
-        r"""``(N,)`` reward gaps of pairs, each by the head that was fitted to all other folds.
+        r"""``(S, N)`` reward gaps of pairs, each by the head that was fitted to all other folds, by strength.
 
             m_i = y_i (x_i . w + u_chosen(i) - u_rejected(i))
             w, u = argmin sum over the pairs j outside of the fold of (y_j - x_j . w - u_chosen(j) + u_rejected(j))^2
@@ -81,10 +81,10 @@ class Differences:
 
         Args:
             fold_of: ``(N,)`` fold of each pair.
-            strength: of the penalty of w, above 0.
+            strengths: S of the penalty of w, above 0; what a fold sees is added up once for all.
             effect: variance of the answers' own worth in units of that of a label; 0 for features alone.
             labels: ``(N,)`` y, 1 where the label is as given, -1 where it is swapped.
-            advance: told after each head that one more is done.
+            advance: told after each fold how many more heads are done.
         Returns:
             Above 0 where the head agrees with the label.
         References:
@@ -92,8 +92,8 @@ class Differences:
             linear predictor this is (Henderson, 1975).
         """
         values = self.values
-        penalty = strength * float(np.square(values).sum()) / values.shape[1]
-        margins = np.empty(len(labels))
+        size = float(np.square(values).sum())
+        margins = np.empty((len(strengths), len(labels)))
         gram, sums = self._moments(effect, labels)
         for fold in range(int(fold_of.max()) + 1):
             judged = fold_of == fold
@@ -117,12 +117,15 @@ class Differences:
             weight = 1 / (1 + 2 * effect)
             seen -= weight * values[alone].T @ values[alone]
             targets -= weight * values[alone].T @ labels[alone]
-            seen[np.diag_indices_from(seen)] += penalty or 1.0  # all differences 0: no head can tell pairs apart
-            head = linalg.solve(seen, targets, assume_a="pos")
-            margins[judged] = values[judged] @ head
-            for rest, out, reading in parts:
-                margins[out] += reading @ (labels[rest] - values[rest] @ head)
-            advance(1)
+            for found, strength in zip(margins, strengths, strict=True):
+                penalty = strength * size / values.shape[1]
+                penalized = seen.copy()
+                penalized[np.diag_indices_from(seen)] += penalty or 1.0  # differences all 0: no head tells pairs apart
+                head = linalg.solve(penalized, targets, assume_a="pos")
+                found[judged] = values[judged] @ head
+                for rest, out, reading in parts:
+                    found[out] += reading @ (labels[rest] - values[rest] @ head)
+            advance(len(strengths))
         return labels * margins
 
     @cached_property

@@ -94,7 +94,7 @@ def test_margins_are_those_of_ridge_regressions_on_the_other_folds():
     chosen, rejected = random_pairs(70)
     labels = np.where(np.random.default_rng(1).random(70) < 0.3, -1.0, 1.0)
     fold_of = folds_of(np.arange(70, dtype=np.uint64), 4, seed=0)
-    found = Differences.of(chosen, rejected).out_of_fold_margins(fold_of, 3.0, 0.0, labels)
+    found = Differences.of(chosen, rejected).out_of_fold_margins(fold_of, [1.0, 3.0], 0.0, labels)[1]
     spread = np.concatenate([chosen, rejected]).std(0)
     for pair in range(70):
         others = [other for other in range(70) if fold_of[other] != fold_of[pair]]
@@ -111,9 +111,9 @@ def test_the_label_of_a_pair_has_no_say_in_its_own_margin():
     chosen, rejected = random_pairs(60)
     fold_of = folds_of(np.arange(60, dtype=np.uint64), 4, seed=0)
     pairs, labels, pair = Differences.of(chosen, rejected), np.ones(60), 17
-    before = pairs.out_of_fold_margins(fold_of, 1.0, 0.0, labels)
+    before = pairs.out_of_fold_margins(fold_of, [1.0], 0.0, labels)[0]
     labels[pair] = -1
-    after = pairs.out_of_fold_margins(fold_of, 1.0, 0.0, labels)
+    after = pairs.out_of_fold_margins(fold_of, [1.0], 0.0, labels)[0]
     assert after[pair] == pytest.approx(-before[pair], rel=1e-9) and before[pair] != 0
     others = (fold_of == fold_of[pair]) & (np.arange(60) != pair)
     np.testing.assert_allclose(after[others], before[others], rtol=1e-9)
@@ -138,7 +138,7 @@ def test_margins_with_answers_of_their_own_worth_are_those_of_ridge_regressions_
     labels = np.where(np.random.default_rng(1).random(60) < 0.3, -1.0, 1.0)
     fold_of = folds_of(np.arange(60, dtype=np.uint64), 4, seed=0)
     pairs = Differences.of(states[numbers[:, 0]], states[numbers[:, 1]], numbers)
-    found = pairs.out_of_fold_margins(fold_of, 3.0, effect, labels)
+    found = pairs.out_of_fold_margins(fold_of, [1.0, 3.0], effect, labels)[1]
     own = np.zeros((60, len(states)))
     own[np.arange(60), numbers[:, 0]] = 1
     own[np.arange(60), numbers[:, 1]] = -1
@@ -174,7 +174,7 @@ def test_where_no_answer_stands_twice_none_has_a_worth_of_its_own():
     assert not alone.shares_answers
     groups = np.arange(60, dtype=np.uint64)
     pairs = OutOfFold(differences=alone, prompts=groups, groups=groups)
-    assert {effect for _, effect in pairs.settings} == {0.0} and pairs.heads(3) == 5 * (4 + 3)
+    assert pairs.effects == (0.0,) and pairs.heads(3) == 5 * (4 + 3)
 
 
 def test_answers_whose_features_are_all_alike_are_not_told_apart():
