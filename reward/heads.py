@@ -49,9 +49,8 @@ def weibull_gamma_divergence(scale: Tensor, shape: Tensor, *, alpha: float = 1.0
     References:
         Zhang et al. (ICLR 2018), Weibull hybrid autoencoding inference, eq. 9; e is Euler's constant.
     """
-    a, b = torch.tensor(alpha), torch.tensor(beta)
     mean = scale * torch.exp(torch.lgamma(1 + 1 / shape))
-    prior = torch.lgamma(a) - a * torch.log(b)
+    prior = math.lgamma(alpha) - alpha * math.log(beta)
     return EULER * alpha / shape - alpha * torch.log(scale) + torch.log(shape) + beta * mean - EULER - 1 + prior
 
 
@@ -89,7 +88,7 @@ class NonNegativeHead(nn.Module):
     References:
         Duan et al. (ICML 2026), arXiv:2602.10623, and its code, whose prior is Gamma(1, 1) and whose factors are those
         of a two-layer network. Its amortized shape of the dictionary is a parameter of each weight here, its bias,
-        which no pair can tell, is left out.
+        which no pair can tell, is left out; docs/papers.md has all that differs.
     """
 
     def __init__(self, width: int, factors: int) -> None:

@@ -74,6 +74,89 @@ def test_without_local_factors_the_mean_is_a_linear_head_and_with_sure_ones_a_he
     assert float(found.variances.max()) < 1e-5
 
 
+def wave(*shape, speed):
+    return torch.sin(speed * torch.arange(1, math.prod(shape) + 1, dtype=torch.float64)).reshape(shape)
+
+
+# What the code of BNRM's authors says of the problem below (reward_models/grm_utils.py at bd51c479: BNValueHead with
+# layer_type "linear", dropout and bias at 0, one state a text, in float64): rewards of three states, divergences of
+# each and of the dictionary, times 5 (it takes means over factors, ours are sums), and the gradient of
+#     sum_i i r_i + .1 sum_i (i + 1) KL_i + .2 KL_dictionary,   i = 1, 2, 3.
+# True: drawn, with the uniform numbers below in place of random ones; False: with means.
+AUTHORS_REWARDS = {
+    True: (6.8254439293280535, 6.959000675261821, 5.8569024952705675),
+    False: (6.421020189965013, 6.457490331300507, 6.712621716909065),
+}
+AUTHORS_DIVERGENCES = (5 * 1.1502474269831144, 5 * 0.9513259069616329, 5 * 0.8561812423098185)
+AUTHORS_DICTIONARY = 5 * 9.085601834781773
+# fmt: off
+AUTHORS_GRADIENTS = {
+    True: {
+        "factors.weight": (5.337466581599, -5.29565442649, -3.972834748509, 6.319410194673,
+            2.822772759234, -4.985630443254, -1.538030692823, 5.38196401691, 1.447482777551,
+            -1.031106831877, -1.181777900915, 1.335637983903, 0.391304891745, -0.379662105557,
+            -0.293470147757, 0.455286131114, -0.009117650689, -0.031180425336, 0.017152502958,
+            0.026760414197),
+        "factors.bias": (7.549006618398, 5.644130047838, 1.814909382108, 0.559069581864, 0.018961234034),
+        "spread.weight": (-0.608830562571, 0.354422538966, 0.517499776971, -0.48777653309),
+        "spread.bias": (-0.681077064958,),
+        "dictionary": (23.294102655923, 17.743945790677, 10.858217393948, 0.0, 0.0),
+        "slope": (2.520396270323,),
+        "level": (3.054855877088,),
+    },
+    False: {
+        "factors.weight": (3.318207587801, -3.89069000196, -2.315619616274, 4.487399678839,
+            4.041526196094, -4.845926130967, -2.792784392619, 5.565595916453, 2.073920930979,
+            -2.445616589971, -1.443712465428, 2.817645395003, 0.391304891745, -0.379662105557,
+            -0.293470147757, 0.455286131114, -0.009117650689, -0.031180425336, 0.017152502958,
+            0.026760414197),
+        "factors.bias": (5.202899644792, 6.411741940405, 3.262454041394, 0.559069581864, 0.018961234034),
+        "spread.weight": (0.422780001203, -0.361765057002, -0.329557129557, 0.446688300401),
+        "spread.bias": (0.572908816608,),
+        "dictionary": (13.990781883752, 17.330420500901, 27.00764089712, 0.0, 0.0),
+        "slope": (0.085362909706,),
+        "level": (0.179798754221,),
+    },
+}
+# fmt: on
+AUTHORS_VARIANCES = (10.9911, 13.2081, 17.7287)
+"""Of 262,499 draws of the rewards by that code; their standard errors are below 1 %."""
+
+
+@pytest.mark.parametrize("drawn", [True, False], ids=["drawn", "means"])
+def test_rewards_divergences_and_gradients_are_those_of_its_authors_code(monkeypatch, drawn):
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    monkeypatch.setattr("reward.heads.EULER", 0.5772)  # as they round it
+    uniform = {1: 0.5 + 0.49 * wave(5, speed=3.1), 2: 0.5 + 0.49 * wave(3, 5, speed=2.3)}
+    monkeypatch.setattr(torch, "rand_like", lambda values: uniform[values.ndim])
+    weights = {
+        "factors.weight": wave(5, 4, speed=1.1),
+        "factors.bias": 2.5 + wave(5, speed=0.7),
+        "spread.weight": wave(1, 4, speed=0.9),
+        "spread.bias": torch.tensor([0.3], dtype=torch.float64),
+        "dictionary": wave(5, speed=0.9),  # two of them below 0
+        # Theirs alone: shapes of the dictionary are a network of its weights.
+        "slope": torch.tensor([0.8], dtype=torch.float64),
+        "level": torch.tensor([-0.4], dtype=torch.float64),
+    }
+    for tensor in weights.values():
+        tensor.requires_grad_()
+    own = {name: tensor for name, tensor in weights.items() if name not in ("slope", "level")}
+    own["dictionary_shape"] = weights["slope"] * weights["dictionary"].relu() + weights["level"]
+    head = NonNegativeHead(4, 5).double().train(drawn)
+    rewards, variances, divergences = torch.func.functional_call(head, own, (wave(3, 4, speed=1.7),), {"in_full": True})
+    local, dictionary = divergences.unbind(1)
+    found = torch.cat([rewards, local, dictionary[:1]]).detach()
+    expected = [*AUTHORS_REWARDS[drawn], *AUTHORS_DIVERGENCES, AUTHORS_DICTIONARY]
+    assert found.tolist() == pytest.approx(expected, rel=1e-11)
+    assert variances.tolist() == pytest.approx(AUTHORS_VARIANCES, rel=0.02)
+    places = torch.arange(1, 4, dtype=torch.float64)
+    (places @ rewards + 0.1 * (places + 1) @ local + 0.2 * dictionary[0]).backward()
+    for name, gradient in AUTHORS_GRADIENTS[drawn].items():
+        assert weights[name].grad.flatten().tolist() == pytest.approx(gradient, rel=1e-10, abs=1e-11), name
+    assert AUTHORS_GRADIENTS[drawn].keys() == weights.keys()
+
+
 def fitted(pairs, *, weight, factors=0, noise=0.0, steps=250, seed=0):
     """A head fitted to pairs whose true reward is a sum of three of six features, not negative ones."""
     draw = torch.Generator().manual_seed(seed)
@@ -102,8 +185,7 @@ def fitted(pairs, *, weight, factors=0, noise=0.0, steps=250, seed=0):
 def test_the_variance_shrinks_with_data():
     states = torch.randn(50, 6, generator=torch.Generator().manual_seed(9)).abs()
     variances = [
-        float(judge(fitted(pairs, weight=1.0)[0], states).variances.mean().detach())
-        for pairs in (20, 200, 2000)
+        float(judge(fitted(pairs, weight=1.0)[0], states).variances.mean().detach()) for pairs in (20, 200, 2000)
     ]
     assert variances[0] > 2 * variances[1] > 4 * variances[2] > 0
 
