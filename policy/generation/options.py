@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le
 
 from rlhf.core.annotations import NoResult
+from rlhf.core.servers import check_address
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,8 @@ class VllmConfig:
                 f"devices = {list(self.devices)}: expected engines x tensor_parallel = "
                 f"{self.engines * self.tensor_parallel} numbers"
             )
+        for url in self.urls:
+            check_address("urls", url)
         fixed = ("python", "engines", "tensor_parallel", "devices", "cache_gib", "max_model_tokens")
         asked = [name for name in fixed if getattr(self, name) != getattr(VllmConfig, name)]
         if self.urls and asked:

@@ -57,9 +57,14 @@ def check_vllm(config: VllmConfig, setting: str) -> None:
         config: of the engines; those that run elsewhere are asked later.
         setting: the section, for messages.
     Raises:
-        ConfigError: naming what to install.
+        ConfigError: naming what to install, or what lacks to ask engines elsewhere.
     """
     if config.urls:
+        if not os.environ.get(TOKEN_VARIABLE):
+            raise ConfigError(
+                f"{setting}.vllm.urls = {', '.join(config.urls)}: {TOKEN_VARIABLE} is not set; give it the secret that "
+                "the engines were started with"
+            )
         return
     version = vllm_version(config.python)
     where = config.python or sys.executable

@@ -5,6 +5,8 @@ import math
 import re
 import shutil
 import signal
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -76,6 +78,10 @@ def local_run(recipe):
     """The folder of a finished and published run in this process."""
     assert main(local(recipe, recipe.parent / "local_run")) == 0
     return recipe.parent / "local_run"
+
+
+TIMED = ("time/", "memory/", "tokens/s", "rollouts/s")
+"""What differs from run to run."""
 
 
 def lines(path):
@@ -244,6 +250,37 @@ def test_what_has_no_effect_on_the_numbers_may_change(recipe, local_run, change)
 
 
 # One rank in this process: refusals, and ways to end.
+
+
+def test_a_run_by_a_server_that_goes_away_for_a_while_is_that_of_its_model(
+    recipe, local_run, serving, reward_folder, tmp_path, caplog
+):
+    first = serving(reward_folder)
+    port, own, passes, again = first.server_address[1], first.batcher._score, [], []
+
+    def goes_away() -> None:
+        first.shutdown()
+        first.finish()
+        while "Connection refused" not in caplog.text:
+            time.sleep(0.02)
+        again.append(serving(reward_folder, port=port))
+
+    def score(rows):
+        passes.append(len(rows))
+        if len(passes) == 3:
+            threading.Thread(target=goes_away).start()
+            time.sleep(0.3)  # until nothing more is taken
+        return own(rows)
+
+    first.batcher._score = score
+    served = ("reward.path=[]", f"reward.url={first.url}", f"critic.path={reward_folder}", "train.publish=none")
+    assert main(local(recipe, tmp_path / "served", *served)) == 0
+    assert again and again[0].batcher.counts.rows > 0 and first.batcher.counts.rows > 0
+    assert f"reward.url: {first.url}: ConnectError: [Errno 111] Connection refused; it is asked again" in caplog.text
+    pairs = zip(lines(local_run / "metrics.jsonl"), lines(tmp_path / "served" / "metrics.jsonl"), strict=True)
+    for here, there in pairs:
+        same = {name: value for name, value in here.items() if not name.startswith(TIMED)}
+        assert {name: there[name] for name in same} == pytest.approx(same, rel=1e-3, abs=1e-4)
 
 
 def test_help_and_dry_run(capsys, recipe):

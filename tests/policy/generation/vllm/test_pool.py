@@ -239,6 +239,15 @@ def test_an_engine_ends_with_its_trainer_be_there_a_script_between_them_or_not(m
     trainer.wait()
 
 
+def test_engines_elsewhere_are_not_asked_without_their_secret(monkeypatch):
+    config = VllmConfig(urls=("http://h:1", "http://h:2"))
+    monkeypatch.setenv(TOKEN_VARIABLE, "x")
+    check_vllm(config, "rollout")
+    monkeypatch.delenv(TOKEN_VARIABLE)
+    with pytest.raises(ConfigError, match=rf"rollout.vllm.urls = http://h:1, http://h:2: {TOKEN_VARIABLE} is not set"):
+        check_vllm(config, "rollout")
+
+
 def test_a_python_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"vllm.python = .*/none: cannot be started"):
         check_vllm(VllmConfig(python=str(tmp_path / "none")), "rollout")
