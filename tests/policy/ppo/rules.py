@@ -10,6 +10,10 @@ def share_of_abc(prompts, responses):
     return [sum(letter in "abc" for letter in text) / max(len(text), 1) for text in responses]
 
 
+def has_an_a(prompts, responses):
+    return [float("a" in text) for text in responses]
+
+
 def length(prompts, responses):
     return [len(text) / 10 for text in responses]
 

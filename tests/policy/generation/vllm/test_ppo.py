@@ -98,6 +98,18 @@ def test_one_step_ahead_is_one_update_behind_and_logged(run_ranks, recipe, tmp_p
     assert rows[0]["sampler_gap/max"] < 1e-3 < rows[2]["sampler_gap/max"]
 
 
+def test_rounds_of_other_prompts_do_not_hide_that_the_first_one_was_written_ahead(run_ranks, recipe, tmp_path):
+    settings = (
+        "rollout.ahead=1", "loss.importance=token", "rollout.vllm.engines=2", "rollout.extra_rounds=2",
+        "advantage.estimator=grpo", "reward.function=rules:has_an_a", "train.max_steps=3",
+    )  # fmt: skip
+    run_ranks(["-m", "policy.ppo", *recipe("rounds", *settings)], ranks=1, **RULES)
+    rows = metric_rows(tmp_path / "rounds")
+    assert [row["rollout/staleness"] for row in rows] == [0, 1, 1]
+    assert any(row["extra_rounds"] > 0 for row in rows[1:]), rows
+    assert all(row["rollout/engine_restarts"] == 0 for row in rows)
+
+
 def test_answers_of_vllm_are_those_of_the_model(tmp_path, wide_model, engine_options, alone):
     questions = tmp_path / "questions.jsonl"
     questions.write_text("".join(json.dumps({"prompt": f"write one sentence about {n}"}) + "\n" for n in range(5)))
