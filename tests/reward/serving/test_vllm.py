@@ -10,8 +10,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from launch.cli import main
+from reward.serving.client import RewardServers
+from rlhf.data.options import TemplateChoice
 from tests.ports import free_port
-from tests.published import published, with_begin_token
+from tests.published import SPOKEN, published, with_begin_token
+
+REFUSES = "{% if 'unspeakable' in messages[0]['content'] %}{{ raise_exception('we do not say that') }}{% endif %}"
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.dist]
 
@@ -39,6 +43,7 @@ def model(request, tmp_path, tiny_tokenizer):
     tiny_tokenizer.save_pretrained(source)
     if request.param == "bos":
         source = with_begin_token(source, tmp_path / "begin")
+        return published(source, tmp_path / "final", TemplateChoice(text=REFUSES + SPOKEN))
     return published(source, tmp_path / "final")
 
 
@@ -61,6 +66,10 @@ def test_vllm_gives_the_scores_of_plain_transformers(model, python, start_ranks,
         code = main(["check", "served", url, "--model", str(model)])
         shown = capsys.readouterr().out
         assert code == 0 and "/score, pairs" in shown and "/classify, messages" in shown, shown
+        prompts = [[{"role": "user", "content": text}] for text in ("say it", "no more", "the unspeakable")]
+        refused = RewardServers([url]).refusals(prompts)
+        assert [*refused] == ([2] if model.parent.joinpath("begin").exists() else []), refused
+        assert all("we do not say that" in why for why in refused.values()), refused
     finally:
         os.kill(process.pid, signal.SIGTERM)
         output, _ = process.communicate(timeout=120)
