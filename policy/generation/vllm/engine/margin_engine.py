@@ -112,7 +112,8 @@ class Engine:
     def __init__(self, options: argparse.Namespace) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process: what is scheduled does not depend on time
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        if "OMP_NUM_THREADS" in os.environ:  # else vLLM binds a thread to each core, whoever else computes there
+        # Else vLLM binds a thread to each core, whoever else computes there, and wants a NUMA node for each worker.
+        if "OMP_NUM_THREADS" in os.environ or options.tensor_parallel > 1:
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         from vllm import LLM
         from vllm.platforms import current_platform

@@ -75,8 +75,9 @@ def test_of_two_engines_each_writes_its_share_and_the_one_that_is_killed_comes_b
     assert_same(found, own.generate(prompts, range(64)))
 
 
-def test_two_workers_share_the_weights_of_an_engine_and_its_checksums_are_of_all(several, prompts, seeds):
+def test_two_workers_share_the_weights_of_an_engine_and_its_checksums_are_of_all(several, prompts, seeds, monkeypatch):
     """There is one head of keys and values, so that both workers have the same ones."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # then vLLM would bind threads, each worker's on its own node
     policy, _, push, ours, own = several(12, tensor_parallel=2)
     push.push()
     before = ours.generate(prompts, seeds)

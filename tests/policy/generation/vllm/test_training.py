@@ -99,12 +99,12 @@ def test_the_end_of_a_run_does_not_wait_for_what_an_engine_elsewhere_was_begun_w
     sampler.begin(prompts, seeds)
     while not fake[0].asked:
         time.sleep(0.01)
-    began = time.monotonic()
     sampler.close()
-    with pytest.raises(TrainingStopped, match="the engines were ended"):
-        sampler._pending.result(timeout=3)
-    assert time.monotonic() - began < 2
-    goes_on.set()
+    try:
+        with pytest.raises(TrainingStopped, match="the engines were ended"):
+            sampler._pending.result(timeout=3)
+    finally:
+        goes_on.set()
 
 
 def test_a_fault_of_what_was_begun_is_told_when_it_is_asked_for(fake, ahead, prompts, seeds):
