@@ -138,7 +138,7 @@ def _by_bucket(judged: Sequence[Judged], name: str, title: str, x: str) -> Figur
         percent=True,
         levels=(0.5,),
         categories=tuple(f"{each['smallest']:.{digits}f} to {each['largest']:.{digits}f}" for each in most),
-        note="Quartiles of the held-out pairs, with 95 % intervals. A guess is right in 50 % (dotted line).",
+        note="Quartiles of the pairs, with 95 % intervals. A guess is right in 50 % (dotted line).",
     )
 
 

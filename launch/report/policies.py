@@ -1,12 +1,12 @@
 """Evaluations of policies and benchmarks of reward models."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from launch.report.contents import Cell, Reading, Section, Table, cell, named, points, run_cell, share
+from launch.report.contents import Advice, Cell, Reading, Section, Table, cell, named, points, run_cell, share
 from launch.report.figures import Figure, Line
 from launch.report.pairs import Judged, judged_figures
 from launch.report.reading import Run
@@ -95,12 +95,13 @@ def benchmark(runs: Sequence[Run], first: int) -> Section:
     from reward.benchmarks.results import read_result
 
     found = {place: read_result(run.folder) for place, run in enumerate(runs) if run.evaluation}
-    lead, figures, tables = [], [], []
+    lead, figures, tables, advice = [], [], [], list[Advice]()
     for place, each in found.items():
         run, main = runs[place], each.main
         text = f"{main.name} on {each.benchmark}: {share(main.value)} (95 % interval {share(main.low)} to"
         lead.append(named(run, runs, f"{text} {share(main.high)}, {each.items} items)."))
-        key, title = "" if len(runs) == 1 else f"-{place}", named(run, runs, each.benchmark)
+        advice += _doubts(run, each)
+        key, title = ("", each.benchmark) if len(runs) == 1 else (f"-{place}", f"{run.name}: {each.benchmark}")
         figures += [_measures(each, f"benchmark{key}", title), _rewards(run, runs, f"rewards{key}")]
         tables.append(_benchmark_table(each, run_cell(run, first + place), title))
     judged = [
@@ -112,7 +113,28 @@ def benchmark(runs: Sequence[Run], first: int) -> Section:
         for place, run in enumerate(runs)
     ]
     figures += judged_figures(judged)
-    return Section(key="benchmark", title="Benchmarks", lead=tuple(lead), figures=tuple(figures), tables=tuple(tables))
+    return Section(
+        key="benchmark",
+        title="Benchmarks",
+        lead=tuple(lead),
+        figures=tuple(figures),
+        tables=tuple(tables),
+        advice=tuple(advice),
+    )
+
+
+def _doubts(run: Run, found: "BenchmarkResult") -> Iterator[Advice]:
+    """What a benchmark says against a model."""
+    main, length = found.main, found.by_length[0].value
+    if found.wrong_prompt and main.low <= found.wrong_prompt[0].value:
+        text = (
+            f"{found.benchmark}: under another item's prompt it does as well ({share(found.wrong_prompt[0].value)}): "
+            "it judges these answers without their question. Train on pairs that are more like them."
+        )
+        yield Advice(run=run.name, text=text)
+    if main.low <= length:
+        text = f"{found.benchmark}: it is no better than a rule that takes the longer answer ({share(length)})."
+        yield Advice(run=run.name, text=text)
 
 
 def _measures(found: "BenchmarkResult", key: str, title: str) -> Figure:

@@ -113,6 +113,26 @@ def test_benchmarks_and_fine_tuning_have_their_sections(tmp_path):
     assert [sum(line.y) for line in rewards.lines] == pytest.approx([1.0, 1.0])
 
 
+@pytest.mark.parametrize(
+    ("by_length", "elsewhere", "told"),
+    [
+        (0.3, 0.4, []),
+        (0.3, 0.62, ["hh: under another item's prompt it does as well (62.0 %)"]),
+        (0.9, 0.4, ["hh: it is no better than a rule that takes the longer answer (90.0 %)"]),
+        (0.3, None, []),
+    ],
+)
+def test_a_benchmark_that_length_or_a_wrong_prompt_would_pass_is_doubted(tmp_path, by_length, elsewhere, told):
+    found = json.loads((benchmark_run(tmp_path / "bench") / "evaluation.json").read_text())
+    (first, *_), (length, *_), (wrong, *_) = (found[name] for name in ("measures", "by_length", "wrong_prompt"))
+    found["measures"] = [first | {"value": 0.7, "low": 0.6, "high": 0.8}]
+    found["by_length"] = [length | {"value": by_length}]
+    found["wrong_prompt"] = [] if elsewhere is None else [wrong | {"value": elsewhere}]
+    write_json(tmp_path / "bench" / "evaluation.json", found)
+    said = [each.text for each in report_of([tmp_path / "bench"]).advice]
+    assert [text.partition(": it judges")[0].removesuffix(".") for text in said] == told
+
+
 def test_a_stage_of_which_nothing_is_to_be_said_has_no_section(tmp_path):
     folder = reward_run(tmp_path / "p" / "reward").parent / "backbone"
     write_status(folder, new_status("import", state="finished"))
