@@ -14,7 +14,7 @@ LOOKS = [(width, dark) for width in (390, 1400) for dark in (False, True)]
 LOADED = "performance.getEntriesByType('navigation')[0].loadEventEnd"
 
 
-def build_parser() -> argparse.ArgumentParser:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("page", type=Path, help="what rlhf report wrote")
     parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="write a picture of each look into it")
@@ -22,7 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    options = build_parser().parse_args()
+    options = _parser().parse_args()
     print(f"{options.page}: {options.page.stat().st_size / 1e6:.2f} MB")
     for width, dark in LOOKS:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile, Browser(Path(profile)) as browser:

@@ -1,5 +1,6 @@
 """Several questions about each of many items: what they cost, what was said, what stayed without a verdict."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,8 @@ def ask_all(
     judge = Judge(config, folder / CACHE)
     questions = [question for item in items for question in item]
     missing = judge.unknown(questions, read)
-    console.print(cost(missing, config, known=len(questions) - len(missing)), highlight=False)
+    distinct = len({json.dumps(each) for each in questions})  # equal answers make equal questions
+    console.print(cost(missing, config, known=distinct - len(missing)), highlight=False)
     found = iter(judge.ask(questions, read, _told_by(console, len(missing))))
     replies = [[next(found) for _ in item] for item in items]
     whole = [tuple(each for each in item if isinstance(each, Verdict)) for item in replies]
@@ -66,7 +68,7 @@ def ask_all(
 def cost(missing: Sequence[Question], config: JudgeConfig, *, known: int) -> str:
     """What will be asked, in words."""
     read = sum(len(message["content"]) for each in missing for message in each) // CHARACTERS_PER_TOKEN
-    told = f"{len(missing)} questions to the judge ({known} are answered already): about {read:,} tokens to read"
+    told = f"{len(missing)} questions to the judge ({known} more are answered already): about {read:,} tokens to read"
     of_reading, of_writing = (price / 1e6 for price in config.prices or (0.0, 0.0))
     priced = config.prices is not None
     if config.max_tokens is None:

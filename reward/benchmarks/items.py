@@ -166,12 +166,19 @@ def _item(row: Mapping[str, Any], right: Sequence[Messages], wrong: Sequence[Mes
     )
 
 
+def _check_counts(right: Sequence[Messages], wrong: Sequence[Messages], counts: tuple[int, int], told: str) -> None:
+    if (len(right), len(wrong)) != counts:
+        raise BadRow("wrong shape", f"{len(right)} chosen and {len(wrong)} rejected answers, expected {told}")
+
+
 # Benchmarks
 
 
 def _reward_bench(row: Mapping[str, Any], _: ColumnConfig) -> BenchmarkItem:
     _text(row, "subset")
-    return _item(row, _answers(row, "chosen"), _answers(row, "rejected"))
+    right, wrong = _answers(row, "chosen"), _answers(row, "rejected")
+    _check_counts(right, wrong, (1, 1), "one of each")
+    return _item(row, right, wrong)
 
 
 def _reward_bench_2(row: Mapping[str, Any], _: ColumnConfig) -> BenchmarkItem:
@@ -179,13 +186,14 @@ def _reward_bench_2(row: Mapping[str, Any], _: ColumnConfig) -> BenchmarkItem:
     right, wrong = _answers(row, "chosen"), _answers(row, "rejected")
     if subset.lower() == "ties" and identity.partition(":")[0] not in ("ref", "tied"):
         raise BadRow("wrong shape", f"id = {identity!r} of the subset Ties: expected ref:NUMBER or tied:NUMBER")
+    if subset.lower() != "ties":
+        _check_counts(right, wrong, (1, 3), "1 and 3")
     return _item(row, right, wrong)
 
 
 def _rm_bench(row: Mapping[str, Any], _: ColumnConfig) -> BenchmarkItem:
     right, wrong = _answers(row, "chosen"), _answers(row, "rejected")
-    if (len(right), len(wrong)) != (3, 3):
-        raise BadRow("wrong shape", f"{len(right)} chosen and {len(wrong)} rejected answers, expected 3 styles of each")
+    _check_counts(right, wrong, (3, 3), "3 styles of each")
     # The safety domain is published in two parts, which count as one.
     return _item(row, right, wrong, subset=_word(row, "domain", "all").partition("-")[0])
 

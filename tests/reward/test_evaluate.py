@@ -95,11 +95,11 @@ def test_calibration_error_by_hand():
 
 
 def test_the_reliability_curve_by_hand():
-    gaps = [math.log(3), -math.log(3), 0.0, math.log(9)]
+    gaps = [math.log(3), -math.log(3), 0.0, math.log(9), math.log(99)]
     curve = reliability_curve(gaps)
-    assert [each.confidence for each in curve] == pytest.approx([0.5, 0.75, 0.9])
-    assert [each.accuracy.value for each in curve] == [0.5, 0.5, 1.0]
-    assert [each.accuracy.pairs for each in curve] == [1, 2, 1]
+    assert [each.confidence for each in curve] == pytest.approx([0.5, 0.75, 0.9, 0.99])
+    assert [each.accuracy.value for each in curve] == [0.5, 0.5, 1.0, 1.0]
+    assert [each.accuracy.pairs for each in curve] == [1, 2, 1, 1]
     stored = evaluate(gaps)
     assert stored.reliability == curve and stored.to_dict()["reliability"][1]["accuracy"]["pairs"] == 2
 

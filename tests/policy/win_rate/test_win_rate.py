@@ -239,7 +239,7 @@ def test_the_cost_is_told_before(stub, files, tmp_path):
     read = sum(len(message["content"]) for each in asked for message in each) // 4
     config = JudgeConfig(url="http://x", model="m", max_tokens=16, prices=(10.0, 30.0))
     assert cost(asked, config, known=2) == (
-        f"6 questions to the judge (2 are answered already): about {read:,} tokens to read, at most 96 to write: "
+        f"6 questions to the judge (2 more are answered already): about {read:,} tokens to read, at most 96 to write: "
         f"{read * 10 / 1e6:.2f} to {(read * 10 + 96 * 30) / 1e6:.2f} at these prices"
     )
     without_limit = cost(asked, replace(config, max_tokens=None), known=0)
@@ -252,7 +252,10 @@ def test_the_cost_is_told_before(stub, files, tmp_path):
             said.append((text.partition(":")[0], len(server.bodies)))
 
     ask_all(judge(server), [[each] for each in asked], verdict, tmp_path, Listening(), "pairs")
-    assert said[0] == ("6 questions to the judge (0 are answered already)", 0), "before anything is asked"
+    assert said[0] == ("6 questions to the judge (0 more are answered already)", 0), "before anything is asked"
+    said.clear()
+    ask_all(judge(server), [asked[:1], asked[:1], asked[1:]], verdict, tmp_path / "equal", Listening(), "pairs")
+    assert said[0][0] == "6 questions to the judge (0 more are answered already)", "equal ones are asked once"
 
 
 def test_a_function_judges(files, tmp_path, monkeypatch):

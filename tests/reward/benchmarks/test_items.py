@@ -25,6 +25,7 @@ ROWS = {
     },
     "rm-bench": {
         "id": "a",
+        "subset": "safety",
         "prompt": "Why?",
         "chosen": ["so", "so it is", "* so"],
         "rejected": ["no", "no it is", "* no"],
@@ -147,6 +148,8 @@ def test_many_answers_with_their_truth_are_ppe_as_well(tmp_path):
         ("rewardbench", {"subset": None}, r"subset is null.*a row of rewardbench has prompt, chosen"),
         ("rewardbench", {"prompt": 3}, r"prompt is a number \(3\), expected text or messages"),
         ("rewardbench2", {"rejected": []}, r"rejected is a list; expected text, or a list of texts"),
+        ("rewardbench", {"chosen": ["a", "b", "c"]}, r"3 chosen and 1 rejected answers, expected one of each"),
+        ("rewardbench2", {"subset": "Math"}, r"2 chosen and 3 rejected answers, expected 1 and 3"),
         ("rewardbench2", {"id": 4}, r"id = '4' of the subset Ties: expected ref:NUMBER"),
         ("rm-bench", {"chosen": ["one"]}, r"1 chosen and 3 rejected answers, expected 3 styles of each"),
         ("judgebench", {"label": "tie"}, r"label = 'tie', expected A>B or B>A"),
@@ -163,8 +166,6 @@ def test_a_row_of_another_shape_is_named_with_file_line_and_what_was_expected(tm
 def test_the_rows_of_another_benchmark_are_refused(tmp_path):
     for name in ROWS:
         for other in ROWS.keys() - {name, "pairs", "hh"}:
-            if {name, other} == {"rewardbench", "rewardbench2"} or name in ("rm-bench", "rewardbench2"):
-                continue  # pairs with a subset are both, and lists of answers as well
             with pytest.raises(DataError, match=f"is one of {other}"):
                 read(other, tmp_path, ROWS[name])
 
