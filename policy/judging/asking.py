@@ -58,9 +58,10 @@ def ask_all(
     told = f"{left_out} of {len(items)} {what} have no verdict ({'; '.join([*faults][:FAULTS_TOLD])})"
     allowed = max(1, int(config.tolerated * len(items))) if config.tolerated else 0
     if left_out > allowed or left_out == len(items):
+        kept = f". What was answered is kept in {folder / CACHE}: the same command asks for the rest"
         raise DataError(
-            f"{config.url}: {told}, where {allowed} may stay without (judge.tolerated). What was answered is kept in "
-            f"{folder / CACHE}: the same command asks for the rest"
+            f"{config.url}: {told}, where {allowed} may stay without (judge.tolerated)"
+            f"{kept if any(whole) else ''}"
         )
     return Replies(verdicts=verdicts, left_out=left_out, notes=(f"{told}: left out",))
 
@@ -94,6 +95,6 @@ def said(reply: str) -> str:
 def _told_by(console: Console, total: int) -> Callable[[int], None]:
     def advance(count: int) -> None:
         if count == total or count % max(1, total // 20) == 0:
-            console.print(f"judged {count} of {total}", highlight=False)
+            console.print(f"{count} of {total} questions are through", highlight=False)
 
     return advance

@@ -89,7 +89,7 @@ def test_an_endpoint_in_every_bad_mood_is_asked_again(stub, files, tmp_path, mon
 
 def test_what_was_answered_is_kept_and_never_asked_twice(stub, files, tmp_path):
     server = stub(says_which_is_good, *["well"] * 5, *["500"] * 100)
-    with pytest.raises(DataError, match=r"4 of 6 pairs have no verdict \(status 500\), where 1 may stay without"):
+    with pytest.raises(DataError, match=r"4 of 6 pairs .* \(status 500\), where 1 may stay .*the same command"):
         judged_by(server, files, tmp_path / "out", tries=2, concurrency=1)
     cache = tmp_path / "out" / "judge.jsonl"
     assert len(cache.read_text().splitlines()) == 5
@@ -150,7 +150,7 @@ def test_a_refusal_ends_it_at_once_and_says_why(stub, files, tmp_path):
 def test_an_address_where_nobody_is_ends_in_one_message(files, tmp_path):
     nobody = JudgeConfig(url="http://127.0.0.1:9/v1", model="m", tries=2, wait_seconds=0.01)
     config = WinRateConfig(output=tmp_path, outputs=files[0], reference=files[1], judge=nobody)
-    with pytest.raises(DataError, match=r"6 of 6 pairs have no verdict \(ConnectError"):
+    with pytest.raises(DataError, match=r"6 of 6 pairs have no verdict \(ConnectError.*\(judge\.tolerated\)$"):
         compare(config, Console(quiet=True))
 
 
