@@ -225,7 +225,7 @@ def test_smollm2_says_the_same_on_both_backends_to_50_prompts(tmp_path, alone, e
     if not SHARED_DATA.is_dir():
         lacking(f"{SHARED_DATA} is not there")
     folder = tmp_path / "smollm2"
-    import_gguf(str(embedded_model()), folder)
+    import_gguf(embedded_model(), folder)
     model, chat = open_policy(folder), load_chat(folder, None)
     config = SamplingConfig(max_new_tokens=16, top_k=1, vllm=engine_options)
     with gzip.open(SHARED_DATA / "alpaca_eval_instructions.json.gz", "rt") as file:
