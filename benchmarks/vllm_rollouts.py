@@ -34,7 +34,7 @@ def seconds(action: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def main() -> None:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--prompts", type=Path, required=True, help="JSON with rows that have an instruction")
@@ -43,7 +43,11 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--batch-rows", type=int, default=64)
     parser.add_argument("--output", type=Path, help="JSON file")
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    options = build_parser().parse_args()
     model, chat = open_policy(options.model), load_chat(options.model, None)
     with gzip.open(options.prompts, "rt") as file:
         texts = [row["instruction"] for row in json.load(file) if len(row["instruction"]) < 200]
