@@ -132,7 +132,7 @@ def run_reward(options: argparse.Namespace) -> int:
     from policy.benchmark.config import BenchmarkConfig
     from rlhf.config import validate
 
-    names = ("data", "split", "template", "max_tokens", "wrong_prompt", "batch_tokens", "precision")
+    names = ("split", "template", "max_tokens", "wrong_prompt", "batch_tokens", "precision")
     settings = chosen(options, names) | {"columns": given_columns(options, COLUMNS)}
     settings |= {name: str(getattr(options, name)) for name in ("model", "output")}
     settings["url"] = options.url

@@ -58,11 +58,9 @@ def ask_all(
     told = f"{left_out} of {len(items)} {what} have no verdict ({'; '.join([*faults][:FAULTS_TOLD])})"
     allowed = max(1, int(config.tolerated * len(items))) if config.tolerated else 0
     if left_out > allowed or left_out == len(items):
-        kept = f". What was answered is kept in {folder / CACHE}: the same command asks for the rest"
-        raise DataError(
-            f"{config.url}: {told}, where {allowed} may stay without (judge.tolerated)"
-            f"{kept if any(whole) else ''}"
-        )
+        again = f". What was answered is kept in {folder / CACHE}: the same command asks for the rest"
+        kept = again if any(whole) else ""
+        raise DataError(f"{config.url}: {told}, where {allowed} may stay without (judge.tolerated){kept}")
     return Replies(verdicts=verdicts, left_out=left_out, notes=(f"{told}: left out",))
 
 

@@ -140,8 +140,8 @@ def await_builds(config: Mapping[str, Any]) -> None:
 
 def _await_build(name: str, lock: Path) -> None:
     told = False
-    while (idle := _seconds_without_a_file(lock.parent)) is not None and lock.exists():
-        if idle > KILLED_AFTER and not _is_open_somewhere(lock):
+    while lock.exists():
+        if _seconds_without_a_file(lock.parent) > KILLED_AFTER and not _is_open_somewhere(lock):
             log.warning("%s: left by a build of DeepSpeed's op %s that was killed; removed", lock, name)
             lock.unlink(missing_ok=True)
             return
@@ -154,16 +154,12 @@ def _await_build(name: str, lock: Path) -> None:
         time.sleep(0.2)
 
 
-def _seconds_without_a_file(folder: Path) -> float | None:
-    """How long ago the newest file of a folder was written; None without a file."""
-    written = [each.st_mtime for each in map(_stat, folder.glob("*")) if each is not None]
-    return time.time() - max(written) if written else None
-
-
-def _stat(path: Path) -> os.stat_result | None:
-    with contextlib.suppress(OSError):
-        return path.stat()
-    return None
+def _seconds_without_a_file(folder: Path) -> float:
+    """How long ago the newest file of a folder was written; 0 while files come and go."""
+    try:
+        return time.time() - max(each.stat().st_mtime for each in folder.iterdir())
+    except (OSError, ValueError):  # one went meanwhile, or all
+        return 0.0
 
 
 def _is_open_somewhere(path: Path) -> bool:

@@ -96,30 +96,28 @@ def test_an_engine_that_hangs_is_given_up_and_asked_again(fake, fake_pool, rows,
     assert "gives no sign of life" in caplog.text
 
 
+def breaks_off(engine, version: int) -> None:
+    """An engine that is lost in its next answer, and has other weights when it is back."""
+    engine.breaks_off_after = 3
+    usual = engine.generate
+
+    def generate(asked):
+        yield from usual(asked)
+        engine.version = version
+
+    engine.generate = generate
+
+
 def test_an_engine_elsewhere_that_comes_back_empty_gets_the_weights_of_now(fake, fake_pool, rows):
     pool = fake_pool()
-    fake[0].breaks_off_after = 3
-    usual = fake[0].generate
-
-    def is_started_anew(asked):
-        yield from usual(asked)
-        fake[0].version = 0
-
-    fake[0].generate = is_started_anew
+    breaks_off(fake[0], version=0)
     assert len(pool.generate(rows, SETTINGS)) == len(rows)
     assert [asked["version"] for asked in fake[0].asked] == [1, 1] and pool.restarts == 1
 
 
 def test_an_engine_elsewhere_that_serves_another_trainer_by_now_is_refused(fake, fake_pool, rows):
     pool = fake_pool()
-    fake[0].breaks_off_after = 3
-    usual = fake[0].generate
-
-    def is_pushed_to(asked):
-        yield from usual(asked)
-        fake[0].version = 9
-
-    fake[0].generate = is_pushed_to
+    breaks_off(fake[0], version=9)
     with pytest.raises(ModelError, match="weights of version 1 came after those of 9"):
         pool.generate(rows, SETTINGS)
 
