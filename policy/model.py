@@ -21,7 +21,9 @@ from rlhf.engine.frozen import Frozen
 from rlhf.models import backbones
 from rlhf.models.adapters import absolute_base, adapter_base, merge_adapters
 from rlhf.models.hidden_states import backbone_of, last_states
+from rlhf.models.kernels import apply_kernels
 from rlhf.models.options import BackboneConfig
+from rlhf.models.trainable import make_trainable
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -246,14 +248,8 @@ def build_policy(
     model.grown = on_disk is not None and backbones.embedding_rows(hf) > on_disk
     if checked:
         check_logprobs(model, f"{setting} = {config.path}")
-    backbones.apply_kernels(hf, config)
-    adapter = None
-    if config.lora is not None:
-        adapter = backbones.add_lora(hf, config.lora, freeze_layers=config.freeze_layers, dtype=dtype)
-    else:
-        backbones.freeze_lower_layers(hf, config.freeze_layers)
-    if config.gradient_checkpointing:
-        backbones.checkpoint_activations(hf)
+    apply_kernels(hf, config)
+    adapter = make_trainable(hf, config, dtype)
     if adapter is not None:
         object.__setattr__(model, "_adapters", (adapter,))  # a plain tuple: its weights are hf's own
     return model

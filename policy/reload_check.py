@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from rlhf.models.adapters import adapter_base, beside_adapter, saved_embedding_rows, with_adapter
-from rlhf.models.backbones import exact_attention
+from rlhf.models.kernels import exact_attention
 from rlhf.train.reloading import check_texts, opening_type, padded, placed
 
 CPU = torch.device("cpu")

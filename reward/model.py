@@ -29,7 +29,10 @@ from rlhf.data.batching import LengthBucket, token_blocks
 from rlhf.models import backbones
 from rlhf.models.adapters import merge_adapters
 from rlhf.models.hidden_states import backbone_of, last_states
+from rlhf.models.kernels import apply_kernels, exact_attention
 from rlhf.models.options import BackboneConfig
+from rlhf.models.trainable import make_trainable
+from rlhf.models.weight_files import stored_type
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -213,25 +216,17 @@ def build_reward_model(
     model.head_origin = origin
     if checked:
         check_scores(model, f"{setting} = {config.path}")
-    backbones.apply_kernels(hf, config)
-    make_trainable(model, config, dtype)
+    apply_kernels(hf, config)
+    make_scorer_trainable(model, config, dtype)
     return model
 
 
-def make_trainable(model: RewardModel, config: BackboneConfig, dtype: torch.dtype) -> None:
-    """Freeze, adapt and checkpoint a loaded model as ``config`` says; its head is always trained.
-
-    Weights are going to be of type ``dtype``: new ones are made so.
-    """
-    hf = model.hf
-    if config.lora is not None:
-        adapter = backbones.add_lora(hf, config.lora, freeze_layers=config.freeze_layers, dtype=dtype)
+def make_scorer_trainable(model: RewardModel, config: BackboneConfig, dtype: torch.dtype) -> None:
+    """What :func:`rlhf.models.trainable.make_trainable` does; the head is always trained."""
+    adapter = make_trainable(model.hf, config, dtype)
+    if adapter is not None:
         object.__setattr__(model, "_adapters", (adapter,))  # a plain tuple: its weights are hf's own
-        _find_head(hf).requires_grad_(True)
-    else:
-        backbones.freeze_lower_layers(hf, config.freeze_layers)
-    if config.gradient_checkpointing:
-        backbones.checkpoint_activations(hf)
+        _find_head(model.hf).requires_grad_(True)
 
 
 OWN_MODEL_TYPES = {"mlp": "margin-rlhf-mlp-reward", "bnrm": "margin-rlhf-bnrm-reward"}
@@ -303,7 +298,7 @@ def load_reward_model(
         raise ModelError(f"{folder}: not a model folder (no config.json); give the final/ folder of a reward run")
     settings = json.loads(path.read_text())
     if shared:
-        dtype = backbones.stored_type(str(folder)) or dtype
+        dtype = stored_type(str(folder)) or dtype
     if settings.get("model_type") in OWN_MODEL_TYPES.values():
         return RewardModel(_load_own(folder, settings, dtype))
     try:
@@ -312,7 +307,7 @@ def load_reward_model(
             dtype=dtype,
             output_loading_info=True,
             trust_remote_code=trust_remote_code,
-            attn_implementation=backbones.exact_attention(
+            attn_implementation=exact_attention(
                 AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
             ),
         )
@@ -336,7 +331,7 @@ def _load_own(folder: Path, settings: dict, dtype: torch.dtype) -> PreTrainedMod
         folder,
         config=config,
         dtype=dtype,
-        attn_implementation=backbones.exact_attention(config),
+        attn_implementation=exact_attention(config),
         output_loading_info=True,
     )
     width, hidden = hf.config.hidden_size, settings["head_hidden"]

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf.data.batching import LengthBucket
-from rlhf.models.backbones import exact_attention
+from rlhf.models.kernels import exact_attention
 from rlhf.train.reloading import check_texts, opening_type, padded, placed
 
 Scorer = Callable[[Tensor, Tensor, Tensor], Tensor]

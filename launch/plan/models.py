@@ -200,7 +200,7 @@ def _bare_model(settings: Any, config: BackboneConfig, kind: Kind) -> Any:
 def _freeze_and_adapt(model: Any, config: BackboneConfig) -> None:
     """Freeze and adapt the model by the functions that the stages use."""
     from rlhf.core.heads import HEAD_NAMES
-    from rlhf.models.backbones import add_lora, freeze_lower_layers
+    from rlhf.models.trainable import add_lora, freeze_lower_layers
 
     if config.lora is None:
         freeze_lower_layers(model, config.freeze_layers)
@@ -214,7 +214,7 @@ def _freeze_and_adapt(model: Any, config: BackboneConfig) -> None:
 def _counted(model: Any, config: BackboneConfig, kind: Kind, origin: str, shape: ModelShape) -> EmptyModel:
     from torch import nn
 
-    from rlhf.models.backbones import decoder_layers
+    from rlhf.models.trainable import decoder_layers
 
     parameters = list(model.parameters())
     layers = decoder_layers(model)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rlhf.models.backbones import exact_attention
+from rlhf.models.kernels import exact_attention
 
 
 def grouped_sdpa(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from reward.config import RewardModelConfig
-from reward.model import RewardModel, build_reward_model, load_reward_model, make_trainable
+from reward.model import RewardModel, build_reward_model, load_reward_model, make_scorer_trainable
 from rlhf.core.errors import ModelError
 from rlhf.core.packing import collect
 from rlhf.data.batching import LengthBucket, token_blocks
@@ -124,7 +124,7 @@ def build_critic(
     if known < vocabulary:
         raise ModelError(f"critic.path = {path} knows {known} tokens, and the policy writes {vocabulary}")
     switch_dropout_off(scorer.hf)
-    make_trainable(scorer, options, dtype)
+    make_scorer_trainable(scorer, options, dtype)
     if start.statistics is None:
         return ValueModel(scorer)
     return ValueModel(scorer, mean=start.statistics.mean, deviation=start.statistics.standard_deviation)

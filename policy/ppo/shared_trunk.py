@@ -14,8 +14,8 @@ from policy.model import PolicyModel
 from policy.ppo.critic import response_values
 from reward.heads import Float32Linear, draw
 from rlhf.data.batching import LengthBucket, token_blocks
-from rlhf.models.backbones import freeze_adapters_below
 from rlhf.models.hidden_states import last_states
+from rlhf.models.trainable import freeze_adapters_below
 
 NAME = "critic"
 

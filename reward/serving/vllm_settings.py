@@ -19,7 +19,7 @@ from rlhf.core.errors import ModelError
 from rlhf.core.files import write_text
 from rlhf.data.portable import portable_tokenizer
 from rlhf.data.templates import ChatFormat
-from rlhf.models.backbones import stored_type
+from rlhf.models.weight_files import stored_type
 
 SETTINGS_NAME = "vllm.yaml"
 _HEAD = """\

@@ -1,20 +1,14 @@
 """Load a Transformers backbone, freeze or adapt it, and know its parts."""
 
-import contextlib
-import functools
-import importlib.util
-import json
 import logging
 import os
-import sys
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 import transformers
-from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
@@ -31,10 +25,12 @@ from rlhf.core.files import digest, weights_checksum
 from rlhf.core.heads import HEAD_NAMES
 from rlhf.core.memory import free_memory
 from rlhf.models.adapters import adapter_base, with_adapter
-from rlhf.models.options import BackboneConfig, LoraOptions, cut_layers
+from rlhf.models.kernels import attention_implementation, flash_runs
+from rlhf.models.options import BackboneConfig, cut_layers
+from rlhf.models.weight_files import checkpoint_bytes, elements_of, stored_type, tensors_of
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    pass
 
 TEXT_PART = {r"^language_model\.": "", r"^model\.language_model\.": "model."}
 """Names of weights in the files of a model that also sees or hears, and what its text model calls them."""
@@ -118,17 +114,6 @@ def loading_type(config: BackboneConfig, dtype: torch.dtype, vocabulary: int) ->
     if vocabulary > (getattr(load_model_config(config), "vocab_size", None) or 0):
         return dtype
     return stored_type(config.path, config.revision) or dtype
-
-
-def stored_type(path: str, revision: str | None = None) -> torch.dtype | None:
-    """The one type of all weights in the files of a folder, or of a name of the hub that was fetched before."""
-    folder = Path(path)
-    if not folder.is_dir():
-        index = try_to_load_from_cache(path, "config.json", revision=revision)
-        folder = Path(index).parent if isinstance(index, str) else folder
-    types = {entry["dtype"] for entry in _tensors(folder)}
-    known = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-    return known.get(types.pop()) if len(types) == 1 else None
 
 
 def _load(
@@ -238,19 +223,9 @@ def switch_dropout_off(model: PreTrainedModel) -> None:
                 setattr(module, name, 0.0)
 
 
-def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Recompute the activations of each layer in the backward pass, in training mode.
-
-    Transformers also makes the output of the embeddings require a gradient, which re-entrant checkpoints need. These
-    do not, and it would carry the backward pass through frozen layers.
-    """
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.disable_input_require_grads()
-
-
 def plain_copy(config: BackboneT) -> BackboneT:
     """The settings for a copy that is only asked on the CPU: nothing for GPUs, no activations to recompute."""
-    on_gpus = config.attention == "flash_attention_2" or (config.attention == "auto" and _flash_runs(torch.bfloat16))
+    on_gpus = config.attention == "flash_attention_2" or (config.attention == "auto" and flash_runs(torch.bfloat16))
     attention = "eager" if on_gpus else config.attention
     return replace(config, kernels="none", gradient_checkpointing=False, attention=attention)
 
@@ -272,49 +247,6 @@ def cut_copy(config: BackboneT, layers: int) -> BackboneT | None:
     if count is None or count <= layers:
         return None
     return replace(config, layers=layers, freeze_layers=min(config.freeze_layers, layers))
-
-
-def apply_kernels(model: PreTrainedModel, config: BackboneConfig) -> None:
-    """Give a loaded and checked model the fused kernels that the recipe asks for: they run on a GPU only."""
-    if config.kernels == "liger":
-        apply_liger(model)
-
-
-def apply_liger(model: PreTrainedModel) -> None:
-    """Replace norms, rotary embeddings and MLPs of a loaded model by Liger's fused kernels.
-
-    Raises:
-        ModelError: without CUDA, without the package, or for a model that Liger does not know.
-    """
-    if not torch.cuda.is_available():
-        raise ModelError("model.kernels = liger needs a CUDA device, and there is none; set model.kernels=none")
-    try:
-        from liger_kernel.transformers import monkey_patch
-    except ImportError as error:
-        raise ModelError(
-            f"model.kernels = liger, but the package cannot be imported ({error}): pip install 'margin-rlhf[kernels]'"
-        ) from error
-    if model.config.model_type not in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN:
-        raise ModelError(f"model.kernels = liger: Liger has no kernels for {model.config.model_type}; set it to none")
-    modeling = vars(sys.modules[type(model).__module__])
-    before = dict(modeling)
-    monkey_patch._apply_liger_kernel_to_instance(model=model)
-    # It replaces classes and functions of the whole module, too, which models on the CPU need: publishing builds one.
-    for name, own in before.items():
-        fused = modeling[name]
-        if fused is not own:
-            modeling[name] = own if isinstance(own, type) else _on_gpus(fused, own)
-
-
-def _on_gpus(fused: Callable[..., Any], own: Callable[..., Any]) -> Callable[..., Any]:
-    """``fused`` for tensors on a GPU, ``own`` for others."""
-
-    @functools.wraps(own)
-    def chosen(*values: Any, **named: Any) -> Any:
-        on_gpu = any(getattr(value, "is_cuda", False) for value in (*values, *named.values()))
-        return (fused if on_gpu else own)(*values, **named)
-
-    return chosen
 
 
 LOGIT_FACTORS = {"hyperclovax": "logits_scaling", "falcon_h1": "lm_head_multiplier"}
@@ -386,131 +318,9 @@ def _whole_config(config: BackboneConfig) -> PretrainedConfig:
         ) from error
 
 
-def attention_implementation(
-    wanted: str, dtype: torch.dtype, settings: PretrainedConfig, has_flash: bool
-) -> str | None:
-    """The name Transformers takes; ``None`` leaves the choice to it (SDPA where the model has it).
-
-    Args:
-        wanted: the recipe's ``model.attention``.
-        dtype: of the weights.
-        settings: of the model.
-        has_flash: whether the model's code can call flash attention.
-    Raises:
-        ModelError: if the wanted one computes something else than the model.
-    """
-    exact = exact_attention(settings)
-    if wanted == "sdpa" and exact is not None:
-        raise ModelError(
-            f"model.attention = sdpa leaves out the soft-capping of attention that {settings.model_type} has "
-            "(attn_logit_softcapping): set it to auto or eager"
-        )
-    if wanted != "auto":
-        return wanted
-    return "flash_attention_2" if has_flash and _flash_runs(dtype) else exact
-
-
-def exact_attention(settings: PretrainedConfig) -> str | None:
-    """What to open a model with where the choice of Transformers would leave out a part of it, else ``None``.
-
-    PyTorch's SDPA cannot bound the scores of attention, as Gemma 2 does; Transformers takes it all the same, unsaid.
-    """
-    return "eager" if getattr(settings, "attn_logit_softcapping", None) is not None else None
-
-
 def _has_flash(loader: Any, settings: PretrainedConfig) -> bool:
     kind = loader._model_mapping.get(type(settings), None)
     return bool(getattr(kind, "_supports_flash_attn", False))
-
-
-def _flash_runs(dtype: torch.dtype) -> bool:
-    """Whether flash attention is installed and this GPU has it: from Ampere on, in half precision."""
-    if dtype not in (torch.bfloat16, torch.float16) or importlib.util.find_spec("flash_attn") is None:
-        return False
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
-
-
-EMBEDDING_NAMES = ("emb", "wte", "wpe", "position", "project_in")
-"""Parts of the names of parameters below the layers; Transformers has no common name for them."""
-
-
-def freeze_lower_layers(model: PreTrainedModel, count: int) -> None:
-    """No gradient for the first ``count`` layers and what comes before them: embeddings, of places too, and norms."""
-    if count == 0:
-        return
-    layers = decoder_layers(model)
-    if count > len(layers):
-        raise ModelError(f"model.freeze_layers = {count}, but the model has {len(layers)} layers")
-    model.get_input_embeddings().requires_grad_(False)
-    in_layers = {id(parameter) for parameter in layers.parameters()}
-    for name, parameter in model.base_model.named_parameters():
-        if id(parameter) not in in_layers and any(part in name.lower() for part in EMBEDDING_NAMES):
-            parameter.requires_grad_(False)
-    for layer in layers[:count]:
-        layer.requires_grad_(False)
-
-
-def add_lora(
-    model: PreTrainedModel, options: LoraOptions, *, freeze_layers: int, dtype: torch.dtype | None = None
-) -> "PeftModel":
-    """Put adapters into ``model`` (in place) above the frozen layers; everything else but the head is frozen.
-
-    Args:
-        model: loaded.
-        options: of the adapters.
-        freeze_layers: layers that get none.
-        dtype: that the weights are going to have; ``None``: that they have.
-    Returns:
-        The peft wrapper: keep it to merge the adapters later.
-    """
-    from peft import LoraConfig, get_peft_model
-
-    count = len(decoder_layers(model))
-    above = list(range(freeze_layers, count)) if freeze_layers else None
-    heads = [name for name in HEAD_NAMES if hasattr(model, name)]
-    settings = LoraConfig(
-        r=options.rank,
-        lora_alpha=options.alpha,  # type: ignore[arg-type]  # peft says int, and divides by the rank: any number
-        lora_dropout=options.dropout,
-        target_modules=options.targets,
-        exclude_modules=heads if heads and options.targets == "all-linear" else None,
-        layers_to_transform=None if options.targets == "all-linear" else above,
-    )
-    try:
-        with shown_as(model, dtype):
-            wrapped = get_peft_model(model, settings)
-    except ValueError as error:
-        raise ModelError(f"model.lora.targets = {options.targets}: {error}") from error
-    freeze_adapters_below(model, freeze_layers)
-    return wrapped
-
-
-@contextlib.contextmanager
-def shown_as(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
-    """Weights appear to have the type ``dtype`` inside the block, which reads nothing but types and shapes of them."""
-    weights = {parameter: parameter.data for parameter in model.parameters() if dtype not in (None, parameter.dtype)}
-    for parameter, data in weights.items():
-        parameter.data = torch.zeros((), dtype=dtype).expand(data.shape)
-    try:
-        yield
-    finally:
-        for parameter, data in weights.items():
-            parameter.data = data
-
-
-def freeze_adapters_below(model: PreTrainedModel, count: int) -> None:
-    """``all-linear`` puts adapters everywhere; those of frozen layers stay at zero and cost no gradient."""
-    for layer in decoder_layers(model)[:count]:
-        layer.requires_grad_(False)
-
-
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The stack of layers, found by its length."""
-    count = model.config.num_hidden_layers
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return module
-    raise ModelError(f"{type(model).__name__}: no stack of {count} layers found; freeze_layers cannot be used with it")
 
 
 def check_host_memory(
@@ -529,7 +339,7 @@ def check_host_memory(
     folder = Path(_origin(config)[0])
     bytes_here = checkpoint_bytes(folder, dtype)
     if shared and bytes_here is not None:
-        largest = max(_elements(entry) for entry in _tensors(folder)) * dtype.itemsize
+        largest = max(elements_of(entry) for entry in tensors_of(folder)) * dtype.itemsize
         bytes_here = min(bytes_here, bytes_here // int(os.environ.get("WORLD_SIZE") or 1) + largest)
     if processes is None:
         processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
@@ -541,45 +351,3 @@ def check_host_memory(
         f"but only {available / 2**30:.1f} GiB of host memory are free; the system would kill the run with exit "
         "code -9. Use fewer processes per node, a host with more memory, or a smaller model.layers"
     )
-
-
-def checkpoint_bytes(folder: Path, dtype: torch.dtype) -> int | None:
-    """Size of the weights in ``dtype``, from the safetensors headers; ``None`` for names of the hub."""
-    elements = [_elements(entry) for entry in _tensors(folder)]
-    return sum(elements) * dtype.itemsize if elements else None
-
-
-def _tensors(folder: Path) -> list[dict[str, Any]]:
-    """Shape and type of each tensor in the safetensors files of ``folder``, as their headers have them.
-
-    Raises:
-        ModelError: if a file is not whole, or is no such file.
-    """
-    found: list[dict[str, Any]] = []
-    for file in sorted(folder.glob("*.safetensors")):
-        entries = _header(file)
-        found += [entry for name, entry in entries.items() if name != "__metadata__"]
-    return found
-
-
-def _header(file: Path) -> dict[str, Any]:
-    whole = file.stat().st_size
-    with file.open("rb") as handle:
-        start = handle.read(8)
-        size = int.from_bytes(start, "little")
-        header = handle.read(size) if 8 + size <= whole else b""
-    try:
-        entries = json.loads(header)
-        ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
-    except (ValueError, TypeError, KeyError, AttributeError):
-        pointer = start == b"version "
-        what = "the pointer of a file in Git LFS (git lfs pull fetches the file)" if pointer else "no safetensors file"
-        raise ModelError(f"{file}: the weights are {what}, or cut short: {whole} bytes") from None
-    if 8 + size + max(ends, default=0) != whole:
-        expected = 8 + size + max(ends, default=0)
-        raise ModelError(f"{file}: the weights are cut short or damaged: {whole} bytes, expected {expected}")
-    return entries
-
-
-def _elements(entry: dict[str, Any]) -> int:
-    return torch.Size(entry["shape"]).numel()

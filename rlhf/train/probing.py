@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from rlhf.data.batching import Row
-from rlhf.models.backbones import exact_attention
+from rlhf.models.kernels import exact_attention
 
 LENGTHS = 5, 9
 

@@ -24,9 +24,9 @@ from rlhf.data.templates import ChatFormat, TemplateFault
 from rlhf.engine.api import Engine
 from rlhf.engine.frozen import Frozen, let_go, share_in_float32
 from rlhf.engine.ranks import Ranks
-from rlhf.models.backbones import shown_as
 from rlhf.models.manifest import Manifest, write_manifest
 from rlhf.models.tokenizer import pad_policy
+from rlhf.models.trainable import shown_as
 from rlhf.train.batches import asking
 from rlhf.train.fresh import check_in_fresh_process, check_on_all_ranks
 from rlhf.train.pieces import TrainedWeights, write_whole

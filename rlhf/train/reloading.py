@@ -69,7 +69,7 @@ def opening_type(folder: Path, request: Mapping[str, Any]) -> torch.dtype:
     """What to open a model with: what is going to be shared out stays as it is in its files."""
     if not request.get("on_all_ranks"):
         return torch.float32
-    from rlhf.models.backbones import stored_type
+    from rlhf.models.weight_files import stored_type
 
     return stored_type(str(folder)) or torch.float32
 

@@ -10,7 +10,7 @@ from policy.model import build_policy
 from policy.options import PolicyConfig
 from rlhf.core.errors import ModelError
 from rlhf.data.batching import Row, length_bucket
-from rlhf.models import backbones
+from rlhf.models import kernels
 from rlhf.models.options import LoraOptions
 
 
@@ -142,7 +142,7 @@ def test_fused_kernels_are_those_of_one_model_and_of_gpus(tiny_model, monkeypatc
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(modeling_llama, "LlamaRMSNorm", own[0])
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", own[1])
-    backbones.apply_liger(model)
+    kernels.apply_liger(model)
     assert model.patched and modeling_llama.LlamaRMSNorm is own[0]
     torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tiny_model)(tokens).logits, expected)
     on_gpu = types.SimpleNamespace(is_cuda=True)

@@ -87,9 +87,7 @@ def test_weights_that_were_not_saved_are_found_out_and_an_earlier_final_stays(tr
 
 def test_an_adapter_ends_where_training_did_though_its_base_does_not(trained, tiny_model, tmp_path):
     _, _, published = trained()
-    model = build_policy(
-        replace(published.model, publish_lora="adapter"), dtype=torch.float32, vocabulary=1, seed=0
-    )
+    model = build_policy(replace(published.model, publish_lora="adapter"), dtype=torch.float32, vocabulary=1, seed=0)
     tokenizer = published.chat.tokenizer
     other = tokenizer.convert_tokens_to_ids("a")
     assert other not in AutoModelForCausalLM.from_pretrained(tiny_model).generation_config.to_dict().values()
@@ -105,7 +103,7 @@ def test_what_is_published_is_built_without_kernels_checkpoints_and_checks(train
     seen = []
     monkeypatch.setattr("policy.model.check_logprobs", lambda *_: pytest.fail("checked again"))
     monkeypatch.setattr("rlhf.models.backbones.check_host_memory", lambda *args, **more: seen.append(args[2]))
-    monkeypatch.setattr("rlhf.models.backbones.apply_liger", lambda *_: pytest.fail("kernels for a GPU"))
+    monkeypatch.setattr("rlhf.models.kernels.apply_liger", lambda *_: pytest.fail("kernels for a GPU"))
     assert not asked.build(torch.float32).hf.is_gradient_checkpointing
     assert seen == [1]
 

@@ -10,7 +10,7 @@ from transformers import Gemma2Config, GPTNeoConfig, LlamaConfig
 from rlhf.engine.build import precision_of
 from rlhf.engine.options import EngineConfig
 from rlhf.models import backbones
-from rlhf.models.backbones import attention_implementation
+from rlhf.models.kernels import attention_implementation
 from rlhf.models.options import BackboneConfig
 
 AMPERE, TURING, VOLTA = (8, 0), (7, 5), (7, 0)

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from rlhf.core.errors import ModelError
-from rlhf.models.backbones import checkpoint_bytes, load_causal_lm
+from rlhf.models.backbones import load_causal_lm
 from rlhf.models.options import BackboneConfig
+from rlhf.models.weight_files import checkpoint_bytes
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12\n"
 

@@ -5,8 +5,9 @@ import torch
 
 from rlhf.core import memory
 from rlhf.core.errors import ModelError
-from rlhf.models.backbones import check_host_memory, checkpoint_bytes, load_causal_lm
+from rlhf.models.backbones import check_host_memory, load_causal_lm
 from rlhf.models.options import BackboneConfig
+from rlhf.models.weight_files import checkpoint_bytes
 
 GIB = 2**30
 

@@ -18,14 +18,10 @@ from rlhf.core.errors import ModelError
 from rlhf.engine.local import LocalEngine
 from rlhf.engine.options import OptimizerConfig
 from rlhf.engine.ranks import single_rank
-from rlhf.models.backbones import (
-    checkpoint_activations,
-    decoder_layers,
-    freeze_lower_layers,
-    load_causal_lm,
-    switch_dropout_off,
-)
+from rlhf.models.backbones import load_causal_lm, switch_dropout_off
+from rlhf.models.kernels import checkpoint_activations
 from rlhf.models.options import BackboneConfig
+from rlhf.models.trainable import decoder_layers, freeze_lower_layers
 
 TOKENS = torch.arange(12).view(2, 6)
 

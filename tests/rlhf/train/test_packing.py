@@ -11,7 +11,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from policy.model import PolicyModel
 from rlhf.engine.frozen import ReplicatedModel
 from rlhf.engine.ranks import Ranks
-from rlhf.models.backbones import checkpoint_activations, switch_dropout_off
+from rlhf.models.backbones import switch_dropout_off
+from rlhf.models.kernels import checkpoint_activations
 from rlhf.models.packed_attention import kernel_of
 from rlhf.train import packing
 from rlhf.train.packing import allow_packing
