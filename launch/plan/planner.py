@@ -150,11 +150,9 @@ class StagePlan:
         return beside(phases, self._resting())
 
     def _in_float32(self, role: Role) -> dict[str, int]:
-        """A share of the weights in float32, and what is gathered of them."""
-        assert role.zero is not None
-        gathered = min(role.model.total, role.zero.max_live + role.zero.prefetch)
-        share = -(-role.model.total // self.cluster.ranks)
-        return {f"{role.name}: weights in float32": FLOAT32 * share, f"{role.name}: gathered": FLOAT32 * gathered}
+        """A share of the weights in float32, and the largest of them whole."""
+        share, largest = -(-role.model.total // self.cluster.ranks), max(role.model.sizes)
+        return {f"{role.name}: weights in float32": FLOAT32 * share, f"{role.name}: gathered": FLOAT32 * largest}
 
     def _main_rank_in_pieces(self, base: int) -> Phase:
         """What goes into a file, and the largest tensor in float32 when an adapter is merged."""

@@ -77,10 +77,16 @@ def let_go(model: Frozen) -> None:
             parameter.data = parameter.ds_tensor.data = torch.empty(0, dtype=parameter.dtype)
 
 
+KEEPING = ("stage3_prefetch_bucket_size", "stage3_max_live_parameters", "stage3_max_reuse_distance")
+"""How many elements ZeRO-3 may gather ahead, and keep whole for their next use."""
+
+
 def share_in_float32(
     module: nn.Module, *, ranks: Ranks, hidden_size: int, fill: Callable[[nn.Parameter], None] | None = None
 ) -> Frozen:
     """Share ``module`` out among the ranks by ZeRO-3 in float32, whatever its weights are.
+
+    It is asked about a few rows, so memory counts and time does not: a weight is whole for as long as it is used.
 
     Args:
         module: on the CPU, the same on every rank. Every rank must call this.
@@ -90,6 +96,7 @@ def share_in_float32(
     """
     sizes = {"world_size": ranks.world_size, "local_size": ranks.local_size, "hidden_size": hidden_size}
     resolved = resolve("zero3", frozen_values(EngineConfig(precision="float32"), **sizes), role="frozen")
+    resolved["zero_optimization"] |= dict.fromkeys(KEEPING, 0)
     from rlhf.engine.zero import ShardedModel
 
     return ShardedModel(module, ranks=ranks, deepspeed_config=resolved, fill=fill)
