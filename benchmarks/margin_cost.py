@@ -18,9 +18,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from reward.building import build_reward_model
 from reward.config import MarginConfig, RewardConfig, RewardModelConfig
 from reward.margin_maker import MarginMaker
-from reward.model import build_reward_model
 from reward.pairs import Pairs
 from reward.task import RewardTask
 from rlhf.data.options import DataConfig

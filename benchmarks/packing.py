@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from policy.model import build_policy
+from policy.building import build_policy
 from rlhf.core.packing import padded_length
 from rlhf.data.batching import Batch, ItemSource, token_blocks
 from rlhf.data.options import DataConfig

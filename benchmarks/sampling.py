@@ -39,7 +39,7 @@ class CountOperations(TorchDispatchMode):
 
 def policy_of(options: argparse.Namespace) -> Any:
     """The policy, as an engine that trains holds it."""
-    from policy.model import build_policy
+    from policy.building import build_policy
     from policy.options import PolicyConfig
     from rlhf.engine.frozen import ReplicatedModel
     from rlhf.engine.ranks import Ranks

@@ -93,10 +93,10 @@ def write_model(folder: Path, shape: str, dtype: str, **narrowed: int) -> None:
 
 def role_of(options: argparse.Namespace, ranks: "Ranks") -> "Engine | Frozen":
     """The model of one role of a run, built and shared out as the stages do it."""
-    from policy.model import build_policy
+    from policy.building import build_policy
     from policy.ppo.critic import build_critic, critic_start
+    from reward.building import build_reward_model
     from reward.config import RewardModelConfig
-    from reward.model import build_reward_model
     from rlhf.engine.build import DTYPES, build_engine, precision_of
     from rlhf.engine.frozen import freeze
     from rlhf.engine.options import EngineConfig, OptimizerConfig

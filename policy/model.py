@@ -12,18 +12,13 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from policy.options import PolicyConfig
-from policy.self_check import check_logprobs
 from rlhf.core.errors import ModelError
 from rlhf.core.logprobs import TokenLogprobs, head_logits, token_logprobs
 from rlhf.data.batching import LengthBucket, token_blocks
 from rlhf.engine.frozen import Frozen
 from rlhf.models import backbones
-from rlhf.models.adapters import absolute_base, adapter_base, merge_adapters
+from rlhf.models.adapters import absolute_base, merge_adapters
 from rlhf.models.hidden_states import backbone_of, last_states
-from rlhf.models.kernels import apply_kernels
-from rlhf.models.options import BackboneConfig
-from rlhf.models.trainable import make_trainable
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -208,51 +203,6 @@ def policy_of(model: Frozen) -> PolicyModel:
     """The policy that an engine trains or a frozen placement holds."""
     assert isinstance(model.module, PolicyModel)
     return model.module
-
-
-def build_policy(
-    config: BackboneConfig,
-    *,
-    dtype: torch.dtype,
-    vocabulary: int,
-    seed: int,
-    checked: bool = True,
-    setting: str = "model.path",
-    processes: int | None = None,
-    shared: bool = False,
-) -> PolicyModel:
-    """The policy on the CPU, the same on every rank for one seed.
-
-    Args:
-        config: which model, and what of it is trained.
-        dtype: of all weights.
-        vocabulary: tokens of the tokenizer; the embedding grows to it, never to a rounder number.
-        seed: of new weights (adapters, added tokens).
-        checked: whether to compare it with its own logits: once for each model is enough, on one rank.
-        setting: of the recipe, where the path comes from; for messages.
-        processes: see :func:`rlhf.models.backbones.check_host_memory`.
-        shared: see :func:`rlhf.models.backbones.load_classifier`.
-    Raises:
-        ModelError: if the model cannot be loaded or has not the parts asked for.
-    """
-    torch.manual_seed(seed)
-    publishes = config.publish_lora if isinstance(config, PolicyConfig) and config.lora is not None else "merged"
-    if publishes == "adapter" and adapter_base(config.path) is not None:
-        raise ModelError(
-            f"model.publish_lora = adapter: model.path = {config.path} is an adapter itself, so that a second one "
-            "would need a base that is on no disk; set model.publish_lora=merged"
-        )
-    hf = backbones.load_causal_lm(config, dtype=dtype, vocabulary=vocabulary, processes=processes, shared=shared)
-    model = PolicyModel(hf)
-    on_disk = getattr(backbones.load_model_config(config).get_text_config(), "vocab_size", None)
-    model.grown = on_disk is not None and backbones.embedding_rows(hf) > on_disk
-    if checked:
-        check_logprobs(model, f"{setting} = {config.path}")
-    apply_kernels(hf, config)
-    adapter = make_trainable(hf, config, dtype)
-    if adapter is not None:
-        object.__setattr__(model, "_adapters", (adapter,))  # a plain tuple: its weights are hf's own
-    return model
 
 
 def _response_places(buckets: Sequence[LengthBucket]) -> Tensor:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from policy.model import PolicyModel, PolicyOutput, build_policy
+from policy.building import build_policy
+from policy.model import PolicyModel, PolicyOutput
 from policy.options import PolicyConfig
 from rlhf.data.batching import Row
 from rlhf.data.templates import ChatFormat

@@ -24,7 +24,7 @@ class RewardModelConfig(BackboneConfig):
 
     head: Literal["linear", "mlp", "bnrm"] = "linear"
     """linear loads with plain Transformers. mlp (two layers, as in GRM) has no place in
-    AutoModelForSequenceClassification: such a model is loaded by reward.model and `rlhf score` only. bnrm (Bayesian,
+    AutoModelForSequenceClassification: such a model is loaded by reward.saving and `rlhf score` only. bnrm (Bayesian,
     non-negative) knows a variance of each reward, too: published like mlp, or with head_hidden = 0 like linear."""
     head_hidden: Annotated[int, Ge(0)] = 1024
     """Width of the mlp head; local factors of the bnrm head, 0 for none: its mean is linear then."""

@@ -6,8 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from rlhf.core.checks import check_same_shape
+from rlhf.core.errors import ModelError
+from rlhf.core.heads import HEAD_NAMES
 
 EULER = 0.5772156649015329
 LEAST_SCALE = 1e-10
@@ -142,7 +145,6 @@ class Heads(Float32Linear):
     """Several linear heads on one backbone; the reward is their mean."""
 
 
-
 def judge(head: nn.Module, states: Tensor) -> Judged:
     """All that a head says of ``(R, D)`` states."""
     if isinstance(head, NonNegativeHead):
@@ -219,3 +221,21 @@ def _drawn(scale: Tensor, shape: Tensor) -> Tensor:
     """Weibull variables by inversion, with gradient."""
     check_same_shape(scale=scale, uniform=(uniform := torch.rand_like(scale)))
     return scale * (-torch.log1p(-uniform)).clamp(min=LEAST_SCALE).pow(1 / shape)
+
+
+def find_head(hf: PreTrainedModel) -> nn.Module:
+    for name in HEAD_NAMES:
+        if hasattr(hf, name):
+            return getattr(hf, name)
+    raise ModelError(f"{type(hf).__name__} has neither of the heads {', '.join(HEAD_NAMES)}")
+
+
+def linear_layers(head: nn.Module) -> list[nn.Linear]:
+    return [module for module in head.modules() if isinstance(module, nn.Linear)]
+
+
+def with_float32_head(hf: PreTrainedModel) -> PreTrainedModel:
+    for layer in linear_layers(find_head(hf)):
+        if type(layer) is nn.Linear:
+            layer.__class__ = Float32Linear
+    return hf

@@ -8,9 +8,11 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from reward.building import build_reward_model
 from reward.config import RewardConfig, RewardModelConfig
 from reward.evaluate import Evaluation
-from reward.model import RewardModel, Scores, build_reward_model, is_plain, save_reward_model
+from reward.model import RewardModel, Scores
+from reward.saving import is_plain, save_reward_model
 from reward.serving.vllm_settings import write_vllm_settings
 from rlhf.core.errors import ModelError
 from rlhf.data.batching import Row

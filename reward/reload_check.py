@@ -57,7 +57,7 @@ def plain_scorer(folder: Path, trusted: bool, request: dict[str, Any]) -> tuple[
 
 
 def own_scorer(folder: Path, trusted: bool, request: dict[str, Any]) -> tuple[Scorer, bool]:
-    from reward.model import load_reward_model
+    from reward.saving import load_reward_model
 
     shared = bool(request.get("on_all_ranks"))
     opened = load_reward_model(folder, dtype=torch.float32, trust_remote_code=trusted, shared=shared)

@@ -12,7 +12,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from reward.model import RewardModel, load_reward_model
+from reward.model import RewardModel
+from reward.saving import load_reward_model
 from rlhf.core.errors import DataError, ModelError
 from rlhf.core.files import digest, weights_checksum, without_half_line, write_json
 from rlhf.core.masking import length_mask

@@ -7,8 +7,9 @@ import torch
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
+from reward.building import build_reward_model
 from reward.config import RewardModelConfig
-from reward.model import build_reward_model, save_reward_model
+from reward.saving import save_reward_model
 from reward.serving.vllm_settings import write_vllm_settings
 from rlhf.data.options import TemplateChoice
 from rlhf.data.portable import portable_tokenizer

@@ -14,7 +14,7 @@ from policy.evaluation.compare import check_model_folders, open_policy
 from reward.benchmarks.formulas import Scored
 from reward.benchmarks.items import BenchmarkItem, Messages, read_items
 from reward.benchmarks.results import BenchmarkResult, markdown, summarize, to_dict
-from reward.model import load_reward_model
+from reward.saving import load_reward_model
 from reward.score import check_scorer, score_tokens
 from reward.serving.card import card_of
 from reward.serving.client import RewardServers

@@ -7,8 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from reward.building import build_reward_model, make_scorer_trainable
 from reward.config import RewardModelConfig
-from reward.model import RewardModel, build_reward_model, load_reward_model, make_scorer_trainable
+from reward.model import RewardModel
+from reward.saving import load_reward_model
 from rlhf.core.errors import ModelError
 from rlhf.core.packing import collect
 from rlhf.data.batching import LengthBucket, token_blocks
@@ -94,7 +96,7 @@ def build_critic(
 
     Args:
         start: where it begins.
-        dtype, pad_token_id, vocabulary, seed, checked, setting, shared: see :func:`reward.model.build_reward_model`.
+        dtype, pad_token_id, vocabulary, seed, checked, setting, shared: see :func:`reward.building.build_reward_model`.
     Raises:
         ModelError: if the model cannot be loaded or does not know the policy's tokens.
     """

@@ -13,7 +13,8 @@ from torch import Tensor
 from policy.ppo.reward_options import RewardSourceConfig, RewardTermConfig
 from policy.ppo.rollouts import Reencoded, Rollouts, ask, closed
 from reward.function import Answers, Failure, load_function
-from reward.model import Scores, load_reward_model
+from reward.model import Scores
+from reward.saving import load_reward_model
 from reward.serving.client import RewardServers
 from rlhf.core.errors import DataError, ModelError
 from rlhf.core.files import digest

@@ -7,11 +7,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from policy.building import build_policy
 from policy.generation.api import Sampler
 from policy.generation.training import TrainingSampler
 from policy.generation.vllm.process import check_vllm
 from policy.generation.vllm.training import VllmTrainingSampler
-from policy.model import PolicyModel, build_policy, policy_of
+from policy.model import PolicyModel, policy_of
 from policy.ppo.config import PpoConfig
 from policy.ppo.critic import ValueModel, build_critic, critic_start
 from policy.ppo.presets import PRESETS, differences

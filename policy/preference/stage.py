@@ -5,7 +5,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from policy.model import PolicyModel, build_policy
+from policy.building import build_policy
+from policy.model import PolicyModel
 from policy.preference.config import PreferenceConfig
 from policy.preference.held_out import held_out_rows
 from policy.preference.reference import CacheJob, LiveReference, Reference, cache_folder, open_cache

@@ -1,6 +1,6 @@
 """Supervised fine-tuning from recipe to ``final/``."""
 
-from policy.model import build_policy
+from policy.building import build_policy
 from policy.publish import PublishablePolicy
 from policy.sft.config import SftConfig
 from policy.sft.evaluation import SftEvaluation, held_out_rows, print_evaluation

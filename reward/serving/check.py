@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from reward.model import OWN_MODEL_TYPES
 from reward.reload_check import own_scorer, plain_scorer
+from reward.saving import OWN_MODEL_TYPES
 from reward.score import check_scorer
 from reward.serving.card import card_of
 from reward.serving.client import RewardServers

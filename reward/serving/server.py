@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from reward.model import load_reward_model
+from reward.saving import load_reward_model
 from reward.score import check_scorer, score_tokens
 from reward.serving import wire
 from reward.serving.batcher import Batcher, Full

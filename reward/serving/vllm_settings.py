@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from safetensors import safe_open
 
-from reward.model import HEADS_KEY, OWN_MODEL_TYPES
+from reward.saving import HEADS_KEY, OWN_MODEL_TYPES
 from reward.serving.card import card_of
 from rlhf.core.errors import ModelError
 from rlhf.core.files import write_text

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.llama import modeling_llama
 
-from policy.model import build_policy
+from policy.building import build_policy
 from policy.options import PolicyConfig
 from rlhf.core.errors import ModelError
 from rlhf.data.batching import Row, length_bucket

@@ -14,8 +14,8 @@ from transformers import (
     Mistral3ForConditionalGeneration,
 )
 
+from policy.building import build_policy
 from policy.generation.check import check_sampling
-from policy.model import build_policy
 from policy.options import PolicyConfig
 from rlhf.core.errors import ModelError
 from rlhf.engine.frozen import ReplicatedModel

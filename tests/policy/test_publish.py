@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from policy.model import build_policy
+from policy.building import build_policy
 from policy.options import PolicyConfig
 from policy.publish import PublishablePolicy
 from policy.reload_check import check_ends, open_policy
@@ -101,7 +101,7 @@ def test_what_is_published_is_built_without_kernels_checkpoints_and_checks(train
     asked = replace(published, model=replace(published.model, kernels="liger", gradient_checkpointing=True))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     seen = []
-    monkeypatch.setattr("policy.model.check_logprobs", lambda *_: pytest.fail("checked again"))
+    monkeypatch.setattr("policy.building.check_logprobs", lambda *_: pytest.fail("checked again"))
     monkeypatch.setattr("rlhf.models.backbones.check_host_memory", lambda *args, **more: seen.append(args[2]))
     monkeypatch.setattr("rlhf.models.kernels.apply_liger", lambda *_: pytest.fail("kernels for a GPU"))
     assert not asked.build(torch.float32).hf.is_gradient_checkpointing

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
+from policy.building import build_policy
 from policy.generation.check import check_sampling
-from policy.model import PolicyModel, build_policy
+from policy.model import PolicyModel
 from policy.options import PolicyConfig
 from policy.self_check import check_logprobs
 from rlhf.core.errors import ModelError

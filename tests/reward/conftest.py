@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from reward.building import build_reward_model
 from reward.config import LossConfig, MarginConfig, RewardConfig, RewardModelConfig, WeightConfig
-from reward.model import build_reward_model
 from reward.task import RewardTask
 from rlhf.data.options import AS_GIVEN, DataConfig, LabelsConfig
 from rlhf.data.preferences import LoadedPreferences, load_preferences

@@ -9,6 +9,7 @@ import torch
 from scipy import integrate, stats
 from transformers import AutoModelForSequenceClassification
 
+from reward.building import build_reward_model
 from reward.config import MarginConfig, RewardConfig, RewardModelConfig
 from reward.heads import (
     Heads,
@@ -19,7 +20,7 @@ from reward.heads import (
     weibull_gamma_divergence,
     weibull_moments,
 )
-from reward.model import build_reward_model, load_reward_model, save_reward_model
+from reward.saving import load_reward_model, save_reward_model
 from rlhf.config import parse_command_line
 from rlhf.core.errors import ConfigError
 

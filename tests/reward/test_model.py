@@ -2,8 +2,9 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
+from reward.building import build_reward_model
 from reward.config import RewardModelConfig
-from reward.model import build_reward_model, load_reward_model, save_reward_model
+from reward.saving import load_reward_model, save_reward_model
 from rlhf.core.errors import ModelError
 from rlhf.core.masking import length_mask
 from rlhf.data.batching import LengthBucket

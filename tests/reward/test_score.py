@@ -7,8 +7,9 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from launch.cli import main
+from reward.building import build_reward_model
 from reward.config import RewardModelConfig
-from reward.model import build_reward_model, save_reward_model
+from reward.saving import save_reward_model
 from reward.scoring.__main__ import main as scoring
 from rlhf.core import tokenizers
 from rlhf.core.files import digest

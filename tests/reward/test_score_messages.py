@@ -9,8 +9,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from launch.cli import main
 from reward.__main__ import main as train_reward
+from reward.building import build_reward_model
 from reward.config import RewardModelConfig
-from reward.model import build_reward_model, save_reward_model
+from reward.saving import save_reward_model
 from reward.score import check_scorer
 from rlhf.data.options import DataConfig, TemplateChoice
 from rlhf.data.portable import portable_tokenizer

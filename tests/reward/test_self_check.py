@@ -14,8 +14,9 @@ from transformers import (
     LlamaConfig,
 )
 
+from reward.building import build_reward_model
 from reward.config import RewardModelConfig
-from reward.model import RewardModel, build_reward_model
+from reward.model import RewardModel
 from reward.self_check import check_scores
 from rlhf.core.errors import ModelError
 from rlhf.data.batching import length_bucket
@@ -99,7 +100,7 @@ def test_a_new_head_is_the_same_in_every_precision_and_after_any_other_random_nu
         torch.rand(7)
         return loaded
 
-    monkeypatch.setattr(backbones, "load_classifier", draws_more)
+    monkeypatch.setattr("reward.building.load_classifier", draws_more)
     other = build(tiny_model, head=head).hf.score.state_dict()
     assert all(torch.equal(value, other[name]) for name, value in first.items())
 

@@ -8,10 +8,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from launch.plan.models import Sources, empty_model
 from launch.plan.shapes import KNOWN, known_name
-from policy.model import build_policy
+from policy.building import build_policy
 from policy.options import PolicyConfig
+from reward.building import build_reward_model
 from reward.config import RewardModelConfig
-from reward.model import build_reward_model
 from rlhf.core.errors import ModelError
 from rlhf.models.options import BackboneConfig, LoraOptions
 

@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from launch.cli import main
 from policy.benchmark.__main__ import main as stage
 from reward.benchmarks.results import read_result
+from reward.building import build_reward_model
 from reward.config import RewardModelConfig
-from reward.model import build_reward_model, save_reward_model
+from reward.saving import save_reward_model
 from rlhf.core.findings import read_findings
 from rlhf.data.portable import portable_tokenizer
 from rlhf.data.templates import chat_format

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from policy.building import build_policy
 from policy.generation.api import row_seed
 from policy.generation.hf import HfSampler
 from policy.generation.options import SamplingConfig
-from policy.model import PolicyModel, build_policy
+from policy.model import PolicyModel
 from policy.options import PolicyConfig
 from rlhf.engine.frozen import ReplicatedModel
 from rlhf.engine.ranks import Ranks
@@ -50,8 +51,6 @@ def make_sampler(tiny_policy):
 
     def make(policy: PolicyModel | None = None, eos=(), tokenizer=None, **sampling) -> HfSampler:
         model = ReplicatedModel(tiny_policy() if policy is None else policy, ALONE)
-        return HfSampler(
-            model, SamplingConfig(**sampling), eos_token_ids=eos, pad_token_id=2, tokenizer=tokenizer
-        )
+        return HfSampler(model, SamplingConfig(**sampling), eos_token_ids=eos, pad_token_id=2, tokenizer=tokenizer)
 
     return make

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from policy.building import build_policy
 from policy.generation.training import TrainingSampler
-from policy.model import build_policy
 from policy.options import PolicyConfig
 from policy.ppo.config import (
     AdvantageConfig,
@@ -33,8 +33,9 @@ from policy.ppo.reward_options import RewardSourceConfig
 from policy.ppo.rollouts import Rollouts
 from policy.ppo.scoring import Scored
 from policy.ppo.task import Engines, PpoTask, Roles
+from reward.building import build_reward_model
 from reward.config import RewardConfig, RewardModelConfig
-from reward.model import build_reward_model, save_reward_model
+from reward.saving import save_reward_model
 from reward.stage import run as run_reward
 from rlhf.data.options import DataConfig, PromptDataConfig
 from rlhf.data.portable import portable_tokenizer

@@ -18,8 +18,9 @@ from policy.ppo.reward_options import RewardSourceConfig, RewardTermConfig, scor
 from policy.ppo.rollouts import Reencoded, Rollouts
 from policy.ppo.scoring import ScorerParts, build_scorer, combine
 from policy.ppo.stage import check_template
+from reward.building import build_reward_model
 from reward.config import RewardModelConfig
-from reward.model import build_reward_model, load_reward_model, save_reward_model
+from reward.saving import load_reward_model, save_reward_model
 from reward.score import load_scorer, score_tokens
 from reward.serving.card import card_of
 from rlhf.core.errors import ConfigError, DataError, ModelError

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from policy.model import build_policy
+from policy.building import build_policy
 from policy.ppo.config import CriticConfig
 from policy.ppo.shared_trunk import SharedTrunkCritic
 from policy.ppo.stage import run

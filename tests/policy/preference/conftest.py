@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from policy.model import build_policy
+from policy.building import build_policy
 from policy.options import PolicyConfig
 from policy.preference.config import LossConfig, PreferenceConfig
 from policy.preference.reference import LiveReference

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from scipy.stats import ttest_1samp
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from policy.model import build_policy
+from policy.building import build_policy
 from policy.options import PolicyConfig
 from policy.sft.config import SftConfig
 from policy.sft.evaluation import evaluate_responses

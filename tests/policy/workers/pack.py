@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from deepspeed.utils import safe_get_full_grad  # noqa: TID251
 
+from policy.building import build_policy
 from policy.generation.api import Response
-from policy.model import build_policy
 from policy.options import PolicyConfig
 from policy.ppo.config import PpoConfig, SurrogateConfig
 from policy.ppo.critic import CriticStart, build_critic
@@ -26,9 +26,9 @@ from policy.ppo.update import Updater
 from policy.preference.config import LossConfig, PreferenceConfig
 from policy.preference.reference import LiveReference
 from policy.preference.task import PreferenceTask
+from reward.building import build_reward_model
 from reward.config import LossConfig as RewardLossConfig
 from reward.config import MarginConfig, RewardConfig, RewardModelConfig
-from reward.model import build_reward_model
 from reward.task import RewardTask
 from rlhf.data.examples import load_examples
 from rlhf.data.options import DataConfig, ExampleDataConfig, PromptDataConfig

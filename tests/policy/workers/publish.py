@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from policy.model import build_policy
+from policy.building import build_policy
 from policy.options import PolicyConfig
 from policy.publish import PublishablePolicy
 from reward.config import RewardConfig, RewardModelConfig

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.sharded_start import peak_of_private_memory, private_memory
-from policy.model import build_policy
+from policy.building import build_policy
 from policy.options import PolicyConfig
+from reward.building import build_reward_model
 from reward.config import RewardModelConfig
-from reward.model import build_reward_model
 from rlhf.data.batching import Row, length_bucket
 from rlhf.engine import zero
 from rlhf.engine.build import DTYPES, build_engine

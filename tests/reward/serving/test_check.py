@@ -11,7 +11,7 @@ from tokenizers import processors
 from transformers import AutoConfig, BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
 from launch.cli import main
-from reward.model import OWN_MODEL_TYPES
+from reward.saving import OWN_MODEL_TYPES
 from reward.serving.check import Comparison, Verdict
 from reward.serving.vllm_settings import score_template, vllm_settings
 from rlhf.core.errors import ModelError

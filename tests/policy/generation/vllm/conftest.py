@@ -15,12 +15,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from policy.building import build_policy
 from policy.generation.options import SamplingConfig, VllmConfig
 from policy.generation.vllm.client import EngineClient, Weights
 from policy.generation.vllm.engine import margin_engine
 from policy.generation.vllm.pool import EnginePool
 from policy.generation.vllm.sampler import launch_of
-from policy.model import PolicyModel, build_policy
+from policy.model import PolicyModel
 from policy.options import PolicyConfig
 
 SECRET = "a secret of the tests"

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from policy.building import build_policy
 from policy.generation.hf import HfSampler
 from policy.generation.options import SamplingConfig, VllmConfig
 from policy.generation.vllm.training import VllmTrainingSampler
 from policy.generation.weights import RolloutWeights
-from policy.model import build_policy
 from policy.options import PolicyConfig
 from rlhf.engine.build import build_engine
 from rlhf.engine.options import EngineConfig, OptimizerConfig

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from policy.building import build_policy
 from policy.generation.api import row_seed
 from policy.generation.hf import HfSampler
 from policy.generation.options import SamplingConfig
 from policy.generation.weights import RolloutWeights
-from policy.model import build_policy
 from policy.options import PolicyConfig
 from rlhf.engine.build import build_engine
 from rlhf.engine.local import LocalEngine
