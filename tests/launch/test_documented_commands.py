@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks import disturbances, large_run, make_corpus, rehearsal, report_page
+from benchmarks import disturbances, large_run, make_corpus, rehearsal, report_page, swap_labels
 from benchmarks.gpu import __main__ as gpu
 from launch.cli import build_parser
 from launch.commands import ds, slurm
@@ -277,6 +277,7 @@ MODULES = {
     "benchmarks.large_run": lambda words: large_run.build_parser().parse_args(words),
     "benchmarks.rehearsal": lambda words: rehearsal._parser().parse_args(words),
     "benchmarks.report_page": lambda words: report_page._parser().parse_args(words),
+    "benchmarks.swap_labels": lambda words: swap_labels.build_parser().parse_args(words),
     "margin_engine": lambda words: margin_engine.build_parser().parse_args(words),
 }
 
