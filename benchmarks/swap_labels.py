@@ -29,8 +29,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    options = build_parser().parse_args()
-    rows = [json.loads(line) for line in options.pairs.read_text(encoding="utf-8").splitlines()]
+    parser = build_parser()
+    options = parser.parse_args()
+    if not 0 <= options.share <= 1:
+        parser.error(f"--share {options.share}: expected a number from 0 to 1")
+    try:
+        rows = [json.loads(line) for line in options.pairs.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        parser.error(f"{options.pairs}: expected a file with a pair in each line, as JSON: {error}")
     taken = set(random.Random(options.seed).sample(range(len(rows)), round(options.share * len(rows))))
     rows = [swapped(row) if place in taken else row for place, row in enumerate(rows)]
     write_text(options.output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
