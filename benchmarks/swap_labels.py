@@ -1,6 +1,6 @@
 """Preference pairs of which a share has chosen and rejected swapped, to see what wrong labels do.
 
-python -m benchmarks.swap_labels launch/quickstart/sentiment_pairs_train.jsonl --share 0.2 --seed 0 -o swapped.jsonl
+python benchmarks/swap_labels.py launch/quickstart/sentiment_pairs_train.jsonl --share 0.2 --seed 0 -o swapped.jsonl
 """
 
 import argparse

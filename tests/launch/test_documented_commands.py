@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks import disturbances, large_run, make_corpus, rehearsal, report_page, swap_labels
+from benchmarks import disturbances, large_run, make_corpus, rehearsal, report_page
 from benchmarks.gpu import __main__ as gpu
 from launch.cli import build_parser
 from launch.commands import ds, slurm
@@ -36,7 +36,11 @@ DOCUMENTS = [ROOT / "README.md", *sorted(path for folder in FOLDERS for path in 
 BENCHMARKS = [path for path in sorted((ROOT / "benchmarks").rglob("*.py")) if "\ndef build_parser(" in path.read_text()]
 ALL_RECIPES = sorted((ROOT / "launch" / "recipes").glob("*.yaml"))
 CLUSTERS = sorted((ROOT / "launch" / "clusters").glob("*.yaml"))
-PIPELINES = [path for path in ALL_RECIPES if "stages" in yaml.safe_load(path.read_text())]
+PIPELINES = [
+    path
+    for path in [*ALL_RECIPES, *sorted((ROOT / "benchmarks").glob("*.yaml"))]
+    if "stages" in yaml.safe_load(path.read_text())
+]
 RECIPES = [path for path in ALL_RECIPES if path not in PIPELINES]
 BY_MODULE = {stage.module: stage for stage in STAGES.values()}
 EXAMPLES = {"STAGE": "reward", "key=value": "output=runs/example"}
@@ -277,7 +281,6 @@ MODULES = {
     "benchmarks.large_run": lambda words: large_run.build_parser().parse_args(words),
     "benchmarks.rehearsal": lambda words: rehearsal._parser().parse_args(words),
     "benchmarks.report_page": lambda words: report_page._parser().parse_args(words),
-    "benchmarks.swap_labels": lambda words: swap_labels.build_parser().parse_args(words),
     "margin_engine": lambda words: margin_engine.build_parser().parse_args(words),
 }
 
