@@ -1,5 +1,6 @@
 """The audit that a run makes of its own training pairs, before it starts."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,9 @@ from rlhf.data.templates import ChatFormat
 from rlhf.engine.build import has_bfloat16
 from rlhf.engine.ranks import Ranks
 from rlhf.models.options import BackboneConfig
+from rlhf.train.progress import Progress
 from rlhf.train.stage import say
+from rlhf.train.status import report_phase
 
 FOLDS = 5
 BATCH_TOKENS = 8192
@@ -49,16 +52,28 @@ def with_own_audit(
     """
     if labels.kind != "made":
         return data
-    wrong, said = ranks.on_main(lambda: own_audit(data.train, labels, model, chat, cache))
+    report_phase("auditing labels")
+    with Progress(ranks, 2 * len(data.train), 0, what="labels: answer") as progress:
+        wrong, said = ranks.on_main(
+            lambda: own_audit(data.train, labels, model, chat, cache, lambda done: progress.advance(done, {}))
+        )
     say(ranks, f"labels: {said}")
     return replace(data, train=data.train.audited(wrong, labels, data.report))
 
 
 def own_audit(
-    pairs: PreferenceDataset, labels: LabelsConfig, model: BackboneConfig, chat: ChatFormat, cache: Path | None
+    pairs: PreferenceDataset,
+    labels: LabelsConfig,
+    model: BackboneConfig,
+    chat: ChatFormat,
+    cache: Path | None,
+    tell: Callable[[int], None] = lambda done: None,
 ) -> tuple[NDArray[np.float64], str]:
     """``(N,)`` probabilities that labels are wrong, and what was found in one line.
 
+    Args:
+        pairs, labels, model, chat, cache: see :func:`with_own_audit`.
+        tell: told how many of the 2 N answers have been read.
     Raises:
         DataError: if there are fewer different pairs than folds.
     """
@@ -79,9 +94,16 @@ def own_audit(
         dtype=torch.bfloat16 if has_bfloat16() else torch.float32,
     )
     folder = (cache or default_cache_dir().parent) / "features"
-    states = features_of(
-        tokens, extraction, chat, cache=folder, batch_tokens=BATCH_TOKENS, advance=lambda count: None
-    ).astype(np.float64)
+    read = 0
+
+    def advance(count: int) -> None:
+        nonlocal read
+        read += count
+        tell(read)
+
+    states = features_of(tokens, extraction, chat, cache=folder, batch_tokens=BATCH_TOKENS, advance=advance).astype(
+        np.float64
+    )
     found = audited(
         OutOfFold(
             differences=Differences.of(states[::2], states[1::2], np.array(answers)),

@@ -198,7 +198,7 @@ def test_dropping_all_pairs_is_refused(load, audited_rows):
     assert load(surely_wrong, SWAP).train.flipped.all()
 
 
-def test_an_audit_of_the_runs_own_is_that_of_the_command(load, audited_rows, make_task, tiny_model, tmp_path):
+def test_an_audit_of_the_runs_own_is_that_of_the_command(load, audited_rows, make_task, tiny_model, tmp_path, capsys):
     rows = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in audited_rows]
     for row in rows[::8]:
         row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
@@ -206,6 +206,7 @@ def test_an_audit_of_the_runs_own_is_that_of_the_command(load, audited_rows, mak
     given, chat = load(rows, labels), load_chat(str(tiny_model), None)
     assert np.isnan(given.train.wrong).all()
     made = with_own_audit(given, labels, model, chat, ALONE, cache=tmp_path)
+    assert "labels: answer 180/180  ETA 0:00:00" in capsys.readouterr().out
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = ["data", "audit", str(tmp_path / "pairs.jsonl"), "--model", str(tiny_model), "-o", str(tmp_path / "a")]
     assert main([*command, "--cache-dir", str(tmp_path)]) == 0
