@@ -19,16 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.core.errors import ConfigError, DataError, UserError
+from rlhf.core.servers import CONCURRENCY, TIMEOUT_SECONDS
 from rlhf.data.messages import Asked, as_messages, last_text
 
 if TYPE_CHECKING:
     from reward.serving.client import RewardServers
 
 TOKENS_AT_ONCE = 8192
-TIMEOUT_SECONDS = 60.0
-CONCURRENCY = 32
-PATIENCE_SECONDS = 600.0
-"""What servers may be away or full for."""
 KNOWN = ("messages", "token_ids", "ended")
 """What functions may ask for by name, beside the columns of the rows."""
 

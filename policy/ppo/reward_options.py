@@ -8,8 +8,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le
 
-from reward.function import CONCURRENCY, PATIENCE_SECONDS, TIMEOUT_SECONDS
-from rlhf.core.servers import check_address
+from rlhf.core.servers import CONCURRENCY, PATIENCE_SECONDS, TIMEOUT_SECONDS, check_address
 from rlhf.models.options import BackboneConfig
 from rlhf.models.roles import ModelRole
 

@@ -13,17 +13,21 @@ from typing import Any, NoReturn
 import httpx
 import numpy as np
 
-from reward.function import PATIENCE_SECONDS
 from reward.serving.card import Card, read_card
 from reward.serving.wire import NOT_FINITE
 from rlhf.core.errors import ConfigError, ModelError
-from rlhf.core.servers import check_address, key_in, retry_after
+from rlhf.core.servers import (
+    CONCURRENCY,
+    PATIENCE_SECONDS,
+    TIMEOUT_SECONDS,
+    check_address,
+    key_in,
+    retry_after,
+)
 from rlhf.data.messages import Message
 
 KEY_VARIABLE = "MARGIN_RLHF_REWARD_KEY"
 """The environment variable that holds the bearer token of the servers."""
-TIMEOUT_SECONDS = 60.0
-CONCURRENCY = 32
 START_PATIENCE_SECONDS = 60.0
 """What a server may be away for at the start, when its address may be mistaken."""
 FEW_TRIES = 3

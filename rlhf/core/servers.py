@@ -1,9 +1,16 @@
-"""Addresses and keys of servers that others run, and what these say of when to ask again."""
+"""Servers and functions that others run: addresses, keys, when to ask again, and how long to wait by default."""
 
 import math
 import os
 
 from rlhf.core.errors import ConfigError
+
+TIMEOUT_SECONDS = 60.0
+"""What an answer may take."""
+CONCURRENCY = 32
+"""What is asked at once."""
+PATIENCE_SECONDS = 600.0
+"""What servers may be away or full for."""
 
 
 def check_address(name: str, url: str, *, example: str = "http://127.0.0.1:8000") -> None:
