@@ -15,7 +15,6 @@ the end labels.md and label_study.png are written there.
 """
 
 import argparse
-import json
 import multiprocessing
 import pathlib
 import time
@@ -27,6 +26,7 @@ from itertools import product
 import matplotlib
 import numpy as np
 import torch
+from jobs import TUNED_AT, Ask, Job, Method, best, results
 from pairs import SPLITS
 from report import mean_and_half_width, prompt_interval
 from scipy import stats
@@ -39,6 +39,7 @@ from training import (
     Pairs,
     batches,
     gaps,
+    marks,
     new_head,
     read_corpus,
     schedule,
@@ -53,7 +54,7 @@ from reward.labels import Labels
 from reward.margins import optimal_transport_margins
 from reward.tables import LOSSES
 from reward.weights import transport_weights
-from rlhf.core.files import whole_lines, write_text
+from rlhf.core.files import write_text
 from rlhf.core.intervals import preference_accuracy
 from rlhf.core.pictures import write_figure
 from rlhf.data.options import LabelsConfig
@@ -64,33 +65,9 @@ from matplotlib import pyplot
 LEARNING_RATE = 1e-3
 """Chosen by study.py for Bradley-Terry with right labels."""
 BASELINE = "Bradley-Terry"
+Losses = Callable[[Pairs, tuple[Tensor, Tensor], Tensor], Tensor]
 TITLES = {"id_test": "in distribution", "ood_test": "out of distribution"}  # of the tests that a data set may have
 NOISES = {"uniform": (0.0, 0.1, 0.2, 0.3, 0.4), "by length": (0.2, 0.4)}
-TUNED_AT = 0.2
-TUNING_SEEDS = 3
-"""Held-out tenths that numbers are chosen on; their seeds count from 1000."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Method:
-    """What is made of labels in training."""
-
-    use: str = "as_given"
-    """What becomes of doubtful labels: ``labels.use``, or as_given."""
-    loss: str = "bradley_terry"
-    options: tuple[tuple[str, float], ...] = ()
-    found: float = 0.0
-    """The estimated share of wrong labels below which the loss is Bradley-Terry instead."""
-    transport: float = 0.0
-    """Scale of optimal-transport margins."""
-    share: bool = False
-    """Whether the loss is told the estimated share."""
-    mass: float = 1.0
-    """Share of the pairs that weights by partial transport take along; 1 for no such weights."""
-    bayesian: float | None = None
-    """Weight of the divergences of a Bayesian non-negative head; ``None`` for the plain head."""
-    heads: int = 1
-    """Heads that are averaged, each with a start and a draw of the pairs of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,31 +113,47 @@ def audit_of(pairs: Pairs, prompts: np.ndarray, answers: np.ndarray, wrong: np.n
 
 def trained(method: Method, pairs: Pairs, audit: Audit, seed: int) -> Callable[[Tensor], Tensor]:
     """Rewards of ``(N, D)`` features, ``(N, 1)``, by the head or heads that ``method`` makes of the labels at hand."""
+    suspected = audit.wrong > LabelsConfig().above
+    if method.use == "swap":
+        pairs = swapped(pairs, suspected)
+    if method.use == "drop":
+        pairs = pairs[torch.from_numpy(np.flatnonzero(~suspected))]
+        audit = replace(audit, wrong=audit.wrong[~suspected])
+    losses = losses_of(method, audit)
+    draws = draws_of_heads(method.heads, torch.arange(len(pairs)), seed).float()
+    heads = []
+    for number in range(method.heads):
+        counts = draws[:, number] if method.heads > 1 else torch.ones(len(pairs))
+        heads.append(_head(method, losses, counts, pairs, seed + 7919 * number))
+    return lambda features: torch.stack([head(features) for head in heads]).mean(0)
+
+
+def losses_of(method: Method, audit: Audit) -> Losses:
+    """The losses of a method, ``(B,)``, from a batch, the rewards of its sides, and its places in the audit."""
     loss, options = method.loss, dict(method.options)
     if audit.share < method.found:
         loss, options = "bradley_terry", {}
     if method.share:
         options["wrong_share"] = min(audit.share, 0.45)
-    suspected = audit.wrong > LabelsConfig().above
-    wrong = audit.wrong
-    if method.use == "swap":
-        pairs = swapped(pairs, suspected)
-    if method.use == "drop":
-        pairs, wrong = pairs[torch.from_numpy(np.flatnonzero(~suspected))], wrong[~suspected]
     soft = method.use in ("soft", "weight")
-    labels = Labels(LabelsConfig(kind="audited" if soft else "as_given", use=method.use if soft else "soft"), wrong)
-    draws = draws_of_heads(method.heads, torch.arange(len(pairs)), seed).float()
-    heads = []
-    for number in range(method.heads):
-        counts = draws[:, number] if method.heads > 1 else torch.ones(len(pairs))
-        of = partial(_losses, LOSSES[loss], options)
-        heads.append(_head(method, of, labels, counts, pairs, seed + 7919 * number))
-    return lambda features: torch.stack([head(features) for head in heads]).mean(0)
+    config = LabelsConfig(kind="audited" if soft else "as_given", use=method.use if soft else "soft")
+    labels = Labels(config, audit.wrong)
+
+    def losses(batch: Pairs, sides: tuple[Tensor, Tensor], rows: Tensor) -> Tensor:
+        margins = None
+        if method.transport:
+            found = optimal_transport_margins(batch.chosen, batch.rejected, *sides, reward_cost="abs")
+            margins = method.transport * found.margins
+
+        def of(opposite: bool) -> Tensor:
+            return LOSSES[loss](*(reversed(sides) if opposite else sides), margins, **options)
+
+        return labels.losses(of, rows)
+
+    return losses
 
 
-def _head(
-    method: Method, loss: Callable[..., Tensor], labels: Labels, counts: Tensor, pairs: Pairs, seed: int
-) -> torch.nn.Module:
+def _head(method: Method, losses_of_batch: Losses, counts: Tensor, pairs: Pairs, seed: int) -> torch.nn.Module:
     """One head, trained; ``counts`` says how often each pair counts."""
     width = pairs.chosen.shape[1]
     head: torch.nn.Module = new_head(width, seed)
@@ -180,8 +173,7 @@ def _head(
             local, dictionary = divergences.unbind(1)
             penalty = method.bayesian * (local.sum() / len(batch) + dictionary[0] / len(pairs))
         sides = rewards.split(len(batch))
-        of = partial(loss, sides, _margins(method.transport, batch, *sides))
-        losses = counts[rows] * labels.losses(of, rows)
+        losses = counts[rows] * losses_of_batch(batch, sides, rows)
         if method.mass < 1:
             losses = losses * transport_weights(batch.chosen, batch.rejected, *sides, mass=method.mass).weights
         optimizer.zero_grad()
@@ -191,36 +183,12 @@ def _head(
     return head.eval()
 
 
-def _margins(scale: float, batch: Pairs, chosen: Tensor, rejected: Tensor) -> Tensor | None:
-    if not scale:
-        return None
-    found = optimal_transport_margins(batch.chosen, batch.rejected, chosen, rejected, reward_cost="abs")
-    return scale * found.margins
-
-
-def _losses(loss: Callable[..., Tensor], options, sides, margins, opposite: bool) -> Tensor:
-    return loss(*(reversed(sides) if opposite else sides), margins, **options)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """All methods on the same labels from the same start."""
-
-    noise: str
-    share: float
-    seed: int
-    fold: int
-    methods: tuple[tuple[str, Method], ...]
-    tests: bool
-
-
 def done(job: Job, corpus: Corpus) -> dict:
     """The records of one job: accuracies, and at the end which test pairs were ranked rightly."""
     rows, held_out = corpus.fold(job.fold)
     layer = int(corpus.splits["train"]["layers"][0])
     moments = corpus.moments(layer, rows)
-    lengths = np.stack([corpus.splits["train"][f"{side}_tokens"] for side in ("chosen", "rejected")], axis=1)[rows]
-    wrong = wrong_labels(job.noise, job.share, lengths, job.seed)
+    wrong = wrong_labels(job.noise, job.share, corpus.lengths[rows], job.seed)
     pairs = swapped(corpus.pairs("train", layer, rows, *moments), wrong)
     audit = audit_of(pairs, corpus.prompts["train"][rows], corpus.answers[rows], wrong, job.seed)
     watched = {"validation": corpus.pairs("train", layer, held_out, *moments)}
@@ -233,9 +201,7 @@ def done(job: Job, corpus: Corpus) -> dict:
         judged_gaps = {split: gaps(head, some) for split, some in watched.items()}
         found[name] = {split: preference_accuracy(gap).value for split, gap in judged_gaps.items()}
         if job.tests:
-            found[name]["right"] = {
-                split: "".join(str(int(sign) + 1) for sign in np.sign(gap)) for split, gap in judged_gaps.items()
-            }
+            found[name]["right"] = {split: marks(gap) for split, gap in judged_gaps.items()}
     return {"share": audit.share, "area": audit.area, "methods": found}
 
 
@@ -253,50 +219,6 @@ def _work(job: Job) -> tuple[Job, dict]:
     return job, done(job, _corpus)
 
 
-def results(jobs: Iterable[Job], path: pathlib.Path, fingerprint: str, pool, until: float) -> list[dict]:
-    """The records of ``jobs``, in order; of those not in the file, methods that are missing are made.
-
-    Raises:
-        SystemExit: if the time is up before all are there.
-    """
-    jobs = list(jobs)
-    known: dict[str, dict] = {}
-    if path.is_file():
-        for line in map(json.loads, whole_lines(path)):
-            _add(known, line)
-    keys = {job: json.dumps([fingerprint, repr(replace(job, methods=()))]) for job in jobs}
-    missing = []
-    for job in jobs:
-        there = known.get(keys[job], {"methods": {}})["methods"]
-        lacking = tuple((name, method) for name, method in job.methods if repr(method) not in there)
-        if lacking:
-            missing.append(replace(job, methods=lacking))
-    with path.open("a", encoding="utf-8") as output:
-        size = pool._processes  # one for each worker, then the time is looked at
-        for start in range(0, len(missing), size):
-            if time.monotonic() > until:
-                raise SystemExit(f"{len(missing) - start} jobs are left: start again")
-            for job, result in pool.imap_unordered(_work, missing[start : start + size]):
-                key = json.dumps([fingerprint, repr(replace(job, methods=()))])
-                made = {repr(method): result["methods"][name] for name, method in job.methods}
-                line = {"key": key, "result": result | {"methods": made}}
-                output.write(json.dumps(line) + "\n")
-                output.flush()
-                _add(known, line)
-                print(f"{job.noise}, {job.share:.0%}, seed {job.seed}: {len(made)} methods", flush=True)
-    found = []
-    for job in jobs:
-        record = known[keys[job]]
-        found.append(record | {"methods": {name: record["methods"][repr(method)] for name, method in job.methods}})
-    return found
-
-
-def _add(known: dict[str, dict], line: dict) -> None:
-    """What a line of the file says, to what is known of its job."""
-    before = known.get(line["key"], {"methods": {}})["methods"]
-    known[line["key"]] = line["result"] | {"methods": before | line["result"]["methods"]}
-
-
 LOSS_CANDIDATES = {
     "generalized cross-entropy": [("generalized_cross_entropy", (("q", q),)) for q in (0.3, 0.5, 0.7, 0.9)],
 }
@@ -307,49 +229,33 @@ HEADS = 3
 FOUND_CANDIDATES = (0.03, 0.06, 0.1)
 
 
-def tuning_jobs(methods: dict[str, Method], share: float) -> list[Job]:
-    """The same labels with each of the first tenths held out."""
-    return [
-        Job(noise="uniform", share=share, seed=1000 + fold, fold=fold, methods=tuple(methods.items()), tests=False)
-        for fold in range(TUNING_SEEDS)
-    ]
-
-
-def chosen(ask: Callable[[list[Job]], list[dict]]) -> tuple[dict[str, Method], list[str]]:
+def chosen(ask: Ask) -> tuple[dict[str, Method], list[str]]:
     """The methods of the comparison with their numbers, and lines on what was tried."""
     said = []
 
-    def best(title: str, candidates: dict[str, Method], shares: tuple[float, ...] = (TUNED_AT,)) -> str:
-        records = [record for share in shares for record in ask(tuning_jobs(candidates, share))]
-        means = {
-            name: float(np.mean([record["methods"][name]["validation"] for record in records])) for name in candidates
-        }
-        taken = max(means, key=means.__getitem__)
-        cells = [
-            f"**{name}: {100 * mean:.1f}**" if name == taken else f"{name}: {100 * mean:.1f}"
-            for name, mean in means.items()
-        ]
-        said.append(f"| {title} | {', '.join(cells)} |")
+    def take(title: str, candidates: dict[str, Method], shares: tuple[float, ...] = (TUNED_AT,)) -> str:
+        taken, line = best(ask, title, candidates, shares=shares)
+        said.append(line)
         return taken
 
     fading = {
         f"q {options[0][1]:g}": Method(loss=loss, options=options)
         for loss, options in LOSS_CANDIDATES["generalized cross-entropy"]
     }
-    alone = fading[best("generalized cross-entropy", fading)]
+    alone = fading[take("generalized cross-entropy", fading)]
     soft = {name: Method(use="soft", loss=method.loss, options=method.options) for name, method in fading.items()}
-    with_soft = soft[best("the same with soft labels", soft)]
+    with_soft = soft[take("the same with soft labels", soft)]
     scales = {f"scale {scale:g}": Method(transport=scale) for scale in TRANSPORT_CANDIDATES}
-    scale = scales[best("OT margins", scales)].transport
+    scale = scales[take("OT margins", scales)].transport
     masses = {f"mass {mass:g}": Method(mass=mass) for mass in MASS_CANDIDATES}
-    mass = masses[best("partial transport", masses)].mass
+    mass = masses[take("partial transport", masses)].mass
     divergences = {f"weight {weight:g}": Method(bayesian=weight) for weight in DIVERGENCE_CANDIDATES}
-    bayesian = divergences[best("BNRM", divergences)].bayesian
+    bayesian = divergences[take("BNRM", divergences)].bayesian
     from_share = {
         f"from {100 * found:g} %": Method(use="soft", loss=with_soft.loss, options=with_soft.options, found=found)
         for found in FOUND_CANDIDATES
     }
-    found = from_share[best("soft labels with it from this estimate on", from_share, (0.0, 0.1, TUNED_AT))].found
+    found = from_share[take("soft labels with it from this estimate on", from_share, (0.0, 0.1, TUNED_AT))].found
     both = {"use": "soft", "loss": with_soft.loss, "options": with_soft.options, "found": found}
     methods = {
         BASELINE: Method(),
@@ -478,7 +384,7 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     with multiprocessing.get_context("spawn").Pool(options.workers, _start_worker, start) as pool:
         path, until = options.output / "label_runs.jsonl", time.monotonic() + 60 * options.minutes
-        ask = partial(results, path=path, fingerprint=corpus.fingerprint, pool=pool, until=until)
+        ask = partial(results, path=path, fingerprint=corpus.fingerprint, pool=pool, work=_work, until=until)
         methods, tuned = chosen(ask)
         cases = list(options.cases)
         jobs = [

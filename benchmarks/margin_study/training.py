@@ -149,6 +149,11 @@ class Corpus:
         gap = arrays["chosen_score"][rows] - arrays["rejected_score"][rows]
         return Pairs(chosen=sides[0], rejected=sides[1], score_gap=torch.from_numpy(gap))
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """``(N, 2)`` tokens of the chosen and the rejected answers of training pairs, with their prompts."""
+        return np.stack([self.splits["train"][f"{side}_tokens"] for side in ("chosen", "rejected")], axis=1)
+
     def moments(self, layer: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of each feature over the answers trained on."""
         arrays = self.splits["train"]
@@ -214,11 +219,11 @@ def new_head(features: int, seed: int) -> nn.Sequential:
     return head
 
 
-def batches(pairs: int, seed: int) -> Iterator[Tensor]:
+def batches(pairs: int, seed: int, *, epochs: int = EPOCHS, size: int = BATCH_PAIRS) -> Iterator[Tensor]:
     """Rows of every step of the run; the last, smaller batch of an epoch is trained on too."""
     draw = np.random.default_rng((seed, 2))
-    for _ in range(EPOCHS):
-        yield from torch.from_numpy(draw.permutation(pairs)).split(BATCH_PAIRS)
+    for _ in range(epochs):
+        yield from torch.from_numpy(draw.permutation(pairs)).split(size)
 
 
 def schedule(step: int, total: int) -> float:
@@ -256,8 +261,8 @@ def train(run: Run, corpus: Corpus) -> dict:
             curve["step"].append(step)
             for name, watched_pairs in watched.items():
                 curve[name].append(round(preference_accuracy(gaps(head, watched_pairs)).value, 5))
-    marks = {name: _marks(gaps(head, watched[name])) for name in watched if name != "validation"}
-    return {"curve": curve, "right": marks}
+    right = {name: marks(gaps(head, watched[name])) for name in watched if name != "validation"}
+    return {"curve": curve, "right": right}
 
 
 def _update(head: nn.Module, optimizer: torch.optim.Optimizer, losses: LossFunction, pairs: Pairs, setting: float):
@@ -268,6 +273,6 @@ def _update(head: nn.Module, optimizer: torch.optim.Optimizer, losses: LossFunct
     optimizer.step()
 
 
-def _marks(gap: np.ndarray) -> str:
+def marks(gap: np.ndarray) -> str:
     """One character a pair: 2 right, 1 tie, 0 wrong."""
     return "".join(str(int(sign) + 1) for sign in np.sign(gap))
