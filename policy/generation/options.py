@@ -29,8 +29,11 @@ class VllmConfig:
     """Memory of an engine for keys and values; null: what vLLM takes on a GPU, and 1 on a CPU."""
     max_model_tokens: Annotated[int, Gt(0)] | None = None
     """Longest prompt and response together; null: what the model's config says."""
+    transport: Literal["folder", "gloo", "nccl"] = "folder"
+    """How weights go to the engines: by a folder, over the network (gloo), or between GPUs of which trainer and engines
+    have their own (nccl). Without a folder, an engine that is lost gets them by another pass over all weights."""
     folder: str | None = None
-    """Folder through which weights go to the engines, on a disk that they see; null: in the output folder."""
+    """Folder of transport = folder, on a disk that the engines see; null: in the output folder."""
     start_seconds: Annotated[float, Gt(0)] = 900.0
     """What an engine may take until it is there."""
     timeout_seconds: Annotated[float, Gt(0)] = 300.0
@@ -43,6 +46,15 @@ class VllmConfig:
             raise ValueError(
                 f"devices = {list(self.devices)}: expected engines x tensor_parallel = "
                 f"{self.engines * self.tensor_parallel} numbers"
+            )
+        if self.folder is not None and self.transport != "folder":
+            raise ValueError(
+                f"folder = {self.folder}: transport = {self.transport} sends weights without one: leave it out"
+            )
+        if self.transport == "nccl" and not (self.devices or self.urls):
+            raise ValueError(
+                "transport = nccl: connects GPUs that differ, and without devices the engines share those of the "
+                "trainer; give devices, or take gloo or folder"
             )
         for url in self.urls:
             check_address("urls", url)

@@ -90,6 +90,11 @@ class RolloutConfig(SamplingConfig):
                     "take backend = vllm"
                 )
             return
+        if self.ahead and self.vllm.transport != "folder":
+            raise ValueError(
+                f"ahead = {self.ahead} with vllm.transport = {self.vllm.transport}: an engine that is lost would need "
+                "weights which training has left behind by then; take vllm.transport = folder"
+            )
         if self.logprobs == "sampler":
             raise ValueError("logprobs = sampler needs entropies, which backend = vllm does not tell: take training")
         if self.temperature != 1.0 and (self.top_k or self.top_p != 1.0):

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 
 CONNECT_SECONDS = 10.0
+SILENT = "it gives no sign of life"
 
 WireRow = tuple[list[int], int]
 """Tokens of a prompt and the seed of the response."""
@@ -26,9 +27,10 @@ class EngineRefused(Exception):
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights of one version, in a folder that engines load."""
+    """The weights of one version."""
 
-    folder: Path
+    folder: Path | None
+    """Where engines load them from; ``None`` if they were sent as a stream."""
     version: int
     sums: Mapping[str, str]
     """The checksum of each layer; see :func:`policy.generation.vllm.engine.margin_engine.weight_sums`."""
@@ -51,9 +53,24 @@ class EngineClient:
         return self._json("GET", "/state")
 
     def update(self, weights: Weights) -> dict[str, Any]:
-        """Load these weights; what it has then."""
-        asked = {"folder": str(weights.folder.resolve()), "version": weights.version, "sums": dict(weights.sums)}
-        return self._json("POST", "/update", asked)
+        """Load these weights, or take those that were sent; what it has then."""
+        folder = None if weights.folder is None else str(weights.folder.resolve())
+        return self._json("POST", "/update", {"folder": folder, "version": weights.version, "sums": dict(weights.sums)})
+
+    def join(self, meeting: Mapping[str, Any]) -> None:
+        """Have its workers come to where weights are sent; see :class:`policy.generation.vllm.link.Link`."""
+        self._json("POST", "/join", meeting)
+
+    def receive(self, version: int) -> Iterator[dict[str, Any]]:
+        """Have its workers wait for weights of ``version``: a line when they do, and one when they have all. That may
+        take any time: :meth:`close` ends it.
+
+        Raises:
+            EngineLost: if the engine dies.
+            EngineRefused: if it has newer weights.
+        """
+        patient = httpx.Timeout(None, connect=self._http.timeout.connect)
+        return self._lines("/receive", {"version": version}, patient)
 
     def sleep(self) -> None:
         """Give its device memory back until the next request, where it can."""
@@ -66,9 +83,13 @@ class EngineClient:
             EngineLost: if the engine dies, or says nothing for the time of the timeout.
             EngineRefused: if it has weights of another version, or cannot take a prompt.
         """
-        asked = {"version": version, "settings": dict(settings), "rows": rows}
+        return self._lines("/generate", {"version": version, "settings": dict(settings), "rows": rows})
+
+    def _lines(self, path: str, asked: Any, timeout: httpx.Timeout | None = None) -> Iterator[dict[str, Any]]:
         try:
-            with self._http.stream("POST", f"{self.url}/generate", json=asked, extensions=self._noted) as answer:
+            with self._http.stream(
+                "POST", f"{self.url}{path}", json=asked, timeout=timeout or self._http.timeout, extensions=self._noted
+            ) as answer:
                 if answer.status_code != httpx.codes.OK:
                     raise EngineRefused(_error_of(answer.read()))
                 for line in answer.iter_lines():
@@ -111,5 +132,5 @@ def _error_of(content: bytes) -> str:
 
 def _told(error: Exception) -> str:
     if isinstance(error, httpx.TimeoutException):
-        return "it gives no sign of life"
+        return SILENT
     return f"{type(error).__name__}: {str(error)[:200]}"

@@ -1,16 +1,20 @@
 """The engines of a run: who writes what, and what happens when one of them is lost."""
 
+import contextlib
 import logging
 import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 from policy.generation.vllm.client import EngineClient, EngineLost, EngineRefused, Weights, WireRow
 from policy.generation.vllm.engine.margin_engine import TOKEN_VARIABLE
+from policy.generation.vllm.link import Link
 from policy.generation.vllm.process import EngineProcess, Launch
 from rlhf.core.errors import ConfigError, ModelError, TrainingStopped
 
@@ -29,6 +33,9 @@ class EnginePool:
         self._processes = [] if self._config.urls else [EngineProcess(launch, n, self._token) for n in range(count)]
         self._clients: list[EngineClient | None] = [None] * count
         self._weights: Weights | None = None
+        self._streams = self._config.transport != "folder"
+        self._links: list[Link | None] = [None] * count
+        self._versions = [0] * count  # that the engines have, where weights are sent as a stream
         self._lock = threading.Lock()
         self._of_before = 0
         self._closed = False
@@ -48,7 +55,7 @@ class EnginePool:
         for number, url in enumerate(self._config.urls):
             try:
                 self._clients[number] = self._connect(url)
-                self._of_before = max(self._of_before, int(self._client(number).state()["version"]))
+                self._of_before = max(self._of_before, int(self._client(number).state()["newest"]))
             except (EngineLost, EngineRefused, KeyError) as fault:
                 raise ConfigError(f"vllm.urls: {url} is no engine of this toolkit that answers: {fault}") from fault
         return self._of_before
@@ -63,16 +70,59 @@ class EnginePool:
         self._weights = weights
         self._on_each(self._bring_up_to_date)
 
-    def generate(
-        self, rows: Sequence[WireRow], settings: Mapping[str, Any], advance: Callable[[int], None] | None = None
-    ) -> list[Answer]:
-        """The response to each row, by weights that were set last.
+    def listen(self, version: int) -> None:
+        """Have all engines that lack the weights of ``version`` listen for them; those that do not run are started.
 
+        Raises:
+            ModelError: if an engine refuses.
+            TrainingStopped: if engines are lost too often.
+        """
+        self._on_each(lambda number: self._listen(number, version))
+
+    @contextlib.contextmanager
+    def sending(self, name: str, weight: Tensor) -> Iterator[None]:
+        """Inside, a tensor is on its way to all engines that listen."""
+        links = [link for link in self._links if link is not None and link.listens]
+        weight = weight.to(links[0].device) if links else weight
+        works = [link.send(name, weight) for link in links]
+        yield
+        for link, work in zip(links, works, strict=True):
+            link.wait(work)
+
+    def take(self, weights: Weights) -> bool:
+        """Have all engines take what was sent for these weights, which is compared; whether none was lost on the way.
+
+        One that was lost runs again, and lacks them.
+
+        Raises:
+            ModelError: if an engine has other weights than it was told to have.
+            TrainingStopped: if engines are lost too often.
+        """
+        self._weights = weights
+        self._on_each(self._take)
+        return all(version == weights.version for version in self._versions)
+
+    def generate(
+        self,
+        rows: Sequence[WireRow],
+        settings: Mapping[str, Any],
+        advance: Callable[[int], None] | None = None,
+        known: Sequence[Answer | None] = (),
+    ) -> list[Answer | None]:
+        """The response to each row, by weights that were set last; ``None`` to those of an engine that was lost and
+        lacks its weights, which is so only where they are sent as a stream.
+
+        Args:
+            rows: prompts and seeds.
+            settings: in vLLM's words.
+            advance: told how many responses there are.
+            known: what an earlier call returned: these responses are not asked for again.
         Raises:
             ModelError: if an engine refuses, or answers by other weights.
             TrainingStopped: if engines are lost too often.
         """
-        found: dict[int, Answer] = {}
+        found = {place: answer for place, answer in enumerate(known) if answer is not None}
+        left = [place for place in range(len(rows)) if place not in found]
 
         def keep(place: int, answer: Answer) -> None:
             with self._lock:
@@ -80,12 +130,12 @@ class EnginePool:
                 if advance is not None:
                     advance(len(found))
 
-        shares = spread([len(tokens) for tokens, _ in rows], len(self._clients))
-        of_engines = [{place: rows[place] for place in share} for share in shares]
+        shares = spread([len(rows[place][0]) for place in left], len(self._clients))
+        of_engines = [{left[each]: rows[left[each]] for each in share} for share in shares]
         self._on_each(lambda number: self._generate(number, of_engines[number], settings, keep))
         if self.sleeps:
-            self._on_each(lambda number: self._client(number).sleep())
-        return [found[place] for place in range(len(rows))]
+            self._on_each(self._sleep)
+        return [found.get(place) for place in range(len(rows))]
 
     def close(self) -> None:
         """End the engines that were started here; what still waits for one, here or elsewhere, fails."""
@@ -104,6 +154,42 @@ class EnginePool:
         assert client is not None, "set_weights() comes first"
         return client
 
+    def _sleep(self, number: int) -> None:
+        with contextlib.suppress(EngineLost):  # which is found when it is needed
+            self._client(number).sleep()
+
+    def _listen(self, number: int, version: int) -> None:
+        while self._versions[number] != version:
+            try:
+                if self._clients[number] is None:
+                    self._start(number, first=True)
+                link = self._links[number] = self._links[number] or self._link(number)
+                link.listen(version)
+                return
+            except EngineLost as fault:
+                self._revive(number, fault)
+            except EngineRefused as fault:
+                raise ModelError(f"vLLM engine {number}: {fault}") from fault
+
+    def _link(self, number: int) -> Link:
+        state = self._client(number).state()
+        self.max_model_tokens = int(state["max_model_tokens"])
+        return Link(self._client(number), self._config.transport, int(state["workers"]), self._config.timeout_seconds)
+
+    def _take(self, number: int) -> None:
+        weights, link = self._weights, self._links[number]
+        assert weights is not None
+        if self._versions[number] == weights.version:
+            return
+        assert link is not None, "listen() comes first"
+        try:
+            link.finish()
+            self._push(number)
+        except EngineLost as fault:
+            self._revive(number, fault)
+        except EngineRefused as fault:
+            raise ModelError(f"vLLM engine {number}: {fault}") from fault
+
     def _bring_up_to_date(self, number: int) -> None:
         weights = self._weights
         assert weights is not None
@@ -121,6 +207,7 @@ class EnginePool:
         weights = self._weights
         assert weights is not None
         self._check(number, self._client(number).update(weights))
+        self._versions[number] = weights.version
         if not self.max_model_tokens:
             self.max_model_tokens = int(self._client(number).state()["max_model_tokens"])
 
@@ -139,9 +226,8 @@ class EnginePool:
         return EngineClient(url, self._token, timeout_seconds=self._config.timeout_seconds)
 
     def _start(self, number: int, *, first: bool = False) -> None:
-        """Start an engine with the weights that were set last."""
-        weights, process = self._weights, self._processes[number]
-        assert weights is not None
+        """Start an engine with the weights that were set last, or where they are sent as a stream, without."""
+        weights, process = None if self._streams else self._weights, self._processes[number]
         while True:
             try:
                 self._clients[number] = self._connect(process.start(weights))
@@ -152,7 +238,8 @@ class EnginePool:
                     raise ConfigError(f"vLLM engine {number} does not start: {fault}") from fault
                 self._count(number, fault)
                 continue
-            self._check(number, state)
+            if weights is not None:
+                self._check(number, state)
             self.max_model_tokens = int(state["max_model_tokens"])
             if self._config.sleep and not state["sleeps"] and first:
                 log.warning("vllm.sleep: engine %d keeps its memory: vLLM cannot give it back on this device", number)
@@ -160,7 +247,8 @@ class EnginePool:
             return
 
     def _revive(self, number: int, fault: EngineLost) -> None:
-        """Put an engine in the place of one that is lost, with the weights of now."""
+        """Put an engine in the place of one that is lost: with the weights of now, unless they are sent as a stream."""
+        self._links[number], self._versions[number] = None, 0
         if self._processes and not self._processes[number].is_alive:
             fault = EngineLost(f"it ended: {self._processes[number].last_words()}")
         self._count(number, fault)
@@ -171,16 +259,17 @@ class EnginePool:
             self._wait_for(number)
 
     def _wait_for(self, number: int) -> None:
-        """Give somebody else's engine the time of a start to come back, and bring it up to date where it is not."""
+        """Give somebody else's engine the time of a start to come back, and bring it up to date where it is not, unless
+        weights are sent as a stream."""
         weights = self._weights
-        assert weights is not None
         end = time.monotonic() + self._config.start_seconds
         while True:
             try:
                 state = self._client(number).state()
-                if state.get("version") == weights.version:  # it is the same one as before
+                if weights is not None and state.get("version") == weights.version:  # it is the same one as before
                     self._check(number, state)
-                else:
+                    self._versions[number] = weights.version
+                elif not self._streams:
                     self._push(number)
                 return
             except EngineLost as fault:
@@ -204,13 +293,10 @@ class EnginePool:
                 f"vLLM engine {number} is lost ({fault}), and engines were started again {count - 1} times before "
                 f"(vllm.restarts = {self._config.restarts}): look at {self._where(number)}; checkpoints are intact"
             )
-        weights = self._weights
-        assert weights is not None
         log.warning(
-            "vLLM engine %d is lost (%s): it is started again with weights of version %d (restart %d of at most %d)",
+            "vLLM engine %d is lost (%s): it is started again with the weights of now (restart %d of at most %d)",
             number,
             fault,
-            weights.version,
             count,
             self._config.restarts,
         )
@@ -246,6 +332,8 @@ class EnginePool:
                     raise EngineLost(f"it ended with {len(left)} of {len(places)} responses to go")
             except EngineLost as fault:
                 self._revive(number, fault)
+                if self._streams and self._versions[number] != weights.version:
+                    return
             except EngineRefused as fault:
                 raise ModelError(f"vLLM engine {number}: {fault}") from fault
 

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from policy.generation.options import VllmConfig
 from policy.generation.vllm.client import EngineLost, Weights
 from policy.generation.vllm.engine.margin_engine import TOKEN_VARIABLE
@@ -59,6 +61,11 @@ def check_vllm(config: VllmConfig, setting: str) -> None:
     Raises:
         ConfigError: naming what to install, or what lacks to ask engines elsewhere.
     """
+    if config.transport == "nccl" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"{setting}.vllm.transport = nccl: connects GPUs, and this machine has none that torch sees; take gloo or "
+            "folder"
+        )
     if config.urls:
         if not os.environ.get(TOKEN_VARIABLE):
             raise ConfigError(
@@ -96,7 +103,7 @@ class Launch:
     folder: Path
     """Where logs go."""
     tokenizer: Path
-    """Folder of the tokenizer: that of the weights has none."""
+    """Folder of the tokenizer; and of the model's config, where weights are sent as a stream."""
 
 
 class EngineProcess:
@@ -109,8 +116,8 @@ class EngineProcess:
         self.log = launch.folder / f"engine{number}.log"
         """All that vLLM prints."""
 
-    def start(self, weights: Weights) -> str:
-        """Start it with these weights and wait until it listens; its address.
+    def start(self, weights: Weights | None) -> str:
+        """Start it with these weights, or to be sent some, and wait until it listens; its address.
 
         Raises:
             EngineLost: if it ends before, or takes too long.
@@ -176,11 +183,12 @@ class EngineProcess:
         assert self._process is not None, "it was started"
         return self._process.pid
 
-    def _arguments(self, weights: Weights, ready: Path) -> Sequence[str]:
+    def _arguments(self, weights: Weights | None, ready: Path) -> Sequence[str]:
         launch, config = self._launch, self._launch.config
+        model = None if weights is None else weights.folder
         given = {
-            "model": weights.folder.resolve(),
-            "version": weights.version,
+            "model": (model or launch.tokenizer).resolve(),
+            "version": 0 if weights is None else weights.version,
             "tokenizer": launch.tokenizer.resolve(),
             "ready": ready.resolve(),
             "dtype": launch.dtype,
@@ -192,7 +200,7 @@ class EngineProcess:
             "parent": os.getpid(),
         }
         named = [f"--{name}={value}" for name, value in given.items() if value is not None]
-        return [*named, *(["--sleep"] if config.sleep else [])]
+        return [*named, *(["--sleep"] if config.sleep else []), *(["--empty"] if weights is None else [])]
 
     def _environment(self) -> Mapping[str, str]:
         config, found = self._launch.config, _environment()

@@ -45,6 +45,8 @@ class VllmSampler:
         tokenizer: for stop strings.
         repetition_penalty: see :class:`policy.generation.repetition.RepetitionPenalty`.
         logprobs: whether to ask for log-probabilities; they are NaN without.
+        renew: called on every rank where an engine was lost and lacks its weights; see
+            :meth:`policy.generation.vllm.weights.WeightPush.renew`.
     """
 
     def __init__(
@@ -57,8 +59,9 @@ class VllmSampler:
         tokenizer: Any,
         repetition_penalty: float = 1.0,
         logprobs: bool = True,
+        renew: Callable[[], None] | None = None,
     ) -> None:
-        self._ranks, self._pool, self._config = ranks, pool, config
+        self._ranks, self._pool, self._config, self._renew = ranks, pool, config, renew
         self._stop = StopRule(eos_token_ids, config.stop, tokenizer)
         self._settings = vllm_settings(config, eos_token_ids, repetition_penalty) | {
             "logprobs": 0 if logprobs else None
@@ -78,8 +81,21 @@ class VllmSampler:
             ModelError: if log-probabilities are not finite, or an engine refuses.
             TrainingStopped: if engines are lost too often.
         """
-        share = self.gather(prompts, seeds)
-        return self.responses(share, self._ranks.on_main(lambda: self.ask(share, advance)))
+        return self.drawn(self.gather(prompts, seeds), advance)
+
+    def drawn(self, share: "Share", advance: Callable[[int], None] | None = None) -> list[Response]:
+        """The responses to the rows of this rank. Every rank must call it."""
+        answers: list[Answer | None] = []
+
+        def ask() -> list[Answer | None]:
+            return self.ask(share, advance, answers)
+
+        answers = self._ranks.on_main(ask)
+        while None in answers:
+            assert self._renew is not None, "weights are sent as a stream"
+            self._renew()
+            answers = self._ranks.on_main(ask)
+        return self.responses(share, answers)
 
     def gather(self, prompts: Sequence[np.ndarray], seeds: Sequence[int]) -> "Share":
         """What all ranks ask for."""
@@ -89,12 +105,14 @@ class VllmSampler:
         parts = self._ranks.gather_objects(mine)
         return Share([row for part in parts for row in part], sum(map(len, parts[: self._ranks.rank])), len(mine))
 
-    def responses(self, share: "Share", answers: Sequence[Answer]) -> list[Response]:
+    def responses(self, share: "Share", answers: Sequence[Answer | None]) -> list[Response]:
         """Those to the rows of this rank."""
-        return [self._response(answer) for answer in answers[share.first : share.first + share.count]]
+        return [self._response(answer) for answer in answers[share.first : share.first + share.count] if answer]
 
-    def ask(self, share: "Share", advance: Callable[[int], None] | None = None) -> list[Answer]:
-        """What the engines say; the main rank alone can ask them."""
+    def ask(
+        self, share: "Share", advance: Callable[[int], None] | None = None, known: Sequence[Answer | None] = ()
+    ) -> list[Answer | None]:
+        """What the engines say, see :meth:`EnginePool.generate`; the main rank alone can ask them."""
         rows = share.rows
         if not rows:
             return []
@@ -111,8 +129,9 @@ class VllmSampler:
             if advance is not None:  # told of its own rows: the ranks are alike
                 advance(-(-count // self._ranks.world_size))
 
-        answers = pool.generate(rows, self._settings, advance_each)
-        bad = sum(None in answer["logprobs"] or not answer["tokens"] for answer in answers if "logprobs" in answer)
+        answers = pool.generate(rows, self._settings, advance_each, known)
+        told = [answer for answer in answers if answer is not None and "logprobs" in answer]
+        bad = sum(None in answer["logprobs"] or not answer["tokens"] for answer in told)
         if bad:
             raise ModelError(
                 f"{bad} of {len(answers)} responses of vLLM have log-probabilities that are not finite: the weights "

@@ -12,7 +12,8 @@ from policy.generation.options import SamplingConfig
 from policy.generation.vllm.pool import Answer, EnginePool
 from policy.generation.vllm.process import check_vllm
 from policy.generation.vllm.sampler import Share, VllmSampler, draws_from_all, launch_of
-from policy.generation.vllm.weights import WeightPush
+from policy.generation.vllm.weights import WeightPush, write_config
+from policy.model import policy_of
 from rlhf.data.templates import ChatFormat
 from rlhf.engine.api import Engine
 from rlhf.engine.frozen import Frozen
@@ -29,19 +30,22 @@ class Engines:
     """
 
     def __init__(self, model: Frozen, chat: ChatFormat, config: SamplingConfig, folder: Path) -> None:
-        ranks, tokenizer = model.ranks, folder / "tokenizer"
+        ranks, tokenizer, streams = model.ranks, folder / "tokenizer", config.vllm.transport != "folder"
         launch = launch_of(config, dtype=next(model.module.parameters()).dtype, folder=folder, tokenizer=tokenizer)
 
         def make_pool() -> EnginePool | None:
             if not ranks.is_main:
                 return None
             chat.tokenizer.save_pretrained(str(tokenizer))
+            if streams:
+                write_config(policy_of(model), tokenizer)
             return EnginePool(launch)
 
         self.ranks, self._chat, self._config = ranks, chat, config
         self.pool = ranks.together(make_pool)
         """The engines, on the main rank; ``None`` on the others."""
-        self.weights = WeightPush(model, self.pool, Path(config.vllm.folder or folder / "weights"))
+        through = None if streams else Path(config.vllm.folder or folder / "weights")
+        self.weights = WeightPush(model, self.pool, through)
 
     def sampler(
         self,
@@ -60,6 +64,7 @@ class Engines:
             tokenizer=self._chat.tokenizer,
             repetition_penalty=repetition_penalty,
             logprobs=logprobs and draws_from_all(config) == draws_from_all(self._config),  # engines have one mode
+            renew=self.weights.renew,
         )
 
     def close(self) -> None:
@@ -95,7 +100,7 @@ class VllmTrainingSampler:
         self._sampler = self._engines.sampler(config)
         self.weights = self._engines.weights
         self._thread = ThreadPoolExecutor(1)
-        self._pending: Future[list[Answer]] | None = None
+        self._pending: Future[list[Answer | None]] | None = None
         self._begun: Share | None = None
         self.staleness = 0
         """How many updates the responses of the latest call are behind."""
@@ -118,7 +123,7 @@ class VllmTrainingSampler:
             self._ranks.on_main(lambda: self._answers_of(self._pending))
             self._begun = begun
         self.weights.push()
-        return self._sampler.responses(share, self._ranks.on_main(lambda: self._sampler.ask(share, advance)))
+        return self._sampler.drawn(share, advance)
 
     def begin(self, prompts: Sequence[np.ndarray], seeds: Sequence[int]) -> None:
         """Let the engines begin with these responses by the weights as they are now. Every rank must call it.
@@ -145,7 +150,7 @@ class VllmTrainingSampler:
         }
 
     @staticmethod
-    def _answers_of(pending: "Future[list[Answer]] | None") -> list[Answer]:
+    def _answers_of(pending: "Future[list[Answer | None]] | None") -> list[Answer | None]:
         assert pending is not None, "begin() was called"
         return pending.result()
 

@@ -1,8 +1,9 @@
 """The weights of a policy on their way from training to engines: one after the other, never all on one rank."""
 
+import contextlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,23 +75,27 @@ def _adapted(policy: PolicyModel) -> dict[str, tuple[Tensor, Tensor, float]]:
     return found
 
 
+Carry = Callable[[str, Tensor], contextlib.AbstractContextManager[None]]
+"""What brings one tensor on its way; it may still be read inside."""
+
+
 class WeightPush:
     """Brings the weights of a policy to the engines of a pool, and counts their versions.
 
     Args:
         engine: the policy. Every rank makes one of these and calls :meth:`push`.
         pool: on the main rank; ``None`` on the others.
-        folder: on a disk that all engines see.
+        folder: on a disk that all engines see; ``None``: weights are sent as a stream, without a folder.
     """
 
-    def __init__(self, engine: Frozen, pool: EnginePool | None, folder: Path) -> None:
+    def __init__(self, engine: Frozen, pool: EnginePool | None, folder: Path | None) -> None:
         self._engine, self._ranks = engine, engine.ranks
         self._source, self._pool, self._folder = WeightSource(engine), pool, folder
         self._now: Weights | None = None
         self.version = 0
         """Version of the weights that the engines have; 0 before the first push."""
         self.pushes = 0
-        """How often weights went to the engines."""
+        """How often other weights went to the engines than those that they had."""
 
     def push(self) -> bool:
         """Have the engines sample from the weights as they are now; whether they were other ones until now.
@@ -99,16 +104,26 @@ class WeightPush:
             ModelError: if an engine has other weights afterwards.
         """
         number = self._ranks.on_main(self._next)
-        folder = self._folder / f"version-{number:08d}"
-        writer = self._ranks.together(lambda: _Writer(folder) if self._ranks.is_main else None)
-        sums = self._gather(writer)
-        before, self.version = self.version, self._ranks.on_main(lambda: self._hand_over(writer, number, sums))
-        self.pushes += before != self.version
-        return before != self.version
+        if self._folder is None:
+            new, self.version = self._stream(number), number
+        else:
+            before, self.version = self.version, self._by_folder(self._folder / f"version-{number:08d}", number)
+            new = before != self.version
+        self.pushes += new
+        return new
+
+    def renew(self) -> None:
+        """Bring the weights that were pushed last to engines that have lost them. Every rank must call it.
+
+        Raises:
+            ModelError: if the weights are others by now.
+        """
+        if self._stream(self.version):
+            raise ModelError("the weights of the policy changed while engines wrote by them")
 
     def clear(self) -> None:
         """Take the last folder away."""
-        if self._now is not None:
+        if self._now is not None and self._now.folder is not None:
             shutil.rmtree(self._now.folder, ignore_errors=True)
 
     def _next(self) -> int:
@@ -116,16 +131,16 @@ class WeightPush:
         assert self._pool is not None
         return 1 + (self._pool.newest_version() if self._now is None else self._now.version)
 
-    def _gather(self, writer: "_Writer | None") -> dict[str, str]:
-        """One pass over all weights, written on the main rank; their checksums."""
+    def _gather(self, carry: Carry | None) -> dict[str, str]:
+        """One pass over all weights, carried off on the main rank; their checksums."""
         fault: Exception | None = None
         totals: dict[str, int] = {}
         for name, weight in self._source:
-            if writer is None or fault is not None:
+            if carry is None or fault is not None:
                 continue  # the others need this rank's share all the same
             try:
-                add_sum(totals, name, tensor_sum(weight))
-                writer.add(name, weight)
+                with carry(name, weight):
+                    add_sum(totals, name, tensor_sum(weight))
             except Exception as error:
                 fault = error
 
@@ -136,8 +151,13 @@ class WeightPush:
         self._ranks.together(tell)
         return as_text(totals)
 
+    def _by_folder(self, folder: Path, number: int) -> int:
+        """Write the weights, and have the engines load them if they are new; the version that they have then."""
+        writer = self._ranks.together(lambda: _Writer(folder) if self._ranks.is_main else None)
+        sums = self._gather(None if writer is None else writer.adding)
+        return self._ranks.on_main(lambda: self._hand_over(writer, number, sums))
+
     def _hand_over(self, writer: "_Writer | None", number: int, sums: dict[str, str]) -> int:
-        """Bring what was written to the engines, if it is new; the version that they have then."""
         assert writer is not None and self._pool is not None
         if self._now is not None and self._now.sums == sums:
             writer.drop()
@@ -145,9 +165,31 @@ class WeightPush:
         writer.finish(policy_of(self._engine))
         before, self._now = self._now, Weights(writer.folder, number, sums)
         self._pool.set_weights(self._now)
-        if before is not None:
+        if before is not None and before.folder is not None:
             shutil.rmtree(before.folder, ignore_errors=True)
         return number
+
+    def _stream(self, number: int) -> bool:
+        """Send the weights as those of version ``number`` until all engines have them; whether they are other ones than
+        those that were sent before."""
+        pool, before = self._pool, self._now
+        sums: dict[str, str] = {}
+
+        def listen() -> None:
+            assert pool is not None
+            pool.listen(number)
+
+        def take() -> bool:
+            assert pool is not None
+            self._now = Weights(None, number, sums)
+            return pool.take(self._now)
+
+        complete = False
+        while not complete:  # an engine that is lost on the way wants another pass; the pool counts
+            self._ranks.on_main(listen)
+            sums = self._gather(None if pool is None else pool.sending)
+            complete = self._ranks.on_main(take)
+        return self._ranks.on_main(lambda: before is None or before.sums != sums)
 
 
 class _Writer:
@@ -161,6 +203,11 @@ class _Writer:
         self._bytes = 0
         self._places: dict[str, str] = {}
         self._files = 0
+
+    @contextlib.contextmanager
+    def adding(self, name: str, weight: Tensor) -> Iterator[None]:
+        self.add(name, weight)
+        yield
 
     def add(self, name: str, weight: Tensor) -> None:
         self._held[name] = weight.to("cpu", copy=True).contiguous()
@@ -180,9 +227,14 @@ class _Writer:
             self._write()
         index: dict[str, Any] = {"metadata": {}, "weight_map": self._places}
         (self.folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-        settings = policy.hf.config.to_dict() | {"architectures": [type(policy.hf).__name__]}
-        (self.folder / "config.json").write_text(json.dumps(settings, indent=2, default=str), encoding="utf-8")
+        write_config(policy, self.folder)
         permit_as_new(self.folder)
 
     def drop(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def write_config(policy: PolicyModel, folder: Path) -> None:
+    """Write what vLLM reads of a model's shape into ``folder``."""
+    settings = policy.hf.config.to_dict() | {"architectures": [type(policy.hf).__name__]}
+    (folder / "config.json").write_text(json.dumps(settings, indent=2, default=str), encoding="utf-8")

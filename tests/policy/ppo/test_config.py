@@ -68,6 +68,12 @@ def parse(*overrides, reward=REWARD):
         (["rollout.backend=vllm", "rollout.temperature=0.7", "rollout.top_p=0.9"], r"at temperature 1 only"),
         (["rollout.backend=vllm", "rollout.vllm.urls=[http://a]", "rollout.vllm.engines=2"], r"leave engines out"),
         (["rollout.backend=vllm", "rollout.vllm.urls=[a:8000]"], r"urls = a:8000: expected the address of a server"),
+        (["rollout.backend=vllm", "rollout.vllm.transport=nccl"], r"without devices the engines share those of the"),
+        (["rollout.backend=vllm", "rollout.vllm.transport=gloo", "rollout.vllm.folder=x"], r"without one: leave it"),
+        (
+            ["rollout.backend=vllm", "rollout.vllm.transport=gloo", "rollout.ahead=1", "loss.importance=token"],
+            r"weights which training has left behind by then; take vllm\.transport = folder",
+        ),
         (["rollout.ahead=1"], r"writes no responses while it learns; take backend = vllm"),
         (["loss.importance=token", "rollout.logprobs=sampler"], r"taken for the same: every weight would be 1"),
         (["rollout.backend=vllm", "rollout.ahead=1"], r"set loss\.importance to token or sequence"),

@@ -70,10 +70,25 @@ def as_text(totals: dict[str, int]) -> dict[str, str]:
     return {group: f"{total % 2**64:016x}" for group, total in sorted(totals.items())}
 
 
-class WeightSums:
+class Worker:
     """What is added to a vLLM worker: it holds a part of each weight, or under tensor parallelism 1 all of it."""
 
     model_runner: Any
+    rank: int
+    _receiver: Any = None
+
+    def join_weights(self, meeting: dict[str, Any]) -> None:
+        """Join the group in which a trainer sends weights, in the place of one that was joined before."""
+        from margin_stream import Receiver  # type: ignore[import-not-found]  # beside this file, in vLLM's process
+
+        self._receiver = Receiver(meeting, 1 + self.rank)
+
+    def receive_weights(self) -> None:
+        """Load the weights that come."""
+        stream = iter(self._receiver)
+        self.model_runner.reload_weights(weights_iterator=stream)
+        for _ in stream:  # all are received, if vLLM has a use for them or not
+            pass
 
     def sums_by_name(self) -> dict[str, tuple[int, int]]:
         """Entries and sum of what each weight of this worker counts for."""
@@ -118,6 +133,7 @@ class Engine:
         from vllm import LLM
         from vllm.platforms import current_platform
 
+        self._workers = options.tensor_parallel
         self._on_cpu = current_platform.is_cpu()
         if self._on_cpu:
             os.environ[READABLE_VARIABLE] = "1"
@@ -130,6 +146,8 @@ class Engine:
             further["max_model_len"] = options.max_model_tokens
         if self.sleeps:
             further["enable_sleep_mode"] = True
+        if options.empty:
+            further["load_format"] = "dummy"
         self._llm = LLM(
             model=options.model,
             tokenizer=options.tokenizer or options.model,
@@ -140,11 +158,12 @@ class Engine:
             max_logprobs=1,
             enforce_eager=self._on_cpu,
             enable_prefix_caching=False,
-            worker_extension_cls="margin_engine.WeightSums",
+            worker_extension_cls="margin_engine.Worker",
             seed=0,
             **further,
         )
         self._asleep = False
+        self._newest = options.version
         self.set_version(options.version)
 
     def set_version(self, version: int) -> None:
@@ -159,6 +178,8 @@ class Engine:
         return {
             "vllm": vllm.__version__,
             "version": self._version,
+            "newest": self._newest,
+            "workers": self._workers,
             "vllm_version": self._llm.get_weight_version(),
             "sums": self.sums(),
             "sleeps": self.sleeps,
@@ -175,14 +196,33 @@ class Engine:
             add_sum(totals, name, parts[0][1] if alike else sum(value for _, value in parts))
         return as_text(totals)
 
-    def update(self, asked: dict[str, Any]) -> dict[str, Any]:
-        """Load the weights of a folder, which become those of ``version`` if they are the ones that were meant."""
-        version = int(asked["version"])
-        if version <= self._version:
-            raise Refused(f"weights of version {version} came after those of version {self._version}")
+    def join(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """Have the workers meet a trainer that sends weights."""
+        if asked["kind"] == "nccl" and not torch.cuda.is_available():
+            raise Refused("transport = nccl: the engine has no CUDA device; take gloo or folder", 400)
+        self._llm.collective_rpc("join_weights", kwargs={"meeting": asked})
+        return {}
+
+    def receive(self, asked: dict[str, Any]) -> Generator[dict[str, Any], None, None]:
+        """Load the weights that the trainer sends, which are nobody's until :meth:`update` has compared them."""
+        self._begin(int(asked["version"]))
+        yield {"listens": True}
+        self._llm.collective_rpc("receive_weights")
+
+    def _begin(self, version: int) -> None:
+        """Give up the weights of now for those of ``version``, if these are newer."""
+        if version <= self._newest:
+            raise Refused(f"weights of version {version} came after those of version {self._newest}")
         self._wake()
         self.set_version(-1)  # nobody asks for this one: half of the weights may be new
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_path": asked["folder"]})
+
+    def update(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """Load the weights of a folder, or take those that were received, as those of ``version``, if they are the
+        ones that were meant."""
+        version = int(asked["version"])
+        self._begin(version)
+        if asked["folder"] is not None:
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_path": asked["folder"]})
         found, meant = self.sums(), asked["sums"]
         differ = sorted(name for name in found.keys() | meant.keys() if found.get(name) != meant.get(name))
         if differ:
@@ -190,6 +230,7 @@ class Engine:
                 f"the weights of version {version} are not what was sent: layers {', '.join(differ[:8])}"
                 f"{' ...' if len(differ) > 8 else ''} ({len(differ)} of {len(found)}) have other checksums"
             )
+        self._newest = version
         self.set_version(version)
         return {"version": version, "sums": found}
 
@@ -293,12 +334,10 @@ class Handler(BaseHTTPRequestHandler):
         self._answer(lambda asked: self.engine.state() if self.path == "/state" else None)
 
     def do_POST(self) -> None:
-        if self.path == "/generate":
-            self._stream()
-        elif self.path == "/update":
-            self._answer(self.engine.update)
-        elif self.path == "/sleep":
-            self._answer(self.engine.sleep)
+        if self.path in ("/generate", "/receive"):
+            self._stream(self.engine.generate if self.path == "/generate" else self.engine.receive)
+        elif self.path in ("/update", "/join", "/sleep"):
+            self._answer(getattr(self.engine, self.path[1:]))
         else:
             self._answer(lambda asked: None)
 
@@ -334,9 +373,9 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content)
 
-    def _stream(self) -> None:
+    def _stream(self, action: Any) -> None:
         try:
-            lines = self.engine.generate(self._asked())
+            lines = action(self._asked())
             first = next(lines, None)
         except Refused as fault:
             self._send(fault.status, json.dumps({"error": str(fault)}).encode())
@@ -389,6 +428,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--port", type=int, default=0, help="port to listen at (a free one)")
     parser.add_argument("--ready", type=Path, help="file to write the port to, when all is there")
     parser.add_argument("--version", type=int, default=0, help="of the weights in the folder (0)")
+    parser.add_argument("--empty", action="store_true", help="load no weights: a trainer sends them")
     parser.add_argument("--dtype", default="auto", help="of the weights")
     parser.add_argument("--rows", type=int, default=64, help="responses written together (64)")
     parser.add_argument("--tensor-parallel", type=int, default=1, help="devices that share the model (1)")

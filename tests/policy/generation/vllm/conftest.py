@@ -5,7 +5,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import HTTPServer
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from policy.building import build_policy
 from policy.generation.options import SamplingConfig, VllmConfig
 from policy.generation.vllm.client import EngineClient, Weights
-from policy.generation.vllm.engine import margin_engine
+from policy.generation.vllm.engine import margin_engine, margin_stream
 from policy.generation.vllm.pool import EnginePool
 from policy.generation.vllm.sampler import launch_of
 from policy.model import PolicyModel
@@ -73,10 +73,18 @@ def wide_policy(wide_model, tiny_tokenizer) -> Callable[..., PolicyModel]:
 @pytest.fixture(scope="session")
 def shared_pool(tmp_path_factory, engine_options, wide_model) -> Iterator[EnginePool]:
     """An engine for all tests that push weights of the wide model: a start takes long, a push does not."""
-    config = SamplingConfig(backend="vllm", batch_rows=32, vllm=engine_options)
-    pool = EnginePool(
-        launch_of(config, dtype=torch.float32, folder=tmp_path_factory.mktemp("engine"), tokenizer=wide_model)
-    )
+    yield from _pool(tmp_path_factory.mktemp("engine"), engine_options, wide_model)
+
+
+@pytest.fixture(scope="session")
+def streamed_pool(tmp_path_factory, engine_options, wide_model) -> Iterator[EnginePool]:
+    """The same for tests that send weights as a stream."""
+    yield from _pool(tmp_path_factory.mktemp("streamed"), replace(engine_options, transport="gloo"), wide_model)
+
+
+def _pool(folder: Path, options: VllmConfig, model: Path) -> Iterator[EnginePool]:
+    config = SamplingConfig(backend="vllm", batch_rows=32, vllm=options)
+    pool = EnginePool(launch_of(config, dtype=torch.float32, folder=folder, tokenizer=model))
     yield pool
     pool.close()
 
@@ -94,15 +102,44 @@ class FakeEngine:
     """How many requests for responses it does not answer."""
     breaks_off_after: int | None = None
     """Responses before the stream ends without its last line; once."""
+    received: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Weights that it was sent as a stream."""
+    gives_up_after: int | None = None
+    """Tensors before it listens no longer; once."""
+    hangs_after: int | None = None
+    """Tensors before it says nothing for a second, and listens no longer; once."""
+    _receiver: Any = None
 
     def state(self) -> dict[str, Any]:
-        return {"version": self.version, "sums": self.sums, "sleeps": False, "max_model_tokens": 64}
+        versions = {"version": self.version, "newest": self.version, "workers": 1}
+        return {**versions, "sums": self.sums, "sleeps": False, "max_model_tokens": 64}
 
     def update(self, asked: dict[str, Any]) -> dict[str, Any]:
+        self._compare(asked)
+        self.version, self.sums = asked["version"], asked["sums"]
+        if asked["folder"] is None:
+            self.sums = margin_engine.weight_sums(self.received.items())
+        return {"version": self.version, "sums": self.sums}
+
+    def _compare(self, asked: dict[str, Any]) -> None:
         if asked["version"] <= self.version:
             raise margin_engine.Refused(f"weights of version {asked['version']} came after those of {self.version}")
-        self.version, self.sums = asked["version"], asked["sums"]
-        return {"version": self.version, "sums": self.sums}
+
+    def join(self, asked: dict[str, Any]) -> dict[str, Any]:
+        self._receiver = margin_stream.Receiver(asked, 1)
+        return {}
+
+    def receive(self, asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        self._compare(asked)
+        yield {"listens": True}
+        self.received = {}
+        for name, tensor in self._receiver:
+            self.received[name] = tensor
+            if len(self.received) in (self.gives_up_after, self.hangs_after):
+                if self.hangs_after is not None:
+                    time.sleep(1.0)
+                self.gives_up_after = self.hangs_after = self._receiver = None
+                return
 
     def sleep(self, asked: dict[str, Any]) -> dict[str, Any]:
         return {}

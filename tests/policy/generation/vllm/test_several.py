@@ -20,6 +20,7 @@ from rlhf.engine.frozen import ReplicatedModel
 from tests.policy.generation.vllm.conftest import assert_same, move
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+TRANSPORTS = pytest.mark.parametrize("transport", ["folder", "gloo"])
 
 
 @pytest.fixture
@@ -33,17 +34,21 @@ def several(wide_policy, wide_model, engine_options, alone, tmp_path):
         model = ReplicatedModel(policy, alone)
         pool = EnginePool(launch_of(config, dtype=torch.float32, folder=tmp_path, tokenizer=wide_model))
         pools.append(pool)
+        push = WeightPush(model, pool, tmp_path / "weights" if config.vllm.transport == "folder" else None)
         ends = {"eos_token_ids": (2,), "tokenizer": None}
-        ours, own = VllmSampler(alone, pool, config, **ends), HfSampler(model, config, pad_token_id=2, **ends)
-        return policy, pool, WeightPush(model, pool, tmp_path / "weights"), ours, own
+        ours = VllmSampler(alone, pool, config, renew=push.renew, **ends)
+        return policy, pool, push, ours, HfSampler(model, config, pad_token_id=2, **ends)
 
     yield start
     for pool in pools:
         pool.close()
 
 
-def test_of_two_engines_each_writes_its_share_and_the_one_that_is_killed_comes_back(several, caplog, monkeypatch):
-    policy, pool, push, ours, own = several(100, engines=2)
+@TRANSPORTS
+def test_of_two_engines_each_writes_its_share_and_the_one_that_is_killed_comes_back(
+    several, caplog, monkeypatch, transport
+):
+    policy, pool, push, ours, own = several(100, engines=2, transport=transport)
     push.push()
     move(policy)
     push.push()
@@ -75,10 +80,13 @@ def test_of_two_engines_each_writes_its_share_and_the_one_that_is_killed_comes_b
     assert_same(found, own.generate(prompts, range(64)))
 
 
-def test_two_workers_share_the_weights_of_an_engine_and_its_checksums_are_of_all(several, prompts, seeds, monkeypatch):
+@TRANSPORTS
+def test_two_workers_share_the_weights_of_an_engine_and_its_checksums_are_of_all(
+    several, prompts, seeds, monkeypatch, transport
+):
     """There is one head of keys and values, so that both workers have the same ones."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # then vLLM would bind threads, each worker's on its own node
-    policy, _, push, ours, own = several(12, tensor_parallel=2)
+    policy, _, push, ours, own = several(12, tensor_parallel=2, transport=transport)
     push.push()
     before = ours.generate(prompts, seeds)
     assert_same(before, own.generate(prompts, seeds))

@@ -1,4 +1,4 @@
-"""One rank that pushes a tiny policy to an engine of vLLM: python push.py MODEL ENGINE LORA_RANK URL OUTPUT.
+"""One rank that pushes a tiny policy to an engine of vLLM: python push.py MODEL ENGINE LORA_RANK URL TRANSPORT OUTPUT.
 
 The main rank writes what vLLM and the own sampler draw greedily, before and after the weights change.
 """
@@ -27,7 +27,7 @@ TEMPLATE = "{% for message in messages %}{{ message['content'] + '\\n' }}{% endf
 
 
 def main() -> None:
-    model, kind, lora_rank, url, output = sys.argv[1:]
+    model, kind, lora_rank, url, transport, output = sys.argv[1:]
     ranks = start_ranks()
     lora = LoraOptions(rank=int(lora_rank)) if int(lora_rank) else None
 
@@ -43,7 +43,9 @@ def main() -> None:
         hidden_size=64,
     )
     chat = load_chat(Path(model), TEMPLATE)
-    config = SamplingConfig(max_new_tokens=10, top_k=1, backend="vllm", vllm=VllmConfig(urls=(url,)))
+    config = SamplingConfig(
+        max_new_tokens=10, top_k=1, backend="vllm", vllm=VllmConfig(urls=(url,), transport=transport)
+    )
     sampler = VllmTrainingSampler(engine, chat, config, Path(output).parent / "engine")
     weights = RolloutWeights(engine, build, "never")
     own = HfSampler(
