@@ -20,6 +20,13 @@ from rlhf.train.publishing import text_form
 
 SPOKEN = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
 
+WITH_TOOLS = (
+    "{% if tools %}tools: {{ tools | tojson }}\n{% endif %}"
+    "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}"
+    "{% for c in m.tool_calls or [] %}{{ c.id }} {{ c.function.name }} {{ c.function.arguments | tojson }}{% endfor %}"
+    "\n{% endfor %}"
+)
+
 
 def published(source: Path, folder: Path, template: TemplateChoice | None = None, **model) -> Path:
     """A reward model with random weights, as the reward stage publishes it."""

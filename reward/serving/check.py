@@ -28,6 +28,32 @@ from rlhf.train.reloading import padded
 
 LONGEST = 600
 """Tokens of the longest sample, where the model takes so many."""
+CLOCK = {
+    "type": "function",
+    "function": {
+        "name": "clock",
+        "description": "Tells the time.",
+        "parameters": {"type": "object", "properties": {"zone": {"type": "string"}}},
+    },
+}
+CALLING: Sequence[Sequence[Message]] = (
+    (
+        {"role": "system", "content": "Be brief.", "tools": [CLOCK]},
+        {"role": "user", "content": "What time is it?"},
+        {"role": "assistant", "content": "I do not know."},
+    ),
+    (
+        {"role": "user", "content": "What time is it?", "tools": [CLOCK]},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"type": "function", "function": {"name": "clock", "arguments": {"zone": "CET"}}}],
+        },
+        {"role": "tool", "content": "It is noon."},
+        {"role": "assistant", "content": "It is noon."},
+    ),
+)
+"""For templates that show what an assistant may call."""
 SHARE = 0.01
 """What a score may be off unless told otherwise, as a share of the deviation of rewards."""
 
@@ -79,7 +105,7 @@ def check_served(url: str, folder: Path, *, data: str | None = None, rows: int =
     chat = check_scorer(folder)
     servers = RewardServers([url], setting="served")
     differences = tuple(card_of(folder).differences(servers.card))
-    samples = _samples(chat, folder, [*CONVERSATIONS, *(_of_file(data, rows) if data else ())])
+    samples = _samples(chat, folder, [*CONVERSATIONS, *CALLING, *(_of_file(data, rows) if data else ())])
     tokens = [chat.encode(each[:-1], each[-1:])[0] for each in samples]
     texts = [chat.render(each[:-1], each[-1:])[1] for each in samples]
     own = json.loads((folder / "config.json").read_text())["model_type"] in OWN_MODEL_TYPES.values()

@@ -14,7 +14,7 @@ import httpx
 import numpy as np
 
 from reward.serving.card import Card, read_card
-from reward.serving.wire import NOT_FINITE
+from reward.serving.wire import NOT_FINITE, TOOLS_KEY, request_of
 from rlhf.core.errors import ConfigError, ModelError
 from rlhf.core.servers import (
     CONCURRENCY,
@@ -130,7 +130,7 @@ class RewardServers:
 
     def score_conversations(self, conversations: Sequence[Sequence[Message]]) -> list[float]:
         """Scores of conversations, each in the template of the served model; see :meth:`score_tokens`."""
-        asked = [({"messages": [dict(message) for message in each]}, 1) for each in conversations]
+        asked = [(request_of(each), 1) for each in conversations]
         return [score for (score,) in self.ask("/classify", asked)]
 
     def refusals(self, prompts: Sequence[Sequence[Message]]) -> dict[int, str]:
@@ -140,7 +140,7 @@ class RewardServers:
             ModelError: naming the server, if one cannot be asked.
         """
         answer: Message = {"role": "assistant", "content": "."}
-        bodies = [{"messages": [*map(dict, prompt), answer], "add_generation_prompt": False} for prompt in prompts]
+        bodies = [request_of([*prompt, answer]) | {"add_generation_prompt": False} for prompt in prompts]
         told = self._all(self._refusal, [(body,) for body in bodies])
         return {place: why for place, why in enumerate(told) if why}
 
@@ -166,13 +166,20 @@ class RewardServers:
     def _refusal(self, body: dict[str, Any]) -> str:
         """Why a server would not take this conversation; nothing where it would."""
 
-        def read(answer: httpx.Response, url: str) -> str:
+        def read(answer: httpx.Response, url: str) -> tuple[str, Any]:
             if answer.status_code == 400:
-                return _told(answer)
-            self._accepted(answer, url)
-            return ""
+                return _told(answer), None
+            return "", self._accepted(answer, url).json().get("tokens")
 
-        return self._post("/tokenize", body, read)
+        why, tokens = self._post("/tokenize", body, read)
+        offered = body.get(TOOLS_KEY)
+        if why or offered is None:
+            return why
+        _, without = self._post("/tokenize", {key: value for key, value in body.items() if key != TOOLS_KEY}, read)
+        if tokens != without:
+            return ""
+        names = [str(tool["function"]["name"]) for tool in offered["tools"]]
+        return f"the template does not show the tools of the conversation ({', '.join(names[:3])})"
 
     def _post(self, path: str, body: dict[str, Any], read: Callable[[httpx.Response, str], Any]) -> Any:
         """What ``read`` makes of the first answer of a server at some address."""

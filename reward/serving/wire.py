@@ -1,5 +1,6 @@
 """Requests and answers of a reward server, in vLLM's forms of ``/classify`` and ``/score``."""
 
+import json
 import secrets
 import time
 from collections.abc import Mapping, Sequence
@@ -8,13 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from rlhf.data.messages import ROLES, Message
+from rlhf.data.messages import ROLES, BadRow, Message, Notices, read_messages, read_tools, tools_of
 from rlhf.data.templates import ChatFormat, TemplateFault
 
 PAIRS = (("queries", "documents"), ("queries", "items"), ("text_1", "text_2"), ("data_1", "data_2"))
 """Names under which ``/score`` takes questions and answers."""
 HARMLESS = ("model", "user", "request_id", "priority", "cache_salt", "encoding_format")
 """Keys that change no score."""
+TOOLS_KEY = "chat_template_kwargs"
+"""Where ``tools`` stand in a request: vLLM knows no other place for them when it classifies."""
 OFF = {
     "use_activation": "scores are given as they are, before any activation",
     "truncate_prompt_tokens": "no text is cut",
@@ -23,7 +26,7 @@ OFF = {
     "max_tokens_per_doc": "no text is cut",
     "padding": "texts are padded here",
     "chat_template": "the template is the one that the model was trained with",
-    "chat_template_kwargs": "the template is the one that the model was trained with",
+    TOOLS_KEY: "the template is shown tools, and nothing else",
     "instruction": "the template is the one that the model was trained with",
     "add_generation_prompt": "a reward is of an answer that is there",
     "continue_final_message": "a reward is of an answer that is over",
@@ -66,7 +69,7 @@ class Reader:
         if ("input" in body) == ("messages" in body):
             raise Refusal("give either input (texts or token ids) or messages (a conversation)")
         if "messages" in body:
-            rows = [self._conversation(body["messages"])]
+            rows = [self._conversation(body["messages"], _tools(body))]
         else:
             rows = self._input(body["input"], body.get("add_special_tokens", True))
         return [self._fitting(row, f"input {place}") for place, row in enumerate(rows)]
@@ -78,7 +81,7 @@ class Reader:
             Refusal: naming what is wrong.
         """
         self._check(body, ("messages",))
-        return self._fitting(self._conversation(body.get("messages")), "messages")
+        return self._fitting(self._conversation(body.get("messages"), _tools(body)), "messages")
 
     def score(self, body: Any) -> list[np.ndarray]:
         """The rows of a request to ``/score``: each question with its answer.
@@ -110,6 +113,8 @@ class Reader:
         if not isinstance(body, Mapping):
             raise Refusal(f"expected an object, found {_kind(body)}")
         for name in body:
+            if name == TOOLS_KEY and _has_tools(body):
+                continue
             if name in OFF and body[name] not in (None, False, 0, {}):
                 raise Refusal(f"{name} = {body[name]!r}: {OFF[name]}; leave it out")
             if name not in OFF and name not in HARMLESS and name not in own:
@@ -139,7 +144,7 @@ class Reader:
                 )
         return np.array(row, np.int64)
 
-    def _conversation(self, messages: Any) -> np.ndarray:
+    def _conversation(self, messages: Any, tools: Sequence[Mapping[str, Any]]) -> np.ndarray:
         if not isinstance(messages, list) or not messages:
             raise Refusal("messages: expected a list of messages, not empty")
         for place, message in enumerate(messages):
@@ -151,7 +156,13 @@ class Reader:
                 raise Refusal(f"messages[{place}]: content: expected a text, found {_kind(message['content'])}")
         if messages[-1]["role"] != "assistant":
             raise Refusal("messages: the last one must be the assistant's: it is what the reward is of")
-        return self._shown(messages[:-1], messages[-1]["content"])
+        try:
+            prompt = list(read_messages("messages", messages[:-1], Notices()))
+        except BadRow as fault:
+            raise Refusal(str(fault)) from fault
+        if tools and prompt:
+            prompt[0] = {**prompt[0], "tools": tools}
+        return self._shown(prompt, messages[-1]["content"])
 
     def _shown(self, prompt: Sequence[Message], answer: str) -> np.ndarray:
         try:
@@ -166,6 +177,36 @@ class Reader:
         if self.limit is not None and len(row) > self.limit:
             raise Refusal(f"{name}: {len(row)} tokens, and the model takes {self.limit}")
         return row
+
+
+def request_of(conversation: Sequence[Message]) -> dict[str, Any]:
+    """A request for a conversation, in the form that vLLM also reads: tools apart, the arguments of calls as JSON."""
+    tools = tools_of(conversation)
+    messages = [{key: _written(key, value) for key, value in each.items() if key != "tools"} for each in conversation]
+    return {"messages": messages, **({TOOLS_KEY: {"tools": tools}} if tools else {})}
+
+
+def _written(key: str, value: Any) -> Any:
+    if key != "tool_calls":
+        return value
+    calls = [{"id": "", **call, "function": dict(call["function"])} for call in value]
+    for call in calls:
+        if not isinstance(call["function"]["arguments"], str):
+            call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+    return calls
+
+
+def _has_tools(body: Mapping[str, Any]) -> bool:
+    """Whether a conversation comes with tools, and nothing else for the template."""
+    given = body[TOOLS_KEY]
+    return "messages" in body and isinstance(given, Mapping) and {*given} == {"tools"}
+
+
+def _tools(body: Mapping[str, Any]) -> list[dict[str, Any]]:
+    try:
+        return read_tools(f"{TOOLS_KEY}.tools", (body.get(TOOLS_KEY) or {}).get("tools") or [])
+    except BadRow as fault:
+        raise Refusal(str(fault)) from fault
 
 
 def classification(model: str, scores: Sequence[float], tokens: int) -> dict[str, Any]:

@@ -229,7 +229,7 @@ def _call(place: str, call: Any) -> dict[str, Any]:
     arguments = function.get("arguments")
     parsed = {} if arguments is None else _parsed_object(arguments)
     arguments = arguments if parsed is None else parsed
-    identity = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+    identity = {"id": call["id"]} if isinstance(call.get("id"), str) and call["id"] else {}
     return {**identity, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
 

@@ -13,11 +13,14 @@ from reward.function import Answers, load_reward, served_cards
 from reward.score import load_scorer, score_tokens
 from reward.serving import client
 from reward.serving.card import card_of, read_card
+from reward.serving.check import CALLING
 from reward.serving.client import RewardServers
 from reward.serving.wire import NOT_FINITE, fault
 from rlhf.core.errors import ConfigError, DataError, ModelError
+from rlhf.data.options import TemplateChoice
 from rlhf.models.manifest import MANIFEST_NAME
 from rlhf.train.chat import load_chat
+from tests.published import WITH_TOOLS, published
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +98,24 @@ def test_a_prompt_that_the_served_template_cannot_show_is_named_before_anything_
     assert not server.batcher.counts.rows
     servers = asked(server)
     assert [*servers.refusals([[{"role": "user", "content": text}] for text in ("rain", "sun", "rain")])] == [0, 2]
+
+
+def test_tools_and_calls_are_scored_as_the_template_of_the_model_shows_them(serving, tiny_model, tmp_path):
+    folder = published(tiny_model, tmp_path / "final", TemplateChoice(text=WITH_TOOLS))
+    model, chat = load_scorer(folder)
+    expected = score_tokens(model, [chat.encode(each[:-1], each[-1:])[0] for each in CALLING], batch_tokens=500)
+    without = [[{**message, "tools": []} for message in each] for each in CALLING]
+    servers = asked(serving(folder))
+    assert servers.score_conversations(CALLING) == pytest.approx(expected, abs=1e-5)
+    assert np.abs(np.subtract(servers.score_conversations(without), expected)).min() > 1e-3
+    assert servers.refusals([each[:-1] for each in CALLING]) == {}
+
+
+def test_a_server_that_drops_tools_without_a_word_is_found(scripted, card):
+    """As vLLM does with a template that does not show them."""
+    server = scripted(card, lambda body: (200, json.dumps({"tokens": [len(str(body["messages"]))]})))
+    found = asked(server).refusals([CALLING[0][:-1], [{"role": "user", "content": "no tools"}]])
+    assert found == {0: "the template does not show the tools of the conversation (clock)"}
 
 
 def test_several_servers_share_the_work(serving, final, rows, expected):

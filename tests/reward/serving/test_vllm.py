@@ -10,10 +10,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from launch.cli import main
+from reward.serving.check import CLOCK
 from reward.serving.client import RewardServers
 from rlhf.data.options import TemplateChoice
 from tests.ports import free_port
-from tests.published import SPOKEN, published, with_begin_token
+from tests.published import SPOKEN, WITH_TOOLS, published, with_begin_token
 
 REFUSES = "{% if 'unspeakable' in messages[0]['content'] %}{{ raise_exception('we do not say that') }}{% endif %}"
 
@@ -36,7 +37,7 @@ def model(request, tmp_path, tiny_tokenizer):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tiny_tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=3,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=256, bos_token_id=1, eos_token_id=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=512, bos_token_id=1, eos_token_id=2,
         pad_token_id=2, tie_word_embeddings=True, initializer_range=0.15,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(source)
@@ -44,10 +45,10 @@ def model(request, tmp_path, tiny_tokenizer):
     if request.param == "bos":
         source = with_begin_token(source, tmp_path / "begin")
         return published(source, tmp_path / "final", TemplateChoice(text=REFUSES + SPOKEN))
-    return published(source, tmp_path / "final")
+    return published(source, tmp_path / "final", TemplateChoice(text=WITH_TOOLS) if request.param == "tools" else None)
 
 
-@pytest.mark.parametrize("model", ["chatml", "bos"], indirect=True)
+@pytest.mark.parametrize("model", ["chatml", "bos", "tools"], indirect=True)
 def test_vllm_gives_the_scores_of_plain_transformers(model, python, start_ranks, capsys):
     port = free_port()
     arguments = ["-m", "launch.cli", "serve", "reward", str(model), "--port", str(port), "--engine", "vllm"]
@@ -70,6 +71,9 @@ def test_vllm_gives_the_scores_of_plain_transformers(model, python, start_ranks,
         refused = RewardServers([url]).refusals(prompts)
         assert [*refused] == ([2] if model.parent.joinpath("begin").exists() else []), refused
         assert all("we do not say that" in why for why in refused.values()), refused
+        offered = RewardServers([url]).refusals([[{"role": "user", "content": "say it", "tools": [CLOCK]}]])
+        told = "the template does not show the tools of the conversation (clock)"
+        assert [*offered.values()] == ([] if "{{ tools" in (model / "chat_template.jinja").read_text() else [told])
     finally:
         os.kill(process.pid, signal.SIGTERM)
         output, _ = process.communicate(timeout=120)

@@ -4,6 +4,7 @@ import json
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from policy.answers.config import GenerateConfig
@@ -64,7 +65,8 @@ def test_two_ranks_under_zero3_with_adapters_learn_from_what_vllm_writes(run_ran
     settings = (transport, "engine.deepspeed=zero3", "policy.lora.rank=4", "loss.importance=token")
     run_ranks(["-m", "policy.ppo", *recipe("run", *settings)], ranks=2, **RULES)
     rows = metric_rows(tmp_path / "run")
-    assert [row["rollout/version"] for row in rows] == [1, 2, 3, 4]
+    assert [row["rollout/pushes"] for row in rows] == [1, 2, 3, 4]
+    assert (np.diff([row["rollout/version"] for row in rows]) == 1).all()
     for row in rows:
         assert row["sampler_gap/max"] < 1e-3 and row["rollout/staleness"] == 0
         assert row["importance/mean"] == pytest.approx(1, abs=1e-3)
