@@ -1,6 +1,6 @@
 """Seconds that all weights of a policy take to an engine of vLLM, by each way there is without a GPU.
 
-    python benchmarks/vllm_push.py --model MODEL --vllm-python .venv-vllm/bin/python [--billion]
+    python benchmarks/vllm_push.py --model MODEL --vllm-python .venv-vllm/bin/python
 
 Before each push every weight is changed. The engine adds up its weights and compares, as it does in training: that is
 part of the time. ``--billion`` puts a random Llama of 1.1 billion weights in bfloat16 in the place of the model, whose

@@ -53,7 +53,7 @@ CALLING: Sequence[Sequence[Message]] = (
         {"role": "assistant", "content": "It is noon."},
     ),
 )
-"""For templates that show what an assistant may call."""
+"""Conversations for templates that show what an assistant may call."""
 SHARE = 0.01
 """What a score may be off unless told otherwise, as a share of the deviation of rewards."""
 

@@ -81,7 +81,7 @@ class EnginePool:
 
     @contextlib.contextmanager
     def sending(self, name: str, weight: Tensor) -> Iterator[None]:
-        """Inside, a tensor is on its way to all engines that listen."""
+        """Have a tensor on its way to all engines that listen, as long as the context lasts."""
         links = [link for link in self._links if link is not None and link.listens]
         weight = weight.to(links[0].device) if links else weight
         works = [link.send(name, weight) for link in links]

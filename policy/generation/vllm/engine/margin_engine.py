@@ -28,6 +28,7 @@ SECONDS_BETWEEN_TICKS = 1.0
 CACHE_GIB_ON_CPU = 1.0  # vLLM would take most of the memory of the machine
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 CHUNK = 2**21
+CHUNK_ON_CPU = 2**17  # what is computed on the way fits into a cache
 FACTORS = -7046029254386353131, -4658895280553007687  # odd; those of SplitMix64 and its relatives
 
 
@@ -44,7 +45,7 @@ def tensor_sum(tensor: Tensor) -> int:
     """
     flat = tensor.detach().contiguous().view(-1).view(INTEGERS[tensor.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=flat.device)
-    for part in flat.split(CHUNK):
+    for part in flat.split(CHUNK_ON_CPU if flat.device.type == "cpu" else CHUNK):
         mixed = part.to(torch.int64).mul_(FACTORS[0])
         mixed.bitwise_xor_(mixed >> 29).mul_(FACTORS[1])
         mixed.bitwise_xor_(mixed >> 32)

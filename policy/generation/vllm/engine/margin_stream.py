@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 FRAME_BYTES = 1024
-"""Before each tensor comes a frame that says what it is; the last one says that there is no more."""
+"""What comes before each tensor and says what it is; the last one says that there is no more."""
 LISTENERS = 64
 
 
