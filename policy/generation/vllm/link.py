@@ -48,15 +48,17 @@ class Link:
         joined.result()
 
     def listen(self, version: int) -> None:
-        """Have the workers wait for weights of ``version``.
+        """Have the workers wait for weights of ``version``. A fault is kept for :meth:`finish`.
 
         Raises:
-            EngineLost: if the engine dies or hangs.
-            EngineRefused: if it has newer weights.
+            EngineRefused: if the engine has newer weights.
         """
-        lines = self._client.receive(version)
-        self._result_of(self._threads.submit(next, lines, None))
-        self._fault, self._request = None, self._threads.submit(lambda: [*lines])
+        lines, self._fault = self._client.receive(version), None
+        try:
+            self._result_of(self._threads.submit(next, lines, None))
+        except EngineLost as fault:
+            self._fault = fault
+        self._request = self._threads.submit(lambda: [*lines])
 
     @property
     def listens(self) -> bool:
@@ -87,7 +89,7 @@ class Link:
         """Say that all was sent, and wait until the engine has loaded it.
 
         Raises:
-            EngineLost: if it died or hangs, or has done so while weights were sent.
+            EngineLost: if it died or hangs, or has done so before.
         """
         request, self._request = self._request, None
         assert request is not None, "listen() comes first"

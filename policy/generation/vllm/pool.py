@@ -77,7 +77,9 @@ class EnginePool:
             ModelError: if an engine refuses.
             TrainingStopped: if engines are lost too often.
         """
-        self._on_each(lambda number: self._listen(number, version))
+        lacking = [number for number, has in enumerate(self._versions) if has != version]
+        self._on_each(self._join, lacking)  # all of them first: who listens does not wait until another one has started
+        self._on_each(lambda number: self._listen(number, version), lacking)
 
     @contextlib.contextmanager
     def sending(self, name: str, weight: Tensor) -> Iterator[None]:
@@ -145,9 +147,9 @@ class EnginePool:
         for client in filter(None, self._clients):
             client.close()
 
-    def _on_each(self, action: Callable[[int], T]) -> list[T]:
+    def _on_each(self, action: Callable[[int], T], numbers: Sequence[int] | None = None) -> list[T]:
         with ThreadPoolExecutor(len(self._clients)) as threads:
-            return list(threads.map(action, range(len(self._clients))))
+            return list(threads.map(action, range(len(self._clients)) if numbers is None else numbers))
 
     def _client(self, number: int) -> EngineClient:
         client = self._clients[number]
@@ -158,23 +160,28 @@ class EnginePool:
         with contextlib.suppress(EngineLost):  # which is found when it is needed
             self._client(number).sleep()
 
-    def _listen(self, number: int, version: int) -> None:
-        while self._versions[number] != version:
+    def _join(self, number: int) -> None:
+        """Have an engine come to where weights are sent; it is started if it does not run."""
+        while self._links[number] is None:
             try:
                 if self._clients[number] is None:
                     self._start(number, first=True)
-                link = self._links[number] = self._links[number] or self._link(number)
-                link.listen(version)
-                return
+                state = self._client(number).state()
+                self.max_model_tokens = int(state["max_model_tokens"])
+                kind, seconds = self._config.transport, self._config.timeout_seconds
+                self._links[number] = Link(self._client(number), kind, int(state["workers"]), seconds)
             except EngineLost as fault:
                 self._revive(number, fault)
             except EngineRefused as fault:
                 raise ModelError(f"vLLM engine {number}: {fault}") from fault
 
-    def _link(self, number: int) -> Link:
-        state = self._client(number).state()
-        self.max_model_tokens = int(state["max_model_tokens"])
-        return Link(self._client(number), self._config.transport, int(state["workers"]), self._config.timeout_seconds)
+    def _listen(self, number: int, version: int) -> None:
+        link = self._links[number]
+        assert link is not None
+        try:
+            link.listen(version)
+        except EngineRefused as fault:
+            raise ModelError(f"vLLM engine {number}: {fault}") from fault
 
     def _take(self, number: int) -> None:
         weights, link = self._weights, self._links[number]

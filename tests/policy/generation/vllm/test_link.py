@@ -195,3 +195,25 @@ def test_nccl_without_a_gpu_is_refused_with_one_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=r"rollout.vllm.transport = nccl: connects GPUs, .* take gloo or folder"):
         check_vllm(VllmConfig(transport="nccl", devices=(1,)), "rollout")
+
+
+def test_one_that_is_lost_when_it_is_to_listen_is_sent_the_weights_afterwards(
+    fake, streaming, prompts, seeds, monkeypatch, caplog
+):
+    sampler, policy = streaming()
+    sampler.generate(prompts, seeds)
+    change(policy)
+    usual, calls = fake[0].receive, []
+
+    def lost_once(asked):
+        calls.append(asked)
+        if len(calls) > 1:
+            yield from usual(asked)
+        else:
+            fake[0]._receiver = None
+
+    monkeypatch.setattr(fake[0], "receive", lost_once)
+    with caplog.at_level(logging.WARNING):
+        sampler.generate(prompts, seeds)
+    assert [asked["version"] for asked in calls] == [2, 2] and sampler.pool.restarts == 1
+    assert_has_them(fake[0], policy)
