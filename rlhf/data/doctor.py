@@ -249,7 +249,7 @@ def examine(entries: Sequence[RowSource], ruler: Ruler) -> Examination:
                     found.add_bad(_left_out(place, record.row_id, sizes.reason, sizes.detail))
                 else:
                     _add(found, record, sizes, ruler)
-        found.notices += [*source.notices, *noticed(counts, [names[file] for file in source.files])]
+        found.notices += [*source.notices, *noticed(counts, [names[file] for file in source.files], found.kind.unit)]
     if len(found.prompts) == 1 and found.usable > 1:
         found.notices.append(f"warning: all {found.usable} {found.kind.unit} have the same prompt; {HIDDEN_QUESTION}")
     return found

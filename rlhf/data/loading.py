@@ -128,7 +128,7 @@ def _source_report(
         truncated=counts.truncated,
         cached=part.cached,
         left_out=left_out,
-        notices=[*part.source.notices, *noticed(counts, [names[file] for file in part.source.files])],
+        notices=[*part.source.notices, *noticed(counts, [names[file] for file in part.source.files], unit)],
     )
 
 

@@ -169,8 +169,11 @@ HIDDEN_QUESTION = "is a part of it in another column (data.columns.prompt, data.
 """What to ask where all prompts are equal."""
 
 
-def noticed(counts: StoreCounts, files: Sequence[str]) -> list[str]:
-    """Lines on what is noteworthy of the rows of one source, whose files have these short names."""
+def noticed(counts: StoreCounts, files: Sequence[str], unit: str) -> list[str]:
+    """Lines on what is noteworthy of the rows of one source, whose files have these short names.
+
+    Columns that are not read go along with ``unit`` = "prompts", for reward functions that ask for them.
+    """
     lines = []
     for note, (count, places) in counts.notes.items():
         rows = ", ".join(f"{files[file]}:{line}" for file, line in places)
@@ -178,7 +181,8 @@ def noticed(counts: StoreCounts, files: Sequence[str]) -> list[str]:
     if counts.unread:
         readers = [f"data.columns.{_READERS[name]}={name}" for name in counts.unread if name in _READERS]
         hint = f" (to read one: {', '.join(readers)})" if readers else ""
-        lines.append(f"note: columns that are not read: {', '.join(counts.unread)}{hint}")
+        what = "for reward functions alone" if unit == "prompts" else "that are not read"
+        lines.append(f"note: columns {what}: {', '.join(counts.unread)}{hint}")
     return lines
 
 

@@ -94,7 +94,8 @@ def test_every_kind_of_rows_can_be_checked_and_is_guessed_from_its_columns(check
         assert check(path) == 0
         printed = capsys.readouterr().out
         assert f"read as {kind}" in printed
-        assert "columns that are not read: extra" in printed
+        what = "for reward functions alone" if kind == "prompts" else "that are not read"
+        assert f"columns {what}: extra" in printed
         assert check(path, "--kind", kind) == 0
     assert check(write_rows("sft.jsonl", [rows["conversations"]]), "--kind", "sft") == 0
     assert check(write_rows("kto.jsonl", [rows["labeled"]]), "--kind", "unpaired") == 0
