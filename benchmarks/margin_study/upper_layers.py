@@ -69,6 +69,7 @@ RATES = (3e-5, 1e-4, 3e-4)
 TENTHS = 2
 """Held-out tenths that the rate is chosen on."""
 SHARES = (0.0, 0.2)
+"""Of wrong labels."""
 METHODS: dict[str, dict[str, Any]] = {
     BASELINE: {},
     "soft": {"use": "soft"},
@@ -181,9 +182,10 @@ def _attended(
         cosine, sine = cosine[0, asking][:, None], sine[0, asking][:, None]
         seen = (torch.arange(where.shape[1]) <= asking[:, None])[:, None, None]
     query, _ = apply_rotary_pos_emb(query, query, cosine, sine)
-    read = functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=seen, is_causal=seen is None, enable_gqa=True
-    )
+    with torch.autocast("cpu", enabled=False):  # many small products, which bfloat16 makes slower
+        read = functional.scaled_dot_product_attention(
+            query.float(), key.float(), value.float(), attn_mask=seen, is_causal=seen is None, enable_gqa=True
+        )
     return read.transpose(1, 2).flatten(2)
 
 
@@ -338,6 +340,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = study_parser(__doc__, seeds=8, of="for each share of wrong labels", made="jobs")
     parser.add_argument("--model", required=True, help="Transformers folder of the backbone, a Llama")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="what is computed in")
+    parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="of wrong labels")
     parser.add_argument("--minutes", type=float, default=1e9, help="start nothing more after this time")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="default: all")
     return parser
@@ -360,10 +363,12 @@ def main() -> None:
         methods = tuple((name, LayersMethod(**{"rate": rate, **METHODS[name]})) for name in names)
         jobs = [
             Job(noise="uniform", share=share, seed=seed, fold=seed % FOLDS, methods=methods, tests=True)
-            for seed, share in product(range(options.seeds), SHARES)
+            for seed, share in product(range(options.seeds), options.shares)
         ]
         found = dict(zip(jobs, ask(jobs), strict=True))
-    records = {("uniform", share): [record for job, record in found.items() if job.share == share] for share in SHARES}
+    records = {
+        ("uniform", share): [record for job, record in found.items() if job.share == share] for share in options.shares
+    }
     text = tables(records, names, corpus.prompts, [line])
     write_text(options.output / "upper_layers.md", text)
     print(text)
