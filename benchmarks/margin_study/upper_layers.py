@@ -69,7 +69,6 @@ RATES = (3e-5, 1e-4, 3e-4)
 TENTHS = 2
 """Held-out tenths that the rate is chosen on."""
 SHARES = (0.0, 0.2)
-"""Of wrong labels."""
 METHODS: dict[str, dict[str, Any]] = {
     BASELINE: {},
     "soft": {"use": "soft"},
