@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
+from training import finished
 
 from rlhf.core.files import whole_lines
 
@@ -72,11 +73,11 @@ def results(jobs: Iterable[Job], path: pathlib.Path, fingerprint: str, pool, wor
         if lacking:
             missing.append(replace(job, methods=lacking))
     with path.open("a", encoding="utf-8") as output:
-        size = pool._processes  # one for each worker, then the time is looked at
+        size = pool._max_workers  # one for each worker, then the time is looked at
         for start in range(0, len(missing), size):
             if time.monotonic() > until:
                 raise SystemExit(f"{len(missing) - start} jobs are left: start again")
-            for job, result in pool.imap_unordered(work, missing[start : start + size]):
+            for job, result in finished(pool, work, missing[start : start + size]):
                 key = json.dumps([fingerprint, repr(replace(job, methods=()))])
                 made = {repr(method): result["methods"][name] for name, method in job.methods}
                 line = {"key": key, "result": result | {"methods": made}}

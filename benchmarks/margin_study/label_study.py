@@ -15,7 +15,6 @@ the end labels.md and label_study.png are written there.
 """
 
 import argparse
-import multiprocessing
 import pathlib
 import time
 from collections.abc import Callable, Iterable
@@ -43,6 +42,7 @@ from training import (
     new_head,
     read_corpus,
     schedule,
+    started,
     study_parser,
 )
 
@@ -382,7 +382,7 @@ def main() -> None:
     start = options.features, options.data, options.data_set
     corpus = read_corpus(*start)
     options.output.mkdir(parents=True, exist_ok=True)
-    with multiprocessing.get_context("spawn").Pool(options.workers, _start_worker, start) as pool:
+    with started(options.workers, _start_worker, start) as pool:
         path, until = options.output / "label_runs.jsonl", time.monotonic() + 60 * options.minutes
         ask = partial(results, path=path, fingerprint=corpus.fingerprint, pool=pool, work=_work, until=until)
         methods, tuned = chosen(ask)

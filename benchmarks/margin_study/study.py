@@ -16,11 +16,10 @@ which rlhf study reads: study.yaml does all of it, with a verdict for each metho
 
 import argparse
 import json
-import multiprocessing
 import pathlib
 from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
-from multiprocessing.pool import Pool
 
 import numpy as np
 import torch
@@ -28,7 +27,7 @@ import training
 from report import write_report
 from results import write_results
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from training import METHODS, Corpus, Run, read_corpus, study_parser
+from training import METHODS, Corpus, Run, finished, read_corpus, started, study_parser
 
 from rlhf.core.files import whole_lines, write_text
 
@@ -42,7 +41,7 @@ TUNING_SEED = 1000
 class Ledger:
     """Runs done, kept in a file of one JSON line each."""
 
-    def __init__(self, path: pathlib.Path, settings: dict, pool: Pool) -> None:
+    def __init__(self, path: pathlib.Path, settings: dict, pool: ProcessPoolExecutor) -> None:
         self._path, self._settings, self._pool = path, settings, pool
         self._done: dict[str, dict] = {}
         if path.is_file():
@@ -55,7 +54,7 @@ class Ledger:
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         with Progress(*columns) as progress, self._path.open("a", encoding="utf-8") as output:
             bar = progress.add_task(title, total=len(wanted), completed=len(wanted) - len(missing))
-            for run, outcome in self._pool.imap_unordered(_work, missing):
+            for run, outcome in finished(self._pool, _work, missing):
                 record = {"run": asdict(run), "settings": self._settings, **outcome}
                 output.write(json.dumps(record) + "\n")
                 output.flush()
@@ -161,10 +160,7 @@ def main() -> None:
     options = build_parser().parse_args()
     corpus = read_corpus(options.features, options.data)
     options.output.mkdir(parents=True, exist_ok=True)
-    workers = multiprocessing.get_context("spawn").Pool(
-        options.workers, _start_worker, (options.features, options.data)
-    )
-    with workers as pool:
+    with started(options.workers, _start_worker, (options.features, options.data)) as pool:
         result = study(corpus, Ledger(options.output / "runs.jsonl", settings(corpus), pool), options.seeds)
     write_text(options.output / "study.json", json.dumps(result, allow_nan=False) + "\n")
     write_report(result, options.output)

@@ -4,10 +4,14 @@ import argparse
 import hashlib
 import json
 import math
+import multiprocessing
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +29,27 @@ WEIGHT_DECAY = 0.01
 HIDDEN = 1024
 EVALUATE_EVERY = 2
 FOLDS = 10
+
+
+def started(workers: int, start: Callable[..., None], given: tuple) -> ProcessPoolExecutor:
+    """Processes that have called ``start(*given)``."""
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start, given)
+
+
+def finished(pool: ProcessPoolExecutor, work: Callable[[Any], tuple[Any, dict]], jobs: Iterable) -> Iterator[tuple]:
+    """What ``work`` makes of each job, as they end.
+
+    Raises:
+        SystemExit: if a process is killed.
+    """
+    try:
+        for each in as_completed([pool.submit(work, job) for job in jobs]):
+            yield each.result()
+    except BrokenProcessPool:
+        raise SystemExit(
+            "a worker was killed, perhaps for want of memory: start again, which keeps what is done, or with fewer "
+            "--workers"
+        ) from None
 
 
 def study_parser(description: str | None, *, seeds: int, of: str, made: str) -> argparse.ArgumentParser:

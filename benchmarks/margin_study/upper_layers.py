@@ -15,7 +15,6 @@ the end upper_layers.md is written there.
 
 import argparse
 import copy
-import multiprocessing
 import pathlib
 import time
 from collections.abc import Sequence
@@ -43,6 +42,7 @@ from training import (
     new_head,
     read_corpus,
     schedule,
+    started,
     study_parser,
 )
 from transformers import AutoModel, AutoTokenizer
@@ -352,7 +352,7 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     start = options.model, options.data, options.features
     corpus = read_corpus(options.features, options.data)
-    with multiprocessing.get_context("spawn").Pool(options.workers, _start_worker, start) as pool:
+    with started(options.workers, _start_worker, start) as pool:
         path = options.output / "upper_runs.jsonl"
         ask = partial(results, path=path, fingerprint=corpus.fingerprint, pool=pool, work=_work, until=until)
         rates = {f"{rate:g}": LayersMethod(rate=rate) for rate in RATES}
