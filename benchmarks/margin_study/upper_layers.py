@@ -346,7 +346,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    options = build_parser().parse_args()
+    parser = build_parser()
+    options = parser.parse_args()
+    if not (pathlib.Path(options.model) / "config.json").is_file():
+        parser.error(f"--model {options.model}: no folder of a model (it has no config.json)")
     until = time.monotonic() + 60 * options.minutes
     write_states(options.model, options.data, options.features, getattr(torch, options.dtype))
     options.output.mkdir(parents=True, exist_ok=True)
