@@ -5,6 +5,7 @@ import pathlib
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from training import finished
@@ -51,7 +52,8 @@ class Job:
 
 
 Ask = Callable[[list[Job]], list[dict]]
-Work = Callable[[Job], tuple[Job, dict]]
+Work = Callable[[Job, Any], dict]
+"""What makes the record of a job, of it and of what all jobs share."""
 
 
 def results(jobs: Iterable[Job], path: pathlib.Path, fingerprint: str, pool, work: Work, until: float) -> list[dict]:

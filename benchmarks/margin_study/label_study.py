@@ -205,20 +205,6 @@ def done(job: Job, corpus: Corpus) -> dict:
     return {"share": audit.share, "area": audit.area, "methods": found}
 
 
-_corpus: Corpus | None = None
-
-
-def _start_worker(features: pathlib.Path, data: pathlib.Path, data_set: str) -> None:
-    global _corpus
-    torch.set_num_threads(1)
-    _corpus = read_corpus(features, data, data_set)
-
-
-def _work(job: Job) -> tuple[Job, dict]:
-    assert _corpus is not None
-    return job, done(job, _corpus)
-
-
 LOSS_CANDIDATES = {
     "generalized cross-entropy": [("generalized_cross_entropy", (("q", q),)) for q in (0.3, 0.5, 0.7, 0.9)],
 }
@@ -382,9 +368,9 @@ def main() -> None:
     start = options.features, options.data, options.data_set
     corpus = read_corpus(*start)
     options.output.mkdir(parents=True, exist_ok=True)
-    with started(options.workers, _start_worker, start) as pool:
+    with started(options.workers, read_corpus, *start) as pool:
         path, until = options.output / "label_runs.jsonl", time.monotonic() + 60 * options.minutes
-        ask = partial(results, path=path, fingerprint=corpus.fingerprint, pool=pool, work=_work, until=until)
+        ask = partial(results, path=path, fingerprint=corpus.fingerprint, pool=pool, work=done, until=until)
         methods, tuned = chosen(ask)
         cases = list(options.cases)
         jobs = [

@@ -22,7 +22,6 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 
 import numpy as np
-import torch
 import training
 from report import write_report
 from results import write_results
@@ -54,7 +53,7 @@ class Ledger:
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         with Progress(*columns) as progress, self._path.open("a", encoding="utf-8") as output:
             bar = progress.add_task(title, total=len(wanted), completed=len(wanted) - len(missing))
-            for run, outcome in finished(self._pool, _work, missing):
+            for run, outcome in finished(self._pool, training.train, missing):
                 record = {"run": asdict(run), "settings": self._settings, **outcome}
                 output.write(json.dumps(record) + "\n")
                 output.flush()
@@ -71,20 +70,6 @@ def settings(corpus: Corpus) -> dict:
     """What decides the outcome of all runs alike; lines of runs.jsonl made under others are left alone."""
     names = ("EPOCHS", "BATCH_PAIRS", "WARMUP_STEPS", "WEIGHT_DECAY", "HIDDEN", "EVALUATE_EVERY", "FOLDS")
     return {name.lower(): getattr(training, name) for name in names} | {"features": corpus.fingerprint}
-
-
-_corpus: Corpus | None = None
-
-
-def _start_worker(features: pathlib.Path, data: pathlib.Path) -> None:
-    global _corpus
-    torch.set_num_threads(1)
-    _corpus = read_corpus(features, data)
-
-
-def _work(run: Run) -> tuple[Run, dict]:
-    assert _corpus is not None
-    return run, training.train(run, _corpus)
 
 
 def choose(records: list[dict], *names: str) -> tuple[tuple, list[list]]:
@@ -160,7 +145,7 @@ def main() -> None:
     options = build_parser().parse_args()
     corpus = read_corpus(options.features, options.data)
     options.output.mkdir(parents=True, exist_ok=True)
-    with started(options.workers, _start_worker, (options.features, options.data)) as pool:
+    with started(options.workers, read_corpus, options.features, options.data) as pool:
         result = study(corpus, Ledger(options.output / "runs.jsonl", settings(corpus), pool), options.seeds)
     write_text(options.output / "study.json", json.dumps(result, allow_nan=False) + "\n")
     write_report(result, options.output)

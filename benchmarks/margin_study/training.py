@@ -31,19 +31,33 @@ EVALUATE_EVERY = 2
 FOLDS = 10
 
 
-def started(workers: int, start: Callable[..., None], given: tuple) -> ProcessPoolExecutor:
-    """Processes that have called ``start(*given)``."""
-    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start, given)
+_given: Any = None
+"""What the jobs of a worker share."""
 
 
-def finished(pool: ProcessPoolExecutor, work: Callable[[Any], tuple[Any, dict]], jobs: Iterable) -> Iterator[tuple]:
-    """What ``work`` makes of each job, as they end.
+def started(workers: int, read: Callable[..., Any], *arguments: Any) -> ProcessPoolExecutor:
+    """Processes of one thread each, whose jobs share what ``read(*arguments)`` gives; see :func:`finished`."""
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start, (read, arguments))
+
+
+def _start(read: Callable[..., Any], arguments: tuple) -> None:
+    global _given
+    torch.set_num_threads(1)
+    _given = read(*arguments)
+
+
+def _work(work: Callable[[Any, Any], dict], job: Any) -> tuple[Any, dict]:
+    return job, work(job, _given)
+
+
+def finished(pool: ProcessPoolExecutor, work: Callable[[Any, Any], dict], jobs: Iterable) -> Iterator[tuple[Any, dict]]:
+    """Each job and what ``work`` makes of it and of what the jobs share, as they end.
 
     Raises:
         SystemExit: if a process is killed.
     """
     try:
-        for each in as_completed([pool.submit(work, job) for job in jobs]):
+        for each in as_completed([pool.submit(_work, work, job) for job in jobs]):
             yield each.result()
     except BrokenProcessPool:
         raise SystemExit(

@@ -321,20 +321,6 @@ def read_study(model_path: str, data: pathlib.Path, folder: pathlib.Path) -> Stu
     return Study(corpus=read_corpus(folder, data), states=states, layers=UpperLayers(model, TRAINED))
 
 
-_study: Study | None = None
-
-
-def _start_worker(model: str, data: pathlib.Path, features: pathlib.Path) -> None:
-    global _study
-    torch.set_num_threads(1)
-    _study = read_study(model, data, features)
-
-
-def _work(job: Job) -> tuple[Job, dict]:
-    assert _study is not None
-    return job, done(job, _study)
-
-
 def build_parser() -> argparse.ArgumentParser:
     parser = study_parser(__doc__, seeds=8, of="for each share of wrong labels", made="jobs")
     parser.add_argument("--model", required=True, help="Transformers folder of the backbone, a Llama")
@@ -353,11 +339,10 @@ def main() -> None:
     until = time.monotonic() + 60 * options.minutes
     write_states(options.model, options.data, options.features, getattr(torch, options.dtype))
     options.output.mkdir(parents=True, exist_ok=True)
-    start = options.model, options.data, options.features
     corpus = read_corpus(options.features, options.data)
-    with started(options.workers, _start_worker, start) as pool:
+    with started(options.workers, read_study, options.model, options.data, options.features) as pool:
         path = options.output / "upper_runs.jsonl"
-        ask = partial(results, path=path, fingerprint=corpus.fingerprint, pool=pool, work=_work, until=until)
+        ask = partial(results, path=path, fingerprint=corpus.fingerprint, pool=pool, work=done, until=until)
         rates = {f"{rate:g}": LayersMethod(rate=rate) for rate in RATES}
         taken, line = best(ask, "learning rate of the layers", rates, shares=(0.0,), tenths=TENTHS)
         rate = rates[taken].rate
