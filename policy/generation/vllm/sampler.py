@@ -107,7 +107,9 @@ class VllmSampler:
 
     def responses(self, share: "Share", answers: Sequence[Answer | None]) -> list[Response]:
         """Those to the rows of this rank."""
-        return [self._response(answer) for answer in answers[share.first : share.first + share.count] if answer]
+        mine = answers[share.first : share.first + share.count]
+        assert None not in mine, "an engine was lost with its weights: drawn() asks again"
+        return [self._response(answer) for answer in mine if answer is not None]
 
     def ask(
         self, share: "Share", advance: Callable[[int], None] | None = None, known: Sequence[Answer | None] = ()

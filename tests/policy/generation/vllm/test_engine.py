@@ -2,10 +2,6 @@
 
 import gzip
 import json
-import logging
-import os
-import signal
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +14,6 @@ from policy.generation.api import row_seed
 from policy.generation.hf import HfSampler
 from policy.generation.options import SamplingConfig
 from policy.generation.vllm.client import Weights
-from policy.generation.vllm.engine.margin_engine import TOKEN_VARIABLE
 from policy.generation.vllm.pool import EnginePool
 from policy.generation.vllm.sampler import VllmSampler, launch_of
 from policy.generation.vllm.weights import WeightPush, WeightSource, _Writer
@@ -30,10 +25,16 @@ from rlhf.train.chat import load_chat
 from tests.conftest import SHARED_DATA
 from tests.lacking import lacking
 from tests.policy.generation.vllm.conftest import AGREE, assert_same, move
+from tests.policy.generation.vllm.pushes import (
+    GREEDY,
+    LONG,
+    assert_a_killed_engine_comes_back,
+    assert_pushes_change_completions,
+    assert_ranks_push,
+    both_samplers,
+)
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
-WORKER = str(Path(__file__).parents[1] / "workers" / "push.py")
-GREEDY = SamplingConfig(max_new_tokens=12, top_k=1, batch_rows=32)
 
 
 def newest(pool: EnginePool) -> int:
@@ -49,9 +50,7 @@ def pushing(shared_pool, alone, tmp_path):
         model = ReplicatedModel(policy, alone)
         push = WeightPush(model, shared_pool, tmp_path)
         shared_pool._of_before = newest(shared_pool)
-        options = {"eos_token_ids": (2,), "tokenizer": None}
-        own = HfSampler(model, config, pad_token_id=2, **options)
-        return push, VllmSampler(alone, shared_pool, config, **options), own
+        return push, *both_samplers(model, shared_pool, config)
 
     return make
 
@@ -59,15 +58,7 @@ def pushing(shared_pool, alone, tmp_path):
 def test_pushed_weights_give_the_completions_of_the_policy_that_was_pushed(pushing, wide_policy, prompts, seeds):
     policy = wide_policy()
     push, ours, own = pushing(policy)
-    assert push.push()
-    before = ours.generate(prompts, seeds)
-    assert_same(before, own.generate(prompts, seeds))
-    move(policy)
-    assert push.push()
-    after = ours.generate(prompts, seeds)
-    assert_same(after, own.generate(prompts, seeds))
-    assert any(not np.array_equal(a.tokens, b.tokens) for a, b in zip(before, after, strict=True))
-    assert not push.push() and push.pushes == 2  # nothing is new
+    assert_pushes_change_completions(policy, push, ours, own, prompts, seeds)
 
 
 def test_weights_of_the_head_arrive_where_it_shares_them_with_the_embedding(pushing, wide_policy, prompts, seeds):
@@ -199,26 +190,8 @@ def test_an_engine_that_is_killed_in_a_rollout_comes_back_with_the_weights_of_no
     pushing, shared_pool, wide_policy, seeds, caplog
 ):
     policy = wide_policy()
-    push, ours, own = pushing(policy, SamplingConfig(max_new_tokens=100, top_k=1, batch_rows=8))
-    push.push()
-    move(policy)
-    push.push()
-    prompts = [np.arange(3, 9) + place for place in range(64)]
-    seen = threading.Event()
-
-    def kill() -> None:
-        seen.wait(60)
-        os.kill(shared_pool.pids[0], signal.SIGKILL)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    before = shared_pool.restarts
-    with caplog.at_level(logging.WARNING):
-        found = ours.generate(prompts, range(64), lambda count: seen.set() if count > 4 else None)
-    killer.join()
-    assert shared_pool.restarts == before + 1
-    assert "started again with the weights of now" in caplog.text
-    assert_same(found, own.generate(prompts, range(64)))
+    push, ours, own = pushing(policy, LONG)
+    assert_a_killed_engine_comes_back(policy, push, ours, own, shared_pool, caplog)
 
 
 def test_smollm2_says_the_same_on_both_backends_to_50_prompts(tmp_path, alone, engine_options):
@@ -262,10 +235,6 @@ def test_weights_arrive_from_ranks_that_share_them(
     run_ranks, wide_model, shared_pool, wide_policy, pushing, tmp_path, monkeypatch, kind, ranks, lora
 ):
     pushing(wide_policy())[0].push()  # which starts the engine
-    url, _ = shared_pool._client(0).url, monkeypatch.setenv(TOKEN_VARIABLE, shared_pool._token)
-    output = tmp_path / "drawn.json"
-    run_ranks([WORKER, str(wide_model), kind, str(lora), url, "folder", str(output)], ranks=ranks)
-    found = json.loads(output.read_text())
-    (before, own_before), (after, own_after) = found["rounds"]
-    assert before == own_before and after == own_after
-    assert before != after and found["pushes"] == 2
+    assert_ranks_push(
+        run_ranks, shared_pool, monkeypatch, tmp_path, wide_model, "folder", kind=kind, ranks=ranks, lora=lora
+    )

@@ -1,31 +1,29 @@
 """Weights that the real vLLM is sent as a stream: they arrive or are refused, and engines are lost on the way."""
 
-import json
 import logging
 import os
 import signal
-import threading
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from policy.generation.hf import HfSampler
-from policy.generation.options import SamplingConfig
 from policy.generation.vllm.client import Weights
-from policy.generation.vllm.engine.margin_engine import TOKEN_VARIABLE
 from policy.generation.vllm.link import Link
-from policy.generation.vllm.sampler import VllmSampler
 from policy.generation.vllm.weights import WeightPush
 from rlhf.core.errors import ModelError
 from rlhf.engine.frozen import ReplicatedModel
 from rlhf.models.options import LoraOptions
 from tests.policy.generation.vllm.conftest import assert_same, move
+from tests.policy.generation.vllm.pushes import (
+    GREEDY,
+    LONG,
+    assert_a_killed_engine_comes_back,
+    assert_pushes_change_completions,
+    assert_ranks_push,
+    both_samplers,
+)
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
-WORKER = str(Path(__file__).parents[1] / "workers" / "push.py")
-GREEDY = SamplingConfig(max_new_tokens=12, top_k=1, batch_rows=32)
 
 
 @pytest.fixture
@@ -38,9 +36,7 @@ def streaming(streamed_pool, alone):
         if streamed_pool._weights is not None:
             streamed_pool._of_before = int(streamed_pool._client(0).state()["newest"])
             streamed_pool._links = [None]  # another trainer may have had the engine
-        options = {"eos_token_ids": (2,), "tokenizer": None}
-        own = HfSampler(model, config, pad_token_id=2, **options)
-        return push, VllmSampler(alone, streamed_pool, config, renew=push.renew, **options), own
+        return push, *both_samplers(model, streamed_pool, config, renew=push.renew)
 
     return make
 
@@ -48,16 +44,7 @@ def streaming(streamed_pool, alone):
 def test_sent_weights_give_the_completions_of_the_policy_that_was_sent(streaming, wide_policy, prompts, seeds):
     policy = wide_policy()
     push, ours, own = streaming(policy)
-    assert push.push()
-    before = ours.generate(prompts, seeds)
-    assert_same(before, own.generate(prompts, seeds))
-    move(policy)
-    assert push.push()
-    after = ours.generate(prompts, seeds)
-    assert_same(after, own.generate(prompts, seeds))
-    assert any(not np.array_equal(a.tokens, b.tokens) for a, b in zip(before, after, strict=True))
-    version = push.version
-    assert not push.push() and push.pushes == 2  # nothing is new
+    after, version = assert_pushes_change_completions(policy, push, ours, own, prompts, seeds)
     assert push.version == version + 1
     assert_same(ours.generate(prompts, seeds), after)
 
@@ -120,31 +107,9 @@ def test_an_engine_that_is_killed_in_a_rollout_is_sent_the_weights_of_now(
     streaming, streamed_pool, wide_policy, caplog
 ):
     policy = wide_policy()
-    push, ours, own = streaming(policy, SamplingConfig(max_new_tokens=100, top_k=1, batch_rows=8))
-    push.push()
-    move(policy)
-    push.push()
-    prompts = [np.arange(3, 9) + place for place in range(64)]
-    seen, counts = threading.Event(), []
-
-    def advance(count: int) -> None:
-        counts.append(count)
-        if count > 4:
-            seen.set()
-
-    def kill() -> None:
-        seen.wait(60)
-        os.kill(streamed_pool.pids[0], signal.SIGKILL)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    before, version = streamed_pool.restarts, push.version
-    with caplog.at_level(logging.WARNING):
-        found = ours.generate(prompts, range(64), advance)
-    killer.join()
-    assert streamed_pool.restarts == before + 1 and push.version == version
+    push, ours, own = streaming(policy, LONG)
+    counts = assert_a_killed_engine_comes_back(policy, push, ours, own, streamed_pool, caplog)
     assert counts == list(range(1, 65))
-    assert_same(found, own.generate(prompts, range(64)))
 
 
 def test_an_engine_that_is_killed_in_the_middle_of_the_weights_is_sent_them_again(
@@ -177,10 +142,6 @@ def test_weights_are_sent_by_ranks_that_share_them(
     run_ranks, wide_model, streamed_pool, wide_policy, streaming, tmp_path, monkeypatch, kind, ranks, lora
 ):
     streaming(wide_policy())[0].push()  # which starts the engine
-    url, _ = streamed_pool._client(0).url, monkeypatch.setenv(TOKEN_VARIABLE, streamed_pool._token)
-    output = tmp_path / "drawn.json"
-    run_ranks([WORKER, str(wide_model), kind, str(lora), url, "gloo", str(output)], ranks=ranks)
-    found = json.loads(output.read_text())
-    (before, own_before), (after, own_after) = found["rounds"]
-    assert before == own_before and after == own_after
-    assert before != after and found["pushes"] == 2
+    assert_ranks_push(
+        run_ranks, streamed_pool, monkeypatch, tmp_path, wide_model, "gloo", kind=kind, ranks=ranks, lora=lora
+    )
