@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from launch.commands.arguments import Subparsers, add_machine, add_parallel, add_settings, command, group, positive_int
 from launch.commands.report import end_with_report
 from launch.screen import console
+from rlhf.core.errors import UserError
 from rlhf.core.paths import recipe_path
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     only = "run this one alone, by its name; may be given again; other calls may run other stages meanwhile"
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help=only)
     parser.add_argument("--no-doctor", action="store_true", help="do not check the machine first")
-    parser.add_argument("--dry-run", action="store_true", help="show what would be done, and exit")
+    parser.add_argument("--dry-run", action="store_true", help="show what would be done and what is missing, and exit")
     grace = "seconds that a stage which is asked to stop gets until it is ended (default %(default)s)"
     parser.add_argument("--grace", type=positive_int, default=600, metavar="SECONDS", help=grace)
     add_any_code(parser)
@@ -73,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
 
     pipeline = load_remembering(options.recipe, options.overrides, forget=options.forget)
     if options.dry_run:
-        return show(pipeline, options.any_code, options.redo)
+        return dry_run(pipeline, options)
     screen = console()
     code = PipelineRun(pipeline, run_settings(options), screen).run()
     end_with_report(screen, pipeline.output)
@@ -101,6 +102,23 @@ def show_status(options: argparse.Namespace) -> int:
 
     pipeline = load_remembering(options.recipe, options.overrides, forget=options.forget)
     return show(pipeline, options.any_code)
+
+
+def dry_run(pipeline: "Pipeline", options: argparse.Namespace) -> int:
+    """Print what a run would do.
+
+    Raises:
+        UserError: if something is not there that a stage reads and none makes.
+    """
+    from launch.doctor import Subject
+    from launch.doctor.inputs import inputs
+
+    show(pipeline, options.any_code, options.redo)
+    subject = Subject(output=pipeline.output, stages=pipeline.stages, pipeline=pipeline)
+    missing = [f"{found.text}; {found.remedy}" for found in inputs(subject) if found.status == "failure"]
+    if missing:
+        raise UserError("\n".join(missing))
+    return 0
 
 
 def show(pipeline: "Pipeline", any_code: bool, redo: Sequence[str] = ()) -> int:

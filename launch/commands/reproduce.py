@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from launch.commands.arguments import Subparsers, add_settings, command
-from launch.commands.pipeline import add_run_options, run_settings, show
+from launch.commands.pipeline import add_run_options, dry_run, run_settings
 from launch.screen import console
 from rlhf.core.files import DATA, ENVIRONMENT
 from rlhf.core.paths import home_path
@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
     entry = PipelineStage(name=stage.name, stage=stage, config=config)
     pipeline = Pipeline(name="reproduce", output=folder, stages=(entry,), elsewhere="--output FOLDER")
     if options.dry_run:
-        return show(pipeline, options.any_code, options.redo)
+        return dry_run(pipeline, options)
     how = run_settings(options)
     if how.machine.ranks is None and not how.machine.hosts:  # hosts and allocations have the ranks that they have
         how = replace(how, machine=replace(how.machine, ranks=capsule.ranks))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.commands.arguments import Subparsers, add_settings, command
-from launch.commands.pipeline import add_run_options, run_settings, show
+from launch.commands.pipeline import add_run_options, dry_run, run_settings
 from launch.commands.report import end_with_report
 from launch.screen import console
 from rlhf.core.errors import UserError
@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
     from launch.study.results import results_of
 
     if options.dry_run:
-        return show(study.pipeline, options.any_code, options.redo)
+        return dry_run(study.pipeline, options)
     screen = console()
     runs = PipelineRun(study.pipeline, run_settings(options), screen)
     code = runs.run()

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from launch.commands.arguments import Subparsers, add_recipes, add_settings, command, group
-from launch.commands.pipeline import add_forget, add_run_options, run_settings, show
+from launch.commands.pipeline import add_forget, add_run_options, dry_run, run_settings
 from launch.commands.report import end_with_report
 from launch.screen import console
 from launch.stages import STAGES, training
@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
     stage = STAGES[options.stage]
     sweep = plan_remembering(stage, options.config, options.overrides, folder, forget=options.forget)
     if options.dry_run:
-        return show(sweep.pipeline, options.any_code, options.redo)
+        return dry_run(sweep.pipeline, options)
     screen = console()
     training_runs = PipelineRun(sweep.pipeline, run_settings(options), screen)
     try:

@@ -1,10 +1,12 @@
 """Looking writes nothing, needs no right to write, and what is not permitted is one line."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from launch import stages
 from launch.cli import main
 from rlhf.core.files import naming_disk_faults
 
@@ -26,6 +28,16 @@ def test_who_looks_at_a_pipeline_writes_nothing(toys, monkeypatch, words):
     before = content(toys.folder)
     assert main(["pipeline", *words, str(toys.path)]) == 0
     assert content(toys.folder) == before
+
+
+def test_a_dry_run_names_what_no_stage_makes_and_is_not_there(toys, capsys, monkeypatch):
+    reading = replace(stages.STAGES["toy"], reads={"data": stages.FILE, "source": stages.FOLDER})
+    monkeypatch.setitem(stages.STAGES, "toy", reading)
+    toys.write({"a": {"set": {"data": "nowhere.jsonl"}}, "b": {"set": {"source": "${stages.a.final}"}}})
+    assert main(["pipeline", "run", "--dry-run", str(toys.path)]) == 2
+    said = capsys.readouterr()
+    assert "waiting" in said.out and "a.data: nowhere.jsonl: no such file" in said.err
+    assert main(["pipeline", "status", str(toys.path)]) == 0
 
 
 @pytest.mark.parametrize("folder", ["/sys/kernel/run", "/proc/1/run"])
