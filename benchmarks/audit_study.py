@@ -6,7 +6,8 @@ Labels of a share of the pairs are swapped at random, and the audit is asked wit
 every seed. One line a share: the mean of what it estimates and its standard deviation over seeds, how often it is
 within 3 points, how often its interval holds what was planted, the area under the curve of its ranking, and how many
 of the most suspect pairs (as many as were swapped) are among the swapped ones. Given labels count as right, which
-they are not all.
+they are not all. With --output the margins of every planting are kept in that folder: started again, only missing ones
+are made.
 """
 
 import argparse
@@ -16,11 +17,14 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import track
 from scipy import stats
 
-from reward.audit.estimate import Audited, OutOfFold, audited
+from reward.audit.estimate import Audited, OutOfFold, from_margins, judged
 from reward.audit.margins import Differences
 from reward.audit.run import AuditOptions, read_features
+from rlhf.core.files import digest, write_array
 from rlhf.data.options import ColumnConfig
 
 
@@ -35,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--cache", type=Path, help="folder for features (default: that of the audit)")
+    parser.add_argument("--output", type=Path, help="folder that keeps the margins of every planting")
     parser.add_argument("--part", type=float, default=1.0, help="share of the pairs that is audited, drawn by seed")
     return parser
 
@@ -60,6 +65,17 @@ def planted(pairs: OutOfFold, share: float, part: float, seed: int) -> OutOfFold
     return replace(
         pairs, differences=values, prompts=pairs.prompts[kept], groups=pairs.groups[kept], labels=labels, seed=seed
     )
+
+
+def audit_of(pairs: OutOfFold, repeats: int, kept: Path | None) -> Audited:
+    """What an audit says of pairs; their margins are read from the file ``kept``, or left there."""
+    if kept is not None and kept.is_file():
+        margins, spread = np.load(kept)
+    else:
+        margins, spread, _ = judged(pairs, repeats=repeats)
+        if kept is not None:
+            write_array(kept, np.stack([margins, spread]))
+    return from_margins(margins, spread, pairs.prompts, pairs.seed)
 
 
 def outcome(found: Audited, labels: NDArray[np.float64], share: float) -> Outcome:
@@ -99,6 +115,7 @@ def main() -> None:
         cache_dir=options.cache,
     )
     pairs = read_features(audit)
+    fingerprint = digest(pairs.differences.values.tobytes(), pairs.groups.tobytes())
     began = time.process_time()
     print(f"{len(pairs.prompts)} pairs of {len(np.unique(pairs.prompts))} prompts, {options.seeds} seeds")
     print(
@@ -108,10 +125,12 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|")
     for share in options.shares:
         outcomes = []
-        for seed in range(options.seeds):
+        for seed in track(range(options.seeds), f"{share:.0%} swapped", console=Console(stderr=True)):
             asked = planted(pairs, share, options.part, seed)
             assert asked.labels is not None
-            outcomes.append(outcome(audited(asked, repeats=options.repeats), asked.labels, share))
+            name = f"{share:g}_{options.part:g}_{options.repeats}_seed{seed}_{fingerprint}.npy"
+            kept = None if options.output is None else options.output / name
+            outcomes.append(outcome(audit_of(asked, options.repeats, kept), asked.labels, share))
         print(line(share, outcomes), flush=True)
     print(f"{time.process_time() - began:.0f} CPU seconds")
 
