@@ -46,9 +46,32 @@ def features_of(
     *,
     cache: Path,
     batch_tokens: int,
-    advance: Callable[[int], None],
+    advance: Callable[[int], None] = lambda count: None,
 ) -> np.ndarray:
     """``(R, D)`` float32 states of the last layer at the last token of R token rows.
+
+    Args:
+        rows, extraction, chat, cache, batch_tokens, advance: see :func:`make_features`, which makes what is missing.
+    Raises:
+        DataError: if features are not finite.
+        ModelError: if the model cannot be loaded.
+    """
+    make_features(rows, extraction, chat, cache=cache, batch_tokens=batch_tokens, advance=advance)
+    blocks, places = _blocks(rows, cache / extraction.digest())
+    return np.concatenate([np.load(block.path) for block in blocks])[places]
+
+
+def make_features(
+    rows: Sequence[np.ndarray],
+    extraction: Extraction,
+    chat: ChatFormat,
+    *,
+    cache: Path,
+    batch_tokens: int,
+    advance: Callable[[int], None] = lambda count: None,
+    part: tuple[int, int] = (0, 1),
+) -> None:
+    """Put the states that :func:`features_of` gives into the cache; equal rows are computed once.
 
     Args:
         rows: tokens of each row.
@@ -57,28 +80,48 @@ def features_of(
         cache: folder; blocks of rows that it holds are not computed again, also after a stop.
         batch_tokens: padded tokens at once.
         advance: told how many more rows are done.
+        part: which of how many parts of the blocks, where several processes share the work.
     Raises:
         DataError: if features are not finite.
         ModelError: if the model cannot be loaded.
     """
-    folder = cache / extraction.digest()
+    number, parts = part
     model: PreTrainedModel | None = None
-    found: list[np.ndarray] = []
-    for start in range(0, len(rows), BLOCK_ROWS):
-        block = rows[start : start + BLOCK_ROWS]
-        path = folder / f"{digest(*(row.tobytes() for row in block))}.npy"
-        if not path.is_file():
+    for block in _blocks(rows, cache / extraction.digest())[0][number::parts]:
+        if not block.path.is_file():
             model = model or _load(extraction, chat)
-            states = _states(model, block, batch_tokens)
+            states = _states(model, block.rows, batch_tokens)
             if not np.isfinite(states).all():
                 raise DataError(
                     f"{extraction.model.path}: the states after layer {extraction.model.layers} are not finite for "
                     "some answers; take another --layer, or --dtype float32"
                 )
-            write_array(path, states)
-        found.append(np.load(path))
-        advance(len(block))
-    return np.concatenate(found)
+            write_array(block.path, states)
+        advance(block.count)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Different rows that are one file of the cache."""
+
+    rows: Sequence[np.ndarray]
+    count: int
+    """How many rows these are where equal ones count, too."""
+    path: Path
+
+
+def _blocks(rows: Sequence[np.ndarray], folder: Path) -> tuple[list[_Block], np.ndarray]:
+    """The different rows in blocks, by first appearance; and the ``(R,)`` place of each row among them."""
+    numbers: dict[bytes, int] = {}
+    places = np.array([numbers.setdefault(row.tobytes(), len(numbers)) for row in rows])
+    firsts = [rows[place] for place in np.unique(places, return_index=True)[1]]
+    counts = np.bincount(places)
+    found = []
+    for start in range(0, len(firsts), BLOCK_ROWS):
+        block = firsts[start : start + BLOCK_ROWS]
+        path = folder / f"{digest(*(row.tobytes() for row in block))}.npy"
+        found.append(_Block(block, int(counts[start : start + BLOCK_ROWS].sum()), path))
+    return found, places
 
 
 def _load(extraction: Extraction, chat: ChatFormat) -> PreTrainedModel:

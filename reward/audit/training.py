@@ -1,7 +1,7 @@
 """The audit that a run makes of its own training pairs, before it starts."""
 
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from reward.audit.estimate import OutOfFold, audited
-from reward.audit.features import Extraction, default_layer, features_of
+from reward.audit.features import Extraction, default_layer, features_of, make_features
 from reward.audit.margins import Differences
 from reward.audit.verdict import verdict
 from rlhf.core.errors import DataError
@@ -38,7 +38,7 @@ def with_own_audit(
     *,
     cache: Path | None = None,
 ) -> LoadedPreferences:
-    """The pairs, audited if ``labels.kind`` is "made". Every rank must call it; the main one does the work.
+    """The pairs, audited if ``labels.kind`` is "made". Every rank must call it: they share the reading of the answers.
 
     Args:
         data: of the run.
@@ -53,27 +53,37 @@ def with_own_audit(
     if labels.kind != "made":
         return data
     report_phase("auditing labels")
-    with Progress(ranks, 2 * len(data.train), 0, what="labels: answer") as progress:
-        wrong, said = ranks.on_main(
-            lambda: own_audit(data.train, labels, model, chat, cache, lambda done: progress.advance(done, {}))
-        )
+    rows, answers, groups = _answers_of(data.train)
+    reading = _reading(labels, model)
+    folder = (cache or default_cache_dir().parent) / "features"
+    with Progress(ranks, len(rows), 0, what="labels: answer") as progress:
+        read = 0
+
+        def advance(count: int) -> None:
+            nonlocal read
+            read = min(read + count * ranks.world_size, len(rows))  # the others have as many blocks, or one less
+            progress.advance(read, {})
+
+        make = partial(make_features, rows, reading, chat, cache=folder, batch_tokens=BATCH_TOKENS)
+        ranks.together(lambda: make(advance=advance, part=(ranks.rank, ranks.world_size)))
+
+    def audit() -> tuple[NDArray[np.float64], str]:  # reads again what other nodes keep in folders of their own
+        states = features_of(rows, reading, chat, cache=folder, batch_tokens=BATCH_TOKENS).astype(np.float64)
+        differences = Differences.of(states[::2], states[1::2], answers)
+        pairs = OutOfFold(differences=differences, prompts=data.train.prompt_keys, groups=groups, folds=FOLDS)
+        found = audited(pairs)
+        return found.wrong, verdict(found.interval, found.wrong)
+
+    wrong, said = ranks.on_main(audit)
     say(ranks, f"labels: {said}")
     return replace(data, train=data.train.audited(wrong, labels, data.report))
 
 
-def own_audit(
+def _answers_of(
     pairs: PreferenceDataset,
-    labels: LabelsConfig,
-    model: BackboneConfig,
-    chat: ChatFormat,
-    cache: Path | None,
-    tell: Callable[[int], None] = lambda done: None,
-) -> tuple[NDArray[np.float64], str]:
-    """``(N,)`` probabilities that labels are wrong, and what was found in one line.
+) -> tuple[list[NDArray[np.int32]], NDArray[np.int64], NDArray[np.uint64]]:
+    """Tokens of the 2 N answers, ``(N, 2)`` numbers that equal answers share, and ``(N,)`` names of pairs of answers.
 
-    Args:
-        pairs, labels, model, chat, cache: see :func:`with_own_audit`.
-        tell: told how many of the 2 N answers have been read.
     Raises:
         DataError: if there are fewer different pairs than folds.
     """
@@ -88,28 +98,13 @@ def own_audit(
         groups.append(int(digest(*map(str, sorted(keys))), 16))
     if len(set(groups)) < FOLDS:
         raise DataError(f"labels.kind = made: {len(set(groups))} different pairs make no {FOLDS} folds for an audit")
+    return tokens, np.array(answers), np.array(groups, np.uint64)
+
+
+def _reading(labels: LabelsConfig, model: BackboneConfig) -> Extraction:
+    """How states of answers are made: by the backbone of the run as it is on disk, up to a layer."""
     source = BackboneConfig(path=model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    extraction = Extraction(
+    return Extraction(
         model=replace(source, layers=labels.layer or default_layer(source)),
         dtype=torch.bfloat16 if has_bfloat16() else torch.float32,
     )
-    folder = (cache or default_cache_dir().parent) / "features"
-    read = 0
-
-    def advance(count: int) -> None:
-        nonlocal read
-        read += count
-        tell(read)
-
-    states = features_of(tokens, extraction, chat, cache=folder, batch_tokens=BATCH_TOKENS, advance=advance).astype(
-        np.float64
-    )
-    found = audited(
-        OutOfFold(
-            differences=Differences.of(states[::2], states[1::2], np.array(answers)),
-            prompts=pairs.prompt_keys,
-            groups=np.array(groups, np.uint64),
-            folds=FOLDS,
-        )
-    )
-    return found.wrong, verdict(found.interval, found.wrong)

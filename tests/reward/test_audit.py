@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from launch.cli import main
 from reward.__main__ import main as reward_main
@@ -17,6 +18,8 @@ from reward.audit.run import AuditOptions, audit_file
 from reward.audit.verdict import verdict
 from rlhf.core.errors import DataError, UserError
 from rlhf.data.options import ColumnConfig
+from rlhf.models.options import BackboneConfig
+from rlhf.train.chat import load_chat
 
 
 def planted_margins(share, pairs=8_000, temperature=2.0, seed=0):
@@ -358,6 +361,35 @@ def test_a_second_audit_of_the_same_pairs_needs_no_model_and_says_the_same(audit
     first = (audit / "pairs.jsonl").read_bytes()
     assert run_audit(planted, tiny_model, audit) == 0
     assert (audit / "pairs.jsonl").read_bytes() == first
+
+
+def test_processes_share_the_reading_of_answers_and_equal_ones_are_read_once(tiny_model, tmp_path, monkeypatch):
+    draw = np.random.default_rng(0)
+    rows = [draw.integers(0, 20, size).astype(np.int32) for size in draw.integers(1, 12, 300)]
+    rows += [row.copy() for row in rows[:100]]
+    monkeypatch.setattr(features, "BLOCK_ROWS", 32)
+    extraction = features.Extraction(model=BackboneConfig(path=str(tiny_model), layers=1), dtype=torch.float32)
+    read, told = [], []
+    states_of = features._states
+
+    def counting(model, block, tokens):
+        read.extend(row.tobytes() for row in block)
+        return states_of(model, block, tokens)
+
+    monkeypatch.setattr(features, "_states", counting)
+    given = rows, extraction, load_chat(str(tiny_model), None)
+    for number in range(3):
+        made = len(read)
+        features.make_features(
+            *given, cache=tmp_path, batch_tokens=64, part=(number, 3), advance=lambda count: told.append(count)
+        )
+        assert len(read) > made
+    assert sorted(read) == sorted({row.tobytes() for row in rows}) and sum(told) == 400
+    monkeypatch.setattr(features, "_load", lambda *_: pytest.fail("the features are there already"))
+    found = features.features_of(*given, cache=tmp_path, batch_tokens=64)
+    monkeypatch.undo()
+    alone = states_of(features._load(*given[1:]), rows, 64)
+    np.testing.assert_allclose(found, alone, atol=1e-6)
 
 
 def test_another_layer_has_features_of_its_own(audit, planted, tiny_model, monkeypatch):
