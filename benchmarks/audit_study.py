@@ -39,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--cache", type=Path, help="folder for features (default: that of the audit)")
-    parser.add_argument("--output", type=Path, help="folder that keeps the margins of every planting")
+    parser.add_argument("--output", type=Path, help="folder that keeps the margins of plantings, for this code only")
     parser.add_argument("--part", type=float, default=1.0, help="share of the pairs that is audited, drawn by seed")
     return parser
 
@@ -115,7 +115,9 @@ def main() -> None:
         cache_dir=options.cache,
     )
     pairs = read_features(audit)
-    fingerprint = digest(pairs.differences.values.tobytes(), pairs.groups.tobytes())
+    answers = pairs.differences.answers
+    shared = b"" if answers is None else answers.tobytes()
+    fingerprint = digest(pairs.differences.values.tobytes(), pairs.groups.tobytes(), shared)
     began = time.process_time()
     print(f"{len(pairs.prompts)} pairs of {len(np.unique(pairs.prompts))} prompts, {options.seeds} seeds")
     print(

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from features import token_ids
 from jobs import Job, Method, best, results
-from label_study import BASELINE, LEARNING_RATE, TITLES, audit_of, losses_of, swapped, tables, wrong_labels
+from label_study import BASELINE, LEARNING_RATE, TITLES, Audit, audit_of, losses_of, swapped, tables, wrong_labels
 from pairs import SPLITS, read_pairs
 from rich.progress import track
 from torch import Tensor, nn
@@ -224,34 +224,49 @@ class Study:
         return torch.from_numpy(self.corpus.splits[split]["places"][rows])
 
 
-def trained(study: Study, method: LayersMethod, job: Job, rows: np.ndarray) -> tuple[RewardModel, dict]:
-    """A reward model by ``method`` on the labels of ``job``, and what their audit says."""
+@dataclass(frozen=True, kw_only=True)
+class Labeled:
+    """The training pairs of a job with their labels, some of them wrong, and what the audit says of these."""
+
+    moments: tuple[np.ndarray, np.ndarray]
+    answers: Tensor  # (N, 2) numbers of the answers, that which is called the better one first
+    score_gap: Tensor
+    audit: Audit
+
+
+def labeled(study: Study, job: Job, rows: np.ndarray) -> Labeled:
+    """The pairs of these rows with the labels of ``job``; every method is trained on the same."""
     corpus = study.corpus
     moments = corpus.moments(LAYERS, rows)
     wrong = wrong_labels(job.noise, job.share, corpus.lengths[rows], job.seed)
     pairs = swapped(corpus.pairs("train", LAYERS, rows, *moments), wrong)
     audit = audit_of(pairs, corpus.prompts["train"][rows], corpus.answers[rows], wrong, job.seed)
-    losses = losses_of(method, audit)
     answers = study.answers("train", rows)
     answers[wrong] = answers[wrong].flip(1)
-    model = RewardModel(study.layers, moments, job.seed)
+    return Labeled(moments=moments, answers=answers, score_gap=pairs.score_gap, audit=audit)
+
+
+def trained(study: Study, method: LayersMethod, given: Labeled, seed: int) -> RewardModel:
+    """A reward model by ``method``."""
+    losses = losses_of(method, given.audit)
+    model = RewardModel(study.layers, given.moments, seed)
     model.layers.requires_grad_(method.rate > 0)
     groups = [
         {"params": model.layers.parameters(), "lr": method.rate},
         {"params": model.head.parameters(), "lr": LEARNING_RATE},
     ]
     optimizer = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY)
-    plan = list(batches(len(pairs), job.seed, epochs=EPOCHS, size=BATCH_PAIRS))
+    plan = list(batches(len(given.answers), seed, epochs=EPOCHS, size=BATCH_PAIRS))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(schedule, total=len(plan)))
     for step in plan:
-        read, rewards = model(study.states["train"], answers[step].T.flatten())
+        read, rewards = model(study.states["train"], given.answers[step].T.flatten())
         chosen, rejected = read.split(len(step))
-        batch = Pairs(chosen=chosen, rejected=rejected, score_gap=pairs.score_gap[step])
+        batch = Pairs(chosen=chosen, rejected=rejected, score_gap=given.score_gap[step])
         optimizer.zero_grad()
         losses(batch, rewards.split(len(step)), step).mean().backward()
         optimizer.step()
         scheduler.step()
-    return model.eval(), {"share": audit.share, "area": audit.area}
+    return model.eval()
 
 
 @torch.inference_mode()
@@ -268,17 +283,17 @@ def done(job: Job, study: Study) -> dict:
     watched = [("train", held_out)]
     if job.tests:
         watched = [(split, np.arange(len(study.corpus.prompts[split]))) for split in TITLES]
-    record: dict = {}
+    given = labeled(study, job, rows)
     found: dict[str, dict] = {}
     for name, method in job.methods:
         assert isinstance(method, LayersMethod)
-        model, record = trained(study, method, job, rows)
+        model = trained(study, method, given, job.seed)
         judged = {split: gaps(study, model, split, some) for split, some in watched}
         names = {"train": "validation"}
         found[name] = {names.get(split, split): preference_accuracy(gap).value for split, gap in judged.items()}
         if job.tests:
             found[name]["right"] = {split: marks(gap) for split, gap in judged.items()}
-    return record | {"methods": found}
+    return {"share": given.audit.share, "area": given.audit.area, "methods": found}
 
 
 def write_states(model_path: str, data: pathlib.Path, folder: pathlib.Path, dtype: torch.dtype) -> None:

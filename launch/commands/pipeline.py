@@ -1,7 +1,6 @@
 """``rlhf pipeline``: all stages of a recipe, each after those that it needs: started, continued or skipped."""
 
 import argparse
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from launch.commands.arguments import Subparsers, add_machine, add_parallel, add_settings, command, group, positive_int
@@ -98,32 +97,31 @@ def run_settings(options: argparse.Namespace) -> "RunOptions":
 
 
 def show_status(options: argparse.Namespace) -> int:
-    from launch.pipeline.state import load_remembering
+    from launch.pipeline.overview import status_table
+    from launch.pipeline.state import Progress, load_remembering
 
     pipeline = load_remembering(options.recipe, options.overrides, forget=options.forget)
-    return show(pipeline, options.any_code)
+    console().print(status_table(pipeline, Progress(pipeline, any_code=options.any_code, writes=False)))
+    return 0
 
 
 def dry_run(pipeline: "Pipeline", options: argparse.Namespace) -> int:
     """Print what a run would do.
 
     Raises:
-        UserError: if something is not there that a stage reads and none makes.
+        UserError: if something is not there that a stage would read and none makes.
     """
     from launch.doctor import Subject
     from launch.doctor.inputs import inputs
+    from launch.pipeline.overview import status_table
+    from launch.pipeline.state import Action, Progress
 
-    show(pipeline, options.any_code, options.redo)
-    subject = Subject(output=pipeline.output, stages=pipeline.stages, pipeline=pipeline)
-    missing = [f"{found.text}; {found.remedy}" for found in inputs(subject) if found.status == "failure"]
+    progress = Progress(pipeline, any_code=options.any_code, redo=options.redo, writes=False)
+    console().print(status_table(pipeline, progress))
+    chosen = [pipeline.named(name) for name in options.only] or pipeline.stages
+    ahead = tuple(stage for stage in chosen if progress.decide(stage).action is not Action.SKIP)
+    found = [] if options.no_doctor else inputs(Subject(output=pipeline.output, stages=ahead, pipeline=pipeline))
+    missing = [f"{each.text}; {each.remedy}" for each in found if each.status == "failure"]
     if missing:
         raise UserError("\n".join(missing))
-    return 0
-
-
-def show(pipeline: "Pipeline", any_code: bool, redo: Sequence[str] = ()) -> int:
-    """Print where every stage stands."""
-    from launch.pipeline.overview import status_table
-
-    console().print(status_table(pipeline, any_code=any_code, redo=redo))
     return 0

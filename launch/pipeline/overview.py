@@ -1,7 +1,6 @@
 """What a pipeline shows: a live table in a terminal, lines elsewhere, and a report at the end."""
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 
@@ -92,14 +91,13 @@ def outcome(stage: PipelineStage, measured: Measured | None) -> str:
     return ", ".join(f"{name} {value:.4f}" for name, value in stage.stage.key_metrics(metrics).items())
 
 
-def status_table(pipeline: Pipeline, *, any_code: bool = False, redo: Sequence[str] = ()) -> Table:
+def status_table(pipeline: Pipeline, progress: Progress) -> Table:
     """The table that a run would show, with what it would do.
 
     Raises:
         UserError: if a run would be refused, as a folder of its stages holds something else.
     """
     view = Overview(pipeline, Console(quiet=True))
-    progress = Progress(pipeline, any_code=any_code, redo=redo, writes=False)
     progress.check_free(pipeline.stages)
     for stage in pipeline.stages:
         marker = progress.read(stage) or {}

@@ -1,5 +1,6 @@
 """What a frozen backbone knows of every answer: the state at its last token, kept on disk."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,9 @@ class Extraction:
     dtype: torch.dtype
     """Type of the weights and of what is computed."""
 
-    def digest(self) -> str:
+    @functools.cached_property
+    def name(self) -> str:
+        """A name for all of it."""
         return digest(weights_digest(self.model), str(self.dtype))
 
 
@@ -57,7 +60,7 @@ def features_of(
         ModelError: if the model cannot be loaded.
     """
     make_features(rows, extraction, chat, cache=cache, batch_tokens=batch_tokens, advance=advance)
-    blocks, places = _blocks(rows, cache / extraction.digest())
+    blocks, places = _blocks(rows, cache / extraction.name)
     return np.concatenate([np.load(block.path) for block in blocks])[places]
 
 
@@ -74,7 +77,7 @@ def make_features(
     """Put the states that :func:`features_of` gives into the cache; equal rows are computed once.
 
     Args:
-        rows: tokens of each row.
+        rows: tokens of each row, at least one.
         extraction: of what model.
         chat: its tokenizer.
         cache: folder; blocks of rows that it holds are not computed again, also after a stop.
@@ -87,7 +90,7 @@ def make_features(
     """
     number, parts = part
     model: PreTrainedModel | None = None
-    for block in _blocks(rows, cache / extraction.digest())[0][number::parts]:
+    for block in _blocks(rows, cache / extraction.name)[0][number::parts]:
         if not block.path.is_file():
             model = model or _load(extraction, chat)
             states = _states(model, block.rows, batch_tokens)
@@ -100,7 +103,7 @@ def make_features(
         advance(block.count)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Block:
     """Different rows that are one file of the cache."""
 
@@ -120,7 +123,7 @@ def _blocks(rows: Sequence[np.ndarray], folder: Path) -> tuple[list[_Block], np.
     for start in range(0, len(firsts), BLOCK_ROWS):
         block = firsts[start : start + BLOCK_ROWS]
         path = folder / f"{digest(*(row.tobytes() for row in block))}.npy"
-        found.append(_Block(block, int(counts[start : start + BLOCK_ROWS].sum()), path))
+        found.append(_Block(rows=block, count=int(counts[start : start + BLOCK_ROWS].sum()), path=path))
     return found, places
 
 

@@ -1,8 +1,8 @@
 """The audit that a run makes of its own training pairs, before it starts."""
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,22 +53,24 @@ def with_own_audit(
     if labels.kind != "made":
         return data
     report_phase("auditing labels")
-    rows, answers, groups = _answers_of(data.train)
-    reading = _reading(labels, model)
+    rows, answers, groups = ranks.together(lambda: _answers_of(data.train))
+    reading = ranks.on_main(lambda: _reading(labels, model))
     folder = (cache or default_cache_dir().parent) / "features"
+    given: dict[str, Any] = {"cache": folder, "batch_tokens": BATCH_TOKENS}
     with Progress(ranks, len(rows), 0, what="labels: answer") as progress:
-        read = 0
+        done = 0
 
         def advance(count: int) -> None:
-            nonlocal read
-            read = min(read + count * ranks.world_size, len(rows))  # the others have as many blocks, or one less
-            progress.advance(read, {})
+            nonlocal done
+            done = min(done + count * ranks.world_size, len(rows) - 1)  # as if all ranks had as many; the end is below
+            progress.advance(done, {})
 
-        make = partial(make_features, rows, reading, chat, cache=folder, batch_tokens=BATCH_TOKENS)
-        ranks.together(lambda: make(advance=advance, part=(ranks.rank, ranks.world_size)))
+        part = ranks.rank, ranks.world_size
+        ranks.together(lambda: make_features(rows, reading, chat, advance=advance, part=part, **given))
+        progress.advance(len(rows), {})
 
-    def audit() -> tuple[NDArray[np.float64], str]:  # reads again what other nodes keep in folders of their own
-        states = features_of(rows, reading, chat, cache=folder, batch_tokens=BATCH_TOKENS).astype(np.float64)
+    def audit() -> tuple[NDArray[np.float64], str]:
+        states = features_of(rows, reading, chat, **given).astype(np.float64)  # also what nodes keep for themselves
         differences = Differences.of(states[::2], states[1::2], answers)
         pairs = OutOfFold(differences=differences, prompts=data.train.prompt_keys, groups=groups, folds=FOLDS)
         found = audited(pairs)

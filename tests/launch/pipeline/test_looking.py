@@ -33,11 +33,16 @@ def test_who_looks_at_a_pipeline_writes_nothing(toys, monkeypatch, words):
 def test_a_dry_run_names_what_no_stage_makes_and_is_not_there(toys, capsys, monkeypatch):
     reading = replace(stages.STAGES["toy"], reads={"data": stages.FILE, "source": stages.FOLDER})
     monkeypatch.setitem(stages.STAGES, "toy", reading)
-    toys.write({"a": {"set": {"data": "nowhere.jsonl"}}, "b": {"set": {"source": "${stages.a.final}"}}})
-    assert main(["pipeline", "run", "--dry-run", str(toys.path)]) == 2
+    data = toys.folder / "rows.jsonl"
+    second = {"source": "${stages.a.final}", "data": str(toys.path)}
+    toys.write({"a": {"set": {"data": str(data)}}, "b": {"set": second}})
+    look = ["pipeline", "run", "--dry-run", str(toys.path)]
+    assert main(look) == 2
     said = capsys.readouterr()
-    assert "waiting" in said.out and "a.data: nowhere.jsonl: no such file" in said.err
-    assert main(["pipeline", "status", str(toys.path)]) == 0
+    assert "waiting" in said.out and f"a.data: {data}: no such file" in said.err and said.err.count("\n") == 1
+    assert main([*look, "--only", "b"]) == main([*look, "--no-doctor"]) == main(["pipeline", "status", look[-1]]) == 0
+    data.write_text("1")
+    assert main(look) == 0
 
 
 @pytest.mark.parametrize("folder", ["/sys/kernel/run", "/proc/1/run"])
