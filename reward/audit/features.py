@@ -31,9 +31,7 @@ class Extraction:
     dtype: torch.dtype
     """Type of the weights and of what is computed."""
 
-    @functools.cached_property
-    def name(self) -> str:
-        """A name for all of it."""
+    def digest(self) -> str:
         return digest(weights_digest(self.model), str(self.dtype))
 
 
@@ -42,65 +40,70 @@ def default_layer(model: BackboneConfig) -> int:
     return max(1, round(0.4 * load_model_config(model).num_hidden_layers))
 
 
-def features_of(
-    rows: Sequence[np.ndarray],
-    extraction: Extraction,
-    chat: ChatFormat,
-    *,
-    cache: Path,
-    batch_tokens: int,
-    advance: Callable[[int], None] = lambda count: None,
-) -> np.ndarray:
-    """``(R, D)`` float32 states of the last layer at the last token of R token rows.
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """R token rows whose states are kept in blocks, each a file of the cache; equal rows are computed once.
 
-    Args:
-        rows, extraction, chat, cache, batch_tokens, advance: see :func:`make_features`, which makes what is missing.
-    Raises:
-        DataError: if features are not finite.
-        ModelError: if the model cannot be loaded.
+    Blocks that are there are not computed again, also after a stop.
     """
-    make_features(rows, extraction, chat, cache=cache, batch_tokens=batch_tokens, advance=advance)
-    blocks, places = _blocks(rows, cache / extraction.name)
-    return np.concatenate([np.load(block.path) for block in blocks])[places]
 
+    rows: Sequence[np.ndarray]
+    """Tokens of each row, at least one row."""
+    extraction: Extraction
+    """The model that is read, and how."""
+    chat: ChatFormat
+    """Its tokenizer."""
+    cache: Path
+    """The folder."""
+    batch_tokens: int
+    """Padded tokens at once."""
 
-def make_features(
-    rows: Sequence[np.ndarray],
-    extraction: Extraction,
-    chat: ChatFormat,
-    *,
-    cache: Path,
-    batch_tokens: int,
-    advance: Callable[[int], None] = lambda count: None,
-    part: tuple[int, int] = (0, 1),
-) -> None:
-    """Put the states that :func:`features_of` gives into the cache; equal rows are computed once.
+    def make(self, advance: Callable[[int], None] = lambda count: None, part: tuple[int, int] = (0, 1)) -> None:
+        """Compute the states that are missing.
 
-    Args:
-        rows: tokens of each row, at least one.
-        extraction: of what model.
-        chat: its tokenizer.
-        cache: folder; blocks of rows that it holds are not computed again, also after a stop.
-        batch_tokens: padded tokens at once.
-        advance: told how many more rows are done.
-        part: which of how many parts of the blocks, where several processes share the work.
-    Raises:
-        DataError: if features are not finite.
-        ModelError: if the model cannot be loaded.
-    """
-    number, parts = part
-    model: PreTrainedModel | None = None
-    for block in _blocks(rows, cache / extraction.name)[0][number::parts]:
-        if not block.path.is_file():
-            model = model or _load(extraction, chat)
-            states = _states(model, block.rows, batch_tokens)
-            if not np.isfinite(states).all():
-                raise DataError(
-                    f"{extraction.model.path}: the states after layer {extraction.model.layers} are not finite for "
-                    "some answers; take another --layer, or --dtype float32"
-                )
-            write_array(block.path, states)
-        advance(block.count)
+        Args:
+            advance: told how many more rows are done.
+            part: which of how many parts of the blocks, where several processes share the work.
+        Raises:
+            DataError: if states are not finite.
+            ModelError: if the model cannot be loaded.
+        """
+        number, parts = part
+        model: PreTrainedModel | None = None
+        blocks, _ = self._blocks
+        for block in blocks[number::parts]:
+            if not block.path.is_file():
+                model = model or _load(self.extraction, self.chat)
+                states = _states(model, block.rows, self.batch_tokens)
+                if not np.isfinite(states).all():
+                    source = self.extraction.model
+                    raise DataError(
+                        f"{source.path}: the states after layer {source.layers} are not finite for "
+                        "some answers; take another --layer, or --dtype float32"
+                    )
+                write_array(block.path, states)
+            advance(block.count)
+
+    def states(self, advance: Callable[[int], None] = lambda count: None) -> np.ndarray:
+        """``(R, D)`` float32 states of the last layer at the last token of each row; see :meth:`make`."""
+        self.make(advance)
+        blocks, places = self._blocks
+        return np.concatenate([np.load(block.path) for block in blocks])[places]
+
+    @functools.cached_property
+    def _blocks(self) -> "tuple[list[_Block], np.ndarray]":
+        """The different rows in blocks, by first appearance; and the ``(R,)`` place of each row among them."""
+        folder = self.cache / self.extraction.digest()
+        numbers: dict[bytes, int] = {}
+        places = np.array([numbers.setdefault(row.tobytes(), len(numbers)) for row in self.rows])
+        firsts = [self.rows[place] for place in np.unique(places, return_index=True)[1]]
+        counts = np.bincount(places)
+        found = []
+        for start in range(0, len(firsts), BLOCK_ROWS):
+            block = firsts[start : start + BLOCK_ROWS]
+            path = folder / f"{digest(*(row.tobytes() for row in block))}.npy"
+            found.append(_Block(rows=block, count=int(counts[start : start + BLOCK_ROWS].sum()), path=path))
+        return found, places
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,20 +114,6 @@ class _Block:
     count: int
     """How many rows these are where equal ones count, too."""
     path: Path
-
-
-def _blocks(rows: Sequence[np.ndarray], folder: Path) -> tuple[list[_Block], np.ndarray]:
-    """The different rows in blocks, by first appearance; and the ``(R,)`` place of each row among them."""
-    numbers: dict[bytes, int] = {}
-    places = np.array([numbers.setdefault(row.tobytes(), len(numbers)) for row in rows])
-    firsts = [rows[place] for place in np.unique(places, return_index=True)[1]]
-    counts = np.bincount(places)
-    found = []
-    for start in range(0, len(firsts), BLOCK_ROWS):
-        block = firsts[start : start + BLOCK_ROWS]
-        path = folder / f"{digest(*(row.tobytes() for row in block))}.npy"
-        found.append(_Block(rows=block, count=int(counts[start : start + BLOCK_ROWS].sum()), path=path))
-    return found, places
 
 
 def _load(extraction: Extraction, chat: ChatFormat) -> PreTrainedModel:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from reward.audit.estimate import Audited, OutOfFold, audited, from_margins
-from reward.audit.features import Extraction, default_layer, features_of
+from reward.audit.features import Extraction, Reading, default_layer
 from reward.audit.margins import Differences
 from reward.audit.mixture import share_interval
 from reward.audit.runs import margins_by_runs, start_stage
@@ -233,7 +233,10 @@ def _features(
         for side in (pair.record.chosen, pair.record.rejected)
     ]
     cache = (options.cache_dir or default_cache_dir().parent) / "features"
-    states = features_of(tokens, extraction, chat, cache=cache, batch_tokens=options.batch_tokens, advance=advance)
+    reading = Reading(
+        rows=tokens, extraction=extraction, chat=chat, cache=cache, batch_tokens=options.batch_tokens
+    )
+    states = reading.states(advance)
     return states[::2].astype(np.float64), states[1::2].astype(np.float64)
 
 

@@ -2,14 +2,13 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from reward.audit.estimate import OutOfFold, audited
-from reward.audit.features import Extraction, default_layer, features_of, make_features
+from reward.audit.features import Extraction, Reading, default_layer
 from reward.audit.margins import Differences
 from reward.audit.verdict import verdict
 from rlhf.core.errors import DataError
@@ -54,9 +53,9 @@ def with_own_audit(
         return data
     report_phase("auditing labels")
     rows, answers, groups = ranks.together(lambda: _answers_of(data.train))
-    reading = ranks.on_main(lambda: _reading(labels, model))
+    extraction = ranks.on_main(lambda: _extraction(labels, model))
     folder = (cache or default_cache_dir().parent) / "features"
-    given: dict[str, Any] = {"cache": folder, "batch_tokens": BATCH_TOKENS}
+    reading = Reading(rows=rows, extraction=extraction, chat=chat, cache=folder, batch_tokens=BATCH_TOKENS)
     with Progress(ranks, len(rows), 0, what="labels: answer") as progress:
         done = 0
 
@@ -65,12 +64,11 @@ def with_own_audit(
             done = min(done + count * ranks.world_size, len(rows) - 1)  # as if all ranks had as many; the end is below
             progress.advance(done, {})
 
-        part = ranks.rank, ranks.world_size
-        ranks.together(lambda: make_features(rows, reading, chat, advance=advance, part=part, **given))
+        ranks.together(lambda: reading.make(advance, part=(ranks.rank, ranks.world_size)))
         progress.advance(len(rows), {})
 
     def audit() -> tuple[NDArray[np.float64], str]:
-        states = features_of(rows, reading, chat, **given).astype(np.float64)  # also what nodes keep for themselves
+        states = reading.states().astype(np.float64)  # also what nodes keep for themselves
         differences = Differences.of(states[::2], states[1::2], answers)
         pairs = OutOfFold(differences=differences, prompts=data.train.prompt_keys, groups=groups, folds=FOLDS)
         found = audited(pairs)
@@ -103,7 +101,7 @@ def _answers_of(
     return tokens, np.array(answers), np.array(groups, np.uint64)
 
 
-def _reading(labels: LabelsConfig, model: BackboneConfig) -> Extraction:
+def _extraction(labels: LabelsConfig, model: BackboneConfig) -> Extraction:
     """How states of answers are made: by the backbone of the run as it is on disk, up to a layer."""
     source = BackboneConfig(path=model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
     return Extraction(

@@ -368,8 +368,8 @@ def test_processes_share_the_reading_of_answers_and_equal_ones_are_read_once(tin
     rows = [draw.integers(0, 20, size).astype(np.int32) for size in draw.integers(1, 12, 300)]
     rows += [row.copy() for row in rows[:100]]
     extraction = features.Extraction(model=BackboneConfig(path=str(tiny_model), layers=1), dtype=torch.float32)
-    given = rows, extraction, load_chat(str(tiny_model), None)
-    alone = features._states(features._load(*given[1:]), rows, 64)
+    given = {"rows": rows, "extraction": extraction, "chat": load_chat(str(tiny_model), None), "batch_tokens": 64}
+    alone = features._states(features._load(extraction, given["chat"]), rows, 64)
     monkeypatch.setattr(features, "BLOCK_ROWS", 32)
     read, told = [], []
     states_of = features._states
@@ -381,24 +381,25 @@ def test_processes_share_the_reading_of_answers_and_equal_ones_are_read_once(tin
     monkeypatch.setattr(features, "_states", counting)
     for number in range(3):
         made = len(read)
-        features.make_features(*given, cache=tmp_path, batch_tokens=64, part=(number, 3), advance=told.append)
+        features.Reading(**given, cache=tmp_path).make(told.append, part=(number, 3))
         assert len(read) > made
     assert sorted(read) == sorted({row.tobytes() for row in rows}) and sum(told) == 400
     monkeypatch.setattr(features, "_load", lambda *_: pytest.fail("the features are there already"))
-    np.testing.assert_allclose(features.features_of(*given, cache=tmp_path, batch_tokens=64), alone, atol=1e-5)
+    np.testing.assert_allclose(features.Reading(**given, cache=tmp_path).states(), alone, atol=1e-5)
 
 
 def test_what_another_process_keeps_elsewhere_is_read_again(tiny_model, tmp_path, monkeypatch):
     rows = [np.arange(size, dtype=np.int32) for size in range(1, 12)]
     extraction = features.Extraction(model=BackboneConfig(path=str(tiny_model), layers=1), dtype=torch.float32)
-    given = rows, extraction, load_chat(str(tiny_model), None)
+    given = {"rows": rows, "extraction": extraction, "chat": load_chat(str(tiny_model), None), "batch_tokens": 64}
     monkeypatch.setattr(features, "BLOCK_ROWS", 4)
     for number in range(4):  # more than there are blocks
         folder = tmp_path / ("here" if number == 0 else "elsewhere")
-        features.make_features(*given, cache=folder, batch_tokens=64, part=(number, 4))
+        features.Reading(**given, cache=folder).make(part=(number, 4))
     assert [len([*(tmp_path / name).rglob("*.npy")]) for name in ("here", "elsewhere")] == [1, 2]
-    found = features.features_of(*given, cache=tmp_path / "here", batch_tokens=64)
-    np.testing.assert_allclose(found, features._states(features._load(*given[1:]), rows, 64), atol=1e-5)
+    found = features.Reading(**given, cache=tmp_path / "here").states()
+    alone = features._states(features._load(extraction, given["chat"]), rows, 64)
+    np.testing.assert_allclose(found, alone, atol=1e-5)
 
 
 def test_another_layer_has_features_of_its_own(audit, planted, tiny_model, monkeypatch):
