@@ -1,6 +1,6 @@
 """A model of a large shape from its files to ``final/``, in one run under ZeRO-3, with the memory of each process.
 
-    python benchmarks/large_run.py --shape llama-3-70b --layers 4 --intermediate 14336 --ranks 2
+    python -m benchmarks.large_run --shape llama-3-70b --layers 4 --intermediate 14336 --ranks 2
 
 writes a random model of a known shape (with a vocabulary of bytes, and what else is narrowed by options), trains it for
 two steps of DPO with adapters on so many CPU ranks, publishes it with the adapters merged, and says what every rank
@@ -103,7 +103,7 @@ def run(options: argparse.Namespace, folder: Path) -> None:
     print(f"final/: {len(files)} files of weights, {sum(file.stat().st_size for file in files) / MIB:.0f} MiB")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="llama-3-70b", help="a name that rlhf plan knows (default %(default)s)")
     parser.add_argument("--layers", type=int, default=4, help="only so many of its layers (default %(default)s)")
@@ -114,7 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    options = build_parser().parse_args()
+    options = _parser().parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.folder or Path(scratch)
         tokenizer = tokenizer_of_bytes()

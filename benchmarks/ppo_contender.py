@@ -98,6 +98,7 @@ def recipe(settings: dict[str, Any]) -> PpoConfig:
             max_new_tokens=settings["response_tokens"],
             temperature=settings["temperature"],
             batch_rows=settings.get("batch_rows", 64),
+            cuda_graphs=settings.get("cuda_graphs", True),
         ),
         advantage=AdvantageConfig(
             estimator="gae" if is_ppo else "rloo", gamma=settings["gamma"], lam=settings["lam"]

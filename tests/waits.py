@@ -11,6 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakIdKeyDictionary
 
+from rlhf.engine.ranks import Ranks
+
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim"}
 METHODS = ("cpu", "tolist", "numpy")
 
@@ -89,3 +91,25 @@ def waits_of_a_step(engine: Any, task: Any) -> list[str]:
             engine.step()
             task.step_metrics()
     return waits.places
+
+
+NOWHERE = Ranks(rank=0, world_size=1, local_rank=0, local_size=1, device=torch.device("meta"))
+
+
+def losses_without_numbers(engine: Any, task: Any, *others: Any) -> list[Tensor]:
+    """The losses of a step, their gradients taken, on a device that computes nothing.
+
+    It has shapes alone. So it fails at any read of a number, and where tensors of two devices meet, as a GPU's would.
+
+    Args:
+        engine, task: of a stage; both are of no use afterwards.
+        others: frozen models that the task asks.
+    """
+    for model in (engine, *others):
+        model.module.to("meta")
+        model.ranks = NOWHERE
+    task._batches.ranks = NOWHERE
+    losses = [task.loss(batch) for batch in task.micro_batches(0)]
+    for loss in losses:
+        loss.backward()
+    return losses

@@ -7,28 +7,29 @@ from typing import Any
 from benchmarks.gpu.cells import Cell
 from benchmarks.gpu.world import GIB, Skipped, World, save_nothing
 
-GENERATION = {"ours": "generate", "trl": "generation"}
-"""What each side calls the time that sampling takes."""
+GENERATION = {"ours": "generate", "launched": "generate", "trl": "generation"}
+"""What each side calls the time that sampling takes: ours, ours without CUDA graphs, TRL."""
 
 
 def cells(world: World) -> list[Cell]:
     asked = [("rloo", "ours"), ("rloo", "trl"), ("ppo", "ours"), ("ppo", "trl")]
+    names = {each: ", ".join(each) for each in asked} | {("rloo", "launched"): "rloo, ours without CUDA graphs"}
     older = {"PYTHONPATH": f"{world.trl_ppo}:{':'.join(filter(None, sys.path))}"} if world.trl_ppo else {}
     return [
         Cell(
             part="rollouts",
-            name=f"{kind}, {side}",
+            name=name,
             function=f"{__name__}:measure",
             arguments={"kind": kind, "side": side},
-            seconds=30 if side == "ours" else 40,
+            seconds=40 if side == "trl" else 30,
             environment=older if (kind, side) == ("ppo", "trl") else {},
         )
-        for kind, side in asked
+        for (kind, side), name in names.items()
     ]
 
 
 def measure(world: World, *, kind: str, side: str) -> dict[str, Any]:
-    """Samples a second of whole steps, tokens a second while sampling."""
+    """Samples a second of whole steps, tokens a second while sampling, by one ``side`` of :data:`GENERATION`."""
     from ppo_workload import SETTINGS, Measured
 
     sizes = world.sizes
@@ -51,9 +52,10 @@ def measure(world: World, *, kind: str, side: str) -> dict[str, Any]:
         "deepspeed": "zero2",
         "micro_batch_tokens": sizes.micro_batch_tokens,
         "batch_rows": sizes.responses,
+        "cuda_graphs": side != "launched",
     }
     measured = Measured(settings)
-    if side == "ours":
+    if side != "trl":
         import ppo_contender
 
         save_nothing()

@@ -116,7 +116,7 @@ class _Kept:
     def __init__(self, config: GenerateConfig, ranks: Ranks) -> None:
         self._path, self._ranks = config.output / KEPT, ranks
         settings = {**to_dict(config), "output": None, "name": None}
-        settings["sampling"] = {**settings["sampling"], "batch_rows": None, "vllm": None}
+        settings["sampling"] = {**settings["sampling"], "batch_rows": None, "cuda_graphs": None, "vllm": None}
         parts = json.dumps(settings, sort_keys=True, default=str), str(file_checksum(config.prompts))
         identity = ranks.on_main(lambda: digest(*parts, weights_digest(BackboneConfig(path=str(config.model)))))
         self.answers: dict[Place, Answer] = ranks.on_main(lambda: self._read(identity))

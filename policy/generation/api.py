@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 
@@ -53,3 +54,8 @@ def row_seed(*parts: int | str) -> int:
 def row_uniforms(seed: int, count: int) -> NDArray[np.float64]:
     """``(count,)`` uniform numbers in [0, 1), the same on every machine; a longer sequence begins with a shorter."""
     return np.random.Generator(np.random.Philox(key=seed)).random(count)
+
+
+def sampler_tolerance(dtype: torch.dtype) -> float:
+    """Nats that a token's log-probabilities by two ways through a model of ``dtype`` may be apart for rounding."""
+    return {torch.bfloat16: 0.5, torch.float16: 0.2}.get(dtype, 1e-3)

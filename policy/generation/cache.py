@@ -1,6 +1,7 @@
 """Keys and values of the rows being written, in buffers that grow by blocks of tokens."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,13 +18,24 @@ class RoomyLayer(DynamicLayer):
 
     ``DynamicLayer`` copies everything it has for each token; this one writes the new token into its place, and copies
     when a block is full.
+
+    Attributes:
+        buffers: ``(R, H, C, D)`` each, with room for more rows and columns; ``None`` before the first token.
+        end: ``(1,)`` the column of the next token, where forwards are recorded (:func:`as_buffers`); else ``None``.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._buffers: tuple[Tensor, Tensor] | None = None
+        self.buffers: tuple[Tensor, Tensor] | None = None
+        self.end: Tensor | None = None
+        self._reserved = False
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self.end is not None:
+            assert self.buffers is not None
+            for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
+                buffer.index_copy_(2, self.end, new)
+            return self.buffers
         if not self.is_initialized:
             self.dtype, self.device = key_states.dtype, key_states.device
             self.keys, self.values, self.is_initialized = key_states, value_states, True
@@ -32,12 +44,21 @@ class RoomyLayer(DynamicLayer):
         end = begin + key_states.shape[-2]
         for buffer, new in zip(self._with_room_for(end), (key_states, value_states), strict=True):
             buffer[:rows, :, begin:end] = new
-        return self._show(rows, end)
+        return self.show(rows, end)
+
+    def reserve(self, rows: int, columns: int) -> None:
+        """Take buffers of so many rows and columns, with a number in each place; they stay while they suffice."""
+        held = self._held()
+        made = [each.new_zeros((rows, each.shape[1], columns, each.shape[3])) for each in held]
+        for buffer, each in zip(made, held, strict=True):
+            buffer[: len(each), :, : each.shape[2]] = each
+        self.buffers, self._reserved = (made[0], made[1]), True
+        self.show(len(held[0]), held[0].shape[2])
 
     def expand(self, source: Tensor) -> None:
         """Row k becomes a copy of row ``source[k]``."""
         self.keys, self.values = (held.index_select(0, source) for held in self._held())
-        self._buffers = None
+        self.buffers, self._reserved = None, False
 
     def shrink(self, rows: int, moves: tuple[Tensor, Tensor]) -> None:
         """Keep the first ``rows`` rows, after rows ``moves[1]`` have taken the places ``moves[0]``."""
@@ -45,16 +66,22 @@ class RoomyLayer(DynamicLayer):
         to, origin = moves
         for buffer in self._with_room_for(length):
             buffer[to, :, :length] = buffer[origin, :, :length]
-        self._show(rows, length)
+        self.show(rows, length)
 
     def align(self, others: Sequence["RoomyLayer"], columns: int) -> None:
         """Take the rows of ``others`` in, so that all end in the last of ``columns`` columns."""
-        parts = zip(self._held(), *(other._held() for other in others), strict=True)
-        buffers = [_side_by_side(each, columns, room=BLOCK) for each in parts]
-        self._buffers = buffers[0], buffers[1]
-        self._show(len(buffers[0]), columns)
+        parts = list(zip(self._held(), *(other._held() for other in others), strict=True))
+        rows = sum(map(len, parts[0]))
+        if self._reserved and self.buffers is not None and _has_room(self.buffers[0], rows, columns):
+            for buffer, (mine, *more) in zip(self.buffers, parts, strict=True):
+                _lay_side_by_side(buffer, (mine.clone(), *more), columns)
+        else:
+            buffers = [_side_by_side(each, columns, room=BLOCK) for each in parts]
+            self.buffers, self._reserved = (buffers[0], buffers[1]), False
+        self.show(rows, columns)
 
-    def _show(self, rows: int, length: int) -> tuple[Tensor, Tensor]:
+    def show(self, rows: int, length: int) -> tuple[Tensor, Tensor]:
+        """Let the first rows and columns be those that are there."""
         keys, values = (buffer[:rows, :, :length] for buffer in self._with_room_for(length))
         self.keys, self.values = keys, values
         return keys, values
@@ -64,12 +91,17 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
     def _with_room_for(self, length: int) -> tuple[Tensor, Tensor]:
-        if self._buffers is None or self._buffers[0].shape[2] < length:
+        if self.buffers is None or self.buffers[0].shape[2] < length:
             keys, values = ((held,) for held in self._held())
             there = self.get_seq_length()
             room = max(BLOCK, length - there)
-            self._buffers = _side_by_side(keys, there, room=room), _side_by_side(values, there, room=room)
-        return self._buffers
+            self.buffers = _side_by_side(keys, there, room=room), _side_by_side(values, there, room=room)
+            self._reserved = False
+        return self.buffers
+
+
+def _has_room(buffer: Tensor, rows: int, columns: int) -> bool:
+    return len(buffer) >= rows and buffer.shape[2] >= columns
 
 
 def _side_by_side(parts: Sequence[Tensor], columns: int, *, room: int = 0) -> Tensor:
@@ -79,13 +111,17 @@ def _side_by_side(parts: Sequence[Tensor], columns: int, *, room: int = 0) -> Te
     """
     first = parts[0]
     found = first.new_empty((sum(map(len, parts)), first.shape[1], columns + room, first.shape[3]))
+    _lay_side_by_side(found, parts, columns)
+    return found
+
+
+def _lay_side_by_side(found: Tensor, parts: Sequence[Tensor], columns: int) -> None:
     begin = 0
     for part in parts:
         rows, taken = found[begin : begin + len(part)], min(columns, part.shape[2])
         rows[:, :, : columns - taken] = 0  # a place that is masked must hold a number
         rows[:, :, columns - taken : columns] = part[:, :, part.shape[2] - taken :]
         begin += len(part)
-    return found
 
 
 def new_cache(config: PretrainedConfig) -> Cache:
@@ -117,6 +153,46 @@ def shrink(cache: Cache, source: Sequence[int], device: torch.device) -> None:
     everything = torch.tensor(source, device=device)
     for layer in cache.layers:
         layer.shrink(len(source), moves) if isinstance(layer, RoomyLayer) else _reorder(layer, everything)
+
+
+def reserve(cache: Cache, rows: int, columns: int) -> None:
+    """Take buffers of so many rows and columns for all layers, which :func:`is_roomy`."""
+    for layer in roomy_layers(cache):
+        layer.reserve(rows, columns)
+
+
+def settle(cache: Cache, rows: int, columns: int) -> None:
+    """Let the first rows and columns of buffers be those that are there: forwards that are recorded do not say so."""
+    for layer in cache.layers:
+        if isinstance(layer, RoomyLayer) and layer.get_seq_length() != columns:
+            layer.show(rows, columns)
+
+
+@contextlib.contextmanager
+def as_buffers(cache: Cache, end: Tensor) -> Iterator[None]:
+    """A forward of one token inside writes into column ``end`` of whole buffers, and attends to all that is in them.
+
+    So it does the same to the same memory each time, whatever number ``end`` (``(1,)`` int64) holds. Its rows are those
+    of the buffers; what it must not see is for its mask to say.
+    """
+    layers = roomy_layers(cache)
+    try:
+        for layer in layers:
+            layer.end = end
+        yield
+    finally:
+        for layer in layers:
+            layer.end = None
+
+
+def is_roomy(cache: Cache) -> bool:
+    """Whether all layers are a :class:`RoomyLayer`."""
+    return len(roomy_layers(cache)) == len(cache.layers) > 0
+
+
+def roomy_layers(cache: Cache) -> list[RoomyLayer]:
+    """The layers whose keys and values are in buffers."""
+    return [layer for layer in cache.layers if isinstance(layer, RoomyLayer)]
 
 
 def takes_more_rows(cache: Cache) -> bool:

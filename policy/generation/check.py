@@ -7,6 +7,7 @@ sampler means them is not sure; a few tokens show it.
 import numpy as np
 import torch
 
+from policy.generation.api import sampler_tolerance
 from policy.generation.hf import HfSampler
 from policy.generation.options import SamplingConfig
 from policy.model import policy_of
@@ -18,8 +19,6 @@ from rlhf.train.batches import asking
 from rlhf.train.probing import padding_of, probe_rows
 
 NEW_TOKENS = 3
-SAMPLER_TOLERANCE = {torch.bfloat16: 0.5, torch.float16: 0.2}
-"""Nats; other types: 1e-3."""
 
 
 def check_sampling(model: Frozen, path: str) -> None:
@@ -59,7 +58,7 @@ def _check(model: Frozen, path: str) -> None:
             (whole,) = model.forward((bucket.to(model.ranks.device),)).logprobs
         gaps = whole[0, len(prompt) - 1 :].float().cpu() - torch.from_numpy(response.logprobs)
         worst = max(worst, gaps.abs().max().item())
-    allowed = SAMPLER_TOLERANCE.get(policy.hf.dtype, 1e-3)
+    allowed = sampler_tolerance(policy.hf.dtype)
     if not worst <= allowed:
         raise ModelError(
             f"{path} ({type(policy.hf).__name__}): tokens sampled one by one have log-probabilities up to {worst:.3g} "

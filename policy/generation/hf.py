@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import Cache
 
-from policy.generation.api import Response, row_uniforms
+from policy.generation.api import Response, row_uniforms, sampler_tolerance
 from policy.generation.attention import sampling_attention
-from policy.generation.cache import expand, new_cache, takes_more_rows
+from policy.generation.cache import expand, new_cache, settle, takes_more_rows
 from policy.generation.draw import draw_tokens
 from policy.generation.options import SamplingConfig
+from policy.generation.recorded import Record, RecordedForwards, can_be_recorded, cuda_graph
 from policy.generation.repetition import RepetitionPenalty
 from policy.generation.rows import LiveRows, Written
 from policy.generation.stopping import StopRule
@@ -38,6 +39,9 @@ class HfSampler:
     more, and their places go to prompts that wait, where the model's cache can take rows in; else these wait for the
     last one. Where the rows do not fit into memory, half as many are written together from then on.
 
+    On a GPU the forward of a token is recorded and replayed (:mod:`policy.generation.recorded`) once the first one has
+    been found to give what the model gives.
+
     Args:
         model: its module is a :class:`policy.model.PolicyModel`; weights may change between calls.
         config: how tokens are drawn.
@@ -49,6 +53,7 @@ class HfSampler:
         synced: the model is sharded, so that a forward needs all ranks: they stay together, forward by forward,
             and a rank that is done makes forwards for company. Every rank must then call :meth:`generate`, be it
             without prompts.
+        record: how forwards are recorded; ``None`` for a CUDA graph on a GPU, and not at all elsewhere.
     """
 
     def __init__(
@@ -61,12 +66,17 @@ class HfSampler:
         tokenizer: Any | None = None,
         repetition_penalty: float = 1.0,
         synced: bool = False,
+        record: Record | None = None,
     ) -> None:
         self._model, self._config, self._penalty = model, config, repetition_penalty
         self._stop = StopRule(eos_token_ids, config.stop, tokenizer)
         self._pad, self._synced = pad_token_id, synced
         self._device = model.ranks.device
         self._rows = config.batch_rows
+        if record is None and self._device.type == "cuda":
+            record = cuda_graph
+        self._record = record if config.cuda_graphs and not synced else None
+        self._compared = False
 
     def generate(
         self,
@@ -106,13 +116,17 @@ class HfSampler:
     def _write(self, jobs: "_Jobs") -> None:
         """Write all rows that wait."""
         live: LiveRows | None = None
+        recorded = None
+        if self._record is not None:
+            policy, limit = policy_of(self._model), self._config.max_new_tokens
+            recorded = RecordedForwards(policy, self._record, self._rows, limit)
         while jobs.waiting or live is not None:
             if jobs.waiting and self._has_room(live):
                 count = self._rows if live is None else self._rows - len(live)
                 live = _together(live, self._begin(jobs, jobs.take(count)))
                 jobs.tell()
             if live is not None:
-                logits = self._ask(live.tokens[:, None], live.mask(), live.positions[:, None], live.cache)
+                logits = self._go_on(live, recorded, more=bool(jobs.waiting))
                 live.advance()
                 live = self._draw(live, logits, jobs.written)
         jobs.tell()
@@ -186,6 +200,45 @@ class HfSampler:
         logits = self._ask(torch.from_numpy(tokens), mask, torch.from_numpy(positions), cache)
         expand(cache, places)
         return logits[places], width
+
+    def _go_on(self, live: LiveRows, recorded: RecordedForwards | None, *, more: bool) -> Tensor:
+        """The ``(B, V)`` logits behind the last tokens of the rows."""
+        if recorded is None or self._record is None or not can_be_recorded(policy_of(self._model), live):
+            return self._ask_once_more(live)
+        expected = None if self._compared else self._ask_once_more(live)
+        try:
+            found = recorded.logits(live, more=more)
+        except Exception as error:  # whatever a model's own code does that cannot be recorded
+            if is_shortage(error):
+                raise
+            fault = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+        else:
+            fault = "" if expected is None else self._difference(found, expected)
+            self._compared = True
+        if not fault:
+            return found
+        self._record = None
+        log.warning(
+            "rank %d: %s writes responses without a CUDA graph, kernel by kernel, as a recorded forward does not do "
+            "what the model does (%s)",
+            self._model.ranks.rank,
+            type(policy_of(self._model).hf).__name__,
+            fault,
+        )
+        return self._ask_once_more(live)
+
+    def _ask_once_more(self, live: LiveRows) -> Tensor:
+        """The logits by a forward of its own, whatever the columns behind those of the rows hold by now."""
+        settle(live.cache, len(live), live.columns)
+        return self._ask(live.tokens[:, None], live.mask(), live.positions[:, None], live.cache)
+
+    def _difference(self, found: Tensor, expected: Tensor) -> str:
+        """What is wrong with logits that are further from others than rounding takes them; else nothing."""
+        one, other = found.log_softmax(dim=-1), expected.log_softmax(dim=-1)
+        gaps = torch.where(one == other, 0, (one - other).abs())
+        gap = float((other.exp() * gaps).sum(dim=-1).max())
+        allowed = sampler_tolerance(policy_of(self._model).hf.dtype)
+        return "" if gap <= allowed else f"log-probabilities differ by {gap:.3g} nats, more than {allowed:.2g}"
 
     def _ask(self, tokens: Tensor, mask: Tensor | None, positions: Tensor, cache: Cache) -> Tensor:
         """``(B, V)`` logits of what follows ``(B, t)`` tokens."""

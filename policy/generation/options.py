@@ -82,6 +82,8 @@ class SamplingConfig:
     """A response ends with the first token after which its text contains one of these."""
     batch_rows: Annotated[int, Gt(0)] = 64
     """Responses decoded together. Lower it when memory runs out: results do not change."""
+    cuda_graphs: bool = True
+    """Record the forward of a token on a GPU and replay it (backend = hf), where the model's kernels allow that."""
     backend: Literal["hf", "vllm"] = "hf"
     """hf: the model in training writes the responses itself. vllm: engines of vLLM do (docs/vllm.md)."""
     vllm: Annotated[VllmConfig, NoResult()] = field(default_factory=VllmConfig)

@@ -88,6 +88,7 @@ class LiveRows:
         if len(rows) == len(self):
             return
         source = _closed_up(rows)
+        caches.settle(self.cache, len(self), self.columns)
         caches.shrink(self.cache, source, self.index.device)
         index = torch.tensor(source, dtype=torch.long, device=self.index.device)
         self.places, self.lengths = self.places[source], self.lengths[source]
@@ -99,6 +100,7 @@ class LiveRows:
 
     def join(self, other: "LiveRows") -> None:
         """Take other rows in, whose cache is emptied."""
+        caches.settle(self.cache, len(self), self.columns)
         self.columns = int(max(self.lengths.max(), other.lengths.max()))
         caches.align(self.cache, [other.cache], self.columns)
         self.places = np.concatenate([self.places, other.places])

@@ -217,7 +217,7 @@ class _Builder:
         config, plain = self._config, to_dict(self._config)
         names = ("rollout", "advantage", "kl", "loss", "critic", "pretraining", "ema")
         sections = {name: plain[name] for name in names}
-        for name in ("written", "gather", "batch_rows", "vllm"):  # of no effect on the numbers
+        for name in ("written", "gather", "batch_rows", "cuda_graphs", "vllm"):  # of no effect on the numbers
             sections["rollout"].pop(name)
         return {
             **run_identity(config, self._data.train, self._steps),

@@ -278,7 +278,7 @@ MODULES = {
     "benchmarks.make_corpus": lambda words: make_corpus._parser().parse_args(words),
     "benchmarks.disturbances": lambda words: disturbances._parser().parse_args(words),
     "benchmarks.gpu": lambda words: gpu._parser().parse_args(words),
-    "benchmarks.large_run": lambda words: large_run.build_parser().parse_args(words),
+    "benchmarks.large_run": lambda words: large_run._parser().parse_args(words),
     "benchmarks.rehearsal": lambda words: rehearsal._parser().parse_args(words),
     "benchmarks.report_page": lambda words: report_page._parser().parse_args(words),
     "margin_engine": lambda words: margin_engine.build_parser().parse_args(words),

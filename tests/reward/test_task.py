@@ -7,7 +7,7 @@ from reward.margins import optimal_transport_margins
 from reward.tables import LOSSES
 from rlhf.core.errors import TrainingStopped
 from rlhf.engine.ranks import single_rank
-from tests.waits import waits_of_a_step
+from tests.waits import losses_without_numbers, waits_of_a_step
 
 GLOBAL_OT = MarginConfig(kind="ot", parameters={"scope": "global_batch"})
 NO_MARGIN = MarginConfig(kind="none")
@@ -153,6 +153,19 @@ def test_the_host_waits_twice_in_a_step_however_many_micro_batches_it_has(make_t
     """Once for the length of the gradient, and once for all metrics."""
     few, many = (waits_of_a_step(*make_task(budget, margin=MarginConfig(kind=kind))) for budget in (100_000, 150))
     assert len(few) == len(many) == 2, "\n".join(many)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", sorted({*LOSSES} - {"norm_bt"}))  # which has a number from step to step
+def test_a_loss_and_its_gradient_need_no_number_and_no_second_device(make_task, kind):
+    losses = losses_without_numbers(*make_task(150, loss=LossConfig(kind=kind), margin=NO_MARGIN))
+    assert len(losses) > 3 and all(loss.is_meta for loss in losses)
+
+
+def test_margins_of_transport_are_made_on_the_host(make_task):
+    """The device is waited for once for each set of pairs: so a number that is read by mistake would be found."""
+    with pytest.raises(RuntimeError, match="item"):
+        losses_without_numbers(*make_task(150))
 
 
 @pytest.mark.gpu

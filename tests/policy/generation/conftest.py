@@ -47,10 +47,11 @@ def seeds() -> list[int]:
 
 @pytest.fixture
 def make_sampler(tiny_policy):
-    """``make_sampler(policy=None, eos=(), tokenizer=None, **sampling)``."""
+    """``make_sampler(policy=None, eos=(), tokenizer=None, record=None, **sampling)``."""
 
-    def make(policy: PolicyModel | None = None, eos=(), tokenizer=None, **sampling) -> HfSampler:
+    def make(policy: PolicyModel | None = None, eos=(), tokenizer=None, record=None, **sampling) -> HfSampler:
         model = ReplicatedModel(tiny_policy() if policy is None else policy, ALONE)
-        return HfSampler(model, SamplingConfig(**sampling), eos_token_ids=eos, pad_token_id=2, tokenizer=tokenizer)
+        options = {"eos_token_ids": eos, "pad_token_id": 2, "tokenizer": tokenizer, "record": record}
+        return HfSampler(model, SamplingConfig(**sampling), **options)
 
     return make

@@ -262,7 +262,7 @@ def test_responses_longer_than_a_block_of_the_cache_are_those_of_generate(make_s
     assert written(sampler.generate(prompts[:3], seeds[:3])) == expected
     longest = max(map(len, prompts[:3]))
     (layer,) = {id(each): each for each in held[-5:]}.values()
-    assert layer._buffers[0].shape[2] <= longest + count + BLOCK
+    assert layer.buffers[0].shape[2] <= longest + count + BLOCK
 
 
 class Card:

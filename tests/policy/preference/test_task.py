@@ -32,7 +32,7 @@ from rlhf.engine.local import LocalEngine
 from rlhf.engine.options import OptimizerConfig
 from rlhf.train.chat import load_chat
 from rlhf.train.packing import allow_packing
-from tests.waits import waits_of_a_step
+from tests.waits import losses_without_numbers, waits_of_a_step
 
 SHIPPED = Path(__file__).parents[3] / "launch" / "recipes"
 PAIRED = sorted(name for name, objective in LOSSES.items() if not objective.unpaired)
@@ -412,3 +412,16 @@ def test_the_host_waits_twice_in_a_step_however_many_micro_batches_it_has(make_t
     """Once for the length of the gradient, and once for all metrics."""
     few, many = (waits_of_a_step(*make_task(budget)) for budget in (100_000, 150))
     assert len(few) == len(many) == 2, "\n".join(many)
+
+
+CARRIED = ("alpha_dpo", "bco_pair", "ot_margin")
+"""Objectives with a number from step to step, or margins that are made on the host: the device is waited for."""
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", sorted({*PAIRED} - {*CARRIED}))
+def test_a_loss_and_its_gradient_need_no_number_and_no_second_device(make_task, kind):
+    engine, task = make_task(150, loss=LossConfig(kind=kind))
+    others = [] if task._reference is None else [task._reference.model]
+    losses = losses_without_numbers(engine, task, *others)
+    assert len(losses) > 3 and all(loss.is_meta for loss in losses)

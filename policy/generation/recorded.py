@@ -1,0 +1,132 @@
+"""The forward of one token, recorded once and replayed: a GPU does not wait for Python to launch each kernel.
+
+A small batch's token is some thousand launches, which take Python longer than the GPU takes for what they do. A CUDA
+graph launches all of them at once, but does the same to the same memory each time. So keys and values lie in buffers
+that stay where they are, rows that have ended keep their place until half of them have, and what changes from token to
+token is on the device: which tokens, their positions, and the column that they are written to.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from policy.generation import cache as caches
+from policy.generation.rows import LiveRows
+from policy.model import DecodeStep, PolicyModel
+
+Record = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
+"""Takes a function that computes on fixed memory, gives one that does it again, into the memory of the same result."""
+
+COLUMNS = 64
+"""Buffers have a multiple of so many columns."""
+GROWTH = 256
+"""Columns by which buffers grow at least: each time, the forward is recorded anew."""
+
+
+def cuda_graph(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """A :data:`Record` of what ``compute`` launches on the current GPU.
+
+    Raises:
+        RuntimeError: if it waits for the GPU in between, as where it asks for a number.
+    """
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        compute()  # what libraries do at a first call must not be recorded
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may bring batches meanwhile
+        found = compute()
+
+    def again() -> Tensor:
+        graph.replay()
+        return found
+
+    return again
+
+
+def can_be_recorded(policy: PolicyModel, live: LiveRows) -> bool:
+    """Whether all layers of a policy keep all columns, and are told by a mask which of them to see."""
+    name = str(policy.hf.config._attn_implementation)
+    return name.endswith("sdpa") and caches.is_roomy(live.cache)
+
+
+class RecordedForwards:
+    """Forwards of single tokens of rows in one cache after the other.
+
+    Args:
+        policy: whole on this rank. Its weights stay where they are for as long as this object is used.
+        record: how to record.
+        most_rows: that are written together.
+        most_tokens: that a row may write.
+
+    Attributes:
+        count: how often a forward was recorded.
+    """
+
+    def __init__(self, policy: PolicyModel, record: Record, most_rows: int, most_tokens: int) -> None:
+        self._policy, self._record = policy, record
+        self._most_rows, self._most_tokens = most_rows, most_tokens
+        self._recording: _Recording | None = None
+        self.count = 0
+
+    def logits(self, live: LiveRows, *, more: bool) -> Tensor:
+        """The ``(B, V)`` logits behind the last tokens of B rows, which are in the cache from then on.
+
+        Args:
+            live: rows for which :func:`can_be_recorded`.
+            more: whether other rows wait for the places of these.
+        """
+        rows = self._most_rows if more else min(self._most_rows, 1 << (len(live) - 1).bit_length())
+        if self._recording is None or not self._recording.holds(live, rows):
+            self._recording = None  # its memory comes first
+            self._recording = self._new(live, rows)
+        return self._recording.logits(live)
+
+    def _new(self, live: LiveRows, rows: int) -> "_Recording":
+        caches.settle(live.cache, len(live), live.columns)
+        room = min(self._most_tokens, max(GROWTH, live.columns // 2))
+        caches.reserve(live.cache, rows, -(-(live.columns + room) // COLUMNS) * COLUMNS)
+        self.count += 1
+        return _Recording(self._policy, self._record, live)
+
+
+class _Recording:
+    """A forward over the buffers of a cache."""
+
+    def __init__(self, policy: PolicyModel, record: Record, live: LiveRows) -> None:
+        self._policy, self._cache = policy, live.cache
+        self._buffers = caches.roomy_layers(live.cache)[0].buffers
+        assert self._buffers is not None
+        rows, _, self._columns, _ = self._buffers[0].shape
+        device = live.tokens.device
+        self._tokens = torch.zeros((rows, 1), dtype=torch.long, device=device)
+        self._positions = torch.zeros_like(self._tokens)
+        self._end = torch.zeros(1, dtype=torch.long, device=device)
+        self._all_columns = torch.arange(self._columns, device=device)
+        self._place(live)
+        self._again = record(self._compute)
+
+    def holds(self, live: LiveRows, rows: int) -> bool:
+        """Whether these rows are in its buffers, with room for another token, and fill more than half of them."""
+        there = len(self._tokens)
+        same = caches.roomy_layers(live.cache)[0].buffers is self._buffers
+        return same and live.columns < self._columns and there // 2 < rows <= there
+
+    def logits(self, live: LiveRows) -> Tensor:
+        self._place(live)
+        return self._again()[: len(live)]
+
+    def _place(self, live: LiveRows) -> None:
+        self._tokens[: len(live), 0] = live.tokens
+        self._positions[: len(live), 0] = live.positions
+        self._end.fill_(live.columns)
+
+    def _compute(self) -> Tensor:
+        """``(R, V)`` logits. Rows that have ended see something, too: a row without any key has no logits."""
+        columns = self._all_columns
+        seen = (columns >= self._end - self._positions) & (columns <= self._end)
+        step = DecodeStep(self._tokens, seen[:, None, None], self._positions, self._cache)
+        with caches.as_buffers(self._cache, self._end):
+            return self._policy(decode=step)
