@@ -25,6 +25,7 @@ from rlhf.data.rows import RowReader, json_cell
 from rlhf.data.sources import Source, open_source, row_names
 from rlhf.data.templates import ChatFormat, TemplateFault
 from rlhf.engine.build import has_bfloat16
+from rlhf.engine.ranks import single_rank
 from rlhf.models.backbones import hide_loading_bars
 from rlhf.models.manifest import MANIFEST_NAME, read_manifest
 from rlhf.train.chat import load_chat
@@ -101,7 +102,7 @@ def load_scorer(folder: Path) -> tuple[RewardModel, ChatFormat]:
     Raises:
         ModelError: if the folder is no reward model, or tokenizer or template are not those of its manifest.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = single_rank().device
     dtype = torch.bfloat16 if has_bfloat16() else torch.float32
     chat = check_scorer(folder)
     return load_reward_model(folder, dtype=dtype).eval().to(device), chat

@@ -1,7 +1,9 @@
 """Steps of RLOO and PPO, ours and TRL's: sampling, scoring, updates."""
 
+import contextlib
 import importlib.util
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.gpu.cells import Cell
@@ -59,8 +61,10 @@ def measure(world: World, *, kind: str, side: str) -> dict[str, Any]:
         import ppo_contender
 
         save_nothing()
-        ppo_contender.run_ours(settings, measured)
+        with _recordings() as recorded:
+            ppo_contender.run_ours(settings, measured)
     else:
+        recorded = []
         _run_trl(kind, settings, measured)
     report = measured.report()
     timed = measured.steps[settings["warmup_steps"] :]
@@ -73,7 +77,26 @@ def measure(world: World, *, kind: str, side: str) -> dict[str, Any]:
         "response_tokens": report["mean_response_tokens"],
         "phase_seconds": report["phase_seconds"],
         "peak_gib": peak / GIB,
+        "recordings": len(recorded),
     }
+
+
+@contextlib.contextmanager
+def _recordings() -> Iterator[list[Any]]:
+    """What is recorded as a CUDA graph inside."""
+    from policy.generation import hf
+
+    recorded, record = [], hf.cuda_graph
+
+    def counted(compute: Any) -> Any:
+        recorded.append(again := record(compute))
+        return again
+
+    hf.cuda_graph = counted
+    try:
+        yield recorded
+    finally:
+        hf.cuda_graph = record
 
 
 def _run_trl(kind: str, settings: dict[str, Any], measured: Any) -> None:

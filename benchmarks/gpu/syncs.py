@@ -9,8 +9,8 @@ from benchmarks.gpu.cells import Cell
 from benchmarks.gpu.world import World, has_gpu
 
 STAGES = {"reward": ("reward.stage", "RewardTask"), "preference": ("policy.preference.stage", "PreferenceTask")}
-STEPS, LOOKED_AT = 3, 1
-"""Steps of the run, and which of them is looked at, from 0: kernels are there by then."""
+STEPS, LOOKED_AT = 5, 3
+"""Steps of the run, and which of them is looked at, from 0: by then all has come that comes with steps."""
 
 
 def cells(world: World) -> list[Cell]:
@@ -87,15 +87,26 @@ class _Waits:
         self._found = self._caught.__enter__()
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
+        self._asked = torch.cuda.synchronize
+        torch.cuda.synchronize = self._synchronize  # which is not warned of
 
     def __exit__(self, *error: Any) -> None:
         import torch
 
+        torch.cuda.synchronize = self._asked
         torch.cuda.set_sync_debug_mode("default")
         self._caught.__exit__(*error)
         for each in self._found or ():
             if "synchroniz" in str(each.message):
                 self._counted[_short(each.filename, each.lineno)] += 1
+
+
+    def _synchronize(self, *given: Any) -> None:
+        import sys
+
+        caller = sys._getframe(1)
+        self._counted[_short(caller.f_code.co_filename, caller.f_lineno)] += 1
+        self._asked(*given)
 
 
 def _reads_of() -> Any:

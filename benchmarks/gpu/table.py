@@ -115,7 +115,7 @@ def _rollouts(result: Result, results: Sequence[Result]) -> Iterator[tuple[str, 
         rate=f"{figures['samples_per_second']:.4g} samples/s",
         peak=f"{figures['peak_gib']:.2f}",
         times="" if theirs is None else f"{figures['samples_per_second'] / theirs['samples_per_second']:.2f}",
-        remarks=f"{tokens}; {phases}",
+        remarks=f"{tokens}; {phases}" + (f"; {recorded} CUDA graphs" if (recorded := figures["recordings"]) else ""),
     )
 
 

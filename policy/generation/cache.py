@@ -9,6 +9,8 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from rlhf.core.moving import moved
+
 BLOCK = 64
 """Tokens by which buffers grow: one copy of what is there for so many tokens."""
 
@@ -147,10 +149,10 @@ def shrink(cache: Cache, source: Sequence[int], device: torch.device) -> None:
 
     Only rows whose place changes are copied, so let ``source[k]`` be k where it can.
     """
-    moved = [(to, origin) for to, origin in enumerate(source) if to != origin]
-    to, origin = torch.tensor(moved, dtype=torch.long).view(-1, 2).unbind(dim=1)
-    moves = to.to(device), origin.to(device)
-    everything = torch.tensor(source, device=device)
+    changing = [(to, origin) for to, origin in enumerate(source) if to != origin]
+    to, origin = moved(torch.tensor(changing, dtype=torch.long).view(-1, 2), device).unbind(dim=1)
+    moves = to, origin
+    everything = moved(torch.tensor(source), device)
     for layer in cache.layers:
         layer.shrink(len(source), moves) if isinstance(layer, RoomyLayer) else _reorder(layer, everything)
 

@@ -6,7 +6,11 @@ that stay where they are, rows that have ended keep their place until half of th
 token is on the device: which tokens, their positions, and the column that they are written to.
 """
 
-from collections.abc import Callable
+import contextlib
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,23 +31,66 @@ GROWTH = 256
 def cuda_graph(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """A :data:`Record` of what ``compute`` launches on the current GPU.
 
+    What waits for the GPU is found before anything is recorded: a recording that breaks off leaves a mess behind.
+
     Raises:
-        RuntimeError: if it waits for the GPU in between, as where it asks for a number.
+        RuntimeError: if it waits for the GPU, as where it asks for a number; nothing else has changed then.
     """
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        compute()  # what libraries do at a first call must not be recorded
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may bring batches meanwhile
-        found = compute()
+    stream, here = _stream(torch.cuda.current_device()), torch.cuda.current_stream()
+    stream.wait_stream(here)
+    with torch.cuda.stream(stream), _no_waits():
+        compute()  # what libraries do at a first call must not be recorded either
+    here.wait_stream(stream)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()  # memory of a recording is its own: none that is kept for others
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    with torch.cuda.stream(stream):
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")  # other threads may bring batches meanwhile
+        try:
+            found = compute()
+        except BaseException:
+            with contextlib.suppress(RuntimeError):
+                _end(graph, pool)
+            raise
+        _end(graph, pool)
 
     def again() -> Tensor:
         graph.replay()
         return found
 
     return again
+
+
+@functools.cache
+def _stream(device: int) -> torch.cuda.Stream:
+    """One for all recordings: libraries keep memory for each stream that they have seen."""
+    return torch.cuda.Stream(device)
+
+
+@contextlib.contextmanager
+def _no_waits() -> Iterator[None]:
+    """Raise behind the block, if it has waited for the GPU."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    for each in said:
+        if "synchronizing" in str(each.message):
+            raise RuntimeError(f"it waits for the GPU at {each.filename}:{each.lineno}")
+
+
+def _end(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
+    """End a recording; where CUDA says that it broke off, torch's allocator has not been told, and goes on as in it."""
+    try:
+        graph.capture_end()
+    except RuntimeError:
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.memory._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+        raise
 
 
 def can_be_recorded(policy: PolicyModel, live: LiveRows) -> bool:

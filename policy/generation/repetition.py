@@ -7,6 +7,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rlhf.core.moving import moved
+
 
 class RepetitionPenalty:
     """Which tokens each row of a batch has had, and what that does to its logits.
@@ -28,7 +30,7 @@ class RepetitionPenalty:
         self._penalty = penalty
         self._seen = torch.zeros((len(prompts), vocabulary), dtype=torch.bool, device=device)
         for row, prompt in enumerate(prompts):
-            self._seen[row, torch.from_numpy(prompt).to(device)] = True
+            self._seen[row, moved(torch.from_numpy(prompt), device)] = True
 
     def apply(self, logits: Tensor) -> Tensor:
         """``(B, V)`` logits to draw from."""

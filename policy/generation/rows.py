@@ -13,6 +13,7 @@ from policy.generation.api import Response
 from policy.generation.draw import Drawn
 from policy.generation.repetition import RepetitionPenalty
 from policy.generation.stopping import StopRule
+from rlhf.core.moving import moved
 
 OF_EACH_ROW = ("index", "tokens", "_uniforms", "_positions", "_counts")
 """Tensors of LiveRows with one row for each."""
@@ -90,7 +91,7 @@ class LiveRows:
         source = _closed_up(rows)
         caches.settle(self.cache, len(self), self.columns)
         caches.shrink(self.cache, source, self.index.device)
-        index = torch.tensor(source, dtype=torch.long, device=self.index.device)
+        index = moved(torch.tensor(source, dtype=torch.long), self.index.device)
         self.places, self.lengths = self.places[source], self.lengths[source]
         for name in OF_EACH_ROW:
             setattr(self, name, getattr(self, name)[index])

@@ -266,13 +266,13 @@ def ask(
         options: of the model's forward.
     """
     rows = np.arange(len(data)) if rows is None else rows
-    found = torch.zeros(len(rows), width)
+    found = torch.zeros(len(rows), width, device=model.ranks.device)
     with asking(model):
         for start, batches in maker.chunks(data, rows):
             for batch in batches:
                 values = read(model.forward(batch.buckets, **options), batch).float()
                 padded = values.new_zeros(len(batch), width)
                 padded[:, : values.shape[1]] = values
-                places = model.ranks.gather_rows(batch.positions).cpu() + start
-                found[places] = model.ranks.gather_rows(padded).cpu()
-    return found
+                places = model.ranks.gather_rows(batch.positions) + start
+                found[places] = model.ranks.gather_rows(padded)
+    return found.cpu()  # the one thing that the device is waited for

@@ -14,6 +14,7 @@ from rlhf.core.files import digest, write_array
 from rlhf.core.masking import last_token_index, length_mask
 from rlhf.data.batching import batches_by_length
 from rlhf.data.templates import ChatFormat
+from rlhf.engine.ranks import single_rank
 from rlhf.models.backbones import load_classifier, load_model_config, weights_digest
 from rlhf.models.hidden_states import backbone_of
 from rlhf.models.options import BackboneConfig
@@ -117,7 +118,7 @@ class _Block:
 
 
 def _load(extraction: Extraction, chat: ChatFormat) -> PreTrainedModel:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = single_rank().device
     loaded = load_classifier(
         extraction.model,
         dtype=extraction.dtype,

@@ -16,8 +16,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from reward.saving import load_reward_model
 from reward.score import check_scorer, score_tokens
 from reward.serving import wire
@@ -26,6 +24,7 @@ from reward.serving.card import card_of
 from rlhf.core.errors import ConfigError
 from rlhf.core.servers import checked_key
 from rlhf.engine.build import DTYPES, has_bfloat16
+from rlhf.engine.ranks import single_rank
 from rlhf.models.backbones import embedding_rows, hide_loading_bars
 from rlhf.models.options import BackboneConfig
 from rlhf.models.positions import places_of, settings_of
@@ -111,7 +110,7 @@ class RewardServer(ThreadingHTTPServer):
         self.server_activate()
 
     def _open(self, options: ServeOptions, chat: Any) -> None:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = single_rank().device
         model = load_reward_model(options.folder, dtype=DTYPES[options.weights]).eval().to(device)
         self.options, self.since = options, int(time.time())
         self.names = (options.name, str(self.card))

@@ -71,6 +71,13 @@ def resolve(source: Source, run: RunValues, role: Role = "train") -> dict[str, A
     return config
 
 
+def _without_its_clock(config: dict[str, Any]) -> None:
+    """Have DeepSpeed measure no samples a second, unless asked to: it waits for the device in each forward pass."""
+    timers = config.get("timers", {})
+    if isinstance(timers, dict):
+        config["timers"] = {"throughput": {"enabled": False}} | timers
+
+
 def zero_stage(source: Source, role: Role = "train") -> int:
     """The ZeRO stage of a configuration that :func:`resolve` accepts."""
     _, config, _ = read(source, role)
@@ -98,6 +105,7 @@ def _resolve(config: dict[str, Any], run: RunValues, role: Role) -> list[str]:
     problems += checks.wrong_precision(config)
     problems += _settle_with_run(config, run)
     problems += _fill_auto(config, run)
+    _without_its_clock(config)
     problems += checks.wrong_scalars(config, {path.split(".")[0] for path in _owned_by_run(run)})
     problems += checks.wrong_partitioning(config.get("zero_optimization", {}), run.world_size, role)
     problems += checks.wrong_sections(config)

@@ -136,7 +136,7 @@ def start_ranks(timeout_seconds: float = 3600.0, rendezvous_seconds: float = 600
     local_rank = int(environment["LOCAL_RANK"])
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
+        device = _gpu(local_rank)
         torch.cuda.set_device(device)
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(environment["LOCAL_WORLD_SIZE"])))
@@ -155,8 +155,18 @@ def start_ranks(timeout_seconds: float = 3600.0, rendezvous_seconds: float = 600
 
 def single_rank() -> Ranks:
     """This process by itself, on its first GPU if there is one."""
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    device = _gpu(0) if torch.cuda.is_available() else torch.device("cpu")
     return Ranks(rank=0, world_size=1, local_rank=0, local_size=1, device=device)
+
+
+def _gpu(number: int) -> torch.device:
+    """A GPU whose attention has kernels for any shape.
+
+    cuDNN's, which torch comes to first on Hopper, builds a plan for each new shape: tens of milliseconds for each token
+    of a response and each width of a batch.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    return torch.device("cuda", number)
 
 
 def stop_ranks(*, together: bool = False) -> None:

@@ -37,6 +37,8 @@ PLAIN = ("sdpa", "eager")
 FLASH = ("flash_attention_2", "flash_attention_3")
 """Attention of Transformers that takes the lengths of rows."""
 FLEX = "flex_attention"
+KERNELS = 64
+"""How many of FlexAttention may be built in a run."""
 
 _current: ContextVar[Packing | None] = ContextVar("packing", default=None)
 _comparison: ContextVar["Comparison | None"] = ContextVar("comparison", default=None)
@@ -73,6 +75,8 @@ def kernel_of(model: PreTrainedModel) -> Kernel | None:
 
 def set_packing(model: PreTrainedModel, kernel: Kernel | None) -> bool:
     """Let ``model`` take packed sequences beside ordinary rows, or no longer; whether it takes them now."""
+    if kernel == "flex":
+        _let_kernels_be_many()
     settings = {id(config): config for part in model.modules() if (config := getattr(part, "config", None)) is not None}
     for config in settings.values():
         plain = _plain_name(getattr(config, "_attn_implementation", None) or "")
@@ -80,6 +84,15 @@ def set_packing(model: PreTrainedModel, kernel: Kernel | None) -> bool:
         if kernel is None or name in ALL_ATTENTION_FUNCTIONS:
             config._attn_implementation_internal = plain if kernel is None else name
     return kernel_of(model) is not None
+
+
+def _let_kernels_be_many() -> None:
+    """Dynamo takes 8 kernels of a function for a fault, and has it run as it is from then on: FlexAttention would hold
+    all scores. Each shape of a model has its own, with and without gradients, and a run has several models.
+    """
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, KERNELS)
 
 
 @contextlib.contextmanager

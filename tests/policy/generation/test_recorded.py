@@ -1,5 +1,8 @@
 """Recorded forwards against forwards of their own: the same tokens, whatever comes and goes between them."""
 
+import contextlib
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +17,7 @@ from transformers import (
 
 from policy.generation.api import row_seed
 from policy.generation.cache import RoomyLayer
+from policy.generation.recorded import cuda_graph
 from policy.model import PolicyModel
 from tests.policy.generation.tape import Tape
 from tests.policy.generation.test_hf import MODELS, SIZES, assert_same
@@ -203,3 +207,84 @@ def test_the_stand_in_does_nothing_but_the_operations_again():
     values += 1
     number[0] = 5.0
     np.testing.assert_array_equal(again().numpy(), [2.0, 4.0, 6.0])
+
+
+class Driver:
+    """What :func:`cuda_graph` asks of torch.cuda, in the order of the calls; ``broken`` are calls that raise."""
+
+    def __init__(self, monkeypatch, broken=()) -> None:
+        self.calls, self.streams, self.broken = [], ["own"], broken
+        self.mode = "default"
+        for name in ("synchronize", "empty_cache", "graph_pool_handle"):
+            monkeypatch.setattr(torch.cuda, name, self._call(name))
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: self)
+        monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: self.mode)
+        monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: setattr(self, "mode", mode))
+        monkeypatch.setattr(torch.cuda, "stream", self._on_stream)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: self)
+        monkeypatch.setattr(torch.cuda.memory, "_cuda_endAllocateToPool", self._call("end_allocation"))
+        monkeypatch.setattr("policy.generation.recorded._stream", lambda device: self)
+        self.capture_begin, self.capture_end, self.replay = map(self._call, ("begin", "end", "replay"))
+
+    def _call(self, name):
+        def called(*given, **named):
+            self.calls.append(name)
+            if name in self.broken:
+                raise RuntimeError(name)
+
+        return called
+
+    @contextlib.contextmanager
+    def _on_stream(self, stream):
+        self.streams.append(stream)
+        try:
+            yield
+        finally:
+            self.streams.pop()
+
+    def wait_stream(self, other) -> None:
+        self.calls.append("wait")
+
+
+def test_a_graph_is_recorded_on_a_stream_of_its_own_after_a_trial(monkeypatch):
+    driver, modes = Driver(monkeypatch), []
+    again = cuda_graph(lambda: (modes.append((driver.mode, len(driver.streams))), torch.ones(2))[1])
+    assert modes == [("warn", 2), ("default", 2)], "the trial is watched for waits"
+    assert driver.calls == ["wait", "wait", "synchronize", "empty_cache", "graph_pool_handle", "begin", "end"]
+    assert again().tolist() == [1, 1] and driver.calls[-1] == "replay" and driver.streams == ["own"]
+
+
+def test_what_waits_is_found_before_anything_is_recorded(monkeypatch):
+    driver = Driver(monkeypatch)
+
+    def compute():
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        return torch.ones(2)
+
+    with pytest.raises(RuntimeError, match=r"waits for the GPU at .*test_recorded.py:\d+"):
+        cuda_graph(compute)
+    assert "begin" not in driver.calls and driver.streams == ["own"] and driver.mode == "default"
+
+
+@pytest.mark.parametrize("broken", [(), ("end",), ("end", "end_allocation")])
+def test_a_recording_that_breaks_off_leaves_no_stream_and_no_allocation_open(monkeypatch, broken):
+    driver, tries = Driver(monkeypatch, broken), []
+
+    def compute():
+        tries.append(1)
+        if len(tries) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return torch.ones(2)
+
+    with pytest.raises(torch.OutOfMemoryError):
+        cuda_graph(compute)
+    assert driver.streams == ["own"] and "end" in driver.calls
+    assert ("end_allocation" in driver.calls) == bool(broken)
+
+
+def test_a_recording_that_cuda_refuses_at_its_end_is_told(monkeypatch):
+    driver = Driver(monkeypatch, ("end",))
+    with pytest.raises(RuntimeError, match="end"):
+        cuda_graph(lambda: torch.ones(2))
+    assert driver.calls[-1] == "end_allocation" and driver.streams == ["own"]

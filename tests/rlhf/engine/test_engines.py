@@ -65,6 +65,13 @@ def test_two_ranks_under_any_engine_equal_plain_torch_on_one(train, kind):
     assert any(found["grad_norm"] > 0.5 for found in reports["straight"]), "clipping was not put to the test"
 
 
+@pytest.mark.parametrize("kind", ["zero0", "zero1", "zero2", "zero3"])
+def test_no_step_has_the_device_waited_for_to_measure_it(train, kind):
+    """DeepSpeed's clock of samples a second did, in each forward pass from the third step on."""
+    _, reports = train(kind, 2)
+    assert reports["waits"] == 0
+
+
 @pytest.mark.parametrize("kind", ENGINES)
 def test_save_and_load_continue_bit_for_bit(train, kind):
     weights, reports = train(kind, 2)

@@ -2,9 +2,10 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from rlhf.core.errors import ConfigError
-from rlhf.engine.ranks import start_ranks, stop_ranks
+from rlhf.engine.ranks import single_rank, start_ranks, stop_ranks
 
 WORKERS = Path(__file__).parent / "workers"
 
@@ -57,3 +58,11 @@ def test_a_run_in_this_process_leaves_no_rank_to_what_it_starts_afterwards(monke
     assert os.environ["RANK"] == "0"
     stop_ranks()
     assert dict(os.environ) == before
+
+
+def test_attention_on_a_gpu_has_kernels_for_any_shape(monkeypatch):
+    """A stand-in for a GPU: cuDNN's attention, which builds a plan for each new shape, is switched off there only."""
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", asked := [].append)
+    assert single_rank().device.type == "cpu" and not asked.__self__
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert single_rank().device == torch.device("cuda", 0) and asked.__self__ == [False]

@@ -22,7 +22,7 @@ from transformers.masking_utils import (
 from rlhf.core.packing import pack, padded_length
 from rlhf.models.backbones import switch_dropout_off
 from rlhf.models.hidden_states import last_states
-from rlhf.models.packed_attention import kernel_of, packed, set_packing
+from rlhf.models.packed_attention import KERNELS, kernel_of, packed, set_packing
 
 SIZES = {"vocab_size": 120, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
          "intermediate_size": 48, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1,
@@ -121,6 +121,13 @@ def flex_on_cpu(monkeypatch):
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *inputs: None)
     with torch.compiler.set_stance("force_eager"):
         yield
+
+
+@pytest.mark.parametrize(("before", "after"), [(8, KERNELS), (1000, 1000)])
+def test_a_run_may_build_many_kernels_of_flex_attention(before, after):
+    """At 8 Dynamo would let it run unfused: one model with frozen layers has as many."""
+    with torch._dynamo.config.patch(recompile_limit=before):
+        assert set_packing(model_of("Llama"), "flex") and torch._dynamo.config.recompile_limit == after > 50
 
 
 @pytest.mark.usefixtures("flex_on_cpu")

@@ -2,7 +2,7 @@
 
 Every step is a global batch of 7 rows, one row a micro-batch, with filler on ranks that have fewer. Trains straight
 through, with one poisoned step, and with a save, a fresh engine and a load in the middle; the main rank writes the
-final weights of each and what its steps reported.
+final weights of each, what its steps reported, and how often the later ones told the device to be waited for.
 """
 
 import json
@@ -66,6 +66,15 @@ def train(engine, steps, poison=None):
     return reports
 
 
+def counted_waits():
+    """A list that grows with each wait that DeepSpeed asks the accelerator for; a CPU's does nothing."""
+    from deepspeed.accelerator import get_accelerator
+
+    waits = []
+    type(get_accelerator()).synchronize = lambda *given: waits.append(1)
+    return waits
+
+
 def main() -> None:
     kind, folder = sys.argv[1], Path(sys.argv[2])
     ranks = start_ranks()
@@ -75,7 +84,9 @@ def main() -> None:
     straight = new_engine(kind, ranks, folder)
     reports = train(straight, range(3))
     straight.save(folder / "state")
+    waits = counted_waits()
     reports += train(straight, range(3, STEPS))
+    waited = len(waits)
     results["straight"] = straight.full_state_dict(), reports
 
     resumed = new_engine(kind, ranks, folder)
@@ -92,7 +103,8 @@ def main() -> None:
 
     if ranks.is_main:
         torch.save({name: weights for name, (weights, _) in results.items()}, folder / "weights.pt")
-        (folder / "reports.json").write_text(json.dumps({name: rows for name, (_, rows) in results.items()}))
+        told = {name: rows for name, (_, rows) in results.items()} | {"waits": waited}
+        (folder / "reports.json").write_text(json.dumps(told))
     ranks.barrier()
     stop_ranks()
 
