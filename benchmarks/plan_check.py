@@ -3,7 +3,7 @@
 Every case is two steps of a stage on a CPU in float32, each rank a process with one thread. The table of docs/plan.md
 is the output of
 
-    python benchmarks/plan_check.py --model models/SmolLM2-135M-Instruct --output plan_check.json
+    python -m benchmarks.plan_check --model models/SmolLM2-135M-Instruct --output plan_check.json
 """
 
 import argparse
@@ -64,8 +64,8 @@ CASES = [
 
 
 def settings_of(case: Case, model: Path, folder: Path) -> list[str]:
-    """The whole recipe of a case, on the corpus of the quickstart: in length buckets, which is what a plan counts."""
-    batch = ["train.global_batch_size=32", "train.micro_batch_tokens=1500", 'train.packing="off"']
+    """The whole recipe of a case, on the corpus of the quickstart."""
+    batch = ["train.global_batch_size=32", "train.micro_batch_tokens=1500"]
     data = ["data.eval_share=0", f"data.template={QUICKSTART / 'chat.jinja'}", f"data.cache_dir={folder / 'cache'}"]
     pairs = QUICKSTART / "sentiment_pairs_train.jsonl"
     if case.stage == "ppo":
@@ -122,7 +122,7 @@ def check(case: Case, model: Path) -> dict[str, Any]:
     }
 
 
-def build_parser() -> argparse.ArgumentParser:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=ROOT / "models" / "SmolLM2-135M-Instruct")
     parser.add_argument("--only", type=int, nargs="*", help="numbers of cases, from 1")
@@ -131,7 +131,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    options = build_parser().parse_args()
+    options = _parser().parse_args()
     chosen = [case for number, case in enumerate(CASES, start=1) if not options.only or number in options.only]
     rows = []
     for case in chosen:

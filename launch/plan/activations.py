@@ -6,7 +6,8 @@ With D, F, A, G = hidden, intermediate, query and key width, s bytes a number an
 
     norm        s = 4: D (input) + D (normalized)           s = 2: 2 D (input in float32) + D (normalized)
     its output  D, read by the projections behind it
-    attention   A (query) + 2 G (keys, values) + A (output) + one float32 per head (log-sum-exp)
+    attention   A (query) + 2 G (keys, values) + A (output) + one float32 per head (log-sum-exp); of packed rows that
+                attend one by one, these of the rows' padded tokens, and A of the sequence's (the output, put back)
     MLP         4 F (gate, its activation, up, their product)
 
 References:
@@ -32,9 +33,11 @@ class Load:
     """The tokens that one rank computes at once."""
 
     tokens: int
-    """Padded tokens of all length buckets of a micro-batch."""
+    """Tokens of a micro-batch: of a packed sequence, or the padded ones of all length buckets."""
     bucket_tokens: int
-    """Padded tokens of the largest length bucket: what one layer computes at once."""
+    """What one layer computes at once: the packed sequence, or the largest length bucket."""
+    attended: int | None = None
+    """Padded tokens of the rows, where the attention of a packed sequence lays them out."""
     squares: int
     """Sum over rows of their padded length squared; for eager attention."""
     bucket_squares: int = 0
@@ -50,42 +53,53 @@ def layer_bytes(
     trained: Trained = "full",
     lora_rank: int = 0,
     squares: int = 0,
+    attended: int | None = None,
 ) -> int:
     """Bytes that one layer keeps of ``tokens`` tokens until its backward pass.
 
     Args:
         shape: of the model.
-        tokens: padded tokens.
+        tokens: that it computes.
         size: bytes of a number: 4 or 2.
         attention: eager keeps the ``T x T`` weights twice over (float32 softmax, and its copy in the run's precision).
         trained: full: weights have gradients. lora: adapters only, and norms are frozen. none: nothing is kept.
         lora_rank: of the adapters.
         squares: sum over rows of their padded length squared.
+        attended: padded tokens of the rows, if ``tokens`` are packed and rows attend one by one.
     """
     if trained == "none":
         return 0
     width, mlp = shape.hidden, shape.intermediate
     norm = norm_bytes(width, size=size, trained=trained == "full") + width * size
     keys = shape.query_width if attention == "eager" else shape.kv_width  # eager repeats them for each query head
-    attend = (2 * shape.query_width + 2 * keys) * size
-    per_token = 2 * norm + attend + 4 * mlp * size
+    per_token = 2 * norm + 4 * mlp * size
     if trained == "lora":
         per_token += PROJECTIONS * lora_rank * size
+    attend = (2 * shape.query_width + 2 * keys) * size
+    if attended is None:
+        attended = tokens
+    else:
+        per_token += shape.query_width * size
     if attention == "eager":
         scores = shape.heads * squares * (FLOAT32 if size == FLOAT32 else FLOAT32 + size)
-        return tokens * per_token + scores
-    return tokens * (per_token + shape.heads * FLOAT32)
+        return tokens * per_token + attended * attend + scores
+    return tokens * per_token + attended * (attend + shape.heads * FLOAT32)
 
 
-def adapter_holes_bytes(shape: ModelShape, tokens: int, *, size: int) -> int:
+def adapter_holes_bytes(shape: ModelShape, tokens: int, *, size: int, attended: int | None = None) -> int:
     """What LoRA leaves unused of the heap of a CPU, one layer.
 
     An adapted projection makes the base's output, adds the adapter's, and frees the first. The adapter's narrow output,
     which is kept, is put into the hole, and the next projection's no longer fits: the outputs of all seven (one of
-    width A, two each of widths G, F and D) stay as holes.
+    width A, two each of widths G, F and D) stay as holes. So do, of packed rows that attend one by one, queries, keys
+    and values before they are laid out as rows (``attended`` padded tokens), and the rows' output before it is put
+    back.
     """
-    outputs = shape.query_width + 2 * shape.kv_width + 2 * shape.intermediate + 2 * shape.hidden
-    return tokens * outputs * size
+    attention = shape.query_width + 2 * shape.kv_width
+    outputs = tokens * (attention + 2 * shape.intermediate + 2 * shape.hidden)
+    if attended is not None:
+        outputs += tokens * attention + attended * shape.query_width
+    return outputs * size
 
 
 def norm_bytes(width: int, *, size: int, trained: bool) -> int:

@@ -10,6 +10,7 @@ import numpy as np
 
 from launch.plan.batches import Lengths, assumed_lengths
 from rlhf.core.errors import UserError
+from rlhf.data.batching import ItemSource
 from rlhf.models.options import BackboneConfig
 from rlhf.train.workload import Workload
 
@@ -32,7 +33,7 @@ def lengths_of(
     if rows is None and mean_tokens is None:
         counted = _counted(workload, model)
         if counted is not None:
-            return Lengths(values=counted, known_items=True, origin="counted")
+            return counted
     items = rows or UNKNOWN_ITEMS_PER_BATCH * step_items
     if mean_tokens is None:
         values, origin = np.full((items, rows_per_item), longest, np.int64), f"every row at the limit of {longest}"
@@ -42,7 +43,7 @@ def lengths_of(
     return Lengths(values=values, known_items=rows is not None, origin=origin)
 
 
-def _counted(workload: Workload, model: BackboneConfig) -> np.ndarray | None:
+def _counted(workload: Workload, model: BackboneConfig) -> Lengths | None:
     """Lengths from the files, through the run's own cache of tokens; ``None`` if something is missing."""
     sources = workload.rows.train_sources + workload.rows.eval_sources
     if not all(_is_here(source.path) for source in sources):
@@ -50,7 +51,7 @@ def _counted(workload: Workload, model: BackboneConfig) -> np.ndarray | None:
     if not (Path(model.path) / "tokenizer_config.json").is_file():
         return None
     with contextlib.suppress(UserError), contextlib.redirect_stdout(io.StringIO()):
-        return np.asarray(_load(workload, model), np.int64)
+        return _load(workload, model)
     return None
 
 
@@ -58,8 +59,9 @@ def _is_here(path: str) -> bool:
     return Path(path).exists() or bool(glob.glob(path, recursive=True))
 
 
-def _load(workload: Workload, model: BackboneConfig) -> Any:
-    """``(N, S)`` lengths, read as the stage reads them."""
+def _load(workload: Workload, model: BackboneConfig) -> Lengths:
+    """Rows and their lengths, read as the stage reads them. Of unpaired rows each side is packed by itself: they are
+    counted one by one, as are the rows that rollouts make of prompts."""
     from rlhf.data.examples import load_examples
     from rlhf.data.preferences import load_preferences
     from rlhf.data.prompts import load_prompts
@@ -71,7 +73,12 @@ def _load(workload: Workload, model: BackboneConfig) -> Any:
     )
     if workload.kind == "prompts":
         prompts = load_prompts(rows, chat).train
-        return [[len(prompts.prompt(place).tokens)] for place in range(len(prompts))]
+        counts = [[len(prompts.prompt(place).tokens)] for place in range(len(prompts))]
+        return Lengths(values=np.array(counts, np.int64), known_items=True, origin="counted")
+    train: ItemSource
     if workload.kind == "pairs":
-        return load_preferences(rows, chat, labels=workload.labels).train.lengths
-    return load_examples(rows, chat, kind=workload.kind).train.lengths
+        train = load_preferences(rows, chat, labels=workload.labels).train
+    else:
+        train = load_examples(rows, chat, kind=workload.kind).train
+    here = None if workload.kind == "unpaired" else train
+    return Lengths(values=np.asarray(train.lengths, np.int64), known_items=True, origin="counted", rows=here)

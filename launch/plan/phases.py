@@ -86,12 +86,12 @@ def work_of(
     active = model.active_layers
     if checkpointing:
         saved = active * boundary_bytes(shape, load.tokens, size=size)
-        recomputed = layer(load.bucket_tokens, squares=load.bucket_squares)
+        recomputed = layer(load.bucket_tokens, squares=load.bucket_squares, attended=load.attended)
     else:
-        saved = active * layer(load.tokens, squares=load.squares)
+        saved = active * layer(load.tokens, squares=load.squares, attended=load.attended)
         recomputed = 0
         if on_cpu and model.trained == "lora":
-            saved += active * adapter_holes_bytes(shape, load.tokens, size=size)
+            saved += active * adapter_holes_bytes(shape, load.tokens, size=size, attended=load.attended)
     saved += load.tokens * (norm_bytes(shape.hidden, size=size, trained=model.trained == "full") + shape.hidden * size)
     head = partial(
         head_bytes, shape, load.bucket_tokens, size=size, chunk_tokens=chunk_tokens, trained=model.head_trained

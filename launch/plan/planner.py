@@ -6,7 +6,7 @@ from functools import cached_property
 import numpy as np
 
 from launch.plan.activations import FLOAT32, cache_bytes, next_token_bytes
-from launch.plan.batches import BatchPlan, Lengths, batch_plan
+from launch.plan.batches import BatchPlan, Layout, Lengths, batch_plan
 from launch.plan.cluster import Cluster
 from launch.plan.data import lengths_of
 from launch.plan.models import Sources
@@ -81,6 +81,13 @@ class StagePlan:
             mean_tokens=self.request.mean_tokens,
         )
 
+    @property
+    def layout(self) -> Layout:
+        """How micro-batches are laid out; a family that takes no packed rows is not known before it is asked."""
+        if self.config.train.packing == "off":
+            return "buckets"
+        return "rows" if self.cluster.on_cpu else "flex"
+
     @cached_property
     def batches(self) -> BatchPlan:
         """Steps; of rollouts, minibatches of rows that all run to the limit, with steps counted in prompts."""
@@ -88,9 +95,10 @@ class StagePlan:
 
         train, lengths, rollout = self.config.train, self.lengths, self.workload.rollout
         if rollout is None:
-            return batch_plan(lengths, train, ranks=self.cluster.ranks)
+            return batch_plan(lengths, train, ranks=self.cluster.ranks, layout=self.layout)
         rows = np.repeat(lengths.values, rollout.samples, axis=0) + rollout.max_new_tokens
-        found = batch_plan(replace(lengths, values=rows, known_items=False), train, ranks=self.cluster.ranks)
+        whole = replace(lengths, values=rows, known_items=False)
+        found = batch_plan(whole, train, ranks=self.cluster.ranks, layout=self.layout)
         if not lengths.known_items:
             return found
         count = len(lengths.values)

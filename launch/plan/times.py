@@ -80,7 +80,7 @@ def _layer_flops(plan: StagePlan, role: Role) -> float:
     """Operations of all layers forward, for all rows of a step."""
     model, batches = role.model, plan.batches
     attention = 2.0 * model.shape.layers * model.shape.query_width * batches.squares_per_step
-    return 2.0 * model.matrix_parameters * batches.padded_per_step + attention
+    return 2.0 * model.matrix_parameters * batches.computed_per_step + attention
 
 
 def _head_flops(plan: StagePlan, role: Role) -> float:

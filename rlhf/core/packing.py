@@ -91,11 +91,7 @@ def pack(blocks: Sequence[tuple[np.ndarray, np.ndarray]]) -> Packing:
         starts += (begin + np.arange(len(tokens)) * tokens.shape[1]).tolist()
         rows += [row[:length] for row, length in zip(tokens, lengths.tolist(), strict=True)]
         begin += tokens.size
-    # In the order of a dictionary, a row has no longer beginning in common with any row before than with the last one.
-    order = sorted(range(len(rows)), key=lambda index: rows[index].astype(">u4").tobytes())
-    common = [0, *(_common(rows[left], rows[right]) for left, right in itertools.pairwise(order))]
-    if sum(common) < LEAST_SHARE * sum(map(len, rows)):
-        common = [0] * len(rows)
+    order, common = _beginnings(rows)
     slots = np.zeros(begin, np.int64)
     first, repeats, ends = [], [], []
     count, path = 0, np.zeros(0, np.int64)  # the tokens of the last row, by their place in the sequence
@@ -123,6 +119,21 @@ def pack(blocks: Sequence[tuple[np.ndarray, np.ndarray]]) -> Packing:
         shapes=tuple((len(tokens), tokens.shape[1]) for tokens, _ in blocks),
         lengths=() if any(common) else tuple(len(rows[index]) for index in order),
     )
+
+
+def packed_tokens(rows: Sequence[np.ndarray]) -> int:
+    """How many tokens the sequence of :func:`pack` has for these rows."""
+    return sum(map(len, rows)) - sum(_beginnings(rows)[1])
+
+
+def _beginnings(rows: Sequence[np.ndarray]) -> tuple[list[int], list[int]]:
+    """The rows in the order of the sequence, and how many tokens each of these begins alike with as the one before."""
+    # In the order of a dictionary, a row has no longer beginning in common with any row before than with the last one.
+    order = sorted(range(len(rows)), key=lambda index: rows[index].astype(">u4").tobytes())
+    common = [0, *(_common(rows[left], rows[right]) for left, right in itertools.pairwise(order))]
+    if sum(common) < LEAST_SHARE * sum(map(len, rows)):
+        common = [0] * len(rows)
+    return order, common
 
 
 def _common(left: np.ndarray, right: np.ndarray) -> int:

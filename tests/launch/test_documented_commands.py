@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks import disturbances, large_run, make_corpus, rehearsal, report_page
+from benchmarks import disturbances, large_run, make_corpus, plan_check, rehearsal, report_page
 from benchmarks.gpu import __main__ as gpu
 from launch.cli import build_parser
 from launch.commands import ds, slurm
@@ -251,6 +251,8 @@ def benchmark_parser(monkeypatch):
 def test_benchmarks_take_their_commands(command, benchmark_parser):
     script, *words = shlex.split(command)[1:]
     benchmark_parser(ROOT / script).parse_args(words)
+    text = (ROOT / script).read_text()
+    assert "from benchmarks" not in text, "found where python -m benchmarks.NAME starts it, and not from its own path"
 
 
 def parse_measure(words: list[str]) -> None:
@@ -279,6 +281,7 @@ MODULES = {
     "benchmarks.disturbances": lambda words: disturbances._parser().parse_args(words),
     "benchmarks.gpu": lambda words: gpu._parser().parse_args(words),
     "benchmarks.large_run": lambda words: large_run._parser().parse_args(words),
+    "benchmarks.plan_check": lambda words: plan_check._parser().parse_args(words),
     "benchmarks.rehearsal": lambda words: rehearsal._parser().parse_args(words),
     "benchmarks.report_page": lambda words: report_page._parser().parse_args(words),
     "margin_engine": lambda words: margin_engine.build_parser().parse_args(words),

@@ -1,5 +1,6 @@
 """``rlhf publish``: from the checkpoints of a run to its ``final/``."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -79,7 +80,7 @@ def test_a_run_whose_publication_failed_is_finished_by_it(recipe, tmp_path, monk
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr("policy.publish.PublishablePolicy.save", _full_disk)
-        patch.setattr("policy.preference.stage.rehearse", lambda *_: None)
+        patch.setattr("policy.preference.stage.rehearsed", lambda *_: contextlib.nullcontext())
         assert preference([f"output={run}", *recipe]) != 0
     said = capfd.readouterr().err
     assert f"{run}/final is not published: the disk was in a bad mood" in said and f"rlhf publish {run}" in said

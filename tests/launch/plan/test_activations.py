@@ -17,6 +17,9 @@ from launch.plan.activations import (
 from launch.plan.shapes import shape_of
 from policy.generation.cache import BLOCK, expand, new_cache
 from rlhf.core.logprobs import token_logprobs
+from rlhf.data.batching import Row, length_bucket, packed_buckets
+from rlhf.models.hidden_states import last_states
+from rlhf.models.packed_attention import set_packing
 
 ROWS, WIDTH = 3, 40
 
@@ -37,6 +40,12 @@ def tiny(layers, attention="sdpa", dtype=torch.float32):
 
 def saved_bytes(model):
     """Bytes of all storages that the backward pass of the backbone needs, but for the parameters."""
+    tokens = torch.randint(50, (ROWS, WIDTH), generator=torch.Generator().manual_seed(0))
+    return stored_bytes(model, lambda: model.base_model(input_ids=tokens, use_cache=False).last_hidden_state.sum())
+
+
+def stored_bytes(model, compute):
+    """The same of a computation with a model."""
     parameters = {each.untyped_storage().data_ptr() for each in model.parameters()}
     seen = {}
 
@@ -46,9 +55,8 @@ def saved_bytes(model):
             seen[storage.data_ptr()] = (storage.nbytes(), tensor)  # kept, or its address would be used again
         return tensor
 
-    tokens = torch.randint(50, (ROWS, WIDTH), generator=torch.Generator().manual_seed(0))
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        model.base_model(input_ids=tokens, use_cache=False).last_hidden_state.sum()
+        compute()
     return sum(size for size, _ in seen.values())
 
 
@@ -70,6 +78,36 @@ def test_a_layer_saves_what_the_formula_says(attention, dtype):
         squares=ROWS * WIDTH**2,
     )
     assert expected == pytest.approx(found, rel=0.03)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_layer_of_packed_rows_saves_what_the_formula_says(attention):
+    """Two answers to a prompt, and a longer row, in two blocks."""
+    generator = torch.Generator().manual_seed(0)
+    both = torch.randint(50, (2, 30), generator=generator)
+    both[1, :20] = both[0, :20]
+    alone = torch.randint(50, (1, 40), generator=generator)
+    buckets = [length_bucket([Row(row.numpy(), row.numpy() >= 0) for row in rows]) for rows in (both, alone)]
+    packing = packed_buckets(buckets).packing
+
+    def build(layers):
+        model = tiny(layers, attention)
+        assert set_packing(model, "rows")
+        return model
+
+    def saved(layers):
+        blocks = [bucket.tokens for bucket in buckets]
+        return stored_bytes(model := build(layers), lambda: sum(s.sum() for s in last_states(model, blocks, packing)))
+
+    expected = layer_bytes(
+        shape_of(tiny(1).config),
+        30 + 10 + 40,
+        size=4,
+        attention=attention,
+        squares=2 * 30**2 + 40**2,
+        attended=2 * 30 + 40,
+    )
+    assert expected == pytest.approx(saved(3) - saved(2), rel=0.03)
 
 
 def test_adapters_on_a_frozen_layer_save_what_the_formula_says():

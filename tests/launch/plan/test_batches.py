@@ -47,8 +47,33 @@ def test_micro_batches_and_tokens_are_those_of_the_run(pairs, ranks):
     assert found.total_steps == int(np.ceil(1.5 * steps))
     assert found.micro_batches == pytest.approx(np.mean(counts))
     assert found.tokens_per_step == pytest.approx(real / steps)
-    assert found.padded_per_step == pytest.approx(padded / steps, rel=0.02)  # fillers of one token are counted, too
+    assert found.computed_per_step == pytest.approx(padded / steps, rel=0.02)  # fillers of one token are counted, too
     assert largest - 3 <= found.load.tokens <= largest  # a filler bucket may stand beside them
+
+
+@pytest.mark.parametrize(("layout", "here"), [("rows", True), ("flex", True), ("rows", False)])
+def test_packed_tokens_are_those_of_the_run(pairs, layout, here):
+    """Where the rows are here, with what they begin alike with; else without, which is careful."""
+    train = TrainConfig(global_batch_size=20, micro_batch_tokens=400, epochs=1.5)
+    lengths = Lengths(values=pairs.lengths, known_items=True, origin="counted", rows=pairs if here else None)
+    found = batch_plan(lengths, train, ranks=1, layout=layout)
+    steps, packed, real, largest, padded = -(-len(pairs) // 20), 0.0, 0.0, 0, 0
+    for (batches,), (maker,) in real_batches(pairs, train, 1, steps):
+        packed += maker.packed_tokens
+        real += maker.tokens
+        for batch in batches:
+            padded = max(padded, sum(bucket.tokens.numel() for bucket in batch.buckets))
+            packing = batch.buckets.packing
+            largest = max(largest, len((packing.padded() if layout == "flex" else packing).tokens))
+    assert packed < 0.97 * real, "they share something"
+    assert found.tokens_per_step == pytest.approx(real / steps)
+    assert found.load.attended == (padded if layout == "rows" else None)
+    if not here:
+        assert found.computed_per_step == pytest.approx(real / steps)
+    elif layout == "rows":
+        assert found.computed_per_step == pytest.approx(packed / steps)
+    if here:
+        assert found.load.tokens == found.load.bucket_tokens == largest
 
 
 def test_assumed_lengths_have_the_mean_and_the_limit():

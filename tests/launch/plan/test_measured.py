@@ -1,10 +1,10 @@
 """Predicted peaks against the resident memory that real runs reach. benchmarks/plan_check.py has many more cases."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 
+from benchmarks import plan_check
 from benchmarks.measure import Resident
 from rlhf.core.errors import ModelError
 from rlhf.models.gguf import embedded_model, import_gguf
@@ -34,15 +34,6 @@ def model(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def benchmark():
-    """The script with the cases; benchmarks are no package."""
-    specification = importlib.util.spec_from_file_location("plan_check", ROOT / "benchmarks" / "plan_check.py")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize(
     ("stage", "settings", "ranks"),
     [
@@ -59,8 +50,21 @@ def benchmark():
         ),
     ],
 )
-def test_the_predicted_peak_is_within_15_percent_of_the_measured_one(benchmark, model, stage, settings, ranks):
-    found = benchmark.check(benchmark.Case(stage, settings, ranks), model)
+def test_the_predicted_peak_in_length_buckets_is_within_15_percent_of_the_measured_one(model, stage, settings, ranks):
+    check_peak(model, stage, (*settings, 'train.packing="off"'), ranks)
+
+
+@full
+@pytest.mark.parametrize(
+    ("stage", "settings"),
+    [("reward", (SLICE, "engine.deepspeed=zero2")), ("sft", (SLICE, "engine.kind=local"))],
+)
+def test_so_is_that_of_packed_rows(model, stage, settings):
+    check_peak(model, stage, settings, 1)
+
+
+def check_peak(model, stage, settings, ranks) -> None:
+    found = plan_check.check(plan_check.Case(stage, settings, ranks), model)
     assert found["ratio"] == pytest.approx(1.0, abs=TOLERANCE), found
     assert found["measured"] > 2 * found["items"]["libraries"], "nothing but libraries was measured"
 
