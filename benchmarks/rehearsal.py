@@ -34,7 +34,7 @@ from rlhf.engine.ranks import single_rank
 from rlhf.models.options import LoraOptions
 from rlhf.train.chat import load_chat
 from rlhf.train.fresh import end_fresh_process
-from rlhf.train.publishing import rehearse
+from rlhf.train.rehearsal import rehearsed
 
 LAYERS = 4
 SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
@@ -97,7 +97,8 @@ def publishables(base: Path) -> dict[str, Any]:
 def measure(publishable: Any, folder: Path) -> None:
     """Rehearse, with a fresh process that is started and ended here."""
     recipe: Any = SimpleNamespace(output=folder, train=SimpleNamespace(publish="last", resume="auto"))
-    rehearse(recipe, single_rank(), publishable)
+    with rehearsed(recipe, single_rank(), publishable):
+        pass
     end_fresh_process()
 
 

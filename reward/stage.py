@@ -14,7 +14,8 @@ from reward.task import RewardTask
 from rlhf.data.preferences import load_preferences
 from rlhf.engine.build import DTYPES, precision_of
 from rlhf.engine.ranks import Ranks
-from rlhf.train.publishing import publish_run, rehearse
+from rlhf.train.publishing import publish_run
+from rlhf.train.rehearsal import rehearsed
 from rlhf.train.stage import (
     load_data,
     open_chat,
@@ -47,13 +48,13 @@ def run(config: RewardConfig, ranks: Ranks) -> Evaluation | None:
     published = PublishableRewardModel(
         config=config, chat=chat, evaluation=None, margins={}, training_data=data.train.fingerprint
     )
-    rehearse(config, ranks, published)
     steps = total_steps(config.train, len(data.train))
     (role,) = config.models
     dtype = DTYPES[precision_of(config.engine)]
-    model = ranks.together(lambda: new_model(config, chat, dtype, checked=ranks.is_main))
-    say(ranks, f"reward head: {model.head_origin}")
-    engine = start_engine(model, role, config, ranks, steps=steps, hidden_size=model.hf.config.hidden_size)
+    with rehearsed(config, ranks, published):
+        model = ranks.together(lambda: new_model(config, chat, dtype, checked=ranks.is_main))
+        say(ranks, f"reward head: {model.head_origin}")
+        engine = start_engine(model, role, config, ranks, steps=steps, hidden_size=model.hf.config.hidden_size)
     task = RewardTask(engine, config, data.train, data.evals, steps)
     identity = run_identity(config, data.train, steps)
     identity |= {

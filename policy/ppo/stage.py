@@ -40,7 +40,8 @@ from rlhf.models.tokenizer import required_embedding_rows
 from rlhf.train.batches import BatchMaker
 from rlhf.train.chat import check_same_tokens
 from rlhf.train.loop import LoopState, Run, iterate
-from rlhf.train.publishing import publish_run, rehearse
+from rlhf.train.publishing import publish_run
+from rlhf.train.rehearsal import rehearsed
 from rlhf.train.roles import engine_of, frozen_of, is_shared_out, not_inside_shares
 from rlhf.train.stage import load_data, open_chat, report, run_and_take, run_identity, say, start_engine, total_steps
 
@@ -76,11 +77,12 @@ def run(config: PpoConfig, ranks: Ranks) -> HeldOut | None:
     published = PublishablePolicy.of(
         config, chat, stage="ppo", objective=objective, training_data=data.train.fingerprint
     )
-    rehearse(config, ranks, published)
     steps = total_steps(replace(config.train, global_batch_size=config.rollout.prompts), len(data.train))
     builder = _Builder(config, ranks, chat, data, steps)
     with contextlib.closing(builder):
-        roles, identity = builder.roles(), builder.identity()
+        with rehearsed(config, ranks, published):
+            roles = builder.roles()
+        identity = builder.identity()
         replay = Replay(config.output / "replay", ranks, digest(json.dumps(identity, sort_keys=True)))
         task = PpoTask(config, roles, data, chat, replay, steps, builder.pretraining())
         engines = roles.engines

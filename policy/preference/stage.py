@@ -28,7 +28,8 @@ from rlhf.models.roles import ModelRole
 from rlhf.models.tokenizer import required_embedding_rows
 from rlhf.train.batches import BatchMaker
 from rlhf.train.chat import check_same_tokens
-from rlhf.train.publishing import publish_run, rehearse
+from rlhf.train.publishing import publish_run
+from rlhf.train.rehearsal import rehearsed
 from rlhf.train.roles import frozen_of, is_shared_out
 from rlhf.train.stage import (
     LoadedData,
@@ -64,11 +65,11 @@ def run(config: PreferenceConfig, ranks: Ranks) -> HeldOut | None:
         objective={"loss": asdict(config.loss)},
         training_data=data.train.fingerprint,
     )
-    rehearse(config, ranks, published)
     steps = total_steps(config.train, len(data.train))
     policy, *others = config.models
-    model = ranks.together(lambda: _build(policy, config, chat, ranks))
-    engine = start_engine(model, policy, config, ranks, steps=steps, hidden_size=model.hf.config.hidden_size)
+    with rehearsed(config, ranks, published):
+        model = ranks.together(lambda: _build(policy, config, chat, ranks))
+        engine = start_engine(model, policy, config, ranks, steps=steps, hidden_size=model.hf.config.hidden_size)
     references = _References(config, next(iter(others), None), engine, chat, data)
     task = PreferenceTask(engine, config, data.train, data.evals, references.open(), steps)
     step = train(config, engine, task, _identity(config, data, references, steps), steps)

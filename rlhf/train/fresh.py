@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ SECONDS_TO_END = 10.0
 class _FreshProcess:
     def __init__(self, rank: Mapping[str, str] | None = None) -> None:
         """``rank``: the environment of a rank, for one that is asked together with others."""
+        self._asked = False
         self._complaints = tempfile.TemporaryFile()  # noqa: SIM115  # it is there as long as the process
         with sheltering_children():  # who asks the run to stop signals all its processes
             self._process = subprocess.Popen(
@@ -41,11 +42,20 @@ class _FreshProcess:
     def lives(self) -> bool:
         return self._process.poll() is None
 
-    def ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        assert self._process.stdin is not None and self._process.stdout is not None
+    def ask(self, question: dict[str, Any]) -> None:
+        """An answer to an earlier question that nobody has waited for is dropped."""
+        assert self._process.stdin is not None
+        if self._asked:
+            self.answer()
+        self._asked = True
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(question) + "\n")
             self._process.stdin.flush()
+
+    def answer(self) -> dict[str, Any]:
+        """What it says to the question; waits for it."""
+        assert self._process.stdout is not None
+        self._asked = False
         answer = self._process.stdout.readline()
         if answer:
             return json.loads(answer)
@@ -57,6 +67,8 @@ class _FreshProcess:
         assert self._process.stdin is not None and self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
+        if self._asked:  # what it is at is of no use to anybody
+            self._process.kill()
         try:
             self._process.wait(SECONDS_TO_END)
         except subprocess.TimeoutExpired:
@@ -85,10 +97,21 @@ def check_in_fresh_process(module: str, folder: Path, request: dict[str, Any]) -
     Raises:
         ModelError: saying what is wrong, if it does not reproduce the values of ``request``.
     """
-    answer = _living().ask({"module": module, "folder": str(folder.absolute()), "request": request})
-    if "fault" in answer:
-        raise ModelError(answer["fault"])
-    return answer["differences"]
+    return begin_check(module, folder, request)()
+
+
+def begin_check(module: str, folder: Path, request: dict[str, Any]) -> Callable[[], dict[str, float]]:
+    """The same, for who does something else meanwhile: what is returned waits for the answer. One at a time."""
+    process = _living()
+    process.ask({"module": module, "folder": str(folder.absolute()), "request": request})
+
+    def differences() -> dict[str, float]:
+        answer = process.answer()
+        if "fault" in answer:
+            raise ModelError(answer["fault"])
+        return answer["differences"]
+
+    return differences
 
 
 def check_on_all_ranks(module: str, folder: Path, request: dict[str, Any], ranks: Ranks) -> dict[str, float]:
@@ -104,7 +127,8 @@ def check_on_all_ranks(module: str, folder: Path, request: dict[str, Any], ranks
     process = _FreshProcess(place)
     try:
         shared = request | {"on_all_ranks": True}
-        answer = process.ask({"module": module, "folder": str(folder.absolute()), "request": shared})
+        process.ask({"module": module, "folder": str(folder.absolute()), "request": shared})
+        answer = process.answer()
     finally:
         process.end()
     fault = next((each["fault"] for each in ranks.gather_objects(answer) if "fault" in each), None)

@@ -1,7 +1,7 @@
 """Publishing ``final/``: weights are saved, reloaded by a fresh process, compared, and only then named.
 
 The steps are the same for every kind of model; what differs is asked of a :class:`Publishable`. They are rehearsed
-before the first step, with an untrained copy: nothing that publishing needs is tried for the first time after training.
+before the first step (:mod:`rlhf.train.rehearsal`).
 """
 
 import contextlib
@@ -16,32 +16,27 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.core.errors import ModelError
-from rlhf.core.files import scratch_directory, staged_directory
+from rlhf.core.files import staged_directory
 from rlhf.core.memory import free_memory
 from rlhf.data.batching import ItemSource, Row, length_bucket
 from rlhf.data.portable import portable_tokenizer
 from rlhf.data.templates import ChatFormat, TemplateFault
 from rlhf.engine.api import Engine
 from rlhf.engine.frozen import Frozen, let_go, share_in_float32
-from rlhf.engine.ranks import Ranks
 from rlhf.models.manifest import Manifest, write_manifest
 from rlhf.models.tokenizer import pad_policy
 from rlhf.models.trainable import shown_as
 from rlhf.train.batches import asking
 from rlhf.train.fresh import check_in_fresh_process, check_on_all_ranks
 from rlhf.train.pieces import TrainedWeights, write_whole
-from rlhf.train.probing import probe_rows
 from rlhf.train.recipe import StageConfig
 from rlhf.train.stage import say
-from rlhf.train.status import report_phase
 
 CASES = 12
 LONGEST = 512
 """Tokens of a row that are compared, the last ones: the fresh process computes on a CPU."""
 FRESH_BYTES = 2**30
 """Memory of the fresh process besides the model: Python and its libraries, the values of a row."""
-REHEARSED_LAYERS = 2
-REHEARSED_TOKENS = 24
 CONVERSATIONS = (
     [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because 12 + 30 = 42."}],
     [
@@ -131,68 +126,6 @@ class Publishable(Protocol[ModelT]):
         """Write what other programs need, into a folder that has weights, tokenizer and manifest."""
 
 
-def rehearse(config: StageConfig, ranks: Ranks, publishable: Publishable[Any]) -> None:
-    """Publish an untrained copy of ``publishable`` into a folder that is dropped, if it is published after training.
-
-    Of a large model the first layers are enough. Where they alone fail, all of it decides: not every model can be cut.
-
-    Args:
-        config: the recipe.
-        ranks: every rank must call this.
-        publishable: what is going to be published, as far as it is known.
-    Raises:
-        ModelError: on all ranks, if it cannot be published.
-    """
-    if config.train.publish == "none" or config.train.resume == "publish":
-        return
-    report_phase("rehearsing the publication")
-    ranks.on_main(lambda: _rehearse(publishable, config.output))
-
-
-def _rehearse(publishable: Publishable[Any], output: Path) -> None:
-    with scratch_directory(output / "rehearsal") as scratch:
-        few = publishable.rehearsed(REHEARSED_LAYERS, scratch / "base")
-        if few is not None:
-            try:
-                return _publish_untrained(few, scratch / "few")
-            except Exception as error:
-                log.warning(
-                    "%d layers alone cannot be published (%s: %s): all of them are tried",
-                    REHEARSED_LAYERS,
-                    type(error).__name__,
-                    error,
-                )
-        try:
-            _publish_untrained(publishable, scratch / "whole")
-        except (ModelError, ValueError, RuntimeError) as error:
-            raise ModelError(
-                f"what this run would publish was tried before the first step, and cannot be published: {error}. Take "
-                "another model or data.template; train.publish=none trains all the same"
-            ) from error
-
-
-def _publish_untrained(publishable: Publishable[Any], target: Path) -> None:
-    model = publishable.build(publishable.dtype).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:  # adapters begin at zero, and would be missed by nobody
-                parameter += 0.02 * torch.randn(parameter.shape, generator=generator).to(parameter)
-    weights = dict(model.state_dict())
-    _write(publishable, model, weights, _rehearsed_rows(publishable.chat), None, target)
-
-
-def _rehearsed_rows(chat: ChatFormat) -> list[Row]:
-    rows = probe_rows(len(chat.tokenizer), chat.tokenizer.pad_token_id)
-    for messages in CONVERSATIONS:
-        try:
-            tokens, begin = chat.encode(messages[:-1], messages[-1:])
-        except TemplateFault:
-            continue
-        rows.append(_last_of(Row(tokens, np.arange(len(tokens)) >= begin), REHEARSED_TOKENS))
-    return rows
-
-
 def publish_run(config: StageConfig, engine: Engine, sample: ItemSource, publishable: Publishable[Any]) -> None:
     """Publish what ``engine`` holds as ``final/`` of the run folder, unless the recipe asks for none.
 
@@ -233,8 +166,11 @@ def publish(engine: Engine, sample: ItemSource, publishable: Publishable[Any], t
     weights = engine.full_state_dict()
 
     def write() -> dict[str, float]:
-        model = _rebuilt(publishable, weights)
-        return _write(publishable, model, weights, rows, live.float().cpu(), target)
+        with staged_directory(target) as staged:
+            question = write_folder(
+                publishable, _rebuilt(publishable, weights), weights, rows, live.float().cpu(), staged
+            )
+            return check_in_fresh_process(publishable.reload_module, staged, question)
 
     return engine.ranks.on_main(write)
 
@@ -316,32 +252,31 @@ def text_form(chat: ChatFormat) -> dict[str, Any]:
     }
 
 
-def _write(
+def write_folder(
     publishable: Publishable[ModelT],
     model: ModelT,
     weights: dict[str, Tensor],
     rows: Sequence[Row],
     live: Tensor | None,
-    target: Path,
-) -> dict[str, float]:
-    """Write and check ``target``. ``weights`` are emptied, and ``model`` is spoilt: the fresh process needs the memory.
+    folder: Path,
+) -> dict[str, Any]:
+    """Write ``folder``; what a fresh process is to be asked about it.
 
-    Without ``live`` values the fresh process is compared with ``model`` alone.
+    ``weights`` are emptied, and ``model`` is spoilt: the fresh process needs the memory. Without ``live`` values it is
+    compared with ``model`` alone.
     """
     if live is None and publishable.dtype == torch.float32:
         live = _values(publishable, model, rows)
-    with staged_directory(target) as staged:
-        publishable.save(model, staged)
-        _write_around(publishable, staged)
-        expected = live
-        if publishable.dtype != torch.float32:
-            expected = _values(publishable, publishable.in_float32(model, weights), rows)
-            if live is not None:
-                check_low_precision(live, expected, publishable.tolerance(expected), publishable.unit)
-        assert expected is not None
-        del model
-        weights.clear()
-        return check_in_fresh_process(publishable.reload_module, staged, _question(publishable, rows, expected))
+    publishable.save(model, folder)
+    _write_around(publishable, folder)
+    expected = live
+    if publishable.dtype != torch.float32:
+        expected = _values(publishable, publishable.in_float32(model, weights), rows)
+        if live is not None:
+            check_low_precision(live, expected, publishable.tolerance(expected), publishable.unit)
+    assert expected is not None
+    weights.clear()
+    return _question(publishable, rows, expected)
 
 
 def _rebuilt(publishable: Publishable[ModelT], weights: Weights) -> ModelT:
@@ -365,10 +300,10 @@ def sample_rows(data: ItemSource) -> list[Row]:
     """Rows of very different lengths, whole items; of long ones the end."""
     order = np.argsort(data.lengths.sum(axis=1), kind="stable")
     chosen = order[np.unique(np.linspace(0, len(order) - 1, CASES // data.lengths.shape[1]).astype(int))]
-    return [_last_of(row, LONGEST) for index in chosen for row in data.item(int(index)).rows]
+    return [last_of(row, LONGEST) for index in chosen for row in data.item(int(index)).rows]
 
 
-def _last_of(row: Row, tokens: int) -> Row:
+def last_of(row: Row, tokens: int) -> Row:
     return Row(row.tokens[-tokens:], row.response[-tokens:])
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -17,9 +18,9 @@ from rlhf.data.options import DataConfig
 from rlhf.engine.options import EngineConfig
 from rlhf.engine.ranks import Ranks
 from rlhf.models.options import LoraOptions
-from rlhf.train import publishing
+from rlhf.train import fresh, publishing, rehearsal
 from rlhf.train.chat import load_chat
-from rlhf.train.publishing import rehearse
+from rlhf.train.rehearsal import rehearsed
 
 ALONE = Ranks(rank=0, world_size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
 
@@ -57,16 +58,21 @@ def recipe(folder, publish="last"):
     return SimpleNamespace(output=folder, train=SimpleNamespace(publish=publish, resume="auto"))
 
 
+def rehearse(config, ranks, publishable) -> None:
+    with rehearsed(config, ranks, publishable):
+        pass
+
+
 @pytest.fixture
 def written(monkeypatch):
     """Number of layers of each model that is written."""
-    seen, write = [], publishing._write
+    seen, write = [], rehearsal.write_folder
 
     def noted(publishable, model, *rest):
         seen.append(model.hf.config.num_hidden_layers)
         return write(publishable, model, *rest)
 
-    monkeypatch.setattr(publishing, "_write", noted)
+    monkeypatch.setattr(rehearsal, "write_folder", noted)
     return seen
 
 
@@ -84,6 +90,23 @@ def test_a_little_model_is_rehearsed_whole_and_none_where_nothing_is_published(p
     rehearse(recipe(tmp_path), ALONE, publishables["whole"])
     rehearse(recipe(tmp_path, publish="none"), ALONE, publishables["whole"])
     assert written == [3]
+
+
+def test_a_run_that_fails_meanwhile_leaves_no_folder_and_no_answer_to_the_next_one(publishables, written, tmp_path):
+    with pytest.raises(ZeroDivisionError), rehearsed(recipe(tmp_path), ALONE, publishables["whole"]):
+        assert list(tmp_path.iterdir())
+        1 // 0  # noqa: B018
+    assert list(tmp_path.iterdir()) == []
+    rehearse(recipe(tmp_path), ALONE, publishables["merged"])
+    assert written == [3, 3]
+
+
+def test_a_process_that_nobody_waits_for_is_ended_at_once(tmp_path):
+    process = fresh._FreshProcess()
+    process.ask({"module": "rlhf.train.nothing", "folder": str(tmp_path), "request": {}})
+    began = time.monotonic()
+    process.end()
+    assert not process.lives and time.monotonic() - began < fresh.SECONDS_TO_END / 2
 
 
 def test_a_model_that_cannot_be_cut_is_rehearsed_whole(publishables, written, monkeypatch, tmp_path, caplog):
