@@ -6,11 +6,38 @@ from policy.model import PolicyModel
 from policy.options import PolicyConfig
 from policy.self_check import check_logprobs
 from rlhf.core.errors import ModelError
+from rlhf.data.templates import ChatFormat
+from rlhf.engine.build import DTYPES, precision_of
+from rlhf.engine.ranks import Ranks
 from rlhf.models.adapters import adapter_base
 from rlhf.models.backbones import embedding_rows, load_causal_lm, load_model_config
 from rlhf.models.kernels import apply_kernels
 from rlhf.models.options import BackboneConfig
+from rlhf.models.roles import ModelRole
+from rlhf.models.tokenizer import required_embedding_rows
 from rlhf.models.trainable import make_trainable
+from rlhf.train.recipe import StageConfig
+from rlhf.train.roles import is_shared_out
+
+
+def policy_of_role(role: ModelRole, config: StageConfig, chat: ChatFormat, ranks: Ranks) -> PolicyModel:
+    """The policy of a role of a run, trained or only asked; see :func:`build_policy`.
+
+    Args:
+        role: of the recipe.
+        config: the recipe.
+        chat: the format of the run: its tokenizer's tokens have embeddings.
+        ranks: the main one checks the model.
+    """
+    return build_policy(
+        role.backbone,
+        dtype=DTYPES[precision_of(config.engine)],
+        vocabulary=required_embedding_rows(chat.tokenizer),
+        seed=config.train.seed,
+        checked=ranks.is_main,
+        setting=role.setting,
+        shared=is_shared_out(role, config.engine),
+    )
 
 
 def build_policy(

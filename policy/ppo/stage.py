@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from policy.building import build_policy
+from policy.building import build_policy, policy_of_role
 from policy.generation.api import Sampler
 from policy.generation.training import TrainingSampler
 from policy.generation.vllm.process import check_vllm
@@ -292,16 +292,7 @@ class _Builder:
         check_same_tokens(setting, path, self._chat, owner, trust_remote_code=policy.trust_remote_code)
 
     def _new_policy(self, name: str = "policy") -> PolicyModel:
-        role = self._role(name)
-        return build_policy(
-            role.backbone,
-            dtype=self._dtype,
-            vocabulary=self._vocabulary,
-            seed=self._config.train.seed,
-            checked=self._ranks.is_main,
-            setting=role.setting,
-            shared=is_shared_out(role, self._config.engine),
-        )
+        return policy_of_role(self._role(name), self._config, self._chat, self._ranks)
 
     def _policy_copy(self) -> PolicyModel:
         """Another policy, only to sample from: with the kernels of the trained one, which was checked."""

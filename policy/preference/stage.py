@@ -5,8 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from policy.building import build_policy
-from policy.model import PolicyModel
+from policy.building import policy_of_role
 from policy.preference.config import PreferenceConfig
 from policy.preference.held_out import held_out_rows
 from policy.preference.reference import CacheJob, LiveReference, Reference, cache_folder, open_cache
@@ -20,17 +19,16 @@ from rlhf.data.loading import default_cache_dir
 from rlhf.data.preferences import LoadedPreferences, PreferenceDataset, load_preferences
 from rlhf.data.templates import ChatFormat
 from rlhf.engine.api import Engine
-from rlhf.engine.build import DTYPES, precision_of
+from rlhf.engine.build import precision_of
 from rlhf.engine.frozen import Frozen
 from rlhf.engine.ranks import Ranks
 from rlhf.models.backbones import weights_digest
 from rlhf.models.roles import ModelRole
-from rlhf.models.tokenizer import required_embedding_rows
 from rlhf.train.batches import BatchMaker
 from rlhf.train.chat import check_same_tokens
 from rlhf.train.publishing import publish_run
 from rlhf.train.rehearsal import rehearsed
-from rlhf.train.roles import frozen_of, is_shared_out
+from rlhf.train.roles import frozen_of
 from rlhf.train.stage import (
     LoadedData,
     load_data,
@@ -68,7 +66,7 @@ def run(config: PreferenceConfig, ranks: Ranks) -> HeldOut | None:
     steps = total_steps(config.train, len(data.train))
     policy, *others = config.models
     with rehearsed(config, ranks, published):
-        model = ranks.together(lambda: _build(policy, config, chat, ranks))
+        model = ranks.together(lambda: policy_of_role(policy, config, chat, ranks))
         engine = start_engine(model, policy, config, ranks, steps=steps, hidden_size=model.hf.config.hidden_size)
     references = _References(config, next(iter(others), None), engine, chat, data)
     task = PreferenceTask(engine, config, data.train, data.evals, references.open(), steps)
@@ -90,18 +88,6 @@ def _load(config: PreferenceConfig, chat: ChatFormat, folder: Path | None) -> Lo
         return load_preferences(config.data, chat, labels=config.labels, run_folder=folder)
     assert config.unpaired is not None
     return load_examples(config.unpaired, chat, kind="unpaired", run_folder=folder)
-
-
-def _build(role: ModelRole, config: PreferenceConfig, chat: ChatFormat, ranks: Ranks) -> PolicyModel:
-    return build_policy(
-        role.backbone,
-        dtype=DTYPES[precision_of(config.engine)],
-        vocabulary=required_embedding_rows(chat.tokenizer),
-        seed=config.train.seed,
-        checked=ranks.is_main,
-        setting=role.setting,
-        shared=is_shared_out(role, config.engine),
-    )
 
 
 class _References:
@@ -143,7 +129,7 @@ class _References:
             ranks.together(
                 lambda: check_same_tokens("reference.path", path, self._chat, owner, trust_remote_code=remote)
             )
-            module = ranks.together(lambda: _build(role, config, self._chat, ranks))
+            module = ranks.together(lambda: policy_of_role(role, config, self._chat, ranks))
             width = module.hf.config.hidden_size
             self._other = frozen_of(role, module, config.engine, ranks, hidden_size=width)
         return self._other

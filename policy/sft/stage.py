@@ -1,17 +1,14 @@
 """Supervised fine-tuning from recipe to ``final/``."""
 
-from policy.building import build_policy
+from policy.building import policy_of_role
 from policy.publish import PublishablePolicy
 from policy.sft.config import SftConfig
 from policy.sft.evaluation import SftEvaluation, held_out_rows, print_evaluation
 from policy.sft.task import SftTask
 from rlhf.data.examples import load_examples
-from rlhf.engine.build import DTYPES, precision_of
 from rlhf.engine.ranks import Ranks
-from rlhf.models.tokenizer import required_embedding_rows
 from rlhf.train.publishing import publish_run
 from rlhf.train.rehearsal import rehearsed
-from rlhf.train.roles import is_shared_out
 from rlhf.train.stage import load_data, open_chat, report, run_identity, sample_of, start_engine, total_steps, train
 
 
@@ -34,17 +31,7 @@ def run(config: SftConfig, ranks: Ranks) -> SftEvaluation | None:
     steps = total_steps(config.train, len(data.train))
     (role,) = config.models
     with rehearsed(config, ranks, published):
-        model = ranks.together(
-            lambda: build_policy(
-                role.backbone,
-                dtype=DTYPES[precision_of(config.engine)],
-                vocabulary=required_embedding_rows(chat.tokenizer),
-                seed=config.train.seed,
-                checked=ranks.is_main,
-                setting=role.setting,
-                shared=is_shared_out(role, config.engine),
-            )
-        )
+        model = ranks.together(lambda: policy_of_role(role, config, chat, ranks))
         engine = start_engine(model, role, config, ranks, steps=steps, hidden_size=model.hf.config.hidden_size)
     task = SftTask(engine, config, data.train, data.evals)
     step = train(config, engine, task, run_identity(config, data.train, steps), steps)
