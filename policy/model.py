@@ -43,7 +43,9 @@ class DecodeStep:
     """The next t tokens of B rows, when rows are written: the prompts first, then one token at a time."""
 
     tokens: Tensor  # (B, t) int64
-    attention_mask: Tensor | None  # (B, past + t) bool, True on real tokens; None if all are
+    attention_mask: Tensor | dict[str, Tensor] | None
+    """``(B, past + t)`` bool, True on real tokens; ``None`` if all are. For a single token also ``(B, 1, 1, columns)``,
+    True on what it sees, for all layers or by the kind of layer."""
     position_ids: Tensor  # (B, t) int64
     cache: Cache
     """Keys and values of the past; those of these tokens are added to it."""

@@ -126,15 +126,17 @@ def _lay_side_by_side(found: Tensor, parts: Sequence[Tensor], columns: int) -> N
         begin += len(part)
 
 
-def new_cache(config: PretrainedConfig) -> Cache:
+def new_cache(config: PretrainedConfig, *, all_columns: bool = False) -> Cache:
     """An empty cache for the layers of a model.
 
     Args:
         config: of the model. Its layers with full attention become :class:`RoomyLayer`; others (sliding windows,
             linear attention) stay what Transformers makes them.
+        all_columns: whether layers with a sliding window become so, too, and keep what has left it.
     """
     cache = DynamicCache(config=config)
-    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    roomy = (DynamicLayer, DynamicSlidingWindowLayer) if all_columns else (DynamicLayer,)
+    cache.layers = [RoomyLayer() if type(layer) in roomy else layer for layer in cache.layers]
     return cache
 
 

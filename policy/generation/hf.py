@@ -153,7 +153,7 @@ class HfSampler:
     def _begin(self, jobs: "_Jobs", places: list[int]) -> LiveRows | None:
         """Read the prompts of some rows and draw their first tokens; those that go on."""
         prompts = [jobs.prompts[place] for place in places]
-        cache = new_cache(policy_of(self._model).hf.config)
+        cache = new_cache(policy_of(self._model).hf.config, all_columns=self._record is not None)
         logits, columns = self._read_prompts(prompts, cache)
         penalty = None
         if self._penalty != 1:

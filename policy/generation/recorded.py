@@ -96,7 +96,17 @@ def _end(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
 def can_be_recorded(policy: PolicyModel, live: LiveRows) -> bool:
     """Whether all layers of a policy keep all columns, and are told by a mask which of them to see."""
     name = str(policy.hf.config._attn_implementation)
-    return name.endswith("sdpa") and caches.is_roomy(live.cache)
+    return name.endswith("sdpa") and caches.is_roomy(live.cache) and _kinds(policy) <= {FULL, SLIDING}
+
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+def _kinds(policy: PolicyModel) -> set[str]:
+    """The kinds of attention of its layers, by the names that Transformers has for them."""
+    settings = policy.hf.config.get_text_config(decoder=True)
+    kinds = getattr(settings, "layer_types", None)
+    return {*kinds} if kinds else {FULL if getattr(settings, "sliding_window", None) is None else SLIDING}
 
 
 class RecordedForwards:
@@ -172,8 +182,16 @@ class _Recording:
 
     def _compute(self) -> Tensor:
         """``(R, V)`` logits. Rows that have ended see something, too: a row without any key has no logits."""
-        columns = self._all_columns
-        seen = (columns >= self._end - self._positions) & (columns <= self._end)
-        step = DecodeStep(self._tokens, seen[:, None, None], self._positions, self._cache)
+        step = DecodeStep(self._tokens, self._masks(), self._positions, self._cache)
         with caches.as_buffers(self._cache, self._end):
             return self._policy(decode=step)
+
+    def _masks(self) -> Tensor | dict[str, Tensor]:
+        """``(R, 1, 1, C)`` of what the rows see, for all layers, or for each kind of layer."""
+        columns, kinds = self._all_columns, _kinds(self._policy)
+        seen = (columns >= self._end - self._positions) & (columns <= self._end)
+        masks = {FULL: seen[:, None, None]}
+        if SLIDING in kinds:
+            window = self._policy.hf.config.get_text_config(decoder=True).sliding_window
+            masks[SLIDING] = (seen & (columns > self._end - window))[:, None, None]
+        return masks if len(kinds) > 1 else masks[kinds.pop()]
