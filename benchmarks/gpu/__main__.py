@@ -25,7 +25,7 @@ PARTS = {
     "parity": 60,
     "limit": 12,
     "training": 150,
-    "rollouts": 95,
+    "rollouts": 115,
     "margin": 12,
     "syncs": 30,
     "start": 45,
