@@ -251,7 +251,7 @@ def attempt(call: Callable[[], int], folder: Path) -> str:
     def child() -> None:
         # The process that reloads is the parent's: one for all tries, which has imported Transformers and nothing else.
         fresh._FreshProcess.lives = property(lambda self: True)  # type: ignore[method-assign,assignment]
-        fresh.end_fresh_process = lambda: None
+        fresh.end_fresh_process = lambda: fresh._living().settle()  # the parent knows of no question
         try:
             answer.write_text("done" if call() == 0 else "refused")
         except Exception as error:

@@ -43,14 +43,17 @@ class _FreshProcess:
         return self._process.poll() is None
 
     def ask(self, question: dict[str, Any]) -> None:
-        """An answer to an earlier question that nobody has waited for is dropped."""
         assert self._process.stdin is not None
-        if self._asked:
-            self.answer()
+        self.settle()
         self._asked = True
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(question) + "\n")
             self._process.stdin.flush()
+
+    def settle(self) -> None:
+        """Drop the answer to an earlier question that nobody has waited for."""
+        if self._asked:
+            self.answer()
 
     def answer(self) -> dict[str, Any]:
         """What it says to the question; waits for it."""
