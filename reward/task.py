@@ -26,6 +26,7 @@ from rlhf.data.preferences import PreferenceDataset
 from rlhf.engine.api import Engine
 from rlhf.train.batches import BatchMaker, without_gradient
 from rlhf.train.loop import Portioned
+from rlhf.train.packing import packs
 
 
 class RewardTask:
@@ -137,7 +138,7 @@ class RewardTask:
         metrics = {
             "loss": float(loss[0]) / len(pairs),
             "pairs": float(len(pairs)),
-            **self._batches.metrics(),
+            **self._batches.metrics(packs=packs(self._engine)),
             "accuracy": float(((gap > 0).double() + 0.5 * (gap == 0).double()).mean()),
             "gap": float(gap.mean()),
             "reward/chosen": float(chosen.mean()),

@@ -101,12 +101,12 @@ class _Waits:
                 self._counted[_short(each.filename, each.lineno)] += 1
 
 
-    def _synchronize(self, *given: Any) -> None:
+    def _synchronize(self, *given: Any, **named: Any) -> None:
         import sys
 
         caller = sys._getframe(1)
         self._counted[_short(caller.f_code.co_filename, caller.f_lineno)] += 1
-        self._asked(*given)
+        self._asked(*given, **named)
 
 
 def _reads_of() -> Any:

@@ -53,6 +53,8 @@ class EmptyModel:
     trained: Trained
     head_trained: bool
     """Whether the output projection has a gradient; a reward model's small head does not count."""
+    packs: bool = True
+    """Whether a run asks it if it takes packed rows."""
     lora_rank: int = 0
 
     @property
@@ -215,6 +217,7 @@ def _counted(model: Any, config: BackboneConfig, kind: Kind, origin: str, shape:
     from torch import nn
 
     from rlhf.models.trainable import decoder_layers
+    from rlhf.train.packing import may_pack
 
     parameters = list(model.parameters())
     layers = decoder_layers(model)
@@ -235,6 +238,7 @@ def _counted(model: Any, config: BackboneConfig, kind: Kind, origin: str, shape:
         active_layers=len(layers) - first,
         trained="lora" if config.lora is not None else "full",
         head_trained=head is not None and head.weight.requires_grad,
+        packs=may_pack(model),
         lora_rank=config.lora.rank if config.lora is not None else 0,
     )
 

@@ -83,8 +83,8 @@ class StagePlan:
 
     @property
     def layout(self) -> Layout:
-        """How micro-batches are laid out; a family that takes no packed rows is not known before it is asked."""
-        if self.config.train.packing == "off":
+        """How micro-batches are laid out, if a model that is asked whether it takes packed rows does."""
+        if self.config.train.packing == "off" or not self.roles.main.model.packs:
             return "buckets"
         return "rows" if self.cluster.on_cpu else "flex"
 
@@ -270,7 +270,7 @@ class StagePlan:
             role.model,
             self.batches.load,
             size=self.size,
-            attention=role.attention,
+            attention="sdpa" if self.layout == "flex" else role.attention,
             checkpointing=role.checkpointing,
             on_cpu=self.cluster.on_cpu,
             chunk_tokens=tokens_at_once(role.model.shape.vocabulary),

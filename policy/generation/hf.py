@@ -1,6 +1,7 @@
 """Sampling with the policy's own Transformers model: left-padded rows, cached keys, ended rows make room for others."""
 
 import logging
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from policy.generation.recorded import Record, RecordedForwards, can_be_recorded
 from policy.generation.repetition import RepetitionPenalty
 from policy.generation.rows import LiveRows, Written
 from policy.generation.stopping import StopRule
-from policy.model import DecodeStep, policy_of
+from policy.model import DecodeStep, PolicyModel, policy_of
 from rlhf.core.errors import ModelError
 from rlhf.engine.frozen import Frozen
 from rlhf.train.batches import asking
@@ -27,6 +28,9 @@ from rlhf.train.shortage import is_shortage
 
 REFILL_SHARE = 8
 """New rows come in as soon as one place in so many is free: each time, what is cached is copied once."""
+
+_NOT_RECORDED: "weakref.WeakSet[PolicyModel]" = weakref.WeakSet()
+"""Policies whose forwards were found not to be the same when they are recorded."""
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +43,8 @@ class HfSampler:
     more, and their places go to prompts that wait, where the model's cache can take rows in; else these wait for the
     last one. Where the rows do not fit into memory, half as many are written together from then on.
 
-    On a GPU the forward of a token is recorded and replayed (:mod:`policy.generation.recorded`) once the first one has
-    been found to give what the model gives.
+    On a GPU the forward of a token is recorded and replayed (:mod:`policy.generation.recorded`), and compared with the
+    model's own at first. Where it cannot be, or there is no memory for it, tokens are written without.
 
     Args:
         model: its module is a :class:`policy.model.PolicyModel`; weights may change between calls.
@@ -76,7 +80,6 @@ class HfSampler:
         if record is None and self._device.type == "cuda":
             record = cuda_graph
         self._record = record if config.cuda_graphs and not synced else None
-        self._compared = False
 
     def generate(
         self,
@@ -117,13 +120,13 @@ class HfSampler:
         """Write all rows that wait."""
         live: LiveRows | None = None
         recorded = None
-        if self._record is not None:
-            policy, limit = policy_of(self._model), self._config.max_new_tokens
-            recorded = RecordedForwards(policy, self._record, self._rows, limit)
+        if self._record is not None and policy_of(self._model) not in _NOT_RECORDED:
+            columns = jobs.longest_prompt + self._config.max_new_tokens
+            recorded = RecordedForwards(policy_of(self._model), self._record, self._rows, columns)
         while jobs.waiting or live is not None:
             if jobs.waiting and self._has_room(live):
                 count = self._rows if live is None else self._rows - len(live)
-                live = _together(live, self._begin(jobs, jobs.take(count)))
+                live = _together(live, self._begin(jobs, jobs.take(count), all_columns=recorded is not None))
                 jobs.tell()
             if live is not None:
                 logits = self._go_on(live, recorded, more=bool(jobs.waiting))
@@ -139,8 +142,7 @@ class HfSampler:
     def _halve(self, rows: int, said: str) -> None:
         """``rows`` at once were too many."""
         self._rows = rows // 2
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        self._empty_cache()
         log.warning(
             "rank %d: %d responses at once do not fit into memory (%s): %d from now on, with the same results. A "
             "smaller batch_rows does so from the start",
@@ -150,10 +152,17 @@ class HfSampler:
             self._rows,
         )
 
-    def _begin(self, jobs: "_Jobs", places: list[int]) -> LiveRows | None:
-        """Read the prompts of some rows and draw their first tokens; those that go on."""
+    def _empty_cache(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _begin(self, jobs: "_Jobs", places: list[int], *, all_columns: bool) -> LiveRows | None:
+        """Read the prompts of some rows and draw their first tokens; those that go on.
+
+        All rows that are written together need caches of one kind; see :func:`new_cache`.
+        """
         prompts = [jobs.prompts[place] for place in places]
-        cache = new_cache(policy_of(self._model).hf.config, all_columns=self._record is not None)
+        cache = new_cache(policy_of(self._model).hf.config, all_columns=all_columns)
         logits, columns = self._read_prompts(prompts, cache)
         penalty = None
         if self._penalty != 1:
@@ -203,26 +212,26 @@ class HfSampler:
 
     def _go_on(self, live: LiveRows, recorded: RecordedForwards | None, *, more: bool) -> Tensor:
         """The ``(B, V)`` logits behind the last tokens of the rows."""
-        if recorded is None or self._record is None or not can_be_recorded(policy_of(self._model), live):
+        policy = policy_of(self._model)
+        if recorded is None or policy in _NOT_RECORDED or not can_be_recorded(policy, live):
             return self._ask_once_more(live)
-        expected = None if self._compared else self._ask_once_more(live)
         try:
-            found = recorded.logits(live, more=more)
-        except Exception as error:  # whatever a model's own code does that cannot be recorded
-            if is_shortage(error):
-                raise
-            fault = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
-        else:
+            recorded.prepare(live, more=more)
+            expected = self._ask_once_more(live) if recorded.is_unproved(live) else None
+            found = recorded.logits(live)
             fault = "" if expected is None else self._difference(found, expected)
-            self._compared = True
+        except Exception as error:  # whatever a model's own code does that cannot be recorded; or a lack of memory
+            fault = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
         if not fault:
             return found
-        self._record = None
+        _NOT_RECORDED.add(policy)
+        recorded.forget()
+        self._empty_cache()
         log.warning(
             "rank %d: %s writes responses without a CUDA graph, kernel by kernel, as a recorded forward does not do "
             "what the model does (%s)",
             self._model.ranks.rank,
-            type(policy_of(self._model).hf).__name__,
+            type(policy.hf).__name__,
             fault,
         )
         return self._ask_once_more(live)
@@ -290,6 +299,7 @@ class _Jobs:
         self.prompts, self.seeds, self.written, self._advance = prompts, seeds, written, advance
         self._order = sorted(range(len(prompts)), key=lambda place: (-len(prompts[place]), prompts[place].tobytes()))
         self.waiting = list(self._order)
+        self.longest_prompt = max(map(len, prompts), default=0)
         self._told = 0
 
     def take(self, count: int) -> list[int]:

@@ -8,9 +8,10 @@ token is on the device: which tokens, their positions, and the column that they 
 
 import contextlib
 import functools
+import threading
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
@@ -69,18 +70,33 @@ def _stream(device: int) -> torch.cuda.Stream:
 
 @contextlib.contextmanager
 def _no_waits() -> Iterator[None]:
-    """Raise behind the block, if it has waited for the GPU."""
-    before = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
+    """Raise behind the block, if this thread has waited for the GPU; what else is warned of is passed on."""
+    before, here, waits = torch.cuda.get_sync_debug_mode(), threading.get_ident(), []
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def seen(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            if "synchronizing" not in str(message):
+                show(message, category, filename, lineno, file, line)
+            elif threading.get_ident() == here:
+                waits.append(f"{filename}:{lineno}")
+
+        warnings.showwarning = seen
+        warnings.filterwarnings("always", ".*synchronizing")
         torch.cuda.set_sync_debug_mode("warn")
         try:
             yield
         finally:
             torch.cuda.set_sync_debug_mode(before)
-    for each in said:
-        if "synchronizing" in str(each.message):
-            raise RuntimeError(f"it waits for the GPU at {each.filename}:{each.lineno}")
+    if waits:
+        raise RuntimeError(f"it waits for the GPU at {waits[0]}")
 
 
 def _end(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
@@ -109,6 +125,11 @@ def _kinds(policy: PolicyModel) -> set[str]:
     return {*kinds} if kinds else {FULL if getattr(settings, "sliding_window", None) is None else SLIDING}
 
 
+def _window(policy: PolicyModel) -> int | None:
+    """How many columns its layers with a sliding window see, if there are such."""
+    return policy.hf.config.get_text_config(decoder=True).sliding_window if SLIDING in _kinds(policy) else None
+
+
 class RecordedForwards:
     """Forwards of single tokens of rows in one cache after the other.
 
@@ -116,20 +137,16 @@ class RecordedForwards:
         policy: whole on this rank. Its weights stay where they are for as long as this object is used.
         record: how to record.
         most_rows: that are written together.
-        most_tokens: that a row may write.
-
-    Attributes:
-        count: how often a forward was recorded.
+        most_columns: of a prompt and its response.
     """
 
-    def __init__(self, policy: PolicyModel, record: Record, most_rows: int, most_tokens: int) -> None:
+    def __init__(self, policy: PolicyModel, record: Record, most_rows: int, most_columns: int) -> None:
         self._policy, self._record = policy, record
-        self._most_rows, self._most_tokens = most_rows, most_tokens
+        self._most_rows, self._most_columns = most_rows, most_columns
         self._recording: _Recording | None = None
-        self.count = 0
 
-    def logits(self, live: LiveRows, *, more: bool) -> Tensor:
-        """The ``(B, V)`` logits behind the last tokens of B rows, which are in the cache from then on.
+    def prepare(self, live: LiveRows, *, more: bool) -> None:
+        """Have a recording for the next token of these rows.
 
         Args:
             live: rows for which :func:`can_be_recorded`.
@@ -139,13 +156,29 @@ class RecordedForwards:
         if self._recording is None or not self._recording.holds(live, rows):
             self._recording = None  # its memory comes first
             self._recording = self._new(live, rows)
+
+    def is_unproved(self, live: LiveRows) -> bool:
+        """Whether the next forward is one of those that tell what a recording got wrong.
+
+        They are its first two, as what Python counted is right in the first one, and the first that a window is too
+        narrow for.
+        """
+        assert self._recording is not None
+        return self._recording.is_unproved(live)
+
+    def logits(self, live: LiveRows) -> Tensor:
+        """The ``(B, V)`` logits behind the last tokens of B rows, which are in the cache from then on."""
+        assert self._recording is not None
         return self._recording.logits(live)
+
+    def forget(self) -> None:
+        """Give the memory of the recording back."""
+        self._recording = None
 
     def _new(self, live: LiveRows, rows: int) -> "_Recording":
         caches.settle(live.cache, len(live), live.columns)
-        room = min(self._most_tokens, max(GROWTH, live.columns // 2))
-        caches.reserve(live.cache, rows, -(-(live.columns + room) // COLUMNS) * COLUMNS)
-        self.count += 1
+        columns = min(live.columns + max(GROWTH, live.columns // 2), max(self._most_columns, live.columns + 1))
+        caches.reserve(live.cache, rows, -(-columns // COLUMNS) * COLUMNS)
         return _Recording(self._policy, self._record, live)
 
 
@@ -162,6 +195,8 @@ class _Recording:
         self._positions = torch.zeros_like(self._tokens)
         self._end = torch.zeros(1, dtype=torch.long, device=device)
         self._all_columns = torch.arange(self._columns, device=device)
+        self._kinds, self._window = _kinds(policy), _window(policy)
+        self._count, self._past_window = 0, False
         self._place(live)
         self._again = record(self._compute)
 
@@ -171,7 +206,15 @@ class _Recording:
         same = caches.roomy_layers(live.cache)[0].buffers is self._buffers
         return same and live.columns < self._columns and there // 2 < rows <= there
 
+    def is_unproved(self, live: LiveRows) -> bool:
+        """See :meth:`RecordedForwards.is_unproved`."""
+        past = self._window is not None and live.columns >= self._window
+        return self._count < 2 or past > self._past_window
+
     def logits(self, live: LiveRows) -> Tensor:
+        """See :meth:`RecordedForwards.logits`."""
+        self._count += 1
+        self._past_window = self._window is not None and live.columns >= self._window
         self._place(live)
         return self._again()[: len(live)]
 
@@ -188,10 +231,9 @@ class _Recording:
 
     def _masks(self) -> Tensor | dict[str, Tensor]:
         """``(R, 1, 1, C)`` of what the rows see, for all layers, or for each kind of layer."""
-        columns, kinds = self._all_columns, _kinds(self._policy)
+        columns = self._all_columns
         seen = (columns >= self._end - self._positions) & (columns <= self._end)
         masks = {FULL: seen[:, None, None]}
-        if SLIDING in kinds:
-            window = self._policy.hf.config.get_text_config(decoder=True).sliding_window
-            masks[SLIDING] = (seen & (columns > self._end - window))[:, None, None]
-        return masks if len(kinds) > 1 else masks[kinds.pop()]
+        if self._window is not None:
+            masks[SLIDING] = (seen & (columns > self._end - self._window))[:, None, None]
+        return masks if len(self._kinds) > 1 else masks[next(iter(self._kinds))]

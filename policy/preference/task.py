@@ -27,6 +27,7 @@ from rlhf.data.preferences import PreferenceDataset
 from rlhf.engine.api import Engine
 from rlhf.train.batches import BatchMaker, without_gradient
 from rlhf.train.loop import Portioned
+from rlhf.train.packing import packs
 
 
 class PreferenceTask:
@@ -132,7 +133,7 @@ class PreferenceTask:
         if self._config.makes_margins:
             metrics |= self._margin_metrics(seen)
         metrics |= self._weights.transport_metrics()
-        metrics |= self._batches.metrics()
+        metrics |= self._batches.metrics(packs=packs(self._engine))
         self._watch.look(self._step + 1, metrics)
         return metrics
 

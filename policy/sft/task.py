@@ -14,6 +14,7 @@ from rlhf.data.batching import Batch, ItemSource
 from rlhf.engine.api import Engine
 from rlhf.train.batches import BatchMaker, without_gradient
 from rlhf.train.loop import Portioned
+from rlhf.train.packing import packs
 
 
 class SftTask:
@@ -62,7 +63,7 @@ class SftTask:
             "perplexity": float(loss.exp()),
             "conversations": float(self._batches.items),
             "response_tokens": float(self._response_tokens),
-            **self._batches.metrics(),
+            **self._batches.metrics(packs=packs(self._engine)),
         }
 
     def row_ids(self, batch: Batch) -> tuple[str, ...]:

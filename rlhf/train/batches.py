@@ -86,14 +86,14 @@ class BatchMaker:
                 following = _thread().submit(make, start + EVALUATION_CHUNK)
             yield start, made
 
-    def metrics(self) -> dict[str, float]:
-        """Tokens and share of padding over all ranks in the step; every rank must call it."""
+    def metrics(self, *, packs: bool) -> dict[str, float]:
+        """Tokens and share of padding over all ranks in the step, of a model that ``packs``. All ranks must call it."""
         local = [self.tokens, self.padded_tokens, self.packed_tokens]
         total = torch.tensor(local, dtype=torch.float64)
         if self.ranks.world_size > 1:
             total = self.ranks.sum(total.to(self.ranks.device))
         tokens, padded, packed = total.tolist()
-        if not packed:
+        if not packed or not packs:
             return {"tokens": tokens, "padding_share": 1.0 - tokens / padded}
         return {"tokens": tokens, "padding_share": 0.0, "shared_share": 1.0 - packed / tokens}
 

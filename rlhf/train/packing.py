@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from rlhf.data.batching import Buckets, Row, length_bucket, packed_buckets
 from rlhf.engine.frozen import Frozen
 from rlhf.models.backbones import embedding_rows
-from rlhf.models.packed_attention import Kernel, comparing_gradients, kernels_for, set_packing
+from rlhf.models.packed_attention import Kernel, comparing_gradients, kernel_of, kernels_for, set_packing
 from rlhf.train.batches import asking
 from rlhf.train.probing import padding_of
 
@@ -83,6 +83,17 @@ def _difference(model: Frozen, hf: PreTrainedModel, kernel: Kernel) -> str:
     except Exception as error:  # whatever a model's own code raises
         return f"{type(error).__name__}: {str(error)[:200]}"
     return "" if worst <= limit else f"it says something else of them, {worst:.2g} of the largest number ({limit})"
+
+
+def may_pack(hf: PreTrainedModel) -> bool:
+    """Whether models of this kind are asked at all: causal ones that attend by Transformers' interface."""
+    return _causal(hf) and bool(hf._can_set_attn_implementation())
+
+
+def packs(model: Frozen) -> bool:
+    """Whether :func:`allow_packing` found that ``model`` takes packed sequences."""
+    hf = next((part for part in model.module.modules() if isinstance(part, PreTrainedModel)), None)
+    return hf is not None and kernel_of(hf) is not None
 
 
 def _causal(hf: PreTrainedModel) -> bool:

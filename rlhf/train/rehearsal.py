@@ -55,6 +55,7 @@ def rehearsed(config: StageConfig, ranks: Ranks, publishable: Publishable[Any]) 
         ranks.on_main(lambda: rehearsal.begin(stack.enter_context(scratch_directory(config.output / "rehearsal"))))
         report_phase("loading models")
         yield
+        report_phase("rehearsing the publication")
         ranks.on_main(rehearsal.finish)
 
 
@@ -79,7 +80,7 @@ class _Rehearsal:
     def finish(self) -> None:
         try:
             self._check()
-        except Exception as error:
+        except ModelError as error:
             if not self._cut:
                 raise _refused(error) from error
             self._take_whole(error)
@@ -99,9 +100,7 @@ class _Rehearsal:
             raise _refused(error) from error
 
 
-def _refused(error: Exception) -> Exception:
-    if not isinstance(error, ModelError | ValueError | RuntimeError):
-        return error
+def _refused(error: Exception) -> ModelError:
     return ModelError(
         f"what this run would publish was tried before the first step, and cannot be published: {error}. Take another "
         "model or data.template; train.publish=none trains all the same"
@@ -119,6 +118,7 @@ def _begin_untrained(publishable: Publishable[Any], folder: Path) -> Check:
                 parameter += 0.02 * torch.randn(parameter.shape, generator=generator).to(parameter)
     weights = dict(model.state_dict())
     question = write_folder(publishable, model, weights, _rows(publishable.chat), None, folder)
+    question["threads"] = torch.get_num_threads()  # the ranks need theirs meanwhile
     return begin_check(publishable.reload_module, folder, question)
 
 

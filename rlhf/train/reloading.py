@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rlhf.core.importing import import_all_of
 
+THREADS = torch.get_num_threads()
 TOLERANCE = 1e-4
 """How far a value in float32 may be from the expected one, in its own unit."""
 
@@ -34,7 +35,11 @@ def main() -> int:
 
 
 def answer(module: str, folder: str, request: dict[str, Any]) -> dict[str, Any]:
-    """The differences that ``module`` finds, or in words what is wrong."""
+    """The differences that ``module`` finds, or in words what is wrong.
+
+    A request says how many "threads" may be taken while others compute; else there are as many as at the start.
+    """
+    torch.set_num_threads(request.get("threads", THREADS))
     try:
         differences = importlib.import_module(module).check(Path(folder), request)
     except SystemExit as fault:

@@ -56,6 +56,8 @@ def test_an_encoder_is_trained_and_published(encoder, tmp_path):
     given = [f"output={tmp_path}/run", f"model.path={encoder}", f"data.train={tmp_path}/pairs.jsonl"]
     short = ["engine.kind=local", "train.max_steps=2", "train.global_batch_size=4", "train.tensorboard=false"]
     assert reward([*given, *short]) == 0
+    first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert 0 < first["padding_share"] < 0.5 and "shared_share" not in first, "an encoder packs no rows"
     final = tmp_path / "run" / "final"
     tokenizer = AutoTokenizer.from_pretrained(final)
     text = [{"role": "user", "content": "the sun"}, {"role": "assistant", "content": "is good"}]

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from transformers import BertConfig
 
 from launch.plan.advice import next_knob, smallest_config
 from launch.plan.cluster import Cluster, cluster_of, parse_bytes
@@ -75,8 +76,20 @@ def test_checkpointing_and_smaller_micro_batches_need_less(stage):
 
 def test_eager_attention_needs_more_and_lora_less():
     plain = peak("sft", "engine.deepspeed=zero2")
-    assert peak("sft", "engine.deepspeed=zero2", "model.attention=eager") > plain
     assert peak("sft", "engine.deepspeed=zero2", "model.lora={rank: 16}") < plain
+    eager = ("engine.deepspeed=zero2", "model.attention=eager")
+    assert peak("sft", *eager) == plain, "packed rows attend by FlexAttention on a GPU"
+    buckets = 'train.packing="off"'
+    assert peak("sft", *eager, buckets) > peak("sft", "engine.deepspeed=zero2", buckets)
+
+
+def test_encoders_are_planned_in_the_length_buckets_that_they_are_computed_in(tmp_path):
+    settings = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    BertConfig(**settings).save_pretrained(tmp_path)
+    found = planned("reward", f"model.path={tmp_path}", "model.attention=sdpa", "engine.deepspeed=zero2")
+    off = planned("reward", f"model.path={tmp_path}", "engine.deepspeed=zero2", 'train.packing="off"')
+    assert found.layout == "buckets" and found.batches == off.batches
+    assert planned("reward", "engine.deepspeed=zero2").layout == "flex"
 
 
 def test_frozen_layers_and_fewer_layers_need_less():

@@ -13,6 +13,8 @@ from transformers import (
     GPT2LMHeadModel,
     Lfm2Config,
     Lfm2ForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     StableLmConfig,
@@ -24,7 +26,7 @@ from policy.generation.cache import RoomyLayer
 from policy.generation.recorded import cuda_graph
 from policy.model import PolicyModel
 from tests.policy.generation.tape import Tape
-from tests.policy.generation.test_hf import MODELS, SIZES, assert_same
+from tests.policy.generation.test_hf import MODELS, SIZES, Card, assert_same
 
 OTHERS = {
     "learned positions": lambda: GPT2LMHeadModel(
@@ -198,23 +200,76 @@ def test_logits_that_rule_tokens_out_are_compared_by_the_others(make_sampler, ti
     assert not {5, 9} & {int(token) for response in found for token in response.tokens}
 
 
-@pytest.mark.parametrize("at", [1, 3])
-def test_memory_that_runs_out_while_recording_halves_the_rows(make_sampler, tiny_policy, prompts, at, caplog):
-    policy, (many, seeds) = tiny_policy(), asked_for(prompts, 3)
-    eos = range(0, 321, 9)
-    expected = make_sampler(policy, eos, max_new_tokens=20, batch_rows=8).generate(many, seeds)
-    tape, tries = Tape(), []
+def broken(tape: Tape, at: int, error: Exception):
+    """A way to record that fails at the ``at``-th time."""
+    tries = []
 
     def record(compute):
         tries.append(1)
         if len(tries) == at:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+            raise error
         return tape(compute)
 
-    sampler = make_sampler(policy, eos, record=record, max_new_tokens=20, batch_rows=8)
+    return record
+
+
+SHORTAGE = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("this kernel cannot be captured"), SHORTAGE])
+@pytest.mark.parametrize("at", [1, 2, 3])
+@pytest.mark.parametrize("name", ["llama", "sliding window"])
+def test_rows_go_on_where_a_recording_fails_while_others_wait(
+    make_sampler, prompts, name, at, error, caplog, monkeypatch
+):
+    """With caches of the same kind as before: those that come in are joined to those that are there."""
+    monkeypatch.setattr("policy.generation.recorded.GROWTH", 5)
+    monkeypatch.setattr("policy.generation.recorded.COLUMNS", 4)
+    policy, (many, seeds), tape = policy_of(RECORDED[name]), asked_for(prompts, 5), Tape()
+    eos, sampling = range(0, SIZES["vocab_size"], 15), {"max_new_tokens": 30, "batch_rows": 8}
+    expected = make_sampler(policy, eos, **sampling).generate(many, seeds)
+    sampler = make_sampler(policy, eos, record=broken(tape, at, error), **sampling)
     assert_same(sampler.generate(many, seeds), expected)
-    assert "from now on" in caplog.text and tape.recorded > 1
-    assert max(tape.rows[at - 1 :]) <= 4
+    (said,) = caplog.records
+    assert "without a CUDA graph" in said.getMessage() and str(error) in said.getMessage()
+    assert tape.recorded == at - 1
+    assert_same(make_sampler(policy, eos, record=tape, **sampling).generate(many, seeds), expected)
+    assert tape.recorded == at - 1, "another sampler of the policy does not try again"
+
+
+def test_memory_that_is_short_without_a_recording_halves_the_rows(make_sampler, tiny_policy, prompts, seeds, caplog):
+    policy, tape = tiny_policy(), Tape()
+    expected = make_sampler(policy, max_new_tokens=12).generate(prompts, seeds)
+    Card(policy, 5)
+    sampler = make_sampler(policy, record=broken(tape, 1, SHORTAGE), max_new_tokens=12, batch_rows=8)
+    assert_same(sampler.generate(prompts, seeds), expected)
+    assert "4 from now on" in caplog.text
+
+
+def test_what_python_counts_is_found_in_the_second_token(make_sampler, tiny_policy, prompts, seeds, caplog):
+    """A model that asks its cache how long it is gets a number that stays what it was: right once, and then wrong."""
+    policy = tiny_policy()
+    backbone, lengths = policy.hf.model, []
+    backbone.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["past_key_values"].get_seq_length()), with_kwargs=True
+    )
+    backbone.register_forward_hook(
+        lambda module, args, found: type(found)(last_hidden_state=found.last_hidden_state * (1 + lengths[-1] / 50))
+    )
+    expected = make_sampler(policy, max_new_tokens=12).generate(prompts, seeds)
+    tape = Tape()
+    assert_same(make_sampler(policy, record=tape, max_new_tokens=12).generate(prompts, seeds), expected)
+    assert "log-probabilities differ by" in caplog.text and tape.replayed == 2
+
+
+def test_a_window_that_is_wrong_is_found_where_it_matters_first(make_sampler, prompts, seeds, caplog, monkeypatch):
+    policy = policy_of(lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=20)))
+    expected = make_sampler(policy, max_new_tokens=30).generate(prompts, seeds)
+    monkeypatch.setattr("policy.generation.recorded._kinds", lambda policy: {"full_attention"})
+    monkeypatch.setattr("policy.generation.recorded._window", lambda policy: 20)
+    tape = Tape()
+    assert_same(make_sampler(policy, record=tape, max_new_tokens=30).generate(prompts, seeds), expected)
+    assert "log-probabilities differ by" in caplog.text and tape.replayed > 3
 
 
 def test_the_stand_in_does_nothing_but_the_operations_again():

@@ -7,6 +7,7 @@ from rlhf.data.built_in_templates import BUILT_IN_TEMPLATES
 from rlhf.data.portable import portable_tokenizer
 from rlhf.data.templates import chat_format
 from rlhf.models.tokenizer import load_tokenizer
+from rlhf.train import reloading
 from rlhf.train.publishing import text_cases
 from rlhf.train.reloading import check_texts
 
@@ -40,3 +41,11 @@ def test_a_tokenizer_with_another_template_or_other_tokens_is_found_out(chat, tm
     cases = [case | {"tokens": case["tokens"][:-1]} for case in text_cases(chat)]
     with pytest.raises(SystemExit, match="splits the text differently"):
         check_texts(portable_tokenizer(chat), cases)
+
+
+def test_a_question_says_how_many_threads_it_may_take_and_others_take_all(monkeypatch):
+    taken = []
+    monkeypatch.setattr(reloading.torch, "set_num_threads", taken.append)
+    for request in ({"threads": 1}, {}):
+        assert "fault" in reloading.answer("rlhf.train.nothing", ".", request)
+    assert taken == [1, reloading.THREADS]
