@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.sharded_start import MIB, write_model
+from benchmarks.sharded_start import MIB, add_shape, write_model
 
 ROOT = Path(__file__).resolve().parent.parent
 PAIRS = ROOT / "launch" / "quickstart" / "sentiment_pairs_train.jsonl"
@@ -105,7 +105,7 @@ def run(options: argparse.Namespace, folder: Path) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="llama-3-70b", help="a name that rlhf plan knows (default %(default)s)")
+    add_shape(parser, "llama-3-70b")
     parser.add_argument("--layers", type=int, default=4, help="only so many of its layers (default %(default)s)")
     parser.add_argument("--intermediate", type=int, help="width of the MLPs (default: that of the shape)")
     parser.add_argument("--ranks", type=int, default=2)

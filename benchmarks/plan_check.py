@@ -125,13 +125,17 @@ def check(case: Case, model: Path) -> dict[str, Any]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=ROOT / "models" / "SmolLM2-135M-Instruct")
-    parser.add_argument("--only", type=int, nargs="*", help="numbers of cases, from 1")
+    numbers = range(1, len(CASES) + 1)
+    parser.add_argument("--only", type=int, nargs="*", choices=numbers, metavar="NUMBER", help="of cases, from 1")
     parser.add_argument("--output", type=Path, help="write all figures as JSON")
     return parser
 
 
 def main() -> None:
-    options = _parser().parse_args()
+    parser = _parser()
+    options = parser.parse_args()
+    if not (options.model / "config.json").is_file():
+        parser.error(f"--model {options.model}: there is no config.json; make quickstart makes the default one")
     chosen = [case for number, case in enumerate(CASES, start=1) if not options.only or number in options.only]
     rows = []
     for case in chosen:

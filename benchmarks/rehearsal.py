@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.memory import memory
-from benchmarks.sharded_start import write_model
+from benchmarks.sharded_start import add_shape, write_model
 from policy.options import PolicyConfig
 from policy.publish import PublishablePolicy
 from reward.config import RewardConfig, RewardModelConfig
@@ -104,7 +104,7 @@ def measure(publishable: Any, folder: Path) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="llama-3-8b", help="a name that rlhf plan knows")
+    add_shape(parser, "llama-3-8b")
     parser.add_argument("--vocabulary", type=int, default=128256, help="tokens of the tokenizer, as the shape has")
     return parser
 

@@ -65,6 +65,14 @@ def peak_of_private_memory(found: dict[str, int], name: str) -> Iterator[None]:
         found[name] = max(*largest, private_memory())
 
 
+def add_shape(parser: argparse.ArgumentParser, default: str) -> None:
+    """The option ``--shape``: the name of a known shape."""
+    from launch.plan.shapes import KNOWN
+
+    known = f"one that rlhf plan knows: {', '.join(KNOWN)} (default %(default)s)"
+    parser.add_argument("--shape", default=default, choices=KNOWN, metavar="NAME", help=known)
+
+
 def write_model(folder: Path, shape: str, dtype: str, **narrowed: int) -> None:
     """A random model of a known shape, but for settings that are ``narrowed``; it is never in memory whole."""
     import torch
@@ -187,7 +195,7 @@ def measure(options: argparse.Namespace, ranks: int) -> list[dict[str, int]]:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="llama-3.2-1b", help="a name that rlhf plan knows")
+    add_shape(parser, "llama-3.2-1b")
     parser.add_argument("--layers", type=int, help="only so many of its layers")
     parser.add_argument("--model", type=Path, help="folder of a model; written anew if it is not there")
     parser.add_argument("--stored", default="bfloat16", help="type of the weights in the files that are written")
