@@ -100,7 +100,6 @@ class _Waits:
             if "synchroniz" in str(each.message):
                 self._counted[_short(each.filename, each.lineno)] += 1
 
-
     def _synchronize(self, *given: Any, **named: Any) -> None:
         import sys
 

@@ -121,8 +121,9 @@ def _packed(
         tokens = packed_tokens([row.tokens for place in plan.items for row in rows.item(int(chosen[place])).rows])
     if layout == "flex":
         tokens = padded_length(tokens)
-        return Load(tokens=tokens, bucket_tokens=tokens, squares=load.squares, bucket_squares=load.bucket_squares)
-    return replace(load, tokens=tokens, bucket_tokens=tokens, attended=load.tokens)
+    return replace(
+        load, tokens=tokens, bucket_tokens=tokens, attended=load.tokens if layout == "rows" else None
+    )
 
 
 def _largest(loads: list[Load]) -> Load:

@@ -153,10 +153,9 @@ def shrink(cache: Cache, source: Sequence[int], device: torch.device) -> None:
     """
     changing = [(to, origin) for to, origin in enumerate(source) if to != origin]
     to, origin = moved(torch.tensor(changing, dtype=torch.long).view(-1, 2), device).unbind(dim=1)
-    moves = to, origin
     everything = moved(torch.tensor(source), device)
     for layer in cache.layers:
-        layer.shrink(len(source), moves) if isinstance(layer, RoomyLayer) else _reorder(layer, everything)
+        layer.shrink(len(source), (to, origin)) if isinstance(layer, RoomyLayer) else _reorder(layer, everything)
 
 
 def reserve(cache: Cache, rows: int, columns: int) -> None:

@@ -214,12 +214,9 @@ class HfSampler:
         """The ``(B, V)`` logits behind the last tokens of the rows."""
         policy = policy_of(self._model)
         if recorded is None or policy in _NOT_RECORDED or not can_be_recorded(policy, live):
-            return self._ask_once_more(live)
+            return self._ask_by_itself(live)
         try:
-            recorded.prepare(live, more=more)
-            expected = self._ask_once_more(live) if recorded.is_unproved(live) else None
-            found = recorded.logits(live)
-            fault = "" if expected is None else self._difference(found, expected)
+            found, fault = self._replay(live, recorded, more=more)
         except Exception as error:  # whatever a model's own code does that cannot be recorded; or a lack of memory
             fault = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
         if not fault:
@@ -234,9 +231,16 @@ class HfSampler:
             type(policy.hf).__name__,
             fault,
         )
-        return self._ask_once_more(live)
+        return self._ask_by_itself(live)
 
-    def _ask_once_more(self, live: LiveRows) -> Tensor:
+    def _replay(self, live: LiveRows, recorded: RecordedForwards, *, more: bool) -> tuple[Tensor, str]:
+        """The same by a recording, and what is wrong with it, if that is looked at."""
+        recording = recorded.recording(live, more=more)
+        expected = self._ask_by_itself(live) if recording.is_unproved(live) else None
+        found = recording.logits(live)
+        return found, "" if expected is None else self._difference(found, expected)
+
+    def _ask_by_itself(self, live: LiveRows) -> Tensor:
         """The logits by a forward of its own, whatever the columns behind those of the rows hold by now."""
         settle(live.cache, len(live), live.columns)
         return self._ask(live.tokens[:, None], live.mask(), live.positions[:, None], live.cache)

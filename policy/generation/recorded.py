@@ -143,10 +143,10 @@ class RecordedForwards:
     def __init__(self, policy: PolicyModel, record: Record, most_rows: int, most_columns: int) -> None:
         self._policy, self._record = policy, record
         self._most_rows, self._most_columns = most_rows, most_columns
-        self._recording: _Recording | None = None
+        self._recording: Recording | None = None
 
-    def prepare(self, live: LiveRows, *, more: bool) -> None:
-        """Have a recording for the next token of these rows.
+    def recording(self, live: LiveRows, *, more: bool) -> "Recording":
+        """One for the next token of these rows: the last one, or a new one.
 
         Args:
             live: rows for which :func:`can_be_recorded`.
@@ -156,33 +156,20 @@ class RecordedForwards:
         if self._recording is None or not self._recording.holds(live, rows):
             self._recording = None  # its memory comes first
             self._recording = self._new(live, rows)
-
-    def is_unproved(self, live: LiveRows) -> bool:
-        """Whether the next forward is one of those that tell what a recording got wrong.
-
-        They are its first two, as what Python counted is right in the first one, and the first that a window is too
-        narrow for.
-        """
-        assert self._recording is not None
-        return self._recording.is_unproved(live)
-
-    def logits(self, live: LiveRows) -> Tensor:
-        """The ``(B, V)`` logits behind the last tokens of B rows, which are in the cache from then on."""
-        assert self._recording is not None
-        return self._recording.logits(live)
+        return self._recording
 
     def forget(self) -> None:
         """Give the memory of the recording back."""
         self._recording = None
 
-    def _new(self, live: LiveRows, rows: int) -> "_Recording":
+    def _new(self, live: LiveRows, rows: int) -> "Recording":
         caches.settle(live.cache, len(live), live.columns)
         columns = min(live.columns + max(GROWTH, live.columns // 2), max(self._most_columns, live.columns + 1))
         caches.reserve(live.cache, rows, -(-columns // COLUMNS) * COLUMNS)
-        return _Recording(self._policy, self._record, live)
+        return Recording(self._policy, self._record, live)
 
 
-class _Recording:
+class Recording:
     """A forward over the buffers of a cache."""
 
     def __init__(self, policy: PolicyModel, record: Record, live: LiveRows) -> None:
@@ -207,16 +194,21 @@ class _Recording:
         return same and live.columns < self._columns and there // 2 < rows <= there
 
     def is_unproved(self, live: LiveRows) -> bool:
-        """See :meth:`RecordedForwards.is_unproved`."""
-        past = self._window is not None and live.columns >= self._window
-        return self._count < 2 or past > self._past_window
+        """Whether the next forward is one of those that tell what a recording got wrong.
+
+        They are its first two, as what Python counted is right in the first one, and the first that a window is too
+        narrow for.
+        """
+        return self._count < 2 or self._is_past_window(live) > self._past_window
 
     def logits(self, live: LiveRows) -> Tensor:
-        """See :meth:`RecordedForwards.logits`."""
-        self._count += 1
-        self._past_window = self._window is not None and live.columns >= self._window
+        """The ``(B, V)`` logits behind the last tokens of B rows, which are in the cache from then on."""
+        self._count, self._past_window = self._count + 1, self._is_past_window(live)
         self._place(live)
         return self._again()[: len(live)]
+
+    def _is_past_window(self, live: LiveRows) -> bool:
+        return self._window is not None and live.columns >= self._window
 
     def _place(self, live: LiveRows) -> None:
         self._tokens[: len(live), 0] = live.tokens

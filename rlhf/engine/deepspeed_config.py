@@ -71,13 +71,6 @@ def resolve(source: Source, run: RunValues, role: Role = "train") -> dict[str, A
     return config
 
 
-def _without_its_clock(config: dict[str, Any]) -> None:
-    """Have DeepSpeed measure no samples a second, unless asked to: it waits for the device in each forward pass."""
-    timers = config.get("timers", {})
-    if isinstance(timers, dict):
-        config["timers"] = {"throughput": {"enabled": False}} | timers
-
-
 def zero_stage(source: Source, role: Role = "train") -> int:
     """The ZeRO stage of a configuration that :func:`resolve` accepts."""
     _, config, _ = read(source, role)
@@ -218,6 +211,13 @@ def _fill_auto(config: dict[str, Any], run: RunValues) -> Iterator[str]:
         elif path not in _KEPT_AUTO:
             reason = missing.get(path, "nothing in the run decides this; give a value or leave it out")
             yield f'{path} = "auto": {reason}'
+
+
+def _without_its_clock(config: dict[str, Any]) -> None:
+    """Have DeepSpeed measure no samples a second, unless asked to: it waits for the device in each forward pass."""
+    timers = config.get("timers", {})
+    if isinstance(timers, dict):
+        config["timers"] = {"throughput": {"enabled": False}} | timers
 
 
 def _adds_up_in_float32(config: dict[str, Any], run: RunValues) -> bool:

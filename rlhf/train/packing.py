@@ -28,7 +28,7 @@ def allow_packing(model: Frozen) -> bool:
     Returns:
         Whether it takes them.
     """
-    hf = next((part for part in model.module.modules() if isinstance(part, PreTrainedModel)), None)
+    hf = _hf_of(model)
     if hf is None or not _causal(hf):  # an encoder, or what has a model of another role inside
         return False
     set_packing(hf, None)
@@ -92,8 +92,12 @@ def may_pack(hf: PreTrainedModel) -> bool:
 
 def packs(model: Frozen) -> bool:
     """Whether :func:`allow_packing` found that ``model`` takes packed sequences."""
-    hf = next((part for part in model.module.modules() if isinstance(part, PreTrainedModel)), None)
+    hf = _hf_of(model)
     return hf is not None and kernel_of(hf) is not None
+
+
+def _hf_of(model: Frozen) -> PreTrainedModel | None:
+    return next((part for part in model.module.modules() if isinstance(part, PreTrainedModel)), None)
 
 
 def _causal(hf: PreTrainedModel) -> bool:
