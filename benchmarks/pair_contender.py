@@ -137,7 +137,7 @@ def _our_dpo(settings: dict[str, Any]) -> tuple[Any, Any, str]:
     from policy.preference.config import LossConfig, PreferenceConfig
 
     config = PreferenceConfig(
-        model=PolicyConfig(path=settings["model"], gradient_checkpointing=settings["gradient_checkpointing"]),
+        model=PolicyConfig(path=settings["model"], **_our_backbone(settings)),
         loss=LossConfig(kind="sigmoid", parameters={"beta": settings["beta"]}),
         **_our_common(settings),
     )
@@ -148,13 +148,19 @@ def _our_reward(settings: dict[str, Any]) -> tuple[Any, Any, str]:
     from reward import stage
     from reward.config import MarginConfig, RewardConfig, RewardModelConfig
 
-    checkpointing = settings["gradient_checkpointing"]
     config = RewardConfig(
-        model=RewardModelConfig(path=settings["model"], gradient_checkpointing=checkpointing),
+        model=RewardModelConfig(path=settings["model"], **_our_backbone(settings)),
         margin=MarginConfig(kind=settings.get("margin", "none")),
         **_our_common(settings),
     )
     return stage, config, "RewardTask"
+
+
+def _our_backbone(settings: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "gradient_checkpointing": settings["gradient_checkpointing"],
+        "kernels": settings.get("kernels", "none"),
+    }
 
 
 def _our_common(settings: dict[str, Any]) -> dict[str, Any]:

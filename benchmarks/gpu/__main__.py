@@ -10,6 +10,8 @@ import importlib
 import json
 import os
 import platform
+import re
+import shutil
 import sys
 import tempfile
 import time
@@ -23,15 +25,19 @@ from benchmarks.gpu.world import World, has_gpu
 
 PARTS = {
     "parity": 60,
+    "families": 60,
     "limit": 12,
     "training": 150,
     "rollouts": 115,
     "margin": 12,
     "syncs": 30,
+    "profile": 40,
     "start": 45,
     "peaks": 45,
 }
 """The parts in the order in which they run, with the seconds of each; what is left of these, others may have."""
+TOGETHER = ("parity", "families")
+"""Parts that measure no time: they run beside each other, before all others."""
 OUT_OF_TIME = "no time was left for it: take more --minutes, or this part alone"
 GRACE = 2.0
 """How many times what it is expected to take a measurement may take, if there is time."""
@@ -47,12 +53,23 @@ def _parser() -> argparse.ArgumentParser:
         "--rows", action="append", required=True, metavar="NAME=FILE", help="preference pairs; may be repeated"
     )
     parser.add_argument("--prompts", type=Path, required=True, help='lines with "prompt"')
+    parser.add_argument(
+        "--only", type=_pattern, metavar="PATTERN", default="", help="measure what matches in 'PART: CASE'"
+    )
     parser.add_argument("--minutes", type=float, default=8.5, help="of everything together (default %(default)s)")
     parser.add_argument("--toy", action="store_true", help="tiny models and batches: does everything run?")
     parser.add_argument("--trl-ppo", default="", help="folder with a TRL that has PPOTrainer (1.12)")
     parser.add_argument("--work", type=Path, help="scratch folder (default: the system's, removed afterwards)")
+    parser.add_argument("--logs", type=Path, help="folder for what each measurement said (default: nowhere)")
     parser.add_argument("--output", type=Path, help="write all figures as JSON")
     return parser
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,7 +98,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             toy=options.toy,
         )
         world.write()
-        results = measure_all(world, options.parts or list(PARTS), began + 60 * options.minutes)
+        try:
+            results = measure_all(world, options.parts or list(PARTS), began + 60 * options.minutes, options.only)
+        finally:
+            if options.logs is not None:
+                shutil.copytree(world.work / "cells", options.logs, dirs_exist_ok=True)
     print(f"\n{machine()}\n\n" + "\n".join(table(results)))
     print(f"\n{time.monotonic() - began:.0f} s in all")
     if options.output is not None:
@@ -91,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if any(result.failed for result in results) else 0
 
 
-def measure_all(world: World, parts: Sequence[str], end: float) -> list[Result]:
+def measure_all(world: World, parts: Sequence[str], end: float, only: re.Pattern[str]) -> list[Result]:
     """Results in the order of the table; no measurement begins that is not expected to be done at ``end``."""
     warm_up()
     runner = Runner(world)
@@ -100,17 +121,18 @@ def measure_all(world: World, parts: Sequence[str], end: float) -> list[Result]:
     if results[0].failed:
         return [results[0]]
     cells: dict[int, Cell] = {}
+    parts_of: dict[str, dict[int, Cell]] = {}
     for part, module in _modules(parts).items():
-        stop = min(end, time.monotonic() + PARTS[part])
-        here = dict(enumerate(module.cells(world), start=len(cells) + 1))
-        cells |= here
-        if part == "parity":
-            started = {number: runner.start(cell) for number, cell in here.items()}
-            for number, each in started.items():
-                found = each.result(max(1.0, end - time.monotonic()))
-                results[number] = _said(found or runner.run(here[number], max(1.0, end - time.monotonic())))
-            continue
-        _run_those_that_fit(runner, here, results, stop, end)
+        chosen = [cell for cell in module.cells(world) if only.search(f"{part}: {cell.name}")]
+        parts_of[part] = dict(enumerate(chosen, start=len(cells) + 1))
+        cells |= parts_of[part]
+    together = {number: runner.start(cells[number]) for part in TOGETHER for number in parts_of.get(part, ())}
+    for number, started in together.items():
+        left = max(1.0, end - time.monotonic())
+        results[number] = _said(started.result(left) or runner.run(cells[number], left))
+    for part, here in parts_of.items():
+        if part not in TOGETHER:
+            _run_those_that_fit(runner, here, results, min(end, time.monotonic() + PARTS[part]), end)
     _run_those_that_fit(runner, {k: v for k, v in cells.items() if k not in results}, results, end, end)
     for number in cells.keys() - results.keys():
         cell = cells[number]

@@ -61,7 +61,7 @@ def measure(world: World, *, kind: str, side: str) -> dict[str, Any]:
         import ppo_contender
 
         save_nothing()
-        with _recordings() as recorded:
+        with recordings() as recorded:
             ppo_contender.run_ours(settings, measured)
     else:
         recorded = []
@@ -82,7 +82,7 @@ def measure(world: World, *, kind: str, side: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _recordings() -> Iterator[list[Any]]:
+def recordings() -> Iterator[list[Any]]:
     """What is recorded as a CUDA graph inside."""
     from policy.generation import hf
 

@@ -1,12 +1,19 @@
 """Runs of whole stages by their settings, in this process."""
 
+import contextlib
 import importlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.world import World, save_nothing
+
+TASKS = {
+    "reward": ("reward.stage", "RewardTask"),
+    "preference": ("policy.preference.stage", "PreferenceTask"),
+    "ppo": ("policy.ppo.stage", "PpoTask"),
+}
 
 QUIET = (
     "train.evaluate_every=0",
@@ -38,6 +45,44 @@ def run(stage: str, settings: Sequence[str], ranks: Any) -> list[dict[str, Any]]
 def metrics(folder: Path) -> list[dict[str, Any]]:
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [row for row in map(json.loads, lines) if "time/step_seconds" in row]
+
+
+def watch_step(stage: str, number: int, context: Callable[[], contextlib.AbstractContextManager]) -> None:
+    """Have the runs of this process do step ``number``, from 0, inside ``context()``: from its rows to its metrics."""
+    module, name = TASKS[stage]
+    task = getattr(importlib.import_module(module), name)
+    if stage == "ppo":
+        whole = task.step
+
+        def step(self: Any, at: int, *rest: Any) -> Any:
+            with context() if at == number else contextlib.nullcontext():
+                return whole(self, at, *rest)
+
+        task.step = step
+        return
+    begin, end, inside = task.micro_batches, task.step_metrics, contextlib.ExitStack()
+
+    def micro_batches(self: Any, at: int) -> Any:
+        if at == number:
+            inside.enter_context(context())
+        return begin(self, at)
+
+    def step_metrics(self: Any) -> dict[str, float]:
+        metrics = end(self)
+        inside.close()
+        return metrics
+
+    task.micro_batches, task.step_metrics = micro_batches, step_metrics
+
+
+def training_settings(world: World, stage: str) -> list[str]:
+    """A step of the size that is measured, of the reward stage or DPO."""
+    sizes = world.sizes
+    model = world.reward if stage == "reward" else world.policy
+    settings = [f"model.path={model}", f"train.global_batch_size={sizes.pairs}", "optim.learning_rate=1e-6"]
+    settings += [f"train.micro_batch_tokens={sizes.micro_batch_tokens}"]
+    settings += ["loss.kind=sigmoid"] if stage == "preference" else []
+    return [*settings, *rows_settings(world, next(iter(world.rows)), sizes.tokens[0])]
 
 
 def rows_settings(world: World, name: str, tokens: int) -> list[str]:

@@ -8,7 +8,7 @@ from benchmarks.gpu import stages
 from benchmarks.gpu.cells import Cell
 from benchmarks.gpu.world import World, has_gpu
 
-STAGES = {"reward": ("reward.stage", "RewardTask"), "preference": ("policy.preference.stage", "PreferenceTask")}
+STAGES = ("reward", "preference")
 STEPS, LOOKED_AT = 5, 3
 """Steps of the run, and which of them is looked at, from 0: by then all has come that comes with steps."""
 
@@ -28,17 +28,13 @@ def measure(world: World, *, stage: str) -> dict[str, Any]:
     """
     from rlhf.engine.ranks import start_ranks, stop_ranks
 
-    module, name = STAGES[stage]
     counted: Counter[str] = Counter()
-    _watch(module, name, counted)
+    stages.watch_step(stage, LOOKED_AT, lambda: _Waits(counted) if has_gpu() else _reads(counted))
+    settings = [f"output={world.work / 'runs' / f'syncs-{stage}'}"]
+    settings += [f"train.max_steps={STEPS}", f"train.epochs={STEPS}"]
     ranks = start_ranks()
-    rows = next(iter(world.rows))
-    model = world.reward if stage == "reward" else world.policy
-    settings = [f"output={world.work / 'runs' / f'syncs-{stage}'}", f"model.path={model}", f"train.max_steps={STEPS}"]
-    settings += [f"train.global_batch_size={world.sizes.pairs}", *(["loss.kind=sigmoid"] if stage != "reward" else [])]
-    settings += [f"train.micro_batch_tokens={world.sizes.micro_batch_tokens}", "optim.learning_rate=1e-6"]
     try:
-        stages.run(stage, [*settings, *stages.rows_settings(world, rows, world.sizes.tokens[0])], ranks)
+        stages.run(stage, [*settings, *stages.training_settings(world, stage)], ranks)
     finally:
         stop_ranks()
     most = [f"{place} ({count})" for place, count in counted.most_common(3)]
@@ -48,31 +44,6 @@ def measure(world: World, *, stage: str) -> dict[str, Any]:
         "most": most,
         "counted": "waits" if has_gpu() else "reads",
     }
-
-
-def _watch(module: str, name: str, counted: Counter[str]) -> None:
-    """Count in step ``LOOKED_AT`` of the stage's task."""
-    import importlib
-
-    stage = importlib.import_module(module)
-
-    class Watched(getattr(stage, name)):
-        _counting: Any = None
-
-        def micro_batches(self, step: int) -> Any:
-            if step == LOOKED_AT:
-                self._counting = _Waits(counted) if has_gpu() else _Reads(counted)
-                self._counting.__enter__()
-            return super().micro_batches(step)
-
-        def step_metrics(self) -> dict[str, float]:
-            metrics = super().step_metrics()
-            if self._counting is not None:
-                self._counting.__exit__(None, None, None)
-                self._counting = None
-            return metrics
-
-    setattr(stage, name, Watched)
 
 
 class _Waits:
@@ -108,7 +79,7 @@ class _Waits:
         self._asked(*given, **named)
 
 
-def _reads_of() -> Any:
+def _reads(counted: Counter[str]) -> Any:
     import sys
 
     import torch
@@ -118,23 +89,15 @@ def _reads_of() -> Any:
     waits |= {torch.ops.aten.masked_select.default, torch.ops.aten.is_nonzero.default}
 
     class Reads(TorchDispatchMode):
-        def __init__(self, counted: Counter[str]) -> None:
-            super().__init__()
-            self._counted = counted
-
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if func in waits:
                 frame = sys._getframe(1)
                 while frame.f_back is not None and "/torch/" in frame.f_code.co_filename:
                     frame = frame.f_back
-                self._counted[_short(frame.f_code.co_filename, frame.f_lineno)] += 1
+                counted[_short(frame.f_code.co_filename, frame.f_lineno)] += 1
             return func(*args, **(kwargs or {}))
 
-    return Reads
-
-
-def _Reads(counted: Counter[str]) -> Any:
-    return _reads_of()(counted)
+    return Reads()
 
 
 def _short(file: str, line: int) -> str:

@@ -71,6 +71,25 @@ def _parity(result: Result, results: Sequence[Result]) -> Iterator[tuple[str, ..
     )
 
 
+def _families(result: Result, results: Sequence[Result]) -> Iterator[tuple[str, ...]]:
+    """A line for each precision."""
+    assert result.figures is not None
+    for precision, found in result.figures.items():
+        said = [f"packed rows by {found['kernel']}"]
+        if "off" in found:
+            said.append("log-probabilities off by {:.1e}, gradients by {:.1e}".format(*found["off"]))
+        said.append(f"{found['recordings']} CUDA graphs: {found['same']:.0%} of responses the same")
+        yield _row(result, case=f"{result.name}, {precision}", remarks=", ".join(said))
+
+
+def _profile(result: Result, results: Sequence[Result]) -> Iterator[tuple[str, ...]]:
+    figures = result.figures
+    assert figures is not None
+    kinds = ", ".join(f"{kind} {seconds / figures['seconds']:.0%}" for kind, seconds in figures["kinds"].items())
+    said = f"a step of {figures['seconds']:.2f} s, the GPU busy for {figures['busy'] / figures['seconds']:.0%}: {kinds}"
+    yield _row(result, remarks=said)
+
+
 def _limit(result: Result, results: Sequence[Result]) -> Iterator[tuple[str, ...]]:
     assert result.figures is not None
     parts = ", ".join(f"{name} {result.figures[f'{name}_tflops']:.4g}" for name in ("square", "up", "down"))
@@ -81,7 +100,8 @@ def _training(result: Result, results: Sequence[Result]) -> Iterator[tuple[str, 
     figures, asked = result.figures, dict(result.arguments)
     assert figures is not None
     limit = _found(results, "limit")
-    theirs = _found(results, "training", **(asked | {"side": "trl"})) if asked["side"] == "ours" else None
+    case = {name: value for name, value in asked.items() if name != "kernels"} | {"side": "trl"}
+    theirs = _found(results, "training", **case) if asked["side"] == "ours" else None
     remarks = [f"{figures['computed_tokens']:.0%} of the rows' tokens computed"]
     if asked["side"] == "trl":
         remarks.append(f"{figures['at_once']} pairs at once")
@@ -152,11 +172,13 @@ def _peaks(result: Result, results: Sequence[Result]) -> Iterator[tuple[str, ...
 ROWS = {
     "material": _material,
     "parity": _parity,
+    "families": _families,
     "limit": _limit,
     "training": _training,
     "rollouts": _rollouts,
     "margin": _margin,
     "syncs": _syncs,
+    "profile": _profile,
     "start": _start,
     "peaks": _peaks,
 }

@@ -9,12 +9,13 @@ from benchmarks.gpu.material import counts_of, rows_file
 from benchmarks.gpu.world import GIB, Skipped, World, has_gpu, save_nothing
 
 STAGES = ("reward", "dpo")
+FUSED = "ours with Liger's kernels"
 
 
 def cells(world: World) -> list[Cell]:
     """The most important first: 1024 tokens beside TRL, then checkpointing, then the other lengths."""
     first, *rest = world.sizes.tokens
-    asked = [(first, rows, False, side) for rows in world.rows for side in ("ours", "trl")]
+    asked = [(first, rows, False, side) for rows in world.rows for side in ("ours", "trl", FUSED)]
     asked += [(first, rows, True, "ours") for rows in world.rows]
     asked += [(tokens, rows, off, "ours") for tokens in rest for off in (False, True) for rows in world.rows]
     asked += [(first, rows, True, "trl") for rows in world.rows]
@@ -29,9 +30,10 @@ def cells(world: World) -> list[Cell]:
                 "rows": rows,
                 "tokens": tokens,
                 "checkpointing": checkpointing,
-                "side": side,
+                "side": "ours" if side == FUSED else side,
+                **({"kernels": "liger"} if side == FUSED else {}),
             },
-            seconds=10 if side == "ours" else 20,
+            seconds=20 if side == "trl" else 10,
         )
         for tokens, rows, checkpointing, side in asked
         for stage in STAGES
@@ -44,6 +46,8 @@ def measure(
     """Pairs a second and useful TFLOP/s of the timed steps, the reference pass of DPO counted; losses; peaks."""
     import pair_contender
 
+    if more.get("kernels") == "liger" and not (has_gpu() and importlib.util.find_spec("liger_kernel")):
+        raise Skipped("Liger's kernels need a GPU and their wheel")
     sizes = world.sizes
     folder = world.work / "runs" / f"{stage}-{rows}-{tokens}-{checkpointing}-{side}-{'-'.join(map(str, more.values()))}"
     folder.mkdir(parents=True, exist_ok=True)
