@@ -131,17 +131,17 @@ def end_more_often(policy: Any, tokenizer: Any, texts: list[str], options: argpa
     import torch
 
     weight, end = policy.get_output_embeddings().weight, tokenizer.eos_token_id
-    prompts = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
+    prompts = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left").to(weight.device)
     width, drawing = prompts["input_ids"].shape[1], {"do_sample": True, "temperature": SETTINGS["temperature"]}
     torch.manual_seed(options.seed)
     with torch.no_grad():
         rows = policy.generate(**prompts, **drawing, top_k=0, top_p=1.0, max_new_tokens=options.response_tokens)
         mask = torch.nn.functional.pad(prompts["attention_mask"], (0, rows.shape[1] - width), value=1)
         states = policy.base_model(rows, attention_mask=mask).last_hidden_state[:, width - 1 : -1].flatten(0, 1)
-        others = (states @ weight.T).index_fill(1, torch.tensor([end]), -torch.inf)
+        others = (states @ weight.T).index_fill(1, torch.tensor([end], device=weight.device), -torch.inf)
         wanted = others.logsumexp(-1).double() + torch.tensor(options.end_rate, dtype=torch.double).logit()
         states = states.double()
-        ridge = states.pow(2).mean() * torch.eye(states.shape[1], dtype=torch.double)
+        ridge = states.pow(2).mean() * torch.eye(states.shape[1], dtype=torch.double, device=states.device)
         weight[end] = torch.linalg.solve(states.T @ states + ridge, states.T @ wanted).to(weight.dtype)
 
 
