@@ -89,12 +89,17 @@ END
 unpack() {
     # Wheels are laid beside each other and found before what the machine has; torch stays the machine's own. dill
     # (datasets) takes modules for library code only where a folder is called site-packages.
-    local site=$1.part wheel part
+    local site=$1.part wheel part job jobs=()
     [ ! -d "$1" ] || return 0
     rm -rf "$site"
     mkdir -p "$site/site-packages" "$site/ppo/site-packages" "$site/source" "$site/bin"
-    for wheel in "$here"/wheels/*.whl; do python3 -m zipfile -e "$wheel" "$site/site-packages"; done
-    for wheel in "$here"/wheels-ppo/*.whl; do python3 -m zipfile -e "$wheel" "$site/ppo/site-packages"; done
+    for wheel in "$here"/wheels/*.whl; do
+        python3 -m zipfile -e "$wheel" "$site/site-packages" & jobs+=($!)
+    done
+    for wheel in "$here"/wheels-ppo/*.whl; do
+        python3 -m zipfile -e "$wheel" "$site/ppo/site-packages" & jobs+=($!)
+    done
+    for job in "${jobs[@]}"; do wait "$job"; done
     for part in "$site"/site-packages/*.data/{purelib,platlib}; do
         if [ -d "$part" ]; then cp -r "$part"/. "$site/site-packages/"; fi
     done

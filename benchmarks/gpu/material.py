@@ -48,9 +48,6 @@ def make(world: World) -> dict[str, Any]:
         found[folder.name] = sum(parameter.numel() for parameter in model.parameters())
         del model
     _write_prompts(world)
-    for name in world.rows:
-        for tokens in world.sizes.tokens:
-            found[f"{name}, {tokens} tokens"] = _write_rows(world, name, tokens)
     return found
 
 
@@ -92,7 +89,8 @@ def counts_of(world: World, name: str, tokens: int) -> list[dict[str, int]]:
     return json.loads((world.work / "rows" / f"{name}-{tokens}.json").read_text())
 
 
-def _write_rows(world: World, name: str, tokens: int) -> int:
+def write_rows(world: World, name: str, tokens: int) -> None:
+    """Write the files of :func:`rows_file` and :func:`counts_of`, if they are not there."""
     import numpy as np
 
     from rlhf.data.batching import global_batch
@@ -100,6 +98,9 @@ def _write_rows(world: World, name: str, tokens: int) -> int:
     from rlhf.data.preferences import load_preferences
     from rlhf.train.chat import load_chat
 
+    counted = world.work / "rows" / f"{name}-{tokens}.json"
+    if counted.is_file():
+        return
     sizes, settings = world.sizes, world.settings_of(name, tokens)
     data = load_preferences(DataConfig(**settings), load_chat(str(world.policy))).train
     count = sizes.pairs * sizes.steps
@@ -120,5 +121,4 @@ def _write_rows(world: World, name: str, tokens: int) -> int:
         path = rows_file(world, name, tokens, stage)
         path.parent.mkdir(exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (world.work / "rows" / f"{name}-{tokens}.json").write_text(json.dumps(counts))
-    return sum(each["prompt"] + each["answers"] for each in counts)
+    counted.write_text(json.dumps(counts))

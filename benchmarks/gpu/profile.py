@@ -24,12 +24,18 @@ OTHER = "other"
 
 def cells(world: World) -> list[Cell]:
     return [
-        Cell(part="profile", name=stage, function=f"{__name__}:measure", arguments={"stage": stage}, seconds=20)
-        for stage in ("reward", "preference", "rloo")
+        Cell(
+            part="profile",
+            name=f"{stage}{', Liger' if kernels == 'liger' else ''}",
+            function=f"{__name__}:measure",
+            arguments={"stage": stage, "kernels": kernels},
+            seconds=20,
+        )
+        for stage, kernels in (("reward", "none"), ("reward", "liger"), ("preference", "none"), ("rloo", "none"))
     ]
 
 
-def measure(world: World, *, stage: str) -> dict[str, Any]:
+def measure(world: World, *, stage: str, kernels: str) -> dict[str, Any]:
     """Seconds of a step by kinds of kernels, and the longest ones; torch's table goes to the log."""
     from rlhf.engine.ranks import start_ranks, stop_ranks
 
@@ -41,7 +47,7 @@ def measure(world: World, *, stage: str) -> dict[str, Any]:
     if stage == "rloo":
         rollouts.measure(world, kind="rloo", side="ours")
         return taken
-    settings = [f"output={world.work / 'runs' / f'profile-{stage}'}"]
+    settings = [f"output={world.work / 'runs' / f'profile-{stage}-{kernels}'}", f"model.kernels={kernels}"]
     settings += [f"train.max_steps={STEPS}", f"train.epochs={STEPS}"]
     ranks = start_ranks()
     try:

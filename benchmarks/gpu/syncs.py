@@ -1,7 +1,9 @@
 """How often the host waits for the device in a training step."""
 
-import warnings
+import contextlib
+import sys
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.gpu import stages
@@ -29,7 +31,7 @@ def measure(world: World, *, stage: str) -> dict[str, Any]:
     from rlhf.engine.ranks import start_ranks, stop_ranks
 
     counted: Counter[str] = Counter()
-    stages.watch_step(stage, LOOKED_AT, lambda: _Waits(counted) if has_gpu() else _reads(counted))
+    stages.watch_step(stage, LOOKED_AT, lambda: _waits(counted) if has_gpu() else _reads(counted))
     settings = [f"output={world.work / 'runs' / f'syncs-{stage}'}"]
     settings += [f"train.max_steps={STEPS}", f"train.epochs={STEPS}"]
     ranks = start_ranks()
@@ -46,42 +48,30 @@ def measure(world: World, *, stage: str) -> dict[str, Any]:
     }
 
 
-class _Waits:
-    """What torch warns of."""
+@contextlib.contextmanager
+def _waits(counted: Counter[str]) -> Iterator[None]:
+    """What torch warns of, and ``torch.cuda.synchronize``, which it does not warn of."""
+    import torch
 
-    def __init__(self, counted: Counter[str]) -> None:
-        self._counted, self._caught = counted, warnings.catch_warnings(record=True)
+    from rlhf.core.moving import noted_waits
 
-    def __enter__(self) -> None:
-        import torch
+    asked = torch.cuda.synchronize
 
-        self._found = self._caught.__enter__()
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        self._asked = torch.cuda.synchronize
-        torch.cuda.synchronize = self._synchronize  # which is not warned of
-
-    def __exit__(self, *error: Any) -> None:
-        import torch
-
-        torch.cuda.synchronize = self._asked
-        torch.cuda.set_sync_debug_mode("default")
-        self._caught.__exit__(*error)
-        for each in self._found or ():
-            if "synchroniz" in str(each.message):
-                self._counted[_short(each.filename, each.lineno)] += 1
-
-    def _synchronize(self, *given: Any, **named: Any) -> None:
-        import sys
-
+    def synchronize(*given: Any, **named: Any) -> None:
         caller = sys._getframe(1)
-        self._counted[_short(caller.f_code.co_filename, caller.f_lineno)] += 1
-        self._asked(*given, **named)
+        counted[_short(f"{caller.f_code.co_filename}:{caller.f_lineno}")] += 1
+        asked(*given, **named)
+
+    torch.cuda.synchronize = synchronize
+    try:
+        with noted_waits() as waits:
+            yield
+    finally:
+        torch.cuda.synchronize = asked
+    counted.update(map(_short, waits))
 
 
 def _reads(counted: Counter[str]) -> Any:
-    import sys
-
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -94,11 +84,11 @@ def _reads(counted: Counter[str]) -> Any:
                 frame = sys._getframe(1)
                 while frame.f_back is not None and "/torch/" in frame.f_code.co_filename:
                     frame = frame.f_back
-                counted[_short(frame.f_code.co_filename, frame.f_lineno)] += 1
+                counted[_short(f"{frame.f_code.co_filename}:{frame.f_lineno}")] += 1
             return func(*args, **(kwargs or {}))
 
     return Reads()
 
 
-def _short(file: str, line: int) -> str:
-    return f"{'/'.join(file.split('/')[-3:])}:{line}"
+def _short(place: str) -> str:
+    return "/".join(place.split("/")[-3:])

@@ -5,7 +5,7 @@ import importlib.util
 from typing import Any
 
 from benchmarks.gpu.cells import Cell
-from benchmarks.gpu.material import counts_of, rows_file
+from benchmarks.gpu.material import counts_of, rows_file, write_rows
 from benchmarks.gpu.world import GIB, Skipped, World, has_gpu, save_nothing
 
 STAGES = ("reward", "dpo")
@@ -48,6 +48,7 @@ def measure(
 
     if more.get("kernels") == "liger" and not (has_gpu() and importlib.util.find_spec("liger_kernel")):
         raise Skipped("Liger's kernels need a GPU and their wheel")
+    write_rows(world, rows, tokens)
     sizes = world.sizes
     folder = world.work / "runs" / f"{stage}-{rows}-{tokens}-{checkpointing}-{side}-{'-'.join(map(str, more.values()))}"
     folder.mkdir(parents=True, exist_ok=True)

@@ -8,10 +8,8 @@ token is on the device: which tokens, their positions, and the column that they 
 
 import contextlib
 import functools
-import threading
-import warnings
-from collections.abc import Callable, Iterator
-from typing import Any, TextIO
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +17,7 @@ from torch import Tensor
 from policy.generation import cache as caches
 from policy.generation.rows import LiveRows
 from policy.model import DecodeStep, PolicyModel
+from rlhf.core.moving import noted_waits
 
 Record = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 """Takes a function that computes on fixed memory, gives one that does it again, into the memory of the same result."""
@@ -39,8 +38,10 @@ def cuda_graph(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """
     stream, here = _stream(torch.cuda.current_device()), torch.cuda.current_stream()
     stream.wait_stream(here)
-    with torch.cuda.stream(stream), _no_waits():
+    with torch.cuda.stream(stream), noted_waits() as waits:
         compute()  # what libraries do at a first call must not be recorded either
+    if waits:
+        raise RuntimeError(f"it waits for the GPU at {waits[0]}")
     here.wait_stream(stream)
     torch.cuda.synchronize()
     torch.cuda.empty_cache()  # memory of a recording is its own: none that is kept for others
@@ -66,37 +67,6 @@ def cuda_graph(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
 def _stream(device: int) -> torch.cuda.Stream:
     """One for all recordings: libraries keep memory for each stream that they have seen."""
     return torch.cuda.Stream(device)
-
-
-@contextlib.contextmanager
-def _no_waits() -> Iterator[None]:
-    """Raise behind the block, if this thread has waited for the GPU; what else is warned of is passed on."""
-    before, here, waits = torch.cuda.get_sync_debug_mode(), threading.get_ident(), []
-    with warnings.catch_warnings():
-        show = warnings.showwarning
-
-        def seen(
-            message: Warning | str,
-            category: type[Warning],
-            filename: str,
-            lineno: int,
-            file: TextIO | None = None,
-            line: str | None = None,
-        ) -> None:
-            if "synchronizing" not in str(message):
-                show(message, category, filename, lineno, file, line)
-            elif threading.get_ident() == here:
-                waits.append(f"{filename}:{lineno}")
-
-        warnings.showwarning = seen
-        warnings.filterwarnings("always", ".*synchronizing")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            yield
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
-    if waits:
-        raise RuntimeError(f"it waits for the GPU at {waits[0]}")
 
 
 def _end(graph: torch.cuda.CUDAGraph, pool: Any) -> None:

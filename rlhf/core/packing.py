@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from rlhf.core.moving import moved
 
-SMALLEST_STEP = 16
+SMALLEST, SMALLEST_STEP = 256, 16
+"""Kernels are built for two blocks of 128 or more: a single one would have one of its own."""
 LEAST_SHARE = 1 / 64
 """Share of the tokens of all rows. Where less would be saved, as by a first token that all have, rows stand one by one,
 for kernels that know nothing of trees."""
@@ -76,7 +77,7 @@ class Packing:
 def padded_length(count: int) -> int:
     """The next of the lengths that kernels are built for: 32 of them up to each doubling, 1.1 % longer on average."""
     step = max(SMALLEST_STEP, 2 ** (count.bit_length() - 6))
-    return -(-count // step) * step
+    return max(SMALLEST, -(-count // step) * step)
 
 
 def pack(blocks: Sequence[tuple[np.ndarray, np.ndarray]]) -> Packing:

@@ -21,10 +21,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+import torch._dynamo
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rlhf.core.moving import moved
@@ -37,6 +40,8 @@ PLAIN = ("sdpa", "eager")
 FLASH = ("flash_attention_2", "flash_attention_3")
 """Attention of Transformers that takes the lengths of rows."""
 FLEX = "flex_attention"
+BLOCK = 128
+"""Tokens of a block of FlexAttention's masks."""
 KERNELS = 64
 """How many of FlexAttention may be built in a run."""
 
@@ -90,8 +95,6 @@ def _let_kernels_be_many() -> None:
     """Dynamo takes 8 kernels of a function for a fault, and has it run as it is from then on: FlexAttention would hold
     all scores. Each shape of a model has its own, with and without gradients, and a run has several models.
     """
-    import torch._dynamo
-
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, KERNELS)
 
 
@@ -177,21 +180,77 @@ def _mask_of_rows(name: str, packing: Packing, asked: dict[str, Any]) -> PackedM
 def _mask_of_tree(packing: Packing, rows: PackedMask | None, asked: dict[str, Any]) -> PackedMask:
     """What follows a token in some row stands between it and the end of its branch: so a branch is its own past."""
     plain, positions, ends = asked["mask_function"], packing.positions, packing.ends
+    for part in (positions, ends):
+        _may_change(part, 0)
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        in_its_past = (key <= query) & (query < ends[key])
-        return in_its_past & plain(batch, head, positions[query], positions[key])
+        return (key <= query) & (query < ends[key])
+
+    def sees_of_these(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return sees(batch, head, query, key) & plain(batch, head, positions[query], positions[key])
 
     count = len(packing.tokens)
-    sizes = {"batch_size": 1, "q_length": count, "kv_length": count, "q_offset": 0, "kv_offset": 0}
-    mask = ALL_MASK_ATTENTION_FUNCTIONS[FLEX](**{**asked, **sizes, "mask_function": sees, "attention_mask": None})
+    if plain is causal_mask_function:
+        mask = _blocks_of_tree(ends, sees)
+    else:
+        sizes = {"batch_size": 1, "q_length": count, "kv_length": count, "q_offset": 0, "kv_offset": 0}
+        named = {**asked, **sizes, "mask_function": sees_of_these, "attention_mask": None}
+        mask = ALL_MASK_ATTENTION_FUNCTIONS[FLEX](**named)
 
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: PackedMask, **options: Any
     ) -> Tensor:
+        for part in (query, key, value):
+            _may_change(part, 2)
         return ALL_ATTENTION_FUNCTIONS[FLEX](module, query, key, value, mask.masks[0], **options)[0]
 
     return PackedMask(packing, (mask,), attend, rows)
+
+
+def _blocks_of_tree(ends: Tensor, sees: Callable[..., Tensor]) -> BlockMask:
+    """Which blocks of tokens see which, from the ``(N,)`` ends of branches alone.
+
+    PyTorch's own way asks about each pair of tokens, and builds kernels for that before the first step.
+    """
+    count = -(-len(ends) // BLOCK)
+    begins = torch.arange(count, device=ends.device) * BLOCK
+    latest = F.pad(ends, (0, count * BLOCK - len(ends))).view(count, BLOCK)
+    is_past = begins[:, None] > begins  # (queries, keys)
+    seen = is_past & (latest.amax(dim=1) > begins[:, None]) | torch.eye(count, dtype=torch.bool, device=ends.device)
+    wholly = is_past & (latest.amin(dim=1) >= begins[:, None] + BLOCK)
+    sizes: dict[str, Any] = {"BLOCK_SIZE": BLOCK, "mask_mod": sees, "seq_lengths": (len(ends), len(ends))}
+    mask = _TreeMask.from_kv_blocks(*_in_order(seen & ~wholly), *_in_order(wholly), **sizes)
+    mask.ends = ends
+    for part in vars(mask).values():
+        if isinstance(part, Tensor):
+            for dimension in range(2, part.dim()):
+                _may_change(part, dimension)
+    return mask
+
+
+class _TreeMask(BlockMask):
+    """A mask whose length is that of a tensor: a number in its place would have a kernel of its own at first."""
+
+    ends: Tensor
+
+    @property
+    def seq_lengths(self) -> tuple[int, int]:
+        return len(self.ends), len(self.ends)
+
+    @seq_lengths.setter
+    def seq_lengths(self, lengths: tuple[int, int]) -> None:
+        """Given by ``ends``."""
+
+
+def _in_order(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """``(1, 1, B)`` counts and ``(1, 1, B, B)`` columns of the true places of each row, which come first."""
+    order = blocks.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+    return blocks.sum(dim=1, dtype=torch.int32)[None, None], order.to(torch.int32)[None, None]
+
+
+def _may_change(values: Tensor, dimension: int) -> None:
+    """Let one kernel do for all lengths from the start: else the first is built for the first length alone."""
+    torch._dynamo.maybe_mark_dynamic(values, dimension)
 
 
 def _mask_of_lengths(name: str, packing: Packing, rows: PackedMask | None, device: torch.device) -> PackedMask:

@@ -292,7 +292,7 @@ class Driver:
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: self)
         monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: self.mode)
-        monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: setattr(self, "mode", mode))
+        monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", self._set_mode)
         monkeypatch.setattr(torch.cuda, "stream", self._on_stream)
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: self)
         monkeypatch.setattr(torch.cuda.memory, "_cuda_endAllocateToPool", self._call("end_allocation"))
@@ -306,6 +306,13 @@ class Driver:
                 raise RuntimeError(name)
 
         return called
+
+    def _set_mode(self, mode) -> None:
+        self.mode = mode
+        warnings.warn(  # as torch does
+            "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing operations",
+            stacklevel=1,
+        )
 
     @contextlib.contextmanager
     def _on_stream(self, stream):

@@ -150,9 +150,10 @@ def test_flex_attention_with_recomputed_activations_too():
 
 
 @pytest.mark.usefixtures("flex_on_cpu")
-@pytest.mark.parametrize("window", [None, 4])
-def test_each_token_sees_the_past_of_its_own_row_within_the_window(window):
-    rows, groups = texts(12, 7, 3), [[0, 3], [1, 4, 5, 2]]
+@pytest.mark.parametrize("lengths", [(12, 7, 3), (400, 290, 700)])
+@pytest.mark.parametrize("window", [None, 4, 200])
+def test_each_token_sees_the_past_of_its_own_row_within_the_window(window, lengths):
+    rows, groups = texts(*lengths), [[0, 3], [1, 4, 5, 2]]
     packing = pack(blocks_of(rows, groups)).padded()
     plain = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
     make = ALL_MASK_ATTENTION_FUNCTIONS["packed_flex_sdpa"]
@@ -172,7 +173,26 @@ def test_each_token_sees_the_past_of_its_own_row_within_the_window(window):
     real = len(packing.first)
     expected[range(real, count), range(real, count)] = True  # padding: each token sees itself
     assert torch.equal(sees, expected)
-    assert found.to_dense().bool().all(), "blocks that hold a pair are never left out"
+    wanted = flex_attention.create_block_mask(lambda b, h, q, k: expected[q, k], 1, None, count, count, device="cpu")
+    assert torch.equal(found.to_dense(), wanted.to_dense()), "blocks that hold a pair, and no others"
+    for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
+        assert torch.equal(getattr(found, name), getattr(wanted, name)), name
+    assert bool(wanted.full_kv_num_blocks.any()) == (max(lengths) > 300 and window is None), "blocks seen as a whole"
+    for name, counts in (("kv_indices", "kv_num_blocks"), ("full_kv_indices", "full_kv_num_blocks")):
+        for row, number in enumerate(getattr(wanted, counts)[0, 0].tolist()):
+            assert torch.equal(getattr(found, name)[0, 0, row, :number], getattr(wanted, name)[0, 0, row, :number])
+
+
+@pytest.mark.usefixtures("flex_on_cpu")
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_flex_attention_over_many_blocks_has_the_states_and_gradients_of_ordinary_rows():
+    model = model_of("Llama")
+    generator = np.random.default_rng(0)
+    prompt = generator.integers(20, 120, 200)
+    rows = [np.concatenate([prompt, generator.integers(20, 120, length)]) for length in (30, 290, 140)]
+    rows = [row % 119 + 1 for row in [*rows, generator.integers(20, 120, 170)]]
+    groups = [[0, 1], [3, 2]]
+    assert_equal(asked(model, rows, groups, packed="flex"), asked(model, rows, groups, packed=None))
 
 
 def test_kernels_are_built_for_few_lengths_that_are_hardly_longer():
