@@ -78,7 +78,7 @@ def run_ours(settings: dict[str, Any], measured: Measured) -> None:
     """The stage, watched at the seams between its parts."""
     from rlhf.engine.ranks import start_ranks, stop_ranks
 
-    stage, config, task_name = (_our_dpo if settings["stage"] == "dpo" else _our_reward)(settings)
+    stage, config, task_name = our_run(settings)
     start_engine, task, clock = stage.start_engine, getattr(stage, task_name), contextlib.ExitStack()
     counts = {"rows": 0.0, "needed": 0.0, "computed": 0.0}
 
@@ -118,6 +118,11 @@ def run_ours(settings: dict[str, Any], measured: Measured) -> None:
     finally:
         stop_ranks()
     measured.tokens(**counts)
+
+
+def our_run(settings: dict[str, Any]) -> tuple[Any, Any, str]:
+    """The module of the stage, the configuration of the run, and the name of the stage's task."""
+    return (_our_dpo if settings["stage"] == "dpo" else _our_reward)(settings)
 
 
 def _computed(batch: Any) -> int:

@@ -48,6 +48,7 @@ def make(world: World) -> dict[str, Any]:
         found[folder.name] = sum(parameter.numel() for parameter in model.parameters())
         del model
     _write_prompts(world)
+    (world.work / "rows").mkdir()
     return found
 
 
@@ -119,6 +120,5 @@ def write_rows(world: World, name: str, tokens: int) -> None:
         counts.append({"prompt": start, "answers": answers})
     for stage, rows in (("dpo", for_dpo), ("reward", for_reward)):
         path = rows_file(world, name, tokens, stage)
-        path.parent.mkdir(exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     counted.write_text(json.dumps(counts))

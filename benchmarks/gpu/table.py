@@ -105,6 +105,8 @@ def _training(result: Result, results: Sequence[Result]) -> Iterator[tuple[str, 
     remarks = [f"{figures['computed_tokens']:.0%} of the rows' tokens computed"]
     if asked["side"] == "trl":
         remarks.append(f"{figures['at_once']} pairs at once")
+    else:
+        remarks.append(_planned(figures["planned_gib"], figures["peak_gib"]))
     times = ""
     if theirs is not None:
         off = max(abs(a - b) for a, b in zip(figures["losses"][:2], theirs["losses"][:2], strict=False))
@@ -164,9 +166,12 @@ def _start(result: Result, results: Sequence[Result]) -> Iterator[tuple[str, ...
 def _peaks(result: Result, results: Sequence[Result]) -> Iterator[tuple[str, ...]]:
     figures = result.figures
     assert figures is not None
-    ratio = figures["predicted_gib"] / figures["measured_gib"]
-    remarks = f"planned {figures['predicted_gib']:.3g} GiB, {ratio:.2f} of it"
+    remarks = _planned(figures["planned_gib"], figures["measured_gib"])
     yield _row(result, peak=f"{figures['measured_gib']:.3g}", remarks=remarks)
+
+
+def _planned(planned: float, measured: float) -> str:
+    return f"planned {planned:.3g} GiB, {planned / measured:.2f} of the peak"
 
 
 ROWS = {

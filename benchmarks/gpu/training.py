@@ -6,6 +6,7 @@ from typing import Any
 
 from benchmarks.gpu.cells import Cell
 from benchmarks.gpu.material import counts_of, rows_file, write_rows
+from benchmarks.gpu.peaks import planned_peak
 from benchmarks.gpu.world import GIB, Skipped, World, has_gpu, save_nothing
 
 STAGES = ("reward", "dpo")
@@ -75,14 +76,15 @@ def measure(
         "liger": has_gpu() and importlib.util.find_spec("liger_kernel") is not None,
         **more,
     }
-    measured = pair_contender.Measured()
-    at_once = sizes.pairs
     if side == "ours":
+        measured = pair_contender.Measured()
         save_nothing()
         pair_contender.run_ours(settings, measured)
+        _, config, _ = pair_contender.our_run(settings)
+        more = planned_peak("preference" if stage == "dpo" else stage, config)
     else:
-        measured, at_once = _largest_batch(settings)
-    return _figures(world, measured.numbers, stage, rows, tokens) | {"at_once": at_once}
+        measured, more["at_once"] = _largest_batch(settings)
+    return _figures(world, measured.numbers, stage, rows, tokens) | more
 
 
 def _largest_batch(settings: dict[str, Any]) -> tuple[Any, int]:

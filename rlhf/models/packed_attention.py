@@ -62,7 +62,7 @@ class PackedMask:
     attend: Callable[..., Tensor]
     """Gives ``(1, N, H, D)`` from module, queries, keys, values, this mask and the options of the layer."""
     rows: "PackedMask | None" = None
-    """The same row by row, to compare with; see :func:`comparing_gradients`."""
+    """The same row by row, to compare with; see :func:`comparing`."""
 
 
 def kernels_for(model: PreTrainedModel, device: torch.device) -> tuple[Kernel, ...]:
@@ -112,6 +112,8 @@ def packed(packing: Packing) -> Iterator[None]:
 class Comparison:
     """How far packed attention is from attention row by row."""
 
+    gradients: bool
+    """Whether gradients are compared, too: kernels for them take seconds to build, and a frozen model needs none."""
     recomputing: bool
     """Whether the model computes its activations again in the backward pass."""
     differences: list[float] = field(default_factory=list)
@@ -119,12 +121,12 @@ class Comparison:
 
 
 @contextlib.contextmanager
-def comparing_gradients(*, recomputing: bool) -> Iterator[list[float]]:
-    """Packed attention inside the block is computed row by row as well, with gradients, even without those of a model.
+def comparing(*, gradients: bool, recomputing: bool) -> Iterator[list[float]]:
+    """Packed attention inside the block is computed row by row as well, with gradients, even where the model has none.
 
     Gives the differences, see :class:`Comparison`; the list is filled inside the block.
     """
-    found = Comparison(recomputing)
+    found = Comparison(gradients, recomputing)
     token = _comparison.set(found)
     try:
         yield found.differences
@@ -183,19 +185,16 @@ def _mask_of_tree(packing: Packing, rows: PackedMask | None, asked: dict[str, An
     for part in (positions, ends):
         _may_change(part, 0)
 
-    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def sees_past(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key <= query) & (query < ends[key])
 
-    def sees_of_these(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return sees(batch, head, query, key) & plain(batch, head, positions[query], positions[key])
+    def sees_some(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return sees_past(batch, head, query, key) & plain(batch, head, positions[query], positions[key])
 
-    count = len(packing.tokens)
     if plain is causal_mask_function:
-        mask = _blocks_of_tree(ends, sees)
+        mask = _blocks_of_tree(packing, sees_past)
     else:
-        sizes = {"batch_size": 1, "q_length": count, "kv_length": count, "q_offset": 0, "kv_offset": 0}
-        named = {**asked, **sizes, "mask_function": sees_of_these, "attention_mask": None}
-        mask = ALL_MASK_ATTENTION_FUNCTIONS[FLEX](**named)
+        mask = _blocks_of_tree(packing, sees_some, all_of_past=False, reach=asked.get("local_size"))
 
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: PackedMask, **options: Any
@@ -207,17 +206,30 @@ def _mask_of_tree(packing: Packing, rows: PackedMask | None, asked: dict[str, An
     return PackedMask(packing, (mask,), attend, rows)
 
 
-def _blocks_of_tree(ends: Tensor, sees: Callable[..., Tensor]) -> BlockMask:
-    """Which blocks of tokens see which, from the ``(N,)`` ends of branches alone.
+def _blocks_of_tree(
+    packing: Packing, sees: Callable[..., Tensor], *, all_of_past: bool = True, reach: int | None = None
+) -> BlockMask:
+    """Which blocks of tokens see which, from the ends of branches alone.
 
     PyTorch's own way asks about each pair of tokens, and builds kernels for that before the first step.
+
+    Args:
+        sees: whether a token sees another.
+        all_of_past: whether each token sees its whole past, so that ``sees`` need not be asked within some blocks.
+        reach: how many positions a token looks back at most; blocks that are further apart are left out.
     """
+    ends, positions = packing.ends, packing.positions
     count = -(-len(ends) // BLOCK)
+    missing = count * BLOCK - len(ends)
     begins = torch.arange(count, device=ends.device) * BLOCK
-    latest = F.pad(ends, (0, count * BLOCK - len(ends))).view(count, BLOCK)
+    end = F.pad(ends, (0, missing)).view(count, BLOCK)
     is_past = begins[:, None] > begins  # (queries, keys)
-    seen = is_past & (latest.amax(dim=1) > begins[:, None]) | torch.eye(count, dtype=torch.bool, device=ends.device)
-    wholly = is_past & (latest.amin(dim=1) >= begins[:, None] + BLOCK)
+    seen = is_past & (end.amax(dim=1) > begins[:, None])
+    if reach is not None:
+        place = positions[torch.arange(count * BLOCK, device=ends.device).clamp_max(len(ends) - 1)].view(count, BLOCK)
+        seen &= place.amin(dim=1)[:, None] - place.amax(dim=1) <= reach
+    seen |= torch.eye(count, dtype=torch.bool, device=ends.device)
+    wholly = is_past & (end.amin(dim=1) >= begins[:, None] + BLOCK) & all_of_past
     sizes: dict[str, Any] = {"BLOCK_SIZE": BLOCK, "mask_mod": sees, "seq_lengths": (len(ends), len(ends))}
     mask = _TreeMask.from_kv_blocks(*_in_order(seen & ~wholly), *_in_order(wholly), **sizes)
     mask.ends = ends
@@ -289,15 +301,17 @@ def _compare(module: nn.Module, inputs: tuple[Tensor, ...], mask: PackedMask, op
     assert comparison is not None and mask.rows is not None
     count = len(mask.packing.first)
     for way in (mask, mask.rows):
-        with torch.enable_grad():
-            parts = [part.detach().clone().requires_grad_() for part in inputs]
+        with torch.set_grad_enabled(comparison.gradients):
+            parts = [part.detach().clone().requires_grad_(comparison.gradients) for part in inputs]
             asked = functools.partial(way.attend, mask=way, **options)
-            if comparison.recomputing:
+            if comparison.recomputing and comparison.gradients:
                 values = checkpoint(asked, module, *parts, use_reentrant=False)
             else:
                 values = asked(module, *parts)
             values = values[:, :count].float()
-            gradients = torch.autograd.grad((values * values.detach().cos()).sum(), parts)
+            gradients: tuple[Tensor, ...] = ()
+            if comparison.gradients:
+                gradients = torch.autograd.grad((values * values.detach().cos()).sum(), parts)
         both.append([values.detach(), *(gradient[:, :, :count].float() for gradient in gradients)])
     comparison.differences.extend(
         float((one - other).abs().max() / other.abs().max().clamp_min(1e-30)) for one, other in zip(*both, strict=True)

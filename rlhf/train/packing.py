@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from rlhf.data.batching import Buckets, Row, length_bucket, packed_buckets
 from rlhf.engine.frozen import Frozen
 from rlhf.models.backbones import embedding_rows
-from rlhf.models.packed_attention import Kernel, comparing_gradients, kernel_of, kernels_for, set_packing
+from rlhf.models.packed_attention import Kernel, comparing, kernel_of, kernels_for, set_packing
 from rlhf.train.batches import asking
 from rlhf.train.probing import padding_of
 
@@ -69,17 +69,19 @@ def _difference(model: Frozen, hf: PreTrainedModel, kernel: Kernel) -> str:
     """Why ``hf`` cannot pack with ``kernel``, in words; empty if it can."""
     limit = TOLERANCE.get(hf.dtype, 1e-3)
     worst = 0.0
+    trained = any(parameter.requires_grad for parameter in hf.parameters())
     try:
         for rows in _rows(embedding_rows(hf), padding_of(hf.config)):
             set_packing(hf, None)
             apart = _said(model, rows)
             if not set_packing(hf, kernel):
                 return OWN
-            with comparing_gradients(recomputing=hf.is_gradient_checkpointing) as differences:
+            with comparing(gradients=trained, recomputing=hf.is_gradient_checkpointing) as differences:
                 together = _said(model, rows)
             worst = max(worst, float((together - apart).abs().max() / apart.abs().max().clamp_min(1e-30)))
             if not max(differences, default=0.0) <= limit:
-                return f"its gradients are others, by {max(differences):.2g} of the largest number ({limit})"
+                what = "or its gradients are others" if trained else "is another"
+                return f"its attention {what}, by {max(differences):.2g} of the largest number ({limit})"
     except Exception as error:  # whatever a model's own code raises
         return f"{type(error).__name__}: {str(error)[:200]}"
     return "" if worst <= limit else f"it says something else of them, {worst:.2g} of the largest number ({limit})"

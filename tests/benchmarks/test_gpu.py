@@ -46,13 +46,15 @@ def test_every_part_runs_at_toy_size_and_says_what_it_skipped(world, tmp_path):
     results = json.loads((tmp_path / "found.json").read_text())["results"]
     assert {result["part"] for result in results} == {"material", *PARTS}
     skipped = [result for result in results if result["skipped"]]
-    assert [result["name"] for result in skipped] == ["ppo, trl"]
-    assert "--trl-ppo" in skipped[0]["skipped"]
+    assert {result["part"] for result in skipped} == {"rollouts", "profile", "training"}, "what needs a GPU, or a TRL"
+    assert "--trl-ppo" in next(result["skipped"] for result in skipped if result["name"] == "ppo, trl")
+    assert all("GPU" in result["skipped"] for result in skipped if result["part"] != "rollouts")
     found = {result["name"]: result["figures"] for result in results if result["figures"]}
     for stage in ("reward", "dpo"):
         ours, theirs = (found[f"{stage}, pairs, 128 tokens, {side}"]["losses"] for side in ("ours", "trl"))
         assert ours == pytest.approx(theirs, abs=1e-5)
         assert found[f"{stage}, pairs, 128 tokens, ours"]["computed_tokens"] < 1  # the prompt of a pair counts once
+    assert min(result["figures"]["syncs"] for result in results if result["part"] == "syncs") > 0
     assert "NOT THE SAME WORK" not in told.stdout and "DIFFERS" not in told.stdout
     assert "| skipped: needs a TRL with PPOTrainer" in told.stdout
 
@@ -101,6 +103,7 @@ def works(world: World) -> dict:
 def test_a_table_tells_ratios_to_trl_of_the_same_case_and_losses_that_differ():
     asked = {"stage": "reward", "rows": "hh", "tokens": 128, "checkpointing": False}
     figures = {"useful_tflops": 40.0, "padding": 0.0, "computed_tokens": 0.7, "peak_gib": 10.0, "at_once": 8}
+    figures["planned_gib"] = 9.0
     results = [
         Result(
             part="limit",
@@ -129,6 +132,7 @@ def test_a_table_tells_ratios_to_trl_of_the_same_case_and_losses_that_differ():
     assert ours["of the limit"] == "50%"
     assert ours["times TRL"] == "3.00, memory 0.25"
     assert "losses differ by 1.0e-01: NOT THE SAME WORK" in ours["remarks"]
+    assert "planned 9 GiB, 0.90 of the peak" in ours["remarks"]
     assert lines[5][-1] == "0.09% of a reward step"  # 2 ms beside 64 pairs at 30 a second
     assert lines[6][-1] == "skipped: no wheel"
 

@@ -30,8 +30,10 @@ def policy_of(family, attention=None, **settings):
     return PolicyModel(hf)
 
 
-def allowed(policy):
-    found = allow_packing(ReplicatedModel(policy, ALONE))
+def allowed(policy, *, trained=True):
+    placed = ReplicatedModel(policy, ALONE)
+    policy.requires_grad_(trained)
+    found = allow_packing(placed)
     assert kernel_of(policy.hf) == ("rows" if found else None)
     return found
 
@@ -111,7 +113,25 @@ def test_where_gradients_of_flex_attention_are_wrong_rows_attend_one_by_one(monk
 
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flex_attention", wrong)
     assert allowed(policy_of("Llama", intermediate_size=48))
-    assert "not by FlexAttention: its gradients are others, by 0.1 of" in capsys.readouterr().out
+    assert "not by FlexAttention: its attention or its gradients are others, by 0.1 of" in capsys.readouterr().out
+    frozen = policy_of("Llama", intermediate_size=48)
+    assert allow_packing(ReplicatedModel(frozen, ALONE)) and kernel_of(frozen.hf) == "flex"  # it needs no gradients
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("trained", [True, False])
+def test_where_flex_attention_says_something_else_rows_attend_one_by_one(trained, monkeypatch, capsys):
+    right = ALL_ATTENTION_FUNCTIONS["flex_attention"]
+
+    def wrong(*given, **options):
+        values, weights = right(*given, **options)
+        return values * 1.1, weights
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flex_attention", wrong)
+    assert allowed(policy_of("Llama", intermediate_size=48), trained=trained)
+    said = "or its gradients are others" if trained else "is another"
+    assert f"not by FlexAttention: its attention {said}, by 0.1 of" in capsys.readouterr().out
 
 
 def test_dropout_is_not_shared_between_answers(capsys):
