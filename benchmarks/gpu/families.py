@@ -44,8 +44,8 @@ def cells(world: World) -> list[Cell]:
 
 
 def measure(world: World, *, family: str) -> dict[str, Any]:
-    """By precision: the kernel, largest differences as shares of the largest number, and of the tokens the share that
-    is the same.
+    """The kernel by precision, and its largest differences as shares of the largest number; of the sampler, the share
+    of responses that are the same with CUDA graphs, and the largest gap of log-probabilities before a token differs.
     """
     import torch
 
@@ -121,7 +121,7 @@ def _off(ours: list[Any], theirs: list[Any]) -> float:
 
 
 def _written(policy: Any, ranks: Any) -> dict[str, Any]:
-    """Tokens by CUDA graphs beside those without."""
+    """Responses by CUDA graphs beside those without."""
     import numpy as np
 
     from benchmarks.gpu.rollouts import recordings
@@ -138,6 +138,12 @@ def _written(policy: Any, ranks: Any) -> dict[str, Any]:
         for graphs in (True, False):
             config = SamplingConfig(max_new_tokens=48, batch_rows=16, cuda_graphs=graphs)
             sampler = HfSampler(ReplicatedModel(policy, ranks), config, eos_token_ids=range(3, 340, 40), pad_token_id=0)
-            sides.append([response.tokens.tolist() for response in sampler.generate(prompts, seeds)])
-    same = [one == other for one, other in zip(*sides, strict=True)]
-    return {"recordings": len(recorded), "same": sum(same) / len(same), "tokens": sum(map(len, sides[1]))}
+            sides.append(sampler.generate(prompts, seeds))
+    same, gap = 0, 0.0
+    for one, other in zip(*sides, strict=True):
+        shorter = min(len(one.tokens), len(other.tokens))
+        differing = np.flatnonzero(one.tokens[:shorter] != other.tokens[:shorter])
+        until = int(differing[0]) if len(differing) else shorter
+        gap = max(gap, float(np.abs(one.logprobs[:until] - other.logprobs[:until]).max(initial=0.0)))
+        same += one.tokens.tolist() == other.tokens.tolist()
+    return {"recordings": len(recorded), "same": same / len(prompts), "gap": gap}

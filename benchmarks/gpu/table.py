@@ -79,6 +79,7 @@ def _families(result: Result, results: Sequence[Result]) -> Iterator[tuple[str, 
         if "off" in found:
             said.append("log-probabilities off by {:.1e}, gradients by {:.1e}".format(*found["off"]))
         said.append(f"{found['recordings']} CUDA graphs: {found['same']:.0%} of responses the same")
+        said.append(f"log-probabilities off by {found['gap']:.1e} nats before they differ")
         yield _row(result, case=f"{result.name}, {precision}", remarks=", ".join(said))
 
 
