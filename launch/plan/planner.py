@@ -142,25 +142,27 @@ class StagePlan:
         return on_this_machine(phase, on_cpu=self.cluster.on_cpu)
 
     def _publishing_in_pieces(self) -> list[Phase]:
-        """What every rank has while it publishes what the ranks share: first the trained weights in float32, to be
-        asked, where they are not so already; then those that were opened again, if one process cannot hold them."""
+        """What every rank has while it publishes what the ranks share: first the trained weights once more, to be asked
+        in float32, where they are not so already; then those that were opened again, if one process cannot hold them.
+        """
         main = self.roles.main
         if self.config.train.publish == "none" or not main.shared_out:
             return []
         phases = []
         if self.size != FLOAT32:
-            phases.append(Phase(name="publishing: comparing", device=self._in_float32(main)))
+            phases.append(Phase(name="publishing: comparing", device=self._asked_in_float32(main)))
         if not self._one_process_opens:
             context = {} if self.cluster.on_cpu else {"fresh process: CUDA context and NCCL": DEVICE_BASE}
-            opened = {f"fresh process: {name}": size for name, size in self._in_float32(main).items()}
+            opened = {f"fresh process: {name}": size for name, size in self._asked_in_float32(main).items()}
             libraries = {"fresh process: libraries": HOST_BASE_CPU if self.cluster.on_cpu else HOST_BASE_CUDA}
             phases.append(Phase(name="publishing: opening", device=context | opened, host=libraries))
         return beside(phases, self._resting())
 
-    def _in_float32(self, role: Role) -> dict[str, int]:
-        """A share of the weights in float32, and the largest of them whole."""
+    def _asked_in_float32(self, role: Role) -> dict[str, int]:
+        """A share of the weights as they are, and the largest of them whole, in float32 too."""
         share, largest = -(-role.model.total // self.cluster.ranks), max(role.model.sizes)
-        return {f"{role.name}: weights in float32": FLOAT32 * share, f"{role.name}: gathered": FLOAT32 * largest}
+        whole = FLOAT32 if self.size == FLOAT32 else self.size + FLOAT32
+        return {f"{role.name}: weights to compare with": self.size * share, f"{role.name}: gathered": whole * largest}
 
     def _main_rank_in_pieces(self, base: int) -> Phase:
         """What goes into a file, and the largest tensor in float32 when an adapter is merged."""
@@ -171,7 +173,7 @@ class StagePlan:
             f"{main.name}: weights of a file": min(SHARD_BYTES, self.size * main.model.total),
             f"{main.name}: largest tensor in float32": FLOAT32 * max(main.model.sizes),
         }
-        shared = self._in_float32(main) if self.cluster.on_cpu and self.size != FLOAT32 else {}
+        shared = self._asked_in_float32(main) if self.cluster.on_cpu and self.size != FLOAT32 else {}
         writing = Phase(name="publishing", device=shared, host=items)
         opening = Phase(name="publishing", device={}, host={"fresh process that reads it again": base + self._opened})
         found = max(writing, opening, key=lambda each: each.host_bytes + each.device_bytes)

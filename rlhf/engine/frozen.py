@@ -84,9 +84,10 @@ KEEPING = ("stage3_prefetch_bucket_size", "stage3_max_live_parameters", "stage3_
 def share_in_float32(
     module: nn.Module, *, ranks: Ranks, hidden_size: int, fill: Callable[[nn.Parameter], None] | None = None
 ) -> Frozen:
-    """Share ``module`` out among the ranks by ZeRO-3 in float32, whatever its weights are.
+    """Share ``module`` out among the ranks by ZeRO-3, to be computed in float32, whatever its weights are.
 
-    It is asked about a few rows, so memory counts and time does not: a weight is whole for as long as it is used.
+    It is asked about a few rows, so memory counts and time does not: shares keep the type of the weights, and a weight
+    is whole, and float32, for as long as it is used.
 
     Args:
         module: on the CPU, the same on every rank. Every rank must call this.
@@ -97,6 +98,9 @@ def share_in_float32(
     sizes = {"world_size": ranks.world_size, "local_size": ranks.local_size, "hidden_size": hidden_size}
     resolved = resolve("zero3", frozen_values(EngineConfig(precision="float32"), **sizes), role="frozen")
     resolved["zero_optimization"] |= dict.fromkeys(KEEPING, 0)
+    from rlhf.engine.shares import compute_in_float32
     from rlhf.engine.zero import ShardedModel
 
-    return ShardedModel(module, ranks=ranks, deepspeed_config=resolved, fill=fill)
+    placed = ShardedModel(module, ranks=ranks, deepspeed_config=resolved, fill=fill, as_they_are=True)
+    compute_in_float32(placed.module)
+    return placed

@@ -9,6 +9,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero.partitioned_param_coordinator import iter_params
 from deepspeed.utils import groups
 from torch import nn
 
@@ -18,7 +19,9 @@ Fill = Callable[[nn.Parameter], None]
 """Gives a parameter its values, just before it is shared out."""
 
 
-def share_out(module: nn.Module, resolved: dict[str, Any], ranks: Ranks, fill: Fill | None = None) -> None:
+def share_out(
+    module: nn.Module, resolved: dict[str, Any], ranks: Ranks, fill: Fill | None = None, *, as_they_are: bool = False
+) -> None:
     """Leave each rank its share of the parameters, in the precision of ``resolved``, and move the buffers.
 
     Args:
@@ -26,10 +29,11 @@ def share_out(module: nn.Module, resolved: dict[str, Any], ranks: Ranks, fill: F
         resolved: a DeepSpeed JSON of ZeRO-3.
         ranks: who shares.
         fill: called with one parameter after the other, for values that are not there yet.
+        as_they_are: whether each parameter keeps its type; see :func:`compute_in_float32`.
     """
     dtype = _dtype(resolved)
     deepspeed.init_distributed(dist_init_required=False)
-    shown = _OneByOne(module, dtype, ranks.device, fill)
+    shown = _OneByOne(module, None if as_they_are else dtype, ranks.device, fill)
     deepspeed.zero.Init(
         module=shown,
         config_dict_or_path=resolved,
@@ -49,11 +53,11 @@ class _OneByOne(nn.Module):
     then had for itself. One place for all leaves no holes between the shares.
     """
 
-    def __init__(self, module: nn.Module, dtype: torch.dtype, device: torch.device, fill: Fill | None) -> None:
+    def __init__(self, module: nn.Module, dtype: torch.dtype | None, device: torch.device, fill: Fill | None) -> None:
         super().__init__()
-        self.module, self._fill = module, fill
-        largest = max(parameter.numel() for parameter in module.parameters())
-        self._place = torch.empty(largest, dtype=dtype, device=device)
+        self.module, self._dtype, self._fill = module, dtype, fill
+        largest = max(parameter.numel() * (dtype or parameter.dtype).itemsize for parameter in module.parameters())
+        self._place = torch.empty(largest, dtype=torch.uint8, device=device)
 
     def end(self) -> None:
         """Let go of the place."""
@@ -63,9 +67,48 @@ class _OneByOne(nn.Module):
         for parameter in self.module.parameters(recurse):
             if self._fill is not None:
                 self._fill(parameter)
-            copy = self._place[: parameter.numel()].view(parameter.shape)
-            parameter.data = copy.copy_(parameter.data)
+            dtype = self._dtype or parameter.dtype
+            size = parameter.numel() * dtype.itemsize
+            if size > len(self._place):  # ``fill`` gave it a wider type
+                self._place = self._place.new_empty(size)
+            parameter.data = self._place[:size].view(dtype).view(parameter.shape).copy_(parameter.data)
             yield parameter
+
+
+def compute_in_float32(module: nn.Module) -> None:
+    """Have a module whose parameters are shared out as they are compute in float32, with the same values.
+
+    Parameters are made float32 when they have been gathered, and are let go as before: a rank never has more than one
+    layer's in float32. Whoever asks for their type is told float32 at any time. Call it when DeepSpeed has the module.
+    """
+    for parameter in module.parameters():
+        if parameter.is_floating_point() and hasattr(parameter, "ds_tensor"):
+            parameter.data = torch.empty(0, dtype=torch.float32, device=parameter.device)
+            parameter.all_gather = _then_in_float32(parameter, parameter.all_gather)  # type: ignore[attr-defined]
+    for part in module.modules():
+        part.register_forward_pre_hook(_gathered_in_float32)
+
+
+def _gathered_in_float32(part: nn.Module, inputs: Any) -> None:
+    """Hooks of a module run in the order in which they came: DeepSpeed's, which gathers, is before this one."""
+    for parameter in iter_params(part):
+        _in_float32(parameter)
+
+
+def _then_in_float32(parameter: nn.Parameter, gather: Callable[..., Any]) -> Callable[..., Any]:
+    """For what another module than its own uses: DeepSpeed gathers it when it is first looked at there."""
+
+    def gathered(*given: Any, **named: Any) -> Any:
+        found = gather(*given, **named)
+        _in_float32(parameter)
+        return found
+
+    return gathered
+
+
+def _in_float32(parameter: nn.Parameter) -> None:
+    if parameter.is_floating_point() and parameter.dtype != torch.float32:
+        parameter.data = parameter.data.float()
 
 
 def _dtype(resolved: dict[str, Any]) -> torch.dtype:

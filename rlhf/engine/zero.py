@@ -165,13 +165,14 @@ class ShardedModel:
         ranks: Ranks,
         deepspeed_config: dict[str, Any],
         fill: Callable[[nn.Parameter], None] | None = None,
+        as_they_are: bool = False,
     ) -> None:
         _quiet()
         self.ranks = ranks
         module.requires_grad_(False).eval()
         require_ops(deepspeed_config)
         config = _with_own_nvme_folder(deepspeed_config)
-        share_out(module, config, ranks, fill)
+        share_out(module, config, ranks, fill, as_they_are=as_they_are)
         self._engine, *_ = deepspeed.initialize(model=module, config=config, dist_init_required=False)
         self.module = self._engine.module
 

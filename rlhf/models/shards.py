@@ -14,8 +14,8 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from rlhf.core.errors import ModelError
 
-SHARD_BYTES = 5 * 10**9
-"""Size of a file, as the hub has had it for years: little beside any host that trains a model of several."""
+SHARD_BYTES = 2 * 10**9
+"""Size of a file: the main rank has as much in memory beside its share, so less than the 5 GB that are usual."""
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
