@@ -254,9 +254,13 @@ def _trl_reward(settings: dict[str, Any], measured: Measured, rows: Any, counts:
     tokenizer = AutoTokenizer.from_pretrained(settings["model"])
     model = AutoModelForSequenceClassification.from_pretrained(settings["model"], dtype=_type(settings))
     measured.loaded()
+    if settings.get("liger", False):  # which looks for the head of a language model in the whole of it
+        from liger_kernel.transformers import monkey_patch
+
+        monkey_patch._apply_liger_kernel_to_instance(model=model.base_model)
     return RewardTrainer(
         model=model,
-        args=RewardConfig(**_trl_common(settings)),
+        args=RewardConfig(**_trl_common(settings | {"liger": False})),
         train_dataset=rows,
         processing_class=tokenizer,
         data_collator=_counting(DataCollatorForPreference, counts)(pad_token_id=tokenizer.pad_token_id),

@@ -1,6 +1,7 @@
 """Makes one margin or weight per pair as a section of the recipe says, with warm-up, queue and telemetry."""
 
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,10 +12,14 @@ from reward.margins import OptimalTransportMargins
 from reward.pairs import Pairs
 from reward.telemetry import margin_telemetry
 from reward.weights import TransportWeights
+from rlhf.core.moving import moved
 
 FROM_MODEL = {"chosen_rewards", "rejected_rewards", "chosen_embeddings", "rejected_embeddings"}
 COUNT_ONLY = ("none", "constant")
 """Kinds of margins that ask how many pairs there are and nothing else."""
+HOST_CELLS = 256 * 256
+"""Plans with so many cells, at most, are made on the host for pairs on a GPU: a plan of 64 pairs is some five hundred
+kernels and fifty waits there (11 ms on an H100, as for 1024 pairs), and one wait here."""
 
 
 class MarginMaker:
@@ -41,6 +46,7 @@ class MarginMaker:
         """``(B,)`` margins of pairs from all ranks; kept for :meth:`of`."""
         neutral = self._config.neutral
         margins = neutral + self._scale * (self._raw_margins(pairs) - neutral)
+        margins = moved(margins, pairs.positions.device)
         if not len(self._table):
             self._table = margins.new_full((pairs_in_step,), torch.nan)
         self._table[pairs.positions] = margins
@@ -71,19 +77,21 @@ class MarginMaker:
     def _raw_margins(self, pairs: Pairs) -> Tensor:
         values = {name: getattr(pairs, name) for name in self._row.inputs}
         read = values.keys() & FROM_MODEL if self._config.kind not in COUNT_ONLY else ()
+        if read and len(pairs) * (len(pairs) + self._config.queue_pairs) <= HOST_CELLS:
+            values = _on_host(values)
         finite = [torch.isfinite(values[name]).all() for name in read]
         if finite and not bool(torch.stack(finite).all()):
             # The loss of such a pair is not finite either, so the step is about to be dropped on all ranks.
             return torch.full_like(pairs.chosen_rewards, self._config.neutral)
+        own = dict(values)
         if self._queue is not None:
-            embeddings, rewards = self._queue
-            values["rejected_embeddings"] = torch.cat([values["rejected_embeddings"], embeddings])
-            values["rejected_rewards"] = torch.cat([values["rejected_rewards"], rewards])
+            for name, before in zip(("rejected_embeddings", "rejected_rewards"), self._queue, strict=True):
+                values[name] = torch.cat([values[name], before.to(values[name].device)])
         result = self._row.implementation(**values, **self._parameters)
         if isinstance(result, Tensor):
             return result
-        self._transport.append((len(pairs), _plan_metrics(result, pairs)))
-        self._push(pairs.rejected_embeddings, result.rejected_rewards[: len(pairs)])
+        self._transport.append((len(pairs), _plan_metrics(result, own)))
+        self._push(own["rejected_embeddings"], result.rejected_rewards[: len(pairs)])
         return result.per_pair
 
     def _push(self, embeddings: Tensor, rewards: Tensor) -> None:
@@ -96,7 +104,24 @@ class MarginMaker:
         self._queue = embeddings[-limit:], rewards[-limit:]
 
 
-def _plan_metrics(result: OptimalTransportMargins | TransportWeights, pairs: Pairs) -> dict[str, float]:
+def _on_host(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All of them on the host, which waits once for the device that they are on."""
+    if all(value.device.type == "cpu" for value in values.values()):
+        return values
+    return _copied(values)
+
+
+def _copied(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the host, by way of one tensor of a type that holds them all."""
+    wide = torch.float64 if torch.float64 in {value.dtype for value in values.values()} else torch.float32
+    together = torch.cat([value.detach().flatten().to(wide) for value in values.values()]).cpu()
+    parts = together.split([value.numel() for value in values.values()])
+    return {
+        name: part.view(value.shape).to(value.dtype) for (name, value), part in zip(values.items(), parts, strict=True)
+    }
+
+
+def _plan_metrics(result: OptimalTransportMargins | TransportWeights, pairs: Mapping[str, Tensor]) -> dict[str, float]:
     if isinstance(result, TransportWeights):
         weights = result.weights
         return {
@@ -104,8 +129,7 @@ def _plan_metrics(result: OptimalTransportMargins | TransportWeights, pairs: Pai
             "weight/sd": float(weights.std(correction=0)),
             "weight/residual": result.residual,
         }
-    everything = margin_telemetry(
-        result.margins, pairs.chosen_rewards, pairs.rejected_rewards, transport=result
-    )
+    rewards = pairs["chosen_rewards"], pairs["rejected_rewards"]
+    everything = margin_telemetry(result.margins, *rewards, transport=result)
     of_the_plan = ("margin/reward_term", "margin/semantic_term", "margin/transport", "margin/residual", "margin/conv")
     return {name: value for name, value in everything.items() if name.startswith(of_the_plan)}

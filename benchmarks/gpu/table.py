@@ -101,9 +101,10 @@ def _training(result: Result, results: Sequence[Result]) -> Iterator[tuple[str, 
     figures, asked = result.figures, dict(result.arguments)
     assert figures is not None
     limit = _found(results, "limit")
-    case = {name: value for name, value in asked.items() if name != "kernels"} | {"side": "trl"}
+    case = {name: value for name, value in asked.items() if name not in ("kernels", "attention")} | {"side": "trl"}
     theirs = _found(results, "training", **case) if asked["side"] == "ours" else None
     remarks = [f"{figures['computed_tokens']:.0%} of the rows' tokens computed"]
+    remarks.append(f"steps of {min(figures['step_seconds']):.2f} to {max(figures['step_seconds']):.2f} s")
     if asked["side"] == "trl":
         remarks.append(f"{figures['at_once']} pairs at once")
     else:

@@ -2,6 +2,7 @@
 
 import gc
 import importlib.util
+import statistics
 from typing import Any
 
 from benchmarks.gpu.cells import Cell
@@ -10,13 +11,14 @@ from benchmarks.gpu.peaks import planned_peak
 from benchmarks.gpu.world import GIB, Skipped, World, has_gpu, save_nothing
 
 STAGES = ("reward", "dpo")
-FUSED = "ours with Liger's kernels"
+VARIANTS = {"ours with Liger's kernels": {"kernels": "liger"}, "ours, rows attended one by one": {"attention": "rows"}}
+"""What a GPU is asked for beside the defaults: settings of :func:`measure`."""
 
 
 def cells(world: World) -> list[Cell]:
     """The most important first: 1024 tokens beside TRL, then checkpointing, then the other lengths."""
     first, *rest = world.sizes.tokens
-    asked = [(first, rows, False, side) for rows in world.rows for side in ("ours", "trl", FUSED)]
+    asked = [(first, rows, False, side) for rows in world.rows for side in ("ours", "trl", *VARIANTS)]
     asked += [(first, rows, True, "ours") for rows in world.rows]
     asked += [(tokens, rows, off, "ours") for tokens in rest for off in (False, True) for rows in world.rows]
     asked += [(first, rows, True, "trl") for rows in world.rows]
@@ -31,8 +33,8 @@ def cells(world: World) -> list[Cell]:
                 "rows": rows,
                 "tokens": tokens,
                 "checkpointing": checkpointing,
-                "side": "ours" if side == FUSED else side,
-                **({"kernels": "liger"} if side == FUSED else {}),
+                "side": "ours" if side in VARIANTS else side,
+                **VARIANTS.get(side, {}),
             },
             seconds=20 if side == "trl" else 10,
         )
@@ -44,11 +46,13 @@ def cells(world: World) -> list[Cell]:
 def measure(
     world: World, *, stage: str, rows: str, tokens: int, checkpointing: bool, side: str, **more: Any
 ) -> dict[str, Any]:
-    """Pairs a second and useful TFLOP/s of the timed steps, the reference pass of DPO counted; losses; peaks."""
+    """Pairs a second and useful TFLOP/s of the median timed step, DPO's reference pass counted; losses; peaks."""
     import pair_contender
 
-    if more.get("kernels") == "liger" and not (has_gpu() and importlib.util.find_spec("liger_kernel")):
-        raise Skipped("Liger's kernels need a GPU and their wheel")
+    if more and not (has_gpu() and importlib.util.find_spec("liger_kernel")):
+        raise Skipped("it needs a GPU, and the wheel of Liger's kernels")
+    if more.pop("attention", None) == "rows":
+        _attend_row_by_row()
     write_rows(world, rows, tokens)
     sizes = world.sizes
     folder = world.work / "runs" / f"{stage}-{rows}-{tokens}-{checkpointing}-{side}-{'-'.join(map(str, more.values()))}"
@@ -87,6 +91,13 @@ def measure(
     return _figures(world, measured.numbers, stage, rows, tokens) | more
 
 
+def _attend_row_by_row() -> None:
+    """As on a CPU, in the place of FlexAttention."""
+    from rlhf.train import packing
+
+    packing.kernels_for = lambda model, device: ("rows",)
+
+
 def _largest_batch(settings: dict[str, Any]) -> tuple[Any, int]:
     """TRL with as many pairs at once as fit: half of them, until it runs."""
     if importlib.util.find_spec("trl") is None:
@@ -112,12 +123,12 @@ def _largest_batch(settings: dict[str, Any]) -> tuple[Any, int]:
 def _figures(world: World, numbers: dict[str, Any], stage: str, rows: str, tokens: int) -> dict[str, Any]:
     sizes = world.sizes
     timed = numbers["step_seconds"][sizes.warmup :]
-    seconds = sum(timed) + numbers["reference_seconds"] * len(timed) / sizes.steps
+    seconds = statistics.median(timed) + numbers["reference_seconds"] / sizes.steps
     counts = counts_of(world, rows, tokens)[sizes.warmup * sizes.pairs :]
-    useful = sum(useful_flops(world, stage, **each) for each in counts)
+    useful = sum(useful_flops(world, stage, **each) for each in counts) / len(timed)
     peak = numbers["peak_device_bytes"] or numbers["peak_rss_bytes"]
     return {
-        "pairs_per_second": len(timed) * sizes.pairs / seconds,
+        "pairs_per_second": sizes.pairs / seconds,
         "useful_tflops": useful / seconds / 1e12,
         "step_seconds": timed,
         "reference_seconds": numbers["reference_seconds"],

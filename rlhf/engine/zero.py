@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from rlhf.core.errors import CheckpointError
 from rlhf.engine.api import StepInfo
 from rlhf.engine.deepspeed_ops import await_builds, optimizer_is_on_nvme, require_ops
+from rlhf.engine.gradient_norm import take_one_norm
 from rlhf.engine.optimizers import build_optimizer, build_schedule, follow_schedule, move_schedule
 from rlhf.engine.options import OptimizerConfig
 from rlhf.engine.ranks import Ranks
@@ -70,6 +71,7 @@ class ZeroEngine:
             config=config,
             dist_init_required=False,
         )
+        take_one_norm(self._optimizer)
         self.module = self._engine.module.train()
         self._has_frozen = any(not p.requires_grad for p in self.module.parameters())
         self._float16 = bool(deepspeed_config.get("fp16", {}).get("enabled", False))

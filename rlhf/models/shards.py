@@ -13,10 +13,19 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from rlhf.core.errors import ModelError
+from rlhf.core.memory import free_memory
 
-SHARD_BYTES = 2 * 10**9
-"""Size of a file: the main rank has as much in memory beside its share, so less than the 5 GB that are usual."""
+SHARD_BYTES = 5 * 10**9
+"""Size of a file, as the hub has had it for years: little beside any host that trains a model of several."""
+MEMORY_SHARE = 20
+"""A file is of this part of the free memory at most: what goes into it is held until it is written."""
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def fitting_bytes() -> int:
+    """Size of a file that the memory of this host has room for."""
+    free = free_memory()
+    return SHARD_BYTES if free is None else min(SHARD_BYTES, free // MEMORY_SHARE)
 
 
 class ShardWriter:
@@ -98,6 +107,7 @@ class ModelWriter:
         found: dict[str, torch.Size] = {}
         for names in self._missing.values():
             found |= _shapes(revert_weight_conversion(model, {name: shapes[name] for name in names}))
+        self._as_in_files = expected == _shapes(shapes)
         if found != expected:
             odd = sorted({*found.items()} ^ {*expected.items()})[:3]
             raise ModelError(f"{type(model).__name__}: its files mix layers ({odd}), and cannot be written one by one")
@@ -111,6 +121,9 @@ class ModelWriter:
         """One weight on the CPU, by its name in the model."""
         layer = _layer(name)
         self._missing[layer].remove(name)
+        if self._as_in_files:
+            self._writer.add({name: value})
+            return
         self._held[layer][name] = value
         if not self._missing[layer]:
             self._writer.add(revert_weight_conversion(self._model, self._held.pop(layer)))

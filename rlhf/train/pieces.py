@@ -63,7 +63,7 @@ def write_whole(engine: Engine, model: Any, folder: Path, *, ask: bool) -> Froze
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in hf.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
-    writer = ranks.together(lambda: ModelWriter(hf, folder, shards.SHARD_BYTES) if ranks.is_main else None)
+    writer = ranks.together(lambda: ModelWriter(hf, folder, shards.fitting_bytes()) if ranks.is_main else None)
     faults: list[Exception] = []
 
     def write(parameter: nn.Parameter) -> None:

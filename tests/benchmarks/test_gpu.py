@@ -103,7 +103,7 @@ def works(world: World) -> dict:
 def test_a_table_tells_ratios_to_trl_of_the_same_case_and_losses_that_differ():
     asked = {"stage": "reward", "rows": "hh", "tokens": 128, "checkpointing": False}
     figures = {"useful_tflops": 40.0, "padding": 0.0, "computed_tokens": 0.7, "peak_gib": 10.0, "at_once": 8}
-    figures["planned_gib"] = 9.0
+    figures |= {"planned_gib": 9.0, "step_seconds": [0.9, 1.1]}
     results = [
         Result(
             part="limit",

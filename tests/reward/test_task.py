@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from reward import margin_maker
 from reward.config import LossConfig, MarginConfig
 from reward.margin_log import STEPS, MarginLog
 from reward.margins import optimal_transport_margins
@@ -164,8 +165,38 @@ def test_a_loss_and_its_gradient_need_no_number_and_no_second_device(make_task, 
 
 def test_margins_of_transport_are_made_on_the_host(make_task):
     """The device is waited for once for each set of pairs: so a number that is read by mistake would be found."""
-    with pytest.raises(RuntimeError, match="item"):
+    with pytest.raises(RuntimeError, match="copy out of meta"):
         losses_without_numbers(*make_task(150))
+
+
+@pytest.mark.parametrize("parameters", [{"queue_pairs": 12}, {"scope": "global_batch"}])
+@pytest.mark.parametrize("most", [10_000, 0])
+def test_plans_of_few_pairs_are_made_on_the_host_and_are_the_same(make_task, monkeypatch, parameters, most):
+    """As for pairs on a GPU, which are copied together first; larger plans are made where the pairs are."""
+
+    def steps() -> list[dict[str, float]]:
+        engine, task = make_task(150, margin=MarginConfig(kind="ot", parameters=parameters))
+        rows = []
+        for number in range(2):
+            batches = task.micro_batches(number)
+            for place, batch in enumerate(batches):
+                engine.backward(task.loss(batch), last=place == len(batches) - 1)
+            engine.step()
+            rows.append(task.step_metrics())
+        return rows
+
+    expected, copies = steps(), []
+    monkeypatch.setattr(margin_maker, "HOST_CELLS", most)
+    monkeypatch.setattr(margin_maker, "_on_host", lambda values: copies.append(1) or margin_maker._copied(values))
+    assert steps() == expected and bool(copies) == bool(most)
+
+
+def test_copies_on_the_host_have_the_type_and_shape_of_what_is_copied():
+    values = {"a": torch.randn(3, 5).bfloat16(), "b": torch.randn(4), "c": torch.randn(2, dtype=torch.float64)}
+    for names in ("ab", "abc"):
+        chosen = {name: values[name] for name in names}
+        for name, copy in margin_maker._copied(chosen).items():
+            assert torch.equal(copy, values[name]) and copy.dtype == values[name].dtype
 
 
 @pytest.mark.gpu

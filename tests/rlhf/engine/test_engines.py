@@ -72,6 +72,14 @@ def test_no_step_has_the_device_waited_for_to_measure_it(train, kind):
     assert reports["waits"] == 0
 
 
+@pytest.mark.parametrize(("kind", "ranks"), [("zero1", 2), ("zero2", 2), ("zero2", 1)])
+def test_the_norm_of_all_gradients_at_once_is_that_of_deepspeed(train, kind, ranks):
+    _, reports = train(kind, ranks)
+    assert len(reports["norms"]) == 5
+    for found, expected in reports["norms"]:
+        assert found == pytest.approx(expected, rel=1e-6) and found > 0
+
+
 @pytest.mark.parametrize("kind", ENGINES)
 def test_save_and_load_continue_bit_for_bit(train, kind):
     weights, reports = train(kind, 2)

@@ -75,6 +75,20 @@ def counted_waits():
     return waits
 
 
+def compared_norms(engine):
+    """A list of pairs that grows with each step: the norm as ours is computed, and as DeepSpeed's own is."""
+    optimizer, norms = engine._optimizer, []
+    if "scaled_global_norm" in vars(optimizer):
+        ours = optimizer.scaled_global_norm
+
+        def both():
+            norms.append((float(ours()), float(type(optimizer).scaled_global_norm(optimizer))))
+            return ours()
+
+        optimizer.scaled_global_norm = both
+    return norms
+
+
 def main() -> None:
     kind, folder = sys.argv[1], Path(sys.argv[2])
     ranks = start_ranks()
@@ -82,6 +96,7 @@ def main() -> None:
     results = {}
 
     straight = new_engine(kind, ranks, folder)
+    norms = compared_norms(straight) if kind != "local" else []
     reports = train(straight, range(3))
     straight.save(folder / "state")
     waits = counted_waits()
@@ -103,7 +118,7 @@ def main() -> None:
 
     if ranks.is_main:
         torch.save({name: weights for name, (weights, _) in results.items()}, folder / "weights.pt")
-        told = {name: rows for name, (_, rows) in results.items()} | {"waits": waited}
+        told = {name: rows for name, (_, rows) in results.items()} | {"waits": waited, "norms": norms}
         (folder / "reports.json").write_text(json.dumps(told))
     ranks.barrier()
     stop_ranks()
