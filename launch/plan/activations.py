@@ -10,6 +10,8 @@ With D, F, A, G = hidden, intermediate, query and key width, s bytes a number an
                 attend one by one, these of the rows' padded tokens, and A of the sequence's (the output, put back)
     MLP         4 F (gate, its activation, up, their product)
 
+Liger's kernels compute some of these again: of a norm they keep its input in the run's precision, of an MLP 3 F.
+
 References:
     Korthikanti et al. (2022), arXiv:2205.05198, section 4, does the same for GPT's layers.
 """
@@ -54,6 +56,7 @@ def layer_bytes(
     lora_rank: int = 0,
     squares: int = 0,
     attended: int | None = None,
+    fused: bool = False,
 ) -> int:
     """Bytes that one layer keeps of ``tokens`` tokens until its backward pass.
 
@@ -66,13 +69,14 @@ def layer_bytes(
         lora_rank: of the adapters.
         squares: sum over rows of their padded length squared.
         attended: padded tokens of the rows, if ``tokens`` are packed and rows attend one by one.
+        fused: whether norms and MLPs are Liger's.
     """
     if trained == "none":
         return 0
     width, mlp = shape.hidden, shape.intermediate
-    norm = norm_bytes(width, size=size, trained=trained == "full") + width * size
+    norm = norm_bytes(width, size=size, trained=trained == "full", fused=fused) + width * size
     keys = shape.query_width if attention == "eager" else shape.kv_width  # eager repeats them for each query head
-    per_token = 2 * norm + 4 * mlp * size
+    per_token = 2 * norm + (3 if fused else 4) * mlp * size
     if trained == "lora":
         per_token += PROJECTIONS * lora_rank * size
     attend = (2 * shape.query_width + 2 * keys) * size
@@ -102,8 +106,10 @@ def adapter_holes_bytes(shape: ModelShape, tokens: int, *, size: int, attended: 
     return outputs * size
 
 
-def norm_bytes(width: int, *, size: int, trained: bool) -> int:
+def norm_bytes(width: int, *, size: int, trained: bool, fused: bool = False) -> int:
     """Bytes per token that an RMSNorm keeps: input and root in float32, and the normalized values for its weight."""
+    if fused:
+        return width * size + FLOAT32
     return width * FLOAT32 + FLOAT32 + (width * size if trained else 0)
 
 

@@ -77,11 +77,18 @@ def work_of(
     checkpointing: bool,
     on_cpu: bool,
     chunk_tokens: int,
+    fused: bool,
 ) -> Work:
     """Activations, logits and gradients of one micro-batch of a model under training."""
     shape = model.shape
     layer = partial(
-        layer_bytes, shape, size=size, attention=attention, trained=model.trained, lora_rank=model.lora_rank
+        layer_bytes,
+        shape,
+        size=size,
+        attention=attention,
+        trained=model.trained,
+        lora_rank=model.lora_rank,
+        fused=fused,
     )
     active = model.active_layers
     if checkpointing:
@@ -92,7 +99,8 @@ def work_of(
         recomputed = 0
         if on_cpu and model.trained == "lora":
             saved += active * adapter_holes_bytes(shape, load.tokens, size=size, attended=load.attended)
-    saved += load.tokens * (norm_bytes(shape.hidden, size=size, trained=model.trained == "full") + shape.hidden * size)
+    norm = norm_bytes(shape.hidden, size=size, trained=model.trained == "full", fused=fused)
+    saved += load.tokens * (norm + shape.hidden * size)
     head = partial(
         head_bytes, shape, load.bucket_tokens, size=size, chunk_tokens=chunk_tokens, trained=model.head_trained
     )

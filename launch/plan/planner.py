@@ -273,6 +273,7 @@ class StagePlan:
             self.batches.load,
             size=self.size,
             attention="sdpa" if self.layout == "flex" else role.attention,
+            fused=role.recipe.backbone.kernels == "liger",
             checkpointing=role.checkpointing,
             on_cpu=self.cluster.on_cpu,
             chunk_tokens=tokens_at_once(role.model.shape.vocabulary),
