@@ -17,7 +17,7 @@ from rlhf.core.moving import moved
 FROM_MODEL = {"chosen_rewards", "rejected_rewards", "chosen_embeddings", "rejected_embeddings"}
 COUNT_ONLY = ("none", "constant")
 """Kinds of margins that ask how many pairs there are and nothing else."""
-HOST_CELLS = 256 * 256
+HOST_CELLS = 128 * 128
 """Plans with so many cells, at most, are made on the host for pairs on a GPU: a plan of 64 pairs is some five hundred
 kernels and fifty waits there (11 ms on an H100, as for 1024 pairs), and one wait here."""
 
@@ -100,7 +100,8 @@ class MarginMaker:
         if not limit:
             return
         if self._queue is not None:
-            embeddings, rewards = torch.cat([self._queue[0], embeddings]), torch.cat([self._queue[1], rewards])
+            before = (part.to(embeddings.device) for part in self._queue)  # made elsewhere, or read from a checkpoint
+            embeddings, rewards = map(torch.cat, zip(before, (embeddings, rewards), strict=True))
         self._queue = embeddings[-limit:], rewards[-limit:]
 
 

@@ -17,9 +17,12 @@ from torch import Tensor
 def take_one_norm(optimizer: Any) -> None:
     """Have an optimizer of ZeRO-1 or ZeRO-2 ask for the norm of all gradients at once, and for nothing else.
 
-    Any other stays as it is, and so does one whose gradients are offloaded, which are looked at on their way.
+    Any other stays as it is, and so does one whose gradients are offloaded, which are looked at on their way, or that
+    is told to compute no norm.
     """
-    if not isinstance(optimizer, DeepSpeedZeroOptimizer) or optimizer.cpu_offload or optimizer.has_moe_layers:
+    if not isinstance(optimizer, DeepSpeedZeroOptimizer) or optimizer.has_moe_layers:
+        return
+    if optimizer.cpu_offload or not optimizer.compute_grad_norm:
         return
     optimizer.check_overflow = lambda **_: None
     optimizer.scaled_global_norm = functools.partial(_norm, optimizer)
@@ -29,8 +32,8 @@ def _norm(optimizer: DeepSpeedZeroOptimizer) -> Tensor:
     """The Euclidean norm of the averaged gradients of all ranks; not finite where one of their numbers is not."""
     groups = (optimizer.averaged_gradients[place] for place in range(len(optimizer.bit16_groups)))
     gradients = [each for group in groups for each in group if not getattr(each, "_zero_padding", False)]
-    norms = torch._foreach_norm(gradients, 2, dtype=torch.float64)
-    squares = torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64)
-    squares = squares.to(optimizer.device)
+    squares = torch.zeros((), dtype=torch.float64, device=optimizer.device)
+    if gradients:  # a rank may have nothing but padding
+        squares = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float64)).square().sum()
     dist.all_reduce(squares, group=optimizer.dp_process_group)
     return squares.sqrt().float()

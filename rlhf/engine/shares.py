@@ -4,7 +4,7 @@ DeepSpeed would put the whole model on every device before it shares anything ou
 whole tensor. What the model was loaded with may lie in mapped files: such memory is only read, never written to.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import deepspeed
@@ -96,11 +96,12 @@ def _gathered_in_float32(part: nn.Module, inputs: Any) -> None:
 
 
 def _then_in_float32(parameter: nn.Parameter, gather: Callable[..., Any]) -> Callable[..., Any]:
-    """For what another module than its own uses: DeepSpeed gathers it when it is first looked at there."""
+    """Another module than its own may use it: DeepSpeed gathers it when it is first looked at there."""
 
-    def gathered(*given: Any, **named: Any) -> Any:
-        found = gather(*given, **named)
-        _in_float32(parameter)
+    def gathered(param_list: Sequence[nn.Parameter] | None = None, **named: Any) -> Any:
+        found = gather(param_list=param_list, **named)
+        for each in param_list or [parameter]:
+            _in_float32(each)
         return found
 
     return gathered
@@ -108,6 +109,8 @@ def _then_in_float32(parameter: nn.Parameter, gather: Callable[..., Any]) -> Cal
 
 def _in_float32(parameter: nn.Parameter) -> None:
     if parameter.is_floating_point() and parameter.dtype != torch.float32:
+        if parameter.is_cuda:  # it was gathered on a stream of its own, whose memory is given away when it is let go
+            parameter.data.record_stream(torch.cuda.current_stream(parameter.device))
         parameter.data = parameter.data.float()
 
 

@@ -194,11 +194,15 @@ def _mask_of_tree(packing: Packing, rows: PackedMask | None, asked: dict[str, An
     if plain is causal_mask_function:
         mask = _blocks_of_tree(packing, sees_past)
     else:
-        mask = _blocks_of_tree(packing, sees_some, all_of_past=False, reach=asked.get("local_size"))
+        reach = asked.get("local_size") if asked.get("allow_is_causal_skip", True) else None  # else it sees more, too
+        mask = _blocks_of_tree(packing, sees_some, all_of_past=False, reach=reach)
 
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: PackedMask, **options: Any
     ) -> Tensor:
+        heads = query.shape[1]
+        if heads & (heads - 1):  # Transformers would repeat them, into tensors that are not marked
+            key, value = (part.repeat_interleave(heads // part.shape[1], dim=1) for part in (key, value))
         for part in (query, key, value):
             _may_change(part, 2)
         return ALL_ATTENTION_FUNCTIONS[FLEX](module, query, key, value, mask.masks[0], **options)[0]
@@ -304,7 +308,7 @@ def _compare(module: nn.Module, inputs: tuple[Tensor, ...], mask: PackedMask, op
         with torch.set_grad_enabled(comparison.gradients):
             parts = [part.detach().clone().requires_grad_(comparison.gradients) for part in inputs]
             asked = functools.partial(way.attend, mask=way, **options)
-            if comparison.recomputing and comparison.gradients:
+            if comparison.recomputing:
                 values = checkpoint(asked, module, *parts, use_reentrant=False)
             else:
                 values = asked(module, *parts)

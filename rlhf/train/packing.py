@@ -13,6 +13,7 @@ from rlhf.data.batching import Buckets, Row, length_bucket, packed_buckets
 from rlhf.engine.frozen import Frozen
 from rlhf.models.backbones import embedding_rows
 from rlhf.models.packed_attention import Kernel, comparing, kernel_of, kernels_for, set_packing
+from rlhf.models.positions import places_of
 from rlhf.train.batches import asking
 from rlhf.train.probing import padding_of
 
@@ -71,12 +72,13 @@ def _difference(model: Frozen, hf: PreTrainedModel, kernel: Kernel) -> str:
     worst = 0.0
     trained = any(parameter.requires_grad for parameter in hf.parameters())
     try:
-        for rows in _rows(embedding_rows(hf), padding_of(hf.config)):
+        for rows in _rows(embedding_rows(hf), padding_of(hf.config), _length(hf, kernel)):
             set_packing(hf, None)
             apart = _said(model, rows)
             if not set_packing(hf, kernel):
                 return OWN
-            with comparing(gradients=trained, recomputing=hf.is_gradient_checkpointing) as differences:
+            recomputing = trained and hf.is_gradient_checkpointing
+            with comparing(gradients=trained, recomputing=recomputing) as differences:
                 together = _said(model, rows)
             worst = max(worst, float((together - apart).abs().max() / apart.abs().max().clamp_min(1e-30)))
             if not max(differences, default=0.0) <= limit:
@@ -116,13 +118,21 @@ def _draws(hf: PreTrainedModel) -> bool:
     return False
 
 
-def _rows(vocabulary: int, pad: int | None) -> Iterator[list[Row]]:
-    """Answers to one prompt and a row of its own, all of different lengths; and rows that have nothing in common."""
-    tokens = (np.arange(40) * 7919 + 11) % vocabulary
+def _length(hf: PreTrainedModel, kernel: Kernel) -> int:
+    """Tokens of a prompt that shows what there is to see: FlexAttention has blocks of 128, some of them seen whole."""
+    places = places_of(hf.config.get_text_config())
+    return 180 if kernel == "flex" and (places is None or places >= 450) else 6
+
+
+def _rows(vocabulary: int, pad: int | None, length: int) -> Iterator[list[Row]]:
+    """Answers to one prompt of ``length`` tokens and a row of its own, all of different lengths; and rows that have
+    nothing in common."""
+    tokens = np.random.default_rng(0).integers(0, vocabulary, 8 * length)
     tokens = tokens[tokens != pad]
-    prompt, *rest = np.split(tokens, [6, 15, 19, 26])
+    ends = [length * part // 6 for part in (6, 15, 19, 26, 40)]
+    prompt, *rest, _ = np.split(tokens, ends)
     for texts in (
-        [np.concatenate([prompt, rest[0]]), np.concatenate([prompt, rest[1]]), rest[2], prompt[:4]],
+        [np.concatenate([prompt, rest[0]]), np.concatenate([prompt, rest[1]]), rest[2], prompt[: length * 2 // 3]],
         [prompt, rest[0], rest[1], rest[2]],
     ):
         yield [Row(text, np.arange(len(text)) > 0) for text in texts]

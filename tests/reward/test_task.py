@@ -191,6 +191,21 @@ def test_plans_of_few_pairs_are_made_on_the_host_and_are_the_same(make_task, mon
     assert steps() == expected and bool(copies) == bool(most)
 
 
+def test_a_queue_goes_on_where_the_next_pairs_are(make_task, monkeypatch):
+    """From a checkpoint, or from plans that were made elsewhere: its type tells here that it was moved."""
+    _, task = make_task(150, margin=MarginConfig(kind="ot", parameters={"queue_pairs": 30}))
+    for batch in task.micro_batches(0):
+        task.loss(batch)
+    state, moves = task.state_dict()["margins"], []
+    assert len(state["queue"][0]) > 3
+    other = margin_maker.MarginMaker(MarginConfig(kind="ot", parameters={"queue_pairs": 30}), 20)
+    other.load_state_dict(state, torch.device("cpu"))
+    move = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *given: moves.append(given[0]) or move(self, *given))
+    other._push(torch.ones(2, state["queue"][0].shape[1]), torch.ones(2))
+    assert moves == [torch.device("cpu")] * 2 and len(other._queue[0]) == len(state["queue"][0]) + 2
+
+
 def test_copies_on_the_host_have_the_type_and_shape_of_what_is_copied():
     values = {"a": torch.randn(3, 5).bfloat16(), "b": torch.randn(4), "c": torch.randn(2, dtype=torch.float64)}
     for names in ("ab", "abc"):

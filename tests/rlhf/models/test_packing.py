@@ -45,6 +45,7 @@ FAMILIES = {
     "OPT": {"vocab_size": 120, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48,
             "max_position_embeddings": 64, "word_embed_proj_dim": 32},
     "Granite": GROUPED,
+    "three heads": GROUPED | {"hidden_size": 24, "num_attention_heads": 6, "head_dim": 4},
 }  # fmt: skip
 PROMPT = np.arange(5, 14)
 
@@ -69,7 +70,8 @@ def blocks_of(rows, groups):
 
 def model_of(family):
     torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**FAMILIES[family])
+    named = "Llama" if family == "three heads" else family
+    config = getattr(transformers, f"{named}Config")(**FAMILIES[family])
     attention = "eager" if getattr(config, "attn_logit_softcapping", None) else None
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     switch_dropout_off(model)
@@ -151,7 +153,7 @@ def test_flex_attention_with_recomputed_activations_too():
     assert_equal(asked(model, rows, groups, packed="flex"), expected)
 
 
-@pytest.mark.parametrize("family", ["Llama", "Mistral"])
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "three heads"])
 def test_one_kernel_of_flex_attention_does_for_all_lengths(family, monkeypatch):
     """What is compiled, counted where it is not compiled to the end; one with and one without gradients."""
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *inputs: None)
