@@ -8,7 +8,7 @@ from benchmarks.gpu import rollouts, stages
 from benchmarks.gpu.cells import Cell
 from benchmarks.gpu.world import Skipped, World, has_gpu
 
-STEPS, LOOKED_AT = 5, 3
+LOOKED_AT = 3
 KINDS = {
     "attention": r"flex|tem_fused|flash|fmha|attention",
     "matrix products": r"gemm|nvjet|cutlass|xmma|splitK|cublas",
@@ -37,23 +37,14 @@ def cells(world: World) -> list[Cell]:
 
 def measure(world: World, *, stage: str, kernels: str) -> dict[str, Any]:
     """Seconds of a step by kinds of kernels, and the longest ones; torch's table goes to the log."""
-    from rlhf.engine.ranks import start_ranks, stop_ranks
-
     if not has_gpu():
         raise Skipped("there is no GPU")
     taken: dict[str, Any] = {}
-    name, number = ("ppo", 1) if stage == "rloo" else (stage, LOOKED_AT)
-    stages.watch_step(name, number, lambda: _Profile(taken))
     if stage == "rloo":
+        stages.watch_step("ppo", 1, lambda: _Profile(taken))
         rollouts.measure(world, kind="rloo", side="ours")
-        return taken
-    settings = [f"output={world.work / 'runs' / f'profile-{stage}-{kernels}'}", f"model.kernels={kernels}"]
-    settings += [f"train.max_steps={STEPS}", f"train.epochs={STEPS}"]
-    ranks = start_ranks()
-    try:
-        stages.run(stage, [*settings, *stages.training_settings(world, stage)], ranks)
-    finally:
-        stop_ranks()
+    else:
+        stages.run_watched(world, stage, LOOKED_AT, lambda: _Profile(taken), f"model.kernels={kernels}")
     return taken
 
 

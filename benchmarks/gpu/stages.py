@@ -75,6 +75,23 @@ def watch_step(stage: str, number: int, context: Callable[[], contextlib.Abstrac
     task.micro_batches, task.step_metrics = micro_batches, step_metrics
 
 
+def run_watched(
+    world: World, stage: str, number: int, context: Callable[[], contextlib.AbstractContextManager], *more: str
+) -> None:
+    """Train a few steps of the reward stage or DPO, step ``number`` inside ``context()``; see :func:`watch_step`."""
+    from rlhf.engine.ranks import start_ranks, stop_ranks
+
+    watch_step(stage, number, context)
+    steps = number + 2
+    folder = world.work / "runs" / f"watched-{stage}-{id(context)}"
+    settings = [f"output={folder}", f"train.max_steps={steps}", f"train.epochs={steps}", *more]
+    ranks = start_ranks()
+    try:
+        run(stage, [*settings, *training_settings(world, stage)], ranks)
+    finally:
+        stop_ranks()
+
+
 def training_settings(world: World, stage: str) -> list[str]:
     """A step of the size that is measured, of the reward stage or DPO."""
     sizes = world.sizes

@@ -11,8 +11,8 @@ from benchmarks.gpu.cells import Cell
 from benchmarks.gpu.world import World, has_gpu
 
 STAGES = ("reward", "preference")
-STEPS, LOOKED_AT = 5, 3
-"""Steps of the run, and which of them is looked at, from 0: by then all has come that comes with steps."""
+LOOKED_AT = 3
+"""The step that is looked at, from 0: by then all has come that comes with steps."""
 
 
 def cells(world: World) -> list[Cell]:
@@ -28,17 +28,8 @@ def measure(world: World, *, stage: str) -> dict[str, Any]:
     On a GPU torch itself says when the host waits. On a CPU there is nothing to wait for: what would make the host
     wait there is counted, values and sizes that Python reads of tensors.
     """
-    from rlhf.engine.ranks import start_ranks, stop_ranks
-
     counted: Counter[str] = Counter()
-    stages.watch_step(stage, LOOKED_AT, lambda: _waits(counted) if has_gpu() else _reads(counted))
-    settings = [f"output={world.work / 'runs' / f'syncs-{stage}'}"]
-    settings += [f"train.max_steps={STEPS}", f"train.epochs={STEPS}"]
-    ranks = start_ranks()
-    try:
-        stages.run(stage, [*settings, *stages.training_settings(world, stage)], ranks)
-    finally:
-        stop_ranks()
+    stages.run_watched(world, stage, LOOKED_AT, lambda: _waits(counted) if has_gpu() else _reads(counted))
     most = [f"{place} ({count})" for place, count in counted.most_common(3)]
     return {
         "syncs": sum(counted.values()),

@@ -71,6 +71,16 @@ def test_what_would_not_end_in_time_is_not_begun_and_said_to_be_skipped(world, c
     assert OUT_OF_TIME in capsys.readouterr().out
 
 
+def test_what_does_not_match_is_left_out_and_what_was_printed_is_kept(world, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("benchmarks.gpu.__main__.warm_up", lambda: None)
+    options = ["--toy", "--tokenizer", str(world.tokenizer), "--prompts", str(world.prompts), "--minutes", "1"]
+    options += ["--rows", f"pairs={world.rows['pairs']}", "--logs", str(tmp_path / "logs")]
+    assert main([*options, "--only", "margin: optimal"]) == 0
+    found = capsys.readouterr().out
+    assert "| margin |" in found and not any(f"| {part} |" in found for part in PARTS if part != "margin")
+    assert len(list((tmp_path / "logs").glob("*.log"))) == 2
+
+
 def test_a_measurement_that_fails_hangs_or_dies_does_not_end_the_others(world):
     runner, cells = Runner(world), f"{__name__}"
     assert runner.run(Cell(part="limit", name="a", function=f"{cells}:fails", seconds=1), 20).failed == (
@@ -156,6 +166,7 @@ def test_useful_operations_of_a_pair_are_those_of_its_parameters(world):
         (["everything"], "everything: there is no such part; there are parity"),
         (["--rows", "pairs"], "--rows pairs: expected NAME=FILE"),
         (["--prompts", "nowhere.jsonl"], "nowhere.jsonl: there is no such file"),
+        (["--only", "("], "'(' is no regular expression"),
     ],
 )
 def test_wrong_arguments_are_named(world, wrong, message, capsys):
