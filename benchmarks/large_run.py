@@ -1,6 +1,6 @@
 """A model of a large shape from its files to ``final/``, in one run under ZeRO-3, with the memory of each process.
 
-    python -m benchmarks.large_run --shape llama-3-70b --layers 4 --intermediate 14336 --ranks 2
+    python -m benchmarks.large_run --shape llama-3-70b --layers 4 --ranks 2
 
 writes a random model of a known shape (with a vocabulary of bytes, and what else is narrowed by options), trains it for
 two steps of DPO with adapters on so many CPU ranks, publishes it with the adapters merged, and says what every rank
