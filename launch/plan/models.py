@@ -56,10 +56,17 @@ class EmptyModel:
     packs: bool = True
     """Whether a run asks it if it takes packed rows."""
     lora_rank: int = 0
+    widest_module: int = 0
+    """Elements of the own parameters of the module that has most: ZeRO-3 gathers them together (fused experts)."""
 
     @property
     def total(self) -> int:
         return sum(self.sizes)
+
+    @property
+    def most_gathered(self) -> int:
+        """Elements that ZeRO-3 has whole at once, at least."""
+        return max(self.widest_module, *self.sizes)
 
     @property
     def trainable(self) -> int:
@@ -240,6 +247,7 @@ def _counted(model: Any, config: BackboneConfig, kind: Kind, origin: str, shape:
         head_trained=head is not None and head.weight.requires_grad,
         packs=may_pack(model),
         lora_rank=config.lora.rank if config.lora is not None else 0,
+        widest_module=max(sum(own.numel() for own in part.parameters(recurse=False)) for part in model.modules()),
     )
 
 

@@ -159,8 +159,8 @@ class StagePlan:
         return beside(phases, self._resting())
 
     def _asked_in_float32(self, role: Role) -> dict[str, int]:
-        """A share of the weights as they are, and the largest of them whole, in float32 too."""
-        share, largest = -(-role.model.total // self.cluster.ranks), max(role.model.sizes)
+        """A share of the weights as they are, and those of the widest module whole, in float32 too."""
+        share, largest = -(-role.model.total // self.cluster.ranks), role.model.most_gathered
         whole = FLOAT32 if self.size == FLOAT32 else self.size + FLOAT32
         return {f"{role.name}: weights to compare with": self.size * share, f"{role.name}: gathered": whole * largest}
 

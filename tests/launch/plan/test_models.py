@@ -88,6 +88,17 @@ def test_the_layers_that_a_backward_pass_goes_through(tiny_model, settings, acti
     assert model.active_layers == active
 
 
+def test_fused_experts_are_gathered_together(tmp_path):
+    """Gate, up and down projections of all experts are the parameters of one module."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "vocab_size": 50, "num_local_experts": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    file = tmp_path / "config.json"
+    AutoConfig.for_model("mixtral", num_hidden_layers=2, **sizes, **heads).to_json_file(file)
+    absent = BackboneConfig(path="runs/nowhere/final")
+    model = empty_model(absent, "language model", sources=Sources(fallback=str(file)), setting="model.path")
+    assert max(model.sizes) == 8 * 2 * 64 * 32 and model.most_gathered == 8 * 3 * 64 * 32
+
+
 def test_any_configuration_is_counted_as_transformers_counts_it(tmp_path):
     settings = AutoConfig.for_model("qwen3", num_hidden_layers=2, hidden_size=64, head_dim=32)
     with init_empty_weights():
