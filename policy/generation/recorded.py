@@ -2,8 +2,8 @@
 
 A small batch's token is some thousand launches, which take Python longer than the GPU takes for what they do. A CUDA
 graph launches all of them at once, but does the same to the same memory each time. So keys and values lie in buffers
-that stay where they are, rows that have ended keep their place until half of them have, and what changes from token to
-token is on the device: which tokens, their positions, and the column that they are written to.
+that stay where they are, rows that have ended keep their place until half of them have or more, and what changes from
+token to token is on the device: which tokens, their positions, and the column that they are written to.
 """
 
 import contextlib
@@ -26,6 +26,9 @@ COLUMNS = 64
 """Buffers have a multiple of so many columns."""
 GROWTH = 256
 """Columns by which buffers grow at least: each time, the forward is recorded anew."""
+SPARE = 0.5
+"""Share of the bytes of the weights that keys and values of ended rows may have: reading them costs less than a new
+recording, which takes as long as a hundred tokens."""
 
 
 def cuda_graph(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
@@ -113,6 +116,7 @@ class RecordedForwards:
     def __init__(self, policy: PolicyModel, record: Record, most_rows: int, most_columns: int) -> None:
         self._policy, self._record = policy, record
         self._most_rows, self._most_columns = most_rows, most_columns
+        self._spare = SPARE * sum(weight.nbytes for weight in policy.parameters())
         self._recording: Recording | None = None
 
     def recording(self, live: LiveRows, *, more: bool) -> "Recording":
@@ -123,7 +127,7 @@ class RecordedForwards:
             more: whether other rows wait for the places of these.
         """
         rows = self._most_rows if more else min(self._most_rows, 1 << (len(live) - 1).bit_length())
-        if self._recording is None or not self._recording.holds(live, rows):
+        if self._recording is None or not self._recording.holds(live, rows, self._spare):
             self._recording = None  # its memory comes first
             self._recording = self._new(live, rows)
         return self._recording
@@ -157,11 +161,14 @@ class Recording:
         self._place(live)
         self._again = record(self._compute)
 
-    def holds(self, live: LiveRows, rows: int) -> bool:
-        """Whether these rows are in its buffers, with room for another token, and fill more than half of them."""
-        there = len(self._tokens)
-        same = caches.roomy_layers(live.cache)[0].buffers is self._buffers
-        return same and live.columns < self._columns and there // 2 < rows <= there
+    def holds(self, live: LiveRows, rows: int, spare: float) -> bool:
+        """Whether these rows are in its buffers, with room for another token, and fill more than half of them, or leave
+        no more than ``spare`` bytes of them unused."""
+        there, layers = len(self._tokens), caches.roomy_layers(live.cache)
+        if layers[0].buffers is not self._buffers or live.columns >= self._columns or rows > there:
+            return False
+        row = sum(part[0].nbytes for layer in layers for part in layer.buffers or ())
+        return there // 2 < rows or (there - rows) * row <= spare
 
     def is_unproved(self, live: LiveRows) -> bool:
         """Whether the next forward is one of those that tell what a recording got wrong.

@@ -57,6 +57,7 @@ def asked_for(prompts, times: int) -> tuple[list, list[int]]:
 def test_rows_that_come_and_go_write_what_they_write_without_a_recording(make_sampler, prompts, name, monkeypatch):
     monkeypatch.setattr("policy.generation.recorded.GROWTH", 5)
     monkeypatch.setattr("policy.generation.recorded.COLUMNS", 4)
+    monkeypatch.setattr("policy.generation.recorded.SPARE", 0.0)
     policy, (many, seeds) = policy_of(RECORDED[name]), asked_for(prompts, 6)
     eos, sampling = range(0, SIZES["vocab_size"], 15), {"max_new_tokens": 30, "batch_rows": 8, "temperature": 0.9}
     tape = Tape()
@@ -72,6 +73,18 @@ def test_rows_that_come_and_go_write_what_they_write_without_a_recording(make_sa
         expected = make_sampler(policy, eos, **sampling).generate(many, seeds)
     assert tape.replayed > 4 * tape.recorded > 8
     assert set(tape.rows) == {8, 4, 2, 1}, "halves of the buffers, as rows end and none wait"
+
+
+@pytest.mark.parametrize(("spare", "recorded"), [(0.0, {8, 4, 2, 1}), (0.5, {8, 4, 2}), (10.0, {8})])
+def test_rows_that_have_ended_stay_where_they_cost_less_than_a_recording(
+    make_sampler, tiny_policy, prompts, monkeypatch, spare, recorded
+):
+    monkeypatch.setattr("policy.generation.recorded.SPARE", spare)
+    policy, (many, seeds), tape = tiny_policy(), asked_for(prompts, 1), Tape()
+    eos, sampling = range(0, 321, 12), {"max_new_tokens": 60, "batch_rows": 8}
+    expected = make_sampler(policy, eos, **sampling).generate(many, seeds)
+    assert_same(make_sampler(policy, eos, record=tape, **sampling).generate(many, seeds), expected)
+    assert set(tape.rows) == recorded
 
 
 def test_a_forward_is_recorded_once_where_the_buffers_suffice(make_sampler, tiny_policy, prompts, seeds):
