@@ -182,9 +182,9 @@ def _mask_of_tree(packing: Packing, rows: PackedMask | None, asked: dict[str, An
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: PackedMask, **options: Any
     ) -> Tensor:
-        heads = query.shape[1]
-        if heads & (heads - 1):  # Transformers would repeat them, into tensors that are not marked
-            key, value = (part.repeat_interleave(heads // part.shape[1], dim=1) for part in (key, value))
+        heads, groups = query.shape[1], key.shape[1]
+        if heads & (heads - 1) and heads != groups:  # Transformers would repeat them, into tensors that are not marked
+            key, value = (part.repeat_interleave(heads // groups, dim=1) for part in (key, value))
         for part in (query, key, value):
             may_change(part, 2)
         return ALL_ATTENTION_FUNCTIONS[FLEX](module, query, key, value, mask.masks[0], **options)[0]
