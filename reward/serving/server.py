@@ -140,9 +140,11 @@ class RewardServer(ThreadingHTTPServer):
             self._changed.wait_for(lambda: not self._busy, timeout=IDLE_SECONDS)
         self.batcher.close()
 
-    def begun(self) -> None:
+    def begun(self) -> bool:
+        """A request has come; whether it is taken, which one that comes behind the end is not."""
         with self._changed:
             self._busy += 1
+            return not self.stopping
 
     def ended(self, path: str, status: int, seconds: float) -> None:
         with self._changed:
@@ -214,17 +216,18 @@ class _Handler(BaseHTTPRequestHandler):
     def _serve(self, pages: Mapping[str, Any], others: tuple[str, ...], method: str) -> None:
         path = self.path.partition("?")[0]
         began = time.perf_counter()
-        self.server.begun()
-        status = 500
+        taken, status = self.server.begun(), 500
         try:
-            status = self._respond(pages, path, others, method)
+            status = self._respond(pages, path, others, method, taken=taken)
         except (ConnectionError, TimeoutError):
             self.close_connection = True
             status = 499  # nobody waits for the answer any more
         finally:
             self.server.ended(path if path in pages else "other", status, time.perf_counter() - began)
 
-    def _respond(self, pages: Mapping[str, Any], path: str, others: tuple[str, ...], method: str) -> int:
+    def _respond(
+        self, pages: Mapping[str, Any], path: str, others: tuple[str, ...], method: str, *, taken: bool
+    ) -> int:
         headers: dict[str, str] = {}
         try:
             if path != "/health" and not self._may_ask():  # before anything of the body is kept
@@ -232,7 +235,7 @@ class _Handler(BaseHTTPRequestHandler):
                 headers["WWW-Authenticate"] = "Bearer"
                 raise wire.Refusal("a bearer token is needed, and this request has not the right one", 401)
             body = self._body()  # always: what is left unread would be taken for the next request
-            if self.server.stopping:
+            if not taken:
                 headers["Retry-After"] = "1"
                 raise wire.Refusal("stopping", 503)
             if path in others:

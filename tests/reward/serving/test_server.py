@@ -300,6 +300,25 @@ def test_what_cannot_be_served_is_refused_in_a_line(final, capsys, monkeypatch, 
     assert re.search(message, error) and len(error.strip().splitlines()) == 1
 
 
+def test_a_request_that_has_begun_to_come_before_the_end_is_answered(final):
+    server = RewardServer(ServeOptions(folder=final, port=free_port()))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    body = json.dumps({"input": [[5, 6, 7]]}).encode()
+    with socket.create_connection(server.server_address[:2], timeout=20) as line:
+        head = f"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        line.sendall(head.encode() + body[:5])
+        while not server._busy:
+            time.sleep(0.01)
+        server.shutdown()
+        line.sendall(body[5:])
+        answer = line.recv(20)
+    assert answer.startswith(b"HTTP/1.1 200")
+    server.finish()
+    thread.join(20)
+    assert not thread.is_alive()
+
+
 @pytest.mark.dist
 def test_what_was_asked_before_the_end_is_answered(final, start_ranks):
     port = free_port()
