@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.utils import combine_grad_norm_groups
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
@@ -29,11 +30,16 @@ def take_one_norm(optimizer: Any) -> None:
 
 
 def _norm(optimizer: DeepSpeedZeroOptimizer) -> Tensor:
-    """The Euclidean norm of the averaged gradients of all ranks; not finite where one of their numbers is not."""
-    groups = (optimizer.averaged_gradients[place] for place in range(len(optimizer.bit16_groups)))
-    gradients = [each for group in groups for each in group if not getattr(each, "_zero_padding", False)]
-    squares = torch.zeros((), dtype=torch.float64, device=optimizer.device)
-    if gradients:  # a rank may have nothing but padding
-        squares = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float64)).square().sum()
-    dist.all_reduce(squares, group=optimizer.dp_process_group)
-    return squares.sqrt().float()
+    """The Euclidean norm of the averaged gradients of all ranks; infinite where one of their numbers is not finite.
+
+    It is that of DeepSpeed bit for bit: so it is added up group by group.
+    """
+    norms = []
+    for place in range(len(optimizer.bit16_groups)):
+        gradients = [each for each in optimizer.averaged_gradients[place] if not getattr(each, "_zero_padding", False)]
+        squares = torch.zeros((), device=optimizer.device)
+        if gradients:  # a rank may have nothing but padding
+            squares = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float64)).square().sum().float()
+        dist.all_reduce(squares, group=optimizer.dp_process_group)
+        norms.append(squares.sqrt())
+    return combine_grad_norm_groups(norms)

@@ -77,7 +77,7 @@ def test_the_norm_of_all_gradients_at_once_is_that_of_deepspeed(train, kind, ran
     _, reports = train(kind, ranks)
     assert len(reports["norms"]) == 5
     for found, expected in reports["norms"]:
-        assert found == pytest.approx(expected, rel=1e-6) and found > 0
+        assert found == expected > 0
 
 
 @pytest.mark.parametrize("kind", ENGINES)
