@@ -44,7 +44,8 @@ def measure(world: World, *, stage: str, kernels: str) -> dict[str, Any]:
         stages.watch_step("ppo", 1, lambda: _Profile(taken))
         rollouts.measure(world, kind="rloo", side="ours")
     else:
-        stages.run_watched(world, stage, LOOKED_AT, lambda: _Profile(taken), f"model.kernels={kernels}")
+        name = f"profile-{stage}-{kernels}"
+        stages.run_watched(world, name, stage, LOOKED_AT, lambda: _Profile(taken), f"model.kernels={kernels}")
     return taken
 
 

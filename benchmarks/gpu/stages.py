@@ -76,14 +76,23 @@ def watch_step(stage: str, number: int, context: Callable[[], contextlib.Abstrac
 
 
 def run_watched(
-    world: World, stage: str, number: int, context: Callable[[], contextlib.AbstractContextManager], *more: str
+    world: World,
+    name: str,
+    stage: str,
+    number: int,
+    context: Callable[[], contextlib.AbstractContextManager],
+    *more: str,
 ) -> None:
-    """Train a few steps of the reward stage or DPO, step ``number`` inside ``context()``; see :func:`watch_step`."""
+    """Train a few steps of the reward stage or DPO, step ``number`` inside ``context()``; see :func:`watch_step`.
+
+    The run's folder has a ``name`` that no other measurement has: these are forks of one process, and would go on with
+    each other's run.
+    """
     from rlhf.engine.ranks import start_ranks, stop_ranks
 
     watch_step(stage, number, context)
     steps = number + 2
-    folder = world.work / "runs" / f"watched-{stage}-{id(context)}"
+    folder = world.work / "runs" / name
     settings = [f"output={folder}", f"train.max_steps={steps}", f"train.epochs={steps}", *more]
     ranks = start_ranks()
     try:

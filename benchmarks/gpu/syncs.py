@@ -29,7 +29,9 @@ def measure(world: World, *, stage: str) -> dict[str, Any]:
     wait there is counted, values and sizes that Python reads of tensors.
     """
     counted: Counter[str] = Counter()
-    stages.run_watched(world, stage, LOOKED_AT, lambda: _waits(counted) if has_gpu() else _reads(counted))
+    stages.run_watched(
+        world, f"syncs-{stage}", stage, LOOKED_AT, lambda: _waits(counted) if has_gpu() else _reads(counted)
+    )
     most = [f"{place} ({count})" for place, count in counted.most_common(3)]
     return {
         "syncs": sum(counted.values()),

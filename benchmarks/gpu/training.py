@@ -53,7 +53,7 @@ def measure(
         raise Skipped("it needs a GPU")
     if "kernels" in more and importlib.util.find_spec("liger_kernel") is None:
         raise Skipped("Liger's kernels are not installed (their wheel is not in the folder)")
-    if more.pop("attention", None) == "rows":
+    if "attention" in more:
         _attend_row_by_row()
     write_rows(world, rows, tokens)
     sizes = world.sizes
