@@ -56,7 +56,7 @@ def private_by_process(root: int) -> dict[int, int]:
             continue
         try:
             fields = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines())
-        except (OSError, ValueError):
+        except (OSError, ValueError):  # it has ended since the folder was listed
             continue
         parents[int(folder.name)] = int(fields["PPid"])
         found[int(folder.name)] = int(fields.get("RssAnon", "0").split()[0]) * 1024

@@ -17,8 +17,10 @@ from torch.nn import functional as F
 
 from rlhf.core.moving import moved
 
-SMALLEST, SMALLEST_STEP = 256, 16
-"""Kernels are built for two blocks of 128 or more: a single one would have one of its own."""
+BLOCK = 128
+"""Tokens of a block of FlexAttention's masks."""
+SMALLEST, SMALLEST_STEP = 2 * BLOCK, 16
+"""Kernels are built for two blocks or more: a single one would have one of its own."""
 LEAST_SHARE = 1 / 64
 """Share of the tokens of all rows. Where less would be saved, as by a first token that all have, rows stand one by one,
 for kernels that know nothing of trees."""

@@ -14,10 +14,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from transformers.masking_utils import causal_mask_function
 
-from rlhf.core.packing import Packing
-
-BLOCK = 128
-"""Tokens of a block."""
+from rlhf.core.packing import BLOCK, Packing
 
 
 def tree_mask(packing: Packing, asked: dict[str, Any]) -> BlockMask:
